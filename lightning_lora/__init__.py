@@ -1,0 +1,1 @@
+"""LoRA without regret for any LightningModule."""
