@@ -1,0 +1,286 @@
+"""Adapter operations on any module: put adapters in, fold them in, take them off, count them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.layers.base import AdapterSpec, LoRALayer, attach, detach
+from lightning_lora.targets import Target, Targets, resolve_targets
+
+FACTORS = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters, global under sharding.
+
+    Args:
+        trainable: Parameters that get gradients.
+        total: All parameters, each counted once.
+        adapter: Parameters of the adapters.
+        by_role: Adapter parameters by the role of their layer.
+    """
+
+    trainable: int
+    total: int
+    adapter: int
+    by_role: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Trainable over total."""
+        return self.trainable / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject_lora` did.
+
+    Args:
+        layers: Name to spec of every adapted layer.
+        trainable: Names of the modules trained in full.
+        skipped: Name to reason of every weight layer left alone.
+        parameters: Counts after injection.
+        adapter_bytes: Size of the adapter in memory, bytes.
+    """
+
+    layers: dict[str, AdapterSpec]
+    trainable: tuple[str, ...]
+    skipped: dict[str, str]
+    parameters: ParameterCount
+    adapter_bytes: int
+
+    def __str__(self) -> str:
+        ranks = sorted({spec.rank for spec in self.layers.values()})
+        roles = [spec.role for spec in self.layers.values()]
+        counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
+        reasons = list(self.skipped.values())
+        lines = [
+            f"lora: {len(self.layers)} layers adapted ({counts}), rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}",
+            f"lora: {self.parameters.trainable:,} of {self.parameters.total:,} parameters train "
+            f"({self.parameters.share:.2%}), adapter {self.adapter_bytes / 1e6:.2f} MB",
+        ]
+        if reasons:
+            grouped = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
+            lines.append(f"lora: left alone: {grouped}")
+        if self.trainable:
+            lines.append(f"lora: trained in full: {first_five(self.trainable)}")
+        return "\n".join(lines)
+
+
+def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
+    """Adapt ``module`` in place: chosen layers get ``lora_A`` and ``lora_B``, everything else is frozen.
+
+    Names, hooks, module identities and base state-dict keys stay as they were. Works on the meta device, without
+    memory.
+
+    Args:
+        module: Any module, before it is wrapped, sharded, or its optimizer is built.
+        config: What to adapt and how.
+
+    Raises:
+        TargetNotFoundError: If a pattern matches nothing.
+        ConfigError: If ``module`` is adapted already or a target cannot be adapted. Nothing is changed then.
+        AlreadyShardedError: If the parameters are sharded already.
+    """
+    config = LoRAConfig.from_dict(config)
+    check_not_sharded(module)
+    targets = resolve_targets(module, config)
+    apply_targets(module, targets)
+    count = count_parameters(module)
+    adapter_bytes = sum(p.numel() * p.element_size() for layer in lora_layers(module).values() for p in factors(layer))
+    return InjectionReport(
+        layers={target.name: target.spec for target in targets.layers},
+        trainable=tuple(targets.trainable),
+        skipped=targets.skipped,
+        parameters=count,
+        adapter_bytes=adapter_bytes,
+    )
+
+
+def apply_targets(module: nn.Module, targets: Targets) -> None:
+    """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
+    module.requires_grad_(False)
+    for target in targets.layers:
+        attach_target(target)
+    for trained in targets.trainable.values():
+        trained.requires_grad_(True)
+
+
+def attach_target(target: Target) -> LoRALayer:
+    """Adapt one resolved layer."""
+    return attach(target.module, target.kind, target.spec)
+
+
+def check_not_sharded(module: nn.Module) -> None:
+    """Raise `AlreadyShardedError` if adapters added now would be missed by the strategy."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter":
+            raise AlreadyShardedError(
+                f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
+                f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."
+            )
+
+
+def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Dotted name to adapted layer, in module order; empty if nothing is adapted."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
+
+
+def factors(layer: LoRALayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """The two factors of an adapted layer."""
+    return layer.lora_A, layer.lora_B
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Fold every update into its base weight, summed in float32 and rounded once; the originals are kept aside.
+
+    Raises:
+        ConfigError: If nothing is adapted, or the updates are folded in already.
+        AlreadyShardedError: If the weights are sharded.
+    """
+    layers = _adapted(module)
+    check_not_sharded(module)
+    check_not_merged(module, "merge twice")
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge_lora(module: nn.Module) -> None:
+    """Restore the base weights as they were before `merge_lora`, bit for bit.
+
+    Raises:
+        ConfigError: If nothing is adapted or nothing is folded in.
+    """
+    merged = [layer for layer in _adapted(module).values() if layer.lora_base_weight is not None]
+    if not merged:
+        raise ConfigError("there is nothing to unmerge: merge_lora(module) was not called.")
+    for layer in merged:
+        layer.unmerge()
+
+
+def remove_lora(module: nn.Module) -> None:
+    """Take the adapters off; every layer gets its old class back. A merged module keeps the merged weights.
+
+    Frozen parameters stay frozen: what should train next is the caller's to say.
+
+    Raises:
+        ConfigError: If nothing is adapted.
+        AlreadyShardedError: If the weights are sharded.
+    """
+    layers = _adapted(module)
+    check_not_sharded(module)
+    for layer in layers.values():
+        detach(layer)
+
+
+@contextmanager
+def disable_lora(module: nn.Module) -> Iterator[None]:
+    """Within the context ``module`` computes what the base computes; the state before is restored on leaving.
+
+    Raises:
+        ConfigError: If nothing is adapted, or the updates are folded in.
+    """
+    layers = _adapted(module)
+    check_not_merged(module, "disable adapters")
+    before = {layer: layer.lora_enabled for layer in layers.values()}
+    try:
+        for layer in before:
+            layer.lora_enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.lora_enabled = enabled
+
+
+def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Adapter tensors by dotted name, detached, whole under sharding (then every rank must call this).
+
+    Raises:
+        ConfigError: If nothing is adapted.
+    """
+    state = {}
+    for name, layer in _adapted(module).items():
+        for factor in FACTORS:
+            tensor = getattr(layer, factor).detach()
+            state[join(name, factor)] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return state
+
+
+def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy adapter tensors into an adapted module; every name and shape must agree, else nothing is changed.
+
+    Raises:
+        AdapterFileError: If tensors are missing, unknown or of another shape; the first five are named.
+        ConfigError: If nothing is adapted, or the updates are folded in.
+        AlreadyShardedError: If the weights are sharded.
+    """
+    layers = _adapted(module)
+    check_not_sharded(module)
+    check_not_merged(module, "load adapters")
+    expected = {join(name, factor): getattr(layer, factor) for name, layer in layers.items() for factor in FACTORS}
+    check_tensors(expected, state)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(state[name])
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `AdapterFileError` unless both hold the same names and shapes."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        raise AdapterFileError(
+            f"the adapter does not fit this module: {len(problems)} of {len(expected)} expected tensors disagree: "
+            f"{first_five(problems)}."
+        )
+
+
+def count_parameters(module: nn.Module) -> ParameterCount:
+    """Count parameters once each, shared ones too; sharded parameters count whole."""
+    layers = lora_layers(module)
+    by_role: dict[str, int] = {}
+    for layer in layers.values():
+        count = sum(parameter.numel() for parameter in factors(layer))
+        by_role[layer.lora_spec.role] = by_role.get(layer.lora_spec.role, 0) + count
+    parameters = list(module.parameters())
+    return ParameterCount(
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        total=sum(parameter.numel() for parameter in parameters),
+        adapter=sum(by_role.values()),
+        by_role=by_role,
+    )
+
+
+def check_not_merged(module: nn.Module, action: str) -> None:
+    """Raise `ConfigError` if any update is folded in: the adapter would then count twice or not at all."""
+    merged = [name for name, layer in lora_layers(module).items() if layer.lora_base_weight is not None]
+    if merged:
+        raise ConfigError(
+            f"cannot {action}: {len(merged)} layers are merged ({first_five(merged)}). Call unmerge_lora(module) first."
+        )
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name below ``prefix``, which may be empty for the root."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _adapted(module: nn.Module) -> dict[str, LoRALayer]:
+    layers = lora_layers(module)
+    if not layers:
+        raise ConfigError(f"{type(module).__name__} has no adapters: call inject_lora(module, config) first.")
+    return layers

@@ -1,0 +1,173 @@
+"""An adapter folder as read from disk, verified before anything else looks at it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora import peft_format
+from lightning_lora.atomic import sha256
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, ConfigError, first_five
+from lightning_lora.tensor_files import read_tensors
+
+MANIFEST_FILE = "lightning_lora.json"
+FORMAT = 1
+_JSON_LIMIT = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder holds.
+
+    Args:
+        path: The folder.
+        peft: Contents of ``adapter_config.json``.
+        manifest: Contents of ``lightning_lora.json``, or None for a folder written by PEFT.
+        config: The settings of the adapter.
+        ranks: Adapted module to rank.
+        factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
+        trained: Tensors of modules trained in full, by parameter name.
+    """
+
+    path: Path
+    peft: dict[str, Any]
+    manifest: dict[str, Any] | None
+    config: LoRAConfig
+    ranks: dict[str, int]
+    factors: dict[str, Tensor]
+    trained: dict[str, Tensor]
+
+
+def read_adapter_folder(path: str | Path) -> AdapterFolder:
+    """Read and verify a PEFT-format folder; only JSON and safetensors are ever opened.
+
+    Raises:
+        AdapterFileError: If a file is missing, damaged, changed since it was written, or of an unsupported kind.
+    """
+    folder = Path(path)
+    _check_files(folder)
+    manifest = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is not None:
+        verify_manifest(folder, manifest)
+    peft = read_json(folder / peft_format.CONFIG_FILE)
+    peft_format.check_supported(peft, str(folder / peft_format.CONFIG_FILE))
+    tensor_file = folder / peft_format.TENSOR_FILE
+    factors, trained = _split(read_tensors(tensor_file), tensor_file)
+    ranks = _ranks(factors, tensor_file)
+    peft_format.check_ranks(peft, ranks, str(folder))
+    try:
+        if manifest is None:
+            config = peft_format.to_lora_config(peft, ranks, _modules(trained))
+        else:
+            config = LoRAConfig.from_dict(manifest["config"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{folder} holds settings that cannot be used: {error}") from error
+    return AdapterFolder(folder, peft, manifest, config, ranks, factors, trained)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB.
+
+    Raises:
+        AdapterFileError: If the file is not that.
+    """
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise AdapterFileError(f"{path} is larger than {_JSON_LIMIT} bytes, which no adapter setting needs.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} must hold a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file with the size and SHA-256 written when it was saved.
+
+    Raises:
+        AdapterFileError: Naming the file, what was expected and what was found.
+    """
+    if not isinstance(manifest.get("format"), int) or not isinstance(manifest.get("files"), dict):
+        raise AdapterFileError(f"{folder / MANIFEST_FILE} is not a lightning-lora manifest; delete it to load the rest.")
+    if manifest["format"] > FORMAT:
+        raise AdapterFileError(
+            f"{folder} has manifest format {manifest['format']}, newer than {FORMAT}: update lightning-lora."
+        )
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise AdapterFileError(f"{folder} lacks {name!r}, which its manifest lists.")
+        if file.stat().st_size != expected["bytes"]:
+            raise AdapterFileError(
+                f"{file} is incomplete or changed: expected {expected['bytes']} bytes, found {file.stat().st_size}."
+            )
+        if sha256(file) != expected["sha256"]:
+            raise AdapterFileError(f"{file} was changed after it was saved: its SHA-256 is not the manifest's.")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `AdapterFileError` if a tensor is empty or holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterFileError(f"{where}: {name} is empty, shape {tuple(tensor.shape)}.")
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise AdapterFileError(f"{where}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.")
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "absent"
+        raise AdapterFileError(f"{folder} is {kind}; an adapter is a folder with {peft_format.CONFIG_FILE}.")
+    if not (folder / peft_format.CONFIG_FILE).is_file():
+        held = first_five(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise AdapterFileError(f"{folder} is not an adapter: it has no {peft_format.CONFIG_FILE}, only {held}.")
+    if not (folder / peft_format.TENSOR_FILE).is_file():
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise AdapterFileError(
+                f"{folder} holds only {pickled[0]}, a pickle, which can run code and is never opened. Load it in PEFT "
+                f"where you trust it and save it again as safetensors."
+            )
+        raise AdapterFileError(f"{folder} has no {peft_format.TENSOR_FILE}.")
+
+
+def _split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    factors, trained = {}, {}
+    for name, tensor in tensors.items():
+        module, factor = peft_format.split_tensor_name(name)
+        if factor is None:
+            trained[module] = tensor
+        else:
+            factors[f"{module}.{factor}" if module else factor] = tensor
+    if not factors:
+        raise AdapterFileError(f"{where} holds no adapter tensors.")
+    check_finite(factors | trained, str(where))
+    return factors, trained
+
+
+def _ranks(factors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
+    ranks = {}
+    for name, A in factors.items():
+        module, _, factor = name.rpartition(".")
+        if factor == "lora_A":
+            B = factors.get(f"{module}.lora_B" if module else "lora_B")
+            if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+                shape = "missing" if B is None else tuple(B.shape)
+                raise AdapterFileError(f"{where}: the factors of {module!r} do not fit: A {tuple(A.shape)}, B {shape}.")
+            ranks[module] = A.shape[0]
+    if 2 * len(ranks) != len(factors):
+        raise AdapterFileError(f"{where}: some lora_B tensors have no lora_A beside them.")
+    return ranks
+
+
+def _modules(trained: Mapping[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))

@@ -1,0 +1,69 @@
+"""The LoRA update as tensor arithmetic: no modules, no state.
+
+Shape legend: ``*`` any leading axes, ``r`` rank, ``in``/``out`` features, ``vocab`` rows of an embedding table.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    r"""``scale * drop(x) A^T B^T``, what LoRA adds to a linear layer's output.
+
+    The factors are cast to the type of ``x`` (a few thousand numbers) rather than ``x`` to theirs (the activations):
+    float32 factors on a bfloat16 base act as master weights and no wide copy of the activations is kept.
+
+    Args:
+        x: ``(*, in)``.
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        scale: alpha / r, dimensionless.
+        dropout: Probability of zeroing an entry of ``x``; 0 outside training.
+
+    Returns:
+        ``(*, out)`` in the type of ``x``, or of the autocast region.
+
+    References:
+        Hu et al., *LoRA*, ICLR 2022, section 4.1.
+    """
+    if dropout:
+        x = F.dropout(x, dropout)
+    # The scale goes onto the product of width r, the smallest tensor of the three.
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+
+
+def embedding_update(rows: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    r"""``scale * (B A)^T[rows]``, what LoRA adds to the looked-up rows of an embedding table.
+
+    Args:
+        rows: Integer indices ``(*)``.
+        A: ``(r, vocab)``.
+        B: ``(dim, r)``.
+        scale: alpha / r, dimensionless.
+
+    Returns:
+        ``(*, dim)`` in the type of the factors.
+    """
+    return F.linear(F.embedding(rows, A.T) * scale, B)
+
+
+def weight_update(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``scale * B A`` in at least float32, ``(out, in)``: what merging adds to the base weight."""
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    return (B.to(dtype) @ A.to(dtype)) * scale
+
+
+def merged_weight(weight: Tensor, update: Tensor) -> Tensor:
+    """``weight + update``, summed in at least float32 and rounded once to the type of ``weight``."""
+    dtype = torch.promote_types(weight.dtype, update.dtype)
+    return (weight.to(dtype) + update.to(dtype)).to(weight.dtype)
+
+
+def uniform_bound(in_features: int) -> float:
+    """Bound of the default A, ``1 / sqrt(in)``: kaiming-uniform with ``a = sqrt(5)``, as in ``nn.Linear`` and PEFT."""
+    return 1 / math.sqrt(in_features)

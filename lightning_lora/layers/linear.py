@@ -1,0 +1,64 @@
+"""Adapted linear layers: ``nn.Linear`` and its subclasses, and the transposed linear of GPT-2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import linear_update
+from lightning_lora.layers.base import LoRALayer
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    r"""A frozen linear layer plus a trainable low-rank update: ``y = W x + b + scale * B A x``.
+
+    ``B`` starts at zero, so a freshly adapted layer computes exactly what the base computes.
+
+    Shape:
+        - ``W``: ``(out, in)``, ``A``: ``(rank, in)``, ``B``: ``(out, rank)``.
+        - Input ``(*, in)``, output ``(*, out)``.
+
+    References:
+        Hu et al., *LoRA*, ICLR 2022, section 4.1, https://arxiv.org/abs/2106.09685
+    """
+
+    @staticmethod
+    @override
+    def dimensions(module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.lora_active:
+            return y
+        return y + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
+
+
+class LoRAConv1D(LoRALayer):
+    r"""GPT-2's ``Conv1D``, a linear layer that stores ``W^T`` ``(in, out)``, plus a low-rank update.
+
+    ``A`` and ``B`` have the shapes of `LoRALinear`; only merging transposes.
+
+    Shape:
+        - ``weight``: ``(in, out)``, ``A``: ``(rank, in)``, ``B``: ``(out, rank)``.
+        - Input ``(*, in)``, output ``(*, out)``.
+    """
+
+    @staticmethod
+    @override
+    def dimensions(module: Any) -> tuple[int, int]:
+        return module.nx, module.nf
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.lora_active:
+            return y
+        return y + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
+
+    @override
+    def weight_delta(self) -> Tensor:
+        return super().weight_delta().T

@@ -1,0 +1,96 @@
+"""Which adapted layer a module type gets, and why some get none."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+
+Entry = TypeVar("Entry")
+
+# Types of libraries the core must not import are named by their path.
+_ADAPTERS: dict[type | str, type[LoRALayer]] = {
+    nn.Linear: LoRALinear,
+    nn.Embedding: LoRAEmbedding,
+    "transformers.pytorch_utils.Conv1D": LoRAConv1D,
+}
+
+# Layers whose weight is read without calling them: an update in `forward` would silently do nothing.
+_REFUSED: dict[type | str, str] = {
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads its weight directly",
+    nn.Bilinear: "a bilinear form has no low-rank update here",
+}
+
+
+_WITHOUT_ADAPTER = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
+def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) -> None:
+    """Adapt modules of ``module_type`` (and of its subclasses without an entry of their own) by ``adapter_type``.
+
+    Args:
+        module_type: The class of the layer as users build it.
+        adapter_type: A subclass of `LoRALayer` that gives `dimensions` and adds the update in ``forward``.
+
+    Raises:
+        ConfigError: If either is not a class of the right kind.
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise ConfigError(f"register_layer needs a module class, got {module_type!r}.")
+    if not (isinstance(adapter_type, type) and issubclass(adapter_type, LoRALayer)):
+        raise ConfigError(f"register_layer needs a subclass of LoRALayer, got {adapter_type!r}.")
+    _ADAPTERS[module_type] = adapter_type
+
+
+def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
+    """The adapted layer for ``module``; None for containers, norms and whatever else has no weight matrix to adapt."""
+    for candidate in type(module).__mro__:
+        if _entry(_REFUSED, candidate) is not None:
+            return None
+        kind = _entry(_ADAPTERS, candidate)
+        if kind is not None:
+            return kind if refusal(module) is None else None
+    return None
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module that looks adaptable is not, or None."""
+    for candidate in type(module).__mro__:
+        reason = _entry(_REFUSED, candidate)
+        if reason is not None:
+            return reason
+        if _entry(_ADAPTERS, candidate) is not None:
+            return _weight_refusal(module)
+    if isinstance(module, _WITHOUT_ADAPTER):
+        return f"{type(module).__name__} has no adapter"
+    if any(parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()):
+        # Experts fused into one parameter; positional tables have a leading 1 and are no weights.
+        largest = max(module._parameters.values(), key=lambda p: 0 if p is None else p.numel())
+        if largest is not None and largest.ndim == 3 and largest.shape[0] > 1:
+            return f"{type(module).__name__} holds {largest.shape[0]} fused weights, which have no adapter"
+    return None
+
+
+def _weight_refusal(module: nn.Module) -> str | None:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, UninitializedTensorMixin):
+        return "it is lazy and has no shape yet: run one batch through the model first"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other parameters (a parametrization)"
+    if weight is None or not weight.is_floating_point():
+        return f"its weight is {getattr(weight, 'dtype', None)}, not floating point"
+    if weight.layout is not torch.strided:
+        return f"its weight is stored as {weight.layout}"
+    return None
+
+
+def _entry(table: dict[type | str, Entry], candidate: type) -> Entry | None:
+    entry = table.get(candidate)
+    return entry if entry is not None else table.get(f"{candidate.__module__}.{candidate.__qualname__}")

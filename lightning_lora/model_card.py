@@ -1,0 +1,56 @@
+"""The README.md of an adapter folder: measured facts only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment
+
+_CARD = """\
+---
+library_name: peft
+{% if base %}base_model: {{ base }}
+{% endif %}tags: [lora, lightning-lora]
+---
+
+# LoRA adapter{% if base %} for {{ base }}{% endif %}
+
+
+| | |
+|---|---|
+| adapted layers | {{ layers | length }} ({{ roles }}) |
+| rank | {{ ranks }} |
+| alpha | {{ config.alpha }} ({{ config.scaling }} scaling) |
+| targets | {{ config.targets if config.targets is string else config.targets | join(", ") }} |
+| adapter parameters | {{ "{:,}".format(parameters) }} |
+| base fingerprint | `{{ fingerprint }}` |
+{% for name, value in summary.items() %}| {{ name }} | {{ value }} |
+{% endfor %}
+
+Load it with `lightning_lora.load_adapter(model, folder)`, or with PEFT's
+`PeftModel.from_pretrained(model, folder)`. Written by {{ versions }}.
+"""
+
+
+def model_card(peft: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Markdown for an adapter, from its PEFT config and its manifest."""
+    layers = manifest["layers"]
+    roles = [layer["role"] for layer in layers.values()]
+    ranks = sorted({layer["rank"] for layer in layers.values()})
+    template = Environment(autoescape=False, trim_blocks=True).from_string(_CARD)  # Markdown, from our own template
+    return template.render(
+        base=peft["base_model_name_or_path"],
+        layers=layers,
+        roles=", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles)),
+        ranks=ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        config=manifest["config"],
+        parameters=sum(_size(shape) for name, shape in manifest["tensors"].items() if ".lora_" in name),
+        fingerprint=manifest["base_fingerprint"],
+        summary=manifest["summary"],
+        versions=", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
+    )
+
+
+def _size(shape: list[int]) -> int:
+    return shape[0] * shape[1]

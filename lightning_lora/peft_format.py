@@ -1,0 +1,191 @@
+"""PEFT's adapter format: its file names, its config keys and its tensor names, and nothing else.
+
+A tensor is called ``base_model.model.<module>.lora_A.weight`` there and ``<module>.lora_A`` here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRAConv1D
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Readers choose the layout of fused experts by this version.
+FORMAT_VERSION = "0.21.0"
+
+_LEAVES = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+}
+_DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "auto_mapping": None,
+    "bias": "none",
+    "ensure_weight_tying": False,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_bias": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "revision": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+}
+# Settings that change what the tensors mean; an adapter that uses one is refused rather than loaded wrongly.
+_UNSUPPORTED = {
+    "alora_invocation_tokens": (None,),
+    "bias": ("none",),
+    "layer_replication": (None,),
+    "lora_bias": (False,),
+    "megatron_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (False, None),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def tensor_name(module_name: str, layer: LoRALayer, factor: str) -> str:
+    """PEFT's name for ``lora_A`` or ``lora_B`` of a layer."""
+    leaf = f"lora_embedding_{factor[-1]}" if isinstance(layer, LoRAEmbedding) else f"{factor}.weight"
+    return f"{PREFIX}{module_name}.{leaf}" if module_name else f"{PREFIX}{leaf}"
+
+
+def split_tensor_name(name: str) -> tuple[str, str | None]:
+    """``(module, "lora_A" | "lora_B")`` for a factor, ``(parameter, None)`` for a module stored whole.
+
+    Raises:
+        AdapterFileError: If the name lacks PEFT's prefix.
+    """
+    if not name.startswith(PREFIX):
+        raise AdapterFileError(
+            f"tensor {name!r} does not start with {PREFIX!r}: the file was not written by PEFT, or its names were "
+            f"changed afterwards."
+        )
+    inner = name.removeprefix(PREFIX)
+    for leaf, factor in _LEAVES.items():
+        if inner == leaf or inner.endswith(f".{leaf}"):
+            return inner.removesuffix(leaf).removesuffix("."), factor
+    return inner, None
+
+
+def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[str]) -> dict[str, Any]:
+    """The contents of ``adapter_config.json`` for the adapted layers of ``root``."""
+    specs = {name: layer.lora_spec for name, layer in layers.items()}
+    config = next(iter(specs.values())).config
+    rank, alpha = _most_common(spec.rank for spec in specs.values()), _most_common(spec.alpha for spec in specs.values())
+    return _DEFAULTS | {
+        "alpha_pattern": {name: _number(spec.alpha) for name, spec in specs.items() if spec.alpha != alpha},
+        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+        "lora_alpha": _number(alpha),
+        "lora_dropout": config.dropout,
+        "modules_to_save": sorted(trained) or None,
+        "peft_version": FORMAT_VERSION,
+        "r": rank,
+        "rank_pattern": {name: spec.rank for name, spec in specs.items() if spec.rank != rank},
+        "target_modules": _target_modules(root, list(layers)),
+        "task_type": _task_type(root),
+        "use_rslora": config.scaling == "rslora",
+    }
+
+
+def check_supported(peft: Mapping[str, Any], where: str) -> None:
+    """Refuse an adapter whose settings mean something this package does not compute.
+
+    Raises:
+        AdapterFileError: Naming the settings.
+    """
+    if peft.get("peft_type") != "LORA":
+        raise AdapterFileError(f"{where} is of type {peft.get('peft_type')!r}; only LORA adapters can be loaded.")
+    unsupported = [f"{key}={peft[key]!r}" for key, plain in _UNSUPPORTED.items() if key in peft and peft[key] not in plain]
+    if peft.get("init_lora_weights", True) not in _PLAIN_INITS:
+        # These change the base weights; the tensors alone do not give the trained model back.
+        unsupported.append(f"init_lora_weights={peft['init_lora_weights']!r}")
+    if unsupported:
+        raise AdapterFileError(
+            f"{where} uses {', '.join(unsupported)}, which is not supported. Convert it to a plain LoRA with PEFT."
+        )
+
+
+def to_lora_config(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], trained: Iterable[str]) -> LoRAConfig:
+    """The settings a PEFT config and its tensors stand for; layers are named in full."""
+    rank, alpha = peft.get("r", 8), peft.get("lora_alpha", 8)
+    alphas = {name: float(_by_regex(name, peft.get("alpha_pattern") or {}, alpha)) for name in layer_ranks}
+    return LoRAConfig(
+        rank=rank,
+        alpha=float(alpha),
+        targets=list(layer_ranks),
+        rank_pattern={name: layer_rank for name, layer_rank in layer_ranks.items() if layer_rank != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        dropout=float(peft.get("lora_dropout", 0.0)),
+        scaling="rslora" if peft.get("use_rslora") else "standard",
+        trainable=tuple(trained),
+    )
+
+
+def check_ranks(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], where: str) -> None:
+    """Refuse a file whose tensors have another rank than its config says.
+
+    Raises:
+        AdapterFileError: Naming the first five layers.
+    """
+    expected = {name: _by_regex(name, peft.get("rank_pattern") or {}, peft.get("r", 8)) for name in layer_ranks}
+    wrong = [f"{name} has {rank}, not {expected[name]}" for name, rank in layer_ranks.items() if rank != expected[name]]
+    if wrong:
+        raise AdapterFileError(f"{where}: tensors and config disagree about the rank: {first_five(wrong)}.")
+
+
+def _by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    # PEFT's rule: the key is a regular expression for the end of the name, the first one that matches wins.
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _target_modules(root: nn.Module, names: list[str]) -> list[str]:
+    """The shortest list that means exactly these layers: leaf names if they hit nothing else, else full names."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    hit = {name for name, _ in root.named_modules() if name.rpartition(".")[2] in leaves}
+    return leaves if hit == set(names) else sorted(names)
+
+
+def _task_type(root: nn.Module) -> str | None:
+    kind = type(root).__name__
+    for ending, task in (("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("SequenceClassification", "SEQ_CLS")):
+        if kind.endswith(ending):
+            return task
+    return None
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    values = list(values)
+    return max(dict.fromkeys(values), key=values.count)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value

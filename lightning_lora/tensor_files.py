@@ -1,0 +1,158 @@
+"""Reading and writing safetensors files, whole or one tensor at a time.
+
+Nothing here can run code from a file: pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_lora.atomic import atomic_file
+from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.tensor_header import DTYPES, Header, TensorSpan, check_spans, parse_json, read_header
+
+__all__ = ["Header", "TensorSpan", "read_header", "read_tensors", "safetensors_files", "write_tensors"]
+
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+_LAYOUT_RANK = {name: rank for rank, name in enumerate(reversed(DTYPES))}
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU, in memory of their own.
+
+    Raises:
+        AdapterFileError: If the file is missing, cut or damaged. Nothing else is raised.
+    """
+    read_header(path)
+    try:
+        # Not mapped: a file overwritten in place later would change, or kill, the process that holds the tensors.
+        return load_file(path, backend="pread")
+    except Exception as error:  # the library raises its own class, OSError, RuntimeError and more
+        raise AdapterFileError(f"{path} cannot be read: {error}") from error
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, Tensor]],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time; ``path`` is replaced in one step at the end.
+
+    The header comes from ``layout``, so tensors may arrive in any order. Bytes are laid out as the library does, by
+    alignment and then by name: equal tensors and metadata give equal files.
+
+    Args:
+        path: The file to create or replace.
+        tensors: Each name of ``layout`` once, with its tensor, on any device.
+        layout: Tensor name -> dtype and shape.
+        metadata: Texts to keep in the header; ``{"format": "pt"}`` is what transformers expects.
+
+    Raises:
+        ValueError: If a tensor disagrees with ``layout``, comes twice or is missing, or ``layout`` cannot be written.
+        OSError: If the disk is full or not writable. After any error the old file is untouched.
+    """
+    spans = _spans(layout)
+    header = _header_bytes(spans, metadata)
+    waiting = dict(spans)
+    with atomic_file(path) as file:
+        file.write(header)
+        for name, tensor in tensors:
+            if name not in waiting:
+                raise ValueError(f"tensor {name!r} {'came twice' if name in spans else 'is not in the layout'}.")
+            raw = _raw_bytes(name, tensor, layout[name])
+            file.seek(len(header) + waiting.pop(name).start)
+            file.write(raw)
+            del tensor, raw  # else this one lives on while the iterable makes the next
+        if waiting:
+            raise ValueError(f"{len(waiting)} of {len(spans)} tensors never came: {first_five(waiting)}.")
+
+
+def safetensors_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Tensor name -> file, for a checkpoint folder in Hugging Face layout, single file or shards.
+
+    As in transformers, ``model.safetensors`` wins over an index, and a tensor that the index does not list is not
+    part of the model. Every file named is checked (:func:`read_header`).
+
+    Raises:
+        AdapterFileError: If there are no safetensors files, the index is damaged or names a file outside the folder,
+            a shard is missing or damaged, or a listed tensor is not where the index says.
+    """
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return dict.fromkeys(read_header(single).tensors, single)
+    if index.exists():
+        return _indexed_files(index)
+    if pickled := sorted(entry.name for entry in folder.glob("pytorch_model*.bin")):
+        raise AdapterFileError(
+            f"{folder} holds only pickled weights ({first_five(pickled)}). A pickled file can run code hidden in it, "
+            "so none is ever opened here. If you trust it, convert it once with transformers, using the AutoModel class "
+            f"of your task: AutoModel.from_pretrained({str(folder)!r}).save_pretrained('converted')."
+        )
+    raise AdapterFileError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+
+
+def _spans(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, TensorSpan]:
+    """Where each tensor goes, in file order."""
+    if unknown := sorted(name for name, (dtype, _) in layout.items() if dtype not in _NAME_OF):
+        raise ValueError(f"safetensors cannot hold {layout[unknown[0]][0]} of tensor {unknown[0]!r}.")
+    spans: dict[str, TensorSpan] = {}
+    position = 0
+    for name in sorted(layout, key=lambda name: (_LAYOUT_RANK[_NAME_OF[layout[name][0]]], name)):
+        dtype, shape = layout[name]
+        end = position + dtype.itemsize * torch.Size(shape).numel()
+        spans[name] = TensorSpan(_NAME_OF[dtype], tuple(shape), position, end)
+        position = end
+    check_spans(spans)
+    return spans
+
+
+def _header_bytes(spans: Mapping[str, TensorSpan], metadata: Mapping[str, str]) -> bytes:
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError("metadata must map strings to strings.")
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, (dtype, shape, start, end) in spans.items():
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _raw_bytes(name: str, tensor: Tensor, expected: tuple[torch.dtype, tuple[int, ...]]) -> memoryview:
+    """The bytes of a tensor as the format wants them, without a copy where it lies that way already."""
+    if (tensor.dtype, tuple(tensor.shape)) != (expected[0], tuple(expected[1])):
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"tensor {name!r} is {found}, the layout says {expected[0]} {tuple(expected[1])}.")
+    if tensor.is_meta or tensor.layout is not torch.strided or sys.byteorder != "little":
+        raise ValueError(f"tensor {name!r} has no plain little-endian bytes to write (meta or sparse?).")
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    try:
+        shard_of = parse_json(index.read_bytes()).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{index} is damaged: {error}") from error
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise AdapterFileError(f"{index} has no weight_map from tensor names to files.")
+    files = {shard: _shard(index, shard) for shard in set(map(str, shard_of.values()))}
+    tensors = {shard: read_header(file).tensors for shard, file in files.items()}
+    if lost := [name for name, shard in shard_of.items() if name not in tensors[str(shard)]]:
+        raise AdapterFileError(f"{index} lists {len(lost)} tensors their shards do not hold: {first_five(lost)}.")
+    return {name: files[shard] for name, shard in shard_of.items()}
+
+
+def _shard(index: Path, shard: str) -> Path:
+    if shard in ("", ".", "..") or any(character in "/\\\0:" for character in shard):
+        raise AdapterFileError(f"{index} names {shard[:80]!r}, which is not a plain file name inside its folder.")
+    return index.parent / shard
