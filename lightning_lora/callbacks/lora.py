@@ -1,0 +1,54 @@
+"""LoRA for a LightningModule one cannot edit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError
+from lightning_lora.mixin import LoRAMixin
+
+
+class LoRA(Callback):
+    """Adapts any LightningModule, as if it had been written with `LoRAMixin`.
+
+    The class of the module object is swapped for ``LoRAMixin`` in front of its own, so injection, adapter-only
+    checkpoints and checks are the mixin's. Optimizers keep the learning rates the module gives them: a rate meant for
+    full fine-tuning is about ten times too low for adapters.
+
+    Args:
+        config: What to adapt and how, a `LoRAConfig` or a mapping of its fields. None: the defaults, every layer.
+        root: Dotted name of the submodule to adapt. None: the whole module.
+        allow_other_base: Load checkpoints though their adapters were trained on other base weights.
+
+    Raises:
+        ConfigError: If the module is a LoRAMixin already.
+    """
+
+    def __init__(
+        self,
+        config: LoRAConfig | dict[str, Any] | None = None,
+        root: str | None = None,
+        allow_other_base: bool = False,
+    ) -> None:
+        self.config = LoRAConfig() if config is None else LoRAConfig.from_dict(config)
+        self.root = root
+        self.allow_other_base = allow_other_base
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the mixin in front of the module's class, before ``configure_model`` runs."""
+        if isinstance(pl_module, LoRAMixin):
+            if pl_module.lora is not self.config:
+                raise ConfigError(
+                    f"{type(pl_module).__name__} brings its own LoRA: give it its settings, or drop the callback."
+                )
+            return
+        kind = type(pl_module)
+        pl_module.__class__ = type(kind.__name__, (LoRAMixin, kind), {"__module__": kind.__module__})
+        assert isinstance(pl_module, LoRAMixin)
+        pl_module.lora, pl_module.lora_root = self.config, self.root
+        pl_module.lora_allow_other_base = self.allow_other_base

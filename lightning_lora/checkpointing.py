@@ -1,0 +1,130 @@
+"""Adapter-only Lightning checkpoints: what is kept of a checkpoint dictionary, and what is checked on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lora.adapter import check_not_merged, check_tensors, lora_layers
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, BaseMismatchError
+
+KEY = "lightning_lora"
+FORMAT = 1
+# `WeightAveraging` keeps a second copy of the weights under its own key.
+_STATES = ("state_dict", "current_model_state")
+
+
+def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None) -> None:
+    """Drop the frozen weights from ``checkpoint``, key optimizer state by name, and add the manifest.
+
+    Buffers stay: they are small, and some (running statistics) change in training.
+    """
+    check_not_merged(module, "save a checkpoint")
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for key in _STATES:
+        if key in checkpoint:
+            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
+    if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = _by_name(module, module.trainer.optimizers, checkpoint["optimizer_states"])
+    checkpoint[KEY] = {
+        "format": FORMAT,
+        "config": next(iter(lora_layers(module).values())).lora_spec.config.to_dict(),
+        "tensors": {name: list(p.shape) for name, p in _kept(module).items()},
+        "base_fingerprint": base_fingerprint,
+    }
+
+
+def plain_hyperparameters(checkpoint: dict[str, Any]) -> None:
+    """Store LoRA settings as plain types: an object would make the file unreadable under ``weights_only=True``."""
+    for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
+        hparams = checkpoint.get(key)
+        if isinstance(hparams, Mapping):
+            checkpoint[key] = {
+                name: value.to_dict() if isinstance(value, LoRAConfig) else value for name, value in hparams.items()
+            }
+
+
+def verify_and_complete(
+    module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None, allow_other_base: bool
+) -> None:
+    """Check a loaded checkpoint against the adapted ``module``, then fill in the frozen weights from it.
+
+    Raises:
+        AdapterFileError: If the checkpoint is not an adapter's, or its names or shapes differ.
+        BaseMismatchError: If it was trained on other base weights.
+    """
+    manifest = checkpoint.get(KEY)
+    if manifest is None:
+        raise AdapterFileError(
+            "this checkpoint holds no adapter (a full fine-tuning run, or one without lightning-lora), but the module "
+            "has one. Load it with lora=None."
+        )
+    if manifest["format"] > FORMAT:
+        raise AdapterFileError(f"checkpoint format {manifest['format']} is newer than {FORMAT}: update lightning-lora.")
+    expected = _kept(module)
+    check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
+    if not allow_other_base and None not in (base_fingerprint, manifest["base_fingerprint"]):
+        if base_fingerprint != manifest["base_fingerprint"]:
+            raise BaseMismatchError(
+                f"this checkpoint was trained on a base with fingerprint {manifest['base_fingerprint']}, the module's "
+                f"base has {base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
+            )
+    for key in _STATES:
+        # Sharded strategies load the weights themselves and pass no state here.
+        if key in checkpoint:
+            check_tensors(expected, {name: value for name, value in checkpoint[key].items() if name in manifest["tensors"]})
+            checkpoint[key] = module.state_dict() | checkpoint[key]
+
+
+def refuse_adapter(checkpoint: Mapping[str, Any]) -> None:
+    """Raise `AdapterFileError` if an adapter-only checkpoint is loaded into a module without LoRA."""
+    if KEY in checkpoint:
+        raise AdapterFileError(
+            "this checkpoint holds a LoRA adapter only, but the module has lora=None: give it the same lora settings, "
+            f"{checkpoint[KEY]['config']}."
+        )
+
+
+def _shaped(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), device="meta")
+
+
+def _kept(module: LightningModule) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _by_name(
+    module: LightningModule, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Optimizer states keyed by parameter name instead of position, so that any strategy can read them.
+
+    Positions index the optimizer's own list here and all parameters in sharded loaders; names mean the same in both.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    renamed = []
+    for optimizer, state in zip(optimizers, states, strict=True):
+        if not any(isinstance(key, int) for group in state["param_groups"] for key in group["params"]):
+            renamed.append(state)
+            continue
+        name_of = {
+            position: names[id(parameter)]
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+            for parameter, position in zip(group["params"], saved["params"], strict=True)
+        }
+        renamed.append(
+            state
+            | {
+                "state": {name_of[position]: value for position, value in state["state"].items()},
+                "param_groups": [
+                    group | {"params": [name_of[position] for position in group["params"]]}
+                    for group in state["param_groups"]
+                ],
+            }
+        )
+    return renamed

@@ -1,0 +1,228 @@
+"""LoRA for a LightningModule one can edit: add one base class and say `lora = LoRAConfig()`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from lightning_lora import adapter, adapter_io, checkpointing, optim
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
+from lightning_lora.fingerprint import base_digests, fingerprint
+
+Hook = Callable[..., Any]
+_UNSET: Any = object()
+
+
+def _outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
+    """Wrap a hook so that the named methods run once, around the outermost of nested ``super()`` calls."""
+
+    def wrap(hook: Hook) -> Hook:
+        inside = f"_lora_inside_{hook.__name__}"
+
+        @functools.wraps(hook)
+        def wrapped(self: LoRAMixin, *args: Any) -> Any:
+            if self.__dict__.get(inside):
+                return hook(self, *args)
+            if before:
+                getattr(self, before)(*args)
+            self.__dict__[inside] = True
+            try:
+                result = hook(self, *args)
+            finally:
+                self.__dict__[inside] = False
+            if after:
+                getattr(self, after)(*args)
+            return result
+
+        wrapped.__dict__["keeps_lora"] = True
+        return wrapped
+
+    return wrap
+
+
+_HOOKS = {
+    "configure_model": _outermost(after="apply_lora"),
+    "configure_optimizers": _outermost(before="_restore_factor_dtype"),
+    "on_train_start": _outermost(before="_check_optimizers"),
+    "on_save_checkpoint": _outermost(after="_after_save"),
+    "on_load_checkpoint": _outermost(before="_before_load"),
+}
+
+
+class LoRAMixin(LightningModule):
+    """Gives a LightningModule adapters, adapter-only checkpoints, and parameter groups; put it first among the bases.
+
+    ``lora`` may be a class attribute, set in ``__init__``, or passed to it; ``None`` means full fine-tuning with the
+    very same module. Adapters are injected at the end of the outermost ``configure_model``: before the optimizer,
+    before any strategy wraps or shards, and inside ``load_from_checkpoint``. A module that shards itself in
+    ``configure_model`` calls `apply_lora` there first.
+
+    Example::
+
+        class Mine(LoRAMixin, LightningModule):
+            lora = LoRAConfig(rank=16)
+
+    Args:
+        lora: A `LoRAConfig`, a mapping of its fields, or None for full fine-tuning.
+        lora_root: Dotted name of the submodule to adapt; everything outside it is left as it is. None: the module.
+    """
+
+    lora: LoRAConfig | dict[str, Any] | None = None
+    lora_root: str | None = None
+    # Load checkpoints though their adapters were trained on other base weights.
+    lora_allow_other_base: bool = False
+    _lora_base_fingerprint: str | None = None
+
+    def __init__(self, *args: Any, lora: Any = _UNSET, lora_root: Any = _UNSET, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if lora is not _UNSET:
+            self.lora = None if lora is None else LoRAConfig.from_dict(lora)
+        if lora_root is not _UNSET:
+            self.lora_root = lora_root
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A hook the user defines shadows ours; wrapping it keeps LoRA in force without a call to super().
+        for name, wrap in _HOOKS.items():
+            hook = getattr(cls, name)
+            if not hasattr(hook, "keeps_lora"):
+                setattr(cls, name, wrap(hook))
+
+    @override
+    @_HOOKS["configure_model"]
+    def configure_model(self) -> None:
+        """Inject the adapters after the module has built its layers."""
+        super().configure_model()
+
+    @override
+    @_HOOKS["configure_optimizers"]
+    def configure_optimizers(self) -> Any:
+        """Give the factors their own type back before an optimizer sees them."""
+        return super().configure_optimizers()
+
+    @override
+    @_HOOKS["on_train_start"]
+    def on_train_start(self) -> None:
+        """Refuse to train while an adapter is in no optimizer."""
+        super().on_train_start()
+
+    @override
+    @_HOOKS["on_save_checkpoint"]
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep adapters and fully trained modules only."""
+        super().on_save_checkpoint(checkpoint)
+
+    @override
+    @_HOOKS["on_load_checkpoint"]
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits before any of it is loaded."""
+        super().on_load_checkpoint(checkpoint)
+
+    def apply_lora(self) -> None:
+        """Inject the adapters now; nothing happens with ``lora=None`` or where they are in already.
+
+        Call it in ``configure_model`` before sharding the module yourself.
+
+        Raises:
+            ConfigError: If a setting is refused.
+            TargetNotFoundError: If a pattern matches nothing.
+            AlreadyShardedError: If the module is sharded already.
+        """
+        root = self._lora_module()
+        if self.lora is None or adapter.lora_layers(root):
+            return
+        self._refuse_weight_swapping()
+        report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
+        rank_zero_info(str(report))
+        if not any(parameter.is_meta for parameter in root.parameters()):
+            trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
+            self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
+        if any(module.training for module in root.modules()) and any(
+            not layer.training for layer in adapter.lora_layers(root).values()
+        ):
+            warnings.warn(
+                "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
+                "dropout and the adapters' stay off in training. Call .train() on it in __init__ or configure_model.",
+                stacklevel=2,
+            )
+
+    def lora_parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Optimizer groups by the learning-rate rule; see `lightning_lora.optim.parameter_groups`."""
+        return optim.parameter_groups(self, learning_rate)
+
+    def merge_lora(self) -> None:
+        """Fold the updates into the base weights, in place; see `lightning_lora.merge_lora`."""
+        adapter.merge_lora(self)
+
+    def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
+        """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""
+        return adapter_io.save_adapter(self, path, summary)
+
+    @property
+    @override
+    def strict_loading(self) -> bool:
+        """False while adapters are in: their checkpoints hold no frozen weights. What they hold is checked by us."""
+        return LightningModule.strict_loading.fget(self) and not self._has_adapters()  # pyright: ignore[reportOptionalCall]
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        LightningModule.strict_loading.fset(self, strict_loading)  # pyright: ignore[reportOptionalCall]
+
+    def _has_adapters(self) -> bool:
+        return bool(adapter.lora_layers(self))
+
+    def _lora_module(self) -> nn.Module:
+        if self.lora_root is None:
+            return self
+        modules = dict(self.named_modules())
+        if self.lora_root not in modules:
+            raise TargetNotFoundError(
+                f"lora_root {self.lora_root!r} is no submodule of {type(self).__name__}{closest(self.lora_root, modules)}."
+            )
+        return modules[self.lora_root]
+
+    def _refuse_weight_swapping(self) -> None:
+        trainer = self._trainer
+        for callback in getattr(trainer, "callbacks", []):
+            if isinstance(callback, StochasticWeightAveraging):
+                raise ConfigError(
+                    "StochasticWeightAveraging copies the module before the adapters exist and would average the base. "
+                    "Use lightning's EMAWeightAveraging instead."
+                )
+
+    def _restore_factor_dtype(self) -> None:
+        """Undo the cast of 'true' precision plugins, which lower adapters that were asked to stay wide."""
+        for layer in adapter.lora_layers(self).values():
+            wanted = layer.lora_factor_dtype
+            for factor in adapter.factors(layer):
+                if factor.dtype != wanted and not isinstance(factor, DTensor):
+                    factor.data = factor.data.to(wanted)
+
+    def _check_optimizers(self) -> None:
+        if self._has_adapters():
+            optim.check_optimizers(self, self.trainer.optimizers)
+            adapter.check_not_merged(self, "train")
+
+    def _after_save(self, checkpoint: dict[str, Any]) -> None:
+        checkpointing.plain_hyperparameters(checkpoint)
+        if self._has_adapters():
+            checkpointing.keep_adapters_only(self, checkpoint, self._lora_base_fingerprint)
+
+    def _before_load(self, checkpoint: dict[str, Any]) -> None:
+        if self._has_adapters():
+            checkpointing.verify_and_complete(
+                self, checkpoint, self._lora_base_fingerprint, self.lora_allow_other_base
+            )
+        else:
+            checkpointing.refuse_adapter(checkpoint)
