@@ -1,1 +1,66 @@
 """LoRA without regret for any LightningModule."""
+
+from lightning_lora.adapter import (
+    InjectionReport,
+    ParameterCount,
+    count_parameters,
+    disable_lora,
+    inject_lora,
+    load_lora_state_dict,
+    lora_layers,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
+from lightning_lora.adapter_io import load_adapter, save_adapter
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import (
+    AdapterFileError,
+    AlreadyShardedError,
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    GuardError,
+    LoRAError,
+    TargetNotFoundError,
+)
+from lightning_lora.layers import register_layer
+from lightning_lora.roles import register_role
+
+__all__ = [
+    "AdapterFileError",
+    "AlreadyShardedError",
+    "BaseMismatchError",
+    "ConfigError",
+    "DataError",
+    "GuardError",
+    "InjectionReport",
+    "LoRAConfig",
+    "LoRAError",
+    "LoRAMixin",
+    "ParameterCount",
+    "TargetNotFoundError",
+    "count_parameters",
+    "disable_lora",
+    "inject_lora",
+    "load_adapter",
+    "load_lora_state_dict",
+    "lora_layers",
+    "lora_state_dict",
+    "merge_lora",
+    "register_layer",
+    "register_role",
+    "remove_lora",
+    "save_adapter",
+    "unmerge_lora",
+]
+
+
+def __getattr__(name: str) -> object:
+    # The core works without Lightning; only the mixin needs it.
+    if name == "LoRAMixin":
+        from lightning_lora.mixin import LoRAMixin
+
+        return LoRAMixin
+    raise AttributeError(f"module 'lightning_lora' has no attribute {name!r}")

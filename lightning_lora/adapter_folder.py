@@ -96,7 +96,9 @@ def verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         AdapterFileError: Naming the file, what was expected and what was found.
     """
     if not isinstance(manifest.get("format"), int) or not isinstance(manifest.get("files"), dict):
-        raise AdapterFileError(f"{folder / MANIFEST_FILE} is not a lightning-lora manifest; delete it to load the rest.")
+        raise AdapterFileError(
+            f"{folder / MANIFEST_FILE} is not a lightning-lora manifest; delete it to load the rest."
+        )
     if manifest["format"] > FORMAT:
         raise AdapterFileError(
             f"{folder} has manifest format {manifest['format']}, newer than {FORMAT}: update lightning-lora."

@@ -178,8 +178,10 @@ def _matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
         )
     present = lora_layers(root)
     if present:
-        check_tensors({join(name, factor): getattr(layer, factor) for name, layer in present.items() for factor in FACTORS},
-                      folder.factors)
+        check_tensors(
+            {join(name, factor): getattr(layer, factor) for name, layer in present.items() for factor in FACTORS},
+            folder.factors,
+        )
         return []
     roles = module_roles(root)
     targets, problems = [], []

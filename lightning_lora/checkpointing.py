@@ -78,7 +78,9 @@ def verify_and_complete(
     for key in _STATES:
         # Sharded strategies load the weights themselves and pass no state here.
         if key in checkpoint:
-            check_tensors(expected, {name: value for name, value in checkpoint[key].items() if name in manifest["tensors"]})
+            check_tensors(
+                expected, {name: value for name, value in checkpoint[key].items() if name in manifest["tensors"]}
+            )
             checkpoint[key] = module.state_dict() | checkpoint[key]
 
 

@@ -125,7 +125,9 @@ class LoRAConfig:
         known = [item.name for item in fields(cls)]
         for name in settings:
             if name not in known:
-                raise ConfigError(f"lora has no setting {name!r}{closest(str(name), known)}. Known: {', '.join(known)}.")
+                raise ConfigError(
+                    f"lora has no setting {name!r}{closest(str(name), known)}. Known: {', '.join(known)}."
+                )
         return cls(**settings)
 
 

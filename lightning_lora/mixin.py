@@ -221,8 +221,6 @@ class LoRAMixin(LightningModule):
 
     def _before_load(self, checkpoint: dict[str, Any]) -> None:
         if self._has_adapters():
-            checkpointing.verify_and_complete(
-                self, checkpoint, self._lora_base_fingerprint, self.lora_allow_other_base
-            )
+            checkpointing.verify_and_complete(self, checkpoint, self._lora_base_fingerprint, self.lora_allow_other_base)
         else:
             checkpointing.refuse_adapter(checkpoint)

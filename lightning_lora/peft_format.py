@@ -99,7 +99,10 @@ def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[
     """The contents of ``adapter_config.json`` for the adapted layers of ``root``."""
     specs = {name: layer.lora_spec for name, layer in layers.items()}
     config = next(iter(specs.values())).config
-    rank, alpha = _most_common(spec.rank for spec in specs.values()), _most_common(spec.alpha for spec in specs.values())
+    rank, alpha = (
+        _most_common(spec.rank for spec in specs.values()),
+        _most_common(spec.alpha for spec in specs.values()),
+    )
     return _DEFAULTS | {
         "alpha_pattern": {name: _number(spec.alpha) for name, spec in specs.items() if spec.alpha != alpha},
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
@@ -124,7 +127,9 @@ def check_supported(peft: Mapping[str, Any], where: str) -> None:
     """
     if peft.get("peft_type") != "LORA":
         raise AdapterFileError(f"{where} is of type {peft.get('peft_type')!r}; only LORA adapters can be loaded.")
-    unsupported = [f"{key}={peft[key]!r}" for key, plain in _UNSUPPORTED.items() if key in peft and peft[key] not in plain]
+    unsupported = [
+        f"{key}={peft[key]!r}" for key, plain in _UNSUPPORTED.items() if key in peft and peft[key] not in plain
+    ]
     if peft.get("init_lora_weights", True) not in _PLAIN_INITS:
         # These change the base weights; the tensors alone do not give the trained model back.
         unsupported.append(f"init_lora_weights={peft['init_lora_weights']!r}")
@@ -176,7 +181,11 @@ def _target_modules(root: nn.Module, names: list[str]) -> list[str]:
 
 def _task_type(root: nn.Module) -> str | None:
     kind = type(root).__name__
-    for ending, task in (("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("SequenceClassification", "SEQ_CLS")):
+    for ending, task in (
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+        ("SequenceClassification", "SEQ_CLS"),
+    ):
         if kind.endswith(ending):
             return task
     return None

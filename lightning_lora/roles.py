@@ -17,7 +17,9 @@ from lightning_lora.patterns import first_match
 
 ROLES = ("attention", "mlp", "experts", "router", "embedding", "head", "other")
 
-_ATTENTION_NAMES = frozenset({"attn", "attention", "self_attn", "cross_attn", "self_attention", "encoder_attn", "mixer"})
+_ATTENTION_NAMES = frozenset(
+    {"attn", "attention", "self_attn", "cross_attn", "self_attention", "encoder_attn", "mixer"}
+)
 _MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward", "feedforward"})
 _QUERY_KEY_VALUE = (
     {"q_proj", "k_proj", "v_proj"},

@@ -134,17 +134,31 @@ def _check_matches(option: str, pattern: str, root: nn.Module, roles: Iterable[s
     if hit:
         name, module = next(iter(hit.items()))
         reason = refusal(module) or f"a {type(module).__name__} has no weight matrix to adapt"
-        inner = f" For the layers inside it write '{_below(name, pattern)}'." if any(True for _ in module.children()) else ""
+        inner = (
+            f" For the layers inside it write '{_below(name, pattern)}'."
+            if any(True for _ in module.children())
+            else ""
+        )
         raise TargetNotFoundError(f"{option} {pattern!r} matches {name!r}, which cannot be adapted: {reason}.{inner}")
     leaves = dict.fromkeys([name.rpartition(".")[2] for name in roles] + roles)
     hint = closest(pattern.rpartition(".")[2] or pattern, leaves, count=5)
-    globs = " Patterns are names or globs such as '*.mlp.*', not regular expressions." if set(pattern) & set("\\^$(|+") else ""
+    globs = (
+        " Patterns are names or globs such as '*.mlp.*', not regular expressions."
+        if set(pattern) & set("\\^$(|+")
+        else ""
+    )
     raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(roles)} adaptable layers{hint}.{globs}")
 
 
 def _below(name: str, pattern: str) -> str:
     """A glob for what lies inside the modules that ``pattern`` hits, of which ``name`` is one."""
-    return f"{pattern}.*" if name == pattern else f"*{pattern.removeprefix('*')}.*" if pattern.startswith("*") else f"*.{pattern}.*"
+    return (
+        f"{pattern}.*"
+        if name == pattern
+        else f"*{pattern.removeprefix('*')}.*"
+        if pattern.startswith("*")
+        else f"*.{pattern}.*"
+    )
 
 
 def _trainable(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -193,7 +207,9 @@ def _check_ranks(layers: tuple[Target, ...], config: LoRAConfig) -> None:
         for pattern in patterns:
             if not any(matches(name, pattern) for name in names):
                 hint = closest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
-                raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(names)} adapted layers{hint}.")
+                raise TargetNotFoundError(
+                    f"{option} {pattern!r} matches none of the {len(names)} adapted layers{hint}."
+                )
     for layer in layers:
         num_in, num_out = layer.kind.dimensions(layer.module)
         if layer.spec.rank > min(num_in, num_out):

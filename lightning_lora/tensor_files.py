@@ -95,8 +95,8 @@ def safetensors_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     if pickled := sorted(entry.name for entry in folder.glob("pytorch_model*.bin")):
         raise AdapterFileError(
             f"{folder} holds only pickled weights ({first_five(pickled)}). A pickled file can run code hidden in it, "
-            "so none is ever opened here. If you trust it, convert it once with transformers, using the AutoModel class "
-            f"of your task: AutoModel.from_pretrained({str(folder)!r}).save_pretrained('converted')."
+            "so none is ever opened here. If you trust it, convert it once with transformers (with the AutoModel "
+            f"class of your task): AutoModel.from_pretrained({str(folder)!r}).save_pretrained('converted')."
         )
     raise AdapterFileError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
 

@@ -1,0 +1,9 @@
+"""Lightning callbacks; each works without arguments."""
+
+from .adapter_checkpoint import AdapterCheckpoint
+from .guard import LoRAGuard
+from .lora import LoRA
+from .merge import MergeOnFitEnd
+from .progress import LoRAProgressBar
+
+__all__ = ["AdapterCheckpoint", "LoRA", "LoRAGuard", "LoRAProgressBar", "MergeOnFitEnd"]

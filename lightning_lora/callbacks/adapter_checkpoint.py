@@ -1,0 +1,90 @@
+"""Adapter folders written while training, ready for PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_lora.adapter import lora_layers
+from lightning_lora.adapter_io import save_adapter
+from lightning_lora.errors import ConfigError, closest
+
+
+class AdapterCheckpoint(Callback):
+    """Writes the adapter as a folder that PEFT loads: ``last`` after every validation and at the end, and ``best``.
+
+    These folders hold weights only; to continue a run use the checkpoints of Lightning's ``ModelCheckpoint``.
+
+    Args:
+        dirpath: Where the folders go. None: ``adapters`` in the run folder.
+        monitor: Logged metric that decides which adapter is ``best``. None: only ``last`` is written.
+        mode: ``"min"`` or ``"max"``: whether a lower or a higher value is better.
+
+    Raises:
+        ConfigError: If ``mode`` is neither, or the monitored metric is not logged.
+    """
+
+    def __init__(self, dirpath: str | None = None, monitor: str | None = None, mode: str = "min") -> None:
+        if mode not in ("min", "max"):
+            raise ConfigError(f"mode must be min or max, got {mode!r}.")
+        self.dirpath = dirpath
+        self.monitor = monitor
+        self.mode = mode
+        self.best_score: float | None = None
+        self._saved_step = -1
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where there is nothing to write."""
+        if not lora_layers(pl_module):
+            rank_zero_info("no adapters to write: full fine-tuning.")
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``last``, and ``best`` where the metric has improved."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._save(trainer, pl_module, "last")
+        self._saved_step = trainer.global_step
+        if self.monitor is not None:
+            score = self._score(trainer)
+            if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
+                self.best_score = score
+                self._save(trainer, pl_module, "best")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``last`` unless a validation has just done so."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, pl_module, "last")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The best score, so that a resumed run does not overwrite a better adapter."""
+        return {"best_score": self.best_score}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score back."""
+        self.best_score = state_dict["best_score"]
+
+    def _score(self, trainer: Trainer) -> float:
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise ConfigError(
+                f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged{closest(str(self.monitor), metrics)}. "
+                f"Logged: {', '.join(metrics) or 'nothing'}."
+            )
+        return float(metrics[self.monitor])
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        if not lora_layers(pl_module):
+            return
+        folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "adapters"
+        facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        save_adapter(pl_module, folder / name, {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts)
+        trainer.strategy.barrier("adapter written")

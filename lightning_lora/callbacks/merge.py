@@ -1,0 +1,51 @@
+"""A merged model at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_lora.adapter import lora_layers
+from lightning_lora.errors import ConfigError
+from lightning_lora.merged import save_merged
+
+
+class MergeOnFitEnd(Callback):
+    """Writes the model with its adapters folded in when ``fit`` ends; the module keeps its adapters.
+
+    Args:
+        dirpath: The folder to write. None: ``merged`` in the run folder.
+
+    Raises:
+        ConfigError: If the strategy shards the weights, or nothing is adapted.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse sharded weights before the run, not after it."""
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise ConfigError(
+                f"MergeOnFitEnd cannot merge the sharded weights of {type(trainer.strategy).__name__}; write adapters "
+                f"with AdapterCheckpoint and run `lightning-lora merge BASE ADAPTER OUT` afterwards."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run without adapters."""
+        if not lora_layers(pl_module):
+            raise ConfigError("MergeOnFitEnd has nothing to merge: the module has no adapters (lora is null).")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the merged model."""
+        if trainer.is_global_zero:
+            root = Path(trainer.log_dir or trainer.default_root_dir)
+            path = save_merged(pl_module, self.dirpath or root / "merged", getattr(pl_module, "tokenizer", None))
+            rank_zero_info(f"merged model written to {path}")

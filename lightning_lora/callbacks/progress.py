@@ -1,0 +1,188 @@
+"""Training progress as a bar on a terminal and as plain lines everywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.adapter import factors, lora_layers
+from lightning_lora.errors import ConfigError
+
+from .pace import Pace
+
+BAR_SECONDS = 0.5  # between two readings of the bar: often enough to watch, rare enough to cost nothing
+
+
+class LoRAProgressBar(RichProgressBar):
+    """Shows loss, learning rate of the adapters, tokens per second and peak memory while training.
+
+    On a terminal or in a notebook it is a bar. Elsewhere (a log file, a pipe, a batch job, ``TERM=dumb``) it prints
+    plain lines without control characters: one per ``every_n_steps`` optimizer steps, one after the last step, and one
+    with the validation metrics after each validation. Only rank zero shows anything, and it counts its own tokens.
+
+    Tokens are those of ``attention_mask`` (padding left out), else all of ``input_ids``, else rows are counted. Time
+    spent in validation does not count. The loss is ``train_loss`` where the module logs it at every step, else what
+    ``training_step`` returns. Memory is the peak allocated on the GPU, else the peak resident size of this process,
+    in MB (10^6 bytes).
+
+    Args:
+        every_n_steps: Optimizer steps between two plain lines, at least 1.
+
+    Raises:
+        ConfigError: If ``every_n_steps`` is less than 1.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+        super().__init__(refresh_rate=10)
+        self.every_n_steps = every_n_steps
+        self.plain = not _on_terminal()
+        self._pace = Pace()
+        self._reset()
+
+    @property
+    @override
+    def is_enabled(self) -> bool:
+        """Whether there is a bar; plain lines are printed where there is none."""
+        return super().is_enabled and not self.plain
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look where the output goes now: it may have been redirected since the bar was made."""
+        self.plain = not _on_terminal()
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._reset()
+        self._last_step = trainer.global_step
+        self._pace.restart()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and read all numbers when they are due."""
+        if self._enabled:
+            self._epoch = trainer.current_epoch
+            self._pace.add(batch)
+            self._loss = self._current_loss(trainer, pl_module, outputs)
+            if self._is_due(trainer.global_step):
+                self._report(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the steps after the last full ``every_n_steps``, which may be all there were."""
+        super().on_train_end(trainer, pl_module)
+        if self.plain and self._enabled and trainer.global_step > self._last_step:
+            self._report(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock, and remember which metrics are not the validation's."""
+        self._pace.pause()
+        self._other_metrics = trainer.callback_metrics.keys() - self._val_metrics
+        super().on_validation_start(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the validation metrics, and let the clock run on."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            logged = trainer.callback_metrics
+            self._val_metrics.update(logged.keys() - self._other_metrics)
+            texts = {name: f"{float(logged[name]):.4g}" for name in logged if name in self._val_metrics}
+            self._print_line(trainer, "validation at ", texts)
+        self._pace.resume()
+
+    @override
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What the bar shows: our readings, then what the module logs with ``prog_bar=True``."""
+        logged = super().get_metrics(trainer, pl_module)
+        hidden = {"loss"} if "train_loss" in logged else set()
+        return {name: text for name, text in self.readings.items() if name not in hidden} | logged
+
+    def _reset(self) -> None:
+        self.readings: dict[str, str] = {}
+        self._last_step = self._epoch = 0
+        self._loss: Tensor | None = None
+        self._logged_loss: Tensor | None = None
+        self._val_metrics: set[str] = set()
+        self._other_metrics: set[str] = set()
+
+    def _is_due(self, step: int) -> bool:
+        if not self.plain:
+            return not self.readings or self._pace.seconds >= BAR_SECONDS
+        # Division and not remainder: with manual optimization one batch can take several optimizer steps.
+        return step // self.every_n_steps > self._last_step // self.every_n_steps
+
+    def _current_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
+        logged, previous = trainer.callback_metrics.get("train_loss"), self._logged_loss
+        self._logged_loss = logged
+        if logged is not None and logged is not previous:  # the same object again is last epoch's mean
+            return logged
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return None
+        # Lightning has divided it, but only where it steps the optimizer itself.
+        return loss * trainer.accumulate_grad_batches if pl_module.automatic_optimization else loss
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read everything, once: this waits for the device."""
+        self._last_step = trainer.global_step
+        self.readings = {}
+        if self._loss is not None:
+            self.readings["loss"] = f"{float(self._loss):.4g}"
+        if rates := _learning_rates(trainer, pl_module):
+            self.readings["lr"] = "/".join(f"{rate:.3g}" for rate in rates)
+        if speed := self._pace.read():
+            self.readings[f"{speed[0]}/s"] = f"{speed[1]:,.0f}" if speed[1] >= 10 else f"{speed[1]:.2g}"
+        if (peak := _peak_bytes(pl_module.device)) is not None:
+            self.readings["memory"] = f"{peak / 1e6:,.0f} MB"
+        self._print_line(trainer, "", self.readings)
+
+    def _print_line(self, trainer: Trainer, prefix: str, texts: Mapping[str, str]) -> None:
+        if self.plain and self._enabled:
+            last = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+            where = f"{prefix}epoch {self._epoch}, step {trainer.global_step}{last}"
+            self.print("  ".join([where, *(f"{name} {text}" for name, text in texts.items())]), flush=True)
+
+
+def _on_terminal() -> bool:
+    """Whether the output can be drawn over. Colour settings do not matter: a coloured log file is still a file."""
+    console = Console()
+    return console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal)
+
+
+def _learning_rates(trainer: Trainer, pl_module: LightningModule) -> list[float]:
+    """The distinct rates of the groups that hold adapters, or of all groups where there are none."""
+    adapters = {id(factor) for layer in lora_layers(pl_module).values() for factor in factors(layer)}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    ours = [group for group in groups if any(id(parameter) in adapters for parameter in group["params"])]
+    return list(dict.fromkeys(float(group["lr"]) for group in ours or groups if "lr" in group))
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """Peak memory so far: allocated on a CUDA device, else resident in this process; ``None`` where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

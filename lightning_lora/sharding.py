@@ -1,0 +1,50 @@
+"""FSDP2 for an adapted module: one shard group per repeated block, one for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_lora.errors import ConfigError
+
+
+def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[nn.Module]] | None = None) -> nn.Module:
+    """Shard ``module`` over the data-parallel dimension of ``mesh``; call it in ``configure_model`` after `apply_lora`.
+
+    FSDP2 shards parameter by parameter, so frozen weights and adapters may share a group.
+
+    Args:
+        module: The adapted module, with real weights.
+        mesh: The device mesh of the strategy, or its data-parallel part.
+        block_types: Types of the blocks that form a group each. None: the members of every outermost
+            ``nn.ModuleList`` that holds two or more modules of one type.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ConfigError: If ``block_types`` are given and the module holds none of them.
+    """
+    if "data_parallel" in (mesh.mesh_dim_names or ()):
+        mesh = mesh["data_parallel"]
+    for block in _blocks(module, block_types):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+def _blocks(module: nn.Module, block_types: Sequence[type[nn.Module]] | None) -> list[nn.Module]:
+    if block_types is not None:
+        blocks = [child for child in module.modules() if isinstance(child, tuple(block_types))]
+        if not blocks:
+            raise ConfigError(f"{type(module).__name__} holds no {', '.join(kind.__name__ for kind in block_types)}.")
+        return blocks
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(child, nn.ModuleList) and not inside and len(child) > 1 and len({type(c) for c in child}) == 1:
+            lists.append((name, child))
+    return [block for _, blocks in lists for block in blocks]

@@ -1,0 +1,187 @@
+"""A pretrained transformers model inside a LightningModule: checked first, loaded late, optimized by one rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torchmetrics import Metric
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
+from typing_extensions import override
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, closest
+from lightning_lora.mixin import LoRAMixin
+from lightning_lora.optim import check_learning_rate
+from lightning_lora.sharding import shard_lora
+from lightning_lora.targets import resolve_targets
+from lightning_lora.tasks.token_loss import TokenWeightedLoss
+
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class PretrainedTask(LoRAMixin, TokenWeightedLoss):
+    """Loads a transformers model in ``configure_model`` and trains it by the learning-rate rule.
+
+    Before any weight is read, the model is built without memory and the LoRA settings are resolved against it, so
+    that a wrong name costs a second. Name patterns are those of the transformers model.
+
+    Args:
+        model: Folder of a model on this machine, or its hub name. Weights are read as safetensors only.
+        learning_rate: The learning rate *of full fine-tuning*; adapters train at ``lora.lr_multiplier`` times it.
+        lora: LoRA settings, or None for full fine-tuning.
+        weight_decay: AdamW's decay of fully trained parameters; adapters have none.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        schedule: Learning rate after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to zero.
+        dtype: Type of the base weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None: that of the trainer's
+            precision.
+
+    Raises:
+        ConfigError: If a setting is refused, or the model cannot be found.
+        TargetNotFoundError: If a LoRA pattern matches nothing in this model.
+    """
+
+    auto_class: ClassVar[Any]
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float,
+        lora: LoRAConfig | dict[str, Any] | None,
+        weight_decay: float,
+        warmup_steps: int,
+        schedule: str,
+        dtype: str | None,
+    ) -> None:
+        super().__init__(lora=lora, lora_root="model")
+        check_learning_rate(learning_rate)
+        if not isinstance(weight_decay, (int, float)) or weight_decay < 0:
+            raise ConfigError(f"weight_decay must be at least 0, got {weight_decay!r}.")
+        if not isinstance(warmup_steps, int) or warmup_steps < 0:
+            raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
+        if schedule not in SCHEDULES:
+            raise ConfigError(
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{closest(schedule, SCHEDULES)}."
+            )
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}.")
+        self.model_name = str(model)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.dtype_name = dtype
+        self.model_config = self._read_config()
+        self.model: PreTrainedModel | None = None
+        if self.lora is not None:
+            self.lora = self._settle(LoRAConfig.from_dict(self.lora))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model."""
+        return AutoTokenizer.from_pretrained(self.model_name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding table."""
+        return self.model_config.get_text_config().vocab_size
+
+    @override
+    def configure_model(self) -> None:
+        """Load the base once, adapt it, and shard it where the strategy asks for that."""
+        if self.model is not None:
+            return
+        self.model = self._load()
+        # transformers hands models out in eval mode and Lightning leaves them so.
+        self.model.train()
+        self.apply_lora()
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            shard_lora(self.model, self.device_mesh)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """AdamW by the learning-rate rule, fused where the precision allows it."""
+        optimizer = torch.optim.AdamW(
+            self.lora_parameter_groups(self.learning_rate),
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=self.weight_decay,
+            # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
+            fused=self.trainer.precision != "16-mixed",
+        )
+        if self.schedule == "constant" and not self.warmup_steps:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        if self.warmup_steps >= steps:
+            rank_zero_warn(f"warmup_steps={self.warmup_steps}, but the run has {steps} steps: it never leaves warm-up.")
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def reset_metrics(self) -> None:
+        """Empty the running metrics.
+
+        Done where an evaluation starts, not where it ends: ``validate`` runs in inference mode, ``fit`` does not, and
+        the fresh tensors must belong to the mode that fills them.
+        """
+        for module in self.children():
+            if isinstance(module, Metric):
+                module.reset()
+
+    def _model_kwargs(self) -> dict[str, Any]:
+        """What this task adds to the model's config."""
+        return {}
+
+    def _settle(self, config: LoRAConfig) -> LoRAConfig:
+        """Resolve the settings against a model without memory; raises what injection would raise later."""
+        skeleton = self._skeleton()
+        config = dataclasses.replace(config, trainable=self._trained_modules(skeleton, config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # injection says it again, with the real model
+            resolve_targets(skeleton, config)
+        return config
+
+    def _trained_modules(self, skeleton: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
+        """Name patterns of the modules to train in full."""
+        return tuple(config.trainable)
+
+    def _skeleton(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.auto_class.from_config(self.model_config)
+
+    def _read_config(self) -> PreTrainedConfig:
+        if self._is_path() and not Path(self.model_name).is_dir():
+            raise ConfigError(f"model {self.model_name!r} is not a folder on this machine.")
+        try:
+            return AutoConfig.from_pretrained(self.model_name, **self._model_kwargs())
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model {self.model_name!r} cannot be used: {reason} Give a folder with config.json and safetensors "
+                f"weights, or a hub name."
+            ) from error
+
+    def _is_path(self) -> bool:
+        # A hub name is "name" or "owner/name"; anything with another shape can only be a path.
+        return self.model_name.startswith((".", "/", "~")) or self.model_name.count("/") > 1
+
+    def _load(self) -> PreTrainedModel:
+        dtype = getattr(torch, self.dtype_name) if self.dtype_name else torch.get_default_dtype()
+        try:
+            return self.auto_class.from_pretrained(
+                self.model_name, config=self.model_config, dtype=dtype, use_safetensors=True
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"the weights of {self.model_name!r} cannot be read: {str(error).strip().splitlines()[0]} Only "
+                f"safetensors files are loaded."
+            ) from error

@@ -1,0 +1,66 @@
+"""A loss per supervised token of the whole optimizer step, exact under accumulation and data parallelism."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+# Sums over thousands of tokens would overflow float16; a power of two divides out again without rounding.
+_SUM_SCALE = 1024.0
+
+
+class TokenWeightedLoss(LightningModule):
+    r"""Makes every supervised token of an optimizer step count the same, wherever it stands.
+
+    Lightning averages the means of micro-batches, then of ranks: a token in a short micro-batch counts more. Here
+    ``training_step`` returns ``token_loss(sum, count)``, and before the step the gradients are divided by the number
+    of tokens in all micro-batches of all ranks, the short last window included. ``k`` micro-batches of ``b`` rows, or
+    ``k`` ranks, then give the gradient of one batch of ``k b`` rows.
+
+    References:
+        https://github.com/Lightning-AI/pytorch-lightning/issues/20350
+    """
+
+    _window_tokens: Tensor | int = 0
+
+    def token_loss(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
+        """What ``training_step`` returns.
+
+        Args:
+            loss_sum: Sum of the losses of the supervised tokens of this micro-batch, nats.
+            num_tokens: Their number.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            if not self._window_tokens:
+                rank_zero_warn("DeepSpeed steps inside its engine: the loss is a mean of means over micro-batches.")
+            self._window_tokens = 1
+            return loss_sum / num_tokens.clamp(min=1)
+        self._window_tokens = self._window_tokens + num_tokens.detach()
+        return loss_sum / _SUM_SCALE
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
+        super().on_before_optimizer_step(optimizer)
+        tokens, self._window_tokens = self._window_tokens, 0
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not isinstance(tokens, Tensor) or not gradients:
+            return
+        tokens, ranks = self._over_ranks(tokens)
+        # Lightning has divided by the accumulation steps and averaged over ranks; both are undone here.
+        factor = _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
+        torch._foreach_mul_(gradients, factor)
+
+    def _over_ranks(self, tokens: Tensor) -> tuple[int, int]:
+        if self.trainer.world_size == 1:
+            return int(tokens), 1
+        mesh = self.device_mesh
+        group = mesh["data_parallel"].get_group() if mesh is not None else None
+        total = tokens.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return int(total), torch.distributed.get_world_size(group)
