@@ -1,5 +1,7 @@
 """LoRA without regret for any LightningModule."""
 
+from typing import TYPE_CHECKING
+
 from lightning_lora.adapter import (
     InjectionReport,
     ParameterCount,
@@ -27,6 +29,9 @@ from lightning_lora.errors import (
 )
 from lightning_lora.layers import register_layer
 from lightning_lora.roles import register_role
+
+if TYPE_CHECKING:
+    from lightning_lora.mixin import LoRAMixin
 
 __all__ = [
     "AdapterFileError",

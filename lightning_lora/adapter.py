@@ -63,8 +63,9 @@ class InjectionReport:
         roles = [spec.role for spec in self.layers.values()]
         counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
         reasons = list(self.skipped.values())
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [
-            f"lora: {len(self.layers)} layers adapted ({counts}), rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}",
+            f"lora: {len(self.layers)} layers adapted ({counts}), rank {rank}",
             f"lora: {self.parameters.trainable:,} of {self.parameters.total:,} parameters train "
             f"({self.parameters.share:.2%}), adapter {self.adapter_bytes / 1e6:.2f} MB",
         ]

@@ -116,7 +116,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
 
 
 def _interop_root(module: nn.Module, names: list[str]) -> nn.Module:
-    """The Hugging Face model that holds all the layers, whether ``names`` start at it or at ``module``; else ``module``."""
+    """The Hugging Face model that holds all the layers, named from it or from ``module``; else ``module`` itself."""
     for prefix, model in hugging_face_models(module):
         inner = set(dict(model.named_modules()))
         if all(name.removeprefix(f"{prefix}.") in inner if prefix else name in inner for name in names):
@@ -126,7 +126,7 @@ def _interop_root(module: nn.Module, names: list[str]) -> nn.Module:
 
 def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
     return {
-        name: parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
         for name, parameter in root.named_parameters()
         if parameter.requires_grad and name.rpartition(".")[2] not in FACTORS
     }
@@ -173,8 +173,8 @@ def _matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
     missing = [name for name in folder.ranks if name not in modules]
     if missing:
         raise AdapterFileError(
-            f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not exist "
-            f"in {type(root).__name__}: {first_five(missing)}."
+            f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not "
+            f"exist in {type(root).__name__}: {first_five(missing)}."
         )
     present = lora_layers(root)
     if present:
@@ -224,7 +224,7 @@ def _check_base(root: nn.Module, folder: AdapterFolder) -> None:
         other = [name for name in layers if digests.get(join(name, "weight")) != layers[name]["base"]]
         where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
         raise BaseMismatchError(
-            f"{folder.path} was trained on a base with fingerprint {folder.manifest['base_fingerprint']}, this one has "
-            f"{fingerprint(digests)}: {where}{f' ({first_five(other)})' if other else ''}. Load the right base, or pass "
-            f"allow_other_base=True."
+            f"{folder.path} was trained on a base with fingerprint {folder.manifest['base_fingerprint']}, this one "
+            f"has {fingerprint(digests)}: {where}{f' ({first_five(other)})' if other else ''}. Load the right base, "
+            f"or pass allow_other_base=True."
         )

@@ -69,12 +69,13 @@ def verify_and_complete(
         raise AdapterFileError(f"checkpoint format {manifest['format']} is newer than {FORMAT}: update lightning-lora.")
     expected = _kept(module)
     check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
-    if not allow_other_base and None not in (base_fingerprint, manifest["base_fingerprint"]):
-        if base_fingerprint != manifest["base_fingerprint"]:
-            raise BaseMismatchError(
-                f"this checkpoint was trained on a base with fingerprint {manifest['base_fingerprint']}, the module's "
-                f"base has {base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
-            )
+    trained_on = manifest["base_fingerprint"]
+    # Either may be unknown: a base without memory has no fingerprint.
+    if not allow_other_base and None not in (base_fingerprint, trained_on) and base_fingerprint != trained_on:
+        raise BaseMismatchError(
+            f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
+            f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
+        )
     for key in _STATES:
         # Sharded strategies load the weights themselves and pass no state here.
         if key in checkpoint:

@@ -187,9 +187,8 @@ class LoRAMixin(LightningModule):
             return self
         modules = dict(self.named_modules())
         if self.lora_root not in modules:
-            raise TargetNotFoundError(
-                f"lora_root {self.lora_root!r} is no submodule of {type(self).__name__}{closest(self.lora_root, modules)}."
-            )
+            hint = closest(self.lora_root, modules)
+            raise TargetNotFoundError(f"lora_root {self.lora_root!r} is no submodule of {type(self).__name__}{hint}.")
         return modules[self.lora_root]
 
     def _refuse_weight_swapping(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
@@ -46,7 +47,7 @@ class LoRALayer(nn.Module):
     out differently (`weight_delta`).
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_spec: AdapterSpec
@@ -107,7 +108,9 @@ class LoRALayer(nn.Module):
         """Whether training has moved the factor that started at zero."""
         return bool(self.lora_B.detach().any())
 
+    @override
     def extra_repr(self) -> str:
+        """The base layer's, with rank and alpha."""
         return f"{super().extra_repr()}, rank={self.lora_spec.rank}, alpha={self.lora_spec.alpha:g}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -183,7 +186,7 @@ def detach(layer: LoRALayer) -> None:
     original = base_type(type(layer))
     for name in ("lora_A", "lora_B", "lora_spec", "lora_enabled", "lora_base_weight", "lora_factor_dtype"):
         delattr(layer, name)
-    layer.__class__ = original
+    layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _factor_dtype(base: torch.dtype, config: LoRAConfig) -> torch.dtype:

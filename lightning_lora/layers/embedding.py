@@ -30,11 +30,11 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
 
     @override
-    def forward(self, rows: Tensor) -> Tensor:
-        y = super().forward(rows)
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
         if not self.lora_active:
             return y
-        update = embedding_update(rows, self.lora_A, self.lora_B, self.lora_spec.scale)
+        update = embedding_update(input, self.lora_A, self.lora_B, self.lora_spec.scale)
         return y + update.to(y.dtype) * self._embed_scale
 
     @property

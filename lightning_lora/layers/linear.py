@@ -30,11 +30,11 @@ class LoRALinear(LoRALayer, nn.Linear):
         return module.in_features, module.out_features
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
         if not self.lora_active:
             return y
-        return y + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
+        return y + linear_update(input, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
 
 
 class LoRAConv1D(LoRALayer):

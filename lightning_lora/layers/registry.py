@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers.base import LoRALayer
@@ -80,7 +80,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def _weight_refusal(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, (UninitializedParameter, UninitializedBuffer):
         return "it is lazy and has no shape yet: run one batch through the model first"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (a parametrization)"

@@ -106,7 +106,7 @@ class CausalLM(PretrainedTask):
         return {"loss": losses.sum(-1) / num_tokens.clamp(min=1), "tokens": num_tokens}
 
     def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (0 where unsupervised), predictions right or wrong, and the supervision mask, ``(rows, tokens - 1)``."""
+        """Losses (0 where unsupervised), right predictions, and which tokens count, each ``(rows, tokens - 1)``."""
         logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1]
         labels = batch["labels"][:, 1:]
         losses = F.cross_entropy(

@@ -1,0 +1,119 @@
+"""Conversations and texts to token ids, with the tokens that are trained on marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DataError
+from .records import Conversation, Text
+from .template import Span, find_template, render_conversations
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row of tokens.
+
+    Args:
+        ids: Token ids.
+        supervised: Whether a token is trained on. The first never is: nothing comes before it to predict it from.
+
+    Shape:
+        - ``ids``: ``(tokens,)``, int64; ``supervised``: ``(tokens,)``, bool.
+    """
+
+    ids: numpy.ndarray
+    supervised: numpy.ndarray
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | Text]) -> list[Encoded]:
+    """Token ids and training mask of each record, in order.
+
+    Conversations go through the tokenizer's chat template; without one, a single question becomes ``prompt``, a line
+    break, ``completion`` and the end token, the two sides tokenised apart. A plain text becomes the begin token where
+    the tokenizer adds one, the text, and the end token.
+
+    Raises:
+        ConfigError: If the tokenizer has no end token and the row needs one.
+        DataError: If the template refuses a conversation, or there is none and the row has several turns.
+    """
+    texts = [record for record in records if isinstance(record, Text)]
+    conversations = [record for record in records if isinstance(record, Conversation)]
+    template = find_template(tokenizer)
+    if texts:
+        encoded = _encode_texts(tokenizer, texts)
+    elif template is None:
+        encoded = _encode_pairs(tokenizer, conversations)
+    else:
+        encoded = _encode_spans(tokenizer, *render_conversations(tokenizer, template, conversations))
+    for row in encoded:
+        row.supervised[:1] = False
+    return encoded
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, records: list[Text]) -> list[Encoded]:
+    start, end = _start_ids(tokenizer), [_end_id(tokenizer)]
+    rows = [numpy.array([*start, *ids, *end]) for ids in _ids(tokenizer, [record.text for record in records])]
+    return [Encoded(ids, numpy.ones(len(ids), dtype=bool)) for ids in rows]
+
+
+def _encode_pairs(tokenizer: PreTrainedTokenizerBase, records: list[Conversation]) -> list[Encoded]:
+    for record in records:
+        roles = [message["role"] for message in record.messages]
+        if roles != ["user", "assistant"]:
+            raise DataError(
+                f"{record.place}: the tokenizer has no chat template, and the turns {roles} need one (only one user "
+                "turn with one answer goes without). Take the tokenizer of an instruction-tuned model, or set its "
+                "chat_template."
+            )
+    start, end = _start_ids(tokenizer), [_end_id(tokenizer)]
+    prompts = _ids(tokenizer, [record.messages[0]["content"] + "\n" for record in records])
+    answers = _ids(tokenizer, [record.messages[1]["content"] for record in records])
+    rows = [
+        (len(start) + len(prompt), numpy.array([*start, *prompt, *answer, *end]))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return [Encoded(ids, numpy.arange(len(ids)) >= boundary) for boundary, ids in rows]
+
+
+def _encode_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: list[list[Span]]) -> list[Encoded]:
+    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_PLAIN)
+    return [
+        Encoded(numpy.array(ids, dtype=numpy.int64), _covers(numpy.array(offsets).reshape(-1, 2), row_spans))
+        for ids, offsets, row_spans in zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
+    ]
+
+
+def _covers(offsets: numpy.ndarray, spans: list[Span]) -> numpy.ndarray:
+    """Whether each token covers a character of a span."""
+    # Byte-level tokenizers trim blanks off the offsets and give every byte of a character the same ones:
+    # a token therefore starts where the one before it ended, or earlier if it says so.
+    ends = offsets[:, 1]
+    starts = numpy.minimum(offsets[:, 0], numpy.concatenate([[0], ends[:-1]]))
+    covered = numpy.zeros(len(offsets), dtype=bool)
+    for first, last in spans:
+        covered |= (starts < last) & (ends > first)
+    return covered
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, **_PLAIN)["input_ids"]  # type: ignore[return-value]
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    first = tokenizer("a", **_PLAIN)["input_ids"][0]  # type: ignore[index]
+    return [first] if first == tokenizer.bos_token_id else []
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no eos_token, so the model could not learn where to stop; set one.")
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
+_PLAIN: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
+"""As it comes: rows are cut and padded later, where it is counted."""

@@ -1,0 +1,191 @@
+"""Supervised fine-tuning data."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from ..errors import ConfigError
+from .collate import Collate
+from .split import SplitStatistics, check_ids, keep_supervised, read_split
+from .tokenizer import find_tokenizer, pad_id
+
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
+"""Splits of each stage, the one it cannot do without first."""
+
+
+class SFTDataModule(LightningDataModule):
+    """Batches of ``input_ids``, ``attention_mask`` and ``labels`` with loss on the answers only.
+
+    Each of ``train``, ``validation`` and ``test`` is a file, a glob, a hub name, or a list of these. Files are
+    ``.json`` (a list of objects, or one per line), ``.jsonl``, ``.csv``, each also with ``.gz``, and ``.parquet``. A
+    name is a hub name (``name``, ``owner/name``, ``owner/name:split`` or ``owner/name:config:split``) when nothing on
+    disk has it and it cannot be a path.
+
+    The columns decide how a row is read, by the first that fits: ``messages`` (role, content), ``conversations``
+    (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt`` and
+    ``completion``, ``question`` and ``answer``, ``text``. Conversations go through the tokenizer's chat template. The
+    loss is on every assistant turn and the token that ends it, or on all of a plain text.
+
+    Tokens are cached in ``HF_DATASETS_CACHE``. The same ``seed`` gives the same order of rows in every epoch, on any
+    number of devices and whatever else draws random numbers.
+
+    Args:
+        train: Rows to train on; ``None`` when only validating or testing.
+        validation: Rows for the validation loss; ``None`` skips validation.
+        test: Rows for ``test`` and ``predict``.
+        batch_size: Rows per batch and device.
+        max_length: Tokens kept of a row, from its beginning. Rows cut and rows left without loss are counted and
+            warned about.
+        tokenizer: Folder, hub name or tokenizer; ``None`` takes the one of the model being trained.
+        num_workers: Processes that make batches; 0 makes them in the main process, which is mostly fast enough.
+        seed: Decides the order of the training rows, 0 or more.
+        max_rows: Use only the first rows of ``train``; ``None`` uses all.
+        validation_rows: Use only the first rows of ``validation``; ``None`` uses all.
+
+    Attributes:
+        statistics: Counts of each split that has been set up.
+        rows: The tokens of each split that has been set up, a dataset with ``input_ids``, ``supervised`` and the
+            ``place`` each row came from.
+
+    Raises:
+        ConfigError: If a number is out of its range. Later: if there is no tokenizer, or no data for what is run.
+        DataError: Later: if a file or a row cannot be used.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_rows: int | None = None,
+        validation_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
+        numbers |= {"seed": (seed, 0), "max_rows": (max_rows, 1), "validation_rows": (validation_rows, 1)}
+        for name, (value, least) in numbers.items():
+            optional = name.endswith("_rows") and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+        self.sources = {"train": train, "validation": validation, "test": test}
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.tokenizer = tokenizer
+        self.num_workers = num_workers
+        self.seed = seed
+        self.limits = {"train": max_rows, "validation": validation_rows, "test": None}
+        self.statistics: dict[str, SplitStatistics] = {}
+        self.rows: dict[str, Dataset] = {}
+        self._collate: Collate | None = None
+        if validation is None:
+            # Lightning then says that validation is skipped, instead of wondering about a loader of length zero.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+
+    @override
+    def prepare_data(self) -> None:
+        """Fill the cache, in one process per node."""
+        tokenizer = self._find_tokenizer()
+        for split in self._splits(self.trainer.state.fn if self.trainer else None):
+            self._read(split, tokenizer)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokens, check them against the model, count them. ``None`` sets up all splits given."""
+        tokenizer = self._find_tokenizer()
+        vocab_size = self._vocab_size()
+        self._collate = Collate(pad_id(tokenizer, vocab_size))
+        for split in self._splits(stage):
+            rows = self._read(split, tokenizer)
+            if vocab_size is not None:
+                check_ids(rows, vocab_size)
+            self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.max_length)
+        if self.num_workers:
+            # Workers only read tokens. Without this the tokenizer warns at every fork that it has been used.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    @override
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Rows in the order of ``seed`` and epoch; every device gets its share of the same order."""
+        # Lightning keeps a DistributedSampler as it is; one of its own would take the global seed.
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return self._loader("train", lambda rows: DistributedSampler(rows, seed=_spread(self.seed), **share))
+
+    @override
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
+        """Rows in the order of the files; nothing without ``validation``."""
+        return self._loader("validation") if self.sources["validation"] is not None else []
+
+    @override
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Rows in the order of the files."""
+        return self._loader("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Rows of ``test`` in the order of the files."""
+        return self._loader("test")
+
+    def _loader(
+        self, split: str, sampler: Callable[[Any], Sampler[int]] = SequentialSampler
+    ) -> DataLoader[dict[str, Tensor]]:
+        if split not in self.rows:
+            raise ConfigError(f"no {split} rows are loaded; give {split}= and call setup() first.")
+        rows: Any = self.rows[split].select_columns(["input_ids", "supervised"]).with_format("numpy")
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler(rows),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self._collate,
+            generator=torch.Generator().manual_seed(_spread(self.seed)),  # or the loader would draw from the global one
+        )
+
+    def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        names = self.sources[split]
+        assert names is not None
+        return read_split(names, split, tokenizer, self.max_length, self.limits[split])
+
+    def _splits(self, stage: str | None) -> list[str]:
+        given = [split for split, names in self.sources.items() if names is not None]
+        if stage is None:
+            return given
+        needed, *optional = _STAGES[stage]
+        if needed not in given:
+            raise ConfigError(f"{stage} needs {needed} rows: give {needed}= files or a hub name.")
+        return [needed, *(split for split in optional if split in given)]
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            return find_tokenizer(None, self._module())
+        self.tokenizer = find_tokenizer(self.tokenizer, None)
+        return self.tokenizer
+
+    def _vocab_size(self) -> int | None:
+        size = getattr(self._module(), "vocab_size", None)
+        return size if isinstance(size, int) else None
+
+    def _module(self) -> LightningModule | None:
+        return self.trainer.lightning_module if self.trainer else None
+
+
+def _spread(seed: int) -> int:
+    # DistributedSampler adds the epoch to its seed, and torch keeps 32 bits of the sum:
+    # epoch 1 of seed 0 must not be epoch 0 of seed 1, nor seed 2**32 be seed 0.
+    return random.Random(seed).getrandbits(32)

@@ -1,0 +1,120 @@
+"""Where rows come from: files on disk and datasets of the hub, told apart before anything is opened."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..errors import DataError
+from .progress import progress_on_terminals
+from .reading import SUFFIXES, Row, file_kind, read_rows
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """One file on disk.
+
+    Args:
+        name: The path as the user wrote it, or as the glob found it.
+    """
+
+    name: str
+
+    def identity(self) -> list[Any]:
+        """What changes when the rows may have changed: absolute path, size in bytes, time of writing in ns."""
+        status = os.stat(self.name)
+        return [os.path.abspath(self.name), status.st_size, status.st_mtime_ns]
+
+    def rows(self) -> Generator[Row, None, None]:
+        """The rows in file order."""
+        return read_rows(Path(self.name))
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a dataset of the Hugging Face hub. Code of the dataset's author is never run.
+
+    Args:
+        name: ``owner/name`` as the hub spells it.
+        config: Configuration of the dataset, ``None`` for its only one.
+        split: Split to read.
+    """
+
+    name: str
+    config: str | None
+    split: str
+
+    def load(self) -> datasets.Dataset:
+        """Download, or find in the cache."""
+        try:
+            with progress_on_terminals():
+                return datasets.load_dataset(self.name, self.config, split=self.split)
+        except Exception as error:  # network, unknown name, missing configuration: each library raises its own
+            raise DataError(
+                f"{self.name!r} is not a file on disk, and split {self.split!r} of a hub dataset of that name cannot "
+                f"be loaded: {error}. Write a path, or 'owner/name', 'owner/name:split' or 'owner/name:config:split'."
+            ) from error
+
+    def identity(self) -> list[Any]:
+        """What changes when the rows may have changed: the name and the fingerprint of the downloaded revision."""
+        return [self.name, self.config, self.split, self.load()._fingerprint]
+
+    def rows(self) -> Generator[Row, None, None]:
+        """The rows in the order of the split."""
+        for index, columns in enumerate(self.load()):
+            yield Row(f"{self.name}:{self.split}, row {index}", dict(columns))
+
+
+def is_path_like(name: str) -> bool:
+    """Whether a name can only be a path: a glob, a known suffix, a root, or a folder that exists."""
+    parent = Path(name).parent
+    return (
+        glob.has_magic(name)
+        or name.startswith((".", "~", os.sep))
+        or file_kind(Path(name)) is not None
+        or _HUB_NAME.fullmatch(name) is None
+        or (parent != Path() and parent.is_dir())
+    )
+
+
+def find_sources(names: str | list[str], split: str) -> list[FileSource | HubSource]:
+    """What the user named, in the order given; a glob in alphabetical order.
+
+    Args:
+        names: Files, globs (``**`` looks into subfolders) or hub names.
+        split: Split of a hub dataset whose name does not say one.
+
+    Raises:
+        DataError: If a file does not exist, is a folder or of an unknown kind, or a glob matches nothing.
+    """
+    names = [names] if isinstance(names, (str, os.PathLike)) else list(names)
+    if not names:
+        raise DataError(f"{split} is an empty list; name at least one file or hub dataset, or leave {split} out.")
+    return [source for name in names for source in _sources_of(os.path.expanduser(os.fspath(name)), split)]
+
+
+def _sources_of(name: str, split: str) -> list[FileSource | HubSource]:
+    if not os.path.exists(name) and not is_path_like(name):
+        hub_name, *rest = name.split(":")
+        return [HubSource(hub_name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else split)]
+    files = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+    if not files:
+        what = "matches no file" if glob.has_magic(name) else "does not exist"
+        raise DataError(f"{name!r} {what} (looked from {os.getcwd()}).")
+    for file in files:
+        if os.path.isdir(file):
+            raise DataError(f"{file!r} is a folder; name the files in it, for example '{file.rstrip('/')}/*.jsonl'.")
+        if file_kind(Path(file)) is None:
+            raise DataError(
+                f"{file!r} is of an unknown kind; readable are {', '.join(SUFFIXES)}, and all but .parquet with .gz."
+            )
+    return [FileSource(file) for file in files]

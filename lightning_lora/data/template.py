@@ -1,0 +1,101 @@
+"""Chat templates: conversations to text, with the spans the assistant wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import DataError
+from .records import Conversation, Message
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+"""First character of an answer, and the one after its last."""
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template in use, or ``None``; of several the one named ``default``."""
+    return tokenizer.get_chat_template() if tokenizer.chat_template else None
+
+
+def render_conversations(
+    tokenizer: PreTrainedTokenizerBase, template: str, records: Sequence[Conversation]
+) -> tuple[list[str], list[list[Span]]]:
+    """Text of each conversation and the spans of its answers, end-of-turn tokens included.
+
+    The spans are the template's own ``{% generation %}`` marks, or where it has none, what each assistant turn adds
+    to the prompt before it.
+
+    Raises:
+        DataError: If the template refuses a conversation, or has no marks and rewrites earlier turns.
+    """
+    conversations = [record.messages for record in records]
+    if _GENERATION.search(template):
+        return _render(tokenizer, template, records, conversations, marked=True)
+    texts, _ = _render(tokenizer, template, records, conversations)
+    return texts, _turn_spans(tokenizer, template, records, texts)
+
+
+def _turn_spans(
+    tokenizer: PreTrainedTokenizerBase, template: str, records: Sequence[Conversation], texts: list[str]
+) -> list[list[Span]]:
+    turns = [
+        (index, number)
+        for index, record in enumerate(records)
+        for number, message in enumerate(record.messages)
+        if message["role"] == "assistant"
+    ]
+    for index, number in turns:
+        if number == 0:
+            place = records[index].place
+            raise DataError(f"{place}: starts with the assistant, so there is no prompt to tell its answer from.")
+    owners = [records[index] for index, _ in turns]
+    before = [records[index].messages[:number] for index, number in turns]
+    after = [records[index].messages[: number + 1] for index, number in turns]
+    prompts, _ = _render(tokenizer, template, owners, before, prompt=True)
+    answers, _ = _render(tokenizer, template, owners, after)
+    # What follows the token that ends a turn (a line break, usually) is never sampled, so it is not trained on.
+    marks = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
+    spans: list[list[Span]] = [[] for _ in records]
+    for (index, number), prompt, answer in zip(turns, prompts, answers, strict=True):
+        if not (answer.startswith(prompt) and texts[index].startswith(answer)):
+            raise DataError(
+                f"{records[index].place}: the chat template renders turn {number} differently inside the whole "
+                "conversation, so the answer cannot be told from the prompt. Put {% generation %} and "
+                "{% endgeneration %} around the assistant's text in the template, or keep single-turn rows."
+            )
+        closed = answer.rstrip()
+        spans[index].append((len(prompt), len(closed) if closed.endswith(marks) else len(answer)))
+    return spans
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    records: Sequence[Conversation],
+    conversations: list[list[Message]],
+    marked: bool = False,
+    prompt: bool = False,
+) -> tuple[list[str], list[list[Span]]]:
+    # Not apply_chat_template: it keeps the spans to itself, and its mask is empty for answers that begin with a blank.
+    options: dict[str, Any] = {
+        **tokenizer.special_tokens_map,
+        "chat_template": template,
+        "return_assistant_tokens_mask": marked,
+        "add_generation_prompt": prompt,
+    }
+    try:
+        rendered: Any = render_jinja_template(conversations, **options)
+    except Exception:  # a template can raise anything; find the row that makes it
+        for record, conversation in zip(records, conversations, strict=True):
+            try:
+                render_jinja_template([conversation], **options)
+            except Exception as error:
+                raise DataError(f"{record.place}: the chat template refuses this conversation: {error}") from error
+        raise
+    return rendered

@@ -1,0 +1,59 @@
+"""Which tokenizer to use, and how it pads."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from .sources import is_path_like
+
+
+def find_tokenizer(given: str | PreTrainedTokenizerBase | None, module: object | None) -> PreTrainedTokenizerBase:
+    """The tokenizer given, loaded where it is a name, or else the one of the model being trained.
+
+    Args:
+        given: Folder, hub name, tokenizer, or ``None``.
+        module: The LightningModule of the run, ``None`` outside a Trainer.
+
+    Raises:
+        ConfigError: If there is none or it cannot be loaded.
+    """
+    if given is None:
+        given = getattr(module, "tokenizer", None)
+    if isinstance(given, (str, os.PathLike)):
+        return _load(os.path.expanduser(os.fspath(given)))
+    if given is None:
+        whose = "there is no model yet" if module is None else f"{type(module).__name__} has no attribute 'tokenizer'"
+        raise ConfigError(
+            f"no tokenizer: none was given and {whose}. Pass tokenizer= a folder, a hub name or an object."
+        )
+    if not isinstance(given, PreTrainedTokenizerBase):
+        raise ConfigError(f"tokenizer must be a folder, a hub name or a tokenizer, got {type(given).__name__}.")
+    return given
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:
+    """Id that fills short rows: the pad token's, or the end token's.
+
+    Raises:
+        ConfigError: If the tokenizer has neither, or the model no embedding for it.
+    """
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if not isinstance(found, int):
+        raise ConfigError("the tokenizer has neither a pad_token nor an eos_token to fill short rows with; set one.")
+    if vocab_size is not None and found >= vocab_size:
+        raise ConfigError(
+            f"the padding id {found} is not below the model's vocab_size={vocab_size}; set another pad_token."
+        )
+    return found
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    if is_path_like(name) and not os.path.isdir(name):
+        raise ConfigError(f"tokenizer folder {name!r} does not exist (looked from {os.getcwd()}).")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # missing files, network, a tokenizer that needs its author's code
+        raise ConfigError(f"tokenizer {name!r} cannot be loaded: {error}") from error

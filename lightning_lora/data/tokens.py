@@ -1,0 +1,141 @@
+"""Rows to a cached dataset of tokens: made once per node, shared by all its processes and by later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import tokenizers
+import transformers
+from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DataError, LoRAError
+from . import encoding, reading, records, template
+from .encoding import Encoded, encode
+from .progress import progress_on_terminals
+from .records import Conversation, Text, find_format
+from .sources import FileSource, HubSource
+
+_BATCH = 1000
+"""Rows tokenised together."""
+
+COLUMNS = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "supervised": List(Value("bool")),
+        "length": Value("int32"),
+        "trained": Value("int32"),
+        "largest_id": Value("int32"),
+        "open_ended": Value("bool"),
+        "place": Value("string"),
+    }
+)
+"""A row of tokens: ids and mask after cutting, tokens before cutting, trained tokens after it, the largest id, whether
+the conversation ends with another turn than the assistant's, and the place it came from."""
+
+
+def tokenise(
+    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
+) -> Dataset:
+    """The first ``limit`` rows of a source as tokens (columns of `COLUMNS`), from the cache if nothing has changed.
+
+    Args:
+        source: Where the rows come from.
+        tokenizer: A fast tokenizer.
+        max_length: Tokens kept of a row, from its beginning.
+        limit: Rows to read, ``None`` for all.
+
+    Raises:
+        ConfigError: If the cache folder cannot be written.
+        DataError: If the source cannot be read or a row of it cannot be used.
+    """
+    try:
+        key = [source.identity(), tokenizer_identity(tokenizer), max_length, limit]
+        with progress_on_terminals():
+            return Dataset.from_generator(
+                partial(_token_rows, source, tokenizer, max_length, limit),
+                features=COLUMNS,
+                cache_dir=cache_folder(),
+                fingerprint=hashlib.sha256(json.dumps([key, _CODE]).encode()).hexdigest()[:32],
+            )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, LoRAError):
+            raise error.__cause__ from error.__cause__.__cause__
+        raise DataError(f"{source.name} cannot be tokenised: {error.__cause__ or error}") from error
+
+
+def cache_folder() -> str:
+    """The cache of ``datasets``, known to be writable.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"tokenised data cannot be written to {folder} ({error}). Set the environment variable HF_DATASETS_CACHE "
+            "to a folder that can be written."
+        ) from error
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides the ids and the mask.
+
+    Raises:
+        ConfigError: If the tokenizer is not a fast one, which alone know what characters a token covers.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
+    tokenizer("", padding=False, truncation=False)  # the state of the last call is part of what is hashed
+    described: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    parts = [described, template.find_template(tokenizer), tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _token_rows(
+    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
+) -> Iterator[dict[str, Any]]:
+    with closing(source.rows()) as whole:
+        rows = islice(whole, limit)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{source.name} has no rows.")
+        read = find_format(first).read
+        rows = chain([first], rows)
+        while batch := [read(row) for row in islice(rows, _BATCH)]:
+            for record, encoded in zip(batch, encode(tokenizer, batch), strict=True):
+                yield _token_row(record, encoded, max_length)
+
+
+def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -> dict[str, Any]:
+    supervised = encoded.supervised[:max_length]
+    return {
+        "input_ids": encoded.ids[:max_length],
+        "supervised": supervised,
+        "length": len(encoded.ids),
+        "trained": int(supervised.sum()),
+        "largest_id": int(encoded.ids[:max_length].max(initial=-1)),
+        "open_ended": isinstance(record, Conversation) and record.messages[-1]["role"] != "assistant",
+        "place": record.place,
+    }
+
+
+_CODE = [transformers.__version__, tokenizers.__version__] + [
+    inspect.getsource(module) for module in (reading, records, template, encoding)
+]
+"""What else decides the tokens: other code must not find the tokens of today in the cache."""
