@@ -80,7 +80,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def _weight_refusal(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
-    if isinstance(weight, (UninitializedParameter, UninitializedBuffer):
+    if isinstance(weight, (UninitializedParameter, UninitializedBuffer)):
         return "it is lazy and has no shape yet: run one batch through the model first"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (a parametrization)"
