@@ -42,7 +42,9 @@ from lightning_lora.targets import Target
 from lightning_lora.tensor_files import write_tensors
 
 
-def save_adapter(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
+def save_adapter(
+    module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None = None, tokenizer: Any = None
+) -> Path:
     """Write the adapters of ``module`` as a folder that PEFT and vLLM load, with our manifest and a model card.
 
     Names are relative to the Hugging Face model inside ``module`` where there is one, as PEFT expects. The folder
@@ -53,6 +55,7 @@ def save_adapter(module: nn.Module, path: str | Path, summary: Mapping[str, Any]
         module: An adapted module, its updates not merged.
         path: The folder to write.
         summary: Facts of the training run for manifest and card: name to number or text.
+        tokenizer: Written beside the adapter if given.
 
     Returns:
         The folder.
@@ -75,7 +78,7 @@ def save_adapter(module: nn.Module, path: str | Path, summary: Mapping[str, Any]
         for factor in FACTORS
     } | {peft_format.PREFIX + name: tensor for name, tensor in trained.items()}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _write(Path(path), peft, tensors, manifest)
+        _write(Path(path), peft, tensors, manifest, tokenizer)
     return Path(path)
 
 
@@ -153,7 +156,9 @@ def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[s
     }
 
 
-def _write(path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+def _write(
+    path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifest: dict[str, Any], tokenizer: Any
+) -> None:
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_folder(path, replaces=peft_format.CONFIG_FILE) as folder:
         (folder / peft_format.CONFIG_FILE).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n")
@@ -165,6 +170,8 @@ def _write(path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifes
         }
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(peft, manifest))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def _matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:

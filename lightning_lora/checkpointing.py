@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,6 +17,7 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError
 
 KEY = "lightning_lora"
 FORMAT = 1
+_FIELDS = {"format", "config", "tensors", "base_fingerprint"}
 # `WeightAveraging` keeps a second copy of the weights under its own key.
 _STATES = ("state_dict", "current_model_state")
 
@@ -23,18 +25,24 @@ _STATES = ("state_dict", "current_model_state")
 def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None) -> None:
     """Drop the frozen weights from ``checkpoint``, key optimizer state by name, and add the manifest.
 
-    Buffers stay: they are small, and some (running statistics) change in training.
+    Buffers stay: they are small, and some (running statistics) change in training. A checkpoint in shards stays whole
+    and gets the manifest only: its loader asks for every parameter of the module.
     """
     check_not_merged(module, "save a checkpoint")
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    for key in _STATES:
-        if key in checkpoint:
-            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
-    if "optimizer_states" in checkpoint:
-        checkpoint["optimizer_states"] = _by_name(module, module.trainer.optimizers, checkpoint["optimizer_states"])
+    if not _in_shards(module.trainer.strategy):
+        frozen = _frozen(module)
+        for key in _STATES:
+            if key in checkpoint:
+                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = _by_name(module, module.trainer.optimizers, checkpoint["optimizer_states"])
+    specs = {name: layer.lora_spec for name, layer in lora_layers(module).items()}
     checkpoint[KEY] = {
         "format": FORMAT,
-        "config": next(iter(lora_layers(module).values())).lora_spec.config.to_dict(),
+        "module": f"{type(module).__module__}.{type(module).__qualname__}",
+        "config": next(iter(specs.values())).config.to_dict(),
+        "roles": {name: spec.role for name, spec in specs.items()},
+        "alphas": {name: spec.alpha for name, spec in specs.items()},
         "tensors": {name: list(p.shape) for name, p in _kept(module).items()},
         "base_fingerprint": base_fingerprint,
     }
@@ -65,6 +73,8 @@ def verify_and_complete(
             "this checkpoint holds no adapter (a full fine-tuning run, or one without lightning-lora), but the module "
             "has one. Load it with lora=None."
         )
+    if not isinstance(manifest, dict) or not manifest.keys() >= _FIELDS:
+        raise AdapterFileError(f"the checkpoint's {KEY!r} entry is no manifest: it lacks {sorted(_FIELDS)}.")
     if manifest["format"] > FORMAT:
         raise AdapterFileError(f"checkpoint format {manifest['format']} is newer than {FORMAT}: update lightning-lora.")
     expected = _kept(module)
@@ -76,13 +86,14 @@ def verify_and_complete(
             f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
             f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
         )
+    # The base is the module's own, whatever the file holds.
+    base = _frozen(module)
     for key in _STATES:
         # Sharded strategies load the weights themselves and pass no state here.
         if key in checkpoint:
-            check_tensors(
-                expected, {name: value for name, value in checkpoint[key].items() if name in manifest["tensors"]}
-            )
-            checkpoint[key] = module.state_dict() | checkpoint[key]
+            state = {name: value for name, value in checkpoint[key].items() if name not in base}
+            check_tensors(expected, {name: value for name, value in state.items() if name in manifest["tensors"]})
+            checkpoint[key] = module.state_dict() | state
 
 
 def refuse_adapter(checkpoint: Mapping[str, Any]) -> None:
@@ -102,6 +113,15 @@ def _kept(module: LightningModule) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def _frozen(module: LightningModule) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _in_shards(strategy: Strategy) -> bool:
+    """Whether ``strategy`` writes a folder of shards. Its setting is private in Lightning, under two names."""
+    return getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "full") == "sharded")
+
+
 def _by_name(
     module: LightningModule, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -112,11 +132,12 @@ def _by_name(
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     renamed = []
     for optimizer, state in zip(optimizers, states, strict=True):
-        if not any(isinstance(key, int) for group in state["param_groups"] for key in group["params"]):
+        # Sharded strategies give the state to rank 0 only.
+        if not any(isinstance(key, int) for group in state.get("param_groups", ()) for key in group["params"]):
             renamed.append(state)
             continue
         name_of = {
-            position: names[id(parameter)]
+            position: names.get(id(parameter), position)
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
             for parameter, position in zip(group["params"], saved["params"], strict=True)
         }

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_lora import adapter, adapter_io, checkpointing, optim
 from lightning_lora.config import LoRAConfig
@@ -53,7 +54,6 @@ def _outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
 
 _HOOKS = {
     "configure_model": _outermost(after="apply_lora"),
-    "configure_optimizers": _outermost(before="_restore_factor_dtype"),
     "on_train_start": _outermost(before="_check_optimizers"),
     "on_save_checkpoint": _outermost(after="_after_save"),
     "on_load_checkpoint": _outermost(before="_before_load"),
@@ -106,12 +106,6 @@ class LoRAMixin(LightningModule):
         super().configure_model()
 
     @override
-    @_HOOKS["configure_optimizers"]
-    def configure_optimizers(self) -> Any:
-        """Give the factors their own type back before an optimizer sees them."""
-        return super().configure_optimizers()
-
-    @override
     @_HOOKS["on_train_start"]
     def on_train_start(self) -> None:
         """Refuse to train while an adapter is in no optimizer."""
@@ -139,8 +133,10 @@ class LoRAMixin(LightningModule):
             TargetNotFoundError: If a pattern matches nothing.
             AlreadyShardedError: If the module is sharded already.
         """
+        if self.lora is None:
+            return
         root = self._lora_module()
-        if self.lora is None or adapter.lora_layers(root):
+        if adapter.lora_layers(root):
             return
         self._refuse_weight_swapping()
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
@@ -148,9 +144,7 @@ class LoRAMixin(LightningModule):
         if not any(parameter.is_meta for parameter in root.parameters()):
             trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
             self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
-        if any(module.training for module in root.modules()) and any(
-            not layer.training for layer in adapter.lora_layers(root).values()
-        ):
+        if self.training and not all(layer.training for layer in adapter.lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
                 "dropout and the adapters' stay off in training. Call .train() on it in __init__ or configure_model.",
@@ -200,13 +194,17 @@ class LoRAMixin(LightningModule):
                     "Use lightning's EMAWeightAveraging instead."
                 )
 
-    def _restore_factor_dtype(self) -> None:
-        """Undo the cast of 'true' precision plugins, which lower adapters that were asked to stay wide."""
-        for layer in adapter.lora_layers(self).values():
-            wanted = layer.lora_factor_dtype
-            for factor in adapter.factors(layer):
-                if factor.dtype != wanted and not isinstance(factor, DTensor):
-                    factor.data = factor.data.to(wanted)
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep adapters as wide as they are: 'true' precision plugins lower every parameter, resumed ones too."""
+        layers = adapter.lora_layers(self).values()
+        wide = {factor: factor.data for layer in layers for factor in adapter.factors(layer)}
+        super()._apply(fn, recurse)
+        for factor, data in wide.items():
+            lowered = torch.promote_types(factor.dtype, data.dtype) != factor.dtype
+            if lowered and not isinstance(factor, DTensor):
+                factor.data = data.to(factor.device)
+        return self
 
     def _check_optimizers(self) -> None:
         if self._has_adapters():

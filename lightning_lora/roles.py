@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers.registry import adapter_kind
+from lightning_lora.layers.registry import adapter_kind, refusal
 from lightning_lora.patterns import first_match
 
 ROLES = ("attention", "mlp", "experts", "router", "embedding", "head", "other")
@@ -53,12 +53,15 @@ def register_role(pattern: str, role: str) -> None:
 
 
 def module_roles(root: nn.Module) -> dict[str, str]:
-    """Dotted name to role of every adaptable module below ``root`` (itself included, under the empty name)."""
+    """Dotted name to role of every module with weights below ``root`` (itself included, under the empty name).
+
+    Layers that would be adapted but for a `refusal` have their role too.
+    """
     modules = dict(root.named_modules())
     heads = _heads(root)
     roles = {}
     for name, module in modules.items():
-        if adapter_kind(module) is None:
+        if adapter_kind(module) is None and refusal(module) is None:
             continue
         registered = first_match(name, _REGISTERED, "")
         if registered:

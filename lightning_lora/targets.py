@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest, first_five
@@ -52,21 +53,41 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     """
     if any(isinstance(module, LoRALayer) for module in root.modules()):
         raise ConfigError("the module is adapted already; call remove_lora(module) before adapting it again.")
+    _check_built(root)
     refused = _refused(root)
-    roles = {name: role for name, role in module_roles(root).items() if name not in refused}
+    every = module_roles(root)
+    roles = {name: role for name, role in every.items() if name not in refused}
     if not roles:
         found = ", ".join(sorted({type(module).__name__ for module in root.modules()})[:8])
         reasons = "".join(f" {name}: {reason}." for name, reason in list(refused.items())[:3])
         raise TargetNotFoundError(f"{type(root).__name__} has no layer that can be adapted; it holds {found}.{reasons}")
     trainable = _trainable(root, config)
-    selected, skipped = _select(root, roles, config, trainable)
+    selected, skipped = _select(root, roles, refused, config, trainable)
     _check_tied(root, selected)
     kept = tuple(_target(root, name, roles[name], config) for name in selected)
     _check_ranks(kept, config)
-    if refused and config.targets == "all":
-        names = [f"{name} ({reason})" for name, reason in refused.items()]
-        warnings.warn(f"targets='all', but {len(names)} layers cannot be adapted: {first_five(names)}.", stacklevel=3)
+    passed_over = [
+        f"{name} ({reason})"
+        for name, reason in refused.items()
+        if _is_targeted(name, every[name], config) and not _is_left_out(name, config, trainable)
+    ]
+    if passed_over:
+        warnings.warn(
+            f"{len(passed_over)} targeted layers cannot be adapted and stay frozen: {first_five(passed_over)}. Name "
+            f"them in exclude if that is meant.",
+            stacklevel=3,
+        )
     return Targets(kept, trainable, skipped | refused)
+
+
+def _check_built(root: nn.Module) -> None:
+    # Freezing, counting and hashing all need shapes, so one unbuilt layer anywhere is one too many.
+    lazy = [name for name, parameter in root.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise ConfigError(
+            f"{len(lazy)} parameters are lazy and have no shape yet ({first_five(lazy)}): run one batch through the "
+            f"model first."
+        )
 
 
 def _refused(root: nn.Module) -> dict[str, str]:
@@ -81,19 +102,25 @@ def _refused(root: nn.Module) -> dict[str, str]:
 
 
 def _select(
-    root: nn.Module, roles: dict[str, str], config: LoRAConfig, trainable: dict[str, nn.Module]
+    root: nn.Module,
+    roles: dict[str, str],
+    refused: dict[str, str],
+    config: LoRAConfig,
+    trainable: dict[str, nn.Module],
 ) -> tuple[list[str], dict[str, str]]:
-    wanted = _wanted(root, roles, config)
+    wanted = _wanted(root, roles, refused, config)
     skipped = {}
     for name, role in roles.items():
-        if any(name == top or name.startswith(f"{top}.") or top == "" for top in trainable):
+        if _is_inside(name, trainable):
             skipped[name] = "trained in full"
         elif name in wanted and matches_any(name, config.exclude):
             skipped[name] = "excluded"
         elif name not in wanted:
             skipped[name] = f"{role}, not targeted"
     for pattern in config.exclude:
-        _check_matches("exclude", pattern, root, roles)
+        # What cannot be adapted may be left out by name: that says it is known.
+        if not any(matches(name, pattern) for name in refused):
+            _check_matches("exclude", pattern, root, roles, refused)
     selected = [name for name in roles if name not in skipped]
     if not selected:
         raise TargetNotFoundError(
@@ -103,10 +130,29 @@ def _select(
     return selected, skipped
 
 
-def _wanted(root: nn.Module, roles: dict[str, str], config: LoRAConfig) -> list[str]:
+def _is_inside(name: str, tops: Iterable[str]) -> bool:
+    return any(name == top or name.startswith(f"{top}.") or top == "" for top in tops)
+
+
+def _is_left_out(name: str, config: LoRAConfig, trainable: dict[str, nn.Module]) -> bool:
+    return matches_any(name, config.exclude) or _is_inside(name, trainable)
+
+
+def _is_targeted(name: str, role: str, config: LoRAConfig) -> bool:
+    """Whether the settings ask for a layer, before exclusions."""
+    if (role == "head" and config.adapt_head) or (role == "embedding" and config.adapt_embeddings):
+        return True
     if isinstance(config.targets, str):
-        names = {name for name, role in roles.items() if role in _TARGET_ROLES[config.targets]}
-        if not names and not (config.adapt_head or config.adapt_embeddings):
+        return role in _TARGET_ROLES[config.targets]
+    return matches_any(name, config.targets)
+
+
+def _wanted(root: nn.Module, roles: dict[str, str], refused: dict[str, str], config: LoRAConfig) -> list[str]:
+    wanted = [name for name, role in roles.items() if _is_targeted(name, role, config)]
+    if isinstance(config.targets, str):
+        if not any(roles[name] in _TARGET_ROLES[config.targets] for name in wanted) and not (
+            config.adapt_head or config.adapt_embeddings
+        ):
             counts = {role: list(roles.values()).count(role) for role in dict.fromkeys(roles.values())}
             raise TargetNotFoundError(
                 f"targets={config.targets!r} matches none of the {len(roles)} adaptable layers, which are "
@@ -115,25 +161,24 @@ def _wanted(root: nn.Module, roles: dict[str, str], config: LoRAConfig) -> list[
             )
     else:
         for pattern in config.targets:
-            _check_matches("target", pattern, root, roles)
-        names = {name for name in roles if matches_any(name, config.targets)}
+            _check_matches("target", pattern, root, roles, refused)
     for role, asked in (("head", config.adapt_head), ("embedding", config.adapt_embeddings)):
-        found = {name for name, its_role in roles.items() if its_role == role}
-        if asked and not found:
+        if asked and role not in roles.values():
             option = "adapt_head" if role == "head" else "adapt_embeddings"
             raise TargetNotFoundError(f"{option} is set, but {type(root).__name__} has no {role} layer to adapt.")
-        names |= found if asked else set()
-    return [name for name in roles if name in names]
+    return wanted
 
 
-def _check_matches(option: str, pattern: str, root: nn.Module, roles: Iterable[str]) -> None:
+def _check_matches(option: str, pattern: str, root: nn.Module, roles: Iterable[str], refused: dict[str, str]) -> None:
     roles = list(roles)
     if any(matches(name, pattern) for name in roles):
         return
     hit = {name: module for name, module in root.named_modules() if matches(name, pattern)}
     if hit:
-        name, module = next(iter(hit.items()))
-        reason = refusal(module) or f"a {type(module).__name__} has no weight matrix to adapt"
+        name, module = next(
+            ((name, module) for name, module in hit.items() if name in refused), next(iter(hit.items()))
+        )
+        reason = refused.get(name) or f"a {type(module).__name__} has no weight matrix to adapt"
         inner = (
             f" For the layers inside it write '{_below(name, pattern)}'."
             if any(True for _ in module.children())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class AdapterCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where there is nothing to write."""
+        self._saved_step = -1
         if not lora_layers(pl_module):
             rank_zero_info("no adapters to write: full fine-tuning.")
 
@@ -52,7 +54,7 @@ class AdapterCheckpoint(Callback):
         self._saved_step = trainer.global_step
         if self.monitor is not None:
             score = self._score(trainer)
-            if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
+            if self._is_best(score):
                 self.best_score = score
                 self._save(trainer, pl_module, "best")
 
@@ -79,7 +81,13 @@ class AdapterCheckpoint(Callback):
                 f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged{closest(str(self.monitor), metrics)}. "
                 f"Logged: {', '.join(metrics) or 'nothing'}."
             )
-        return float(metrics[self.monitor])
+        # Ranks may have measured different values, but writing is a collective: all must decide alike.
+        return float(trainer.strategy.broadcast(float(metrics[self.monitor])))
+
+    def _is_best(self, score: float) -> bool:
+        if math.isnan(score) or self.best_score is None:
+            return not math.isnan(score)
+        return score < self.best_score if self.mode == "min" else score > self.best_score
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         if not lora_layers(pl_module):

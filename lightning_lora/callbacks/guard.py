@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import FACTORS, check_not_merged, lora_layers
@@ -21,13 +22,13 @@ from lightning_lora.optim import check_optimizers
 class LoRAGuard(Callback):
     """Stops a run in which an adapter would silently do nothing, and shows at the end that the base is untouched.
 
-    Checked: every adapter is in exactly one optimizer; its update is computed in the first training batch and in the
-    first evaluation batch (torch's fast paths skip it); it gets a gradient within ``patience`` optimizer steps; it has
-    moved by the end; base weights are bit for bit what they were (up to 65,536 sampled values a tensor), and buffers
-    too, or a warning names them. Without LoRA in the module the guard does nothing.
+    Checked: every adapter is in exactly one optimizer; its layer is called and it gets a gradient within ``patience``
+    optimizer steps; the first evaluation passes no adapted layer over (torch's fast paths do); every adapter has moved
+    by the end; base weights are bit for bit what they were (up to 65,536 sampled values a tensor), and buffers too, or
+    a warning names them. Without LoRA in the module the guard does nothing.
 
     Args:
-        patience: Optimizer steps within which every adapter must have had a non-zero gradient.
+        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient.
 
     Raises:
         GuardError: Naming the layers concerned.
@@ -35,17 +36,23 @@ class LoRAGuard(Callback):
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
-        self._calls: _Calls | None = None
-        self._checked: set[str] = set()
+        self._training: _Calls | None = None
+        self._evaluation: _Calls | None = None
         self._without_gradient: set[str] = set()
         self._base: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
-        self._steps = 0
+        self._first_step = 0
+        self._learning = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run before."""
+        self._training = self._evaluation = None
+        self._base, self._without_gradient, self._learning = {}, set(), False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the base."""
-        self._checked, self._steps = set(), 0
         self._base = base_digests(pl_module, _trained(pl_module), exact=True) if lora_layers(pl_module) else {}
         self._buffers = _buffer_digests(pl_module) if self._base else {}
 
@@ -57,11 +64,13 @@ class LoRAGuard(Callback):
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
         self._without_gradient = set(layers)
+        self._first_step = trainer.global_step
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch which adapters run in the first training batch."""
-        self._watch("training", pl_module)
+        """Watch which adapters run in training."""
+        self._training = self._training or _Calls(pl_module)
+        self._training.watch(pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,25 +80,36 @@ class LoRAGuard(Callback):
             self._without_gradient = {name for name in self._without_gradient if not _has_gradient(layers[name])}
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note whether anything can move: a warm-up starts at learning rate 0."""
+        self._learning = self._learning or any(group["lr"] > 0 for group in optimizer.param_groups)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report adapters that did not run, or have gone without a gradient for too long."""
-        self._report("training")
-        if self._without_gradient and trainer.global_step >= self._steps + self.patience:
-            names, self._without_gradient = sorted(self._without_gradient), set()
+        """Report adapters that did not run, or have gone without a gradient, for too long."""
+        assert self._training is not None
+        self._training.stop()
+        if trainer.global_step < self._first_step + self.patience:
+            return
+        period = f"{self.patience} optimizer steps"
+        if self._training.silent:
+            raise GuardError(_passed_over(self._training.silent, f"training for {period}"))
+        if self._without_gradient:
             raise GuardError(
-                f"{len(names)} adapters got no gradient in {self.patience} optimizer steps: {first_five(names)}. Their "
-                f"layers do not reach the loss, or activation checkpointing is reentrant with frozen inputs "
-                f"(use_reentrant=False)."
+                f"{len(self._without_gradient)} adapters got no gradient in {period}: "
+                f"{first_five(sorted(self._without_gradient))}. Their layers do not reach the loss, or activation "
+                f"checkpointing is reentrant with frozen inputs (use_reentrant=False)."
             )
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch which adapters run in the first evaluation batch."""
-        self._watch("evaluation", pl_module)
+        """Watch which adapters run in the first evaluation."""
+        self._evaluation = self._evaluation or _Calls(pl_module)
+        self._evaluation.watch(pl_module)
 
     @override
     def on_validation_batch_end(
@@ -101,8 +121,25 @@ class LoRAGuard(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Report adapters that did not run."""
-        self._report("evaluation")
+        """Leave the layers as they were found."""
+        assert self._evaluation is not None
+        self._evaluation.stop()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report adapters that the first evaluation passed over."""
+        calls = self._evaluation
+        if calls is None or not calls.silent:
+            return
+        passed_over = calls.passed_over
+        if passed_over:
+            raise GuardError(_passed_over(passed_over, "evaluation"))
+        warnings.warn(
+            f"{len(calls.silent)} adapters took no part in evaluation: {first_five(calls.silent)}. That is right only "
+            f"if evaluation leaves their part of the module out.",
+            stacklevel=2,
+        )
+        calls.silent.clear()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -112,10 +149,14 @@ class LoRAGuard(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every adapter has moved and the base has not."""
+        self._stop_watching()
         layers = lora_layers(pl_module)
-        if not self._base or not trainer.global_step:
+        if not self._base or not self._learning:
             return
         still = [name for name, layer in layers.items() if not layer.lora_moved]
+        silent = [name for name in self._training.silent if name in still] if self._training else []
+        if silent:
+            raise GuardError(_passed_over(silent, "training"))
         if still:
             raise GuardError(f"{len(still)} of {len(layers)} adapters did not move in training: {first_five(still)}.")
         changed = _changed(self._base, base_digests(pl_module, _trained(pl_module), exact=True))
@@ -129,49 +170,68 @@ class LoRAGuard(Callback):
                 stacklevel=2,
             )
 
-    def _watch(self, mode: str, module: nn.Module) -> None:
-        layers = lora_layers(module)
-        if mode not in self._checked and self._calls is None and layers:
-            self._calls = _Calls(layers)
-
-    def _report(self, mode: str) -> None:
-        silent = self._stop_watching()
-        if mode in self._checked or silent is None:
-            return
-        self._checked.add(mode)
-        if silent:
-            raise GuardError(
-                f"{len(silent)} adapters took no part in {mode}: {first_five(silent)}. Something computes with their "
-                f"weights without calling them (a fused path, F.linear(x, layer.weight)); exclude them, or make the "
-                f"module call them."
-            )
-
-    def _stop_watching(self) -> list[str] | None:
-        calls, self._calls = self._calls, None
-        return None if calls is None else calls.stop()
+    def _stop_watching(self) -> None:
+        for calls in (self._training, self._evaluation):
+            if calls is not None:
+                calls.stop()
 
 
 class _Calls:
-    """Records which layers are called, by shadowing their ``forward``: hooks would switch torch's fast paths off."""
+    """Records which adapted layers are called, and which modules that hold one.
 
-    def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
-        self.layers = layers
-        self.called: set[str] = set()
-        for name, layer in layers.items():
-            layer.__dict__["forward"] = self._recording(name, layer.forward)
+    Their ``forward`` is shadowed while a batch runs: hooks would switch torch's fast paths off.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.owner = {name: _owner(module, name) for name in lora_layers(module)}
+        self.silent = list(self.owner)
+        self._ran: set[str] = set()
+        self._shadowed: dict[nn.Module, Any] = {}
+
+    @property
+    def passed_over(self) -> list[str]:
+        """Layers that never ran though the module around them did."""
+        return [name for name in self.silent if self.owner[name] in self._ran]
+
+    def watch(self, module: nn.Module) -> None:
+        """Record from now on."""
+        self.stop()
+        for name in {*self.silent, *(self.owner[name] for name in self.silent)} - {*self._ran, ""}:
+            watched = module.get_submodule(name)
+            self._shadowed[watched] = watched.__dict__.get("forward")
+            watched.__dict__["forward"] = self._recording(name, watched.forward)
+
+    def stop(self) -> None:
+        """Give every module the ``forward`` it had."""
+        for module, own in self._shadowed.items():
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+        self._shadowed = {}
+        self.silent = [name for name in self.silent if name not in self._ran]
 
     def _recording(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            self.called.add(name)
+            self._ran.add(name)
             return forward(*args, **kwargs)
 
         return record
 
-    def stop(self) -> list[str]:
-        """Take the records off and name the layers that were not called."""
-        for layer in self.layers.values():
-            layer.__dict__.pop("forward", None)
-        return [name for name in self.layers if name not in self.called]
+
+def _owner(module: nn.Module, name: str) -> str:
+    """The module whose ``forward`` should call ``name``: the nearest around it that is no mere list."""
+    owner = name.rpartition(".")[0]
+    while owner and isinstance(module.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _passed_over(names: Sequence[str], period: str) -> str:
+    return (
+        f"{len(names)} adapters took no part in {period}: {first_five(names)}. Something computes with their weights "
+        f"without calling them (a fused path, F.linear(x, layer.weight)), or the layers are not in use: exclude them, "
+        f"or make the module call them."
+    )
 
 
 def _has_gradient(layer: LoRALayer) -> bool:

@@ -42,7 +42,7 @@ class LoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the mixin in front of the module's class, before ``configure_model`` runs."""
         if isinstance(pl_module, LoRAMixin):
-            if pl_module.lora is not self.config:
+            if pl_module.lora != self.config:
                 raise ConfigError(
                     f"{type(pl_module).__name__} brings its own LoRA: give it its settings, or drop the callback."
                 )

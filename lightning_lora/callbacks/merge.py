@@ -45,7 +45,8 @@ class MergeOnFitEnd(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the merged model."""
+        # Reading log_dir is a collective: every rank must do it.
+        root = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            root = Path(trainer.log_dir or trainer.default_root_dir)
             path = save_merged(pl_module, self.dirpath or root / "merged", getattr(pl_module, "tokenizer", None))
             rank_zero_info(f"merged model written to {path}")

@@ -116,7 +116,7 @@ class SFTDataModule(LightningDataModule):
                 check_ids(rows, vocab_size)
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.max_length)
         if self.num_workers:
-            # Workers only read tokens. Without this the tokenizer warns at every fork that it has been used.
+            # Workers only read tokens; without this, tokenizers before 0.23 warn at every fork that they were used.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     @override

@@ -7,5 +7,14 @@ from lightning_lora.functional.lora import (
     uniform_bound,
     weight_update,
 )
+from lightning_lora.functional.spectrum import effective_rank, singular_values
 
-__all__ = ["embedding_update", "linear_update", "merged_weight", "uniform_bound", "weight_update"]
+__all__ = [
+    "effective_rank",
+    "embedding_update",
+    "linear_update",
+    "merged_weight",
+    "singular_values",
+    "uniform_bound",
+    "weight_update",
+]

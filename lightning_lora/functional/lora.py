@@ -37,7 +37,7 @@ def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float 
     return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 
-def embedding_update(rows: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def embedding_update(rows: Tensor, A: Tensor, B: Tensor, scale: float, padding_idx: int | None = None) -> Tensor:
     r"""``scale * (B A)^T[rows]``, what LoRA adds to the looked-up rows of an embedding table.
 
     Args:
@@ -45,11 +45,12 @@ def embedding_update(rows: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor
         A: ``(r, vocab)``.
         B: ``(dim, r)``.
         scale: alpha / r, dimensionless.
+        padding_idx: The row that learns nothing, as in ``nn.Embedding``; None: every row learns.
 
     Returns:
         ``(*, dim)`` in the type of the factors.
     """
-    return F.linear(F.embedding(rows, A.T) * scale, B)
+    return F.linear(F.embedding(rows, A.T, padding_idx) * scale, B)
 
 
 def weight_update(A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -34,7 +34,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         y = super().forward(input)
         if not self.lora_active:
             return y
-        update = embedding_update(input, self.lora_A, self.lora_B, self.lora_spec.scale)
+        update = embedding_update(input, self.lora_A, self.lora_B, self.lora_spec.scale, self.padding_idx)
         return y + update.to(y.dtype) * self._embed_scale
 
     @property

@@ -88,6 +88,17 @@ def _weight_refusal(module: nn.Module) -> str | None:
         return f"its weight is {getattr(weight, 'dtype', None)}, not floating point"
     if weight.layout is not torch.strided:
         return f"its weight is stored as {weight.layout}"
+    if weight.element_size() < 2:
+        return f"its weight is {weight.dtype}, which torch cannot add to"
+    return _lookup_refusal(module) if isinstance(module, nn.Embedding) else None
+
+
+def _lookup_refusal(table: nn.Embedding) -> str | None:
+    if table.max_norm is not None:
+        return "max_norm rewrites its weight at every lookup"
+    # Positional tables of BART, OPT and Whisper look up other rows than their input names; a scale alone is known.
+    if type(table).forward is not nn.Embedding.forward and not hasattr(table, "embed_scale"):
+        return f"{type(table).__name__} looks rows up in its own way"
     return None
 
 

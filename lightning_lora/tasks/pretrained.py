@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -63,9 +64,9 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     ) -> None:
         super().__init__(lora=lora, lora_root="model")
         check_learning_rate(learning_rate)
-        if not isinstance(weight_decay, (int, float)) or weight_decay < 0:
-            raise ConfigError(f"weight_decay must be at least 0, got {weight_decay!r}.")
-        if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
+            raise ConfigError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
+        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
         if schedule not in SCHEDULES:
             raise ConfigError(

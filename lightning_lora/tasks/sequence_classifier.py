@@ -56,7 +56,8 @@ class SequenceClassifier(PretrainedTask):
         super().__init__(model, learning_rate, lora, weight_decay, warmup_steps, schedule, dtype)
         if self.model_config.pad_token_id is None:
             # The head reads the last token that is not padding.
-            self.model_config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            self.model_config.pad_token_id = end if pad is None else pad
         self.save_hyperparameters()
         self.mean_loss = MeanMetric()
         self.accuracy = MulticlassAccuracy(num_labels, average="micro")

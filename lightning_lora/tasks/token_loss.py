@@ -44,6 +44,12 @@ class TokenWeightedLoss(LightningModule):
         return loss_sum / _SUM_SCALE
 
     @override
+    def on_train_epoch_start(self) -> None:
+        """Forget a window that an interruption left open; none spans two epochs."""
+        super().on_train_epoch_start()
+        self._window_tokens = 0
+
+    @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
         super().on_before_optimizer_step(optimizer)

@@ -1,0 +1,7 @@
+"""``python -m lightning_lora`` is ``lightning-lora``."""
+
+import sys
+
+from lightning_lora.cli import main
+
+sys.exit(main())

@@ -1,0 +1,130 @@
+"""The command line: LightningCLI with LoRA's defaults, and the commands beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard, LoRAProgressBar
+from lightning_lora.commands import COMMANDS, run_command
+from lightning_lora.errors import LoRAError, closest
+
+# What a config may name: a class path imports and calls whatever it points at.
+ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
+USAGE = """\
+usage: lightning-lora [--allow PREFIX] COMMAND ...
+
+LoRA without regret for any LightningModule.
+
+  fit, validate, test, predict   run a model: lightning-lora fit --config cli_configs/sft.yaml
+  demo      the main job on the embedded model and data, offline, on CPU
+  merge     fold an adapter into a base checkpoint
+  export    from a run to a PEFT folder or a merged model
+  inspect   what an adapter or checkpoint is
+
+  --allow PREFIX   let configs name classes of your own package (repeatable)
+
+Every command explains itself with --help.
+Exit codes: 0 done, 2 bad input, 130 and 143 stopped by a signal, 1 otherwise.
+"""
+
+
+class LoRAArgumentParser(LightningArgumentParser):
+    """LightningCLI's parser, with the nearest known name beside an unknown one."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with code 2 and a message that says which name was meant."""
+        unknown = re.search(r"(?:Key|option|argument|arguments:) [\"'-]*([\w.]+)", message)
+        if unknown:
+            known = [action.dest for action in self._actions]
+            message += closest(unknown.group(1), [*known, *(name.rpartition(".")[2] for name in known)])
+        super().error(message, ex)
+        raise SystemExit(2)  # the parser's own error() exits; this tells type checkers so
+
+
+class LoRACLI(LightningCLI):
+    """A LightningCLI for modules with LoRA.
+
+    Model and data are chosen by class path or, if given here, fixed. The optimizer is the module's own: the one
+    LightningCLI would build sees the parameters before the adapters exist, and trains nothing. `LoRAGuard`,
+    `AdapterCheckpoint` and `LoRAProgressBar` are added unless the config brings its own.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("seed_everything_default", 0)
+        kwargs.setdefault("parser_class", LoRAArgumentParser)
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        super().__init__(*args, auto_configure_optimizers=False, **kwargs)
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        own = config.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        progress = () if config.get("enable_progress_bar") is False else ((LoRAProgressBar, ProgressBar),)
+        for default, kind in ((LoRAGuard, LoRAGuard), (AdapterCheckpoint, AdapterCheckpoint), *progress):
+            if not any(isinstance(callback, kind) for callback in own):
+                callbacks.append(default())
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    allowed = []
+    while arguments[:1] == ["--allow"] and len(arguments) > 1:
+        allowed.append(arguments[1])
+        arguments = arguments[2:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    _quiet()
+    try:
+        if command in COMMANDS:
+            run_command(command, rest)
+        elif command in LoRACLI.subcommands():
+            _restrict_imports(allowed)
+            sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
+            LoRACLI()
+        else:
+            known = [*LoRACLI.subcommands(), *COMMANDS]
+            print(f"error: unknown command {command!r}{closest(command, known)}\n\n{USAGE}", file=sys.stderr, end="")
+            return 2
+    except LoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _restrict_imports(extra: Sequence[str]) -> None:
+    """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*ALLOWED_PREFIXES, *extra],
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,
+        add_print_completion_argument=True,
+    )
+
+
+def _quiet() -> None:
+    """No advertisements and no progress bars of libraries in log files."""
+    logging.getLogger("lightning.pytorch").addFilter(lambda record: "💡" not in record.getMessage())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

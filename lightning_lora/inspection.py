@@ -1,0 +1,150 @@
+"""What an adapter on disk is: base, ranks, roles, norms, spectra, health."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.adapter_folder import MANIFEST_FILE, check_finite, read_adapter_folder
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError
+from lightning_lora.functional import effective_rank, singular_values
+
+CHECKPOINT_KEY = "lightning_lora"
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One adapted layer.
+
+    Args:
+        name: Dotted name.
+        role: What the layer is in its model; ``"?"`` where the file does not say.
+        rank: Inner dimension of the update.
+        norm: Frobenius norm of the update, in weight units.
+        largest: Its largest singular value.
+        effective_rank: How many directions it really uses.
+    """
+
+    name: str
+    role: str
+    rank: int
+    norm: float
+    largest: float
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter folder or an adapter-only checkpoint, looked at without its base model."""
+
+    path: Path
+    kind: str
+    base: str | None
+    fingerprint: str | None
+    config: LoRAConfig
+    layers: tuple[LayerInspection, ...]
+    trained: tuple[str, ...]
+    summary: Mapping[str, Any]
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Layers whose update is zero."""
+        return tuple(layer.name for layer in self.layers if layer.norm == 0)
+
+
+def inspect_path(path: str | Path) -> Inspection:
+    """Read an adapter folder or an adapter-only Lightning checkpoint; hashes are verified where there are any.
+
+    Raises:
+        AdapterFileError: If it is neither, or damaged.
+    """
+    path = Path(path)
+    return _inspect_folder(path) if path.is_dir() or not path.exists() else _inspect_checkpoint(path)
+
+
+def verify_hashes(inspection: Inspection) -> str:
+    """A sentence saying that all files agree with their hashes, which reading has just compared.
+
+    Raises:
+        AdapterFileError: If the path carries no hashes.
+    """
+    if not (inspection.path / MANIFEST_FILE).is_file():
+        raise AdapterFileError(f"{inspection.path} has no {MANIFEST_FILE}: there are no hashes to verify.")
+    return f"verified: every file has the size and SHA-256 of {MANIFEST_FILE}"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, loaded under ``weights_only=True`` and never otherwise.
+
+    Raises:
+        AdapterFileError: If it cannot be loaded that way.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged or unsafe files, and all mean the same here
+        raise AdapterFileError(
+            f"{path} is not a checkpoint that can be loaded safely: {str(error).splitlines()[0]} It is never unpickled."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise AdapterFileError(f"{path} is not a Lightning checkpoint: it has no state_dict.")
+    return checkpoint
+
+
+def _inspect_folder(path: Path) -> Inspection:
+    folder = read_adapter_folder(path)
+    manifest = folder.manifest or {}
+    roles = {name: layer["role"] for name, layer in manifest.get("layers", {}).items()}
+    alphas = {name: layer["alpha"] for name, layer in manifest.get("layers", {}).items()}
+    return Inspection(
+        path=path,
+        kind="adapter folder" if folder.manifest else "PEFT adapter folder",
+        base=folder.peft.get("base_model_name_or_path"),
+        fingerprint=manifest.get("base_fingerprint"),
+        config=folder.config,
+        layers=_layers(folder.factors, folder.config, roles, alphas or folder.config.alpha_pattern),
+        trained=tuple(folder.trained),
+        summary=manifest.get("summary", {}),
+    )
+
+
+def _inspect_checkpoint(path: Path) -> Inspection:
+    checkpoint = read_checkpoint(path)
+    manifest = checkpoint.get(CHECKPOINT_KEY)
+    if manifest is None:
+        raise AdapterFileError(f"{path} is a full checkpoint: it holds no adapter.")
+    state = {name: checkpoint["state_dict"][name] for name in manifest["tensors"]}
+    check_finite(state, str(path))
+    factors = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
+    config = LoRAConfig.from_dict(manifest["config"])
+    return Inspection(
+        path=path,
+        kind="Lightning checkpoint",
+        base=checkpoint.get("hyper_parameters", {}).get("model"),
+        fingerprint=manifest["base_fingerprint"],
+        config=config,
+        layers=_layers(factors, config, manifest["roles"], manifest["alphas"]),
+        trained=tuple(name for name in state if name not in factors),
+        summary={"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]},
+    )
+
+
+def _layers(
+    factors: Mapping[str, Tensor], config: LoRAConfig, roles: Mapping[str, str], alphas: Mapping[str, float]
+) -> tuple[LayerInspection, ...]:
+    layers = []
+    for key, A in factors.items():
+        name, _, factor = key.rpartition(".")
+        if factor == "lora_A":
+            B = factors[f"{name}.lora_B" if name else "lora_B"]
+            values = singular_values(A, B, config.scale(A.shape[0], alphas.get(name, config.alpha)))
+            norm, largest = float(values.norm()), float(values[0])
+            layers.append(
+                LayerInspection(name, roles.get(name, "?"), A.shape[0], norm, largest, effective_rank(values))
+            )
+    return tuple(layers)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import datasets.config
+import pytest
+from datasets.utils.tqdm import are_progress_bars_disabled
+from transformers import PreTrainedTokenizerFast
+
+from lightning_lora.data import SFTDataModule
+from lightning_lora.errors import ConfigError
+
+from .conftest import Write
+from .tiny_tokenizer import UNMARKED, tiny_tokenizer
+
+ROWS = [{"question": "Hello", "answer": "five"}] * 3
+
+
+def arrow_files(cache: Path) -> int:
+    return len(list(cache.rglob("*.arrow")))
+
+
+def places(path: str, tokenizer: PreTrainedTokenizerFast, **options: int) -> list[str]:
+    data = SFTDataModule(path, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
+    data.setup()
+    return list(data.rows["train"]["place"])
+
+
+def test_tokens_are_made_once(write: Write, own_cache: Path) -> None:
+    path = write("a.jsonl", ROWS)
+    data = SFTDataModule(path, tokenizer=tiny_tokenizer())
+    data.prepare_data()
+    (made,) = own_cache.rglob("*.arrow")
+    written = made.stat().st_mtime_ns
+    data.setup()
+    assert len(places(path, tiny_tokenizer())) == 3, "an equal tokenizer, loaded again"
+    assert [file.stat().st_mtime_ns for file in own_cache.rglob("*.arrow")] == [written]
+
+
+def test_whatever_changes_the_tokens_makes_them_anew(write: Write, own_cache: Path) -> None:
+    path = write("a.jsonl", ROWS)
+    for number, (tokenizer, options) in enumerate(
+        [
+            (tiny_tokenizer(), {}),
+            (tiny_tokenizer(UNMARKED), {}),
+            (tiny_tokenizer(starts=True), {}),
+            (tiny_tokenizer(), {"max_length": 1000}),
+            (tiny_tokenizer(), {"max_rows": 2}),
+        ],
+        start=1,
+    ):
+        assert len(places(path, tokenizer, **options)) == options.get("max_rows", 3)
+        assert arrow_files(own_cache) == number
+    write("a.jsonl", ROWS[:1])
+    assert len(places(path, tiny_tokenizer())) == 1, "a file written anew"
+    write("a.jsonl", [{"question": "Hello", "answer": "fife"}])
+    assert len(places(path, tiny_tokenizer())) == 1, "a file of the same size written anew"
+    assert arrow_files(own_cache) == 7
+
+
+def test_nothing_half_made_stays_after_an_error(write: Write, own_cache: Path) -> None:
+    path = write("a.jsonl", [*ROWS, {"question": "Hello"}])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 3"):
+            places(path, tiny_tokenizer())
+    assert arrow_files(own_cache) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_named(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("occupied", "a file")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "occupied" / "cache")
+    with pytest.raises(
+        ConfigError, match=r"cannot be written to .*occupied.*Set the environment variable HF_DATASETS_CACHE"
+    ):
+        places(write("a.jsonl", ROWS), tiny_tokenizer())
+
+
+def test_no_progress_bars_where_nobody_looks(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+    places(write("a.jsonl", ROWS), tiny_tokenizer())
+    assert capfd.readouterr() == ("", "")
+    assert not are_progress_bars_disabled()
+
+
+def test_a_damaged_archive_is_named(write: Write, tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "a long enough text"}\n' * 100)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz cannot be read"):
+        places(str(path), tiny_tokenizer())
