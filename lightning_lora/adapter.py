@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
 from lightning_lora.layers.base import AdapterSpec, LoRALayer, attach, detach
+from lightning_lora.patterns import plain_name
 from lightning_lora.targets import Target, Targets, resolve_targets
 
 FACTORS = ("lora_A", "lora_B")
@@ -131,9 +133,23 @@ def check_not_sharded(module: nn.Module) -> None:
             )
 
 
+def reshard(module: nn.Module) -> None:
+    """Give every FSDP2 parameter back its shard.
+
+    After a forward without gradients the outermost parameters stay whole: other objects than the optimizer's, in
+    memory that FSDP2 will free and nobody else may hold on to.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+
+
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
-    """Dotted name to adapted layer, in module order; empty if nothing is adapted."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
+    """Dotted name to adapted layer, in module order; empty if nothing is adapted.
+
+    Names are those of the plain module, whatever ``torch.compile`` and other wrappers add.
+    """
+    return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
 
 
 def factors(layer: LoRALayer) -> tuple[nn.Parameter, nn.Parameter]:
@@ -208,6 +224,7 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
     Raises:
         ConfigError: If nothing is adapted.
     """
+    reshard(module)
     state = {}
     for name, layer in _adapted(module).items():
         for factor in FACTORS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class AdapterFolder:
         ranks: Adapted module to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
         trained: Tensors of modules trained in full, by parameter name.
+        tables: Names of the adapted modules that are embeddings.
+        base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
     """
 
     path: Path
@@ -43,6 +46,8 @@ class AdapterFolder:
     ranks: dict[str, int]
     factors: dict[str, Tensor]
     trained: dict[str, Tensor]
+    base_copies: dict[str, Tensor]
+    tables: frozenset[str]
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
@@ -59,17 +64,25 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     peft = read_json(folder / peft_format.CONFIG_FILE)
     peft_format.check_supported(peft, str(folder / peft_format.CONFIG_FILE))
     tensor_file = folder / peft_format.TENSOR_FILE
-    factors, trained = _split(read_tensors(tensor_file), tensor_file)
+    tensors = read_tensors(tensor_file)
+    factors, trained, base_copies = _split(tensors, tensor_file)
+    tables = frozenset(module for name in tensors if (module := peft_format.table_of(name)) is not None)
     ranks = _ranks(factors, tensor_file)
-    peft_format.check_ranks(peft, ranks, str(folder))
+    if manifest is not None:
+        _check_layers(folder, manifest, ranks)
     try:
+        peft_format.check_ranks(peft, ranks, str(folder))
         if manifest is None:
             config = peft_format.to_lora_config(peft, ranks, _modules(trained))
         else:
             config = LoRAConfig.from_dict(manifest["config"])
-    except (ConfigError, KeyError, TypeError) as error:
+            alphas = {name: layer["alpha"] for name, layer in manifest["layers"].items()}
+            peft_format.check_scales(peft, alphas, config, str(folder))
+    except AdapterFileError:
+        raise
+    except (ConfigError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise AdapterFileError(f"{folder} holds settings that cannot be used: {error}") from error
-    return AdapterFolder(folder, peft, manifest, config, ranks, factors, trained)
+    return AdapterFolder(folder, peft, manifest, config, ranks, factors, trained, base_copies, tables)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,7 +108,14 @@ def verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         AdapterFileError: Naming the file, what was expected and what was found.
     """
-    if not isinstance(manifest.get("format"), int) or not isinstance(manifest.get("files"), dict):
+    files = manifest.get("files")
+    written = (peft_format.CONFIG_FILE, peft_format.TENSOR_FILE)
+    if (
+        not isinstance(manifest.get("format"), int)
+        or not isinstance(files, dict)
+        or not all(isinstance(files.get(name), dict) for name in written)
+        or not all({"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    ):
         raise AdapterFileError(
             f"{folder / MANIFEST_FILE} is not a lightning-lora manifest; delete it to load the rest."
         )
@@ -103,7 +123,7 @@ def verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise AdapterFileError(
             f"{folder} has manifest format {manifest['format']}, newer than {FORMAT}: update lightning-lora."
         )
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise AdapterFileError(f"{folder} lacks {name!r}, which its manifest lists.")
@@ -113,6 +133,23 @@ def verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             )
         if sha256(file) != expected["sha256"]:
             raise AdapterFileError(f"{file} was changed after it was saved: its SHA-256 is not the manifest's.")
+
+
+def _check_layers(folder: Path, manifest: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """The manifest must describe the tensors it lies beside."""
+    layers = manifest.get("layers")
+    sound = (
+        isinstance(layers, dict)
+        and isinstance(manifest.get("config"), dict)
+        and isinstance(manifest.get("base_fingerprint"), str)
+        and all(isinstance(layer, dict) and {"rank", "alpha", "base"} <= layer.keys() for layer in layers.values())
+        and {name: layer["rank"] for name, layer in layers.items()} == ranks
+        and all(isinstance(layer["alpha"], (int, float)) and layer["alpha"] > 0 for layer in layers.values())
+    )
+    if not sound:
+        raise AdapterFileError(
+            f"{folder / MANIFEST_FILE} does not describe the tensors beside it; delete it to load the rest."
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -142,18 +179,22 @@ def _check_files(folder: Path) -> None:
         raise AdapterFileError(f"{folder} has no {peft_format.TENSOR_FILE}.")
 
 
-def _split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    factors, trained = {}, {}
+def _split(
+    tensors: Mapping[str, Tensor], where: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    factors, trained, base_copies = {}, {}, {}
     for name, tensor in tensors.items():
         module, factor = peft_format.split_tensor_name(name)
-        if factor is None:
+        if factor is None and module.endswith(".base_layer.weight"):
+            base_copies[module.replace(".base_layer.", ".")] = tensor
+        elif factor is None:
             trained[module] = tensor
         else:
             factors[f"{module}.{factor}" if module else factor] = tensor
     if not factors:
         raise AdapterFileError(f"{where} holds no adapter tensors.")
     check_finite(factors | trained, str(where))
-    return factors, trained
+    return factors, trained, base_copies
 
 
 def _ranks(factors: Mapping[str, Tensor], where: Path) -> dict[str, int]:

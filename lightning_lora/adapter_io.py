@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ from lightning_lora.adapter_folder import (
     read_adapter_folder,
 )
 from lightning_lora.atomic import atomic_folder, sha256
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
-from lightning_lora.fingerprint import base_digests, fingerprint
-from lightning_lora.layers.base import AdapterSpec
+from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigError, first_five
+from lightning_lora.fingerprint import base_digests, fingerprint, tensor_digest
+from lightning_lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.layers.registry import adapter_kind
 from lightning_lora.model_card import model_card
+from lightning_lora.patterns import matches_any, plain_name
 from lightning_lora.roles import hugging_face_models, module_roles
 from lightning_lora.targets import Target
 from lightning_lora.tensor_files import write_tensors
@@ -65,10 +66,11 @@ def save_adapter(
         AdapterFileError: If a value is not finite, or ``path`` holds something else.
     """
     check_not_merged(module, "save the adapter")
-    root = _interop_root(module, list(lora_layers(module)))
+    _check_memory(module)
+    root = _root_to_save(module)
     layers = lora_layers(root)
     factors = lora_state_dict(root)
-    trained = _trained_tensors(root)
+    trained = {name: _whole(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
     peft = peft_format.to_peft(root, layers, {name.rpartition(".")[0] for name in trained})
@@ -100,39 +102,81 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     folder = read_adapter_folder(path)
     check_not_sharded(module)
     check_not_merged(module, "load an adapter")
-    root = _interop_root(module, list(folder.ranks))
+    root = _root_to_load(module, list(folder.ranks))
     targets = _matching_targets(root, folder)
-    trained = {name: tensor for name, tensor in root.named_parameters() if name in folder.trained}
+    trained = {name: tensor for name, tensor in _own_tensors(root) if name in folder.trained}
     check_tensors(trained, folder.trained)
+    _check_copies(root, folder)
     if not allow_other_base:
         _check_base(root, folder)
     if not lora_layers(root):
-        root.requires_grad_(False)
+        module.requires_grad_(False)
         for target in targets:
             attach_target(target)
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-    parameters = dict(root.named_parameters())
+    for tensor in trained.values():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    tensors = trained | lora_state_dict(root)
     with torch.no_grad():
         for name, tensor in (folder.factors | folder.trained).items():
-            parameters[name].copy_(tensor)
+            tensors[name].copy_(tensor)
 
 
-def _interop_root(module: nn.Module, names: list[str]) -> nn.Module:
-    """The Hugging Face model that holds all the layers, named from it or from ``module``; else ``module`` itself."""
-    for prefix, model in hugging_face_models(module):
-        inner = set(dict(model.named_modules()))
-        if all(name.removeprefix(f"{prefix}.") in inner if prefix else name in inner for name in names):
+def _root_to_save(module: nn.Module) -> nn.Module:
+    """The Hugging Face model that holds all that was trained, so that names fit PEFT's; else ``module`` itself."""
+    for _, model in hugging_face_models(module):
+        if lora_layers(model).keys() and len(lora_layers(model)) == len(lora_layers(module)):
+            inner = {id(tensor) for tensor in _trained_tensors(model).values()}
+            return model if all(id(tensor) in inner for tensor in _trained_tensors(module).values()) else module
+    return module
+
+
+def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
+    """The model in ``module`` that has layers of these names, one that is adapted first; else ``module`` itself."""
+    models = [model for _, model in hugging_face_models(module)]
+    for model in sorted(models, key=lambda model: not lora_layers(model)):
+        if set(names) <= {plain_name(name) for name, _ in model.named_modules()}:
             return model
     return module
 
 
+def _own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and every buffer that is saved, shared ones under each of their names."""
+    for prefix, module in root.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in FACTORS and name not in module._non_persistent_buffers_set:
+                yield plain_name(join(prefix, name)), tensor
+
+
 def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """What learns beside the adapters: parameters with gradients, the buffers next to them, and what was asked for.
+
+    The last because a module may be frozen as a whole once training is over.
+    """
+    tensors = dict(_own_tensors(root))
+    patterns = {pattern for layer in lora_layers(root).values() for pattern in layer.lora_spec.config.trainable}
+    asked = [f"{plain_name(name)}." for name, _ in root.named_modules() if matches_any(name, patterns)]
+    learning = {name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.requires_grad}
     return {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
-        for name, parameter in root.named_parameters()
-        if parameter.requires_grad and name.rpartition(".")[2] not in FACTORS
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.requires_grad
+        or name.startswith(tuple(asked))
+        or (not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in learning)
     }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor without gradient, gathered from all ranks if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _check_memory(module: nn.Module) -> None:
+    empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ConfigError(
+            f"cannot save the adapter: {len(empty)} parameters are on the meta device and have no values "
+            f"({first_five(empty)})."
+        )
 
 
 def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +220,7 @@ def _write(
 
 def _matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
     """The layers of ``root`` the folder adapts, after checking that each exists and has the right shape."""
-    modules = dict(root.named_modules())
+    modules = {plain_name(name): module for name, module in root.named_modules()}
     missing = [name for name in folder.ranks if name not in modules]
     if missing:
         raise AdapterFileError(
@@ -189,8 +233,9 @@ def _matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
             {join(name, factor): getattr(layer, factor) for name, layer in present.items() for factor in FACTORS},
             folder.factors,
         )
+        _check_scales(present, folder)
         return []
-    roles = module_roles(root)
+    roles = {plain_name(name): role for name, role in module_roles(root).items()}
     targets, problems = [], []
     for name, rank in folder.ranks.items():
         kind = adapter_kind(modules[name])
@@ -208,7 +253,49 @@ def _matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
             f"{folder.path} does not fit this module: {len(problems)} of {len(folder.ranks)} layers disagree: "
             f"{first_five(problems)}."
         )
+    if folder.manifest is None:
+        _check_complete(modules, folder)
     return targets
+
+
+def _check_scales(present: Mapping[str, LoRALayer], folder: AdapterFolder) -> None:
+    """The tensors mean another function under another alpha or scaling."""
+    wrong = [
+        f"{name} has {layer.lora_spec.scale:g}, the adapter {_spec(folder, name, layer.lora_spec.rank, '').scale:g}"
+        for name, layer in present.items()
+        if layer.lora_spec.scale != _spec(folder, name, layer.lora_spec.rank, "").scale
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: {len(wrong)} of {len(present)} layers were adapted with another "
+            f"scale, alpha / rank: {first_five(wrong)}. Inject with the adapter's settings, or take the adapters off "
+            f"with remove_lora(module) and load into the plain module."
+        )
+
+
+def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
+    """Without a manifest only the config tells which layers the file must hold."""
+    lost = [
+        name
+        for name, module in modules.items()
+        if name not in folder.ranks and adapter_kind(module) and peft_format.is_targeted(folder.peft, name)
+    ]
+    if lost:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: its config targets {len(lost)} layers that its tensors leave "
+            f"out ({first_five(lost)})."
+        )
+
+
+def _check_copies(root: nn.Module, folder: AdapterFolder) -> None:
+    """PEFT stores a copy of embeddings it adapts; it must be the base's, for only adapters are loaded."""
+    own = dict(_own_tensors(root))
+    for name, tensor in folder.base_copies.items():
+        if name not in own or tensor_digest(own[name]) != tensor_digest(tensor):
+            raise BaseMismatchError(
+                f"{folder.path} holds base weights of its own for {name}, shape {tuple(tensor.shape)}, and this base "
+                f"has others: its vocabulary was resized or retrained. Change the base alike first."
+            )
 
 
 def _spec(folder: AdapterFolder, name: str, rank: int, role: str) -> AdapterSpec:

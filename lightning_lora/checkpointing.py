@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from lightning_lora.adapter import check_not_merged, check_tensors, lora_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
+
+Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
 KEY = "lightning_lora"
 FORMAT = 1
@@ -53,9 +55,15 @@ def plain_hyperparameters(checkpoint: dict[str, Any]) -> None:
     for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
         hparams = checkpoint.get(key)
         if isinstance(hparams, Mapping):
-            checkpoint[key] = {
-                name: value.to_dict() if isinstance(value, LoRAConfig) else value for name, value in hparams.items()
-            }
+            checkpoint[key] = plain_settings(dict(hparams))
+
+
+def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
+    """``hparams`` itself, with every `LoRAConfig` in it replaced by a mapping."""
+    for name, value in hparams.items():
+        if isinstance(value, LoRAConfig):
+            hparams[name] = value.to_dict()
+    return hparams
 
 
 def verify_and_complete(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
+from lightning_lora.argument_parser import LoRAArgumentParser
 from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard, LoRAProgressBar
 from lightning_lora.commands import COMMANDS, run_command
-from lightning_lora.errors import LoRAError, closest
+from lightning_lora.errors import closest, user_error
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
+ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
 USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
@@ -39,20 +41,6 @@ Exit codes: 0 done, 2 bad input, 130 and 143 stopped by a signal, 1 otherwise.
 """
 
 
-class LoRAArgumentParser(LightningArgumentParser):
-    """LightningCLI's parser, with the nearest known name beside an unknown one."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with code 2 and a message that says which name was meant."""
-        unknown = re.search(r"(?:Key|option|argument|arguments:) [\"'-]*([\w.]+)", message)
-        if unknown:
-            known = [action.dest for action in self._actions]
-            message += closest(unknown.group(1), [*known, *(name.rpartition(".")[2] for name in known)])
-        super().error(message, ex)
-        raise SystemExit(2)  # the parser's own error() exits; this tells type checkers so
-
-
 class LoRACLI(LightningCLI):
     """A LightningCLI for modules with LoRA.
 
@@ -65,6 +53,7 @@ class LoRACLI(LightningCLI):
         kwargs.setdefault("seed_everything_default", 0)
         kwargs.setdefault("parser_class", LoRAArgumentParser)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        kwargs.setdefault("parser_kwargs", {name: {"epilog": _example(name)} for name in self.subcommands()})
         super().__init__(*args, auto_configure_optimizers=False, **kwargs)
 
     @override
@@ -78,12 +67,16 @@ class LoRACLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
+def _example(subcommand: str) -> str:
+    return f"example: lightning-lora {subcommand} --config cli_configs/sft.yaml --config cli_configs/lora.yaml"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    allowed = []
     while arguments[:1] == ["--allow"] and len(arguments) > 1:
-        allowed.append(arguments[1])
+        # In the environment, so that the processes a strategy starts see it too.
+        os.environ[ALLOW_VARIABLE] = f"{os.environ.get(ALLOW_VARIABLE, '')} {arguments[1]}"
         arguments = arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -94,26 +87,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command in COMMANDS:
             run_command(command, rest)
         elif command in LoRACLI.subcommands():
-            _restrict_imports(allowed)
+            _restrict_imports()
             sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
             LoRACLI()
         else:
             known = [*LoRACLI.subcommands(), *COMMANDS]
             print(f"error: unknown command {command!r}{closest(command, known)}\n\n{USAGE}", file=sys.stderr, end="")
             return 2
-    except LoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        # The parser wraps what a class raises while it is built; the cause says what was wrong.
+        cause = user_error(error)
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except SystemExit as exit:
+        # The Trainer turns an interrupt into exit code 1.
+        if isinstance(exit.__context__, KeyboardInterrupt):
+            return 130
+        raise
     return 0
 
 
-def _restrict_imports(extra: Sequence[str]) -> None:
+def _restrict_imports() -> None:
     """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
     set_parsing_settings(
         import_path_denylist=["*"],
-        import_path_allowlist=[*ALLOWED_PREFIXES, *extra],
+        import_path_allowlist=[*ALLOWED_PREFIXES, *os.environ.get(ALLOW_VARIABLE, "").split()],
         config_read_mode_urls_enabled=False,
         config_read_mode_fsspec_enabled=False,
         add_print_completion_argument=True,
@@ -121,8 +123,11 @@ def _restrict_imports(extra: Sequence[str]) -> None:
 
 
 def _quiet() -> None:
-    """No advertisements and no progress bars of libraries in log files."""
-    logging.getLogger("lightning.pytorch").addFilter(lambda record: "💡" not in record.getMessage())
+    """No advertisements, and no progress bars of libraries in log files."""
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        handler.addFilter(lambda record: "💡" not in record.getMessage())
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

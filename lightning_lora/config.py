@@ -94,7 +94,7 @@ class LoRAConfig:
             if self.targets not in ROLE_TARGETS:
                 raise ConfigError(
                     f"targets must be one of {', '.join(ROLE_TARGETS)} or a list of name patterns, got "
-                    f"{self.targets!r}{closest(self.targets, ROLE_TARGETS)}. For a single pattern write "
+                    f"{self.targets!r}{closest(self.targets, ROLE_TARGETS)} For a single pattern write "
                     f"[{self.targets!r}]."
                 )
             return
@@ -125,9 +125,7 @@ class LoRAConfig:
         known = [item.name for item in fields(cls)]
         for name in settings:
             if name not in known:
-                raise ConfigError(
-                    f"lora has no setting {name!r}{closest(str(name), known)}. Known: {', '.join(known)}."
-                )
+                raise ConfigError(f"lora has no setting {name!r}{closest(str(name), known)} Known: {', '.join(known)}.")
         return cls(**settings)
 
 
@@ -153,7 +151,7 @@ def _check_positive(name: str, value: Any) -> None:
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{closest(str(value), choices)}.")
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{closest(str(value), choices)}")
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ from lightning_lora.file_merge import merge_files
 # (see docs/results.md), which lr_multiplier says.
 LEARNING_RATE = 1e-3
 LORA = LoRAConfig(rank=32, lr_multiplier=3.0)
-MERGE_TOLERANCE = 1e-4
+# Of the largest logit; float32 itself is about 1e-6 away from float64 over five layers.
+MERGE_TOLERANCE = 1e-5
 
 
 def run_demo(out: Path, steps: int = 60, seed: int = 0) -> None:
@@ -107,12 +108,15 @@ def _merge_and_check(out: Path) -> None:
     load_adapter(adapted, adapter)
     tokens = torch.randint(adapted.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        difference = float((_float32(merged)(tokens).logits - adapted(tokens).logits).abs().max())
-    if difference > MERGE_TOLERANCE:
-        raise RuntimeError(f"the merged model differs from the adapter by {difference:.1e} in a logit.")
+        expected = adapted(tokens).logits
+        difference, largest = (_float32(merged)(tokens).logits - expected).abs().max(), expected.abs().max()
+    if difference > MERGE_TOLERANCE * largest:
+        raise RuntimeError(
+            f"the merged model differs from the adapter by {difference:.1e} in logits up to {largest:.1f}."
+        )
     print(f"adapter: {adapter}, {len(read_adapter_folder(adapter).ranks)} layers, files verified by hash")
     print(f"merged: {merged}, {certificate}")
-    print(f"checked: merged and adapter model agree in every logit within {difference:.1e}")
+    print(f"checked: merged and adapter model agree in every logit within {difference:.1e}, of {largest:.1f} at most")
 
 
 def _float32(folder: Path) -> PreTrainedModel:

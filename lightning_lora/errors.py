@@ -41,10 +41,17 @@ class GuardError(LoRAError, RuntimeError):
     """A run would train nothing, train the wrong thing, or has changed what must stay frozen."""
 
 
+def user_error(error: BaseException | None) -> LoRAError | None:
+    """The `LoRAError` at or behind ``error``, if there is one."""
+    while error is not None and not isinstance(error, LoRAError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def closest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, or an empty string."""
+    """The end of a sentence: ``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, else ``"."``."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else "."
 
 
 def first_five(names: Iterable[str]) -> str:

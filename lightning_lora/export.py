@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from lightning_lora.adapter import lora_layers
 from lightning_lora.adapter_folder import MANIFEST_FILE, read_adapter_folder
 from lightning_lora.adapter_io import save_adapter
@@ -13,7 +15,7 @@ from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.file_merge import merge_files
 from lightning_lora.inspection import CHECKPOINT_KEY, read_checkpoint
 from lightning_lora.merged import save_merged
-from lightning_lora.peft_format import CONFIG_FILE
+from lightning_lora.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.tasks import CausalLM, SequenceClassifier
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.vllm_rules import vllm_flags
@@ -62,14 +64,19 @@ def find_source(run: Path) -> Path:
     """
     if run.is_file() or (run / CONFIG_FILE).is_file():
         return run
-    # By optimizer step, not by file time: clocks jump, copies change times.
-    checkpoints = sorted(run.rglob("*.ckpt"))
-    if checkpoints:
-        return max(checkpoints, key=lambda file: read_checkpoint(file)["global_step"])
-    for folder in ("adapters/best", "adapters/last"):
-        if (run / folder / CONFIG_FILE).is_file():
-            return run / folder
-    raise AdapterFileError(f"{run} holds no checkpoint (*.ckpt) and no adapter folder: give a run folder or a file.")
+    # By optimizer step, not by file time: clocks jump, copies change times. Of two at one step, the checkpoint.
+    steps = {folder: _adapter_step(folder) for folder in run.rglob("adapters/last") if (folder / CONFIG_FILE).is_file()}
+    steps |= {file: read_checkpoint(file)["global_step"] for file in sorted(run.rglob("*.ckpt"))}
+    if not steps:
+        raise AdapterFileError(
+            f"{run} holds no checkpoint (*.ckpt) and no adapter folder: give a run folder or a file."
+        )
+    return max(steps, key=lambda source: (steps[source], source.is_file()))
+
+
+def _adapter_step(folder: Path) -> int:
+    manifest = read_adapter_folder(folder).manifest
+    return -1 if manifest is None else manifest["summary"].get("step", -1)
 
 
 def _export_folder(source: Path, out: Path, format: str) -> None:
@@ -84,13 +91,11 @@ def _export_folder(source: Path, out: Path, format: str) -> None:
         merge_files(base, source, out)
         return
     with atomic_folder(out, replaces=CONFIG_FILE) as target:
-        for file in source.iterdir():
-            if file.name in (CONFIG_FILE, MANIFEST_FILE, "README.md") or file.suffix in (
-                ".safetensors",
-                ".json",
-                ".jinja",
-            ):
-                shutil.copyfile(file, target / file.name)
+        for name in (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE, "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+        if base and Path(base).is_dir():
+            AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
 
 def _export_checkpoint(source: Path, out: Path, format: str) -> None:

@@ -72,7 +72,7 @@ def merge_files(
         allow_other_base: Merge even though the weights are not those the adapter was trained on.
 
     Raises:
-        AdapterFileError: If a file is damaged or the adapter does not fit the base.
+        AdapterFileError: If a file is damaged, the adapter does not fit the base, or a weight does not fit ``dtype``.
         BaseMismatchError: If the adapter was trained on other weights.
         ConfigError: If ``dtype`` is unknown, or ``out`` lies inside ``base``.
     """
@@ -83,7 +83,7 @@ def merge_files(
         raise ConfigError(f"{out} is the base or lies inside it; the base is never written to.")
     folder = read_adapter_folder(adapter)
     files = safetensors_files(base)
-    merge = _Merge(folder, _targets(folder, set(files), base), DTYPES.get(dtype or ""), allow_other_base)
+    merge = _Merge(folder, base, set(files), DTYPES.get(dtype or ""), allow_other_base)
     with atomic_folder(out, replaces=CERTIFICATE_FILE) as target:
         for file in dict.fromkeys(files.values()):
             merge.shard(file, target / file.name)
@@ -97,10 +97,11 @@ class _Merge:
     """Merges shard after shard and keeps the error of each layer."""
 
     def __init__(
-        self, folder: AdapterFolder, layers: dict[str, str], dtype: torch.dtype | None, allow_other_base: bool
+        self, folder: AdapterFolder, base: Path, names: set[str], dtype: torch.dtype | None, allow_other_base: bool
     ) -> None:
         self.folder = folder
-        self.layers = layers  # tensor in the base -> adapted layer
+        # Tensor in the base -> adapted layer, and -> tensor trained in full.
+        self.layers, self.trained = _targets(folder, names, base)
         self.dtype = dtype
         self.allow_other_base = allow_other_base
         self.done: list[LayerCertificate] = []
@@ -123,9 +124,15 @@ class _Merge:
             dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
             if name in self.layers:
                 tensor = self._merge(name, tensor, dtype)
-            elif name in self.folder.trained:
-                tensor = self.folder.trained[name]
-            yield name, tensor.to(dtype)
+            elif name in self.trained:
+                tensor = self._trained(name, tensor)
+            yield name, _stored(name, tensor, dtype)
+
+    def _trained(self, name: str, weight: Tensor) -> Tensor:
+        trained = self.folder.trained[self.trained[name]]
+        if trained.shape != weight.shape:
+            raise AdapterFileError(f"{name}: trained as {tuple(trained.shape)}, in the base {tuple(weight.shape)}.")
+        return trained
 
     def _merge(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         layer = self.layers[name]
@@ -138,10 +145,11 @@ class _Merge:
                     f"{expected}). Give the right base, or pass --allow_other_base."
                 )
         delta = self._delta(layer, weight)
-        # The sum is exact to float32 and rounded once, to the type that is stored.
-        merged = merged_weight(weight.to(torch.promote_types(weight.dtype, torch.float32)), delta).to(dtype)
-        exact = weight.double() + delta.double()
-        norm = delta.double().norm()
+        # Summed in float32 and rounded once, to the type that is stored.
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        merged = _stored(name, merged_weight(wide, delta.to(wide.dtype)), dtype)
+        exact = weight.double() + delta
+        norm = delta.norm()
         lost = (merged.double() - exact).norm() / norm if norm else torch.tensor(0.0)
         self.done.append(LayerCertificate(name, float((merged.double() - exact).abs().max()), float(lost)))
         return merged
@@ -149,10 +157,11 @@ class _Merge:
     def _delta(self, layer: str, weight: Tensor) -> Tensor:
         prefix = f"{layer}." if layer else ""
         A, B = self.folder.factors[f"{prefix}lora_A"], self.folder.factors[f"{prefix}lora_B"]
-        delta = weight_update(A, B, self._scale(layer))
+        delta = weight_update(A.double(), B.double(), self._scale(layer))
         square = delta.shape[0] == delta.shape[1]
-        # Embeddings and GPT-2's Conv1D store the transpose; only the latter can be square.
-        if delta.shape != weight.shape or (square and self.folder.peft.get("fan_in_fan_out")):
+        # Embeddings and GPT-2's Conv1D store the transpose; where the weight is square the config tells the latter.
+        transposed = layer in self.folder.tables or (square and self.folder.peft.get("fan_in_fan_out"))
+        if transposed or delta.shape != weight.shape:
             delta = delta.T
         if delta.shape != weight.shape:
             raise AdapterFileError(f"{layer}: the update is {tuple(delta.shape)}, the weight {tuple(weight.shape)}.")
@@ -166,29 +175,54 @@ class _Merge:
         return config.scale(self.folder.ranks[layer], alpha)
 
 
-def _targets(folder: AdapterFolder, names: set[str], base: Path) -> dict[str, str]:
-    """Base tensor to adapted layer; a checkpoint may leave out the first part of the names a model uses."""
-    found, missing = {}, []
-    for layer in folder.ranks:
-        candidates = (f"{layer}.weight", f"{layer.partition('.')[2]}.weight")
-        name = next((candidate for candidate in candidates if candidate in names), None)
-        if name is None:
-            missing.append(layer)
-        else:
-            found[name] = layer
-    missing += [name for name in folder.trained if name not in names]
+def _targets(folder: AdapterFolder, names: set[str], base: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Base tensor to adapted layer, and base tensor to tensor trained in full."""
+    layers = {layer: _in_base(f"{layer}.weight", names) for layer in folder.ranks}
+    trained = {name: _in_base(name, names) for name in folder.trained}
+    missing = [layer for layer, found in layers.items() if found is None]
+    # A checkpoint holds tied weights once, an adapter that trained them under each name.
+    kept = [folder.trained[name] for name, found in trained.items() if found is not None]
+    missing += [
+        name
+        for name, found in trained.items()
+        if found is None and not any(torch.equal(folder.trained[name], tensor) for tensor in kept)
+    ]
     if missing:
         raise AdapterFileError(
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
             f"weights are not in the checkpoint: {first_five(missing)}."
         )
-    return found
+    return (
+        {found: layer for layer, found in layers.items() if found is not None},
+        {found: name for name, found in trained.items() if found is not None},
+    )
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = tensor.to(dtype)
+    if tensor.is_floating_point() and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
+        raise AdapterFileError(
+            f"{name} reaches {float(tensor.abs().max()):g}, more than {dtype} can hold. Choose a wider dtype."
+        )
+    return stored
+
+
+def _in_base(name: str, names: set[str]) -> str | None:
+    """The name in the checkpoint, which may leave out the first part of the names a model uses."""
+    return next((candidate for candidate in (name, name.partition(".")[2]) if candidate in names), None)
 
 
 def _copy_others(base: Path, target: Path, dtype: str | None) -> None:
     for file in base.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.suffix not in _PICKLES:
             shutil.copyfile(file, target / file.name)
+    index = target / "model.safetensors.index.json"
+    if dtype is not None and index.is_file():
+        content = read_json(index)
+        headers = [read_header(file) for file in set(safetensors_files(target).values())]
+        spans = [span for header in headers for span in header.tensors.values()]
+        content["metadata"] = content.get("metadata", {}) | {"total_size": sum(span.end - span.start for span in spans)}
+        index.write_text(json.dumps(content, indent=2) + "\n")
     if dtype is not None and (target / "config.json").is_file():
         config = read_json(target / "config.json")
         config["dtype"] = dtype

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.patterns import plain_name
 
 SAMPLE = 65_536
 
@@ -44,9 +45,9 @@ def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool =
     adapters = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
     originals = {id(layer.weight): layer.lora_base_weight for layer in layers if layer.lora_base_weight is not None}
     return {
-        name: tensor_digest(originals.get(id(parameter), parameter), exact)
+        plain_name(name): tensor_digest(originals.get(id(parameter), parameter), exact)
         for name, parameter in module.named_parameters()
-        if id(parameter) not in adapters and name not in trained
+        if id(parameter) not in adapters and plain_name(name) not in trained and name not in trained
     }
 
 

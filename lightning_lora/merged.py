@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_lora.adapter import FACTORS, check_not_merged, lora_layers, merge_lora, unmerge_lora
 from lightning_lora.atomic import atomic_folder
+from lightning_lora.errors import ConfigError
+from lightning_lora.patterns import plain_name
 from lightning_lora.roles import hugging_face_models
 from lightning_lora.tensor_files import write_tensors
 
@@ -28,14 +30,15 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
         tokenizer: Written beside the weights if given.
 
     Raises:
-        ConfigError: If nothing is adapted, or the updates are merged already.
+        ConfigError: If nothing is adapted, the updates are merged already, or ``path`` is the base's own folder.
         AlreadyShardedError: If the weights are sharded.
         AdapterFileError: If ``path`` holds something that is no merged model.
     """
     check_not_merged(module, "write the merged model")
+    model = _model_with_all_adapters(module)
+    _check_not_the_base(model, Path(path))
     merge_lora(module)
     try:
-        model = _model_with_all_adapters(module)
         with atomic_folder(path, replaces="config.json" if model is not None else WEIGHT_FILE) as folder:
             if model is None:
                 state = _base_state(module)
@@ -50,10 +53,17 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     return Path(path)
 
 
+def _check_not_the_base(model: Any, path: Path) -> None:
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if base and Path(base).is_dir() and Path(base).resolve() == path.resolve():
+        raise ConfigError(f"{path} is the folder the base was loaded from; the base is never written to.")
+
+
 def _model_with_all_adapters(module: nn.Module) -> Any:
     count = len(lora_layers(module))
     return next((model for _, model in hugging_face_models(module) if len(lora_layers(model)) == count), None)
 
 
 def _base_state(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.state_dict().items() if name.rpartition(".")[2] not in FACTORS}
+    state = {plain_name(name): value for name, value in module.state_dict().items()}
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] not in FACTORS}

@@ -161,7 +161,14 @@ class LoRAMixin(LightningModule):
 
     def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
         """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""
+        adapter.reshard(self)
         return adapter_io.save_adapter(self, path, summary)
+
+    @property
+    @override
+    def hparams_initial(self) -> Any:
+        """What loggers write: LoRA settings as plain types, which any YAML reader understands."""
+        return checkpointing.plain_settings(super().hparams_initial)
 
     @property
     @override
@@ -182,7 +189,7 @@ class LoRAMixin(LightningModule):
         modules = dict(self.named_modules())
         if self.lora_root not in modules:
             hint = closest(self.lora_root, modules)
-            raise TargetNotFoundError(f"lora_root {self.lora_root!r} is no submodule of {type(self).__name__}{hint}.")
+            raise TargetNotFoundError(f"lora_root {self.lora_root!r} is no submodule of {type(self).__name__}{hint}")
         return modules[self.lora_root]
 
     def _refuse_weight_swapping(self) -> None:

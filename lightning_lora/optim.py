@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.adapter import lora_layers
+from lightning_lora.adapter import lora_layers, reshard
 from lightning_lora.errors import ConfigError, GuardError, first_five
 
 # Small enough never to compete with the gradients of a factor, which shrink with alpha / rank.
@@ -61,6 +61,7 @@ def check_learning_rate(learning_rate: Any) -> None:
 
 def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise `GuardError` unless every adapter is trainable and in exactly one optimizer."""
+    reshard(module)
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:

@@ -9,6 +9,19 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
+# Segments that torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def plain_name(name: str) -> str:
+    """A dotted name as it is without wrappers around modules.
+
+    >>> plain_name("layers.0._orig_mod.mlp.up_proj")
+    'layers.0.mlp.up_proj'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether ``pattern`` is the dotted name itself, a dotted suffix of it, or a glob for it.
 
@@ -17,6 +30,7 @@ def matches(name: str, pattern: str) -> bool:
     >>> matches("layers.0.mlp.gate_up_proj", "up_proj")
     False
     """
+    name = plain_name(name)
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 

@@ -16,6 +16,7 @@ from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D
+from lightning_lora.patterns import plain_name
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -95,6 +96,12 @@ def split_tensor_name(name: str) -> tuple[str, str | None]:
     return inner, None
 
 
+def table_of(name: str) -> str | None:
+    """The adapted embedding a tensor belongs to, or None: its update is stored transposed."""
+    module, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+    return module if leaf.startswith("lora_embedding_") else None
+
+
 def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[str]) -> dict[str, Any]:
     """The contents of ``adapter_config.json`` for the adapted layers of ``root``."""
     specs = {name: layer.lora_spec for name, layer in layers.items()}
@@ -104,7 +111,7 @@ def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[
         _most_common(spec.alpha for spec in specs.values()),
     )
     return _DEFAULTS | {
-        "alpha_pattern": {name: _number(spec.alpha) for name, spec in specs.items() if spec.alpha != alpha},
+        "alpha_pattern": _value_patterns({name: _number(spec.alpha) for name, spec in specs.items()}, alpha),
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "lora_alpha": _number(alpha),
@@ -112,7 +119,7 @@ def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[
         "modules_to_save": sorted(trained) or None,
         "peft_version": FORMAT_VERSION,
         "r": rank,
-        "rank_pattern": {name: spec.rank for name, spec in specs.items() if spec.rank != rank},
+        "rank_pattern": _value_patterns({name: spec.rank for name, spec in specs.items()}, rank),
         "target_modules": _target_modules(root, list(layers)),
         "task_type": _task_type(root),
         "use_rslora": config.scaling == "rslora",
@@ -167,16 +174,66 @@ def check_ranks(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], where: 
         raise AdapterFileError(f"{where}: tensors and config disagree about the rank: {first_five(wrong)}.")
 
 
+def check_scales(peft: Mapping[str, Any], alphas: Mapping[str, float], config: LoRAConfig, where: str) -> None:
+    """Refuse a folder whose manifest says another scale than its PEFT config: one of them was edited.
+
+    Raises:
+        AdapterFileError: Naming the first five layers.
+    """
+    expected = {name: _by_regex(name, peft.get("alpha_pattern") or {}, peft.get("lora_alpha", 8)) for name in alphas}
+    wrong = [f"{name} has {alpha}, not {expected[name]}" for name, alpha in alphas.items() if alpha != expected[name]]
+    if bool(peft.get("use_rslora")) != (config.scaling == "rslora"):
+        wrong.append(f"use_rslora is {peft.get('use_rslora')}, scaling {config.scaling}")
+    if wrong:
+        raise AdapterFileError(f"{where}: manifest and config disagree about alpha: {first_five(wrong)}.")
+
+
+def is_targeted(peft: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT's rules surely adapt a layer of this name; False where they depend on more than the name."""
+    targets, excluded = peft.get("target_modules"), peft.get("exclude_modules") or []
+    if peft.get("layers_to_transform") is not None or not targets:
+        return False
+    saved = peft.get("modules_to_save") or []
+    if any(name.endswith(top) or f".{top}." in f".{name}." for top in saved):
+        return False
+    return _listed(name, targets) and not (excluded and _listed(name, excluded))
+
+
+def _listed(name: str, entries: str | list[str]) -> bool:
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
 def _by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     # PEFT's rule: the key is a regular expression for the end of the name, the first one that matches wins.
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def _target_modules(root: nn.Module, names: list[str]) -> list[str]:
-    """The shortest list that means exactly these layers: leaf names if they hit nothing else, else full names."""
+def _value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Full name to value where it is not the default; anchored where it also ends a layer's name of another value."""
+    table = {}
+    for name, value in values.items():
+        if value != default:
+            clash = any(other.endswith(f".{name}") and values[other] != value for other in values)
+            table[f"^{re.escape(name)}" if clash else name] = value
+    return table
+
+
+def _target_modules(root: nn.Module, names: list[str]) -> list[str] | str:
+    """The shortest list that means exactly these layers: leaf names if they hit nothing else, else full names.
+
+    A regular expression where a full name also ends the name of a layer left alone: PEFT would adapt that one too.
+    """
     leaves = sorted({name.rpartition(".")[2] for name in names})
-    hit = {name for name, _ in root.named_modules() if name.rpartition(".")[2] in leaves}
-    return leaves if hit == set(names) else sorted(names)
+    every = {plain_name(name) for name, _ in root.named_modules()}
+    if {name for name in every if name.rpartition(".")[2] in leaves} == set(names):
+        return leaves
+    wanted = set(names)
+    clash = any(
+        name.split(".", start)[-1] in wanted for name in every - wanted for start in range(1, name.count(".") + 1)
+    )
+    return "|".join(map(re.escape, sorted(names))) if clash else sorted(names)
 
 
 def _task_type(root: nn.Module) -> str | None:

@@ -106,6 +106,9 @@ def _heads(root: nn.Module) -> set[int]:
 
 def _role_by_place(name: str, modules: dict[str, nn.Module]) -> str:
     """The role of the nearest ancestor that has one; the rest of a block with attention in it is its MLP."""
+    own = _role_of_container(name.rpartition(".")[2], modules[name])
+    if own:
+        return own
     path, leaf = name, ""
     block_with_attention = False
     while path:

@@ -62,7 +62,8 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
         reasons = "".join(f" {name}: {reason}." for name, reason in list(refused.items())[:3])
         raise TargetNotFoundError(f"{type(root).__name__} has no layer that can be adapted; it holds {found}.{reasons}")
     trainable = _trainable(root, config)
-    selected, skipped = _select(root, roles, refused, config, trainable)
+    wanted = _wanted(root, every, refused, config)
+    selected, skipped = _select(root, roles, refused, wanted, config, trainable)
     _check_tied(root, selected)
     kept = tuple(_target(root, name, roles[name], config) for name in selected)
     _check_ranks(kept, config)
@@ -105,10 +106,10 @@ def _select(
     root: nn.Module,
     roles: dict[str, str],
     refused: dict[str, str],
+    wanted: list[str],
     config: LoRAConfig,
     trainable: dict[str, nn.Module],
 ) -> tuple[list[str], dict[str, str]]:
-    wanted = _wanted(root, roles, refused, config)
     skipped = {}
     for name, role in roles.items():
         if _is_inside(name, trainable):
@@ -147,17 +148,19 @@ def _is_targeted(name: str, role: str, config: LoRAConfig) -> bool:
     return matches_any(name, config.targets)
 
 
-def _wanted(root: nn.Module, roles: dict[str, str], refused: dict[str, str], config: LoRAConfig) -> list[str]:
+def _wanted(root: nn.Module, every: dict[str, str], refused: dict[str, str], config: LoRAConfig) -> list[str]:
+    roles = {name: role for name, role in every.items() if name not in refused}
     wanted = [name for name, role in roles.items() if _is_targeted(name, role, config)]
     if isinstance(config.targets, str):
-        if not any(roles[name] in _TARGET_ROLES[config.targets] for name in wanted) and not (
-            config.adapt_head or config.adapt_embeddings
-        ):
+        asked_for = _TARGET_ROLES[config.targets]
+        # Head or embeddings alone are asked for with "all" on a module that has nothing else.
+        if not wanted or (config.targets != "all" and asked_for.isdisjoint(roles[name] for name in wanted)):
             counts = {role: list(roles.values()).count(role) for role in dict.fromkeys(roles.values())}
+            reasons = "".join(f" {name}: {refused[name]}." for name in refused if every[name] in asked_for)
             raise TargetNotFoundError(
                 f"targets={config.targets!r} matches none of the {len(roles)} adaptable layers, which are "
-                f"{', '.join(f'{count} {role}' for role, count in counts.items())}. Name them by patterns, or teach "
-                f"the role with register_role(pattern, {config.targets!r})."
+                f"{', '.join(f'{count} {role}' for role, count in counts.items())}.{reasons} Name layers by patterns, "
+                f"or teach the role with register_role(pattern, role)."
             )
     else:
         for pattern in config.targets:
@@ -192,7 +195,7 @@ def _check_matches(option: str, pattern: str, root: nn.Module, roles: Iterable[s
         if set(pattern) & set("\\^$(|+")
         else ""
     )
-    raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(roles)} adaptable layers{hint}.{globs}")
+    raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(roles)} adaptable layers{hint}{globs}")
 
 
 def _below(name: str, pattern: str) -> str:
@@ -213,7 +216,7 @@ def _trainable(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         if not any(True for module in hit.values() for _ in module.parameters()):
             names = dict.fromkeys(name.rpartition(".")[2] for name, _ in root.named_modules())
             raise TargetNotFoundError(
-                f"trainable {pattern!r} matches no module with parameters{closest(pattern, names, count=5)}."
+                f"trainable {pattern!r} matches no module with parameters{closest(pattern, names, count=5)}"
             )
         found |= hit
     return found
@@ -252,9 +255,7 @@ def _check_ranks(layers: tuple[Target, ...], config: LoRAConfig) -> None:
         for pattern in patterns:
             if not any(matches(name, pattern) for name in names):
                 hint = closest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
-                raise TargetNotFoundError(
-                    f"{option} {pattern!r} matches none of the {len(names)} adapted layers{hint}."
-                )
+                raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(names)} adapted layers{hint}")
     for layer in layers:
         num_in, num_out = layer.kind.dimensions(layer.module)
         if layer.spec.rank > min(num_in, num_out):

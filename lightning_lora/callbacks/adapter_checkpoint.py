@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.adapter import lora_layers
+from lightning_lora.adapter import lora_layers, reshard
 from lightning_lora.adapter_io import save_adapter
 from lightning_lora.errors import ConfigError, closest
 
@@ -78,8 +78,8 @@ class AdapterCheckpoint(Callback):
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ConfigError(
-                f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged{closest(str(self.monitor), metrics)}. "
-                f"Logged: {', '.join(metrics) or 'nothing'}."
+                f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged"
+                f"{closest(str(self.monitor), metrics)} Logged: {', '.join(metrics) or 'nothing'}."
             )
         # Ranks may have measured different values, but writing is a collective: all must decide alike.
         return float(trainer.strategy.broadcast(float(metrics[self.monitor])))
@@ -92,6 +92,7 @@ class AdapterCheckpoint(Callback):
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         if not lora_layers(pl_module):
             return
+        reshard(pl_module)
         folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "adapters"
         facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
         save_adapter(pl_module, folder / name, {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts)

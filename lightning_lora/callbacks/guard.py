@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapter import FACTORS, check_not_merged, lora_layers
+from lightning_lora.adapter import FACTORS, check_not_merged, lora_layers, reshard
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.layers.base import LoRALayer
@@ -150,6 +150,7 @@ class LoRAGuard(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every adapter has moved and the base has not."""
         self._stop_watching()
+        reshard(pl_module)
         layers = lora_layers(pl_module)
         if not self._base or not self._learning:
             return

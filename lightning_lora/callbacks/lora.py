@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
@@ -25,7 +26,7 @@ class LoRA(Callback):
         allow_other_base: Load checkpoints though their adapters were trained on other base weights.
 
     Raises:
-        ConfigError: If the module is a LoRAMixin already.
+        ConfigError: If the module is a LoRAMixin already, or weights are averaged by a callback in front of this one.
     """
 
     def __init__(
@@ -47,6 +48,10 @@ class LoRA(Callback):
                     f"{type(pl_module).__name__} brings its own LoRA: give it its settings, or drop the callback."
                 )
             return
+        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, WeightAveraging):
+                name = type(callback).__name__
+                raise ConfigError(f"{name} has copied the module without adapters: put LoRA before {name}.")
         kind = type(pl_module)
         pl_module.__class__ = type(kind.__name__, (LoRAMixin, kind), {"__module__": kind.__module__})
         assert isinstance(pl_module, LoRAMixin)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.adapter import lora_layers
@@ -48,5 +49,14 @@ class MergeOnFitEnd(Callback):
         # Reading log_dir is a collective: every rank must do it.
         root = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            path = save_merged(pl_module, self.dirpath or root / "merged", getattr(pl_module, "tokenizer", None))
+            path = save_merged(pl_module, self.dirpath or root / "merged", _tokenizer(pl_module))
             rank_zero_info(f"merged model written to {path}")
+
+
+def _tokenizer(module: LightningModule) -> Any:
+    """The module's tokenizer; the merged weights are worth having without one."""
+    try:
+        return getattr(module, "tokenizer", None)
+    except ConfigError as error:
+        rank_zero_warn(f"the merged model has no tokenizer: {error}")
+        return None

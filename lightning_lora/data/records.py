@@ -71,7 +71,7 @@ def _turns(column: str, role_key: str, text_key: str, roles: dict[str, str]) -> 
             role = _text(turn, role_key, place)
             if role not in roles:
                 known = ", ".join(roles)
-                raise DataError(f"{place}: unknown role {role!r}{closest(role, roles) or ';'} known are {known}.")
+                raise DataError(f"{place}: unknown role {role!r}{closest(role, roles)} Known are {known}.")
             # An empty system prompt is common and means what it says.
             content = _text(turn, text_key, place, empty=roles[role] == "system")
             messages.append({"role": roles[role], "content": content})

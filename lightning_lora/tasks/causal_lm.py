@@ -124,4 +124,5 @@ class CausalLM(PretrainedTask):
     def _log_means(self, stage: str) -> None:
         loss = self.mean_loss.compute()
         metrics = {"loss": loss, "perplexity": torch.exp(loss), "accuracy": self.mean_accuracy.compute()}
-        self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()}, prog_bar=True)
+        # The metrics are those of all ranks already; sync_dist says so to Lightning, the mean of equals is the same.
+        self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from safetensors import SafetensorError
 from torch import nn
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
@@ -70,10 +71,10 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
         if schedule not in SCHEDULES:
             raise ConfigError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{closest(schedule, SCHEDULES)}."
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{closest(schedule, SCHEDULES)}"
             )
         if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}.")
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -88,7 +89,11 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer beside the model."""
-        return AutoTokenizer.from_pretrained(self.model_name)
+        try:
+            return AutoTokenizer.from_pretrained(self.model_name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"there is no usable tokenizer beside model {self.model_name!r}: {reason}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -181,7 +186,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             return self.auto_class.from_pretrained(
                 self.model_name, config=self.model_config, dtype=dtype, use_safetensors=True
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"the weights of {self.model_name!r} cannot be read: {str(error).strip().splitlines()[0]} Only "
                 f"safetensors files are loaded."

@@ -1,0 +1,69 @@
+"""Every shipped config is parsed, and run where this machine can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
+
+METHODS = ["lora.yaml", "full.yaml", "attention_only.yaml"]
+STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
+NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}
+
+
+def test_every_config_says_in_its_first_lines_what_it_shows_and_the_command() -> None:
+    for path in CONFIGS.rglob("*.yaml"):
+        first, second = path.read_text().splitlines()[:2]
+        assert first.startswith("# "), path
+        assert second.startswith("#   lightning-lora "), path
+
+
+def test_every_config_is_named_here() -> None:
+    shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    assert shipped == {"sft.yaml", *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_parses(strategy: str, tmp_path: Path) -> None:
+    done = lightning_lora(
+        "fit", *configs("sft.yaml", "full.yaml", f"strategy/{strategy}"), "--print_config", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = yaml.safe_load((CONFIGS / "strategy" / strategy).read_text())["trainer"]
+    assert yaml.safe_load(done.stdout)["trainer"]["devices"] == wanted["devices"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in NEEDS_GPU])
+def test_every_method_runs_under_every_strategy(method: str, strategy: str, tmp_path: Path) -> None:
+    done = lightning_lora(
+        "fit",
+        *configs("sft.yaml", method, f"strategy/{strategy}"),
+        *EMBEDDED,
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "val_loss" in done.stdout + done.stderr
+    (run,) = (tmp_path / "runs" / "sft").iterdir()
+    assert list((run / "checkpoints").iterdir())
+    assert (run / "adapters/last/adapter_model.safetensors").is_file() == (method != "full.yaml")
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_the_other_stages_run(subcommand: str, tmp_path: Path) -> None:
+    test_data = [f"--data.init_args.test={Path(EMBEDDED[2].partition('=')[2])}", "--trainer.limit_test_batches=1"]
+    done = lightning_lora(
+        subcommand,
+        *configs("sft.yaml", "lora.yaml"),
+        *EMBEDDED,
+        *test_data,
+        "--trainer.limit_predict_batches=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

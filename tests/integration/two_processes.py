@@ -1,0 +1,143 @@
+"""One training run, on one device or on two processes: ``python two_processes.py TASK STRATEGY FOLDER [CKPT]``.
+
+``FOLDER`` holds the llama; the final adapters, the checkpoint after the first epoch and the adapter folder go there.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_lora import LoRAConfig, LoRAMixin, lora_state_dict
+from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard, MergeOnFitEnd
+from lightning_lora.sharding import shard_lora
+from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from tests import toys
+
+NUM_ROWS = 20
+GLOBAL_BATCH = 8
+"""Rows of a step, so that each epoch ends with a short one of 4."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).sum(-1)
+
+
+class Toy(LoRAMixin, TokenWeightedLoss):
+    """A user's module that shards itself."""
+
+    lora = LoRAConfig(rank=2, targets=["up", "down"], trainable=["head"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Blocks()
+
+    def configure_model(self) -> None:
+        # Launching two processes resets the seed, one device does not.
+        torch.manual_seed(1)
+        self.apply_lora()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            shard_lora(self.net, self.device_mesh)
+
+    def errors(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        mask = batch["labels"] != -100
+        wanted = batch["input_ids"] / 150 - 1
+        return ((self.net(batch["input_ids"]) - wanted).square() * mask).sum(), mask.sum()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.token_loss(*self.errors(batch))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        loss, count = self.errors(batch)
+        # Not synchronised: every rank has a value of its own, as many users have it.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.log("val_loss", loss / count)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.lora_parameter_groups(1e-3))
+
+
+class KeepHalf(Callback):
+    """A checkpoint after the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def data(ranks: int, rank: int) -> Any:
+    rows: Any = toys.token_rows(NUM_ROWS)
+    sampler = DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False)
+    return DataLoader(rows, batch_size=GLOBAL_BATCH // 2 // ranks, sampler=sampler)
+
+
+def run(task: str, strategy: str, folder: Path, ckpt_path: Path | None = None) -> None:
+    seed_everything(0, verbose=False)
+    out = folder / f"{task}-{strategy}"
+    module: Any = Toy() if task == "toy" else CausalLM(str(folder / "llama"), 1e-3, lora=LoRAConfig(rank=2))
+    strategies: dict[str, Any] = {
+        "single": "auto",
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+    }
+    ranks = 1 if strategy == "single" else 2
+    callbacks = [LoRAGuard(), AdapterCheckpoint(monitor="val_loss"), KeepHalf(out / "half.ckpt")]
+    if strategy == "ddp":
+        callbacks.append(MergeOnFitEnd())
+    trainer = toys.trainer(
+        out,
+        devices=ranks,
+        strategy=strategies[strategy],
+        use_distributed_sampler=False,
+        accumulate_grad_batches=2,
+        max_epochs=2,
+        num_sanity_val_steps=1,
+        callbacks=callbacks,
+    )
+    loader = data(ranks, trainer.global_rank)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True)
+    trainer.save_checkpoint(out / "end.ckpt")
+    state = lora_state_dict(module)
+    if trainer.is_global_zero:
+        torch.save(state, out / "final.pt")
+
+
+if __name__ == "__main__":
+    for line in toys.EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=line.split(":")[1])
+    run(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) > 4 else None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

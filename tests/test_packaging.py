@@ -1,0 +1,42 @@
+"""What is built and shipped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_callbacks_and_assets_and_nothing_else(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in ("callbacks/guard.py", "assets/tiny-base/model.safetensors", "assets/gsm8k/LICENSE", "py.typed"):
+        assert f"lightning_lora/{needed}" in names
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lightning_lora"}
+
+
+def test_the_embedded_data_is_the_start_of_the_real_data() -> None:
+    shared = ROOT.parent / "shared" / "data" / "gsm8k"
+    if not shared.is_dir():
+        pytest.skip("../shared is not here")
+    for name, source, rows in (("train.jsonl", "train.jsonl", 640), ("validation.jsonl", "test.jsonl", 64)):
+        embedded = (ROOT / "lightning_lora/assets/gsm8k" / name).read_text()
+        assert embedded == "".join((shared / source).read_text().splitlines(keepends=True)[:rows])
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

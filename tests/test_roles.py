@@ -1,0 +1,250 @@
+"""Roles are read from structure: what every weight layer of common architectures is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_lora import ConfigError, LoRAConfig, TargetNotFoundError, inject_lora, lora_layers, register_role
+from lightning_lora.layers.registry import adapter_kind
+from lightning_lora.roles import hugging_face_models, module_roles
+
+from .tiny_models import Net, gpt2, llama, llama_classifier
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA_LIKE = {
+    "*.self_attn.[qkvo]_proj": "attention",
+    "*.mlp.*_proj": "mlp",
+    "*embed_tokens": "embedding",
+    "lm_head": "head",
+}
+MOE = {"num_key_value_heads": 2, **SIZES, **TOKENS}
+
+# Model, its settings, and glob to role: the first glob that matches tells.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "llama": ("LlamaForCausalLM", SIZES | TOKENS | {"num_key_value_heads": 2}, LLAMA_LIKE),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, **TOKENS},
+        {"*.attn.c_*": "attention", "*.mlp.c_*": "mlp", "*.w[tp]e": "embedding", "lm_head": "head"},
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        SIZES | TOKENS,
+        {"*.attention.*": "attention", "*.mlp.*": "mlp", "*.embed_in": "embedding", "*": "head"},
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        SIZES | TOKENS,
+        {"*.self_attn.*": "attention", "*.mlp.*": "mlp", "*.embed_tokens": "embedding", "lm_head": "head"},
+    ),
+    "bert": (
+        "BertForSequenceClassification",
+        SIZES | TOKENS,
+        {
+            "*.attention.*": "attention",
+            "*.intermediate.dense": "mlp",
+            "*.layer.?.output.dense": "mlp",
+            "*_embeddings": "embedding",
+            "bert.pooler.dense": "other",
+            "classifier": "head",
+        },
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "pad_token_id": 0},
+        {
+            "*.relative_attention_bias": "embedding",
+            "*.SelfAttention.*": "attention",
+            "*.EncDecAttention.*": "attention",
+            "*.DenseReluDense.*": "mlp",
+            "shared": "embedding",
+            "*.embed_tokens": "embedding",
+            "lm_head": "head",
+        },
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        MOE | {"num_local_experts": 4},
+        {"*.mlp.experts": "experts", "*.self_attn.*": "attention", "*.embed_tokens": "embedding", "lm_head": "head"},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        MOE | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
+        {
+            "*.mlp.experts": "experts",
+            "*.mlp.shared_expert_gate": "router",
+            "*.mlp.shared_expert.*_proj": "mlp",
+            **LLAMA_LIKE,
+        },
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        SIZES | {"image_size": 32, "patch_size": 16},
+        {"*.attention.*": "attention", "*.mlp.*": "mlp", "classifier": "head", "*.projection": "other"},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "decoder_start_token_id": 1,
+            **TOKENS,
+        },
+        {
+            "*_attn.*": "attention",
+            "*.fc[12]": "mlp",
+            "*.embed_*": "embedding",
+            "proj_out": "head",
+            "*.conv[12]": "other",
+        },
+    ),
+}
+
+
+def on_meta(name: str, **settings: Any) -> nn.Module:
+    kind, defaults, _ = ARCHITECTURES[name]
+    model_type = getattr(transformers, kind)
+    with torch.device("meta"):
+        return model_type(model_type.config_class(**defaults | settings))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_weight_layer_has_its_role(name: str) -> None:
+    model = on_meta(name)
+    expected = ARCHITECTURES[name][2]
+    roles = module_roles(model)
+    for module, role in roles.items():
+        told = next((value for glob, value in expected.items() if fnmatchcase(module, glob)), None)
+        assert role == told, f"{module} is {role}, expected {told}"
+    unused = [glob for glob in expected if not any(fnmatchcase(module, glob) for module in roles)]
+    assert not unused, f"the model has changed: {unused} match nothing"
+    weights = [n for n, m in model.named_modules() if adapter_kind(m) is not None]
+    assert set(weights) <= set(roles)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "bert", "t5"])
+def test_all_adapts_every_layer_but_head_embedding_and_router(name: str) -> None:
+    model = on_meta(name)
+    wanted = [n for n, role in module_roles(model).items() if role not in ("head", "embedding", "router")]
+    inject_lora(model, LoRAConfig(rank=2))
+    assert list(lora_layers(model)) == wanted
+
+
+@pytest.mark.parametrize("targets", ["attention", "mlp"])
+def test_a_role_adapts_the_layers_of_that_role(targets: str) -> None:
+    model = on_meta("llama")
+    report = inject_lora(model, LoRAConfig(rank=2, targets=targets))
+    assert len(report.layers) == {"attention": 8, "mlp": 6}[targets]
+    assert {spec.role for spec in report.layers.values()} == {targets}
+
+
+@pytest.mark.parametrize(("build", "head"), [(llama, "lm_head"), (gpt2, "lm_head"), (llama_classifier, "score")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_are_heads_tied_or_not(build: Callable[..., nn.Module], head: str, tied: bool) -> None:
+    roles = module_roles(build(tie_word_embeddings=tied))
+    assert [name for name, role in roles.items() if role == "head"] == [head]
+
+
+def test_a_linear_that_shares_its_weight_with_an_embedding_is_a_head() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 4)
+            self.body = nn.Linear(4, 4)
+            self.out = nn.Linear(4, 10, bias=False)
+            self.out.weight = self.table.weight
+
+    assert module_roles(Tied()) == {"table": "embedding", "body": "other", "out": "head"}
+
+
+def test_a_model_without_head_has_none() -> None:
+    assert "head" not in module_roles(llama().model).values()
+
+
+def test_a_model_inside_a_module_keeps_its_roles() -> None:
+    outer = nn.ModuleDict({"net": llama(), "probe": nn.Linear(4, 4)})
+    inner = module_roles(llama())
+    assert module_roles(outer) == {f"net.{name}": role for name, role in inner.items()} | {"probe": "other"}
+    assert [name for name, _ in hugging_face_models(outer)] == ["net"]
+    assert [name for name, _ in hugging_face_models(outer["net"])] == [""]
+
+
+def test_plain_modules_have_the_role_other() -> None:
+    assert module_roles(Net()) == {"first": "other", "second": "other"}
+    assert module_roles(nn.Linear(2, 2)) == {"": "other"}
+    assert module_roles(nn.LayerNorm(2)) == {}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_torch_transformers_have_roles_by_structure() -> None:
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2)
+    roles = module_roles(decoder)
+    assert roles["layers.0.linear1"] == roles["layers.1.linear2"] == "mlp"
+    assert roles["layers.0.self_attn.out_proj"] == roles["layers.0.multihead_attn"] == "attention"
+
+
+def test_a_block_with_attention_and_free_names_splits_into_attention_and_mlp() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixing = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("to_q", "to_k", "to_v", "to_out")})
+            self.grow, self.shrink = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()]), "readout": nn.Linear(4, 2)})
+    roles = module_roles(model)
+    assert {roles[f"blocks.1.mixing.{name}"] for name in ("to_q", "to_k", "to_v", "to_out")} == {"attention"}
+    assert roles["blocks.0.grow"] == roles["blocks.1.shrink"] == "mlp"
+    assert roles["readout"] == "other"
+
+
+def test_a_registered_role_comes_before_structure(registries: None) -> None:
+    register_role("second", "head")
+    register_role("*.q_proj", "router")
+    assert module_roles(Net()) == {"first": "other", "second": "head"}
+    model = llama()
+    report = inject_lora(model, LoRAConfig(rank=2, targets="attention"))
+    assert {name.rpartition(".")[2] for name in report.layers} == {"k_proj", "v_proj", "o_proj"}
+    plain = Net()
+    report = inject_lora(plain, LoRAConfig(rank=2))
+    assert list(report.layers) == ["first"]
+    assert report.skipped == {"second": "head, not targeted"}
+
+
+def test_registered_roles_are_forgotten_after_the_test() -> None:
+    assert module_roles(Net())["second"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "role", "words"),
+    [("second", "brain", "role must be one of attention, mlp"), ("", "mlp", "non-empty name pattern")],
+)
+def test_a_bad_registration_is_refused(pattern: str, role: str, words: str, registries: None) -> None:
+    with pytest.raises(ConfigError, match=words):
+        register_role(pattern, role)
+
+
+def test_a_role_nothing_has_is_refused_with_what_there_is() -> None:
+    with pytest.raises(TargetNotFoundError, match=r"targets='attention' matches none of the 2 adaptable .* 2 other"):
+        inject_lora(Net(), LoRAConfig(rank=2, targets="attention"))
+    with pytest.raises(TargetNotFoundError, match="targets='attention' matches none"):
+        inject_lora(nn.ModuleDict({"e": nn.Embedding(4, 4)}), LoRAConfig(targets="attention", adapt_embeddings=True))
+
+
+def test_fused_experts_are_refused_by_name() -> None:
+    with pytest.raises(TargetNotFoundError, match=r"MixtralExperts holds 4 fused weights, which have no adapter"):
+        inject_lora(on_meta("mixtral"), LoRAConfig(rank=2, targets="experts"))
+    with pytest.warns(UserWarning, match=r"2 targeted layers cannot be adapted .*Qwen2MoeExperts"):
+        inject_lora(on_meta("qwen2_moe"), LoRAConfig(rank=2))
