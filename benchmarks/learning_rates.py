@@ -38,7 +38,8 @@ def main() -> None:
             rows.append(f"| {name} | {rate:g} | {cells} | {statistics.mean(losses):.3f} |")
     seeds = " | ".join(f"seed {seed}" for seed in arguments.seeds)
     print(
-        f"\n{arguments.steps} steps of {BATCH_SIZE} rows; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n"
+        f"\n{arguments.steps} steps of {BATCH_SIZE} rows; {platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}\n"
     )
     print(f"| method | learning rate | {seeds} | mean |")
     print("|---|---|" + "---|" * (len(arguments.seeds) + 1))

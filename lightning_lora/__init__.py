@@ -3,13 +3,9 @@
 from typing import TYPE_CHECKING
 
 from lightning_lora.adapter import (
-    InjectionReport,
-    ParameterCount,
-    count_parameters,
     disable_lora,
     inject_lora,
     load_lora_state_dict,
-    lora_layers,
     lora_state_dict,
     merge_lora,
     remove_lora,
@@ -17,6 +13,7 @@ from lightning_lora.adapter import (
 )
 from lightning_lora.adapter_io import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
+from lightning_lora.counting import InjectionReport, ParameterCount, count_parameters
 from lightning_lora.errors import (
     AdapterFileError,
     AlreadyShardedError,
@@ -28,6 +25,7 @@ from lightning_lora.errors import (
     TargetNotFoundError,
 )
 from lightning_lora.layers import register_layer
+from lightning_lora.layers.walk import lora_layers
 from lightning_lora.roles import register_role
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,71 +11,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.counting import InjectionReport, count_parameters
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
-from lightning_lora.layers.base import AdapterSpec, LoRALayer, attach, detach
-from lightning_lora.patterns import plain_name
+from lightning_lora.layers.base import LoRALayer, attach, detach
+from lightning_lora.layers.walk import factors, lora_layers
 from lightning_lora.targets import Target, Targets, resolve_targets
 
 FACTORS = ("lora_A", "lora_B")
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Numbers of parameters, global under sharding.
-
-    Args:
-        trainable: Parameters that get gradients.
-        total: All parameters, each counted once.
-        adapter: Parameters of the adapters.
-        by_role: Adapter parameters by the role of their layer.
-    """
-
-    trainable: int
-    total: int
-    adapter: int
-    by_role: dict[str, int]
-
-    @property
-    def share(self) -> float:
-        """Trainable over total."""
-        return self.trainable / self.total if self.total else 0.0
-
-
-@dataclass(frozen=True)
-class InjectionReport:
-    """What `inject_lora` did.
-
-    Args:
-        layers: Name to spec of every adapted layer.
-        trainable: Names of the modules trained in full.
-        skipped: Name to reason of every weight layer left alone.
-        parameters: Counts after injection.
-        adapter_bytes: Size of the adapter in memory, bytes.
-    """
-
-    layers: dict[str, AdapterSpec]
-    trainable: tuple[str, ...]
-    skipped: dict[str, str]
-    parameters: ParameterCount
-    adapter_bytes: int
-
-    def __str__(self) -> str:
-        ranks = sorted({spec.rank for spec in self.layers.values()})
-        roles = [spec.role for spec in self.layers.values()]
-        counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
-        reasons = list(self.skipped.values())
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        lines = [
-            f"lora: {len(self.layers)} layers adapted ({counts}), rank {rank}",
-            f"lora: {self.parameters.trainable:,} of {self.parameters.total:,} parameters train "
-            f"({self.parameters.share:.2%}), adapter {self.adapter_bytes / 1e6:.2f} MB",
-        ]
-        if reasons:
-            grouped = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
-            lines.append(f"lora: left alone: {grouped}")
-        if self.trainable:
-            lines.append(f"lora: trained in full: {first_five(self.trainable)}")
-        return "\n".join(lines)
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -142,19 +83,6 @@ def reshard(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
-
-
-def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
-    """Dotted name to adapted layer, in module order; empty if nothing is adapted.
-
-    Names are those of the plain module, whatever ``torch.compile`` and other wrappers add.
-    """
-    return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
-
-
-def factors(layer: LoRALayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """The two factors of an adapted layer."""
-    return layer.lora_A, layer.lora_B
 
 
 def merge_lora(module: nn.Module) -> None:
@@ -265,22 +193,6 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
             f"the adapter does not fit this module: {len(problems)} of {len(expected)} expected tensors disagree: "
             f"{first_five(problems)}."
         )
-
-
-def count_parameters(module: nn.Module) -> ParameterCount:
-    """Count parameters once each, shared ones too; sharded parameters count whole."""
-    layers = lora_layers(module)
-    by_role: dict[str, int] = {}
-    for layer in layers.values():
-        count = sum(parameter.numel() for parameter in factors(layer))
-        by_role[layer.lora_spec.role] = by_role.get(layer.lora_spec.role, 0) + count
-    parameters = list(module.parameters())
-    return ParameterCount(
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in parameters),
-        adapter=sum(by_role.values()),
-        by_role=by_role,
-    )
 
 
 def check_not_merged(module: nn.Module, action: str) -> None:

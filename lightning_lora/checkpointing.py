@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lora.adapter import check_not_merged, check_tensors, lora_layers
+from lightning_lora.adapter import check_not_merged, check_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.layers.walk import lora_layers
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 

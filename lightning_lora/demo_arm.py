@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from typing_extensions import override
 
-from lightning_lora.adapter import count_parameters
 from lightning_lora.adapter_io import save_adapter
 from lightning_lora.callbacks import LoRAGuard, LoRAProgressBar
 from lightning_lora.config import LoRAConfig
+from lightning_lora.counting import count_parameters
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from lightning_lora.adapter import lora_layers
 from lightning_lora.adapter_folder import MANIFEST_FILE, read_adapter_folder
 from lightning_lora.adapter_io import save_adapter
 from lightning_lora.atomic import atomic_folder
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.file_merge import merge_files
 from lightning_lora.inspection import CHECKPOINT_KEY, read_checkpoint
+from lightning_lora.layers.walk import lora_layers
 from lightning_lora.merged import save_merged
 from lightning_lora.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.tasks import CausalLM, SequenceClassifier

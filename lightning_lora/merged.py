@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapter import FACTORS, check_not_merged, lora_layers, merge_lora, unmerge_lora
+from lightning_lora.adapter import FACTORS, check_not_merged, merge_lora, unmerge_lora
 from lightning_lora.atomic import atomic_folder
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers.walk import lora_layers
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import hugging_face_models
 from lightning_lora.tensor_files import write_tensors

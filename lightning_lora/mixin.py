@@ -20,6 +20,7 @@ from lightning_lora import adapter, adapter_io, checkpointing, optim
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
 from lightning_lora.fingerprint import base_digests, fingerprint
+from lightning_lora.layers.walk import factors, lora_layers
 
 Hook = Callable[..., Any]
 _UNSET: Any = object()
@@ -136,7 +137,7 @@ class LoRAMixin(LightningModule):
         if self.lora is None:
             return
         root = self._lora_module()
-        if adapter.lora_layers(root):
+        if lora_layers(root):
             return
         self._refuse_weight_swapping()
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
@@ -144,7 +145,7 @@ class LoRAMixin(LightningModule):
         if not any(parameter.is_meta for parameter in root.parameters()):
             trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
             self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
-        if self.training and not all(layer.training for layer in adapter.lora_layers(root).values()):
+        if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
                 "dropout and the adapters' stay off in training. Call .train() on it in __init__ or configure_model.",
@@ -181,7 +182,7 @@ class LoRAMixin(LightningModule):
         LightningModule.strict_loading.fset(self, strict_loading)  # pyright: ignore[reportOptionalCall]
 
     def _has_adapters(self) -> bool:
-        return bool(adapter.lora_layers(self))
+        return bool(lora_layers(self))
 
     def _lora_module(self) -> nn.Module:
         if self.lora_root is None:
@@ -204,8 +205,8 @@ class LoRAMixin(LightningModule):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep adapters as wide as they are: 'true' precision plugins lower every parameter, resumed ones too."""
-        layers = adapter.lora_layers(self).values()
-        wide = {factor: factor.data for layer in layers for factor in adapter.factors(layer)}
+        layers = lora_layers(self).values()
+        wide = {factor: factor.data for layer in layers for factor in factors(layer)}
         super()._apply(fn, recurse)
         for factor, data in wide.items():
             lowered = torch.promote_types(factor.dtype, data.dtype) != factor.dtype

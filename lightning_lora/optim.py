@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.adapter import lora_layers, reshard
+from lightning_lora.adapter import reshard
 from lightning_lora.errors import ConfigError, GuardError, first_five
+from lightning_lora.layers.walk import lora_layers
 
 # Small enough never to compete with the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12

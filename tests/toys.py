@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig
-from lightning_lora.adapter import lora_layers
+from lightning_lora.layers.walk import lora_layers
 from lightning_lora.mixin import LoRAMixin
 
 # Several threads only get in each other's way on matrices this small.

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.adapter import factors, lora_layers
+from lightning_lora.layers.walk import factors, lora_layers
 from lightning_lora.errors import ConfigError
 
 from .pace import Pace
