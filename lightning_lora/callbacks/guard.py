@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import FACTORS, check_not_merged, reshard
-from lightning_lora.layers.walk import lora_layers
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.walk import lora_layers
 from lightning_lora.optim import check_optimizers
 
 

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_lora.layers.walk import lora_layers
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers.walk import lora_layers
 from lightning_lora.merged import save_merged
 
 
