@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,13 +11,13 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
-from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from lightning_lora.argument_parser import LoRAArgumentParser
 from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard, LoRAProgressBar
 from lightning_lora.commands import COMMANDS, run_command
 from lightning_lora.errors import closest, user_error
+from lightning_lora.quiet import quiet_libraries
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
-    _quiet()
+    quiet_libraries()
     try:
         if command in COMMANDS:
             run_command(command, rest)
@@ -120,15 +119,6 @@ def _restrict_imports() -> None:
         config_read_mode_fsspec_enabled=False,
         add_print_completion_argument=True,
     )
-
-
-def _quiet() -> None:
-    """No advertisements, and no progress bars of libraries in log files."""
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(lambda record: "💡" not in record.getMessage())
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

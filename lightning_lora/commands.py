@@ -33,7 +33,7 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder to write (default: demo)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run (default: 60)")
+    parser.add_argument("--steps", type=int, default=45, help="optimizer steps of each run (default: 45)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and adapters (default: 0)")
 
 

@@ -19,6 +19,7 @@ from lightning_lora.callbacks import LoRAGuard, LoRAProgressBar
 from lightning_lora.config import LoRAConfig
 from lightning_lora.counting import count_parameters
 from lightning_lora.data import SFTDataModule
+from lightning_lora.quiet import quiet_libraries
 from lightning_lora.tasks import CausalLM
 
 ASSETS = Path(__file__).parent / "assets"
@@ -120,12 +121,7 @@ class _Record(Callback):
 
 
 def _settle_process() -> None:
-    """Keep libraries from asking the network or filling the screen."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     torch.use_deterministic_algorithms(True, warn_only=True)
     # One process with two cores loads faster than it could tell workers what to do.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

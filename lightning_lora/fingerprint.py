@@ -32,7 +32,7 @@ def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
     if sample.is_floating_point() and not exact:
         sample = sample.to(torch.bfloat16)
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
-    digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    digest.update(sample.contiguous().cpu().clone().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -27,7 +27,7 @@ LEVELS = {
     "adapters": (),  # whatever is named nowhere else: layers and the adapter operations
     "lightning": ("mixin", "optim", "checkpointing", "callbacks"),
     "tasks": ("tasks", "data"),
-    "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "planning", "study", "__main__"),
+    "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
 }
 # Libraries by the lowest level that may import them, at the top of a file or inside a function.
 LIBRARIES = {"lightning": "lightning", "torchmetrics": "lightning", "transformers": "tasks", "datasets": "tasks"}

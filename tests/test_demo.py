@@ -52,7 +52,7 @@ def test_the_curves_are_a_picture(demo: tuple[Path, str]) -> None:
 
 
 def test_the_result_is_told(demo: tuple[Path, str]) -> None:
-    for words in ("full fine-tuning", "trained", "merged and adapter model agree"):
+    for words in ("LoRA rank 32", "full", "trained", "merged and adapter model agree"):
         assert words in demo[1]
 
 

@@ -52,7 +52,6 @@ class LoRALayer(nn.Module):
     lora_B: nn.Parameter
     lora_spec: AdapterSpec
     lora_enabled: bool
-    lora_factor_dtype: torch.dtype
     # The base weight as it was, kept while the update is folded in: subtracting would not restore it bit for bit.
     lora_base_weight: Tensor | None
 
@@ -172,7 +171,6 @@ def attach(module: nn.Module, kind: type[LoRALayer], spec: AdapterSpec) -> LoRAL
     module.lora_spec = spec
     module.lora_enabled = True
     module.lora_base_weight = None
-    module.lora_factor_dtype = dtype
     # Explicit device and dtype: Lightning changes both defaults around `configure_model`.
     module.lora_A = nn.Parameter(torch.empty(spec.rank, num_in, device=weight.device, dtype=dtype))
     module.lora_B = nn.Parameter(torch.empty(num_out, spec.rank, device=weight.device, dtype=dtype))
@@ -184,7 +182,7 @@ def attach(module: nn.Module, kind: type[LoRALayer], spec: AdapterSpec) -> LoRAL
 def detach(layer: LoRALayer) -> None:
     """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
     original = base_type(type(layer))
-    for name in ("lora_A", "lora_B", "lora_spec", "lora_enabled", "lora_base_weight", "lora_factor_dtype"):
+    for name in ("lora_A", "lora_B", "lora_spec", "lora_enabled", "lora_base_weight"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,9 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, closest
+from lightning_lora.errors import ConfigError, closest, first_five
 from lightning_lora.mixin import LoRAMixin
 from lightning_lora.optim import check_learning_rate
+from lightning_lora.roles import module_roles
 from lightning_lora.sharding import shard_lora
 from lightning_lora.targets import resolve_targets
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
@@ -52,6 +54,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """
 
     auto_class: ClassVar[Any]
+    # Whether the output layer is this task's own and may be missing from the pretrained weights.
+    new_head: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -183,11 +187,27 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     def _load(self) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype_name) if self.dtype_name else torch.get_default_dtype()
         try:
-            return self.auto_class.from_pretrained(
-                self.model_name, config=self.model_config, dtype=dtype, use_safetensors=True
+            model, loading = self.auto_class.from_pretrained(
+                self.model_name,
+                config=self.model_config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"the weights of {self.model_name!r} cannot be read: {str(error).strip().splitlines()[0]} Only "
                 f"safetensors files are loaded."
             ) from error
+        self._check_complete(model, loading["missing_keys"])
+        return model
+
+    def _check_complete(self, model: PreTrainedModel, missing: Iterable[str]) -> None:
+        """Transformers fills missing weights with random ones and only logs it; a new head is all we want of that."""
+        heads = tuple(f"{name}." for name, role in module_roles(model).items() if role == "head")
+        lost = sorted(name for name in missing if not (self.new_head and name.startswith(heads)))
+        if lost:
+            raise ConfigError(
+                f"{self.model_name!r} lacks {len(lost)} weights of a {type(model).__name__} ({first_five(lost)}); they "
+                f"would be random."
+            )

@@ -38,6 +38,7 @@ class SequenceClassifier(PretrainedTask):
     """
 
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+    new_head: ClassVar[bool] = True
 
     def __init__(
         self,

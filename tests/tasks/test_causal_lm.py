@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -333,3 +334,17 @@ def test_missing_tokenizer_is_named(llama_folder: Path, tmp_path: Path) -> None:
         shutil.copy(llama_folder / name, tmp_path / name)
     with pytest.raises(ConfigError, match="there is no usable tokenizer beside model"):
         _ = make(tmp_path).tokenizer
+
+
+def test_a_folder_that_lacks_weights_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "incomplete"
+    shutil.copytree(llama_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("up_proj.weight"))
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != lost},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ConfigError, match=f"lacks 1 weights.*{lost}"):
+        CausalLM(str(folder)).configure_model()
