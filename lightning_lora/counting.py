@@ -63,7 +63,7 @@ class InjectionReport:
             f"({self.parameters.share:.2%}), adapter {self.adapter_bytes / 1e6:.2f} MB",
         ]
         if reasons:
-            grouped = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
+            grouped = "; ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
             lines.append(f"lora: left alone: {grouped}")
         if self.trainable:
             lines.append(f"lora: trained in full: {first_five(self.trainable)}")

@@ -13,7 +13,11 @@ from transformers import AutoModelForCausalLM
 from lightning_lora.demo_arm import MODEL
 from tests.cli.test_commands import assert_same_logits, lightning_lora
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # PEFT asks transformers for a name of the past.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -79,16 +79,6 @@ class CausalLM(PretrainedTask):
         self._measure(batch)
 
     @override
-    def on_validation_epoch_start(self) -> None:
-        """Start the means anew."""
-        self.reset_metrics()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        """Start the means anew."""
-        self.reset_metrics()
-
-    @override
     def on_validation_epoch_end(self) -> None:
         """Log the means over all supervised tokens."""
         self._log_means("val")

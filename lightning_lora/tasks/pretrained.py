@@ -137,7 +137,17 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def reset_metrics(self) -> None:
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Start the means anew."""
+        self._reset_metrics()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Start the means anew."""
+        self._reset_metrics()
+
+    def _reset_metrics(self) -> None:
         """Empty the running metrics.
 
         Done where an evaluation starts, not where it ends: ``validate`` runs in inference mode, ``fit`` does not, and

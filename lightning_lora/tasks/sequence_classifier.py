@@ -88,16 +88,6 @@ class SequenceClassifier(PretrainedTask):
         self._measure(batch, "test")
 
     @override
-    def on_validation_epoch_start(self) -> None:
-        """Start the means anew."""
-        self.reset_metrics()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        """Start the means anew."""
-        self.reset_metrics()
-
-    @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Class of each row, ``(rows,)``."""
         return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets.config
 import pytest
-from datasets.utils.tqdm import are_progress_bars_disabled
+from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
@@ -76,6 +77,17 @@ def test_a_cache_that_cannot_be_written_is_named(write: Write, tmp_path: Path, m
         places(write("a.jsonl", ROWS), tiny_tokenizer())
 
 
+@pytest.fixture
+def bars_on() -> Iterator[None]:
+    """Progress bars as a new process has them: a command run in this process may have switched them off for good."""
+    off = are_progress_bars_disabled()
+    enable_progress_bars()
+    yield
+    if off:
+        disable_progress_bars()
+
+
+@pytest.mark.usefixtures("bars_on")
 def test_no_progress_bars_where_nobody_looks(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
     places(write("a.jsonl", ROWS), tiny_tokenizer())
     assert capfd.readouterr() == ("", "")
