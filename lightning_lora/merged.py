@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapter import FACTORS, check_not_merged, merge_lora, unmerge_lora
+from lightning_lora.adapter import check_not_merged, merge_lora, unmerge_lora
 from lightning_lora.atomic import atomic_folder
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers.base import is_factor
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import hugging_face_models
@@ -67,4 +68,4 @@ def _model_with_all_adapters(module: nn.Module) -> Any:
 
 def _base_state(module: nn.Module) -> dict[str, Any]:
     state = {plain_name(name): value for name, value in module.state_dict().items()}
-    return {name: value for name, value in state.items() if name.rpartition(".")[2] not in FACTORS}
+    return {name: value for name, value in state.items() if not is_factor(name)}

@@ -1,8 +1,8 @@
 """Adapted layer kinds and the registry that chooses among them."""
 
-from lightning_lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.layers.base import AdapterSpec, LoRALayer, WeightShape
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.registry import register_layer
 
-__all__ = ["AdapterSpec", "LoRAConv1D", "LoRAEmbedding", "LoRALayer", "LoRALinear", "register_layer"]
+__all__ = ["AdapterSpec", "LoRAConv1D", "LoRAEmbedding", "LoRALayer", "LoRALinear", "WeightShape", "register_layer"]
