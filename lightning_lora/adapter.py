@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.counting import InjectionReport, count_parameters
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.layers.attention import attach_readers, detach_readers
 from lightning_lora.layers.base import LoRALayer, attach, detach
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.targets import Target, Targets, resolve_targets
@@ -50,16 +51,17 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
 
 def apply_targets(module: nn.Module, targets: Targets) -> None:
     """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
-    module.requires_grad_(False)
-    for target in targets.layers:
-        attach_target(target)
+    attach_targets(module, targets.layers)
     for trained in targets.trainable.values():
         trained.requires_grad_(True)
 
 
-def attach_target(target: Target) -> LoRALayer:
-    """Adapt one resolved layer."""
-    return attach(target.module, target.kind, target.specs)
+def attach_targets(module: nn.Module, targets: Iterable[Target]) -> None:
+    """Freeze ``module`` and adapt the resolved layers in it."""
+    module.requires_grad_(False)
+    for target in targets:
+        attach(target.module, target.kind, target.specs)
+    attach_readers(module)
 
 
 def check_not_sharded(module: nn.Module) -> None:
@@ -123,6 +125,7 @@ def remove_lora(module: nn.Module) -> None:
     check_not_sharded(module)
     for layer in layers.values():
         detach(layer)
+    detach_readers(module)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lora import peft_experts, peft_format
 from lightning_lora.adapter import (
-    attach_target,
+    attach_targets,
     check_not_merged,
     check_not_sharded,
     check_tensors,
@@ -103,9 +103,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     if not allow_other_base:
         check_base(root, folder)
     if not lora_layers(root):
-        module.requires_grad_(False)
-        for target in targets:
-            attach_target(target)
+        attach_targets(module, targets)
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
     tensors = trained | lora_state_dict(root)

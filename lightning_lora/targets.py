@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_lora.active_experts import active_experts
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest, first_five
+from lightning_lora.layers.attention import read_projections
 from lightning_lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.layers.registry import adapter_kind, refusal
 from lightning_lora.layers.walk import join
@@ -82,8 +83,8 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
 
     Raises:
         TargetNotFoundError: If a pattern matches nothing, or nothing is left to adapt.
-        ConfigError: If ``root`` is adapted already, a target shares its weight with another module, or a layer named
-            in ``rank_pattern`` is too small for its rank.
+        ConfigError: If ``root`` is adapted already, a target shares its weight with another module, a layer named in
+            ``rank_pattern`` is too small for its rank, or dropout is asked for where it cannot act.
     """
     if any(isinstance(module, LoRALayer) for module in root.modules()):
         raise ConfigError("the module is adapted already; call remove_lora(module) before adapting it again.")
@@ -101,6 +102,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     _check_tied(root, selected)
     layers = _targets(root, selected, config)
     _check_ranks(root, layers, selected, config)
+    _check_dropout(root, layers, config)
     passed_over = [
         f"{name} ({reason})"
         for name, reason in refused.items()
@@ -129,13 +131,7 @@ def _check_built(root: nn.Module) -> None:
 
 def _refused(root: nn.Module) -> dict[str, str]:
     """Layers with weights that have no adapter here, and why: they must be named, not passed over in silence."""
-    refused = {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
-    for name, module in root.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # In eval without gradients torch computes the whole layer from the weights and calls no child.
-            for child in ("linear1", "linear2"):
-                refused[join(name, child)] = "TransformerEncoderLayer bypasses it in eval"
-    return refused
+    return {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
 
 
 def _weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
@@ -296,6 +292,22 @@ def _targets(root: nn.Module, selected: Weights, config: LoRAConfig) -> tuple[Ta
         specs.setdefault(weight.layer, {})[weight.parameter] = AdapterSpec(rank, alpha, weight.role, config)
     modules = {layer: root.get_submodule(layer) for layer in specs}
     return tuple(Target(layer, modules[layer], _kind(modules[layer]), specs[layer]) for layer in specs)
+
+
+def without_dropout(root: nn.Module, layers: Iterable[Target]) -> list[str]:
+    """Names of the layers whose update has no input of its own for dropout to act on."""
+    read = read_projections(root)
+    return [target.name for target in layers if target.name in read or not target.kind.takes_dropout(target.module)]
+
+
+def _check_dropout(root: nn.Module, layers: Iterable[Target], config: LoRAConfig) -> None:
+    names = without_dropout(root, layers) if config.dropout else []
+    if names:
+        raise ConfigError(
+            f"dropout={config.dropout:g} cannot act on {len(names)} of the targeted layers ({first_five(names)}): "
+            f"attention, recurrent layers and convolutions with a forward of their own compute with the sum of weight "
+            f"and update. Set dropout to 0, or exclude them."
+        )
 
 
 def _kind(module: nn.Module) -> type[LoRALayer]:

@@ -93,7 +93,7 @@ def wake(module: nn.Module, seed: int = 1, size: float = 0.05) -> None:
     """Give both factors of every adapter random values, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(module).values():
-        for factor in (layer.lora_A, layer.lora_B):
+        for factor in layer.lora_factors().values():
             factor.data.copy_(size * torch.randn(factor.shape, generator=generator))
 
 

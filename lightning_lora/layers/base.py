@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import merged_weight, uniform_bound, weight_update
+from lightning_lora.layers.class_swap import base_type, reduce, swapped_type
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -82,6 +83,11 @@ class LoRALayer(nn.Module):
         return {"weight": WeightShape(*cls.dimensions(module))}
 
     @classmethod
+    def takes_dropout(cls, module: Any) -> bool:
+        """Whether dropout can act on the input of an unadapted module's update."""
+        return True
+
+    @classmethod
     def prefix(cls, module: Any, weight: str) -> str:
         """What the names of the factors of ``weight`` start with: nothing where it is the only one."""
         return f"{weight}_" if len(cls.weights(module)) > 1 else ""
@@ -124,10 +130,14 @@ class LoRALayer(nn.Module):
         return {f"{prefix}{end}": getattr(self, f"{prefix}{end}") for prefix in prefixes for end in FACTORS}
 
     def weight_delta(self, weight: str = "weight") -> Tensor:
-        """``scale * B A`` in the layout of the parameter, at least float32."""
-        A, B = self.lora_pair(weight)
-        return weight_update(A.detach(), B.detach(), self.lora_specs[weight].scale)
+        """``scale * B A`` in the layout of the parameter, at least float32; gradients reach the factors."""
+        return weight_update(*self.lora_pair(weight), self.lora_specs[weight].scale)
 
+    def effective_weights(self) -> dict[str, Tensor]:
+        """Adapted weight to ``W + scale * B A``, for whoever computes with a weight without calling its layer."""
+        return {name: merged_weight(getattr(self, name), self.weight_delta(name)) for name in self.lora_specs}
+
+    @torch.no_grad()
     def merge(self) -> None:
         """Fold the updates into the weights; the parameter objects stay."""
         kept = {}
@@ -174,8 +184,7 @@ class LoRALayer(nn.Module):
         return f"{super().extra_repr()}, rank={self.lora_spec.rank}, alpha={self.lora_spec.alpha:g}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Adapted classes of subclassed layers are made on the fly and cannot be found by name; rebuild them.
-        return _rebuild, (_kind(type(self)), base_type(type(self))), self.__dict__.copy()
+        return reduce(self)
 
 
 def is_factor(name: str) -> bool:
@@ -186,41 +195,6 @@ def is_factor(name: str) -> bool:
     """
     leaf = name.rpartition(".")[2]
     return leaf in FACTORS or leaf.endswith(("_lora_A", "_lora_B"))
-
-
-_ADAPTED: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
-
-
-def adapted_type(kind: type[LoRALayer], module_type: type[nn.Module]) -> type[LoRALayer]:
-    """The class an adapted ``module_type`` has: ``kind`` itself, or ``kind`` mixed into the user's subclass."""
-    if (kind, module_type) not in _ADAPTED:
-        bases = (kind,) if issubclass(kind, module_type) else (kind, module_type)
-        made = kind if len(bases) == 1 else type(f"LoRA{module_type.__name__}", bases, {"__module__": kind.__module__})
-        _ADAPTED[kind, module_type] = made
-    return _ADAPTED[kind, module_type]
-
-
-def base_type(adapted: type) -> type[nn.Module]:
-    """The class an adapted layer had before."""
-    return _origin(adapted)[1]
-
-
-def _kind(adapted: type) -> type[LoRALayer]:
-    return _origin(adapted)[0]
-
-
-def _origin(adapted: type) -> tuple[type[LoRALayer], type[nn.Module]]:
-    # A sharding wrapper may have put its own class on top, hence the walk over the bases.
-    for candidate in adapted.__mro__:
-        for origin, made in _ADAPTED.items():
-            if made is candidate:
-                return origin
-    raise ConfigError(f"{adapted.__name__} is not an adapted layer.")
-
-
-def _rebuild(kind: type[LoRALayer], module_type: type[nn.Module]) -> LoRALayer:
-    made = adapted_type(kind, module_type)
-    return made.__new__(made)
 
 
 def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
@@ -241,7 +215,7 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
                 f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got "
                 f"rank={specs[name].rank}."
             )
-    module.__class__ = adapted_type(kind, type(module))
+    module.__class__ = swapped_type(kind, type(module))
     assert isinstance(module, LoRALayer)
     module.lora_specs = dict(specs)
     module.lora_enabled = True

@@ -7,12 +7,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.recurrent import LoRARecurrent
 
 Entry = TypeVar("Entry")
 
@@ -20,18 +24,18 @@ Entry = TypeVar("Entry")
 _ADAPTERS: dict[type | str, type[LoRALayer]] = {
     nn.Linear: LoRALinear,
     nn.Embedding: LoRAEmbedding,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), LoRAConv),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), LoRAConvTranspose),
+    **dict.fromkeys((nn.RNNBase, nn.RNNCellBase), LoRARecurrent),
+    nn.MultiheadAttention: LoRAMultiheadAttention,
     "transformers.pytorch_utils.Conv1D": LoRAConv1D,
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": LoRADenseExperts,
 }
 
-# Layers whose weight is read without calling them: an update in `forward` would silently do nothing.
 _REFUSED: dict[type | str, str] = {
-    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads its weight directly",
     nn.Bilinear: "a bilinear form has no low-rank update here",
+    nn.EmbeddingBag: "EmbeddingBag sums rows inside the lookup, which has no adapter",
 }
-
-
-_WITHOUT_ADAPTER = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) -> None:
@@ -70,11 +74,9 @@ def refusal(module: nn.Module) -> str | None:
             return reason
         kind = _entry(_ADAPTERS, candidate)
         if kind is not None:
-            return None if issubclass(kind, LoRAFusedExperts) else _weight_refusal(module)
+            return None if issubclass(kind, LoRAFusedExperts) else _weights_refusal(module, kind)
     if _follows_experts_interface(module):
         return None
-    if isinstance(module, _WITHOUT_ADAPTER):
-        return f"{type(module).__name__} has no adapter"
     if any(parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()):
         # Experts fused into one parameter; positional tables have a leading 1 and are no weights.
         largest = max(module._parameters.values(), key=lambda p: 0 if p is None else p.numel())
@@ -89,19 +91,35 @@ def _follows_experts_interface(module: nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in marks) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
-def _weight_refusal(module: nn.Module) -> str | None:
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, (UninitializedParameter, UninitializedBuffer)):
+def _weights_refusal(module: nn.Module, kind: type[LoRALayer]) -> str | None:
+    if any(isinstance(weight, (UninitializedParameter, UninitializedBuffer)) for weight in module._parameters.values()):
         return "it is lazy and has no shape yet: run one batch through the model first"
-    if "weight" not in module._parameters:
-        return "its weight is computed from other parameters (a parametrization)"
+    for name in kind.weights(module):
+        if name not in module._parameters:
+            return _computed(module, name)
+        reason = _weight_refusal(module._parameters[name])
+        if reason is not None:
+            return reason
+    return _lookup_refusal(module) if isinstance(module, nn.Embedding) else None
+
+
+def _computed(module: nn.Module, name: str) -> str:
+    """Why a weight that is no parameter is refused, and what makes it one."""
+    if parametrize.is_parametrized(module, name):
+        way_out = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) makes it plain"
+    else:
+        way_out = "torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm makes it plain"
+    return f"its {name} is computed from other parameters (a parametrization); {way_out}"
+
+
+def _weight_refusal(weight: nn.Parameter | None) -> str | None:
     if weight is None or not weight.is_floating_point():
         return f"its weight is {getattr(weight, 'dtype', None)}, not floating point"
     if weight.layout is not torch.strided:
         return f"its weight is stored as {weight.layout}"
     if weight.element_size() < 2:
         return f"its weight is {weight.dtype}, which torch cannot add to"
-    return _lookup_refusal(module) if isinstance(module, nn.Embedding) else None
+    return None
 
 
 def _lookup_refusal(table: nn.Embedding) -> str | None:
