@@ -7,19 +7,20 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lightning_lora import peft_experts, peft_format
+from lightning_lora import peft_experts, peft_format, peft_layers
 from lightning_lora.adapter import check_tensors
 from lightning_lora.adapter_folder import MANIFEST_FILE, AdapterFolder
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint, tensor_digest
 from lightning_lora.layers.base import FACTORS, AdapterSpec, is_factor
+from lightning_lora.layers.conv import LoRAConv
 from lightning_lora.layers.experts import LoRAFusedExperts
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.registry import adapter_kind
 from lightning_lora.layers.walk import adapted_weights, factor_parameters, join
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import module_roles
-from lightning_lora.targets import Target
+from lightning_lora.targets import Target, without_dropout
 
 
 def own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -69,6 +70,8 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
             f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not "
             f"exist in {type(root).__name__}: {first_five(missing)}."
         )
+    if folder.manifest is None:
+        _check_same_function({name: modules[owner[0]] for name, owner in owners.items() if owner}, folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
         check_tensors(factor_parameters(root), folder.factors)
@@ -96,7 +99,29 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
         )
     if folder.manifest is None:
         _check_complete(modules, folder)
+    undropped = without_dropout(root, targets.values()) if folder.config.dropout else []
+    if undropped:
+        warnings.warn(
+            f"{folder.path} has dropout {folder.config.dropout:g}, which cannot act on {len(undropped)} of its layers "
+            f"({first_five(undropped)}): they compute with the sum of weight and update. PEFT drops nothing there "
+            f"either.",
+            stacklevel=3,
+        )
     return list(targets.values())
+
+
+def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
+    """PEFT trains other functions of some convolutions than their weights and its factors say."""
+    convolutions = {name: module for name, module in modules.items() if adapter_kind(module) is LoRAConv}
+    other = [
+        f"{name} ({reason})" for name, module in convolutions.items() if (reason := peft_layers.difference(module))
+    ]
+    if other:
+        raise AdapterFileError(
+            f"{folder.path} was trained by PEFT, which ignores groups, dilation and padding mode of convolutions: it "
+            f"means another function of {first_five(other)} than an update of their weights. Train it here, or merge "
+            f"it in PEFT."
+        )
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:

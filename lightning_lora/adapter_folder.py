@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora import peft_experts, peft_format
+from lightning_lora import peft_experts, peft_format, peft_layers
 from lightning_lora.atomic import sha256
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, first_five
@@ -98,8 +98,12 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     tensors = read_tensors(tensor_file)
     factors, trained, base_copies = _split(tensors, tensor_file)
     tables = frozenset(module for name in tensors if (module := peft_format.table_of(name)) is not None)
+    factors, projections = peft_layers.take_projections(factors)
     if manifest is not None:
         _check_layers(folder, manifest)
+        factors = peft_layers.without_fillers(factors, manifest)
+    factors = peft_layers.unpack(factors, manifest, projections, str(peft.get("peft_version", "")))
+    peft = peft_layers.with_patterns(peft, projections, manifest, peft_format.by_regex)
     packed: dict[str, Pair] = {}
     if peft.get("target_parameters"):
         packed = peft_experts.take_packed(factors, manifest, lambda name: peft_format.is_targeted(peft, name))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_lora import peft_experts, peft_format
+from lightning_lora import peft_experts, peft_format, peft_layers
 from lightning_lora.adapter import (
     attach_targets,
     check_not_merged,
@@ -68,9 +68,10 @@ def save_adapter(
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
     peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
-    tensors = peft_format.to_tensors(weights, factors) | {
+    tensors = peft_format.to_tensors(root, weights, factors) | {
         peft_format.PREFIX + name: tensor for name, tensor in trained.items()
     }
+    peft_layers.warn_of_differences(weights, peft_layers.packed_attentions(root))
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
     return Path(path)
@@ -165,7 +166,7 @@ def _check_memory(module: nn.Module) -> None:
 
 def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> dict[str, Any]:
     digests = base_digests(root, trained)
-    weights = adapted_weights(root)
+    weights, attentions = adapted_weights(root), peft_layers.packed_attentions(root)
     parameters = {name: base_parameter(name, layer, weight) for name, (layer, weight) in weights.items()}
     return {
         "format": FORMAT,
@@ -179,6 +180,7 @@ def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[s
                 "parameter": parameters[name],
                 "base": digests.get(parameters[name]),
                 **peft_experts.layout(layer, weight),
+                **peft_layers.layout(name, layer, weights, attentions),
             }
             for name, (layer, weight) in weights.items()
         },

@@ -158,6 +158,9 @@ class _Merge:
     def _delta(self, layer: str, weight: Tensor) -> Tensor:
         A, B = self.pairs[layer]
         delta = weight_update(A.double(), B.double(), self._scale(layer))
+        if delta.ndim == 2 < weight.ndim and delta.numel() == weight.numel():
+            entry = {} if self.folder.manifest is None else self.folder.manifest["layers"][layer]
+            return (delta.T if entry.get("stored") == "transposed kernel matrix" else delta).reshape(weight.shape)
         square = delta.shape[0] == delta.shape[1]
         # Embeddings and GPT-2's Conv1D store the transpose; where the weight is square the config tells the latter.
         transposed = layer in self.folder.tables or (square and self.folder.peft.get("fan_in_fan_out"))
@@ -178,10 +181,15 @@ class _Merge:
 def _targets(folder: AdapterFolder, names: set[str], base: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Base tensor to adapted layer, and base tensor to tensor trained in full."""
     parameters = {
-        layer: f"{layer}.weight" if folder.manifest is None else folder.manifest["layers"][layer]["parameter"]
+        layer: (f"{layer}.weight", f"{layer}.in_proj_weight")
+        if folder.manifest is None
+        else (folder.manifest["layers"][layer]["parameter"],)
         for layer in folder.ranks
     }
-    layers = {layer: _in_base(parameter, names) for layer, parameter in parameters.items()}
+    layers = {
+        layer: next((found for name in candidates if (found := _in_base(name, names)) is not None), None)
+        for layer, candidates in parameters.items()
+    }
     trained = {name: _in_base(name, names) for name in folder.trained}
     missing = [layer for layer, found in layers.items() if found is None]
     # A checkpoint holds tied weights once, an adapter that trained them under each name.

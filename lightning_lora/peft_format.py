@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora import peft_experts
+from lightning_lora import peft_experts, peft_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.layers.base import FACTORS, LoRALayer, is_factor
@@ -72,10 +72,12 @@ _OLD_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def to_tensors(weights: Mapping[str, tuple[LoRALayer, str]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_tensors(
+    root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], factors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Factors by the names, and in the layouts, that PEFT gives them; what it cannot express keeps our name."""
     tensors = {}
-    modules = peft_experts.modules_of(weights)
+    modules, attentions = peft_experts.modules_of(weights), peft_layers.packed_attentions(root)
     for name, (layer, weight) in weights.items():
         pair = [factors[factor_name(name, layer, weight, factor)] for factor in FACTORS]
         if isinstance(layer, LoRAFusedExperts):
@@ -84,9 +86,12 @@ def to_tensors(weights: Mapping[str, tuple[LoRALayer, str]], factors: Mapping[st
         elif layer.prefix(layer, weight):
             module, leaves = name.removesuffix(f".{weight}"), [f"{weight}_{factor}" for factor in FACTORS]
         else:
-            module, leaves = name, _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR
+            module = peft_layers.module_of(name, attentions)
+            leaves = _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR
+            pair = peft_layers.pack(pair[0], pair[1], name, layer, weights, attentions)
         tensors |= {PREFIX + join(module, leaf): tensor for leaf, tensor in zip(leaves, pair, strict=True)}
-    return tensors
+    fillers = peft_layers.missing_projections(weights, attentions, factors)
+    return tensors | {PREFIX + name: tensor for name, tensor in fillers.items()}
 
 
 def split_tensor_name(name: str) -> tuple[str, str | None]:
@@ -118,9 +123,17 @@ def table_of(name: str) -> str | None:
 
 def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], trained: Iterable[str]) -> dict[str, Any]:
     """The contents of ``adapter_config.json`` for the adapted weights of ``root``."""
-    specs = {name: layer.lora_specs[weight] for name, (layer, weight) in weights.items()}
+    attentions = peft_layers.packed_attentions(root)
+    own = {name: layer.lora_specs[weight] for name, (layer, weight) in weights.items()}
+    # Where both projections of an attention are adapted, the attention speaks for both.
+    specs = {peft_layers.target_of(name, attentions): spec for name, spec in own.items()}
+    specs |= {name: spec for name, spec in own.items() if name in specs}
     fused = [name for name, (layer, _) in weights.items() if isinstance(layer, LoRAFusedExperts)]
-    layers = {name: layer for name, layer in lora_layers(root).items() if not isinstance(layer, LoRAFusedExperts)}
+    layers = {
+        peft_layers.target_of(name, attentions): layer
+        for name, layer in lora_layers(root).items()
+        if not isinstance(layer, LoRAFusedExperts)
+    }
     # In models with fused experts PEFT takes these names for the experts' of older versions; as parameters it does not.
     clashing = [name for name in layers if fused and name.rpartition(".")[2] in _OLD_EXPERT_NAMES]
     named = [name for name in layers if name not in clashing]
@@ -170,7 +183,7 @@ def check_supported(peft: Mapping[str, Any], where: str) -> None:
 def to_lora_config(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], trained: Iterable[str]) -> LoRAConfig:
     """The settings a PEFT config and its tensors stand for; layers are named in full."""
     rank, alpha = peft.get("r", 8), peft.get("lora_alpha", 8)
-    alphas = {name: float(_by_regex(name, peft.get("alpha_pattern") or {}, alpha)) for name in layer_ranks}
+    alphas = {name: float(by_regex(name, peft.get("alpha_pattern") or {}, alpha)) for name in layer_ranks}
     return LoRAConfig(
         rank=rank,
         alpha=float(alpha),
@@ -189,7 +202,7 @@ def check_ranks(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], where: 
     Raises:
         AdapterFileError: Naming the first five layers.
     """
-    expected = {name: _by_regex(name, peft.get("rank_pattern") or {}, peft.get("r", 8)) for name in layer_ranks}
+    expected = {name: by_regex(name, peft.get("rank_pattern") or {}, peft.get("r", 8)) for name in layer_ranks}
     wrong = [f"{name} has {rank}, not {expected[name]}" for name, rank in layer_ranks.items() if rank != expected[name]]
     if wrong:
         raise AdapterFileError(f"{where}: tensors and config disagree about the rank: {first_five(wrong)}.")
@@ -201,7 +214,7 @@ def check_scales(peft: Mapping[str, Any], alphas: Mapping[str, float], config: L
     Raises:
         AdapterFileError: Naming the first five layers.
     """
-    expected = {name: _by_regex(name, peft.get("alpha_pattern") or {}, peft.get("lora_alpha", 8)) for name in alphas}
+    expected = {name: by_regex(name, peft.get("alpha_pattern") or {}, peft.get("lora_alpha", 8)) for name in alphas}
     wrong = [f"{name} has {alpha}, not {expected[name]}" for name, alpha in alphas.items() if alpha != expected[name]]
     if bool(peft.get("use_rslora")) != (config.scaling == "rslora"):
         wrong.append(f"use_rslora is {peft.get('use_rslora')}, scaling {config.scaling}")
@@ -226,8 +239,8 @@ def _listed(name: str, entries: str | list[str]) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def _by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    # PEFT's rule: the key is a regular expression for the end of the name, the first one that matches wins.
+def by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """The value PEFT's rule gives: a key is a regular expression for the end of the name, the first match wins."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 

@@ -181,14 +181,15 @@ class LoRAGuard(Callback):
 class _Calls:
     """Records which adapted layers are called, and which modules that hold one.
 
-    Their ``forward`` is shadowed while a batch runs: hooks would switch torch's fast paths off.
+    Their ``forward`` is shadowed while a batch runs: hooks would switch torch's fast paths off. So is
+    ``effective_weights``, by which attention and encoder layers compute with adapters of layers they do not call.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.owner = {name: _owner(module, name) for name in lora_layers(module)}
         self.silent = list(self.owner)
         self._ran: set[str] = set()
-        self._shadowed: dict[nn.Module, Any] = {}
+        self._shadowed: dict[tuple[nn.Module, str], Any] = {}
 
     @property
     def passed_over(self) -> list[str]:
@@ -200,22 +201,23 @@ class _Calls:
         self.stop()
         for name in {*self.silent, *(self.owner[name] for name in self.silent)} - {*self._ran, ""}:
             watched = module.get_submodule(name)
-            self._shadowed[watched] = watched.__dict__.get("forward")
-            watched.__dict__["forward"] = self._recording(name, watched.forward)
+            for method in ("forward", "effective_weights") if isinstance(watched, LoRALayer) else ("forward",):
+                self._shadowed[watched, method] = watched.__dict__.get(method)
+                watched.__dict__[method] = self._recording(name, getattr(watched, method))
 
     def stop(self) -> None:
-        """Give every module the ``forward`` it had."""
-        for module, own in self._shadowed.items():
-            del module.__dict__["forward"]
+        """Give every module the methods it had."""
+        for (module, method), own in self._shadowed.items():
+            del module.__dict__[method]
             if own is not None:
-                module.__dict__["forward"] = own
+                module.__dict__[method] = own
         self._shadowed = {}
         self.silent = [name for name in self.silent if name not in self._ran]
 
-    def _recording(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
             self._ran.add(name)
-            return forward(*args, **kwargs)
+            return method(*args, **kwargs)
 
         return record
 

@@ -126,7 +126,7 @@ def detach_readers(root: nn.Module) -> None:
     """Give every such module without adapted children its old class back."""
     for module in root.modules():
         if isinstance(module, LoRAReader) and not any(isinstance(child, LoRALayer) for child in module.modules()):
-            module.__class__ = base_type(type(module))
+            module.__class__ = base_type(type(module))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read_projections(root: nn.Module) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def _is_plain(layer: LoRALayer) -> bool:
-    """Whether updates can be added to the weights here: quantised ones cannot, sharded ones only their layer gathers."""
+    """Whether updates can be added to the weights here: to quantised or sharded ones only their layer can."""
     return all(type(getattr(layer, name)) is nn.Parameter for name in layer.lora_specs)
 
 

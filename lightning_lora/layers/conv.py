@@ -24,7 +24,6 @@ class LoRAConvolution(LoRALayer):
     with the effective weight ``W + scale * B A`` in place; dropout cannot act there and is refused.
     """
 
-    weight: nn.Parameter
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -106,7 +105,7 @@ class LoRAConv(LoRAConvolution):
 
 
 class LoRAConvTranspose(LoRAConvolution):
-    r"""A frozen transposed convolution plus a low-rank update: a kernel of 1 to ``rank`` channels, then the layer's own.
+    r"""A frozen transposed convolution plus a low-rank update: first a kernel of 1 to ``rank`` channels.
 
     Shape:
         - ``W``: ``(in, out / groups, *kernel)``.
