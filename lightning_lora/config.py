@@ -13,7 +13,7 @@ from lightning_lora.errors import ConfigError, closest
 ROLE_TARGETS = ("all", "attention", "mlp", "experts")
 SCALINGS = ("standard", "rslora")
 INITS = ("default", "gaussian")
-ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class LoRAConfig:
         adapt_head: Also adapt the output head.
         adapt_embeddings: Also adapt the embeddings.
         trainable: Name patterns of modules trained in full beside the adapters, such as a classification head.
-        adapter_dtype: Type of A and B: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``. None: float32
-            when the base is lower, else the base's.
+        adapter_dtype: Type of A and B: ``"float32"``, ``"bfloat16"`` or ``"float64"``. None: float32 when the base is
+            lower, else the base's.
         share_expert_factors: In layers of fused experts, let all experts share the factor that touches the hidden
             dimension (A on the way in, B on the way out); each then has the whole rank. Otherwise every expert has
             factors of its own, of rank / active experts and at least 1.
@@ -83,6 +83,11 @@ class LoRAConfig:
         if self.adapter_dtype is not None:
             # torch.dtype prints as "torch.float32"; only its name is kept, so that a config stays plain data.
             object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
+            if self.adapter_dtype == "float16":
+                raise ConfigError(
+                    "adapters cannot be trained in float16: AdamW's eps of 1e-12 is zero there, and so are most of its "
+                    "second moments. Leave adapter_dtype out (float32 beside a float16 base), or use bfloat16."
+                )
             _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors"):
             if not isinstance(getattr(self, name), bool):

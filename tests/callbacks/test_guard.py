@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import GuardError, LoRAConfig, LoRAMixin, lora_layers
 from lightning_lora.callbacks import LoRAGuard
@@ -158,6 +159,34 @@ class Detached(Toy):
 def test_adapter_without_a_gradient_is_named(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"1 adapters got no gradient in 2 optimizer steps: net.first\. .*reentrant"):
         fit(Detached(), tmp_path, LoRAGuard(patience=2))
+
+
+class Reentrant(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.net.first, x, use_reentrant=True)
+        assert isinstance(y, Tensor)
+        return self.net.second(torch.tanh(y))
+
+
+def test_reentrant_checkpointing_of_frozen_inputs_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
+        pytest.raises(GuardError, match=r"1 adapters got no gradient in 2 optimizer steps: net.first\. .*use_reentrant"),
+    ):
+        fit(Reentrant(), tmp_path, LoRAGuard(patience=2))
+
+
+class NotReentrant(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.net.first, x, use_reentrant=False)
+        assert isinstance(y, Tensor)
+        return self.net.second(torch.tanh(y))
+
+
+def test_other_checkpointing_gives_every_adapter_its_gradient(tmp_path: Path) -> None:
+    module = NotReentrant()
+    fit(module, tmp_path, LoRAGuard(patience=1))
+    assert all(toys.moved(module))
 
 
 def test_adapter_that_did_not_move_is_named(tmp_path: Path) -> None:
