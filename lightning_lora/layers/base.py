@@ -181,7 +181,8 @@ class LoRALayer(nn.Module):
     @override
     def extra_repr(self) -> str:
         """The base layer's, with rank and alpha."""
-        return f"{super().extra_repr()}, rank={self.lora_spec.rank}, alpha={self.lora_spec.alpha:g}"
+        own = f"rank={self.lora_spec.rank}, alpha={self.lora_spec.alpha:g}"
+        return f"{base}, {own}" if (base := super().extra_repr()) else own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce(self)

@@ -78,7 +78,7 @@ class TestTransposedConvolutions(Laws):
             lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
             image,
             1,
-            {"rank_pattern": {"layer": 1}},
+            {},
             transposed,
         ),
         "depthwise": Case(lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), image, 1, {}, transposed),
