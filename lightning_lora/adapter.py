@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.counting import InjectionReport, count_parameters
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
 from lightning_lora.layers.base import LoRALayer, attach, detach
+from lightning_lora.layers.quantised import keep_stored_values
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.walk import factors, lora_layers
 from lightning_lora.targets import Target, Targets, resolve_targets
 
@@ -52,11 +55,17 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
 
 def apply_targets(module: nn.Module, targets: Targets) -> None:
     """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
-    module.requires_grad_(False)
+    freeze(module)
     for target in targets.layers:
         attach_target(target)
     for trained in targets.trainable.values():
         trained.requires_grad_(True)
+
+
+def freeze(module: nn.Module) -> None:
+    """Let nothing in ``module`` change: neither by gradients nor by what quantised layers do to themselves."""
+    module.requires_grad_(False)
+    keep_stored_values(module)
 
 
 def attach_target(target: Target) -> LoRALayer:
@@ -88,6 +97,8 @@ def reshard(module: nn.Module) -> None:
 def merge_lora(module: nn.Module) -> None:
     """Fold every update into its base weight, summed in float32 and rounded once; the originals are kept aside.
 
+    A quantised layer then holds a plain weight of the type it had before it was quantised; a warning says so.
+
     Raises:
         ConfigError: If nothing is adapted, or the updates are folded in already.
         AlreadyShardedError: If the weights are sharded.
@@ -97,6 +108,7 @@ def merge_lora(module: nn.Module) -> None:
     check_not_merged(module, "merge twice")
     for layer in layers.values():
         layer.merge()
+    _tell_of_plain_weights(layers)
 
 
 def unmerge_lora(module: nn.Module) -> None:
@@ -207,6 +219,18 @@ def check_not_merged(module: nn.Module, action: str) -> None:
 def join(prefix: str, name: str) -> str:
     """A dotted name below ``prefix``, which may be empty for the root."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def _tell_of_plain_weights(layers: Mapping[str, LoRALayer]) -> None:
+    plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
+    if plain:
+        types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
+        size = sum(weight.numel() * weight.element_size() for weight in plain)
+        warnings.warn(
+            f"{len(plain)} merged layers are quantised no longer: their weights are {types} and take {size / 1e6:,.1f} "
+            f"MB. unmerge_lora(module) brings the quantised ones back.",
+            stacklevel=3,
+        )
 
 
 def _adapted(module: nn.Module) -> dict[str, LoRALayer]:

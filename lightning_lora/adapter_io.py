@@ -19,6 +19,7 @@ from lightning_lora.adapter import (
     check_not_merged,
     check_not_sharded,
     check_tensors,
+    freeze,
     join,
     lora_state_dict,
 )
@@ -106,7 +107,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     if not allow_other_base:
         check_base(root, folder)
     if not lora_layers(root):
-        module.requires_grad_(False)
+        freeze(module)
         for target in targets:
             attach_target(target)
     for tensor in trained.values():

@@ -3,6 +3,15 @@
 from lightning_lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.registry import register_layer
 
-__all__ = ["AdapterSpec", "LoRAConv1D", "LoRAEmbedding", "LoRALayer", "LoRALinear", "register_layer"]
+__all__ = [
+    "AdapterSpec",
+    "LoRAConv1D",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAQuantisedLinear",
+    "register_layer",
+]

@@ -103,6 +103,14 @@ class LoRALayer(nn.Module):
         self.lora_B.zero_()
 
     @property
+    def type_without_adapter(self) -> type[nn.Module]:
+        """The class the layer gets when its adapter is taken off: the one it had before."""
+        return base_type(type(self))
+
+    def before_detach(self) -> None:
+        """Called when the adapter is taken off, before the class changes."""
+
+    @property
     def lora_moved(self) -> bool:
         """Whether training has moved the factor that started at zero."""
         return bool(self.lora_B.detach().any())
@@ -181,7 +189,8 @@ def attach(module: nn.Module, kind: type[LoRALayer], spec: AdapterSpec) -> LoRAL
 
 def detach(layer: LoRALayer) -> None:
     """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
-    original = base_type(type(layer))
+    original = layer.type_without_adapter
+    layer.before_detach()
     for name in ("lora_A", "lora_B", "lora_spec", "lora_enabled", "lora_base_weight"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
