@@ -25,7 +25,7 @@ UPDATE = "UPDATE_PUBLIC_SURFACE"
 LEVELS = {
     "leaves": ("errors", "config", "patterns", "functional"),
     "adapters": (),  # whatever is named nowhere else: layers and the adapter operations
-    "lightning": ("mixin", "optim", "checkpointing", "callbacks"),
+    "lightning": ("mixin", "optim", "checkpointing", "precision", "callbacks"),
     "tasks": ("tasks", "data"),
     "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
 }

@@ -38,6 +38,11 @@ def is_quantised(weight: Any) -> bool:
     return kind in _TORCHAO and getattr(weight, _TORCHAO[kind]) is None
 
 
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear layer of bitsandbytes, its weight quantised already or not."""
+    return _has_type(layer, _LINEAR_4BIT) or _has_type(layer, _LINEAR_8BIT)
+
+
 def dequantised(layer: nn.Module) -> Tensor:
     """The numbers the quantised weight of ``layer`` stands for, ``(out, in)`` in float32.
 
