@@ -103,12 +103,26 @@ def merge_lora(module: nn.Module) -> None:
         ConfigError: If nothing is adapted, or the updates are folded in already.
         AlreadyShardedError: If the weights are sharded.
     """
+    layers = merge_layers(module)
+    plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
+    if plain:
+        types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
+        size = sum(weight.numel() * weight.element_size() for weight in plain)
+        warnings.warn(
+            f"{len(plain)} merged layers are quantised no longer: their weights are {types} and take {size / 1e6:,.1f} "
+            f"MB. unmerge_lora(module) brings the quantised ones back.",
+            stacklevel=2,
+        )
+
+
+def merge_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Fold every update in, as `merge_lora` does, and return the layers."""
     layers = _adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "merge twice")
     for layer in layers.values():
         layer.merge()
-    _tell_of_plain_weights(layers)
+    return layers
 
 
 def unmerge_lora(module: nn.Module) -> None:
@@ -219,18 +233,6 @@ def check_not_merged(module: nn.Module, action: str) -> None:
 def join(prefix: str, name: str) -> str:
     """A dotted name below ``prefix``, which may be empty for the root."""
     return f"{prefix}.{name}" if prefix else name
-
-
-def _tell_of_plain_weights(layers: Mapping[str, LoRALayer]) -> None:
-    plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
-    if plain:
-        types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
-        size = sum(weight.numel() * weight.element_size() for weight in plain)
-        warnings.warn(
-            f"{len(plain)} merged layers are quantised no longer: their weights are {types} and take {size / 1e6:,.1f} "
-            f"MB. unmerge_lora(module) brings the quantised ones back.",
-            stacklevel=3,
-        )
 
 
 def _adapted(module: nn.Module) -> dict[str, LoRALayer]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapter import check_not_merged, check_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
-from lightning_lora.layers.quantised import base_keys, quantised_layers
+from lightning_lora.layers.quantised import quantised_layers, scale_keys
 from lightning_lora.layers.walk import lora_layers
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
@@ -103,9 +103,9 @@ def verify_and_complete(
         if key in checkpoint:
             state = {name: value for name, value in checkpoint[key].items() if name not in base}
             check_tensors(expected, {name: value for name, value in state.items() if name in manifest["tensors"]})
-            # Quantised weights are not copied onto themselves: bitsandbytes refuses that once it has computed.
-            quantised = _quantised_keys(module)
-            own = {name: value for name, value in module.state_dict().items() if name not in quantised}
+            # A strict load does not ask for scales, and bitsandbytes refuses those of 8-bit layers that have computed.
+            scales = _scales(module)
+            own = {name: value for name, value in module.state_dict().items() if name not in scales}
             checkpoint[key] = own | state
 
 
@@ -128,12 +128,12 @@ def _kept(module: LightningModule) -> dict[str, Tensor]:
 
 def _frozen(module: LightningModule) -> set[str]:
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return frozen | _quantised_keys(module)
+    return frozen | _scales(module)
 
 
-def _quantised_keys(module: LightningModule) -> set[str]:
-    """Entries of the state dict that hold a quantised weight: beside its codes there are scales and marks."""
-    return {f"{name}.{key}" for name, layer in quantised_layers(module).items() for key in base_keys(layer)}
+def _scales(module: LightningModule) -> set[str]:
+    """Entries of the state dict that belong to quantised weights and are no parameters."""
+    return {f"{name}.{key}" for name, layer in quantised_layers(module).items() for key in scale_keys(layer)}
 
 
 def _in_shards(strategy: Strategy) -> bool:

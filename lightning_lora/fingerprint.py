@@ -27,7 +27,6 @@ def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
         exact: False rounds to bfloat16 first, so that one base loaded in float32 and in bfloat16 agree. True compares
             the bits as they are.
     """
-    tensor = tensor.detach()
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
     for part in stored_parts(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor):
         flat = part.detach().reshape(-1)

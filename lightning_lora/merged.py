@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.adapter import FACTORS, check_not_merged, join, merge_lora, unmerge_lora
+from lightning_lora.adapter import FACTORS, check_not_merged, join, merge_layers, unmerge_lora
 from lightning_lora.atomic import atomic_folder
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers.quantised import base_keys, dequantised, dtype_before, is_quantised
+from lightning_lora.layers.quantised import dequantised, dtype_before, is_quantised, quantised_layers, scale_keys
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.patterns import plain_name
@@ -46,7 +47,8 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     check_not_merged(module, "write the merged model")
     model = _model_with_all_adapters(module)
     _check_not_the_base(model, Path(path))
-    merge_lora(module)
+    num_quantised = len(quantised_layers(module))
+    merge_layers(module)
     try:
         with atomic_folder(path, replaces="config.json" if model is not None else WEIGHT_FILE) as folder:
             if model is None:
@@ -60,6 +62,13 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
                 tokenizer.save_pretrained(folder)
     finally:
         unmerge_lora(module)
+    if num_quantised:
+        files = Path(path).glob("*.safetensors")
+        warnings.warn(
+            f"the merged model is not quantised: {num_quantised} quantised layers were written to {path} in the type "
+            f"they had before, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB in all.",
+            stacklevel=2,
+        )
     return Path(path)
 
 
@@ -86,7 +95,7 @@ def plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     for name, layer in module.named_modules():
         weight: Any = layer._parameters.get("weight")
         if is_quantised(weight):
-            for key in base_keys(layer):
+            for key in scale_keys(layer):
                 del state[plain_name(join(name, key))]
             value = dequantised(layer).to(dtype or dtype_before(weight))
         elif isinstance(layer, LoRAQuantisedLinear):

@@ -26,7 +26,7 @@ def quantise_first(module: LightningModule) -> None:
     if doomed and not any(is_bitsandbytes(layer) for layer in module.modules()):
         raise ConfigError(
             f"BitsandbytesPrecision would replace {len(doomed)} adapted layers by layers without adapters "
-            f"({first_five(doomed)}). Leave the adapting to LoRAMixin or the LoRA callback, which let it quantise first."
+            f"({first_five(doomed)}). Leave the adapting to LoRAMixin or the LoRA callback: they let it quantise first."
         )
     # Around `configure_model` the plugin's own class stands for torch.nn.Linear, and it would find nothing to convert.
     stand_in, torch.nn.Linear = torch.nn.Linear, torch.nn.modules.linear.Linear

@@ -43,7 +43,7 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
     return _has_type(layer, _LINEAR_4BIT) or _has_type(layer, _LINEAR_8BIT)
 
 
-def dequantised(layer: nn.Module) -> Tensor:
+def dequantised(layer: Any) -> Tensor:
     """The numbers the quantised weight of ``layer`` stands for, ``(out, in)`` in float32.
 
     Computed by the library's own public function from the stored codes and scales; nothing is rounded to a narrower
@@ -61,7 +61,7 @@ def dequantised(layer: nn.Module) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         # The first forward moves the scales of the rows from the weight to the layer.
-        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # pyright: ignore[reportAttributeAccessIssue]
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
         return int8_vectorwise_dequant(_plain(weight), scales)
     if _path(type(weight)) == _TORCHAO_INT8:
         return weight.dequantize(output_dtype=torch.float32)
@@ -101,9 +101,9 @@ def quantised_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in module.named_modules() if is_quantised(layer._parameters.get("weight"))}
 
 
-def base_keys(layer: nn.Module) -> set[str]:
-    """What a quantised layer writes into a state dict for its weight: the codes, scales, and marks of the format."""
-    return {key for key in layer.state_dict() if key.split(".")[0] == "weight" or key in ("SCB", "weight_format")}
+def scale_keys(layer: nn.Module) -> set[str]:
+    """What a quantised layer writes into a state dict beside its codes: scales, and marks of the format."""
+    return {key for key in layer.state_dict() if key.startswith("weight.") or key in ("SCB", "weight_format")}
 
 
 def refusal(module: nn.Module) -> str | None:

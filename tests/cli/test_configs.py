@@ -9,7 +9,7 @@ import yaml
 
 from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
-METHODS = ["lora.yaml", "full.yaml", "attention_only.yaml"]
+METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
 NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}
 
