@@ -47,7 +47,7 @@ def quantised(kind: str, dtype: torch.dtype = torch.float32) -> Net:
     if kind.startswith("torchao"):
         weight_only: dict[str, Any] = {
             "torchao-int8": torchao.Int8WeightOnlyConfig(),
-            "torchao-int4": torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32)),
+            "torchao-int4": torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32)),  # pyright: ignore
         }
         torchao.quantize_(base, weight_only[kind], filter_fn=lambda _, name: name in ("first", "second"))
         return base

@@ -301,7 +301,7 @@ def test_a_weight_that_was_repacked_is_refused() -> None:
     net = quantised("nf4")
     answer(net.eval())
     with pytest.raises(
-        TargetNotFoundError, match="target 'first' .*: an evaluation on the CPU has repacked its weight"
+        TargetNotFoundError, match=r"target 'first' .*: an evaluation on the CPU has repacked its weight"
     ):
         inject_lora(net, LoRAConfig(rank=4, targets=["first"]))
 
@@ -344,7 +344,7 @@ UNKNOWN = {
 def test_other_quantised_weights_are_refused_by_name(name: str) -> None:
     make, reason = UNKNOWN[name]
     net = nn.ModuleDict({"body": make(), "other": nn.Linear(4, 4)})
-    with pytest.raises(TargetNotFoundError, match="'body'.* cannot be adapted") as error:
+    with pytest.raises(TargetNotFoundError, match=r"'body'.* cannot be adapted") as error:
         inject_lora(net, LoRAConfig(rank=2, targets=["body"]))
     assert reason in str(error.value)
     if name != "table":  # embeddings are no target unless asked for
