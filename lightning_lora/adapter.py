@@ -17,10 +17,8 @@ from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigE
 from lightning_lora.layers.base import LoRALayer, attach, detach
 from lightning_lora.layers.quantised import keep_stored_values
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
-from lightning_lora.layers.walk import factors, lora_layers
+from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.targets import Target, Targets, resolve_targets
-
-FACTORS = ("lora_A", "lora_B")
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -43,7 +41,7 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
     targets = resolve_targets(module, config)
     apply_targets(module, targets)
     count = count_parameters(module)
-    adapter_bytes = sum(p.numel() * p.element_size() for layer in lora_layers(module).values() for p in factors(layer))
+    adapter_bytes = sum(p.numel() * p.element_size() for p in factor_parameters(module).values())
     return InjectionReport(
         layers={target.name: target.spec for target in targets.layers},
         trainable=tuple(targets.trainable),
@@ -70,7 +68,7 @@ def freeze(module: nn.Module) -> None:
 
 def attach_target(target: Target) -> LoRALayer:
     """Adapt one resolved layer."""
-    return attach(target.module, target.kind, target.spec)
+    return attach(target.module, target.kind, target.specs)
 
 
 def check_not_sharded(module: nn.Module) -> None:
@@ -131,7 +129,7 @@ def unmerge_lora(module: nn.Module) -> None:
     Raises:
         ConfigError: If nothing is adapted or nothing is folded in.
     """
-    merged = [layer for layer in _adapted(module).values() if layer.lora_base_weight is not None]
+    merged = [layer for layer in _adapted(module).values() if layer.lora_merged]
     if not merged:
         raise ConfigError("there is nothing to unmerge: merge_lora(module) was not called.")
     for layer in merged:
@@ -179,12 +177,9 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
         ConfigError: If nothing is adapted.
     """
     reshard(module)
-    state = {}
-    for name, layer in _adapted(module).items():
-        for factor in FACTORS:
-            tensor = getattr(layer, factor).detach()
-            state[join(name, factor)] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return state
+    _adapted(module)
+    factors = {name: factor.detach() for name, factor in factor_parameters(module).items()}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in factors.items()}
 
 
 def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -195,10 +190,10 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
         ConfigError: If nothing is adapted, or the updates are folded in.
         AlreadyShardedError: If the weights are sharded.
     """
-    layers = _adapted(module)
+    _adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "load adapters")
-    expected = {join(name, factor): getattr(layer, factor) for name, layer in layers.items() for factor in FACTORS}
+    expected = factor_parameters(module)
     check_tensors(expected, state)
     with torch.no_grad():
         for name, parameter in expected.items():
@@ -223,16 +218,11 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 
 def check_not_merged(module: nn.Module, action: str) -> None:
     """Raise `ConfigError` if any update is folded in: the adapter would then count twice or not at all."""
-    merged = [name for name, layer in lora_layers(module).items() if layer.lora_base_weight is not None]
+    merged = [name for name, layer in lora_layers(module).items() if layer.lora_merged]
     if merged:
         raise ConfigError(
             f"cannot {action}: {len(merged)} layers are merged ({first_five(merged)}). Call unmerge_lora(module) first."
         )
-
-
-def join(prefix: str, name: str) -> str:
-    """A dotted name below ``prefix``, which may be empty for the root."""
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _adapted(module: nn.Module) -> dict[str, LoRALayer]:

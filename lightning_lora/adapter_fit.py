@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lightning_lora import peft_format
-from lightning_lora.adapter import FACTORS, check_tensors, join
+from lightning_lora import peft_experts, peft_format
+from lightning_lora.adapter import check_tensors
 from lightning_lora.adapter_folder import MANIFEST_FILE, AdapterFolder
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint, tensor_digest
-from lightning_lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.layers.base import FACTORS, AdapterSpec, is_factor
+from lightning_lora.layers.experts import LoRAFusedExperts
+from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.registry import adapter_kind
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.layers.walk import adapted_weights, factor_parameters, join
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import module_roles
 from lightning_lora.targets import Target
@@ -24,40 +26,69 @@ def own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and every buffer that is saved, shared ones under each of their names."""
     for prefix, module in root.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in FACTORS and name not in module._non_persistent_buffers_set:
+            if tensor is not None and not is_factor(name) and name not in module._non_persistent_buffers_set:
                 yield plain_name(join(prefix, name)), tensor
+
+
+def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
+    """``folder`` with the factors of fused experts, if PEFT wrote any, by our names.
+
+    Raises:
+        AdapterFileError: If they fit no experts layer of ``root``.
+    """
+    if not folder.packed:
+        return folder
+    factors: dict[str, Tensor] = {}
+    found: set[str] = set()
+    for name, module in root.named_modules():
+        kind, name = adapter_kind(module), plain_name(name)
+        if name not in folder.packed or kind is None:
+            continue
+        if issubclass(kind, LoRAFusedExperts):
+            factors |= peft_experts.unpack_by_model(folder.packed, folder.peft, name, module, kind)
+            found |= {packed for packed in folder.packed if packed.partition(".base_layer")[0] == name}
+        elif issubclass(kind, LoRALinear):
+            # The weight of a linear layer, targeted as a parameter: the same update as of the layer.
+            factors |= {join(name, factor): tensor for factor, tensor in zip(FACTORS, folder.packed[name], strict=True)}
+            found.add(name)
+    lost = sorted(folder.packed.keys() - found)
+    if lost:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: {first_five(lost)} are no fused experts in {type(root).__name__}."
+        )
+    return folder.with_factors(factors)
 
 
 def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
     """The layers of ``root`` the folder adapts, after checking that each exists and has the right shape."""
     modules = {plain_name(name): module for name, module in root.named_modules()}
-    missing = [name for name in folder.ranks if name not in modules]
+    owners = {name: _owner(modules, name) for name in folder.ranks}
+    missing = [name for name, owner in owners.items() if owner is None]
     if missing:
         raise AdapterFileError(
             f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not "
             f"exist in {type(root).__name__}: {first_five(missing)}."
         )
-    present = lora_layers(root)
+    present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
-        check_tensors(
-            {join(name, factor): getattr(layer, factor) for name, layer in present.items() for factor in FACTORS},
-            folder.factors,
-        )
+        check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
         return []
     roles = {plain_name(name): role for name, role in module_roles(root).items()}
-    targets, problems = [], []
-    for name, rank in folder.ranks.items():
-        kind = adapter_kind(modules[name])
+    targets: dict[str, Target] = {}
+    problems = []
+    for name, (layer, parameter) in ((name, owner) for name, owner in owners.items() if owner is not None):
+        kind = adapter_kind(modules[layer])
         if kind is None:
-            problems.append(f"{name} is a {type(modules[name]).__name__}, which cannot be adapted")
+            problems.append(f"{name} is a {type(modules[layer]).__name__}, which cannot be adapted")
             continue
-        found = folder.factors[join(name, "lora_A")].shape[1], folder.factors[join(name, "lora_B")].shape[0]
-        if found != kind.dimensions(modules[name]):
-            problems.append(f"{name} maps {kind.dimensions(modules[name])}, the adapter {found}")
+        shape = kind.weights(modules[layer])[parameter]
+        found = folder.shapes[name]
+        if found != shape:
+            problems.append(f"{name} maps {shape[:2]}, the adapter {found[:2]}")
             continue
-        spec = _spec(folder, name, rank, roles[name])
-        targets.append(Target(name, modules[name], kind, spec))
+        target = targets.setdefault(layer, Target(layer, modules[layer], kind, {}))
+        target.specs[parameter] = _spec(folder, name, folder.ranks[name], roles[layer])
     if problems:
         raise AdapterFileError(
             f"{folder.path} does not fit this module: {len(problems)} of {len(folder.ranks)} layers disagree: "
@@ -65,15 +96,26 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
         )
     if folder.manifest is None:
         _check_complete(modules, folder)
-    return targets
+    return list(targets.values())
 
 
-def _check_scales(present: Mapping[str, LoRALayer], folder: AdapterFolder) -> None:
+def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:
+    """The layer and the parameter that an adapted weight's name stands for; None where there is no such thing."""
+    if name in modules:
+        kind = adapter_kind(modules[name])
+        weights = kind.weights(modules[name]) if kind is not None else {"weight": None}
+        return (name, next(iter(weights))) if len(weights) == 1 else None
+    layer, _, parameter = name.rpartition(".")
+    kind = adapter_kind(modules[layer]) if layer in modules else None
+    return (layer, parameter) if kind is not None and parameter in kind.weights(modules[layer]) else None
+
+
+def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> None:
     """The tensors mean another function under another alpha or scaling."""
     wrong = [
-        f"{name} has {layer.lora_spec.scale:g}, the adapter {_spec(folder, name, layer.lora_spec.rank, '').scale:g}"
-        for name, layer in present.items()
-        if layer.lora_spec.scale != _spec(folder, name, layer.lora_spec.rank, "").scale
+        f"{name} has {spec.scale:g}, the adapter {_spec(folder, name, spec.rank, '').scale:g}"
+        for name, spec in present.items()
+        if spec.scale != _spec(folder, name, spec.rank, "").scale
     ]
     if wrong:
         raise AdapterFileError(
@@ -126,7 +168,7 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
     digests = base_digests(root, folder.trained)
     if fingerprint(digests) != folder.manifest["base_fingerprint"]:
         layers = folder.manifest["layers"]
-        other = [name for name in layers if digests.get(join(name, "weight")) != layers[name]["base"]]
+        other = [name for name in layers if digests.get(layers[name]["parameter"]) != layers[name]["base"]]
         where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
         raise BaseMismatchError(
             f"{folder.path} was trained on a base with fingerprint {folder.manifest['base_fingerprint']}, this one "

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora import peft_format
+from lightning_lora import peft_experts, peft_format
 from lightning_lora.atomic import sha256
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, first_five
+from lightning_lora.layers.base import FACTORS, WeightShape
+from lightning_lora.layers.walk import factor_owner
 from lightning_lora.tensor_files import read_tensors
+
+Pair = tuple[Tensor, Tensor]
 
 MANIFEST_FILE = "lightning_lora.json"
 FORMAT = 1
@@ -32,8 +36,9 @@ class AdapterFolder:
         peft: Contents of ``adapter_config.json``.
         manifest: Contents of ``lightning_lora.json``, or None for a folder written by PEFT.
         config: The settings of the adapter.
-        ranks: Adapted module to rank.
+        ranks: Adapted weight to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
+        packed: Factors of fused experts as PEFT lays them out, by its module names: only the model knows what they are.
         trained: Tensors of modules trained in full, by parameter name.
         tables: Names of the adapted modules that are embeddings.
         base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
@@ -45,9 +50,35 @@ class AdapterFolder:
     config: LoRAConfig
     ranks: dict[str, int]
     factors: dict[str, Tensor]
+    packed: dict[str, Pair]
     trained: dict[str, Tensor]
     base_copies: dict[str, Tensor]
     tables: frozenset[str]
+
+    @property
+    def shapes(self) -> dict[str, WeightShape]:
+        """Adapted weight to the shape its factors have."""
+        return {
+            name: WeightShape(A.shape[-1], B.shape[-2], max(A.shape[0], B.shape[0]) if A.ndim == 3 else 0)
+            for name, (A, B) in self.pairs.items()
+        }
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> AdapterFolder:
+        """The same folder, its packed factors replaced by ``factors``.
+
+        Raises:
+            AdapterFileError: If their ranks are not those of the config.
+        """
+        every = self.factors | dict(factors)
+        ranks = {name: A.shape[-2] for name, (A, _) in _pairs(every, self.path).items()}
+        peft_format.check_ranks(self.peft, ranks, str(self.path))
+        config = peft_format.to_lora_config(self.peft, ranks, self.config.trainable)
+        return replace(self, factors=every, ranks=ranks, config=config, packed={})
+
+    @property
+    def pairs(self) -> dict[str, Pair]:
+        """Adapted weight to its ``A`` and ``B``."""
+        return _pairs(self.factors, self.path)
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
@@ -67,9 +98,17 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     tensors = read_tensors(tensor_file)
     factors, trained, base_copies = _split(tensors, tensor_file)
     tables = frozenset(module for name in tensors if (module := peft_format.table_of(name)) is not None)
-    ranks = _ranks(factors, tensor_file)
     if manifest is not None:
-        _check_layers(folder, manifest, ranks)
+        _check_layers(folder, manifest)
+    packed: dict[str, Pair] = {}
+    if peft.get("target_parameters"):
+        packed = peft_experts.take_packed(factors, manifest, lambda name: peft_format.is_targeted(peft, name))
+    if manifest is not None:
+        factors |= peft_experts.unpack_by_manifest(packed, manifest, str(tensor_file))
+        packed = {}
+    ranks = {name: A.shape[-2] for name, (A, _) in _pairs(factors, tensor_file).items()}
+    if manifest is not None and {name: layer["rank"] for name, layer in manifest["layers"].items()} != ranks:
+        raise AdapterFileError(_unsound(folder))
     try:
         peft_format.check_ranks(peft, ranks, str(folder))
         if manifest is None:
@@ -82,7 +121,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         raise
     except (ConfigError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise AdapterFileError(f"{folder} holds settings that cannot be used: {error}") from error
-    return AdapterFolder(folder, peft, manifest, config, ranks, factors, trained, base_copies, tables)
+    return AdapterFolder(folder, peft, manifest, config, ranks, factors, packed, trained, base_copies, tables)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,21 +174,25 @@ def verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise AdapterFileError(f"{file} was changed after it was saved: its SHA-256 is not the manifest's.")
 
 
-def _check_layers(folder: Path, manifest: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
-    """The manifest must describe the tensors it lies beside."""
+def _check_layers(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The manifest must hold what is needed to describe the tensors it lies beside."""
     layers = manifest.get("layers")
     sound = (
         isinstance(layers, dict)
         and isinstance(manifest.get("config"), dict)
         and isinstance(manifest.get("base_fingerprint"), str)
-        and all(isinstance(layer, dict) and {"rank", "alpha", "base"} <= layer.keys() for layer in layers.values())
-        and {name: layer["rank"] for name, layer in layers.items()} == ranks
+        and all(
+            isinstance(layer, dict) and {"rank", "alpha", "parameter", "base"} <= layer.keys()
+            for layer in layers.values()
+        )
         and all(isinstance(layer["alpha"], (int, float)) and layer["alpha"] > 0 for layer in layers.values())
     )
     if not sound:
-        raise AdapterFileError(
-            f"{folder / MANIFEST_FILE} does not describe the tensors beside it; delete it to load the rest."
-        )
+        raise AdapterFileError(_unsound(folder))
+
+
+def _unsound(folder: Path) -> str:
+    return f"{folder / MANIFEST_FILE} does not describe the tensors beside it; delete it to load the rest."
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -197,19 +240,20 @@ def _split(
     return factors, trained, base_copies
 
 
-def _ranks(factors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
-    ranks = {}
-    for name, A in factors.items():
-        module, _, factor = name.rpartition(".")
-        if factor == "lora_A":
-            B = factors.get(f"{module}.lora_B" if module else "lora_B")
-            if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-                shape = "missing" if B is None else tuple(B.shape)
-                raise AdapterFileError(f"{where}: the factors of {module!r} do not fit: A {tuple(A.shape)}, B {shape}.")
-            ranks[module] = A.shape[0]
-    if 2 * len(ranks) != len(factors):
-        raise AdapterFileError(f"{where}: some lora_B tensors have no lora_A beside them.")
-    return ranks
+def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, Pair]:
+    """Adapted weight to its two factors, which must fit each other."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in factors.items():
+        name, factor = factor_owner(key)
+        found.setdefault(name, {})[factor] = tensor
+    pairs = {}
+    for name, pair in found.items():
+        A, B = pair.get("lora_A"), pair.get("lora_B")
+        if A is None or B is None or A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1]:
+            shapes = ", ".join(f"{f[-1]} {tuple(pair[f].shape) if f in pair else 'missing'}" for f in FACTORS)
+            raise AdapterFileError(f"{where}: the factors of {name!r} do not fit: {shapes}.")
+        pairs[name] = (A, B)
+    return pairs
 
 
 def _modules(trained: Mapping[str, Tensor]) -> list[str]:

@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_lora import peft_format
+from lightning_lora import peft_experts, peft_format
 from lightning_lora.adapter import (
-    FACTORS,
     attach_target,
     check_not_merged,
     check_not_sharded,
     check_tensors,
     freeze,
-    join,
     lora_state_dict,
 )
-from lightning_lora.adapter_fit import check_base, check_copies, matching_targets, own_tensors
+from lightning_lora.adapter_fit import check_base, check_copies, matching_targets, own_tensors, with_experts
 from lightning_lora.adapter_folder import (
     FORMAT,
     MANIFEST_FILE,
@@ -33,7 +31,7 @@ from lightning_lora.adapter_folder import (
 from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.layers.walk import adapted_weights, base_parameter, lora_layers
 from lightning_lora.model_card import model_card
 from lightning_lora.patterns import matches_any, plain_name
 from lightning_lora.roles import hugging_face_models
@@ -65,17 +63,15 @@ def save_adapter(
     check_not_merged(module, "save the adapter")
     _check_memory(module)
     root = _root_to_save(module)
-    layers = lora_layers(root)
+    weights = adapted_weights(root)
     factors = lora_state_dict(root)
     trained = {name: _whole(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
-    peft = peft_format.to_peft(root, layers, {name.rpartition(".")[0] for name in trained})
-    tensors = {
-        peft_format.tensor_name(name, layer, factor): factors[join(name, factor)]
-        for name, layer in layers.items()
-        for factor in FACTORS
-    } | {peft_format.PREFIX + name: tensor for name, tensor in trained.items()}
+    peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
+    tensors = peft_format.to_tensors(weights, factors) | {
+        peft_format.PREFIX + name: tensor for name, tensor in trained.items()
+    }
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
     return Path(path)
@@ -99,7 +95,8 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     folder = read_adapter_folder(path)
     check_not_sharded(module)
     check_not_merged(module, "load an adapter")
-    root = _root_to_load(module, list(folder.ranks))
+    root = _root_to_load(module, [*folder.ranks, *folder.packed])
+    folder = with_experts(root, folder)
     targets = matching_targets(root, folder)
     trained = {name: tensor for name, tensor in own_tensors(root) if name in folder.trained}
     check_tensors(trained, folder.trained)
@@ -131,7 +128,8 @@ def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
     """The model in ``module`` that has layers of these names, one that is adapted first; else ``module`` itself."""
     models = [model for _, model in hugging_face_models(module)]
     for model in sorted(models, key=lambda model: not lora_layers(model)):
-        if set(names) <= {plain_name(name) for name, _ in model.named_modules()}:
+        parts = (*model.named_modules(), *model.named_parameters())
+        if {name.partition(".base_layer")[0] for name in names} <= {plain_name(name) for name, _ in parts}:
             return model
     return module
 
@@ -170,19 +168,22 @@ def _check_memory(module: nn.Module) -> None:
 
 def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> dict[str, Any]:
     digests = base_digests(root, trained)
-    layers = lora_layers(root)
+    weights = adapted_weights(root)
+    parameters = {name: base_parameter(name, layer, weight) for name, (layer, weight) in weights.items()}
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("lightning-lora", "lightning", "torch")},
-        "config": next(iter(layers.values())).lora_spec.config.to_dict(),
+        "config": next(iter(weights.values()))[0].lora_spec.config.to_dict(),
         "layers": {
             name: {
-                "rank": layer.lora_spec.rank,
-                "alpha": layer.lora_spec.alpha,
-                "role": layer.lora_spec.role,
-                "base": digests.get(join(name, "weight")),
+                "rank": layer.lora_specs[weight].rank,
+                "alpha": layer.lora_specs[weight].alpha,
+                "role": layer.lora_specs[weight].role,
+                "parameter": parameters[name],
+                "base": digests.get(parameters[name]),
+                **peft_experts.layout(layer, weight),
             }
-            for name, layer in layers.items()
+            for name, (layer, weight) in weights.items()
         },
         "base_fingerprint": fingerprint(digests),
         "summary": dict(summary),

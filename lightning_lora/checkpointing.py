@@ -15,7 +15,7 @@ from lightning_lora.adapter import check_not_merged, check_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.layers.quantised import quantised_layers, scale_keys
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.layers.walk import adapted_weights
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
@@ -40,7 +40,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = _by_name(module, module.trainer.optimizers, checkpoint["optimizer_states"])
-    specs = {name: layer.lora_spec for name, layer in lora_layers(module).items()}
+    specs = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(module).items()}
     checkpoint[KEY] = {
         "format": FORMAT,
         "module": f"{type(module).__module__}.{type(module).__qualname__}",

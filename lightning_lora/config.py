@@ -42,6 +42,9 @@ class LoRAConfig:
         trainable: Name patterns of modules trained in full beside the adapters, such as a classification head.
         adapter_dtype: Type of A and B: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``. None: float32
             when the base is lower, else the base's.
+        share_expert_factors: In layers of fused experts, let all experts share the factor that touches the hidden
+            dimension (A on the way in, B on the way out); each then has the whole rank. Otherwise every expert has
+            factors of its own, of rank / active experts and at least 1.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -66,6 +69,7 @@ class LoRAConfig:
     adapt_embeddings: bool = False
     trainable: tuple[str, ...] | list[str] = ()
     adapter_dtype: str | None = None
+    share_expert_factors: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -80,7 +84,7 @@ class LoRAConfig:
             # torch.dtype prints as "torch.float32"; only its name is kept, so that a config stays plain data.
             object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
             _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        for name in ("adapt_head", "adapt_embeddings"):
+        for name in ("adapt_head", "adapt_embeddings", "share_expert_factors"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         self._check_targets()

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.errors import first_five
 from lightning_lora.layers.base import AdapterSpec
 from lightning_lora.layers.quantised import num_elements
-from lightning_lora.layers.walk import factors, lora_layers
+from lightning_lora.layers.walk import lora_layers
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     layers = lora_layers(module)
     by_role: dict[str, int] = {}
     for layer in layers.values():
-        count = sum(parameter.numel() for parameter in factors(layer))
+        count = sum(factor.numel() for factor in layer.lora_factors().values())
         by_role[layer.lora_spec.role] = by_role.get(layer.lora_spec.role, 0) + count
     parameters = list(module.parameters())
     return ParameterCount(

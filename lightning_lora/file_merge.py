@@ -102,6 +102,7 @@ class _Merge:
         self.folder = folder
         # Tensor in the base -> adapted layer, and -> tensor trained in full.
         self.layers, self.trained = _targets(folder, names, base)
+        self.pairs = folder.pairs
         self.dtype = dtype
         self.allow_other_base = allow_other_base
         self.done: list[LayerCertificate] = []
@@ -155,8 +156,7 @@ class _Merge:
         return merged
 
     def _delta(self, layer: str, weight: Tensor) -> Tensor:
-        prefix = f"{layer}." if layer else ""
-        A, B = self.folder.factors[f"{prefix}lora_A"], self.folder.factors[f"{prefix}lora_B"]
+        A, B = self.pairs[layer]
         delta = weight_update(A.double(), B.double(), self._scale(layer))
         square = delta.shape[0] == delta.shape[1]
         # Embeddings and GPT-2's Conv1D store the transpose; where the weight is square the config tells the latter.
@@ -177,7 +177,11 @@ class _Merge:
 
 def _targets(folder: AdapterFolder, names: set[str], base: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Base tensor to adapted layer, and base tensor to tensor trained in full."""
-    layers = {layer: _in_base(f"{layer}.weight", names) for layer in folder.ranks}
+    parameters = {
+        layer: f"{layer}.weight" if folder.manifest is None else folder.manifest["layers"][layer]["parameter"]
+        for layer in folder.ranks
+    }
+    layers = {layer: _in_base(parameter, names) for layer, parameter in parameters.items()}
     trained = {name: _in_base(name, names) for name in folder.trained}
     missing = [layer for layer, found in layers.items() if found is None]
     # A checkpoint holds tied weights once, an adapter that trained them under each name.
@@ -188,9 +192,14 @@ def _targets(folder: AdapterFolder, names: set[str], base: Path) -> tuple[dict[s
         if found is None and not any(torch.equal(folder.trained[name], tensor) for tensor in kept)
     ]
     if missing:
+        hint = (
+            " Checkpoints store fused experts one by one: load the model, load_adapter() and save it merged instead."
+            if folder.packed or any(shape.num_experts for shape in folder.shapes.values())
+            else ""
+        )
         raise AdapterFileError(
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
-            f"weights are not in the checkpoint: {first_five(missing)}."
+            f"weights are not in the checkpoint: {first_five(missing)}.{hint}"
         )
     return (
         {found: layer for layer, found in layers.items() if found is not None},

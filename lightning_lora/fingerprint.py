@@ -44,8 +44,10 @@ def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool =
     A merged layer counts with the weight it had before.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer)]
-    adapters = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
-    originals = {id(layer.weight): layer.lora_base_weight for layer in layers if layer.lora_base_weight is not None}
+    adapters = {id(factor) for layer in layers for factor in layer.lora_factors().values()}
+    originals = {
+        id(getattr(layer, name)): base for layer in layers for name, base in (layer.lora_base_weights or {}).items()
+    }
     return {
         plain_name(name): tensor_digest(originals.get(id(parameter), parameter), exact)
         for name, parameter in module.named_parameters()

@@ -14,6 +14,8 @@ from lightning_lora.adapter_folder import MANIFEST_FILE, check_finite, read_adap
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional import effective_rank, singular_values
+from lightning_lora.layers.base import is_factor
+from lightning_lora.layers.walk import factor_owner
 
 CHECKPOINT_KEY = "lightning_lora"
 
@@ -120,7 +122,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         raise AdapterFileError(f"{path} is a full checkpoint: it holds no adapter.")
     state = {name: checkpoint["state_dict"][name] for name in manifest["tensors"]}
     check_finite(state, str(path))
-    factors = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
+    factors = {name: tensor for name, tensor in state.items() if is_factor(name)}
     config = LoRAConfig.from_dict(manifest["config"])
     return Inspection(
         path=path,
@@ -139,12 +141,19 @@ def _layers(
 ) -> tuple[LayerInspection, ...]:
     layers = []
     for key, A in factors.items():
-        name, _, factor = key.rpartition(".")
+        name, factor = factor_owner(key)
         if factor == "lora_A":
-            B = factors[f"{name}.lora_B" if name else "lora_B"]
-            values = singular_values(A, B, config.scale(A.shape[0], alphas.get(name, config.alpha)))
-            norm, largest = float(values.norm()), float(values[0])
+            B = factors[f"{key.removesuffix('lora_A')}lora_B"]
+            values = singular_values(A, B, config.scale(A.shape[-2], alphas.get(name, config.alpha)))
             layers.append(
-                LayerInspection(name, roles.get(name, "?"), A.shape[0], norm, largest, effective_rank(values))
+                LayerInspection(
+                    name,
+                    roles.get(name, "?"),
+                    A.shape[-2],
+                    float(values.norm()),
+                    float(values.max()),
+                    # Experts are many matrices: the mean over them.
+                    sum(map(effective_rank, values.reshape(-1, values.shape[-1]))) / values[..., 0].numel(),
+                )
             )
     return tuple(layers)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.adapter import FACTORS, check_not_merged, join, merge_layers, unmerge_lora
+from lightning_lora.adapter import check_not_merged, merge_layers, unmerge_lora
 from lightning_lora.atomic import atomic_folder
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers.base import is_factor
 from lightning_lora.layers.quantised import dequantised, dtype_before, is_quantised, quantised_layers, scale_keys
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.layers.walk import join, lora_layers
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import hugging_face_models
 from lightning_lora.tensor_files import write_tensors
@@ -91,7 +92,7 @@ def plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
         dtype: Type of what is or was quantised. None: the type it had before.
     """
     state = {plain_name(name): value for name, value in module.state_dict().items()}
-    state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in FACTORS}
+    state = {name: value for name, value in state.items() if not is_factor(name)}
     for name, layer in module.named_modules():
         weight: Any = layer._parameters.get("weight")
         if is_quantised(weight):

@@ -20,7 +20,7 @@ from lightning_lora import adapter, adapter_io, checkpointing, optim
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
 from lightning_lora.fingerprint import base_digests, fingerprint
-from lightning_lora.layers.walk import factors, lora_layers
+from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.precision import quantise_first
 
 Hook = Callable[..., Any]
@@ -207,8 +207,7 @@ class LoRAMixin(LightningModule):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep adapters as wide as they are: 'true' precision plugins lower every parameter, resumed ones too."""
-        layers = lora_layers(self).values()
-        wide = {factor: factor.data for layer in layers for factor in factors(layer)}
+        wide = {factor: factor.data for factor in factor_parameters(self).values()}
         super()._apply(fn, recurse)
         for factor, data in wide.items():
             lowered = torch.promote_types(factor.dtype, data.dtype) != factor.dtype

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapter import reshard
 from lightning_lora.errors import ConfigError, GuardError, first_five
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.layers.walk import factor_parameters, lora_layers
 
 # Small enough never to compete with the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
@@ -36,7 +36,7 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
     """
     check_learning_rate(learning_rate)
     layers = lora_layers(module).values()
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    factors = list(factor_parameters(module).values())
     adapters = {id(factor) for factor in factors}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
     groups: list[dict[str, Any]] = []
@@ -77,11 +77,6 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
     twice = [name for name, parameter in trainable.items() if held.count(id(parameter)) > 1]
     if twice:
         raise GuardError(f"{len(twice)} parameters are in more than one optimizer: {first_five(twice)}.")
-    frozen = [
-        f"{name}.{factor}"
-        for name, layer in lora_layers(module).items()
-        for factor in ("lora_A", "lora_B")
-        if not getattr(layer, factor).requires_grad
-    ]
+    frozen = [name for name, factor in factor_parameters(module).items() if not factor.requires_grad]
     if frozen:
         raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")

@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_lora import peft_experts
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, first_five
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import FACTORS, LoRALayer, is_factor
 from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.experts import LoRAFusedExperts
 from lightning_lora.layers.linear import LoRAConv1D
+from lightning_lora.layers.walk import factor_name, join, lora_layers
 from lightning_lora.patterns import plain_name
 
 CONFIG_FILE = "adapter_config.json"
@@ -24,12 +27,9 @@ PREFIX = "base_model.model."
 # Readers choose the layout of fused experts by this version.
 FORMAT_VERSION = "0.21.0"
 
-_LEAVES = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-}
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_LEAVES = dict(zip(_LINEAR + _EMBEDDING, FACTORS * 2, strict=True))
 _DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "auto_mapping": None,
@@ -60,7 +60,6 @@ _UNSUPPORTED = {
     "layer_replication": (None,),
     "lora_bias": (False,),
     "megatron_config": (None,),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (False, None),
     "use_dora": (False,),
@@ -69,17 +68,29 @@ _UNSUPPORTED = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+_OLD_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def tensor_name(module_name: str, layer: LoRALayer, factor: str) -> str:
-    """PEFT's name for ``lora_A`` or ``lora_B`` of a layer."""
-    leaf = f"lora_embedding_{factor[-1]}" if isinstance(layer, LoRAEmbedding) else f"{factor}.weight"
-    return f"{PREFIX}{module_name}.{leaf}" if module_name else f"{PREFIX}{leaf}"
+def to_tensors(weights: Mapping[str, tuple[LoRALayer, str]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors by the names, and in the layouts, that PEFT gives them; what it cannot express keeps our name."""
+    tensors = {}
+    modules = peft_experts.modules_of(weights)
+    for name, (layer, weight) in weights.items():
+        pair = [factors[factor_name(name, layer, weight, factor)] for factor in FACTORS]
+        if isinstance(layer, LoRAFusedExperts):
+            module, leaves = modules[name], _LINEAR
+            pair = list(peft_experts.pack(pair[0], pair[1], layer, weight))
+        elif layer.prefix(layer, weight):
+            module, leaves = name.removesuffix(f".{weight}"), [f"{weight}_{factor}" for factor in FACTORS]
+        else:
+            module, leaves = name, _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR
+        tensors |= {PREFIX + join(module, leaf): tensor for leaf, tensor in zip(leaves, pair, strict=True)}
+    return tensors
 
 
 def split_tensor_name(name: str) -> tuple[str, str | None]:
-    """``(module, "lora_A" | "lora_B")`` for a factor, ``(parameter, None)`` for a module stored whole.
+    """``(module, name of the factor there)`` for a factor, ``(parameter, None)`` for a module stored whole.
 
     Raises:
         AdapterFileError: If the name lacks PEFT's prefix.
@@ -93,6 +104,9 @@ def split_tensor_name(name: str) -> tuple[str, str | None]:
     for leaf, factor in _LEAVES.items():
         if inner == leaf or inner.endswith(f".{leaf}"):
             return inner.removesuffix(leaf).removesuffix("."), factor
+    if is_factor(inner):
+        module, _, factor = inner.rpartition(".")
+        return module, factor
     return inner, None
 
 
@@ -102,9 +116,14 @@ def table_of(name: str) -> str | None:
     return module if leaf.startswith("lora_embedding_") else None
 
 
-def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[str]) -> dict[str, Any]:
-    """The contents of ``adapter_config.json`` for the adapted layers of ``root``."""
-    specs = {name: layer.lora_spec for name, layer in layers.items()}
+def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], trained: Iterable[str]) -> dict[str, Any]:
+    """The contents of ``adapter_config.json`` for the adapted weights of ``root``."""
+    specs = {name: layer.lora_specs[weight] for name, (layer, weight) in weights.items()}
+    fused = [name for name, (layer, _) in weights.items() if isinstance(layer, LoRAFusedExperts)]
+    layers = {name: layer for name, layer in lora_layers(root).items() if not isinstance(layer, LoRAFusedExperts)}
+    # In models with fused experts PEFT takes these names for the experts' of older versions; as parameters it does not.
+    clashing = [name for name in layers if fused and name.rpartition(".")[2] in _OLD_EXPERT_NAMES]
+    named = [name for name in layers if name not in clashing]
     config = next(iter(specs.values())).config
     rank, alpha = (
         _most_common(spec.rank for spec in specs.values()),
@@ -115,12 +134,14 @@ def to_peft(root: nn.Module, layers: Mapping[str, LoRALayer], trained: Iterable[
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "lora_alpha": _number(alpha),
-        "lora_dropout": config.dropout,
+        # PEFT's experts refuse dropout; it plays no part outside training, and the manifest keeps it.
+        "lora_dropout": 0.0 if fused else config.dropout,
         "modules_to_save": sorted(trained) or None,
         "peft_version": FORMAT_VERSION,
         "r": rank,
         "rank_pattern": _value_patterns({name: spec.rank for name, spec in specs.items()}, rank),
-        "target_modules": _target_modules(root, list(layers)),
+        "target_modules": _target_modules(root, named) if named else [],
+        "target_parameters": sorted(fused + [f"{name}.weight" for name in clashing]) or None,
         "task_type": _task_type(root),
         "use_rslora": config.scaling == "rslora",
     }

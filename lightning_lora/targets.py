@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_lora.active_experts import active_experts
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest, first_five
 from lightning_lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.layers.registry import adapter_kind, refusal
-from lightning_lora.patterns import first_match, matches, matches_any
+from lightning_lora.layers.walk import join
+from lightning_lora.patterns import matches, matches_any
 from lightning_lora.roles import module_roles
+
+Value = TypeVar("Value")
 
 _TARGET_ROLES = {
     "all": frozenset({"attention", "mlp", "experts", "other"}),
@@ -26,12 +31,17 @@ _TARGET_ROLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: the module, the kind of adapted layer it becomes, and how."""
+    """One layer to adapt: the module, the kind of adapted layer it becomes, and how each of its weights is adapted."""
 
     name: str
     module: nn.Module
     kind: type[LoRALayer]
-    spec: AdapterSpec
+    specs: dict[str, AdapterSpec]
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """How the first of its weights is adapted."""
+        return next(iter(self.specs.values()))
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,30 @@ class Targets:
     layers: tuple[Target, ...]
     trainable: dict[str, nn.Module]
     skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One weight that is adaptable, or would be but for a reason (then ``parameter`` is empty)."""
+
+    layer: str
+    parameter: str
+    role: str
+
+    def is_hit(self, name: str, pattern: str) -> bool:
+        """Whether a pattern means this weight: by its own name or by that of its layer."""
+        return matches(name, pattern) or matches(self.layer, pattern)
+
+    def is_hit_by_any(self, name: str, patterns: Iterable[str]) -> bool:
+        """Whether one of the patterns does."""
+        return any(self.is_hit(name, pattern) for pattern in patterns)
+
+    def first_hit(self, name: str, table: Mapping[str, Value], default: Value) -> Value:
+        """The value of the first pattern in ``table`` that does, else ``default``."""
+        return next((value for pattern, value in table.items() if self.is_hit(name, pattern)), default)
+
+
+Weights = dict[str, _Weight]
 
 
 def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
@@ -55,22 +89,24 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
         raise ConfigError("the module is adapted already; call remove_lora(module) before adapting it again.")
     _check_built(root)
     refused = _refused(root)
-    every = module_roles(root)
-    roles = {name: role for name, role in every.items() if name not in refused}
-    if not roles:
+    every = _weights(root, refused)
+    weights = {name: weight for name, weight in every.items() if weight.parameter}
+    if not weights:
         found = ", ".join(sorted({type(module).__name__ for module in root.modules()})[:8])
         reasons = "".join(f" {name}: {reason}." for name, reason in list(refused.items())[:3])
         raise TargetNotFoundError(f"{type(root).__name__} has no layer that can be adapted; it holds {found}.{reasons}")
     trainable = _trainable(root, config)
     wanted = _wanted(root, every, refused, config)
-    selected, skipped = _select(root, roles, refused, wanted, config, trainable)
+    selected, skipped = _select(root, weights, refused, wanted, config, trainable)
     _check_tied(root, selected)
-    kept = tuple(_target(root, name, roles[name], config) for name in selected)
-    _check_ranks(kept, config)
+    layers = _targets(root, selected, config)
+    _check_ranks(root, layers, selected, config)
     passed_over = [
         f"{name} ({reason})"
         for name, reason in refused.items()
-        if _is_targeted(name, every[name], config) and not _is_left_out(name, config, trainable)
+        if _is_targeted(name, every[name], config)
+        and not matches_any(name, config.exclude)
+        and not _is_inside(name, trainable)
     ]
     if passed_over:
         warnings.warn(
@@ -78,7 +114,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
             f"them in exclude if that is meant.",
             stacklevel=3,
         )
-    return Targets(kept, trainable, skipped | refused)
+    return Targets(layers, trainable, skipped | refused)
 
 
 def _check_built(root: nn.Module) -> None:
@@ -98,31 +134,44 @@ def _refused(root: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.TransformerEncoderLayer):
             # In eval without gradients torch computes the whole layer from the weights and calls no child.
             for child in ("linear1", "linear2"):
-                refused[f"{name}.{child}" if name else child] = "TransformerEncoderLayer bypasses it in eval"
+                refused[join(name, child)] = "TransformerEncoderLayer bypasses it in eval"
     return refused
+
+
+def _weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
+    found: Weights = {}
+    for name, role in module_roles(root).items():
+        module = root.get_submodule(name)
+        kind = adapter_kind(module)
+        if kind is None or name in refused:
+            found[name] = _Weight(name, "", role)
+            continue
+        for parameter in kind.weights(module):
+            found[join(name, parameter) if kind.prefix(module, parameter) else name] = _Weight(name, parameter, role)
+    return found
 
 
 def _select(
     root: nn.Module,
-    roles: dict[str, str],
-    refused: dict[str, str],
-    wanted: list[str],
+    weights: Weights,
+    refused: Mapping[str, str],
+    wanted: Weights,
     config: LoRAConfig,
     trainable: dict[str, nn.Module],
-) -> tuple[list[str], dict[str, str]]:
+) -> tuple[Weights, dict[str, str]]:
     skipped = {}
-    for name, role in roles.items():
-        if _is_inside(name, trainable):
+    for name, weight in weights.items():
+        if _is_inside(weight.layer, trainable):
             skipped[name] = "trained in full"
-        elif name in wanted and matches_any(name, config.exclude):
+        elif name in wanted and weight.is_hit_by_any(name, config.exclude):
             skipped[name] = "excluded"
         elif name not in wanted:
-            skipped[name] = f"{role}, not targeted"
+            skipped[name] = f"{weight.role}, not targeted"
     for pattern in config.exclude:
         # What cannot be adapted may be left out by name: that says it is known.
         if not any(matches(name, pattern) for name in refused):
-            _check_matches("exclude", pattern, root, roles, refused)
-    selected = [name for name in roles if name not in skipped]
+            _check_matches("exclude", pattern, root, weights, refused)
+    selected = {name: weight for name, weight in weights.items() if name not in skipped}
     if not selected:
         raise TargetNotFoundError(
             f"nothing is left to adapt: the {len(wanted)} targeted layers are all excluded or trained in full "
@@ -135,28 +184,25 @@ def _is_inside(name: str, tops: Iterable[str]) -> bool:
     return any(name == top or name.startswith(f"{top}.") or top == "" for top in tops)
 
 
-def _is_left_out(name: str, config: LoRAConfig, trainable: dict[str, nn.Module]) -> bool:
-    return matches_any(name, config.exclude) or _is_inside(name, trainable)
-
-
-def _is_targeted(name: str, role: str, config: LoRAConfig) -> bool:
-    """Whether the settings ask for a layer, before exclusions."""
-    if (role == "head" and config.adapt_head) or (role == "embedding" and config.adapt_embeddings):
+def _is_targeted(name: str, weight: _Weight, config: LoRAConfig) -> bool:
+    """Whether the settings ask for a weight, before exclusions."""
+    if (weight.role == "head" and config.adapt_head) or (weight.role == "embedding" and config.adapt_embeddings):
         return True
     if isinstance(config.targets, str):
-        return role in _TARGET_ROLES[config.targets]
-    return matches_any(name, config.targets)
+        return weight.role in _TARGET_ROLES[config.targets]
+    return weight.is_hit_by_any(name, config.targets)
 
 
-def _wanted(root: nn.Module, every: dict[str, str], refused: dict[str, str], config: LoRAConfig) -> list[str]:
-    roles = {name: role for name, role in every.items() if name not in refused}
-    wanted = [name for name, role in roles.items() if _is_targeted(name, role, config)]
+def _wanted(root: nn.Module, every: Weights, refused: Mapping[str, str], config: LoRAConfig) -> Weights:
+    weights = {name: weight for name, weight in every.items() if weight.parameter}
+    wanted = {name: weight for name, weight in weights.items() if _is_targeted(name, weight, config)}
+    roles = [weight.role for weight in weights.values()]
     if isinstance(config.targets, str):
         asked_for = _TARGET_ROLES[config.targets]
         # Head or embeddings alone are asked for with "all" on a module that has nothing else.
-        if not wanted or (config.targets != "all" and asked_for.isdisjoint(roles[name] for name in wanted)):
-            counts = {role: list(roles.values()).count(role) for role in dict.fromkeys(roles.values())}
-            reasons = "".join(f" {name}: {refused[name]}." for name in refused if every[name] in asked_for)
+        if not wanted or (config.targets != "all" and asked_for.isdisjoint(weight.role for weight in wanted.values())):
+            counts = {role: roles.count(role) for role in dict.fromkeys(roles)}
+            reasons = "".join(f" {name}: {refused[name]}." for name in refused if every[name].role in asked_for)
             raise TargetNotFoundError(
                 f"targets={config.targets!r} matches none of the {len(roles)} adaptable layers, which are "
                 f"{', '.join(f'{count} {role}' for role, count in counts.items())}.{reasons} Name layers by patterns, "
@@ -164,17 +210,16 @@ def _wanted(root: nn.Module, every: dict[str, str], refused: dict[str, str], con
             )
     else:
         for pattern in config.targets:
-            _check_matches("target", pattern, root, roles, refused)
+            _check_matches("target", pattern, root, weights, refused)
     for role, asked in (("head", config.adapt_head), ("embedding", config.adapt_embeddings)):
-        if asked and role not in roles.values():
+        if asked and role not in roles:
             option = "adapt_head" if role == "head" else "adapt_embeddings"
             raise TargetNotFoundError(f"{option} is set, but {type(root).__name__} has no {role} layer to adapt.")
     return wanted
 
 
-def _check_matches(option: str, pattern: str, root: nn.Module, roles: Iterable[str], refused: dict[str, str]) -> None:
-    roles = list(roles)
-    if any(matches(name, pattern) for name in roles):
+def _check_matches(option: str, pattern: str, root: nn.Module, weights: Weights, refused: Mapping[str, str]) -> None:
+    if any(weight.is_hit(name, pattern) for name, weight in weights.items()):
         return
     hit = {name: module for name, module in root.named_modules() if matches(name, pattern)}
     if hit:
@@ -188,14 +233,14 @@ def _check_matches(option: str, pattern: str, root: nn.Module, roles: Iterable[s
             else ""
         )
         raise TargetNotFoundError(f"{option} {pattern!r} matches {name!r}, which cannot be adapted: {reason}.{inner}")
-    leaves = dict.fromkeys([name.rpartition(".")[2] for name in roles] + roles)
+    leaves = dict.fromkeys([name.rpartition(".")[2] for name in weights] + list(weights))
     hint = closest(pattern.rpartition(".")[2] or pattern, leaves, count=5)
     globs = (
         " Patterns are names or globs such as '*.mlp.*', not regular expressions."
         if set(pattern) & set("\\^$(|+")
         else ""
     )
-    raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(roles)} adaptable layers{hint}{globs}")
+    raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(weights)} adaptable layers{hint}{globs}")
 
 
 def _below(name: str, pattern: str) -> str:
@@ -222,16 +267,16 @@ def _trainable(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return found
 
 
-def _check_tied(root: nn.Module, selected: list[str]) -> None:
+def _check_tied(root: nn.Module, selected: Weights) -> None:
     owners: dict[int, list[str]] = {}
     for name, module in root.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    for name in selected:
-        shared = owners[id(root.get_submodule(name)._parameters["weight"])]
+    for weight in selected.values():
+        shared = owners[id(root.get_submodule(weight.layer)._parameters[weight.parameter])]
         if len(shared) > 1:
-            other = next(owner for owner in shared if owner != name)
+            name, other = weight.layer, next(owner for owner in shared if owner != weight.layer)
             raise ConfigError(
                 f"{name!r} shares its weight with {other!r}: an update of one would not be an update of the other, "
                 f"and merging would change both. Either leave it out (exclude=[{name!r}], adapt_head and "
@@ -240,37 +285,56 @@ def _check_tied(root: nn.Module, selected: list[str]) -> None:
             )
 
 
-def _target(root: nn.Module, name: str, role: str, config: LoRAConfig) -> Target:
-    module = root.get_submodule(name)
+def _targets(root: nn.Module, selected: Weights, config: LoRAConfig) -> tuple[Target, ...]:
+    specs: dict[str, dict[str, AdapterSpec]] = {}
+    for name, weight in selected.items():
+        module = root.get_submodule(weight.layer)
+        kind = _kind(module)
+        num_in, num_out, _ = kind.weights(module)[weight.parameter]
+        rank = weight.first_hit(name, config.rank_pattern, 0) or min(_rank(root, weight, config), num_in, num_out)
+        alpha = weight.first_hit(name, config.alpha_pattern, config.alpha)
+        specs.setdefault(weight.layer, {})[weight.parameter] = AdapterSpec(rank, alpha, weight.role, config)
+    modules = {layer: root.get_submodule(layer) for layer in specs}
+    return tuple(Target(layer, modules[layer], _kind(modules[layer]), specs[layer]) for layer in specs)
+
+
+def _kind(module: nn.Module) -> type[LoRALayer]:
     kind = adapter_kind(module)
     assert kind is not None
-    rank = first_match(name, config.rank_pattern, 0) or min(config.rank, *kind.dimensions(module))
-    alpha = first_match(name, config.alpha_pattern, config.alpha)
-    return Target(name, module, kind, AdapterSpec(rank, alpha, role, config))
+    return kind
 
 
-def _check_ranks(layers: tuple[Target, ...], config: LoRAConfig) -> None:
-    names = [layer.name for layer in layers]
+def _rank(root: nn.Module, weight: _Weight, config: LoRAConfig) -> int:
+    """The rank a layer gets without a pattern: experts share it among those that are active for a token."""
+    if weight.role != "experts" or config.share_expert_factors:
+        return config.rank
+    return max(1, config.rank // active_experts(root, weight.layer))
+
+
+def _check_ranks(root: nn.Module, layers: tuple[Target, ...], selected: Weights, config: LoRAConfig) -> None:
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            if not any(matches(name, pattern) for name in names):
-                hint = closest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
-                raise TargetNotFoundError(f"{option} {pattern!r} matches none of the {len(names)} adapted layers{hint}")
-    for layer in layers:
-        num_in, num_out = layer.kind.dimensions(layer.module)
-        if layer.spec.rank > min(num_in, num_out):
+            if not any(weight.is_hit(name, pattern) for name, weight in selected.items()):
+                hint = closest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in selected), count=5)
+                raise TargetNotFoundError(
+                    f"{option} {pattern!r} matches none of the {len(selected)} adapted layers{hint}"
+                )
+    specs = {layer.name: layer for layer in layers}
+    capped = []
+    for name, weight in selected.items():
+        layer = specs[weight.layer]
+        num_in, num_out, _ = layer.kind.weights(layer.module)[weight.parameter]
+        rank = layer.specs[weight.parameter].rank
+        if rank > min(num_in, num_out):
             raise ConfigError(
-                f"rank must be in [1, {min(num_in, num_out)}] for {layer.name!r}, a ({num_out}, {num_in}) weight, "
-                f"got rank={layer.spec.rank} from rank_pattern."
+                f"rank must be in [1, {min(num_in, num_out)}] for {name!r}, a ({num_out}, {num_in}) weight, "
+                f"got rank={rank} from rank_pattern."
             )
-    capped = [f"{layer.name} ({layer.spec.rank})" for layer in layers if _is_capped(layer, config)]
+        if rank < _rank(root, weight, config) and weight.first_hit(name, config.rank_pattern, 0) == 0:
+            capped.append(f"{name} ({rank})")
     if capped:
         warnings.warn(
-            f"rank {config.rank} is more than {len(capped)} of {len(layers)} adapted layers can hold; they get their "
+            f"rank {config.rank} is more than {len(capped)} of {len(selected)} adapted layers can hold; they get their "
             f"full rank instead: {first_five(capped)}. Lower the rank, or exclude them.",
             stacklevel=4,
         )
-
-
-def _is_capped(layer: Target, config: LoRAConfig) -> bool:
-    return layer.spec.rank < config.rank and first_match(layer.name, config.rank_pattern, 0) == 0

@@ -495,7 +495,7 @@ DAMAGED = [
     Damaged("B44 one infinity", retensor(lambda t: t[NAME].view(-1)[7].fill_(torch.inf)), ("holds 1 NaN or",)),
     Damaged("B45 empty tensor", retensor(lambda t: t.update({NAME: torch.zeros(0, 32)})), ("is empty, shape (0, 32)",)),
     Damaged("B41 no tensors", retensor(lambda t: t.clear()), ("holds no tensors",)),
-    Damaged("B46 one factor missing", retensor(lambda t: t.pop(NAME)), ("lora_B tensors have no lora_A",)),
+    Damaged("B46 one factor missing", retensor(lambda t: t.pop(NAME)), ("A missing, B (48, 4)",)),
     Damaged(
         "B46 a layer missing",
         retensor(lambda t: [t.pop(name) for name in list(t) if "layers.0.mlp.up_proj" in name]),

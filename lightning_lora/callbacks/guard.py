@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapter import FACTORS, check_not_merged, reshard
+from lightning_lora.adapter import check_not_merged, reshard
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.layers.base import LoRALayer
@@ -237,7 +237,7 @@ def _passed_over(names: Sequence[str], period: str) -> str:
 
 
 def _has_gradient(layer: LoRALayer) -> bool:
-    gradients = [getattr(layer, factor).grad for factor in FACTORS]
+    gradients = [factor.grad for factor in layer.lora_factors().values()]
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.layers.walk import factors, lora_layers
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers.walk import factor_parameters
 
 from .pace import Pace
 
@@ -170,7 +170,7 @@ def _on_terminal() -> bool:
 
 def _learning_rates(trainer: Trainer, pl_module: LightningModule) -> list[float]:
     """The distinct rates of the groups that hold adapters, or of all groups where there are none."""
-    adapters = {id(factor) for layer in lora_layers(pl_module).values() for factor in factors(layer)}
+    adapters = {id(factor) for factor in factor_parameters(pl_module).values()}
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     ours = [group for group in groups if any(id(parameter) in adapters for parameter in group["params"])]
     return list(dict.fromkeys(float(group["lr"]) for group in ours or groups if "lr" in group))

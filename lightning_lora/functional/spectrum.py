@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def singular_values(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Singular values of ``scale * B A``, descending, ``(rank,)``, in float64.
+    """Singular values of ``scale * B A``, descending, ``(*, rank)``, in float64.
 
     ``B A`` is never formed: with ``B = Q_B R_B`` and ``A^T = Q_A R_A`` they are those of ``R_B R_A^T``.
 
     Args:
-        A: ``(rank, in)``.
-        B: ``(out, rank)``.
+        A: ``(*, rank, in)``, where ``*`` may be experts.
+        B: ``(*, out, rank)``.
         scale: alpha / rank, dimensionless.
     """
     _, R_B = torch.linalg.qr(B.double(), mode="r")
-    _, R_A = torch.linalg.qr(A.double().T, mode="r")
-    return torch.linalg.svdvals(R_B @ R_A.T) * scale
+    _, R_A = torch.linalg.qr(A.double().mT, mode="r")
+    return torch.linalg.svdvals(R_B @ R_A.mT) * scale
 
 
 def effective_rank(values: Tensor) -> float:

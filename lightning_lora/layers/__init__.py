@@ -1,6 +1,6 @@
 """Adapted layer kinds and the registry that chooses among them."""
 
-from lightning_lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.layers.base import AdapterSpec, LoRALayer, WeightShape
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
@@ -13,5 +13,6 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAQuantisedLinear",
+    "WeightShape",
     "register_layer",
 ]

@@ -1,9 +1,10 @@
-"""What every adapted layer has in common: two factors beside ``weight``, and how they come and go."""
+"""What every adapted layer has in common: two factors beside each adapted weight, and how they come and go."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional import merged_weight, uniform_bound, weight_update
 
+FACTORS = ("lora_A", "lora_B")
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """How one layer is adapted.
+    """How one weight is adapted.
 
     Args:
         rank: Inner dimension of the update.
@@ -36,54 +39,110 @@ class AdapterSpec:
         return self.config.scale(self.rank, self.alpha)
 
 
+class WeightShape(NamedTuple):
+    """A weight as the matrix its update is added to, or as many of them as there are experts (0: a single matrix)."""
+
+    num_in: int
+    num_out: int
+    num_experts: int = 0
+
+
 class LoRALayer(nn.Module):
-    """Base of adapted layers: a frozen ``weight`` plus ``lora_A`` ``(rank, in)`` and ``lora_B`` ``(out, rank)``.
+    """Base of adapted layers: frozen weights, each with ``lora_A`` ``(rank, in)`` and ``lora_B`` ``(out, rank)``.
 
     An adapted layer is the very module it was before: its class is swapped for a subclass that adds the update, so
     ``isinstance``, hooks, tied references and base checkpoints keep working. The factors are bare parameters because
     precision plugins replace every ``nn.Linear`` child they find.
 
-    Subclasses say what ``in`` and ``out`` are (`dimensions`), add the update in ``forward``, and may lay the update
-    out differently (`weight_delta`).
+    Where a layer holds several weights (fused experts, recurrent layers) the factors are called
+    ``<weight>_lora_A`` and ``<weight>_lora_B``; experts have one factor each, ``(experts, rank, in)`` and
+    ``(experts, out, rank)``.
+
+    Subclasses say what ``in`` and ``out`` are (`dimensions`, or `weights` where ``weight`` is not the only one), add
+    the update in ``forward``, and may lay the update out differently (`weight_delta`).
     """
 
     weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_spec: AdapterSpec
+    # Adapted weight, by the name of its parameter, to how it is adapted.
+    lora_specs: dict[str, AdapterSpec]
     lora_enabled: bool
-    # The base weight as it was, kept while the update is folded in: subtracting would not restore it bit for bit.
-    lora_base_weight: Tensor | None
+    # The base weights as they were, kept while updates are folded in: subtracting would not restore them bit for bit.
+    lora_base_weights: dict[str, Tensor] | None
 
     @staticmethod
     def dimensions(module: Any) -> tuple[int, int]:
         """``(in, out)`` of an unadapted module. Read from its attributes: a sharded or quantised weight has others."""
         raise NotImplementedError
 
+    @classmethod
+    def weights(cls, module: Any) -> dict[str, WeightShape]:
+        """The weights of an unadapted module that this kind can adapt, by parameter name."""
+        return {"weight": WeightShape(*cls.dimensions(module))}
+
+    @classmethod
+    def prefix(cls, module: Any, weight: str) -> str:
+        """What the names of the factors of ``weight`` start with: nothing where it is the only one."""
+        return f"{weight}_" if len(cls.weights(module)) > 1 else ""
+
+    @classmethod
+    def factor_shapes(cls, module: Any, weight: str, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of ``A`` and ``B`` for a weight of an unadapted module."""
+        num_in, num_out, num_experts = cls.weights(module)[weight]
+        experts = (num_experts,) if num_experts else ()
+        return (*experts, spec.rank, num_in), (*experts, num_out, spec.rank)
+
+    @property
+    def lora_spec(self) -> AdapterSpec:
+        """How the layer is adapted; where it holds several weights, how the first is."""
+        return next(iter(self.lora_specs.values()))
+
+    @property
+    def lora_merged(self) -> bool:
+        """Whether the updates are folded into the weights."""
+        return self.lora_base_weights is not None
+
     @property
     def lora_active(self) -> bool:
         """Whether ``forward`` must add the update: neither disabled nor already folded in."""
-        return self.lora_enabled and self.lora_base_weight is None
+        return self.lora_enabled and not self.lora_merged
 
     @property
     def lora_dropout(self) -> float:
         """Dropout probability in force now."""
         return self.lora_spec.config.dropout if self.training else 0.0
 
-    def weight_delta(self) -> Tensor:
-        """``scale * B A`` in the layout of ``weight``, at least float32."""
-        return weight_update(self.lora_A.detach(), self.lora_B.detach(), self.lora_spec.scale)
+    def lora_pair(self, weight: str = "weight") -> tuple[nn.Parameter, nn.Parameter]:
+        """The two factors of an adapted weight."""
+        prefix = self.prefix(self, weight)
+        return getattr(self, f"{prefix}lora_A"), getattr(self, f"{prefix}lora_B")
+
+    def lora_factors(self) -> dict[str, nn.Parameter]:
+        """All factors, by the name of their attribute: ``lora_A`` and ``lora_B``, or those of several weights."""
+        prefixes = [self.prefix(self, weight) for weight in self.lora_specs]
+        return {f"{prefix}{end}": getattr(self, f"{prefix}{end}") for prefix in prefixes for end in FACTORS}
+
+    def weight_delta(self, weight: str = "weight") -> Tensor:
+        """``scale * B A`` in the layout of the parameter, at least float32."""
+        A, B = self.lora_pair(weight)
+        return weight_update(A.detach(), B.detach(), self.lora_specs[weight].scale)
 
     def merge(self) -> None:
-        """Fold the update into ``weight``; the parameter object stays."""
-        self.lora_base_weight = self.weight.detach().clone()
-        self.weight.data.copy_(merged_weight(self.lora_base_weight, self.weight_delta().to(self.weight.device)))
+        """Fold the updates into the weights; the parameter objects stay."""
+        kept = {}
+        for name in self.lora_specs:
+            weight = getattr(self, name)
+            kept[name] = weight.detach().clone()
+            weight.data.copy_(merged_weight(kept[name], self.weight_delta(name).to(weight.device)))
+        self.lora_base_weights = kept
 
     def unmerge(self) -> None:
-        """Restore ``weight`` bit for bit."""
-        assert self.lora_base_weight is not None
-        self.weight.data.copy_(self.lora_base_weight)
-        self.lora_base_weight = None
+        """Restore the weights bit for bit."""
+        assert self.lora_base_weights is not None
+        for name, base in self.lora_base_weights.items():
+            getattr(self, name).data.copy_(base)
+        self.lora_base_weights = None
 
     def reset_parameters(self) -> None:
         """Initialise the factors only; the base weight comes from elsewhere.
@@ -95,12 +154,14 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def reset_factors(self) -> None:
         """A random, B zero: the adapted layer computes what the base computes."""
-        if self.lora_spec.config.init == "gaussian":
-            self.lora_A.normal_(std=1 / self.lora_spec.rank)
-        else:
-            bound = uniform_bound(self.lora_A.shape[-1])
-            self.lora_A.uniform_(-bound, bound)
-        self.lora_B.zero_()
+        for weight, spec in self.lora_specs.items():
+            A, B = self.lora_pair(weight)
+            if spec.config.init == "gaussian":
+                A.normal_(std=1 / spec.rank)
+            else:
+                bound = uniform_bound(A.shape[-1])
+                A.uniform_(-bound, bound)
+            B.zero_()
 
     @property
     def type_without_adapter(self) -> type[nn.Module]:
@@ -112,8 +173,8 @@ class LoRALayer(nn.Module):
 
     @property
     def lora_moved(self) -> bool:
-        """Whether training has moved the factor that started at zero."""
-        return bool(self.lora_B.detach().any())
+        """Whether training has moved the factors that started at zero."""
+        return all(bool(self.lora_pair(weight)[1].detach().any()) for weight in self.lora_specs)
 
     @override
     def extra_repr(self) -> str:
@@ -123,6 +184,16 @@ class LoRALayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Adapted classes of subclassed layers are made on the fly and cannot be found by name; rebuild them.
         return _rebuild, (_kind(type(self)), base_type(type(self))), self.__dict__.copy()
+
+
+def is_factor(name: str) -> bool:
+    """Whether a dotted parameter name is that of a factor.
+
+    >>> is_factor("layers.0.up_proj.lora_A"), is_factor("experts.down_proj_lora_B"), is_factor("layers.0.weight")
+    (True, True, False)
+    """
+    leaf = name.rpartition(".")[2]
+    return leaf in FACTORS or leaf.endswith(("_lora_A", "_lora_B"))
 
 
 _ADAPTED: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
@@ -160,38 +231,49 @@ def _rebuild(kind: type[LoRALayer], module_type: type[nn.Module]) -> LoRALayer:
     return made.__new__(made)
 
 
-def attach(module: nn.Module, kind: type[LoRALayer], spec: AdapterSpec) -> LoRALayer:
+def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
     """Swap the class of ``module`` and add its factors, on its device; everything else of it is frozen by the caller.
+
+    Args:
+        module: The layer to adapt.
+        kind: What it becomes.
+        specs: Parameter name to how that weight is adapted.
 
     Raises:
         ConfigError: If the rank is outside ``[1, min(in, out)]``.
     """
-    num_in, num_out = kind.dimensions(module)
-    if not 1 <= spec.rank <= min(num_in, num_out):
-        raise ConfigError(
-            f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got rank={spec.rank}."
-        )
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dtype = _factor_dtype(weight.dtype, spec.config)
+    shapes = {name: kind.weights(module)[name] for name in specs}
+    for name, (num_in, num_out, _) in shapes.items():
+        if not 1 <= specs[name].rank <= min(num_in, num_out):
+            raise ConfigError(
+                f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got "
+                f"rank={specs[name].rank}."
+            )
     module.__class__ = adapted_type(kind, type(module))
     assert isinstance(module, LoRALayer)
-    module.lora_spec = spec
+    module.lora_specs = dict(specs)
     module.lora_enabled = True
-    module.lora_base_weight = None
-    # Explicit device and dtype: Lightning changes both defaults around `configure_model`.
-    module.lora_A = nn.Parameter(torch.empty(spec.rank, num_in, device=weight.device, dtype=dtype))
-    module.lora_B = nn.Parameter(torch.empty(num_out, spec.rank, device=weight.device, dtype=dtype))
-    if weight.device.type != "meta":
+    module.lora_base_weights = None
+    for name in specs:
+        _add_factors(module, name)
+    if not any(factor.is_meta for factor in module.lora_factors().values()):
         module.reset_factors()
     return module
+
+
+def _add_factors(layer: LoRALayer, name: str) -> None:
+    weight, spec = getattr(layer, name), layer.lora_specs[name]
+    # Explicit device and dtype: Lightning changes both defaults around `configure_model`.
+    options = {"device": weight.device, "dtype": _factor_dtype(weight.dtype, spec.config)}
+    for end, shape in zip(FACTORS, layer.factor_shapes(layer, name, spec), strict=True):
+        layer.register_parameter(f"{layer.prefix(layer, name)}{end}", nn.Parameter(torch.empty(shape, **options)))
 
 
 def detach(layer: LoRALayer) -> None:
     """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
     original = layer.type_without_adapter
     layer.before_detach()
-    for name in ("lora_A", "lora_B", "lora_spec", "lora_enabled", "lora_base_weight"):
+    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_base_weights"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 

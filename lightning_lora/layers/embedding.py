@@ -43,8 +43,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return getattr(self, "embed_scale", 1.0)
 
     @override
-    def weight_delta(self) -> Tensor:
-        return super().weight_delta().T
+    def weight_delta(self, weight: str = "weight") -> Tensor:
+        return super().weight_delta(weight).T
 
     @override
     @torch.no_grad()

@@ -60,5 +60,5 @@ class LoRAConv1D(LoRALayer):
         return y + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
 
     @override
-    def weight_delta(self) -> Tensor:
-        return super().weight_delta().T
+    def weight_delta(self, weight: str = "weight") -> Tensor:
+        return super().weight_delta(weight).T

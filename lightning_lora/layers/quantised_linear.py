@@ -44,7 +44,7 @@ class LoRAQuantisedLinear(LoRALinear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         bias = self.bias
-        if self.lora_base_weight is not None:
+        if self.lora_merged:
             return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
         kept = None if bias is None else bias.data
         y = super().forward(input)
@@ -60,27 +60,27 @@ class LoRAQuantisedLinear(LoRALinear):
         value = dequantised(self) if is_quantised(base) else base.detach()
         merged = merged_weight(value, self.weight_delta().to(base.device)).to(dtype_before(base))
         self._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
-        # Past nn.Module's own assignment, which would register the quantised weight as a parameter.
-        self.__dict__["lora_base_weight"] = base
+        self.lora_base_weights = {"weight": base}
 
     @override
     def unmerge(self) -> None:
         """Put the quantised weight back, the very object."""
-        base = self.lora_base_weight
+        assert self.lora_base_weights is not None
+        base = self.lora_base_weights["weight"]
         assert isinstance(base, nn.Parameter)
         self._parameters["weight"] = base
-        self.lora_base_weight = None
+        self.lora_base_weights = None
 
     @property
     @override
     def type_without_adapter(self) -> type[nn.Module]:
         """The quantised class, or ``nn.Linear`` once a merged weight has taken its place."""
-        return super().type_without_adapter if self.lora_base_weight is None else nn.modules.linear.Linear
+        return nn.modules.linear.Linear if self.lora_merged else super().type_without_adapter
 
     @override
     def before_detach(self) -> None:
         """Strip a merged layer of what only its quantised class used."""
-        if self.lora_base_weight is None:
+        if not self.lora_merged:
             return
         for name in _OF_QUANTISED:
             self.__dict__.pop(name, None)
@@ -91,8 +91,8 @@ class LoRAQuantisedLinear(LoRALinear):
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.lora_base_weight is None:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        else:
+        if self.lora_merged:
             # Linear8bitLt would add the scales of a weight that is not there.
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -12,6 +12,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.layers import quantised
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 
@@ -24,6 +25,7 @@ _ADAPTERS: dict[type | str, type[LoRALayer]] = {
     "transformers.pytorch_utils.Conv1D": LoRAConv1D,
     "bitsandbytes.nn.modules.Linear4bit": LoRAQuantisedLinear,
     "bitsandbytes.nn.modules.Linear8bitLt": LoRAQuantisedLinear,
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": LoRADenseExperts,
 }
 
 # Layers whose weight is read without calling them: an update in `forward` would silently do nothing.
@@ -65,7 +67,7 @@ def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
             # torchao quantises the weight of a plain nn.Linear.
             weight = module._parameters.get("weight")
             return LoRAQuantisedLinear if kind is LoRALinear and quantised.is_quantised(weight) else kind
-    return None
+    return LoRAExperts if _follows_experts_interface(module) else None
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -74,8 +76,11 @@ def refusal(module: nn.Module) -> str | None:
         reason = _entry(_REFUSED, candidate)
         if reason is not None:
             return reason
-        if _entry(_ADAPTERS, candidate) is not None:
-            return _weight_refusal(module)
+        kind = _entry(_ADAPTERS, candidate)
+        if kind is not None:
+            return None if issubclass(kind, LoRAFusedExperts) else _weight_refusal(module)
+    if _follows_experts_interface(module):
+        return None
     if isinstance(module, _WITHOUT_ADAPTER):
         return f"{type(module).__name__} has no adapter"
     reason = quantised.refusal(module)
@@ -87,6 +92,12 @@ def refusal(module: nn.Module) -> str | None:
         if largest is not None and largest.ndim == 3 and largest.shape[0] > 1:
             return f"{type(module).__name__} holds {largest.shape[0]} fused weights, which have no adapter"
     return None
+
+
+def _follows_experts_interface(module: nn.Module) -> bool:
+    """Whether transformers' ``use_experts_implementation`` has marked the module: its weights mean what that says."""
+    marks = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+    return all(hasattr(module, mark) for mark in marks) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
 def _weight_refusal(module: nn.Module) -> str | None:

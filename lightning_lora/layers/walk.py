@@ -1,10 +1,15 @@
-"""Finding the adapted layers of a module."""
+"""Finding the adapted layers of a module, and the names of adapted weights.
+
+An adapted weight goes by the name of its layer (``layers.0.up_proj``), or, where the layer holds several, by that of
+its parameter (``layers.0.experts.down_proj``); its factors are called ``layers.0.up_proj.lora_A`` and
+``layers.0.experts.down_proj_lora_A``.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import FACTORS, LoRALayer
 from lightning_lora.patterns import plain_name
 
 
@@ -16,6 +21,46 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
 
 
-def factors(layer: LoRALayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """The two factors of an adapted layer."""
-    return layer.lora_A, layer.lora_B
+def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
+    """Name of every adapted weight to its layer and the name of its parameter there, in module order."""
+    return {
+        join(name, weight) if layer.prefix(layer, weight) else name: (layer, weight)
+        for name, layer in lora_layers(module).items()
+        for weight in layer.lora_specs
+    }
+
+
+def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
+    """Dotted name of the parameter that an adapted weight's name stands for."""
+    return name if layer.prefix(layer, weight) else join(name, weight)
+
+
+def factor_name(name: str, layer: LoRALayer, weight: str, factor: str) -> str:
+    """Dotted name of ``lora_A`` or ``lora_B`` of an adapted weight."""
+    return f"{name}_{factor}" if layer.prefix(layer, weight) else join(name, factor)
+
+
+def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Dotted name to every factor of ``module``."""
+    return {
+        join(name, factor): parameter
+        for name, layer in lora_layers(module).items()
+        for factor, parameter in layer.lora_factors().items()
+    }
+
+
+def factor_owner(name: str) -> tuple[str, str]:
+    """``(adapted weight, "lora_A" | "lora_B")`` of a factor's dotted name.
+
+    >>> factor_owner("layers.0.up_proj.lora_A"), factor_owner("layers.0.experts.down_proj_lora_B")
+    (('layers.0.up_proj', 'lora_A'), ('layers.0.experts.down_proj', 'lora_B'))
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf in FACTORS:
+        return module, leaf
+    return join(module, leaf[: -len("_lora_A")]), leaf[-len("lora_A") :]
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name below ``prefix``, which may be empty for the root."""
+    return f"{prefix}.{name}" if prefix else name

@@ -35,9 +35,7 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
             f"{closest(str(quantization), QUANTIZATIONS)}"
         )
     if quantization is not None and stored is not None:
-        raise ConfigError(
-            f"quantization is {quantization!r}, but the model is stored quantised: leave it null."
-        )
+        raise ConfigError(f"quantization is {quantization!r}, but the model is stored quantised: leave it null.")
     if (quantization is not None or stored is not None) and lora is None:
         raise ConfigError(
             f"a quantised base (quantization={quantization or 'as stored'}) cannot be trained in full: give lora "

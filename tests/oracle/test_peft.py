@@ -313,7 +313,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "bias of the update": ({"lora_bias": True}, "lora_bias=True"),
     "all biases": ({"bias": "all"}, "bias='all'"),
     "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
-    "target parameters": ({"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, "target_parameters="),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
 }
