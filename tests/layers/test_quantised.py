@@ -115,6 +115,12 @@ def test_the_values_in_float32_are_those_the_layer_computes_with(kind: str) -> N
     assert 0.001 < difference(dequantised(net.first), plain().first.weight) < 0.3  # it is quantised, and the same base
 
 
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_the_values_are_not_rounded_to_the_type_of_the_base(kind: str) -> None:
+    net = quantised(kind, torch.bfloat16)
+    assert difference(dequantised(net.second), weights_seen(net.second)) < 1e-6
+
+
 @every_kind
 def test_training_with_evaluations_moves_adapters_only(kind: str) -> None:
     net = quantised(kind)
