@@ -112,6 +112,19 @@ def test_a_checkpoint_under_the_plugin_holds_adapters_only_and_resumes(mode: Any
     assert trainer.global_step == 8
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning accepts BitsandbytesPrecision on CUDA only")
+@pytest.mark.parametrize("made", MODULES)
+@pytest.mark.parametrize("mode", MODES)
+def test_lightnings_plugin_on_a_gpu(mode: Any, made: str, tmp_path: Path) -> None:
+    module, callbacks = MODULES[made]()
+    plugin = BitsandbytesPrecision(mode)
+    options = {"accelerator": "cuda", "plugins": [plugin], "callbacks": [*callbacks, LoRAGuard()]}
+    toys.trainer(tmp_path, max_epochs=2, **options).fit(module, toys.loader(), toys.loader())
+    layers = lora_layers(module)
+    assert list(layers) == ["net.first", "net.second"]
+    assert all(isinstance(layer, LoRAQuantisedLinear) and layer.lora_A.is_cuda for layer in layers.values())
+
+
 def test_layers_that_change_their_weights_in_each_step_are_refused(tmp_path: Path) -> None:
     trainer = runner(tmp_path, BitsandbytesPrecision("int8-training"))
     with pytest.raises(TargetNotFoundError, match="quantises its weight anew in each step"):

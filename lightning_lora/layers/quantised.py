@@ -30,9 +30,9 @@ _LIGHTNING_PLUGIN = "lightning.fabric.plugins.precision.bitsandbytes"
 
 def is_quantised(weight: Any) -> bool:
     """Whether ``weight`` holds quantised numbers in a format known here."""
-    if _has_type(weight, _PARAMS_4BIT):
+    if _is_4bit(weight):
         return getattr(weight, "quant_state", None) is not None
-    if _has_type(weight, _PARAMS_8BIT):
+    if _is_8bit(weight):
         return weight.dtype == torch.int8
     kind = _path(type(weight))
     return kind in _TORCHAO and getattr(weight, _TORCHAO[kind]) is None
@@ -50,14 +50,14 @@ def dequantised(layer: Any) -> Tensor:
     type on the way.
     """
     weight: Any = layer.weight
-    if _has_type(weight, _PARAMS_4BIT):
+    if _is_4bit(weight):
         from bitsandbytes.functional import dequantize_4bit
 
         # The state's type is that of the weight before it was quantised; bfloat16 would round once more.
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32
         return dequantize_4bit(_plain(weight), state)
-    if _has_type(weight, _PARAMS_8BIT):
+    if _is_8bit(weight):
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         # The first forward moves the scales of the rows from the weight to the layer.
@@ -71,25 +71,25 @@ def dequantised(layer: Any) -> Tensor:
 
 def dtype_before(weight: Any) -> torch.dtype:
     """The type of the weight before it was quantised; float32 for bitsandbytes' int8, which does not record it."""
-    if _has_type(weight, _PARAMS_4BIT):
+    if _is_4bit(weight):
         return weight.quant_state.dtype
-    return torch.float32 if _has_type(weight, _PARAMS_8BIT) else weight.dtype
+    return torch.float32 if _is_8bit(weight) else weight.dtype
 
 
 def num_elements(parameter: Tensor) -> int:
     """Numbers in ``parameter``, where two 4-bit ones may share a byte."""
-    if _has_type(parameter, _PARAMS_4BIT) and is_quantised(parameter):
+    if _is_4bit(parameter) and is_quantised(parameter):
         return math.prod(parameter.quant_state.shape)  # pyright: ignore[reportAttributeAccessIssue]
     return parameter.numel()
 
 
 def stored_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """The plain tensors that ``tensor`` is made of: itself, or codes and scales."""
-    if _has_type(tensor, _PARAMS_4BIT) and is_quantised(tensor):
+    if _is_4bit(tensor) and is_quantised(tensor):
         state: Any = tensor.quant_state  # pyright: ignore[reportAttributeAccessIssue]
         nested = (state.offset, state.state2.absmax) if state.nested else ()
         return _plain(tensor), state.absmax, *nested
-    if _has_type(tensor, _PARAMS_8BIT):
+    if _is_8bit(tensor):
         return (_plain(tensor),)
     if is_quantised(tensor):
         return tuple(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # pyright: ignore[reportAttributeAccessIssue]
@@ -114,10 +114,10 @@ def refusal(module: nn.Module) -> str | None:
         return "torchao quantises its activations too; only weight-only formats are supported"
     if not kind.startswith("torch.") and hasattr(type(weight), "__tensor_flatten__") and not is_quantised(weight):
         return f"its weight is a {kind}, a format that is not supported"
-    if _has_type(module, _LINEAR_8BIT) and _has_type(weight, _PARAMS_8BIT) and weight.has_fp16_weights:
+    if _has_type(module, _LINEAR_8BIT) and _is_8bit(weight) and weight.has_fp16_weights:
         return "bitsandbytes quantises its weight anew in each step (has_fp16_weights); build it with False"
     if _has_type(module, _LINEAR_4BIT):
-        if not _has_type(weight, _PARAMS_4BIT):
+        if not _is_4bit(weight):
             return f"its 4-bit weight was replaced by a {type(weight).__name__} without scales"
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             return "an evaluation on the CPU has repacked its weight with rounded scales: adapt it before that"
@@ -149,6 +149,15 @@ def _hook_module(hook: Any) -> str:
 
 def _plain(weight: Tensor) -> Tensor:
     return weight.detach().as_subclass(Tensor)
+
+
+# Pickling leaves the attributes of these parameters and loses their class.
+def _is_4bit(weight: Any) -> bool:
+    return _has_type(weight, _PARAMS_4BIT) or hasattr(weight, "quant_state")
+
+
+def _is_8bit(weight: Any) -> bool:
+    return _has_type(weight, _PARAMS_8BIT) or hasattr(weight, "SCB")
 
 
 def _has_type(thing: object, path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,24 @@ def test_a_copy_is_independent_and_computes_the_same(kind: str) -> None:
     assert not torch.equal(answer(other), answer(net))
     merge(other)
     assert is_quantised(net.first.weight)
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)  # torchao's tensors cannot be pickled
+@pytest.mark.parametrize("used", [False, True])
+def test_a_pickled_layer_comes_back_quantised_though_its_parameter_loses_its_class(kind: str, used: bool) -> None:
+    net = adapted(kind)
+    if used:
+        answer(net)
+    layers = pickle.loads(pickle.dumps([net.first, net.second]))
+    expected, digests = answer(net), base_digests(net, exact=True)
+    net.first, net.second = layers
+    assert torch.equal(answer(net), expected)
+    assert base_digests(net, exact=True) == digests
+    assert all(is_quantised(layer.weight) for layer in layers)
+    merge(net)
+    assert difference(answer(net), expected) < ROUNDING
+    unmerge_lora(net)
+    assert torch.equal(answer(net), expected)
 
 
 @every_kind
