@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,8 +14,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.counting import InjectionReport, count_parameters
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
 from lightning_lora.layers.base import LoRALayer, attach, detach
+from lightning_lora.layers.tied import attach_tied
 from lightning_lora.layers.walk import factor_parameters, lora_layers
-from lightning_lora.targets import Target, Targets, resolve_targets
+from lightning_lora.patterns import plain_name
+from lightning_lora.targets import Target, Targets, Tied, resolve_targets
+from lightning_lora.tying import untie
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -51,15 +54,19 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
 def apply_targets(module: nn.Module, targets: Targets) -> None:
     """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
     module.requires_grad_(False)
-    for target in targets.layers:
-        attach_target(target)
+    attach_targets(module, targets.layers, targets.tied)
     for trained in targets.trainable.values():
         trained.requires_grad_(True)
 
 
-def attach_target(target: Target) -> LoRALayer:
-    """Adapt one resolved layer."""
-    return attach(target.module, target.kind, target.specs)
+def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> None:
+    """Adapt resolved layers of ``module``, and do with shared weights what was decided."""
+    for owner, parameter in tied.untied:
+        untie(module, owner, parameter)
+    adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
+    modules = {plain_name(name): child for name, child in module.named_modules()}
+    for follower, source in tied.followers.items():
+        attach_tied(modules[follower], adapted[source])
 
 
 def check_not_sharded(module: nn.Module) -> None:
