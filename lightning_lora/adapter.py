@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,11 @@ from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigE
 from lightning_lora.layers.base import LoRALayer, attach, detach
 from lightning_lora.layers.quantised import keep_stored_values
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
+from lightning_lora.layers.tied import attach_tied
 from lightning_lora.layers.walk import factor_parameters, lora_layers
-from lightning_lora.targets import Target, Targets, resolve_targets
+from lightning_lora.patterns import plain_name
+from lightning_lora.targets import Target, Targets, Tied, resolve_targets
+from lightning_lora.tying import untie
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -54,8 +57,7 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
 def apply_targets(module: nn.Module, targets: Targets) -> None:
     """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
     freeze(module)
-    for target in targets.layers:
-        attach_target(target)
+    attach_targets(module, targets.layers, targets.tied)
     for trained in targets.trainable.values():
         trained.requires_grad_(True)
 
@@ -66,9 +68,14 @@ def freeze(module: nn.Module) -> None:
     keep_stored_values(module)
 
 
-def attach_target(target: Target) -> LoRALayer:
-    """Adapt one resolved layer."""
-    return attach(target.module, target.kind, target.specs)
+def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> None:
+    """Adapt resolved layers of ``module``, and do with shared weights what was decided."""
+    for owner, parameter in tied.untied:
+        untie(module, owner, parameter)
+    adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
+    modules = {plain_name(name): child for name, child in module.named_modules()}
+    for follower, source in tied.followers.items():
+        attach_tied(modules[follower], adapted[source])
 
 
 def check_not_sharded(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lora import peft_experts, peft_format
 from lightning_lora.adapter import (
-    attach_target,
+    attach_targets,
     check_not_merged,
     check_not_sharded,
     check_tensors,
@@ -31,7 +31,7 @@ from lightning_lora.adapter_folder import (
 from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint
-from lightning_lora.layers.walk import adapted_weights, base_parameter, lora_layers
+from lightning_lora.layers.walk import adapted_weights, base_parameter, following_layers, lora_layers
 from lightning_lora.model_card import model_card
 from lightning_lora.patterns import matches_any, plain_name
 from lightning_lora.roles import hugging_face_models
@@ -69,7 +69,7 @@ def save_adapter(
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
     peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
-    tensors = peft_format.to_tensors(weights, factors) | {
+    tensors = peft_format.to_tensors(root, factors) | {
         peft_format.PREFIX + name: tensor for name, tensor in trained.items()
     }
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -97,7 +97,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     check_not_merged(module, "load an adapter")
     root = _root_to_load(module, [*folder.ranks, *folder.packed])
     folder = with_experts(root, folder)
-    targets = matching_targets(root, folder)
+    layers, tied = matching_targets(root, folder)
     trained = {name: tensor for name, tensor in own_tensors(root) if name in folder.trained}
     check_tensors(trained, folder.trained)
     check_copies(root, folder)
@@ -105,8 +105,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
         check_base(root, folder)
     if not lora_layers(root):
         freeze(module)
-        for target in targets:
-            attach_target(target)
+        attach_targets(root, layers, tied)
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
     tensors = trained | lora_state_dict(root)
@@ -185,6 +184,7 @@ def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[s
             }
             for name, (layer, weight) in weights.items()
         },
+        "following": sorted(following_layers(root)),
         "base_fingerprint": fingerprint(digests),
         "summary": dict(summary),
     }

@@ -75,7 +75,7 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     """Count parameters once each, shared ones too; sharded parameters count whole, packed ones what they hold."""
     layers = lora_layers(module)
     by_role: dict[str, int] = {}
-    for layer in layers.values():
+    for layer in (layer for layer in layers.values() if not layer.lora_follows):
         count = sum(factor.numel() for factor in layer.lora_factors().values())
         by_role[layer.lora_spec.role] = by_role.get(layer.lora_spec.role, 0) + count
     parameters = list(module.parameters())

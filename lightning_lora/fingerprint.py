@@ -48,11 +48,16 @@ def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool =
     originals = {
         id(getattr(layer, name)): base for layer in layers for name, base in (layer.lora_base_weights or {}).items()
     }
-    return {
-        plain_name(name): tensor_digest(originals.get(id(parameter), parameter), exact)
-        for name, parameter in module.named_parameters()
-        if id(parameter) not in adapters and plain_name(name) not in trained and name not in trained
-    }
+    digests: dict[int, str] = {}
+    named = {}
+    # Shared weights count under each name, so that a base is the same before and after its weights are untied.
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in adapters or plain_name(name) in trained or name in trained:
+            continue
+        if id(parameter) not in digests:
+            digests[id(parameter)] = tensor_digest(originals.get(id(parameter), parameter), exact)
+        named[plain_name(name)] = digests[id(parameter)]
+    return named
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:

@@ -68,6 +68,8 @@ class LoRALayer(nn.Module):
     # Adapted weight, by the name of its parameter, to how it is adapted.
     lora_specs: dict[str, AdapterSpec]
     lora_enabled: bool
+    # Whether weight and factors are another layer's, which merges them and counts them.
+    lora_follows: bool
     # The base weights as they were, kept while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
 
@@ -131,7 +133,7 @@ class LoRALayer(nn.Module):
     def merge(self) -> None:
         """Fold the updates into the weights; the parameter objects stay."""
         kept = {}
-        for name in self.lora_specs:
+        for name in () if self.lora_follows else self.lora_specs:
             weight = getattr(self, name)
             kept[name] = weight.detach().clone()
             weight.data.copy_(merged_weight(kept[name], self.weight_delta(name).to(weight.device)))
@@ -249,15 +251,21 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
                 f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got "
                 f"rank={specs[name].rank}."
             )
+    layer = adapt(module, kind, specs)
+    for name in specs:
+        _add_factors(layer, name)
+    if not any(factor.is_meta for factor in layer.lora_factors().values()):
+        layer.reset_factors()
+    return layer
+
+
+def adapt(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
+    """Swap the class of ``module``; its factors are the caller's to add."""
     module.__class__ = adapted_type(kind, type(module))
     assert isinstance(module, LoRALayer)
     module.lora_specs = dict(specs)
-    module.lora_enabled = True
+    module.lora_enabled, module.lora_follows = True, False
     module.lora_base_weights = None
-    for name in specs:
-        _add_factors(module, name)
-    if not any(factor.is_meta for factor in module.lora_factors().values()):
-        module.reset_factors()
     return module
 
 
@@ -273,7 +281,7 @@ def detach(layer: LoRALayer) -> None:
     """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
     original = layer.type_without_adapter
     layer.before_detach()
-    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_base_weights"):
+    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_base_weights"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 
