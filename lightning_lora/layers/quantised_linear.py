@@ -55,7 +55,10 @@ class LoRAQuantisedLinear(LoRALinear):
 
     @override
     def merge(self) -> None:
-        """Put a plain weight with the update folded in where the quantised one is, which is kept aside."""
+        """Put a plain weight with the update folded in where the quantised one is, which is kept aside.
+
+        A layer that follows another does so too: it holds the quantised weight itself, and the same factors.
+        """
         base = self.weight
         value = dequantised(self) if is_quantised(base) else base.detach()
         merged = merged_weight(value, self.weight_delta().to(base.device)).to(dtype_before(base))

@@ -46,6 +46,7 @@ from tests.quantised_models import (
     torchao,
     weights_seen,
 )
+from tests.tiny_models import wake
 
 ON_TWO = LoRAConfig(rank=4, targets=["first", "second"])
 TELLS = "2 merged layers are quantised no longer: their weights are float32"
@@ -329,6 +330,25 @@ def test_a_weight_that_was_repacked_is_refused() -> None:
         TargetNotFoundError, match=r"target 'first' .*: an evaluation on the CPU has repacked its weight"
     ):
         inject_lora(net, LoRAConfig(rank=4, targets=["first"]))
+
+
+@every_kind
+def test_two_layers_that_share_a_quantised_weight_merge_and_unmerge_as_one(kind: str) -> None:
+    net = nn.Sequential(quantised(kind).first, nn.ReLU(), nn.ReLU())
+    net[2] = copy.copy(net[0])
+    net[2]._parameters = dict(net[0]._parameters)
+    assert net[2].weight is net[0].weight
+    inject_lora(net, LoRAConfig(rank=4, tied_weights="both"))
+    wake(net)
+    rows = torch.randn(3, 128)
+    expected = net[0](rows), net[2](rows)
+    assert torch.equal(*expected)
+    merge(net)
+    assert difference(net[0](rows), expected[0]) < ROUNDING
+    assert difference(net[2](rows), expected[1]) < ROUNDING
+    unmerge_lora(net)
+    assert net[2].weight is net[0].weight
+    assert torch.equal(net[2](rows), expected[1])
 
 
 class QuantLinear(nn.Module):
