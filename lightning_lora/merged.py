@@ -112,12 +112,10 @@ def plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
 @contextmanager
 def _not_quantised(model: Any) -> Iterator[None]:
     """Within the context transformers takes ``model`` for one that was never quantised."""
-    quantizer, config = getattr(model, "hf_quantizer", None), model.config
-    settings = config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
+    holders = {"hf_quantizer": model, "quantization_config": model.config}
+    taken = {name: holder.__dict__.pop(name) for name, holder in holders.items() if name in holder.__dict__}
     try:
         yield
     finally:
-        model.hf_quantizer = quantizer
-        if settings is not None:
-            config.quantization_config = settings
+        for name, value in taken.items():
+            setattr(holders[name], name, value)
