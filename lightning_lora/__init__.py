@@ -26,6 +26,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.layers import register_layer
 from lightning_lora.layers.walk import lora_layers
+from lightning_lora.matching import matched_rank
 from lightning_lora.roles import register_role
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_layers",
     "lora_state_dict",
+    "matched_rank",
     "merge_lora",
     "register_layer",
     "register_role",

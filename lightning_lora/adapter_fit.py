@@ -20,7 +20,8 @@ from lightning_lora.layers.registry import adapter_kind
 from lightning_lora.layers.walk import adapted_weights, factor_parameters, join
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import module_roles
-from lightning_lora.targets import Target, without_dropout
+from lightning_lora.targets import Target, Tied, without_dropout
+from lightning_lora.tying import weight_owners
 
 
 def own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -60,8 +61,11 @@ def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
     return folder.with_factors(factors)
 
 
-def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
-    """The layers of ``root`` the folder adapts, after checking that each exists and has the right shape."""
+def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target], Tied]:
+    """The layers of ``root`` the folder adapts, after checking that each exists and has the right shape.
+
+    Weights they share with other layers come apart, unless the folder says that those use the update too.
+    """
     modules = {plain_name(name): module for name, module in root.named_modules()}
     owners = {name: _owner(modules, name) for name in folder.ranks}
     missing = [name for name, owner in owners.items() if owner is None]
@@ -76,7 +80,7 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
     if present:
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
-        return []
+        return [], Tied()
     roles = {plain_name(name): role for name, role in module_roles(root).items()}
     targets: dict[str, Target] = {}
     problems = []
@@ -107,7 +111,22 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> list[Target]:
             f"either.",
             stacklevel=3,
         )
-    return list(targets.values())
+    return list(targets.values()), _tied(root, targets, folder)
+
+
+def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder) -> Tied:
+    untied, followers = [], {}
+    owners = weight_owners(root)
+    for name, target in targets.items():
+        for parameter in target.specs:
+            shared = owners[id(getattr(target.module, parameter))]
+            others = [layer for owner in shared if (layer := owner.rpartition(".")[0]) != name]
+            if others and set(others) <= set(folder.following):
+                followers |= dict.fromkeys(others, name)
+            elif others:
+                untied.append((target.module, parameter))
+                shared.remove(join(name, parameter))
+    return Tied(tuple(untied), followers)
 
 
 def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:

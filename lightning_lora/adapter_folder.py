@@ -41,6 +41,7 @@ class AdapterFolder:
         packed: Factors of fused experts as PEFT lays them out, by its module names: only the model knows what they are.
         trained: Tensors of modules trained in full, by parameter name.
         tables: Names of the adapted modules that are embeddings.
+        following: Layers that use the update of the layer they share their weight with.
         base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
     """
 
@@ -52,6 +53,7 @@ class AdapterFolder:
     factors: dict[str, Tensor]
     packed: dict[str, Pair]
     trained: dict[str, Tensor]
+    following: tuple[str, ...]
     base_copies: dict[str, Tensor]
     tables: frozenset[str]
 
@@ -103,7 +105,8 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         _check_layers(folder, manifest)
         factors = peft_layers.without_fillers(factors, manifest)
     factors = peft_layers.unpack(factors, manifest, projections, str(peft.get("peft_version", "")))
-    peft = peft_layers.with_patterns(peft, projections, manifest, peft_format.by_regex)
+    following = tuple(manifest.get("following", ())) if manifest is not None else ()
+    factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in following}
     packed: dict[str, Pair] = {}
     if peft.get("target_parameters"):
         packed = peft_experts.take_packed(factors, manifest, lambda name: peft_format.is_targeted(peft, name))
@@ -114,6 +117,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     if manifest is not None and {name: layer["rank"] for name, layer in manifest["layers"].items()} != ranks:
         raise AdapterFileError(_unsound(folder))
     try:
+        peft = peft_layers.with_patterns(peft, projections, manifest, peft_format.by_regex)
         peft_format.check_ranks(peft, ranks, str(folder))
         if manifest is None:
             config = peft_format.to_lora_config(peft, ranks, _modules(trained))
@@ -125,7 +129,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         raise
     except (ConfigError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise AdapterFileError(f"{folder} holds settings that cannot be used: {error}") from error
-    return AdapterFolder(folder, peft, manifest, config, ranks, factors, packed, trained, base_copies, tables)
+    return AdapterFolder(
+        folder, peft, manifest, config, ranks, factors, packed, trained, following, base_copies, tables
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

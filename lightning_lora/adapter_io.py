@@ -18,6 +18,7 @@ from lightning_lora.adapter import (
     check_not_merged,
     check_not_sharded,
     check_tensors,
+    freeze,
     lora_state_dict,
 )
 from lightning_lora.adapter_fit import check_base, check_copies, matching_targets, own_tensors, with_experts
@@ -30,7 +31,8 @@ from lightning_lora.adapter_folder import (
 from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint
-from lightning_lora.layers.walk import adapted_weights, base_parameter, lora_layers
+from lightning_lora.layers.attention import attach_readers
+from lightning_lora.layers.walk import adapted_weights, base_parameter, following_layers, lora_layers
 from lightning_lora.model_card import model_card
 from lightning_lora.patterns import matches_any, plain_name
 from lightning_lora.roles import hugging_face_models
@@ -68,7 +70,7 @@ def save_adapter(
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
     peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
-    tensors = peft_format.to_tensors(root, weights, factors) | {
+    tensors = peft_format.to_tensors(root, factors) | {
         peft_format.PREFIX + name: tensor for name, tensor in trained.items()
     }
     peft_layers.warn_of_differences(weights, peft_layers.packed_attentions(root))
@@ -97,14 +99,17 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     check_not_merged(module, "load an adapter")
     root = _root_to_load(module, [*folder.ranks, *folder.packed])
     folder = with_experts(root, folder)
-    targets = matching_targets(root, folder)
+    layers, tied = matching_targets(root, folder)
     trained = {name: tensor for name, tensor in own_tensors(root) if name in folder.trained}
     check_tensors(trained, folder.trained)
     check_copies(root, folder)
     if not allow_other_base:
         check_base(root, folder)
     if not lora_layers(root):
-        attach_targets(module, targets)
+        freeze(module)
+        attach_targets(root, layers, tied)
+        # What reads the adapted weights may lie outside of the model that the adapter names.
+        attach_readers(module)
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
     tensors = trained | lora_state_dict(root)
@@ -184,6 +189,7 @@ def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[s
             }
             for name, (layer, weight) in weights.items()
         },
+        "following": sorted(following_layers(root)),
         "base_fingerprint": fingerprint(digests),
         "summary": dict(summary),
     }

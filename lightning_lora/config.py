@@ -13,6 +13,7 @@ from lightning_lora.errors import ConfigError, closest
 ROLE_TARGETS = ("all", "attention", "mlp", "experts")
 SCALINGS = ("standard", "rslora")
 INITS = ("default", "gaussian")
+TIED = ("refuse", "untie", "both")
 ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -45,6 +46,9 @@ class LoRAConfig:
         share_expert_factors: In layers of fused experts, let all experts share the factor that touches the hidden
             dimension (A on the way in, B on the way out); each then has the whole rank. Otherwise every expert has
             factors of its own, of rank / active experts and at least 1.
+        tied_weights: What to do where a weight to adapt is shared with another layer, as an output head's with the
+            embedding. ``"refuse"`` raises an error; ``"untie"`` gives each adapted layer a weight of its own;
+            ``"both"`` adapts the shared weight, so one update serves all layers that share it.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -70,6 +74,7 @@ class LoRAConfig:
     trainable: tuple[str, ...] | list[str] = ()
     adapter_dtype: str | None = None
     share_expert_factors: bool = False
+    tied_weights: str = "refuse"
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -80,6 +85,7 @@ class LoRAConfig:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         _check_choice("scaling", self.scaling, SCALINGS)
         _check_choice("init", self.init, INITS)
+        _check_choice("tied_weights", self.tied_weights, TIED)
         if self.adapter_dtype is not None:
             # torch.dtype prints as "torch.float32"; only its name is kept, so that a config stays plain data.
             object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))

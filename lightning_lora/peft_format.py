@@ -18,7 +18,8 @@ from lightning_lora.layers.base import FACTORS, LoRALayer, is_factor
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRAFusedExperts
 from lightning_lora.layers.linear import LoRAConv1D
-from lightning_lora.layers.walk import factor_name, join, lora_layers
+from lightning_lora.layers.tied import tied_tensors
+from lightning_lora.layers.walk import adapted_weights, factor_name, following_layers, join, lora_layers
 from lightning_lora.patterns import plain_name
 
 CONFIG_FILE = "adapter_config.json"
@@ -72,11 +73,17 @@ _OLD_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def to_tensors(
-    root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], factors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Factors by the names, and in the layouts, that PEFT gives them; what it cannot express keeps our name."""
-    tensors = {}
+def to_tensors(root: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors by the names, and in the layouts, that PEFT gives them; what it cannot express keeps our name.
+
+    PEFT shares no factors: a layer that follows another one gets copies.
+    """
+    weights = adapted_weights(root)
+    tensors = {
+        PREFIX + join(name, leaf): tensor.contiguous()
+        for name, layer in following_layers(root).items()
+        for leaf, tensor in zip(_leaves(layer), tied_tensors(layer), strict=True)
+    }
     modules, attentions = peft_experts.modules_of(weights), peft_layers.packed_attentions(root)
     for name, (layer, weight) in weights.items():
         pair = [factors[factor_name(name, layer, weight, factor)] for factor in FACTORS]
@@ -86,12 +93,15 @@ def to_tensors(
         elif layer.prefix(layer, weight):
             module, leaves = name.removesuffix(f".{weight}"), [f"{weight}_{factor}" for factor in FACTORS]
         else:
-            module = peft_layers.module_of(name, attentions)
-            leaves = _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR
+            module, leaves = peft_layers.module_of(name, attentions), _leaves(layer)
             pair = peft_layers.pack(pair[0], pair[1], name, layer, weights, attentions)
         tensors |= {PREFIX + join(module, leaf): tensor for leaf, tensor in zip(leaves, pair, strict=True)}
     fillers = peft_layers.missing_projections(weights, attentions, factors)
     return tensors | {PREFIX + name: tensor for name, tensor in fillers.items()}
+
+
+def _leaves(layer: LoRALayer) -> tuple[str, str]:
+    return _EMBEDDING if isinstance(layer, LoRAEmbedding) else _LINEAR
 
 
 def split_tensor_name(name: str) -> tuple[str, str | None]:
@@ -143,7 +153,7 @@ def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], train
         _most_common(spec.alpha for spec in specs.values()),
     )
     return _DEFAULTS | {
-        "alpha_pattern": _value_patterns({name: _number(spec.alpha) for name, spec in specs.items()}, alpha),
+        "alpha_pattern": _value_patterns({name: _number(spec.alpha) for name, spec in specs.items()}, alpha, clashing),
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "lora_alpha": _number(alpha),
@@ -152,7 +162,7 @@ def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], train
         "modules_to_save": sorted(trained) or None,
         "peft_version": FORMAT_VERSION,
         "r": rank,
-        "rank_pattern": _value_patterns({name: spec.rank for name, spec in specs.items()}, rank),
+        "rank_pattern": _value_patterns({name: spec.rank for name, spec in specs.items()}, rank, clashing),
         "target_modules": _target_modules(root, named) if named else [],
         "target_parameters": sorted(fused + [f"{name}.weight" for name in clashing]) or None,
         "task_type": _task_type(root),
@@ -244,13 +254,17 @@ def by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def _value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Full name to value where it is not the default; anchored where it also ends a layer's name of another value."""
+def _value_patterns(values: Mapping[str, Any], default: Any, parameters: Iterable[str]) -> dict[str, Any]:
+    """Full name to value where it is not the default; anchored where it also ends a layer's name of another value.
+
+    PEFT looks for layers in ``parameters`` by the names of their weights.
+    """
     table = {}
     for name, value in values.items():
         if value != default:
             clash = any(other.endswith(f".{name}") and values[other] != value for other in values)
-            table[f"^{re.escape(name)}" if clash else name] = value
+            key = f"^{re.escape(name)}" if clash else name
+            table[rf"{re.escape(name)}(\.weight)?" if name in parameters else key] = value
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
@@ -15,10 +15,14 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest, first_five
 from lightning_lora.layers.attention import read_projections
 from lightning_lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.reading import is_filter, read_convolutions
 from lightning_lora.layers.registry import adapter_kind, refusal
 from lightning_lora.layers.walk import join
-from lightning_lora.patterns import matches, matches_any
+from lightning_lora.patterns import matches, matches_any, plain_name
 from lightning_lora.roles import module_roles
+from lightning_lora.tying import weight_owners
 
 Value = TypeVar("Value")
 
@@ -46,12 +50,26 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Tied:
+    """What becomes of shared weights.
+
+    Args:
+        untied: Module and parameter name of each that gets a copy of its own.
+        followers: Layer to the layer whose weight it has and whose update it will use.
+    """
+
+    untied: tuple[tuple[nn.Module, str], ...] = ()
+    followers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Targets:
     """What a config selects in a module: layers to adapt, modules to train in full, and what was left out and why."""
 
     layers: tuple[Target, ...]
     trainable: dict[str, nn.Module]
     skipped: dict[str, str]
+    tied: Tied
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class _Weight:
     layer: str
     parameter: str
     role: str
+    is_filter: bool = False
 
     def is_hit(self, name: str, pattern: str) -> bool:
         """Whether a pattern means this weight: by its own name or by that of its layer."""
@@ -99,7 +118,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     trainable = _trainable(root, config)
     wanted = _wanted(root, every, refused, config)
     selected, skipped = _select(root, weights, refused, wanted, config, trainable)
-    _check_tied(root, selected)
+    tied = _resolve_tied(root, selected, config)
     layers = _targets(root, selected, config)
     _check_ranks(root, layers, selected, config)
     _check_dropout(root, layers, config)
@@ -116,7 +135,9 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
             f"them in exclude if that is meant.",
             stacklevel=3,
         )
-    return Targets(layers, trainable, skipped | refused)
+    adapted = {*selected, *tied.followers}
+    left_alone = {name: reason for name, reason in (skipped | refused).items() if name not in adapted}
+    return Targets(layers, trainable, left_alone, tied)
 
 
 def _check_built(root: nn.Module) -> None:
@@ -131,7 +152,9 @@ def _check_built(root: nn.Module) -> None:
 
 def _refused(root: nn.Module) -> dict[str, str]:
     """Layers with weights that have no adapter here, and why: they must be named, not passed over in silence."""
-    return {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
+    refused = {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
+    read = {name: f"{type(reader).__name__} reads its weight directly" for name, _, reader in read_convolutions(root)}
+    return read | refused
 
 
 def _weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
@@ -140,7 +163,7 @@ def _weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
         module = root.get_submodule(name)
         kind = adapter_kind(module)
         if kind is None or name in refused:
-            found[name] = _Weight(name, "", role)
+            found[name] = _Weight(name, "", role, is_filter(module))
             continue
         for parameter in kind.weights(module):
             found[join(name, parameter) if kind.prefix(module, parameter) else name] = _Weight(name, parameter, role)
@@ -185,7 +208,8 @@ def _is_targeted(name: str, weight: _Weight, config: LoRAConfig) -> bool:
     if (weight.role == "head" and config.adapt_head) or (weight.role == "embedding" and config.adapt_embeddings):
         return True
     if isinstance(config.targets, str):
-        return weight.role in _TARGET_ROLES[config.targets]
+        # "all" means weight matrices: the short filters that linear attention reads directly are none.
+        return weight.role in _TARGET_ROLES[config.targets] and not weight.is_filter
     return weight.is_hit_by_any(name, config.targets)
 
 
@@ -263,22 +287,48 @@ def _trainable(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return found
 
 
-def _check_tied(root: nn.Module, selected: Weights) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, module in root.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    for weight in selected.values():
-        shared = owners[id(root.get_submodule(weight.layer)._parameters[weight.parameter])]
-        if len(shared) > 1:
-            name, other = weight.layer, next(owner for owner in shared if owner != weight.layer)
-            raise ConfigError(
-                f"{name!r} shares its weight with {other!r}: an update of one would not be an update of the other, "
-                f"and merging would change both. Either leave it out (exclude=[{name!r}], adapt_head and "
-                f"adapt_embeddings off), or untie it first: give {name!r} a weight of its own "
-                f"(nn.Parameter(weight.detach().clone())) and set tie_word_embeddings to false in the model's config."
-            )
+def _resolve_tied(root: nn.Module, selected: Weights, config: LoRAConfig) -> Tied:
+    """What to do with selected weights that other layers have too; the order of modules decides which one owns it."""
+    owners = weight_owners(root)
+    modules = {plain_name(name): module for name, module in root.named_modules()}
+    untied, followers = [], {}
+    for name, weight in list(selected.items()):
+        parameter = plain_name(join(weight.layer, weight.parameter))
+        shared = owners[id(getattr(root.get_submodule(weight.layer), weight.parameter))]
+        if len(shared) == 1 or name not in selected:
+            continue
+        if config.tied_weights == "untie":
+            untied.append((root.get_submodule(weight.layer), weight.parameter))
+            shared.remove(parameter)
+        elif config.tied_weights == "both" and all(_can_follow(modules, owner, config) for owner in shared):
+            layers = [owner.rpartition(".")[0] for owner in shared]
+            # An embedding's update can serve a linear layer, not the other way round.
+            source = next((layer for layer in layers if isinstance(modules[layer], nn.Embedding)), layers[0])
+            for layer in layers:
+                selected.pop(layer, None)
+                if layer != source:
+                    followers[layer] = source
+            selected[source] = _Weight(source, weight.parameter, weight.role)
+        else:
+            other = next(owner for owner in shared if owner != parameter)
+            raise ConfigError(_tied_message(weight.layer, other.rpartition(".")[0], config))
+    return Tied(tuple(untied), followers)
+
+
+def _can_follow(modules: Mapping[str, nn.Module], parameter: str, config: LoRAConfig) -> bool:
+    layer, _, leaf = parameter.rpartition(".")
+    kind = adapter_kind(modules[layer])
+    shares = leaf == "weight" and kind is not None and issubclass(kind, (LoRALinear, LoRAEmbedding))
+    return shares and not matches_any(layer, config.exclude)
+
+
+def _tied_message(name: str, other: str, config: LoRAConfig) -> str:
+    asked = "" if config.tied_weights == "refuse" else f" tied_weights={config.tied_weights!r} cannot be done here."
+    return (
+        f"{name!r} shares its weight with {other!r}: an update of one would not be an update of the other, and merging "
+        f"would change both.{asked} Leave it out (exclude=[{name!r}], adapt_head and adapt_embeddings off), or choose: "
+        f"tied_weights='untie' gives {name!r} a weight of its own, tied_weights='both' adapts the weight they share."
+    )
 
 
 def _targets(root: nn.Module, selected: Weights, config: LoRAConfig) -> tuple[Target, ...]:

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_lora import lora_layers
+from lightning_lora.layers.walk import factor_parameters
 
 VOCAB = 64
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % VOCAB
@@ -92,9 +92,8 @@ def loss(model: PreTrainedModel) -> Tensor:
 def wake(module: nn.Module, seed: int = 1, size: float = 0.05) -> None:
     """Give both factors of every adapter random values, as after training."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in lora_layers(module).values():
-        for factor in layer.lora_factors().values():
-            factor.data.copy_(size * torch.randn(factor.shape, generator=generator))
+    for factor in factor_parameters(module).values():
+        factor.data.copy_(size * torch.randn(factor.shape, generator=generator))
 
 
 def state_bytes(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:

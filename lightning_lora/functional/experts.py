@@ -1,7 +1,7 @@
 """Products of a mixture of experts, on rows sorted by expert.
 
-Shape legend: ``T`` tokens, ``k`` active experts a token, ``rows`` the at most ``T * k`` pairs of token and expert, ``E``
-experts, ``r`` rank, ``in``/``out`` features.
+Shape legend: ``T`` tokens, ``k`` active experts a token, ``rows`` pairs of a token and an expert, at most ``T * k``,
+``E`` experts, ``r`` rank, ``in``/``out`` features.
 """
 
 from __future__ import annotations

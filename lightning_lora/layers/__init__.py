@@ -6,6 +6,7 @@ from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.effective import LoRAEffective
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.layers.registry import register_layer
 
@@ -19,6 +20,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMultiheadAttention",
+    "LoRAQuantisedLinear",
     "LoRARecurrent",
     "WeightShape",
     "register_layer",

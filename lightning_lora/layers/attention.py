@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_lora.layers.base import LoRALayer, WeightShape
 from lightning_lora.layers.class_swap import base_type, reduce, swapped_type
 from lightning_lora.layers.effective import LoRAEffective, effective_weights
+from lightning_lora.layers.quantised import is_quantised
 
 
 class LoRAMultiheadAttention(LoRAEffective, nn.MultiheadAttention):
@@ -158,7 +159,8 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 def _is_plain(layer: LoRALayer) -> bool:
     """Whether updates can be added to the weights here: to quantised or sharded ones only their layer can."""
-    return all(type(getattr(layer, name)) is nn.Parameter for name in layer.lora_specs)
+    weights = [getattr(layer, name) for name in layer.lora_specs]
+    return all(type(weight) is nn.Parameter and not is_quantised(weight) for weight in weights)
 
 
 def _need_gradients(layers: list[LoRALayer]) -> bool:

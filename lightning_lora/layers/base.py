@@ -69,6 +69,8 @@ class LoRALayer(nn.Module):
     # Adapted weight, by the name of its parameter, to how it is adapted.
     lora_specs: dict[str, AdapterSpec]
     lora_enabled: bool
+    # Whether weight and factors are another layer's, which merges them and counts them.
+    lora_follows: bool
     # The base weights as they were, kept while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
 
@@ -141,7 +143,7 @@ class LoRALayer(nn.Module):
     def merge(self) -> None:
         """Fold the updates into the weights; the parameter objects stay."""
         kept = {}
-        for name in self.lora_specs:
+        for name in () if self.lora_follows else self.lora_specs:
             weight = getattr(self, name)
             kept[name] = weight.detach().clone()
             weight.data.copy_(merged_weight(kept[name], self.weight_delta(name).to(weight.device)))
@@ -172,6 +174,14 @@ class LoRALayer(nn.Module):
                 bound = uniform_bound(A.shape[-1])
                 A.uniform_(-bound, bound)
             B.zero_()
+
+    @property
+    def type_without_adapter(self) -> type[nn.Module]:
+        """The class the layer gets when its adapter is taken off: the one it had before."""
+        return base_type(type(self))
+
+    def before_detach(self) -> None:
+        """Called when the adapter is taken off, before the class changes."""
 
     @property
     def lora_moved(self) -> bool:
@@ -216,15 +226,21 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
                 f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got "
                 f"rank={specs[name].rank}."
             )
+    layer = adapt(module, kind, specs)
+    for name in specs:
+        _add_factors(layer, name)
+    if not any(factor.is_meta for factor in layer.lora_factors().values()):
+        layer.reset_factors()
+    return layer
+
+
+def adapt(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
+    """Swap the class of ``module``; its factors are the caller's to add."""
     module.__class__ = swapped_type(kind, type(module))
     assert isinstance(module, LoRALayer)
     module.lora_specs = dict(specs)
-    module.lora_enabled = True
+    module.lora_enabled, module.lora_follows = True, False
     module.lora_base_weights = None
-    for name in specs:
-        _add_factors(module, name)
-    if not any(factor.is_meta for factor in module.lora_factors().values()):
-        module.reset_factors()
     return module
 
 
@@ -238,8 +254,9 @@ def _add_factors(layer: LoRALayer, name: str) -> None:
 
 def detach(layer: LoRALayer) -> None:
     """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
-    original = base_type(type(layer))
-    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_base_weights"):
+    original = layer.type_without_adapter
+    layer.before_detach()
+    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_base_weights"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -70,7 +70,8 @@ class LoRAExperts(LoRAFusedExperts):
     r"""Fused experts of transformers' experts interface: ``y_e = W_e x + scale * B_e A_e x`` for each active expert.
 
     Both weights take part: ``gate_up_proj`` (``up_proj`` where there is no gate) and ``down_proj``. Tokens are sorted
-    by expert once, and only products of width ``rank`` are added; no expert's ``B A`` is ever formed. Gate, bias and norm are the layer's own. Until an adapter is active the layer computes by transformers' own function.
+    by expert once, and only products of width ``rank`` are added: no expert's ``B A`` is ever formed. Gate, bias and
+    norm are the layer's own. Where no adapter is active, the layer computes as transformers does.
 
     Shape:
         - Input: hidden states ``(tokens, hidden)``, experts ``(tokens, k)``, their weights ``(tokens, k)``.

@@ -34,7 +34,12 @@ class LoRALinear(LoRALayer, nn.Linear):
         y = super().forward(input)
         if not self.lora_active:
             return y
-        return y + linear_update(input, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
+        A, B = self.linear_factors()
+        return y + linear_update(input, A, B, self.lora_spec.scale, self.lora_dropout)
+
+    def linear_factors(self) -> tuple[Tensor, Tensor]:
+        """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
+        return self.lora_A, self.lora_B
 
 
 class LoRAConv1D(LoRALayer):

@@ -10,12 +10,14 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers import quantised
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.recurrent import LoRARecurrent
 
 Entry = TypeVar("Entry")
@@ -29,6 +31,8 @@ _ADAPTERS: dict[type | str, type[LoRALayer]] = {
     **dict.fromkeys((nn.RNNBase, nn.RNNCellBase), LoRARecurrent),
     nn.MultiheadAttention: LoRAMultiheadAttention,
     "transformers.pytorch_utils.Conv1D": LoRAConv1D,
+    "bitsandbytes.nn.modules.Linear4bit": LoRAQuantisedLinear,
+    "bitsandbytes.nn.modules.Linear8bitLt": LoRAQuantisedLinear,
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": LoRADenseExperts,
 }
 
@@ -62,7 +66,11 @@ def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
             return None
         kind = _entry(_ADAPTERS, candidate)
         if kind is not None:
-            return kind if refusal(module) is None else None
+            if refusal(module) is not None:
+                return None
+            # torchao quantises the weight of a plain nn.Linear.
+            weight = module._parameters.get("weight")
+            return LoRAQuantisedLinear if kind is LoRALinear and quantised.is_quantised(weight) else kind
     return LoRAExperts if _follows_experts_interface(module) else None
 
 
@@ -77,6 +85,9 @@ def refusal(module: nn.Module) -> str | None:
             return None if issubclass(kind, LoRAFusedExperts) else _weights_refusal(module, kind)
     if _follows_experts_interface(module):
         return None
+    reason = quantised.refusal(module)
+    if reason is not None:
+        return reason
     if any(parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()):
         # Experts fused into one parameter; positional tables have a leading 1 and are no weights.
         largest = max(module._parameters.values(), key=lambda p: 0 if p is None else p.numel())
@@ -94,10 +105,16 @@ def _follows_experts_interface(module: nn.Module) -> bool:
 def _weights_refusal(module: nn.Module, kind: type[LoRALayer]) -> str | None:
     if any(isinstance(weight, (UninitializedParameter, UninitializedBuffer)) for weight in module._parameters.values()):
         return "it is lazy and has no shape yet: run one batch through the model first"
+    reason = quantised.refusal(module)
+    if reason is not None:
+        return reason
     for name in kind.weights(module):
         if name not in module._parameters:
             return _computed(module, name)
-        reason = _weight_refusal(module._parameters[name])
+        weight = module._parameters[name]
+        if not isinstance(module, nn.Embedding) and quantised.is_quantised(weight):
+            continue
+        reason = _weight_refusal(weight)
         if reason is not None:
             return reason
     return _lookup_refusal(module) if isinstance(module, nn.Embedding) else None

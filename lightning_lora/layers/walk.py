@@ -22,12 +22,21 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
 
 
 def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
-    """Name of every adapted weight to its layer and the name of its parameter there, in module order."""
+    """Name of every adapted weight to its layer and the name of its parameter there, in module order.
+
+    A weight that several layers share has the name of the one that owns its factors.
+    """
     return {
         join(name, weight) if layer.prefix(layer, weight) else name: (layer, weight)
         for name, layer in lora_layers(module).items()
         for weight in layer.lora_specs
+        if not layer.lora_follows
     }
+
+
+def following_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Name of every layer that uses the factors of another one whose weight it shares."""
+    return {name: layer for name, layer in lora_layers(module).items() if layer.lora_follows}
 
 
 def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
@@ -46,6 +55,7 @@ def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         join(name, factor): parameter
         for name, layer in lora_layers(module).items()
         for factor, parameter in layer.lora_factors().items()
+        if not layer.lora_follows
     }
 
 
