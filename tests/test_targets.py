@@ -259,6 +259,12 @@ def test_a_targeted_layer_is_never_passed_over_in_silence(
     assert any(words.startswith(skipped) for skipped in report.skipped)
 
 
+def test_a_parametrized_convolution_is_named_once() -> None:
+    module = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"^1 targeted layers cannot be adapted and stay frozen: 0 \(its weight"):
+        inject_lora(module, LoRAConfig(rank=2))
+
+
 def test_what_cannot_be_adapted_can_be_excluded_by_name() -> None:
     module = nn.ModuleDict({"bag": nn.EmbeddingBag(5, 4), "b": nn.Linear(4, 4)})
     report = inject_lora(module, LoRAConfig(rank=2, exclude=["bag"]))

@@ -83,7 +83,8 @@ def refusal(module: nn.Module) -> str | None:
         kind = _entry(_ADAPTERS, candidate)
         if kind is not None:
             return None if issubclass(kind, LoRAFusedExperts) else _weights_refusal(module, kind)
-    if _follows_experts_interface(module):
+    if _follows_experts_interface(module) or isinstance(module, parametrize.ParametrizationList):
+        # The layer whose weight a list of parametrizations computes is refused itself.
         return None
     reason = quantised.refusal(module)
     if reason is not None:
