@@ -21,6 +21,7 @@ from lightning_lora.layers.walk import join
 from lightning_lora.patterns import matches, matches_any, plain_name
 from lightning_lora.roles import module_roles
 from lightning_lora.tying import weight_owners
+from lightning_lora.uncalled import uncalled_children
 
 Value = TypeVar("Value")
 
@@ -154,6 +155,8 @@ def _refused(root: nn.Module) -> dict[str, str]:
             # In eval without gradients torch computes the whole layer from the weights and calls no child.
             for child in ("linear1", "linear2"):
                 refused[join(name, child)] = "TransformerEncoderLayer bypasses it in eval"
+        for child in sorted(uncalled_children(module)):
+            refused[join(name, child)] = f"{type(module).__name__} reads its weight without calling it"
     return refused
 
 
