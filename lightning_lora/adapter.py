@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.counting import InjectionReport, count_parameters
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
 from lightning_lora.layers.base import LoRALayer, attach, detach
+from lightning_lora.layers.quantised import keep_stored_values
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.tied import attach_tied
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.patterns import plain_name
@@ -53,10 +56,16 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
 
 def apply_targets(module: nn.Module, targets: Targets) -> None:
     """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
-    module.requires_grad_(False)
+    freeze(module)
     attach_targets(module, targets.layers, targets.tied)
     for trained in targets.trainable.values():
         trained.requires_grad_(True)
+
+
+def freeze(module: nn.Module) -> None:
+    """Let nothing in ``module`` change: neither by gradients nor by what quantised layers do to themselves."""
+    module.requires_grad_(False)
+    keep_stored_values(module)
 
 
 def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> None:
@@ -93,15 +102,32 @@ def reshard(module: nn.Module) -> None:
 def merge_lora(module: nn.Module) -> None:
     """Fold every update into its base weight, summed in float32 and rounded once; the originals are kept aside.
 
+    A quantised layer then holds a plain weight of the type it had before it was quantised; a warning says so.
+
     Raises:
         ConfigError: If nothing is adapted, or the updates are folded in already.
         AlreadyShardedError: If the weights are sharded.
     """
+    layers = merge_layers(module)
+    plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
+    if plain:
+        types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
+        size = sum(weight.numel() * weight.element_size() for weight in plain)
+        warnings.warn(
+            f"{len(plain)} merged layers are quantised no longer: their weights are {types} and take {size / 1e6:,.1f} "
+            f"MB. unmerge_lora(module) brings the quantised ones back.",
+            stacklevel=2,
+        )
+
+
+def merge_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Fold every update in, as `merge_lora` does, and return the layers."""
     layers = _adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "merge twice")
     for layer in layers.values():
         layer.merge()
+    return layers
 
 
 def unmerge_lora(module: nn.Module) -> None:

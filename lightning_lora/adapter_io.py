@@ -18,6 +18,7 @@ from lightning_lora.adapter import (
     check_not_merged,
     check_not_sharded,
     check_tensors,
+    freeze,
     lora_state_dict,
 )
 from lightning_lora.adapter_fit import check_base, check_copies, matching_targets, own_tensors, with_experts
@@ -103,7 +104,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     if not allow_other_base:
         check_base(root, folder)
     if not lora_layers(root):
-        module.requires_grad_(False)
+        freeze(module)
         attach_targets(root, layers, tied)
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))

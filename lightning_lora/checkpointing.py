@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapter import check_not_merged, check_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.layers.quantised import quantised_layers, scale_keys
 from lightning_lora.layers.walk import adapted_weights
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
@@ -102,7 +103,10 @@ def verify_and_complete(
         if key in checkpoint:
             state = {name: value for name, value in checkpoint[key].items() if name not in base}
             check_tensors(expected, {name: value for name, value in state.items() if name in manifest["tensors"]})
-            checkpoint[key] = module.state_dict() | state
+            # A strict load does not ask for scales, and bitsandbytes refuses those of 8-bit layers that have computed.
+            scales = _scales(module)
+            own = {name: value for name, value in module.state_dict().items() if name not in scales}
+            checkpoint[key] = own | state
 
 
 def refuse_adapter(checkpoint: Mapping[str, Any]) -> None:
@@ -123,7 +127,13 @@ def _kept(module: LightningModule) -> dict[str, Tensor]:
 
 
 def _frozen(module: LightningModule) -> set[str]:
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return frozen | _scales(module)
+
+
+def _scales(module: LightningModule) -> set[str]:
+    """Entries of the state dict that belong to quantised weights and are no parameters."""
+    return {f"{name}.{key}" for name, layer in quantised_layers(module).items() for key in scale_keys(layer)}
 
 
 def _in_shards(strategy: Strategy) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import first_five
 from lightning_lora.layers.base import AdapterSpec
+from lightning_lora.layers.quantised import num_elements
 from lightning_lora.layers.walk import lora_layers
 
 
@@ -71,7 +72,7 @@ class InjectionReport:
 
 
 def count_parameters(module: nn.Module) -> ParameterCount:
-    """Count parameters once each, shared ones too; sharded parameters count whole."""
+    """Count parameters once each, shared ones too; sharded parameters count whole, packed ones what they hold."""
     layers = lora_layers(module)
     by_role: dict[str, int] = {}
     for layer in (layer for layer in layers.values() if not layer.lora_follows):
@@ -79,8 +80,8 @@ def count_parameters(module: nn.Module) -> ParameterCount:
         by_role[layer.lora_spec.role] = by_role.get(layer.lora_spec.role, 0) + count
     parameters = list(module.parameters())
     return ParameterCount(
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(num_elements(parameter) for parameter in parameters if parameter.requires_grad),
+        total=sum(num_elements(parameter) for parameter in parameters),
         adapter=sum(by_role.values()),
         by_role=by_role,
     )

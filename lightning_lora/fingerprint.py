@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.quantised import stored_parts
 from lightning_lora.patterns import plain_name
 
 SAMPLE = 65_536
@@ -18,21 +19,22 @@ SAMPLE = 65_536
 def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
     """A digest of shape and values, 16 hexadecimal digits.
 
-    At most 65,536 evenly spaced entries are read, so that a 70B model takes seconds.
+    At most 65,536 evenly spaced entries are read, so that a 70B model takes seconds. A quantised weight counts with
+    its codes and scales as they are stored.
 
     Args:
         tensor: Any tensor with memory.
         exact: False rounds to bfloat16 first, so that one base loaded in float32 and in bfloat16 agree. True compares
             the bits as they are.
     """
-    tensor = tensor.detach()
-    flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).reshape(-1)
-    step = -(-flat.numel() // SAMPLE) or 1
-    sample = flat[::step]
-    if sample.is_floating_point() and not exact:
-        sample = sample.to(torch.bfloat16)
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
-    digest.update(sample.contiguous().cpu().clone().view(torch.uint8).numpy().tobytes())
+    for part in stored_parts(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor):
+        flat = part.detach().reshape(-1)
+        step = -(-flat.numel() // SAMPLE) or 1
+        sample = flat[::step]
+        if sample.is_floating_point() and not exact:
+            sample = sample.to(torch.bfloat16)
+        digest.update(sample.contiguous().cpu().clone().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

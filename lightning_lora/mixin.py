@@ -21,6 +21,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
 from lightning_lora.fingerprint import base_digests, fingerprint
 from lightning_lora.layers.walk import factor_parameters, lora_layers
+from lightning_lora.precision import quantise_first
 
 Hook = Callable[..., Any]
 _UNSET: Any = object()
@@ -136,6 +137,7 @@ class LoRAMixin(LightningModule):
         """
         if self.lora is None:
             return
+        quantise_first(self)
         root = self._lora_module()
         if lora_layers(root):
             return

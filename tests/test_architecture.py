@@ -25,7 +25,7 @@ UPDATE = "UPDATE_PUBLIC_SURFACE"
 LEVELS = {
     "leaves": ("errors", "config", "patterns", "functional"),
     "adapters": (),  # whatever is named nowhere else: layers and the adapter operations
-    "lightning": ("mixin", "optim", "checkpointing", "callbacks"),
+    "lightning": ("mixin", "optim", "checkpointing", "precision", "callbacks"),
     "tasks": ("tasks", "data"),
     "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
 }
@@ -106,7 +106,7 @@ def test_the_walk_sees_what_it_should() -> None:
 LIGHT = """
 import sys
 import lightning_lora
-frameworks = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse")
+frameworks = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse", "bitsandbytes", "torchao")
 print([name for name in frameworks if name in sys.modules])
 lightning_lora.LoRAMixin
 print("lightning" in sys.modules, "transformers" in sys.modules)

@@ -166,6 +166,14 @@ class LoRALayer(nn.Module):
             B.zero_()
 
     @property
+    def type_without_adapter(self) -> type[nn.Module]:
+        """The class the layer gets when its adapter is taken off: the one it had before."""
+        return base_type(type(self))
+
+    def before_detach(self) -> None:
+        """Called when the adapter is taken off, before the class changes."""
+
+    @property
     def lora_moved(self) -> bool:
         """Whether training has moved the factors that started at zero."""
         return all(bool(self.lora_pair(weight)[1].detach().any()) for weight in self.lora_specs)
@@ -271,7 +279,8 @@ def _add_factors(layer: LoRALayer, name: str) -> None:
 
 def detach(layer: LoRALayer) -> None:
     """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
-    original = base_type(type(layer))
+    original = layer.type_without_adapter
+    layer.before_detach()
     for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_base_weights"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]

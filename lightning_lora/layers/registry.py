@@ -9,10 +9,12 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.layers import quantised
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 
 Entry = TypeVar("Entry")
 
@@ -21,6 +23,8 @@ _ADAPTERS: dict[type | str, type[LoRALayer]] = {
     nn.Linear: LoRALinear,
     nn.Embedding: LoRAEmbedding,
     "transformers.pytorch_utils.Conv1D": LoRAConv1D,
+    "bitsandbytes.nn.modules.Linear4bit": LoRAQuantisedLinear,
+    "bitsandbytes.nn.modules.Linear8bitLt": LoRAQuantisedLinear,
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": LoRADenseExperts,
 }
 
@@ -58,7 +62,11 @@ def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
             return None
         kind = _entry(_ADAPTERS, candidate)
         if kind is not None:
-            return kind if refusal(module) is None else None
+            if refusal(module) is not None:
+                return None
+            # torchao quantises the weight of a plain nn.Linear.
+            weight = module._parameters.get("weight")
+            return LoRAQuantisedLinear if kind is LoRALinear and quantised.is_quantised(weight) else kind
     return LoRAExperts if _follows_experts_interface(module) else None
 
 
@@ -75,6 +83,9 @@ def refusal(module: nn.Module) -> str | None:
         return None
     if isinstance(module, _WITHOUT_ADAPTER):
         return f"{type(module).__name__} has no adapter"
+    reason = quantised.refusal(module)
+    if reason is not None:
+        return reason
     if any(parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()):
         # Experts fused into one parameter; positional tables have a leading 1 and are no weights.
         largest = max(module._parameters.values(), key=lambda p: 0 if p is None else p.numel())
@@ -93,6 +104,11 @@ def _weight_refusal(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, (UninitializedParameter, UninitializedBuffer)):
         return "it is lazy and has no shape yet: run one batch through the model first"
+    reason = quantised.refusal(module)
+    if reason is not None:
+        return reason
+    if not isinstance(module, nn.Embedding) and quantised.is_quantised(weight):
+        return None
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (a parametrization)"
     if weight is None or not weight.is_floating_point():

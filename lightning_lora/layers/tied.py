@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_lora.layers.base import LoRALayer, adapt
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 
 
 class LoRATiedHead(LoRALinear):
@@ -26,7 +27,8 @@ class LoRATiedHead(LoRALinear):
 def attach_tied(module: nn.Module, source: LoRALayer) -> LoRALayer:
     """Let ``module`` share the factors of ``source``, whose weight it has."""
     crossed = isinstance(source, LoRAEmbedding) and isinstance(module, nn.Linear)
-    kind = LoRATiedHead if crossed else LoRAEmbedding if isinstance(source, LoRAEmbedding) else LoRALinear
+    alike = next(kind for kind in (LoRAEmbedding, LoRAQuantisedLinear, LoRALinear) if isinstance(source, kind))
+    kind = LoRATiedHead if crossed else alike
     layer = adapt(module, kind, source.lora_specs)
     layer.lora_follows = True
     for name, factor in source.lora_factors().items():

@@ -34,6 +34,8 @@ class CausalLM(PretrainedTask):
         schedule: Learning rate after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to zero.
         dtype: Type of the base weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None: that of the trainer's
             precision.
+        quantization: ``"nf4"`` or ``"int8"`` loads the base in 4 or 8 bits (needs bitsandbytes; ``dtype`` is then the
+            type of the arithmetic). None: as it is stored.
     """
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
@@ -47,8 +49,9 @@ class CausalLM(PretrainedTask):
         warmup_steps: int = 0,
         schedule: str = "constant",
         dtype: str | None = None,
+        quantization: str | None = None,
     ) -> None:
-        super().__init__(model, learning_rate, lora, weight_decay, warmup_steps, schedule, dtype)
+        super().__init__(model, learning_rate, lora, weight_decay, warmup_steps, schedule, dtype, quantization)
         self.save_hyperparameters()
         self.mean_loss = MeanMetric()
         self.mean_accuracy = MeanMetric()

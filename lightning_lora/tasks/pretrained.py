@@ -23,9 +23,12 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, closest, first_five
 from lightning_lora.mixin import LoRAMixin
 from lightning_lora.optim import check_learning_rate
+from lightning_lora.patterns import matches_any
+from lightning_lora.precision import bitsandbytes_plugin
 from lightning_lora.roles import module_roles
 from lightning_lora.sharding import shard_lora
 from lightning_lora.targets import resolve_targets
+from lightning_lora.tasks.quantization import check_quantization, check_strategy, quantized_loading
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -47,6 +50,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         schedule: Learning rate after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to zero.
         dtype: Type of the base weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None: that of the trainer's
             precision.
+        quantization: ``"nf4"`` or ``"int8"`` loads the base in 4 or 8 bits (needs bitsandbytes; ``dtype`` is then the
+            type of the arithmetic). None: as it is stored.
 
     Raises:
         ConfigError: If a setting is refused, or the model cannot be found.
@@ -66,6 +71,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         warmup_steps: int,
         schedule: str,
         dtype: str | None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__(lora=lora, lora_root="model")
         check_learning_rate(learning_rate)
@@ -85,7 +91,9 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.warmup_steps = warmup_steps
         self.schedule = schedule
         self.dtype_name = dtype
+        self.quantization = quantization
         self.model_config = self._read_config()
+        check_quantization(quantization, lora, getattr(self.model_config, "quantization_config", None))
         self.model: PreTrainedModel | None = None
         if self.lora is not None:
             self.lora = self._settle(LoRAConfig.from_dict(self.lora))
@@ -109,6 +117,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         """Load the base once, adapt it, and shard it where the strategy asks for that."""
         if self.model is not None:
             return
+        self._check_trainer()
         self.model = self._load()
         # transformers hands models out in eval mode and Lightning leaves them so.
         self.model.train()
@@ -194,6 +203,28 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         # A hub name is "name" or "owner/name"; anything with another shape can only be a path.
         return self.model_name.startswith((".", "/", "~")) or self.model_name.count("/") > 1
 
+    def _check_trainer(self) -> None:
+        if bitsandbytes_plugin(self) is not None:
+            raise ConfigError(
+                f"BitsandbytesPrecision quantises layers as they are built, and transformers then loads plain weights "
+                f"into them: drop the plugin and give {type(self).__name__} quantization='nf4' or 'int8'."
+            )
+        if self._is_quantised:
+            check_strategy(self._trainer)
+
+    @property
+    def _is_quantised(self) -> bool:
+        return self.quantization is not None or getattr(self.model_config, "quantization_config", None) is not None
+
+    def _quantized_loading(self, dtype: torch.dtype) -> dict[str, Any]:
+        if self.quantization is None:
+            return {}
+        skeleton = self._skeleton()
+        heads = [name for name, role in module_roles(skeleton).items() if role == "head"]
+        trained = LoRAConfig.from_dict(self.lora).trainable if self.lora is not None else ()
+        plain = [name for name, _ in skeleton.named_modules() if name in heads or matches_any(name, trained)]
+        return quantized_loading(self.quantization, dtype, plain, self._trainer)
+
     def _load(self) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype_name) if self.dtype_name else torch.get_default_dtype()
         try:
@@ -203,6 +234,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                **self._quantized_loading(dtype),
             )
         except (OSError, SafetensorError) as error:
             raise ConfigError(

@@ -35,6 +35,8 @@ class SequenceClassifier(PretrainedTask):
         schedule: Learning rate after the warm-up: ``"constant"``, ``"linear"`` or ``"cosine"`` down to zero.
         dtype: Type of the base weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None: that of the trainer's
             precision.
+        quantization: ``"nf4"`` or ``"int8"`` loads the base in 4 or 8 bits (needs bitsandbytes; ``dtype`` is then the
+            type of the arithmetic). None: as it is stored.
     """
 
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
@@ -50,11 +52,12 @@ class SequenceClassifier(PretrainedTask):
         warmup_steps: int = 0,
         schedule: str = "constant",
         dtype: str | None = None,
+        quantization: str | None = None,
     ) -> None:
         if not isinstance(num_labels, int) or num_labels < 2:
             raise ConfigError(f"num_labels must be an integer of at least 2, got {num_labels!r}.")
         self._num_labels = num_labels
-        super().__init__(model, learning_rate, lora, weight_decay, warmup_steps, schedule, dtype)
+        super().__init__(model, learning_rate, lora, weight_decay, warmup_steps, schedule, dtype, quantization)
         if self.model_config.pad_token_id is None:
             # The head reads the last token that is not padding.
             pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
