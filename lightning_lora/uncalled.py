@@ -16,8 +16,15 @@ from torch import nn
 
 # Asking a weight what it is, is not computing with it; ``data`` is how it is initialised.
 _ASKED = frozenset({"data", "device", "dtype", "grad", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
-# torch's own layers that read weights are known one by one, and Lightning's classes hold no layers.
-_KNOWN = frozenset({"builtins", "lightning", "torch"})
+# torch's own layers that read weights are known one by one; the other classes hold no layers of their own.
+_KNOWN = (
+    "builtins",
+    "lightning.",
+    "torch.",
+    "transformers.generation.",
+    "transformers.modeling_",
+    "transformers.utils.",
+)
 
 
 def uncalled_children(module: nn.Module) -> frozenset[str]:
@@ -35,7 +42,7 @@ def _uncalled(kind: type) -> frozenset[str]:
     read: set[str] = set()
     used: set[str] = set()
     for ancestor in kind.__mro__:
-        if ancestor.__module__.partition(".")[0] not in _KNOWN:
+        if not ancestor.__module__.startswith(_KNOWN):
             for function in _methods(ancestor):
                 _sort(function, read, used)
     return frozenset(read - used)
