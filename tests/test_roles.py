@@ -351,3 +351,9 @@ def test_a_role_nothing_has_is_refused_with_what_there_is() -> None:
         inject_lora(Net(), LoRAConfig(rank=2, targets="attention"))
     with pytest.raises(TargetNotFoundError, match="targets='attention' matches none"):
         inject_lora(nn.ModuleDict({"e": nn.Embedding(4, 4)}), LoRAConfig(targets="attention", adapt_embeddings=True))
+
+
+def test_fused_experts_are_experts_without_memory_too() -> None:
+    for name in ("mixtral", "qwen2_moe"):
+        report = inject_lora(on_meta(name), LoRAConfig(rank=4, targets="experts"))
+        assert {spec.role for spec in report.layers.values()} == {"experts"}
