@@ -27,6 +27,7 @@ from lightning_lora.errors import (
 from lightning_lora.layers import register_layer
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.matching import matched_rank
+from lightning_lora.merge_report import MergeReport
 from lightning_lora.roles import register_role
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAError",
     "LoRAMixin",
+    "MergeReport",
     "ParameterCount",
     "TargetNotFoundError",
     "count_parameters",

@@ -20,6 +20,7 @@ from lightning_lora.layers.quantised import keep_stored_values
 from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.tied import attach_tied
 from lightning_lora.layers.walk import factor_parameters, lora_layers
+from lightning_lora.merge_report import MergeReport
 from lightning_lora.patterns import plain_name
 from lightning_lora.targets import Target, Targets, Tied, resolve_targets
 from lightning_lora.tying import untie
@@ -101,16 +102,21 @@ def reshard(module: nn.Module) -> None:
             child.reshard()
 
 
-def merge_lora(module: nn.Module) -> None:
+def merge_lora(module: nn.Module) -> MergeReport:
     """Fold every update into its base weight, summed in float32 and rounded once; the originals are kept aside.
 
-    A quantised layer then holds a plain weight of the type it had before it was quantised; a warning says so.
+    A quantised layer then holds a plain weight of the type it had before it was quantised; a warning says so. Another
+    warns where rounding took more than a tenth of an update.
+
+    Returns:
+        What rounding took of each update.
 
     Raises:
         ConfigError: If nothing is adapted, or the updates are folded in already.
         AlreadyShardedError: If the weights are sharded.
     """
-    layers = merge_layers(module)
+    report = merge_layers(module)
+    layers = lora_layers(module)
     plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
     if plain:
         types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
@@ -120,16 +126,17 @@ def merge_lora(module: nn.Module) -> None:
             f"MB. unmerge_lora(module) brings the quantised ones back.",
             stacklevel=2,
         )
+    return report
 
 
-def merge_layers(module: nn.Module) -> dict[str, LoRALayer]:
-    """Fold every update in, as `merge_lora` does, and return the layers."""
+def merge_layers(module: nn.Module) -> MergeReport:
+    """Fold every update in, as `merge_lora` does, without a word about quantised layers."""
     layers = _adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "merge twice")
-    for layer in layers.values():
-        layer.merge()
-    return layers
+    report = MergeReport({name: layer.merge() for name, layer in layers.items()})
+    report.warn_if_lossy()
+    return report
 
 
 def unmerge_lora(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
 from lightning_lora.fingerprint import base_digests, fingerprint
 from lightning_lora.layers.walk import factor_parameters, lora_layers
+from lightning_lora.merge_report import MergeReport
 from lightning_lora.precision import quantise_first
 
 Hook = Callable[..., Any]
@@ -158,9 +159,9 @@ class LoRAMixin(LightningModule):
         """Optimizer groups by the learning-rate rule; see `lightning_lora.optim.parameter_groups`."""
         return optim.parameter_groups(self, learning_rate)
 
-    def merge_lora(self) -> None:
+    def merge_lora(self) -> MergeReport:
         """Fold the updates into the base weights, in place; see `lightning_lora.merge_lora`."""
-        adapter.merge_lora(self)
+        return adapter.merge_lora(self)
 
     def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
         """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""

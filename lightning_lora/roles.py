@@ -1,4 +1,4 @@
-"""What each layer is in its model: attention, mlp, experts, router, embedding, head, or other.
+"""What each layer is in its model: attention, mlp, experts, router, embedding, head, filter, or other.
 
 Roles are read from structure (types, sibling names, weight tying, the Hugging Face base model), not from a list of
 model names.
@@ -14,12 +14,12 @@ from torch import nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers.registry import adapter_kind, refusal
 from lightning_lora.patterns import first_match
+from lightning_lora.uncalled import uncalled_children
 
-ROLES = ("attention", "mlp", "experts", "router", "embedding", "head", "other")
+ROLES = ("attention", "mlp", "experts", "router", "embedding", "head", "filter", "other")
 
-_ATTENTION_NAMES = frozenset(
-    {"attn", "attention", "self_attn", "cross_attn", "self_attention", "encoder_attn", "mixer"}
-)
+_ATTENTION_ENDINGS = ("attn", "attention", "mixer")
+_HEADS = frozenset({"classifier", "qa_outputs", "score"})
 _MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward", "feedforward"})
 _QUERY_KEY_VALUE = (
     {"q_proj", "k_proj", "v_proj"},
@@ -40,7 +40,7 @@ def register_role(pattern: str, role: str) -> None:
 
     Args:
         pattern: A name pattern (see `LoRAConfig`).
-        role: One of ``attention, mlp, experts, router, embedding, head, other``.
+        role: One of ``attention, mlp, experts, router, embedding, head, filter, other``.
 
     Raises:
         ConfigError: If the role is unknown or the pattern is empty.
@@ -58,7 +58,7 @@ def module_roles(root: nn.Module) -> dict[str, str]:
     Layers that would be adapted but for a `refusal` have their role too.
     """
     modules = dict(root.named_modules())
-    heads = _heads(root)
+    heads, patches = _heads(root), _patch_embeddings(root)
     roles = {}
     for name, module in modules.items():
         if adapter_kind(module) is None and refusal(module) is None:
@@ -68,9 +68,20 @@ def module_roles(root: nn.Module) -> dict[str, str]:
             roles[name] = registered
         elif isinstance(module, nn.Embedding):
             roles[name] = "embedding"
+        elif isinstance(module, nn.Conv1d) and _is_uncalled(name, modules):
+            roles[name] = "filter"
+        elif id(module) in heads and id(module) not in patches:
+            # A model without a head calls its patch embedding its output, by transformers' fallback.
+            roles[name] = "head"
         else:
-            roles[name] = "head" if id(module) in heads else _role_by_place(name, modules)
+            role = _role_by_place(name, modules)
+            roles[name] = "embedding" if role == "other" and id(module) in patches else role
     return roles
+
+
+def _is_uncalled(name: str, modules: dict[str, nn.Module]) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf in uncalled_children(modules[parent])
 
 
 def hugging_face_models(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -97,6 +108,8 @@ def _heads(root: nn.Module) -> set[int]:
     heads |= {id(module) for module in root.modules() if isinstance(module, nn.Linear) and id(module.weight) in tables}
     for _, model in hugging_face_models(root):
         heads.add(id(model.get_output_embeddings()))  # pyright: ignore[reportCallIssue]
+        # Where the base cannot be told, as in WhisperForAudioClassification, the names of its heads can.
+        heads |= {id(layer) for name, child in model.named_children() if name in _HEADS for layer in child.modules()}
         base = model.base_model
         if isinstance(base, nn.Module) and base is not model:
             inside = {id(module) for module in base.modules()}
@@ -104,36 +117,80 @@ def _heads(root: nn.Module) -> set[int]:
     return heads
 
 
+def _patch_embeddings(root: nn.Module) -> set[int]:
+    """Identities of what embeds pixels or sound in transformers models: convolutions and linears, but no tables.
+
+    Elsewhere a class that has "embedding" in its name may be anything, a whole network included; in transformers, a
+    network with attention in it.
+    """
+    return {
+        id(layer)
+        for _, model in hugging_face_models(root)
+        for module in model.modules()
+        if type(module).__name__.endswith(("Embedding", "Embeddings", "PatchEmbed", "PatchEmbedder"))
+        and not any(_role_of_container(name, child) == "attention" for name, child in _named_by_leaf(module))
+        for layer in module.modules()
+    }
+
+
+def _named_by_leaf(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name.rpartition(".")[2], child) for name, child in module.named_modules())
+
+
 def _role_by_place(name: str, modules: dict[str, nn.Module]) -> str:
-    """The role of the nearest ancestor that has one; the rest of a block with attention in it is its MLP."""
-    own = _role_of_container(name.rpartition(".")[2], modules[name])
-    if own:
-        return own
-    path, leaf = name, ""
-    block_with_attention = False
-    while path:
-        path, _, leaf = path.rpartition(".")
-        parent = modules[path]
+    """The role of the nearest ancestor that has one; the rest of a block with attention in it is its MLP.
+
+    Routers and experts are made of MLPs: what is around those tells first.
+    """
+    around = _ancestors(name, modules)
+    for leaf, _, parent in around:
         if leaf in ("router", "gate", "shared_expert_gate") and hasattr(parent, "experts"):
             return "router"
-        role = _role_of_container(path.rpartition(".")[2], parent)
+    roles = [_role_of_container(leaf, module) for leaf, module, _ in around]
+    if "experts" in roles:
+        return "experts"
+    block_with_attention = False
+    for role, (_, module, _) in zip(roles, around, strict=True):
         if role:
             return role
         block_with_attention = block_with_attention or any(
-            _role_of_container(child_name, child) == "attention" for child_name, child in parent.named_children()
+            _role_of_container(child_name, child) == "attention" for child_name, child in module.named_children()
         )
-        if isinstance(parent, nn.ModuleList) and block_with_attention:
+        if isinstance(module, nn.ModuleList) and block_with_attention:
             return "mlp"
     return "other"
 
 
+def _ancestors(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module, nn.Module | None]]:
+    """Of the module called ``name`` and all around it, outwards: last part of the name, the module, its parent."""
+    found = []
+    while name:
+        path, _, leaf = name.rpartition(".")
+        found.append((leaf, modules[name], modules[path]))
+        name = path
+    return [*found, ("", modules[""], None)]
+
+
 def _role_of_container(leaf: str, module: nn.Module) -> str | None:
-    kind = type(module).__name__
+    kind = type(module).__name__.lower()
     children = {name for name, _ in module.named_children()}
-    if leaf == "experts" or kind.endswith("Experts"):
+    if leaf == "experts" or kind.endswith("experts"):
         return "experts"
-    if leaf in _ATTENTION_NAMES or "Attention" in kind or any(names <= children for names in _QUERY_KEY_VALUE):
-        return "attention"
-    if leaf in _MLP_NAMES or "MLP" in kind or "FeedForward" in kind:
+    # MemoryAttentionMLP is an MLP; a mixer may be one.
+    if leaf in _MLP_NAMES or kind.endswith("mlp"):
         return "mlp"
-    return None
+    # State-space mixers and gated delta nets stand where attention does; they hold their decay rates.
+    if leaf.lower().endswith(_ATTENTION_ENDINGS) or "A_log" in module._parameters:
+        return "attention"
+    if "attention" in kind and not _holds_attention_and_more(module):
+        return "attention"
+    if any(names <= children for names in _QUERY_KEY_VALUE):
+        return "attention"
+    return "mlp" if "mlp" in kind or "feedforward" in kind else None
+
+
+def _holds_attention_and_more(module: nn.Module) -> bool:
+    """Whether it is a block: a MaskedAttentionDecoderLayer has attention beside the linears of its MLP."""
+    children = dict(module.named_children())
+    has_attention = any(name.lower().endswith(_ATTENTION_ENDINGS) for name in children)
+    return has_attention and any(isinstance(child, nn.Linear) for child in children.values())

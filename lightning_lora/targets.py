@@ -17,12 +17,12 @@ from lightning_lora.layers.attention import read_projections
 from lightning_lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.reading import is_filter, read_convolutions
 from lightning_lora.layers.registry import adapter_kind, refusal
 from lightning_lora.layers.walk import join
 from lightning_lora.patterns import matches, matches_any, plain_name
 from lightning_lora.roles import module_roles
 from lightning_lora.tying import weight_owners
+from lightning_lora.uncalled import uncalled_children
 
 Value = TypeVar("Value")
 
@@ -79,7 +79,6 @@ class _Weight:
     layer: str
     parameter: str
     role: str
-    is_filter: bool = False
 
     def is_hit(self, name: str, pattern: str) -> bool:
         """Whether a pattern means this weight: by its own name or by that of its layer."""
@@ -153,8 +152,10 @@ def _check_built(root: nn.Module) -> None:
 def _refused(root: nn.Module) -> dict[str, str]:
     """Layers with weights that have no adapter here, and why: they must be named, not passed over in silence."""
     refused = {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
-    read = {name: f"{type(reader).__name__} reads its weight directly" for name, _, reader in read_convolutions(root)}
-    return read | refused
+    for name, module in root.named_modules():
+        for child in sorted(uncalled_children(module)):
+            refused[join(name, child)] = f"{type(module).__name__} reads its weight without calling it"
+    return refused
 
 
 def _weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
@@ -163,7 +164,7 @@ def _weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
         module = root.get_submodule(name)
         kind = adapter_kind(module)
         if kind is None or name in refused:
-            found[name] = _Weight(name, "", role, is_filter(module))
+            found[name] = _Weight(name, "", role)
             continue
         for parameter in kind.weights(module):
             found[join(name, parameter) if kind.prefix(module, parameter) else name] = _Weight(name, parameter, role)
@@ -208,8 +209,7 @@ def _is_targeted(name: str, weight: _Weight, config: LoRAConfig) -> bool:
     if (weight.role == "head" and config.adapt_head) or (weight.role == "embedding" and config.adapt_embeddings):
         return True
     if isinstance(config.targets, str):
-        # "all" means weight matrices: the short filters that linear attention reads directly are none.
-        return weight.role in _TARGET_ROLES[config.targets] and not weight.is_filter
+        return weight.role in _TARGET_ROLES[config.targets]
     return weight.is_hit_by_any(name, config.targets)
 
 

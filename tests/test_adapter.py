@@ -366,6 +366,22 @@ def test_a_low_precision_merge_is_the_float32_sum_rounded_once() -> None:
     assert ((module.weight.double() - exact).abs() <= exact.abs() * 2.0**-8 * 1.001).all()
 
 
+def test_a_low_precision_merge_says_what_rounding_took_of_a_small_update() -> None:
+    torch.manual_seed(0)
+    narrow, wide = nn.Linear(64, 48, dtype=torch.bfloat16), nn.Linear(48, 8)
+    module = nn.Sequential(narrow, wide)
+    inject_lora(module, LoRAConfig(rank=4))
+    wake(module, size=0.003)
+    weight, delta = narrow.weight.detach().clone(), lora_layers(module)["0"].weight_delta().detach().double()
+    with pytest.warns(UserWarning, match=r"2 layers merged; rounding took at most .*% of an update \(0\)") as caught:
+        report = merge_lora(module)
+    stored = narrow.weight.detach().double() - weight.double()
+    expected = float((stored - delta).norm() / delta.norm())
+    assert report.losses == {"0": pytest.approx(expected, rel=1e-3), "1": 0.0}
+    assert report.worst > 0.3, "most entries of so small an update vanish"
+    assert "merge into float32 weights" in str(caught[0].message)
+
+
 def test_embedding_and_transposed_deltas_have_the_layout_of_the_weight() -> None:
     module, _ = adapted("mixed")
     for layer in lora_layers(module).values():

@@ -88,7 +88,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "vit": (
         "ViTForImageClassification",
         SIZES | {"image_size": 32, "patch_size": 16},
-        {"*.attention.*": "attention", "*.mlp.*": "mlp", "classifier": "head", "*.projection": "other"},
+        {"*.attention.*": "attention", "*.mlp.*": "mlp", "classifier": "head", "*.projection": "embedding"},
     ),
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -210,6 +210,116 @@ def test_a_block_with_attention_and_free_names_splits_into_attention_and_mlp() -
     assert roles["readout"] == "other"
 
 
+class Mixer(nn.Module):
+    """What state-space mixers hold; ``A_log`` tells them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(8, 4))
+        self.conv1d = nn.Conv1d(8, 8, 4, groups=8)
+        self.in_proj, self.dt_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.conv1d(self.in_proj(x).mT, self.conv1d.weight, self.conv1d.bias, groups=8)
+        return self.dt_proj.weight @ x
+
+
+def test_what_mixes_states_stands_where_attention_does() -> None:
+    block = nn.ModuleDict({"mamba": Mixer(), "feed_forward": nn.Linear(8, 8)})
+    assert module_roles(nn.ModuleList([block])) == {
+        "0.mamba.conv1d": "filter",
+        "0.mamba.in_proj": "attention",
+        "0.mamba.dt_proj": "attention",
+        "0.feed_forward": "mlp",
+    }
+
+
+def test_weights_that_are_read_without_a_call_are_refused() -> None:
+    with pytest.warns(UserWarning, match=r"0\.dt_proj \(Mixer reads its weight without calling it\)"):
+        report = inject_lora(nn.ModuleList([Mixer()]), LoRAConfig(rank=2))
+    assert list(report.layers) == ["0.in_proj"]
+    with pytest.raises(TargetNotFoundError, match=r"'0\.conv1d', which cannot be adapted: Mixer reads its weight"):
+        inject_lora(nn.ModuleList([Mixer()]), LoRAConfig(rank=2, targets=["conv1d"]))
+
+
+class LlamaStyleMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+
+class RouterMLP(LlamaStyleMLP):
+    pass
+
+
+class MemoryAttentionMLP(LlamaStyleMLP):
+    pass
+
+
+class MaskedAttentionDecoderLayer(nn.Module):
+    """Attention in its name, an attention inside, and an MLP beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("query", "key", "value")})
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+
+def roles_of(modules: dict[str, nn.Module]) -> dict[str, set[str]]:
+    """The roles of all layers inside each of the modules of one block."""
+    block = nn.ModuleDict(modules)
+    found: dict[str, set[str]] = {name: set() for name in modules}
+    for name, role in module_roles(nn.ModuleDict({"block": block})).items():
+        found[name.split(".")[1]].add(role)
+    return found
+
+
+def test_experts_and_routers_made_of_mlps_are_experts_and_routers() -> None:
+    moe = {
+        "experts": nn.ModuleList(LlamaStyleMLP() for _ in range(2)),
+        "gate": nn.ModuleDict({"router_mlp": RouterMLP()}),
+        "shared_expert": LlamaStyleMLP(),
+    }
+    roles = module_roles(nn.ModuleDict(moe))
+    expected = {"experts": "experts", "gate": "router", "shared_expert": "mlp"}
+    assert {name.partition(".")[0]: role for name, role in roles.items()} == expected
+    assert len(roles) == 8
+
+
+def test_an_mlp_is_one_wherever_it_stands() -> None:
+    assert roles_of({"mixer": LlamaStyleMLP(), "a": MemoryAttentionMLP()}) == {"mixer": {"mlp"}, "a": {"mlp"}}
+
+
+def test_a_block_named_after_its_attention_is_not_all_attention() -> None:
+    roles = module_roles(nn.ModuleList([MaskedAttentionDecoderLayer()]))
+    assert roles == {f"0.self_attn.{name}": "attention" for name in ("query", "key", "value")} | {
+        "0.fc1": "mlp",
+        "0.fc2": "mlp",
+    }
+
+
+def test_a_patch_embedding_is_no_head_where_there_is_none() -> None:
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 16}
+    with torch.device("meta"):
+        model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES, **sizes))
+    assert module_roles(model)["embeddings.patch_embeddings"] == "embedding"
+
+
+def test_a_head_is_one_where_the_base_cannot_be_told() -> None:
+    _, settings, _ = ARCHITECTURES["whisper"]
+    with torch.device("meta"):
+        model = transformers.WhisperForAudioClassification(transformers.WhisperConfig(**settings))
+    assert model.base_model is model
+    assert {module_roles(model)[name] for name in ("classifier", "projector")} == {"head", "other"}
+
+
+def test_only_in_a_transformers_model_does_a_class_name_tell_an_embedding() -> None:
+    class ImageEmbedding(Net):
+        """A network of the user's, whatever it is called."""
+
+    assert set(module_roles(ImageEmbedding()).values()) == {"other"}
+
+
 def test_a_registered_role_comes_before_structure(registries: None) -> None:
     register_role("second", "head")
     register_role("*.q_proj", "router")
@@ -243,8 +353,7 @@ def test_a_role_nothing_has_is_refused_with_what_there_is() -> None:
         inject_lora(nn.ModuleDict({"e": nn.Embedding(4, 4)}), LoRAConfig(targets="attention", adapt_embeddings=True))
 
 
-def test_fused_experts_are_refused_by_name() -> None:
-    with pytest.raises(TargetNotFoundError, match=r"MixtralExperts holds 4 fused weights, which have no adapter"):
-        inject_lora(on_meta("mixtral"), LoRAConfig(rank=2, targets="experts"))
-    with pytest.warns(UserWarning, match=r"2 targeted layers cannot be adapted .*Qwen2MoeExperts"):
-        inject_lora(on_meta("qwen2_moe"), LoRAConfig(rank=2))
+def test_fused_experts_are_experts_without_memory_too() -> None:
+    for name in ("mixtral", "qwen2_moe"):
+        report = inject_lora(on_meta(name), LoRAConfig(rank=4, targets="experts"))
+        assert {spec.role for spec in report.layers.values()} == {"experts"}

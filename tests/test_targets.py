@@ -205,30 +205,7 @@ def test_the_five_closest_names_are_offered() -> None:
     assert len(offered) >= 4
 
 
-class Scanning(nn.Module):
-    """Hands the weight of its convolution to a kernel, as Mamba and linear attention do."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.conv, self.out = nn.Conv1d(4, 4, 3, groups=groups), nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.conv.weight.dtype)
-        return self.out(torch.nn.functional.conv1d(x, self.conv.weight, groups=self.conv.groups).mT)
-
-
-def test_a_short_filter_that_is_read_directly_is_no_weight_matrix() -> None:
-    report = inject_lora(Scanning(groups=4), LoRAConfig(rank=2))
-    assert list(report.layers) == ["out"]
-    assert report.skipped == {"conv": "Scanning reads its weight directly"}
-    with pytest.raises(
-        TargetNotFoundError, match="'conv', which cannot be adapted: Scanning reads its weight directly"
-    ):
-        inject_lora(Scanning(groups=4), LoRAConfig(rank=2, targets=["conv"]))
-
-
 PASSED_OVER = [
-    ("read directly", lambda: Scanning(groups=1), "all", "conv (Scanning reads its weight directly)"),
     ("bilinear form", lambda: nn.ModuleDict({"a": nn.Bilinear(2, 3, 4), "b": nn.Linear(4, 4)}), "all", "a (a bilinear"),
     ("bag", lambda: nn.ModuleDict({"a": nn.EmbeddingBag(5, 4), "b": nn.Linear(4, 4)}), "all", "a (EmbeddingBag sums"),
     (

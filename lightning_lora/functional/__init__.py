@@ -4,6 +4,7 @@ from lightning_lora.functional.lora import (
     embedding_update,
     linear_update,
     merged_weight,
+    rounding_loss,
     uniform_bound,
     weight_update,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "embedding_update",
     "linear_update",
     "merged_weight",
+    "rounding_loss",
     "singular_values",
     "uniform_bound",
     "weight_update",

@@ -65,6 +65,17 @@ def merged_weight(weight: Tensor, update: Tensor) -> Tensor:
     return (weight.to(dtype) + update.to(dtype)).to(weight.dtype)
 
 
+def rounding_loss(weight: Tensor, merged: Tensor, update: Tensor) -> float:
+    """``|stored change - update| / |update|``: what rounding to the type of ``merged`` took of an update, 0 for none.
+
+    Small updates of bfloat16 weights can vanish: an entry changes only if its update exceeds half a step, about 2^-9 of
+    the entry.
+    """
+    norm = update.norm()
+    lost = ((merged.to(update.dtype) - weight.to(update.dtype)) - update).norm()
+    return float(lost / norm) if norm else 0.0
+
+
 def uniform_bound(in_features: int) -> float:
     """Bound of the default A, ``1 / sqrt(in)``: kaiming-uniform with ``a = sqrt(5)``, as in ``nn.Linear`` and PEFT."""
     return 1 / math.sqrt(in_features)

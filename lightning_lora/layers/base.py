@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.functional import merged_weight, uniform_bound, weight_update
+from lightning_lora.functional import merged_weight, rounding_loss, uniform_bound, weight_update
 from lightning_lora.layers.class_swap import base_type, reduce, swapped_type
 
 FACTORS = ("lora_A", "lora_B")
@@ -140,14 +140,22 @@ class LoRALayer(nn.Module):
         return {name: merged_weight(getattr(self, name), self.weight_delta(name)) for name in self.lora_specs}
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the updates into the weights; the parameter objects stay."""
-        kept = {}
+    def merge(self) -> float:
+        """Fold the updates into the weights; the parameter objects stay.
+
+        Returns:
+            The largest `rounding_loss` of its weights; 0 for those in float32 or wider.
+        """
+        kept, losses = {}, [0.0]
         for name in () if self.lora_follows else self.lora_specs:
             weight = getattr(self, name)
             kept[name] = weight.detach().clone()
-            weight.data.copy_(merged_weight(kept[name], self.weight_delta(name).to(weight.device)))
+            delta = self.weight_delta(name).to(weight.device)
+            weight.data.copy_(merged_weight(kept[name], delta))
+            if weight.element_size() < 4:
+                losses.append(rounding_loss(kept[name], weight.detach(), delta))
         self.lora_base_weights = kept
+        return max(losses)
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import merged_weight
+from lightning_lora.functional import merged_weight, rounding_loss
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.quantised import dequantised, dtype_before, is_quantised
 
@@ -56,16 +56,18 @@ class LoRAQuantisedLinear(LoRALinear):
 
     @override
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> float:
         """Put a plain weight with the update folded in where the quantised one is, which is kept aside.
 
         A layer that follows another does so too: it holds the quantised weight itself, and the same factors.
         """
         base = self.weight
         value = dequantised(self) if is_quantised(base) else base.detach()
-        merged = merged_weight(value, self.weight_delta().to(base.device)).to(dtype_before(base))
+        delta = self.weight_delta().to(base.device)
+        merged = merged_weight(value, delta).to(dtype_before(base))
         self._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
         self.lora_base_weights = {"weight": base}
+        return rounding_loss(value, merged, delta) if merged.element_size() < 4 else 0.0
 
     @override
     def unmerge(self) -> None:
