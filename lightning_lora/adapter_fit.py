@@ -20,7 +20,7 @@ from lightning_lora.layers.registry import adapter_kind
 from lightning_lora.layers.walk import adapted_weights, factor_parameters, join
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import module_roles
-from lightning_lora.targets import Target, Tied, without_dropout
+from lightning_lora.targets import Target, Tied, refused_layers, without_dropout
 from lightning_lora.tying import weight_owners
 
 
@@ -82,12 +82,16 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
         _check_scales(present, folder)
         return [], Tied()
     roles = {plain_name(name): role for name, role in module_roles(root).items()}
+    refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
     targets: dict[str, Target] = {}
     problems = []
     for name, (layer, parameter) in ((name, owner) for name, owner in owners.items() if owner is not None):
         kind = adapter_kind(modules[layer])
         if kind is None:
             problems.append(f"{name} is a {type(modules[layer]).__name__}, which cannot be adapted")
+            continue
+        if layer in refused:
+            problems.append(f"{name} cannot be adapted: {refused[layer]}")
             continue
         shape = kind.weights(modules[layer])[parameter]
         found = folder.shapes[name]

@@ -6,7 +6,7 @@ A tensor is called ``base_model.model.<module>.lora_A.weight`` there and ``<modu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ def table_of(name: str) -> str | None:
     return module if leaf.startswith("lora_embedding_") else None
 
 
-def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], trained: Iterable[str]) -> dict[str, Any]:
+def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], trained: Collection[str]) -> dict[str, Any]:
     """The contents of ``adapter_config.json`` for the adapted weights of ``root``."""
     attentions = peft_layers.packed_attentions(root)
     own = {name: layer.lora_specs[weight] for name, (layer, weight) in weights.items()}
@@ -165,7 +165,7 @@ def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], train
         "rank_pattern": _value_patterns({name: spec.rank for name, spec in specs.items()}, rank, clashing),
         "target_modules": _target_modules(root, named) if named else [],
         "target_parameters": sorted(fused + [f"{name}.weight" for name in clashing]) or None,
-        "task_type": _task_type(root),
+        "task_type": _task_type(root, trained),
         "use_rslora": config.scaling == "rslora",
     }
 
@@ -284,7 +284,7 @@ def _target_modules(root: nn.Module, names: list[str]) -> list[str] | str:
     return "|".join(map(re.escape, sorted(names))) if clash else sorted(names)
 
 
-def _task_type(root: nn.Module) -> str | None:
+def _task_type(root: nn.Module, trained: Collection[str]) -> str | None:
     kind = type(root).__name__
     for ending, task in (
         ("ForCausalLM", "CAUSAL_LM"),
@@ -292,7 +292,8 @@ def _task_type(root: nn.Module) -> str | None:
         ("SequenceClassification", "SEQ_CLS"),
     ):
         if kind.endswith(ending):
-            return task
+            # PEFT takes the head of a classifier for trained, and fails without its tensors.
+            return task if task != "SEQ_CLS" or trained else None
     return None
 
 

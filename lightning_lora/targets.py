@@ -107,7 +107,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     if any(isinstance(module, LoRALayer) for module in root.modules()):
         raise ConfigError("the module is adapted already; call remove_lora(module) before adapting it again.")
     _check_built(root)
-    refused = _refused(root)
+    refused = refused_layers(root)
     every = _weights(root, refused)
     weights = {name: weight for name, weight in every.items() if weight.parameter}
     if not weights:
@@ -149,7 +149,7 @@ def _check_built(root: nn.Module) -> None:
         )
 
 
-def _refused(root: nn.Module) -> dict[str, str]:
+def refused_layers(root: nn.Module) -> dict[str, str]:
     """Layers with weights that have no adapter here, and why: they must be named, not passed over in silence."""
     refused = {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
     for name, module in root.named_modules():

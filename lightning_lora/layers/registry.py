@@ -92,7 +92,7 @@ def refusal(module: nn.Module) -> str | None:
     if any(parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()):
         # Experts fused into one parameter; positional tables have a leading 1 and are no weights.
         largest = max(module._parameters.values(), key=lambda p: 0 if p is None else p.numel())
-        if largest is not None and largest.ndim == 3 and largest.shape[0] > 1:
+        if largest is not None and largest.ndim == 3 and min(largest.shape) > 1:
             return f"{type(module).__name__} holds {largest.shape[0]} fused weights, which have no adapter"
     return None
 

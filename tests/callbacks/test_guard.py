@@ -142,7 +142,9 @@ def test_bypassed_layer_of_the_module_itself_is_named(tmp_path: Path) -> None:
             self.used, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return F.linear(self.used(batch[0]), self.bypassed.weight).square().sum()
+            # By a way that the code of the class does not tell.
+            weight = dict(self.named_parameters())["bypassed.weight"]
+            return F.linear(self.used(batch[0]), weight).square().sum()
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01)

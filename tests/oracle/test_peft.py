@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, WavLMConfig, WavLMModel
 
 from lightning_lora import (
     AdapterFileError,
@@ -329,6 +329,33 @@ def test_an_unsupported_feature_is_refused_by_name(feature: str, tmp_path: Path)
         load_adapter(model, tmp_path / "adapter")
     assert words in str(error.value)
     assert portrait(model) == before
+
+
+def test_an_adapter_beside_a_frozen_classifier_loads_in_peft(tmp_path: Path) -> None:
+    ours = llama_classifier()
+    inject_lora(ours, LoRAConfig(rank=4))
+    wake(ours)
+    save_adapter(ours, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(llama_classifier(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_layers_that_are_never_called_is_refused(tmp_path: Path) -> None:
+    """PEFT adapts WavLM's projections, whose weights its attention reads: the adapter has no effect there."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    sizes |= {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    sizes |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    theirs = peft.get_peft_model(WavLMModel(WavLMConfig(**sizes)), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    ours = WavLMModel(WavLMConfig(**sizes))
+    with pytest.raises(AdapterFileError, match=r"q_proj cannot be adapted: WavLMAttention reads its weight"):
+        load_adapter(ours, tmp_path / "adapter")
+    assert not lora_layers(ours)
 
 
 def test_another_method_is_refused(tmp_path: Path) -> None:
