@@ -22,8 +22,8 @@ from lightning_lora.layers.tied import attach_tied
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.patterns import plain_name
-from lightning_lora.targets import Target, Targets, Tied, resolve_targets
-from lightning_lora.tying import untie
+from lightning_lora.targets import Target, Targets, resolve_targets
+from lightning_lora.tying import Tied, untie
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:

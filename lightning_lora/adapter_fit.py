@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from lightning_lora import peft_experts, peft_format, peft_layers
+from lightning_lora.adaptable import refused_layers
 from lightning_lora.adapter import check_tensors
 from lightning_lora.adapter_folder import MANIFEST_FILE, AdapterFolder
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
@@ -20,8 +21,8 @@ from lightning_lora.layers.registry import adapter_kind
 from lightning_lora.layers.walk import adapted_weights, factor_parameters, join
 from lightning_lora.patterns import plain_name
 from lightning_lora.roles import module_roles
-from lightning_lora.targets import Target, Tied, refused_layers, without_dropout
-from lightning_lora.tying import weight_owners
+from lightning_lora.targets import Target, without_dropout
+from lightning_lora.tying import Tied, weight_owners
 
 
 def own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:

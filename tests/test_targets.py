@@ -366,3 +366,15 @@ def test_settings_may_be_a_mapping() -> None:
     assert list(inject_lora(module, {"rank": 2, "targets": ["first"]}).layers) == ["first"]  # pyright: ignore
     with pytest.raises(ConfigError, match="did you mean 'rank'"):
         inject_lora(mlp(), {"rnak": 2})  # pyright: ignore
+
+
+def test_a_norm_whose_weight_is_read_directly_is_no_concern_of_adapters() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(nn.functional.layer_norm(x, (8,), self.norm.weight))
+
+    assert list(inject_lora(Reading(), LoRAConfig(rank=2)).layers) == ["linear"]
