@@ -44,7 +44,7 @@ def adapter_specs(root: nn.Module, selected: Weights, config: LoRAConfig) -> dic
         warnings.warn(
             f"rank {config.rank} is more than {len(capped)} of {len(selected)} adapted layers can hold; they get their "
             f"full rank instead: {first_five(capped)}. Lower the rank, or exclude them.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return specs
 
