@@ -64,8 +64,9 @@ class InjectionReport:
             f"({self.parameters.share:.2%}), adapter {self.adapter_bytes / 1e6:.2f} MB",
         ]
         if reasons:
-            grouped = "; ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
-            lines.append(f"lora: left alone: {grouped}")
+            groups = [f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons)]
+            more = f"; {len(groups) - 6} more reasons" if len(groups) > 6 else ""
+            lines.append(f"lora: left alone: {'; '.join(groups[:6])}{more}")
         if self.trainable:
             lines.append(f"lora: trained in full: {first_five(self.trainable)}")
         return "\n".join(lines)

@@ -58,6 +58,19 @@ def test_no_weight_matrix_is_left_out_without_a_reason(entry: Architecture) -> N
 
 
 @every_architecture
+def test_the_report_tells_roles_reasons_share_and_size_in_at_most_eight_lines(entry: Architecture) -> None:
+    module, report = adapted(entry)
+    text = str(report)
+    assert len(text.splitlines()) <= 8
+    roles = [spec.role for spec in report.layers.values()]
+    assert all(f"{roles.count(role)} {role}" in text for role in roles)
+    assert all(reason in text for reason in report.skipped.values())
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    assert f"{trained:,} of" in text
+    assert f"adapter {report.adapter_bytes / 1e6:.2f} MB" in text
+
+
+@every_architecture
 def test_every_reason_of_the_table_is_of_use(entry: Architecture) -> None:
     names = base_weights(entry.build())
     idle = [pattern for pattern in entry.left_out if not any(fnmatchcase(name, pattern) for name in names)]
