@@ -302,7 +302,8 @@ def test_compiled_modules_save_and_load_under_plain_names(tmp_path: Path) -> Non
     again = torch.compile(mlp(), backend="eager")
     load_adapter(again, tmp_path / "a")  # pyright: ignore
     x = torch.randn(3, 16)
-    assert torch.equal(again(x), model(x))
+    # Compiled, the layers compute by the formula; eager, by one fused function.
+    torch.testing.assert_close(again(x), model(x))
 
 
 def test_saving_leaves_the_module_as_it_was(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """LoRA arithmetic on tensors, without modules."""
 
+from lightning_lora.functional.fused_linear import can_fuse, fused_lora_linear
 from lightning_lora.functional.lora import (
     embedding_update,
     linear_update,
@@ -11,8 +12,10 @@ from lightning_lora.functional.lora import (
 from lightning_lora.functional.spectrum import effective_rank, singular_values
 
 __all__ = [
+    "can_fuse",
     "effective_rank",
     "embedding_update",
+    "fused_lora_linear",
     "linear_update",
     "merged_weight",
     "rounding_loss",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import linear_update
+from lightning_lora.functional import can_fuse, fused_lora_linear, linear_update
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.class_swap import base_type
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -31,15 +33,23 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
         if not self.lora_active:
-            return y
+            return super().forward(input)
         A, B = self.linear_factors()
-        return y + linear_update(input, A, B, self.lora_spec.scale, self.lora_dropout)
+        if can_fuse(input, self.weight, self.bias) and _is_plain(type(self)):
+            A, B = A.to(input.dtype), B.to(input.dtype)
+            return fused_lora_linear(input, self.weight, self.bias, A, B, self.lora_spec.scale, self.lora_dropout)
+        return super().forward(input) + linear_update(input, A, B, self.lora_spec.scale, self.lora_dropout)
 
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
         return self.lora_A, self.lora_B
+
+
+@functools.cache
+def _is_plain(kind: type[LoRALinear]) -> bool:
+    """Whether the unadapted layer computes as ``nn.Linear`` does, not by a ``forward`` of its own."""
+    return base_type(kind).forward is nn.Linear.forward
 
 
 class LoRAConv1D(LoRALayer):
@@ -52,6 +62,8 @@ class LoRAConv1D(LoRALayer):
         - Input ``(*, in)``, output ``(*, out)``.
     """
 
+    bias: Tensor | None
+
     @staticmethod
     @override
     def dimensions(module: Any) -> tuple[int, int]:
@@ -59,10 +71,12 @@ class LoRAConv1D(LoRALayer):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
         if not self.lora_active:
-            return y
-        return y + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
+            return super().forward(x)
+        if can_fuse(x, self.weight, self.bias):
+            A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            return fused_lora_linear(x, self.weight.T, self.bias, A, B, self.lora_spec.scale, self.lora_dropout)
+        return super().forward(x) + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
 
     @override
     def weight_delta(self, weight: str = "weight") -> Tensor:
