@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from typing_extensions import override
 
 from lightning_lora.functional.seeded_dropout import drop, kept_share, shared_seed
 
@@ -69,7 +68,6 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 class _FusedLoRALinear(torch.autograd.Function):
     @staticmethod
-    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -97,7 +95,6 @@ class _FusedLoRALinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @override
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, A, B, inner = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
