@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.contenders import Trainee
+from benchmarks.adapters import Adapter
+from benchmarks.contenders import Contender, Trainee
 from benchmarks.timing import train_step
 from benchmarks.workloads import Batch
 
@@ -34,7 +36,7 @@ def saved_bytes(trainee: Trainee, batch: Batch) -> int:
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)
 
 
-def peak_bytes(base: nn.Module, adapt: Callable[[nn.Module], Trainee], batch: Batch) -> tuple[Trainee, int]:
+def peak_bytes(base: nn.Module, adapter: Adapter, contender: Contender, batch: Batch) -> tuple[Trainee, int]:
     """Adapt ``base``, train three steps, and say how many bytes above the base weights the third held at its peak.
 
     Adapters, gradients, optimizer state and whatever a contender caches are counted; the first two steps make the
@@ -44,7 +46,7 @@ def peak_bytes(base: nn.Module, adapt: Callable[[nn.Module], Trainee], batch: Ba
         The contender, ready to train, and the bytes.
     """
     measure = _peak_on_gpu if batch.input_ids.is_cuda else _peak_on_cpu
-    return measure(lambda: adapt(base), batch)
+    return measure(lambda: contender.adapt(base, adapter), batch)
 
 
 def _peak_on_gpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, int]:
@@ -70,7 +72,7 @@ def _peak_on_cpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, i
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    events = results.events()
+    events: list[Any] = results.events()  # their stubs lack nbytes
     begin = next(event.start_ns() for event in events if event.name() == _MEASURED)
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):

@@ -70,7 +70,8 @@ def microsoft_layer() -> tuple[str, LayerBuilder]:
         return "formula of microsoft/LoRA (stand-in)", MicrosoftFormula
 
     def build(linear: nn.Linear, rank: int, scale: float) -> nn.Module:
-        layer = product.Linear(1, 1, r=rank, bias=False)
+        # Merging in eval mode would write into the weights that all contenders share.
+        layer = product.Linear(1, 1, r=rank, bias=False, merge_weights=False)
         layer.weight, layer.bias, layer.scaling = linear.weight, linear.bias, scale
         return _with_factors(layer, linear, rank)
 

@@ -71,10 +71,8 @@ def as_markdown(about: Mapping[str, Any], results: Mapping[str, Result], baselin
     for name, result in results.items():
         if not result.times:
             continue
-        cells = [
-            name,
-            *(f"{spread(result.seconds(phase)).median * 1e3:.1f}" for phase in ("step", *Phases._fields[:3])),
-        ]
+        medians = {phase: spread(result.seconds(phase)).median for phase in Phases._fields}
+        cells = [name, *(f"{medians[phase] * 1e3:.1f}" for phase in ("step", "forward", "backward", "optimizer"))]
         cells += [_ratio(found[name]) for found in compared.values()]
         cells += [_megabytes(result.peak_bytes), _megabytes(result.saved_bytes)]
         cells.append("" if not result.gradient_error else f"{result.gradient_error:.0e}")

@@ -15,7 +15,6 @@ import logging
 import sys
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def measure(
     for name in [name for name in errors if name not in results]:
         contender = entrants[name]
         model = fresh_copy(base, contender.trains_base)
-        trainees[name], peak = memory.peak_bytes(model, partial(contender.adapt, adapter=adapter), batch)
+        trainees[name], peak = memory.peak_bytes(model, adapter, contender, batch)
         optimizer = trainees[name].optimizer
         groups = [] if optimizer is None else optimizer.param_groups
         results[name] = report.Result(

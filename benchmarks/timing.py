@@ -103,7 +103,7 @@ def spread(values: Sequence[float]) -> Spread:
     Spread(median=2.0, min=1.0, p10=1.2, p90=2.8)
     """
     if len(values) == 1:
-        return Spread(*values * 4)
+        return Spread(values[0], values[0], values[0], values[0])
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return Spread(statistics.median(values), min(values), tenths[0], tenths[-1])
 

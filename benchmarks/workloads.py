@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """Token ids, and the labels of the same positions (not shifted), `IGNORED` where unsupervised: both (rows, tokens)."""
+    """Token ids and labels ``(rows, tokens)``: of the same positions, not shifted, `IGNORED` where unsupervised."""
 
     input_ids: Tensor
     labels: Tensor
@@ -82,7 +82,7 @@ def _qwen3_moe() -> nn.Module:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=64,  # pyright: ignore[reportCallIssue]  # read by the model, missing in the dataclass
         num_experts=16,
         num_experts_per_tok=2,
         use_cache=False,
