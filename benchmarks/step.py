@@ -123,6 +123,8 @@ def run(name: str, settings: Mapping[str, Any], device: torch.device, only: list
             "rows": workload.rows,
             "length": workload.length,
             "supervised": settings["supervised"],
+            # How transformers multiplies by experts where nothing is adapted; None for models without.
+            "experts": getattr(getattr(base, "config", None), "_experts_implementation", None),
         },
         "settings": dict(settings),
         "machine": machine(device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import statistics
 import time
@@ -56,8 +57,8 @@ class Clock:
         """Seconds between neighbouring marks."""
         if self.on_gpu:
             torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.events, self.events[1:], strict=False)]
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.events)]
+        return [b - a for a, b in itertools.pairwise(self.marks)]
 
 
 def train_step(trainee: Trainee, batch: Batch) -> Phases:

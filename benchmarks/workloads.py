@@ -57,7 +57,9 @@ def next_token_loss(model: Callable[..., Any], batch: Batch) -> Tensor:
     """Mean cross-entropy of the next token over all positions that have a label, nats: the loss of every contender."""
     output = model(batch.input_ids)
     logits = output if isinstance(output, Tensor) else output.logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
+    # As transformers does below float32; the float64 of the reference stays.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 def _llama(**settings: Any) -> nn.Module:
