@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.adapters import Adapter, shared_names
-from benchmarks.other_layers import linear_contender, litgpt_layer, microsoft_layer
+from benchmarks.other_layers import LayerBuilder, linear_contender, litgpt_layer, microsoft_layer
 from benchmarks.workloads import Loss, next_token_loss
 from lightning_lora import inject_lora, load_lora_state_dict
 from lightning_lora.layers.walk import factor_parameters
@@ -105,7 +105,9 @@ def peft_without_autocast(model: nn.Module, adapter: Adapter) -> Trainee:
     return peft_lora(model, adapter, autocast_adapter_dtype=False)
 
 
-def _linear(layer: Any) -> Callable[[nn.Module, Adapter], Trainee]:
+def linear_lora(layer: LayerBuilder) -> Callable[[nn.Module, Adapter], Trainee]:
+    """Another library's layer in place of each adapted ``nn.Linear``; fused AdamW over the factors."""
+
     def adapt(model: nn.Module, adapter: Adapter) -> Trainee:
         factors = linear_contender(model, adapter, layer)
         return Trainee(model, fused_adamw(factors.values()), lambda: _gradients(factors))
@@ -132,7 +134,7 @@ def contenders() -> dict[str, Contender]:
         Contender("ours, dropout 0.1", ours_with_dropout),
         Contender(PEFT, peft_lora),
         Contender(f"{PEFT}, autocast_adapter_dtype=False", peft_without_autocast),
-        Contender(litgpt_name, _linear(litgpt)),
-        Contender(microsoft_name, _linear(microsoft)),
+        Contender(litgpt_name, linear_lora(litgpt)),
+        Contender(microsoft_name, linear_lora(microsoft)),
     ]
     return {contender.name: contender for contender in everyone}

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from benchmarks.adapters import Adapter, make_adapter
 from benchmarks.char_gpt import CharGPT
-from benchmarks.contenders import Contender, Trainee, floor, full_fine_tuning, ours
+from benchmarks.contenders import Contender, Trainee, floor, full_fine_tuning, linear_lora, ours
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.other_layers import LitgptFormula, MicrosoftFormula, NotApplicableError, linear_contender
 from benchmarks.step import fresh_copy, measure
@@ -129,19 +129,14 @@ def test_a_contender_that_computes_something_else_is_not_timed(base: nn.Module, 
 
 @pytest.mark.parametrize("layer", [LitgptFormula, MicrosoftFormula])
 def test_stand_ins_compute_what_we_compute(base: nn.Module, adapter: Adapter, layer: type[LitgptFormula]) -> None:
-    def stand_in(model: nn.Module, adapter: Adapter) -> Trainee:
-        factors = linear_contender(model, adapter, layer)
-        gradients = {name: lambda p=p: p.grad for name, p in factors.items()}
-        return Trainee(model, None, lambda: {name: grad() for name, grad in gradients.items() if grad() is not None})
-
-    results = measure(base, adapter, tokens(), {"it": Contender("it", stand_in)}, {"repetitions": 1, "warmups": 0})
+    results = measure(
+        base, adapter, tokens(), {"it": Contender("it", linear_lora(layer))}, {"repetitions": 1, "warmups": 0}
+    )
     assert results["it"].status == "timed"
 
 
 def test_layers_for_linears_refuse_experts(tmp_path: Path) -> None:
-    workload = replace(WORKLOADS["qwen3-moe"])
-    torch.manual_seed(0)
-    model = workload.build()
+    model = WORKLOADS["qwen3-moe"].build()
     adapter = make_adapter(fresh_copy(model, own_weights=True), LoRAConfig(rank=4), tmp_path / "adapter")
     with pytest.raises(NotApplicableError, match=r"no layer for model\.layers\.0\.mlp\.experts\.gate_up_proj"):
         linear_contender(model, adapter, LitgptFormula)
