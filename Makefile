@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test fast lint
+.PHONY: demo test fast lint bench
 
 demo: $(VENV)/.installed
 	$(BIN)/lightning-lora demo
@@ -20,9 +20,13 @@ test: lint
 fast: lint
 	$(PYTEST) -m "not slow"
 
+# A look at the training step in seconds; real measurements: python -m benchmarks.step --help
+bench: $(VENV)/.developing
+	$(BIN)/python -m benchmarks.step --workload tiny --repetitions 10 --out build/benchmarks
+
 lint: $(VENV)/.developing
-	$(BIN)/ruff check lightning_lora tests
-	$(BIN)/ruff format --check lightning_lora tests
+	$(BIN)/ruff check lightning_lora tests benchmarks
+	$(BIN)/ruff format --check lightning_lora tests benchmarks
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.torch:

@@ -12,6 +12,7 @@ import platform
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -46,7 +47,7 @@ def run(quantization: str | None, dtype: str) -> str:
     seed_everything(0)
     data = SFTDataModule(str(TRAIN), str(VALIDATION), batch_size=8, max_length=128, validation_rows=64)
     task = CausalLM(str(MODEL), 3e-4, LoRAConfig(rank=32), dtype=dtype, quantization=quantization)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=20, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)
     before = trainer.validate(task, data, verbose=False)[0]["val_loss"]
     trainer.fit(task, data)

@@ -38,5 +38,5 @@ def test_the_embedded_data_is_the_start_of_the_real_data() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "make test" in (ROOT / "README.md").read_text()
-    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+    assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
     assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

@@ -1,0 +1,82 @@
+"""Memory of a training step: bytes autograd keeps for the backward, and the peak above the base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.adapters import Adapter
+from benchmarks.contenders import Contender, Trainee
+from benchmarks.timing import train_step
+from benchmarks.workloads import Batch
+
+_MEASURED = "benchmarks: measured step"
+
+
+def saved_bytes(trainee: Trainee, batch: Batch) -> int:
+    """Bytes of the storages autograd saves in the forward, each counted once, without those of parameters.
+
+    What a custom function hides on its context, outside ``save_for_backward``, is not seen here; the peak shows it.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in trainee.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainee.loss(trainee.model, batch)
+    del loss
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)
+
+
+def peak_bytes(base: nn.Module, adapter: Adapter, contender: Contender, batch: Batch) -> tuple[Trainee, int]:
+    """Adapt ``base``, train three steps, and say how many bytes above the base weights the third held at its peak.
+
+    Adapters, gradients, optimizer state and whatever a contender caches are counted; the first two steps make the
+    optimizer's state.
+
+    Returns:
+        The contender, ready to train, and the bytes.
+    """
+    measure = _peak_on_gpu if batch.input_ids.is_cuda else _peak_on_cpu
+    return measure(lambda: contender.adapt(base, adapter), batch)
+
+
+def _peak_on_gpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, int]:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    trainee = adapt()
+    for _ in range(2):
+        train_step(trainee, batch)
+    torch.cuda.reset_peak_memory_stats()
+    train_step(trainee, batch)
+    return trainee, torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, int]:
+    # The allocator reports to the profiler, temporaries inside operators included. Blocks from before are not counted.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainee = adapt()
+        for _ in range(2):
+            train_step(trainee, batch)
+        with record_function(_MEASURED):
+            train_step(trainee, batch)
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    events: list[Any] = results.events()  # their stubs lack nbytes
+    begin = next(event.start_ns() for event in events if event.name() == _MEASURED)
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        if event.start_ns() >= begin:
+            peak = max(peak, held)
+    return trainee, peak
