@@ -1,5 +1,6 @@
-"""LoRA arithmetic on tensors, without modules."""
+"""LoRA arithmetic on tensors, and the loss of an output layer, without modules."""
 
+from lightning_lora.functional.head_loss import HeadScores, head_loss, head_scores
 from lightning_lora.functional.lora import (
     embedding_update,
     linear_update,
@@ -11,8 +12,11 @@ from lightning_lora.functional.lora import (
 from lightning_lora.functional.spectrum import effective_rank, singular_values
 
 __all__ = [
+    "HeadScores",
     "effective_rank",
     "embedding_update",
+    "head_loss",
+    "head_scores",
     "linear_update",
     "merged_weight",
     "rounding_loss",
