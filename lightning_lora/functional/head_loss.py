@@ -21,9 +21,9 @@ from lightning_lora.errors import DataError
 
 IGNORED = -100
 
-# A chunk reads the whole weight twice, so few rows make memory the limit, many make the scores large. Measured on CPU
-# (docs/loss.md): 64 rows lose time, more than 256 gain little. A GPU needs some 200 (183 operations a byte on an H200).
-CHUNK_ROWS = 256
+# A chunk reads the whole weight twice: few rows make that the limit, many make the scores large. Measured on CPU
+# (benchmarks/head_loss.py): below 256 rows time is lost, above 512 none is gained. A GPU needs some 200 at least.
+CHUNK_ROWS = 512
 
 
 class HeadScores(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -75,10 +74,10 @@ def test_a_run_is_the_one_with_logits(options: dict[str, Any], tmp_path: Path) -
     folder = llama_folder(tmp_path)
     (ours, found), (usual, expected) = (trained(kind, folder, tmp_path, **options) for kind in (CausalLM, Usual))
     assert ours._head_is_last
-    close = {"rtol": 1e-2, "atol": 1e-3} if "precision" in options else {"rtol": 1e-4, "atol": 1e-6}
+    rtol, atol = (1e-2, 1e-3) if "precision" in options else (1e-4, 1e-6)
     assert found.keys() == expected.keys() >= {"train_loss", "val_loss", "val_perplexity", "val_accuracy"}
-    assert found == pytest.approx(expected, rel=close["rtol"])
-    torch.testing.assert_close(ours.state_dict(), usual.state_dict(), **close)
+    assert found == pytest.approx(expected, rel=rtol)
+    torch.testing.assert_close(ours.state_dict(), usual.state_dict(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("adapt_head", [False, True])
@@ -98,7 +97,8 @@ def test_gradients_are_those_with_logits(adapt_head: bool, tmp_path: Path) -> No
     (loss, gradients), (expected_loss, expected) = found
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     assert sum(gradient.any() for gradient in gradients.values() if gradient is not None) == len(gradients)
-    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 GEMMA = GROUPED | {"head_dim": 8, "sliding_window": 8}
@@ -109,8 +109,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE, True),
     "phi, biased head": ("PhiForCausalLM", "PhiConfig", GROUPED, True),
     "gemma 3, no cap": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA, True),
-    "minicpm 3, scaled before": ("MiniCPM3ForCausalLM", "MiniCPM3Config", GROUPED | {
-        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "minicpm 3, scaled before": ("MiniCPM3ForCausalLM", "MiniCPM3Config", SHAPE | {
+        "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
     }, True),
     "gemma 2, capped": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA | {"final_logit_softcapping": 0.5}, False),
     "gemma 3, capped": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA | {"final_logit_softcapping": 0.5}, False),
@@ -148,8 +149,8 @@ class Doubled(CausalLM):
 
 
 def hooked(module: CausalLM) -> None:
-    assert module.model is not None
-    module.model.get_output_embeddings().register_forward_hook(lambda _module, _args, output: 2 * output)
+    head: Any = module.model and module.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _args, output: 2 * output)
 
 
 @pytest.mark.parametrize("kind", [Doubled, CausalLM])
@@ -215,7 +216,7 @@ def test_compiled_models_get_their_logits(whole: bool, tmp_path: Path) -> None:
     assert module.model is not None
     eager = toys.trainer(tmp_path).validate(module, rows(), verbose=False)[0]["val_loss"]
     assert module._head_is_last
-    target = module.model if whole else module.model.get_output_embeddings()
+    target: Any = module.model if whole else module.model.get_output_embeddings()
     target.compile(backend="eager")
     module._head_is_last = None
     compiled = toys.trainer(tmp_path).validate(module, rows(), verbose=False)[0]["val_loss"]
@@ -231,9 +232,8 @@ def test_checkpointed_blocks_train_the_same(tmp_path: Path) -> None:
         module.configure_model()
         assert module.model is not None
         if checkpointing:
-            module.model.gradient_checkpointing_enable()
-        runner: LightningModule | Any = toys.trainer(tmp_path, max_steps=2)
-        runner.fit(module, rows())
+            module.model.activation_checkpointing_enable()
+        toys.trainer(tmp_path, max_steps=2).fit(module, rows())
         assert module._head_is_last
         states.append(module.state_dict())
     torch.testing.assert_close(states[0], states[1])
