@@ -1,6 +1,7 @@
-"""LoRA arithmetic on tensors, without modules."""
+"""LoRA arithmetic on tensors, and the loss of an output layer, without modules."""
 
 from lightning_lora.functional.fused_linear import can_fuse, fused_lora_linear
+from lightning_lora.functional.head_loss import HeadScores, head_loss, head_scores
 from lightning_lora.functional.lora import (
     embedding_update,
     linear_update,
@@ -12,10 +13,13 @@ from lightning_lora.functional.lora import (
 from lightning_lora.functional.spectrum import effective_rank, singular_values
 
 __all__ = [
+    "HeadScores",
     "can_fuse",
     "effective_rank",
     "embedding_update",
     "fused_lora_linear",
+    "head_loss",
+    "head_scores",
     "linear_update",
     "merged_weight",
     "rounding_loss",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.functional import HeadScores, head_loss, head_scores
+from lightning_lora.functional.head_loss import IGNORED
+from lightning_lora.tasks.inner_head import at_head, hands_out, plain_head
 from lightning_lora.tasks.pretrained import PretrainedTask
-
-IGNORED = -100
 
 
 class CausalLM(PretrainedTask):
@@ -24,6 +27,9 @@ class CausalLM(PretrainedTask):
     `SFTDataModule` makes them. The loss is the mean over the supervised tokens of an optimizer step. Logged:
     ``train_loss``; ``val_loss`` and ``test_loss`` in nats per token, with perplexity and next-token accuracy.
     Prediction gives each row's mean loss and number of supervised tokens.
+
+    Where the model's output layer is a plain linear and its output the logits, the loss is computed in its place
+    (`lightning_lora.functional.head_loss`): unsupervised tokens cost no product with it, and logits are never held.
 
     Args:
         model: Folder of a model on this machine, or its hub name. Weights are read as safetensors only.
@@ -39,6 +45,8 @@ class CausalLM(PretrainedTask):
     """
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    # Whether the model's logits are its output layer's very output; None: not asked yet.
+    _head_is_last: bool | None = None
 
     def __init__(
         self,
@@ -65,10 +73,11 @@ class CausalLM(PretrainedTask):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The micro-batch's share of the loss per supervised token of the optimizer step."""
-        losses, _, supervised = self._token_losses(batch)
-        num_tokens = supervised.sum()
-        loss_sum = losses.sum()
-        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=len(losses))
+        labels = _next_tokens(batch)
+        num_tokens = (labels != IGNORED).sum()
+        loss_sum = self._at_head(batch, partial(_loss_sum, labels=labels))
+        loss_sum = self._plain_scores(batch).losses.sum() if loss_sum is None else loss_sum.squeeze()
+        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=len(labels))
         return self.token_loss(loss_sum, num_tokens)
 
     @override
@@ -94,21 +103,41 @@ class CausalLM(PretrainedTask):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Mean loss of each row in nats per token, ``(rows,)``, and its number of supervised tokens."""
-        losses, _, supervised = self._token_losses(batch)
-        num_tokens = supervised.sum(-1)
-        return {"loss": losses.sum(-1) / num_tokens.clamp(min=1), "tokens": num_tokens}
+        num_tokens = (_next_tokens(batch) != IGNORED).sum(-1)
+        return {"loss": self._scores(batch).losses.sum(-1) / num_tokens.clamp(min=1), "tokens": num_tokens}
 
-    def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (0 where unsupervised), right predictions, and which tokens count, each ``(rows, tokens - 1)``."""
-        logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1]
-        labels = batch["labels"][:, 1:]
+    def _scores(self, batch: dict[str, Tensor]) -> HeadScores:
+        """Of each token, how well the next one is predicted; without gradients."""
+        scores = self._at_head(batch, partial(_stacked_scores, labels=_next_tokens(batch)))
+        if scores is None:
+            return self._plain_scores(batch)
+        return HeadScores(scores[..., 0], scores[..., 1].bool())
+
+    def _plain_scores(self, batch: dict[str, Tensor]) -> HeadScores:
+        """The same from logits, with gradients of the losses."""
+        logits, labels = self(batch["input_ids"], batch["attention_mask"]), _next_tokens(batch)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(labels)
-        return losses, logits.detach().argmax(-1) == labels, labels != IGNORED
+        return HeadScores(losses, logits.detach().argmax(-1) == labels)
+
+    def _at_head(self, batch: dict[str, Tensor], compute: Callable[..., Tensor]) -> Tensor | None:
+        """``compute`` in the place of the output layer; None if that layer must run."""
+        assert self.model is not None
+        head = plain_head(self.model)
+        if head is None or self._head_is_last is False:
+            return None
+        tokens, mask = batch["input_ids"], batch["attention_mask"]
+        if self._head_is_last is None:
+            few = tokens[:1, :2]
+            self._head_is_last = hands_out(head, lambda: self(few, torch.ones_like(few)))
+        result = at_head(head, lambda: self(tokens, mask), compute) if self._head_is_last else None
+        self._head_is_last = result is not None
+        return result
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
-        losses, correct, supervised = self._token_losses(batch)
+        supervised = _next_tokens(batch) != IGNORED
+        losses, correct = self._scores(batch)
         weight = supervised.sum()
         if weight:
             self.mean_loss.update(losses.sum() / weight, weight)
@@ -119,3 +148,17 @@ class CausalLM(PretrainedTask):
         metrics = {"loss": loss, "perplexity": torch.exp(loss), "accuracy": self.mean_accuracy.compute()}
         # The metrics are those of all ranks already; sync_dist says so to Lightning, the mean of equals is the same.
         self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)
+
+
+def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """The label of each token's successor, ``(rows, tokens)``; none for the last."""
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def _loss_sum(labels: Tensor, **head: Any) -> Tensor:
+    return head_loss(labels=labels, **head).view(1, 1, 1)
+
+
+def _stacked_scores(labels: Tensor, **head: Any) -> Tensor:
+    losses, correct = head_scores(labels=labels, **head)
+    return torch.stack([losses, correct.to(losses.dtype)], -1)
