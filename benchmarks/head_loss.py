@@ -14,6 +14,7 @@ import platform
 import random
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lightning_lora.functional import head_loss
 
-MODULE = importlib.import_module("lightning_lora.functional.head_loss")
+MODULE: Any = importlib.import_module("lightning_lora.functional.head_loss")
 USUAL = 0
 
 
