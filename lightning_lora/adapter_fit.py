@@ -84,6 +84,7 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
         return [], Tied()
     roles = {plain_name(name): role for name, role in module_roles(root).items()}
     refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
+    shapes = folder.shapes
     targets: dict[str, Target] = {}
     problems = []
     for name, (layer, parameter) in ((name, owner) for name, owner in owners.items() if owner is not None):
@@ -95,9 +96,8 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
             problems.append(f"{name} cannot be adapted: {refused[layer]}")
             continue
         shape = kind.weights(modules[layer])[parameter]
-        found = folder.shapes[name]
-        if found != shape:
-            problems.append(f"{name} maps {shape[:2]}, the adapter {found[:2]}")
+        if shapes[name] != shape:
+            problems.append(f"{name} maps {shape[:2]}, the adapter {shapes[name][:2]}")
             continue
         target = targets.setdefault(layer, Target(layer, modules[layer], kind, {}))
         target.specs[parameter] = _spec(folder, name, folder.ranks[name], roles[layer])

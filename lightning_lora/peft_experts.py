@@ -118,7 +118,7 @@ def unpack_by_model(
     packed: Mapping[str, Pair], peft: Mapping[str, Any], layer: str, module: nn.Module, kind: type[LoRAFusedExperts]
 ) -> dict[str, Tensor]:
     """Factors of one experts layer by our names, from a folder that PEFT wrote."""
-    weights = [name for name in kind.weights(module) if _is_targeted(f"{layer}.{name}", peft["target_parameters"])]
+    weights = [name for name in kind.weights(module) if is_listed(f"{layer}.{name}", peft["target_parameters"])]
     factors = {}
     for name, weight in zip(module_names(layer, len(weights)), weights, strict=True):
         if name not in packed:
@@ -133,24 +133,18 @@ def unpack_by_model(
     return factors
 
 
-def _is_targeted(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def is_listed(name: str, entries: Sequence[str]) -> bool:
+    """PEFT's rule for lists of names: an entry means what it equals and what it ends, after a dot."""
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _found_swapped(
     A: Tensor, B: Tensor, shape: WeightShape, module: nn.Module, kind: type[LoRAFusedExperts], version: str
 ) -> bool:
     """Which way round a file is: its shapes tell, or, where both fit, the version that wrote it."""
-    ways = [
-        way
-        for way, (num_in, num_out) in {
-            False: (shape.num_in, shape.num_out),
-            True: (shape.num_out, shape.num_in),
-        }.items()
-        if (A.shape[1], B.shape[0]) == (num_in, num_out)
-        and A.shape[0] % shape.num_experts == 0
-        and A.shape[0] == B.shape[1]
-    ]
+    found, whole = (A.shape[1], B.shape[0]), A.shape[0] % shape.num_experts == 0 and A.shape[0] == B.shape[1]
+    straight, crossed = (shape.num_in, shape.num_out), (shape.num_out, shape.num_in)
+    ways = [swapped for swapped, wanted in ((False, straight), (True, crossed)) if whole and found == wanted]
     if not ways:
         raise AdapterFileError(
             f"the factors {tuple(A.shape)} and {tuple(B.shape)} do not fit {shape.num_experts} experts that map "

@@ -246,7 +246,7 @@ def is_targeted(peft: Mapping[str, Any], name: str) -> bool:
 def _listed(name: str, entries: str | list[str]) -> bool:
     if isinstance(entries, str):
         return re.fullmatch(entries, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+    return peft_experts.is_listed(name, entries)
 
 
 def by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:

@@ -21,11 +21,12 @@ from lightning_lora import (
     lora_layers,
     lora_state_dict,
     merge_lora,
+    peft_experts,
     remove_lora,
     save_adapter,
     unmerge_lora,
 )
-from lightning_lora.layers.experts import LoRAFusedExperts
+from lightning_lora.layers.experts import LoRAExperts, LoRAFusedExperts
 from lightning_lora.layers.walk import factor_parameters
 from lightning_lora.merged import save_merged
 from tests.moe_models import BUILDERS, moe
@@ -279,3 +280,34 @@ def test_merging_on_disk_says_that_experts_are_stored_apart(tmp_path: Path) -> N
     with pytest.raises(AdapterFileError, match=r"Checkpoints store fused experts one by one: load the model"):
         merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Axis of the parameter that A spans in files of each PEFT, by whether the layer is marked as stored transposed.
+ORIENTATIONS = [
+    ("0.18.1", "mixtral", "middle"),
+    ("0.18.1", "gpt_oss", "middle"),
+    ("0.19.0", "mixtral", "middle"),
+    ("0.19.0", "gpt_oss", "last"),
+    ("0.19.1", "mixtral", "last"),
+    ("0.19.1", "gpt_oss", "middle"),
+    ("0.21.2", "mixtral", "last"),
+    ("0.21.2", "gpt_oss", "middle"),
+]
+
+
+@pytest.mark.parametrize(("version", "name", "axis"), ORIENTATIONS)
+def test_where_shapes_do_not_tell_the_version_of_peft_does(version: str, name: str, axis: str) -> None:
+    module: Any = moe(name, intermediate_size=16).get_submodule("model.layers.0.mlp.experts")
+    num_experts, middle, last = module.gate_up_proj.shape
+    assert middle == last, "inputs and outputs alike"
+    delta = {"A": torch.randn(num_experts, 2, middle), "B": torch.randn(num_experts, middle, 2)}
+    # PEFT's two matrices for an A over one axis and a B over the other.
+    file = (
+        delta["A"].reshape(-1, middle),
+        delta["B"].permute(1, 2, 0).reshape(middle, -1),
+    )
+    stored = delta["B"] @ delta["A"] if axis == "last" else (delta["B"] @ delta["A"]).mT
+    settings = {"target_parameters": ["experts.gate_up_proj"], "peft_version": version}
+    found = peft_experts.unpack_by_model({"experts": file}, settings, "experts", module, LoRAExperts)
+    update = found["experts.gate_up_proj_lora_B"] @ found["experts.gate_up_proj_lora_A"]
+    torch.testing.assert_close(update.mT if LoRAExperts.transposed(module) else update, stored)
