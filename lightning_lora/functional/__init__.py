@@ -1,6 +1,6 @@
 """LoRA arithmetic on tensors, and the loss of an output layer, without modules."""
 
-from lightning_lora.functional.fused_linear import can_fuse, fused_lora_linear
+from lightning_lora.functional.fused_linear import AdaptedWeight, can_fuse, fused_lora_linear, fused_lora_linears
 from lightning_lora.functional.head_loss import HeadScores, head_loss, head_scores
 from lightning_lora.functional.lora import (
     embedding_update,
@@ -13,11 +13,13 @@ from lightning_lora.functional.lora import (
 from lightning_lora.functional.spectrum import effective_rank, singular_values
 
 __all__ = [
+    "AdaptedWeight",
     "HeadScores",
     "can_fuse",
     "effective_rank",
     "embedding_update",
     "fused_lora_linear",
+    "fused_lora_linears",
     "head_loss",
     "head_scores",
     "linear_update",

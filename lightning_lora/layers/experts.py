@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.functional import can_fuse
 from lightning_lora.functional.experts import combine, expert_linear, expert_update, sort_by_expert
+from lightning_lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.layers.base import AdapterSpec, LoRALayer, WeightShape
 
 
@@ -24,6 +26,8 @@ class LoRAFusedExperts(LoRALayer):
         - ``<weight>_lora_A``: ``(experts, rank, in)``, ``<weight>_lora_B``: ``(experts, out, rank)``; a shared factor
           has 1 for ``experts``.
     """
+
+    has_bias: bool
 
     @staticmethod
     def transposed(module: Any) -> bool:
@@ -65,6 +69,19 @@ class LoRAFusedExperts(LoRALayer):
         stored = getattr(self, weight)
         return stored.transpose(1, 2) if self.transposed(self) else stored
 
+    def product(self, x: Tensor, weight: str, counts: list[int]) -> Tensor:
+        """Rows sorted by expert, ``(rows, in)``, times a weight and its update, plus the bias: ``(rows, out)``."""
+        matrices = self.expert_matrices(weight)
+        bias = getattr(self, f"{weight}_bias") if self.has_bias else None
+        if weight not in self.lora_specs:
+            return _with_bias(expert_linear(x, matrices, counts), bias, counts)
+        A, B = self.lora_pair(weight)
+        scale, dropout = self.lora_specs[weight].scale, self.lora_dropout
+        if can_fuse(x, matrices, bias):
+            return fused_expert_linear(x, matrices, bias, A.to(x.dtype), B.to(x.dtype), scale, counts, dropout)
+        y = _with_bias(expert_linear(x, matrices, counts), bias, counts)
+        return y + expert_update(x, A, B, scale, counts, dropout)
+
 
 class LoRAExperts(LoRAFusedExperts):
     r"""Fused experts of transformers' experts interface: ``y_e = W_e x + scale * B_e A_e x`` for each active expert.
@@ -79,7 +96,6 @@ class LoRAExperts(LoRAFusedExperts):
     """
 
     has_gate: bool
-    has_bias: bool
     has_post_expert_norm: bool
     act_fn: Callable[[Tensor], Tensor]
     _apply_gate: Callable[[Tensor], Tensor]
@@ -103,22 +119,12 @@ class LoRAExperts(LoRAFusedExperts):
         up, down = self.parameter_names(self)
         routing = sort_by_expert(top_k_index, getattr(self, down).shape[0])
         rows = hidden_states[routing.order // top_k_index.shape[-1]]
-        inner = self._product(rows, up, routing.counts)
+        inner = self.product(rows, up, routing.counts)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        y = self._product(inner, down, routing.counts)
+        y = self.product(inner, down, routing.counts)
         if self.has_post_expert_norm:
             y = self.post_expert_norm(y)
         return combine(y, routing, top_k_weights).to(hidden_states.dtype)
-
-    def _product(self, x: Tensor, weight: str, counts: list[int]) -> Tensor:
-        y = expert_linear(x, self.expert_matrices(weight), counts)
-        if self.has_bias:
-            bias = getattr(self, f"{weight}_bias")
-            y = y + bias.repeat_interleave(torch.tensor(counts, device=bias.device), dim=0, output_size=len(x))
-        if weight in self.lora_specs:
-            scale = self.lora_specs[weight].scale
-            y = y + expert_update(x, *self.lora_pair(weight), scale, counts, self.lora_dropout)
-        return y
 
 
 class LoRADenseExperts(LoRAFusedExperts):
@@ -129,7 +135,7 @@ class LoRADenseExperts(LoRAFusedExperts):
         - Input: ``(experts * tokens, hidden)``, expert after expert; output likewise.
     """
 
-    hidden_size: int
+    has_bias = False
     act_fn: Callable[[Tensor], Tensor]
 
     @staticmethod
@@ -146,14 +152,14 @@ class LoRADenseExperts(LoRAFusedExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not self.lora_active:
             return super().forward(hidden_states)
-        x = hidden_states.view(self.weights(self)["down_proj"].num_experts, -1, self.hidden_size)
-        gate, up = self._product(x, "gate_up_proj").chunk(2, dim=-1)
-        return self._product(up * self.act_fn(gate), "down_proj").view(-1, self.hidden_size)
+        num_experts = self.weights(self)["down_proj"].num_experts
+        counts = [len(hidden_states) // num_experts] * num_experts
+        gate, up = self.product(hidden_states, "gate_up_proj", counts).chunk(2, dim=-1)
+        return self.product(up * self.act_fn(gate), "down_proj", counts)
 
-    def _product(self, x: Tensor, weight: str) -> Tensor:
-        y = x @ getattr(self, weight)
-        if weight not in self.lora_specs:
-            return y
-        A, B = self.lora_pair(weight)
-        dropped = nn.functional.dropout(x, self.lora_dropout) if self.lora_dropout else x
-        return y + dropped @ A.to(x.dtype).mT * self.lora_specs[weight].scale @ B.to(x.dtype).mT
+
+def _with_bias(y: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    """``y`` ``(rows, out)``, sorted by expert, plus the bias ``(experts, out)`` of each."""
+    if bias is None:
+        return y
+    return y + bias.repeat_interleave(torch.tensor(counts, device=bias.device), dim=0, output_size=len(y))

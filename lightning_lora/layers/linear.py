@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import can_fuse, fused_lora_linear, linear_update
+from lightning_lora.functional import AdaptedWeight, can_fuse, fused_lora_linear, linear_update
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.class_swap import base_type
+from lightning_lora.layers.siblings import sibling_output
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -35,11 +36,17 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.lora_active:
             return super().forward(input)
+        if (own := self.adapted_weight(input)) is not None:
+            return sibling_output(self, input, own)
         A, B = self.linear_factors()
-        if can_fuse(input, self.weight, self.bias) and _is_plain(type(self)):
-            A, B = A.to(input.dtype), B.to(input.dtype)
-            return fused_lora_linear(input, self.weight, self.bias, A, B, self.lora_spec.scale, self.lora_dropout)
         return super().forward(input) + linear_update(input, A, B, self.lora_spec.scale, self.lora_dropout)
+
+    def adapted_weight(self, x: Tensor) -> AdaptedWeight | None:
+        """Weights and factors for ``x`` where the update is active and can be fused, None elsewhere."""
+        if not (self.lora_active and can_fuse(x, self.weight, self.bias) and _is_plain(type(self))):
+            return None
+        A, B = self.linear_factors()
+        return AdaptedWeight(self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.lora_spec.scale)
 
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
