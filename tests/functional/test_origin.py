@@ -83,12 +83,14 @@ def test_the_input_itself_is_not_kept() -> None:
     activated = F.silu(gate * 1)
     x = activated * up
     W = torch.randn(OUT, FF, dtype=torch.float64)
-    y = fused_lora_linear(x, W, None, *leaves((R, FF), (OUT, R)), 1.0)
+    A, B = leaves((R, FF), (OUT, R))
+    y = fused_lora_linear(x, W, None, A, B, 1.0)
     alive = weakref.ref(x), weakref.ref(activated)
     del x, activated
     assert [tensor() for tensor in alive] == [None, None]
     y.sum().backward()
-    assert gate.grad is not None and up.grad is not None
+    assert gate.grad is not None
+    assert up.grad is not None
 
 
 def test_an_input_without_a_known_origin_is_kept_as_it_is() -> None:
@@ -119,7 +121,8 @@ def test_who_asks_for_gradients_on_the_way_gets_them(how: str) -> None:
     x, got = watched(how, [])
     assert origin(x) is None
     layer(x)[0].sum().backward()
-    assert got() is not None and len(got())
+    assert got() is not None
+    assert len(got())
 
 
 def test_a_value_changed_behind_autograds_back_is_kept() -> None:

@@ -65,8 +65,8 @@ def num_nodes(y: Tensor) -> int:
 
 def gradients(module: nn.Module, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
     factors = [factor for layer in lora_layers(module).values() for factor in layer.lora_factors().values()]
-    y = module(x) if y is None else y
-    return list(torch.autograd.grad(y.square().sum(), [x, *factors], allow_unused=True))
+    output: Tensor = module(x) if y is None else y
+    return list(torch.autograd.grad(output.square().sum(), [x, *factors], allow_unused=True))
 
 
 def alone(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Tensor]]:
@@ -151,7 +151,8 @@ def test_a_sibling_that_computes_otherwise_computes_alone(change: str) -> None:
         with disable_lora(module.k):
             y, wanted = module.q(x), module.k(x)
             torch.testing.assert_close(wanted, nn.functional.linear(x, module.k.weight))
-            assert num_nodes(y) == 1 and num_nodes(wanted) == 0
+            assert num_nodes(y) == 1
+            assert num_nodes(wanted) == 0
         return
     if change == "hook":
         module.k.register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
@@ -214,7 +215,7 @@ def test_training_goes_the_same_way_with_and_without(reentrant: bool | None, mon
             for _ in range(2):
                 current = loss(model)
                 current.backward()
-            losses.append(float(current.detach()))
+                losses.append(float(current.detach()))
             optimizer.step()
             optimizer.zero_grad()
         return losses
