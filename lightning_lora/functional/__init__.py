@@ -1,7 +1,8 @@
 """LoRA arithmetic on tensors, and the loss of an output layer, without modules."""
 
-from lightning_lora.functional.fused_linear import AdaptedWeight, can_fuse, fused_lora_linear, fused_lora_linears
+from lightning_lora.functional.fused_linear import can_fuse, fused_lora_linear, fused_lora_linears
 from lightning_lora.functional.head_loss import HeadScores, head_loss, head_scores
+from lightning_lora.functional.linear_group import AdaptedWeight
 from lightning_lora.functional.lora import (
     embedding_update,
     linear_update,

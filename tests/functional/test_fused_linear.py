@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject_lora, lora_layers
-from lightning_lora.functional import can_fuse, fused_lora_linear
+from lightning_lora.functional import AdaptedWeight, can_fuse, fused_linear, fused_lora_linear, fused_lora_linears
+from lightning_lora.functional.fused_linear import merging_pays
 from lightning_lora.functional.seeded_dropout import drop, kept_share, shared_seed
 from lightning_lora.layers import linear
 from tests.tiny_models import gpt2, llama, loss, wake
@@ -30,6 +31,14 @@ def formula(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Ten
     return F.linear(x, W, b) + SCALE * (x @ A.T @ B.T)
 
 
+@pytest.fixture(params=["split", "merged"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute, whatever would pay for tensors so small."""
+    monkeypatch.setattr(fused_linear, "merging_pays", lambda x, layers: request.param == "merged")
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4), (0,)], ids=str)
 def test_values_and_gradients_are_the_formulas(shape: tuple[int, ...], bias: bool) -> None:
@@ -53,6 +62,31 @@ def test_the_output_may_be_changed_in_place() -> None:
     assert A.grad is not None
 
 
+@pytest.mark.usefixtures("way")
+def test_layers_with_one_input_are_the_formula_of_each() -> None:
+    x = numbers(2, 3, IN).requires_grad_()
+    layers = [
+        AdaptedWeight(
+            numbers(out, IN), bias, numbers(rank, IN).requires_grad_(), numbers(out, rank).requires_grad_(), scale
+        )
+        for out, rank, bias, scale in ((OUT, 3, None, 0.5), (4, 1, numbers(4), 2.0), (7, 2, None, 1.0))
+    ]
+    leaves = [x, *(factor for layer in layers for factor in (layer.A, layer.B))]
+    ours = fused_lora_linears(x, layers)
+    wanted = [F.linear(x, W, b) + scale * (x @ A.T @ B.T) for W, b, A, B, scale in layers]
+    for used in ((0, 1, 2), (1,)):
+        d_ys = [numbers(*ours[i].shape) for i in used]
+        found, expected = (
+            torch.autograd.grad([ys[i] for i in used], leaves, d_ys, retain_graph=True, allow_unused=True)
+            for ys in (ours, wanted)
+        )
+        for gradients in zip(found, expected, leaves, strict=True):
+            # Autograd has no gradient for layers whose output nothing uses, the function may have one of zero.
+            a, b = (torch.zeros_like(gradients[2]) if g is None else g for g in gradients[:2])
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("learning", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_the_gradients_asked_for_are_computed(learning: tuple[bool, ...]) -> None:
     x, A, B = (
@@ -63,6 +97,7 @@ def test_only_the_gradients_asked_for_are_computed(learning: tuple[bool, ...]) -
     assert tuple(leaf.grad is not None for leaf in (x, A, B)) == learning
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_can_be_differentiated_again(dropout: float) -> None:
     leaves = [numbers(4, IN), numbers(R, IN), numbers(OUT, R)]
@@ -85,6 +120,36 @@ def test_what_is_kept_for_backward_is_the_input_itself_and_the_small_product() -
         fused_lora_linear(x, W, None, A.requires_grad_(), B.requires_grad_(), SCALE, 0.5)
     own = [tensor for tensor in kept if tensor.data_ptr() not in {t.data_ptr() for t in (x, W, A, B)}]
     assert [tuple(tensor.shape) for tensor in own] == [(50, R)]
+
+
+def test_a_frozen_A_keeps_no_input() -> None:
+    x, W, A = numbers(50, IN).requires_grad_(), numbers(OUT, IN), numbers(R, IN)
+    B = numbers(OUT, R).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = fused_lora_linear(x, W, None, A, B, SCALE)
+    assert all(tensor.data_ptr() != x.data_ptr() for tensor in kept)
+    d_y = numbers(*y.shape)
+    for found, wanted in zip(
+        torch.autograd.grad(y, (x, B), d_y, retain_graph=True),
+        torch.autograd.grad(formula(x, W, None, A, B), (x, B), d_y),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(y, (x, B), d_y, create_graph=True)
+
+
+def test_merging_is_for_many_tokens_through_small_layers_in_full_precision() -> None:
+    def pays(rows: int, num_in: int, num_out: int, dtype: torch.dtype = torch.float32) -> bool:
+        layer = AdaptedWeight(torch.empty(num_out, num_in), None, torch.empty(8, num_in), torch.empty(num_out, 8), 1.0)
+        return merging_pays(torch.empty(rows, num_in, dtype=dtype), [layer])
+
+    assert pays(8192, 64, 64)
+    assert not pays(64, 64, 64)
+    assert not pays(8192, 64, 64, torch.bfloat16)
+    assert not pays(1024, 1024, 64)
+    assert not pays(1024, 64, 1024)
 
 
 # Dropout
