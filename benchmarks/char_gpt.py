@@ -73,8 +73,12 @@ class CharGPT(nn.Module):
         """The table of characters, by the name transformers gives it."""
         return self.wte
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """What the output layer is given, ``(batch, tokens, width)``."""
         x = self.wte(input_ids) + self.wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
         for block in self.h:
             x = block(x)
-        return self.lm_head(self.ln_f(x))
+        return self.ln_f(x)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.lm_head(self.hidden(input_ids))

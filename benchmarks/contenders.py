@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.adapters import Adapter, shared_names
+from benchmarks.char_gpt import CharGPT
 from benchmarks.other_layers import LayerBuilder, linear_contender, litgpt_layer, microsoft_layer
-from benchmarks.workloads import Loss, next_token_loss
+from benchmarks.workloads import IGNORED, Batch, Loss, next_token_loss
 from lightning_lora import inject_lora, load_lora_state_dict
+from lightning_lora.functional import head_loss
 from lightning_lora.layers.walk import factor_parameters
 from lightning_lora.optim import parameter_groups
 
@@ -87,6 +89,20 @@ def ours_with_dropout(model: nn.Module, adapter: Adapter) -> Trainee:
     return ours(model, adapter, dropout=0.1)
 
 
+def ours_with_our_loss(model: nn.Module, adapter: Adapter) -> Trainee:
+    """`ours`, trained by `loss_at_head`."""
+    return replace(ours(model, adapter), loss=loss_at_head)
+
+
+def loss_at_head(model: nn.Module, batch: Batch) -> Tensor:
+    """`next_token_loss` by `head_loss`, as ``docs/loss.md`` writes it: from hidden states, without logits."""
+    causal: Any = model
+    is_plain = isinstance(model, CharGPT)
+    hidden = causal.hidden(batch.input_ids) if is_plain else causal.get_decoder()(batch.input_ids).last_hidden_state
+    hidden, labels = hidden[:, :-1], batch.labels[:, 1:]
+    return head_loss(hidden, causal.lm_head.weight, labels, divisor=(labels != IGNORED).sum())
+
+
 def peft_lora(model: nn.Module, adapter: Adapter, autocast_adapter_dtype: bool = True) -> Trainee:
     """PEFT loads the adapter's folder; fused AdamW over what it leaves trainable."""
     folder = str(adapter.folder)
@@ -120,7 +136,7 @@ def _gradients(factors: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in factors.items()}
 
 
-FULL, FLOOR, OURS, PEFT = "FullFT", "floor", "ours", f"PEFT {peft.__version__}"
+FULL, FLOOR, OURS, OUR_LOSS, PEFT = "FullFT", "floor", "ours", "ours, our loss", f"PEFT {peft.__version__}"
 
 
 def contenders() -> dict[str, Contender]:
@@ -131,6 +147,7 @@ def contenders() -> dict[str, Contender]:
         Contender(FULL, full_fine_tuning, trains_base=True),
         Contender(FLOOR, floor),
         Contender(OURS, ours),
+        Contender(OUR_LOSS, ours_with_our_loss),
         Contender("ours, dropout 0.1", ours_with_dropout),
         Contender(PEFT, peft_lora),
         Contender(f"{PEFT}, autocast_adapter_dtype=False", peft_without_autocast),

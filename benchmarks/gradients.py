@@ -18,7 +18,8 @@ from lightning_lora import inject_lora
 from lightning_lora.layers.experts import LoRAFusedExperts
 from lightning_lora.layers.walk import adapted_weights, base_parameter, factor_name
 
-TOLERANCE = 1e-4
+# What we promise in float32; measured: 1e-6 on every workload.
+TOLERANCE = 1e-5
 
 
 class Reference(NamedTuple):

@@ -1,6 +1,6 @@
 """Time of `head_loss` against ``cross_entropy(linear(...))``, forward and backward with a frozen head, interleaved.
 
-    python benchmarks/head_loss.py --threads 2
+    python -m benchmarks.head_loss --threads 2
 
 Prints a Markdown table of paired ratios (10th percentile, median, 90th), after checking loss and gradient.
 """
@@ -9,36 +9,60 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import platform
-import random
 import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.machine import load, machine
+from benchmarks.timing import Clock, interleave, paired_ratio
+from benchmarks.workloads import IGNORED
 from lightning_lora.functional import head_loss
 
+# The module, which the function of its name hides.
 MODULE: Any = importlib.import_module("lightning_lora.functional.head_loss")
 USUAL = 0
 
 
-def step(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Seconds, loss and gradient; ``rows`` in a chunk, or the usual way."""
-    hidden = hidden.clone().requires_grad_()
-    start = time.perf_counter()
+def step(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient; ``rows`` in a chunk, or the usual way."""
     if rows == USUAL:
-        loss = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORED, reduction="sum")
     else:
         MODULE.CHUNK_ROWS = rows
         loss = head_loss(hidden, weight, labels)
-    loss.backward()
-    seconds = time.perf_counter() - start
-    assert hidden.grad is not None
-    return seconds, loss.detach(), hidden.grad
+    return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+
+
+def seconds(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
+    """Of `step`."""
+    clock = Clock(hidden.device)
+    step(rows, hidden, weight, labels)
+    clock.mark()
+    return clock.intervals()[0]
+
+
+def measure(arguments: argparse.Namespace, vocab: int, share: float) -> str:
+    """A row of the table, from tensors drawn for it."""
+    tokens, dim = arguments.tokens, arguments.dim
+    weight = torch.randn(vocab, dim) / dim**0.5
+    hidden, labels = torch.randn(tokens, dim, requires_grad=True), torch.randint(vocab, (tokens,))
+    labels[int(share * tokens) :] = IGNORED
+    inputs = hidden, weight, labels[torch.randperm(tokens)]
+    loss, gradient = step(USUAL, *inputs)
+    for rows in arguments.rows:
+        found, found_gradient = step(rows, *inputs)
+        torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+        assert (found_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+    ways = {str(rows): partial(seconds, rows, *inputs) for rows in (USUAL, *arguments.rows)}
+    times = interleave(ways, arguments.repetitions, warmups=1)
+    usual = times[str(USUAL)]
+    ratios = [paired_ratio(times[str(rows)], usual) for rows in arguments.rows]
+    cells = [f"{ratio.p10:.2f} **{ratio.median:.2f}** {ratio.p90:.2f}" for ratio in ratios]
+    return f"| {vocab:,} | {share:.0%} | {1e3 * statistics.median(usual):.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -49,36 +73,17 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 32000])
     parser.add_argument("--rows", type=int, nargs="+", default=[MODULE.CHUNK_ROWS])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
-    print(f"| vocabulary | supervised | usual, ms | {' | '.join(f'{rows} rows a chunk' for rows in args.rows)} |")
-    print(f"|---|---|---{'|---' * len(args.rows)}|")
-    for vocab in args.vocab:
-        weight = torch.randn(vocab, args.dim) / args.dim**0.5
+    before, where = load(), machine(torch.device("cpu"))
+    print(f"| vocabulary | supervised | usual, ms | {' | '.join(f'{n} rows a chunk' for n in arguments.rows)} |")
+    print(f"|---|---|---{'|---' * len(arguments.rows)}|")
+    for vocab in arguments.vocab:
         for share in (1.0, 0.5):
-            hidden, labels = torch.randn(args.tokens, args.dim), torch.randint(vocab, (args.tokens,))
-            labels[int(share * args.tokens) :] = -100
-            labels = labels[torch.randperm(args.tokens)]
-            contenders = [USUAL, *args.rows]
-            _, loss, gradient = step(USUAL, hidden, weight, labels)
-            for rows in args.rows:  # also the warm-up
-                _, found, found_gradient = step(rows, hidden, weight, labels)
-                torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
-                assert (found_gradient - gradient).norm() <= 1e-5 * gradient.norm()
-            times: dict[int, list[float]] = {rows: [] for rows in contenders}
-            for _ in range(args.repetitions):
-                for rows in random.sample(contenders, len(contenders)):
-                    times[rows].append(step(rows, hidden, weight, labels)[0])
-            cells = []
-            for rows in args.rows:
-                ratios = [ours / usual for ours, usual in zip(times[rows], times[USUAL], strict=True)]
-                low, *_, high = statistics.quantiles(ratios, n=10)
-                cells.append(f"{low:.2f} **{statistics.median(ratios):.2f}** {high:.2f}")
-            usual = 1000 * statistics.median(times[USUAL])
-            print(f"| {vocab:,} | {share:.0%} | {usual:.0f} | {' | '.join(cells)} |", flush=True)
-    print(f"\nload at the end {os.getloadavg()[0]:.1f}")
+            print(measure(arguments, vocab, share), flush=True)
+    print(f"\n{where['cpu']}, {where['threads']} threads, torch {where['versions']['torch']}; ", end="")
+    print(f"load {before} before, {load()} after")
 
 
 if __name__ == "__main__":

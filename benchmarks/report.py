@@ -75,7 +75,7 @@ def as_markdown(about: Mapping[str, Any], results: Mapping[str, Result], baselin
         cells = [name, *(f"{medians[phase] * 1e3:.1f}" for phase in ("step", "forward", "backward", "optimizer"))]
         cells += [_ratio(found[name]) for found in compared.values()]
         cells += [_megabytes(result.peak_bytes), _megabytes(result.saved_bytes)]
-        cells.append("" if not result.gradient_error else f"{result.gradient_error:.0e}")
+        cells.append("" if not result.gradient_error else f"{result.gradient_error:.1e}")
         rows.append(f"| {' | '.join(cells)} |")
     left_out = [f"- Not timed: {name}: {result.status}." for name, result in results.items() if not result.times]
     notes = [

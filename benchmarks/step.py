@@ -10,44 +10,31 @@ litgpt and loralib take part. Nothing else should run on the machine.
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import sys
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import memory, report
-from benchmarks.adapters import Adapter, make_adapter
 from benchmarks.contenders import FLOOR, FULL, OURS, PEFT, Contender, Trainee, contenders
 from benchmarks.gradients import TOLERANCE, Check, check, reference
 from benchmarks.machine import disturbed, load, machine
 from benchmarks.other_layers import NotApplicableError
-from benchmarks.timing import interleave
-from benchmarks.workloads import WORKLOADS, Batch
-from lightning_lora import LoRAConfig
+from benchmarks.setting import Setting, fresh_copy, prepared
+from benchmarks.timing import interleave, train_step
+from benchmarks.workloads import WORKLOADS
 
 BASELINES = (FLOOR, FULL, PEFT, OURS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def fresh_copy(base: nn.Module, own_weights: bool) -> nn.Module:
-    """A copy of ``base`` in training mode; unless it needs its own weights it shares them, so that many fit."""
-    model = copy.deepcopy(base)
-    if not own_weights:
-        for mine, shared in zip(model.parameters(), base.parameters(), strict=True):
-            mine.data = shared.data
-    return model.train()
-
-
-def check_all(
-    base: nn.Module, adapter: Adapter, batch: Batch, entrants: Mapping[str, Contender]
-) -> tuple[dict[str, Check], dict[str, report.Result]]:
+def check_all(setting: Setting, entrants: Mapping[str, Contender]) -> tuple[dict[str, Check], dict[str, report.Result]]:
     """Errors of every contender, and results of those that cannot take part."""
+    base, adapter, batch = setting
     right = reference(base, adapter, batch)
     errors: dict[str, Check] = {}
     left_out: dict[str, report.Result] = {}
@@ -67,7 +54,10 @@ def check_all(
 
 
 def _tolerance(dtype: torch.dtype, errors: Mapping[str, Check]) -> float:
-    """In float32 a fixed one; below, nobody may be less exact than PEFT is."""
+    """In float32 a fixed one; below, nobody may be less exact than PEFT is in its less exact setting.
+
+    One limit for both errors: that of a loss is a single draw, small by luck in one contender and not in the next.
+    """
     if dtype == torch.float32:
         return TOLERANCE
     theirs = [max(error) for name, error in errors.items() if name.startswith(PEFT)]
@@ -77,10 +67,11 @@ def _tolerance(dtype: torch.dtype, errors: Mapping[str, Check]) -> float:
 
 
 def measure(
-    base: nn.Module, adapter: Adapter, batch: Batch, entrants: Mapping[str, Contender], settings: Mapping[str, Any]
+    setting: Setting, entrants: Mapping[str, Contender], repetitions: int, warmups: int
 ) -> dict[str, report.Result]:
     """Check, then weigh, then time."""
-    errors, results = check_all(base, adapter, batch, entrants)
+    base, adapter, batch = setting
+    errors, results = check_all(setting, entrants)
     trainees: dict[str, Trainee] = {}
     for name in [name for name in errors if name not in results]:
         contender = entrants[name]
@@ -95,7 +86,8 @@ def measure(
             peak_bytes=peak,
             saved_bytes=memory.saved_bytes(trainees[name], batch),
         )
-    for name, times in interleave(trainees, batch, settings["repetitions"], settings["warmups"]).items():
+    steps = {name: partial(train_step, trainee, batch) for name, trainee in trainees.items()}
+    for name, times in interleave(steps, repetitions, warmups).items():
         results[name].times = times
     return {name: results[name] for name in entrants}
 
@@ -104,15 +96,11 @@ def run(name: str, settings: Mapping[str, Any], device: torch.device, only: list
     """Run one workload and write its report; returns the Markdown."""
     before = load()
     workload = WORKLOADS[name]
-    torch.manual_seed(settings["seed"])
-    base = workload.build().to(device, DTYPES[settings["dtype"]])
-    batch = Batch(*(t.to(device) for t in workload.batch(settings["supervised"], settings["seed"])))
-    everyone = contenders()
-    entrants = {key: value for key, value in everyone.items() if not only or key in only}
-    with tempfile.TemporaryDirectory() as adapter_folder:
-        config = LoRAConfig(rank=settings["rank"], lr_multiplier=1.0)
-        adapter = make_adapter(copy.deepcopy(base), config, Path(adapter_folder) / "adapter", settings["seed"])
-        results = measure(base, adapter, batch, entrants, settings)
+    entrants = {key: value for key, value in contenders().items() if not only or key in only}
+    rank, dtype, supervised, seed = settings["rank"], settings["dtype"], settings["supervised"], settings["seed"]
+    with prepared(workload, rank, device, DTYPES[dtype], supervised, seed) as setting:
+        results = measure(setting, entrants, settings["repetitions"], settings["warmups"])
+        base = setting.base
     after = load()
     about = {
         "workload": {
@@ -122,7 +110,7 @@ def run(name: str, settings: Mapping[str, Any], device: torch.device, only: list
             "tokens": workload.rows * workload.length,
             "rows": workload.rows,
             "length": workload.length,
-            "supervised": settings["supervised"],
+            "supervised": supervised,
             # How transformers multiplies by experts where nothing is adapted; None for models without.
             "experts": getattr(getattr(base, "config", None), "_experts_implementation", None),
         },

@@ -1,4 +1,4 @@
-"""Timing training steps of several contenders in turns, so that whatever disturbs one disturbs all."""
+"""Timing several contenders in turns, so that whatever disturbs one disturbs all."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.contenders import Trainee
 from benchmarks.workloads import Batch
+
+T = TypeVar("T")
 
 
 class Phases(NamedTuple):
@@ -77,24 +79,28 @@ def train_step(trainee: Trainee, batch: Batch) -> Phases:
 
 
 def interleave(
-    trainees: Mapping[str, Trainee], batch: Batch, repetitions: int, warmups: int, seed: int = 0
-) -> dict[str, list[Phases]]:
-    """Each contender once a repetition, in an order drawn anew; the warm-up repetitions are thrown away."""
-    order, drawn = list(trainees), random.Random(seed)
-    times: dict[str, list[Phases]] = {name: [] for name in trainees}
-    for repetition in range(-warmups, repetitions):
-        drawn.shuffle(order)
-        # A collection within a step would be charged to whoever happens to be running.
-        gc.collect()
-        gc.disable()
-        try:
+    measures: Mapping[str, Callable[[], T]], repetitions: int, warmups: int, seed: int = 0
+) -> dict[str, list[T]]:
+    """What the measures return, each called once a repetition in an order drawn anew, less the warm-up repetitions."""
+    order, drawn = list(measures), random.Random(seed)
+    found: dict[str, list[T]] = {name: [] for name in measures}
+    # A collection within a step would be charged to whoever happens to be running. Those between repetitions look
+    # only at what has come since.
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    try:
+        for repetition in range(-warmups, repetitions):
+            drawn.shuffle(order)
+            gc.collect()
             for name in order:
-                phases = train_step(trainees[name], batch)
+                value = measures[name]()
                 if repetition >= 0:
-                    times[name].append(phases)
-        finally:
-            gc.enable()
-    return times
+                    found[name].append(value)
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    return found
 
 
 def spread(values: Sequence[float]) -> Spread:

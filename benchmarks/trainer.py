@@ -10,14 +10,10 @@ Writes ``<workload>-trainer.json`` and ``.md`` and prints the Markdown.
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
 import itertools
 import json
 import logging
-import random
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -30,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from benchmarks.adapters import Adapter, make_adapter
+from benchmarks.adapters import Adapter
 from benchmarks.contenders import (
     FULL,
     LEARNING_RATE,
@@ -43,10 +39,10 @@ from benchmarks.contenders import (
     peft_lora,
 )
 from benchmarks.machine import disturbed, load, machine
-from benchmarks.step import fresh_copy
-from benchmarks.timing import Spread, paired_ratio, spread, train_step
+from benchmarks.setting import Setting, fresh_copy, prepared
+from benchmarks.timing import Spread, interleave, paired_ratio, spread, train_step
 from benchmarks.workloads import WORKLOADS, Batch, next_token_loss
-from lightning_lora import LoRAConfig, LoRAMixin, load_lora_state_dict
+from lightning_lora import LoRAMixin, load_lora_state_dict
 
 
 class Plain(LightningModule):
@@ -123,8 +119,9 @@ def seconds_bare(trainee: Trainee, batch: Batch, steps: int) -> float:
     return statistics.median([train_step(trainee, batch).step for _ in range(steps + 1)][1:])
 
 
-def entrants(base: nn.Module, adapter: Adapter, batch: Batch, steps: int) -> dict[str, Callable[[], float]]:
+def entrants(setting: Setting, steps: int) -> dict[str, Callable[[], float]]:
     """Contender, in the Trainer and bare, to what measures it once."""
+    base, adapter, batch = setting
     ours_module = Ours(fresh_copy(base, own_weights=False), adapter)
     peft_module = Plain(peft_lora(fresh_copy(base, own_weights=False), adapter))
     full_module = Plain(full_fine_tuning(fresh_copy(base, own_weights=True), adapter))
@@ -139,20 +136,6 @@ def entrants(base: nn.Module, adapter: Adapter, batch: Batch, steps: int) -> dic
         found[f"{name}, Trainer"] = lambda module=module: seconds_in_trainer(module, batch, steps)
         found[f"{name}, bare"] = lambda trainee=bare[name]: seconds_bare(trainee, batch, steps)
     return found
-
-
-def measure(measures: dict[str, Callable[[], float]], repetitions: int, seed: int) -> dict[str, list[float]]:
-    """Seconds a step by contender and repetition, after one repetition that is thrown away."""
-    order, drawn = list(measures), random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    for repetition in range(-1, repetitions):
-        drawn.shuffle(order)
-        gc.collect()
-        for name in order:
-            found = measures[name]()
-            if repetition >= 0:
-                seconds[name].append(found)
-    return seconds
 
 
 def as_markdown(title: str, seconds: dict[str, list[float]]) -> str:
@@ -180,13 +163,8 @@ def _spread(value: Spread, factor: float, digits: int) -> str:
 def run(name: str, repetitions: int, steps: int, device: torch.device, rank: int, folder: Path) -> str:
     """Run one workload and write its report; returns the Markdown."""
     before, workload = load(), WORKLOADS[name]
-    torch.manual_seed(0)
-    base = workload.build().to(device)
-    batch = Batch(*(tensor.to(device) for tensor in workload.batch()))
-    with tempfile.TemporaryDirectory() as adapter_folder:
-        config = LoRAConfig(rank=rank, lr_multiplier=1.0)
-        adapter = make_adapter(copy.deepcopy(base), config, Path(adapter_folder) / "adapter")
-        seconds = measure(entrants(base, adapter, batch, steps), repetitions, seed=0)
+    with prepared(workload, rank, device) as setting:
+        seconds = interleave(entrants(setting, steps), repetitions, warmups=1)
     after = load()
     about = {
         "workload": name,
