@@ -42,7 +42,7 @@ class MergedLinears(torch.autograd.Function):
                 torch.mm(rows, weight.T, out=y)
             else:
                 torch.addmm(bias, rows, weight.T, out=y)
-        ctx.settings, ctx.shape = settings, x.shape
+        ctx.settings, ctx.shape, ctx.is_done = settings, x.shape, False
         ctx.save_for_backward(*sums, *parts.flat())
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -50,6 +50,7 @@ class MergedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> Any:
         """Gradients of whatever asks for one."""
+        ctx.is_done = True
         if all(d is None for d in d_outputs):
             return (None,) * len(ctx.needs_input_grad)
         settings: Settings = ctx.settings

@@ -24,7 +24,10 @@ from lightning_lora.functional.seeded_dropout import drop
 
 
 class SplitLinears(torch.autograd.Function):
-    """Takes settings, the value of the input if its sources are not it, and the group's `Parts`; keeps ``(T, R)``."""
+    """Takes settings, the value of the input if its sources are not it, and the group's `Parts`; keeps ``(T, R)``.
+
+    The node in the graph has ``is_done``: whether its backward pass has run.
+    """
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, value: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
@@ -48,7 +51,7 @@ class SplitLinears(torch.autograd.Function):
         needs = Parts.of(ctx.needs_input_grad[2:], settings)
         keeps_input = any(needs.As) or (settings.origin is not None and any(needs.sources))
         kept = parts if keeps_input else parts._replace(sources=[None] * len(parts.sources))
-        ctx.settings, ctx.shape = settings, x.shape
+        ctx.settings, ctx.shape, ctx.is_done = settings, x.shape, False
         ctx.save_for_backward(inner, *kept.flat())
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -56,6 +59,7 @@ class SplitLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> Any:
         """Gradients of whatever asks for one."""
+        ctx.is_done = True
         if all(d is None for d in d_outputs):
             return (None,) * len(ctx.needs_input_grad)
         settings: Settings = ctx.settings

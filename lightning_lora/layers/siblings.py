@@ -4,16 +4,15 @@ Nobody says which layers those are: they are seen in use. When the first of them
 the outputs of the others are computed with its own and wait until these are called with that tensor. A layer that is
 given another one, or was seen to be passed over, computes alone.
 
-What was seen takes effect once the factors have changed, that is with the next optimizer step: activation checkpointing
-runs a block twice within a step and counts on the same tensors being saved.
+What was seen takes effect once no output of the first layer waits for its backward pass: activation checkpointing runs
+a block again in there and counts on the same tensors being saved.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,31 +20,34 @@ from torch import Tensor
 
 from lightning_lora.functional import AdaptedWeight, fused_lora_linears
 
-# An adapted linear layer: `adapted_weight`, `lora_dropout` and `lora_A` are what is used of it.
+# An adapted linear layer, used by its `adapted_weight` and `lora_dropout`.
 _Layer = Any
 _Layers = tuple["weakref.ref[_Layer]", ...]
 
 
 @dataclass
 class _Group:
-    """Who follows a first layer: ``followers`` in force, ``seen`` last, when the first's factor had ``version``."""
+    """Who follows a first layer: ``followers`` in force, ``seen`` last; and the graph nodes of its outputs."""
 
-    followers: _Layers
-    seen: _Layers
-    version: int
+    followers: _Layers = ()
+    seen: _Layers = ()
     is_settled: bool = False
+    nodes: list[weakref.ref[Any]] = field(default_factory=list)
+
+    def update(self) -> None:
+        """Let what was seen take effect if it may."""
+        in_backward = torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+        self.nodes = [ref for ref in self.nodes if (node := ref()) is not None and not node.is_done]
+        if not self.nodes and not in_backward:
+            self.followers = self.seen
 
 
 class _Run(threading.local):
-    """Calls one after the other with one tensor, and outputs that wait for their layer's call, by its id.
-
-    Both the tensor and the first layer's factor are known by their version then.
-    """
+    """Calls one after the other with one tensor, and outputs that wait for their layer's call, by its id."""
 
     x: weakref.ref[Tensor] | None = None
-    x_version: int = -1
-    factor_version: int = -1
-    layers: Sequence[weakref.ref[_Layer]] = ()
+    version: int = -1
+    layers: _Layers = ()
     waiting: dict[int, Tensor] = {}
 
 
@@ -66,16 +68,21 @@ def sibling_output(layer: _Layer, x: Tensor, own: AdaptedWeight) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return fused_lora_linears(x, [own], layer.lora_dropout)[0]
-    is_first = _run.x is None or _run.x() is not x or _run.x_version != x._version
+    is_first = _run.x is None or _run.x() is not x or _run.version != x._version
     if is_first or any(called() is layer for called in _run.layers):
         _learn()
-        _run.x, _run.x_version, _run.factor_version = weakref.ref(x), x._version, layer.lora_A._version
-        _run.layers, _run.waiting = (), {}
+        _run.x, _run.version, _run.layers, _run.waiting = weakref.ref(x), x._version, (), {}
     _run.layers = (*_run.layers, weakref.ref(layer))
     if (made := _run.waiting.pop(id(layer), None)) is not None:
         return made
-    followers = _ready_followers(layer, x) if len(_run.layers) == 1 else {}
+    if len(_run.layers) > 1:
+        return fused_lora_linears(x, [own], layer.lora_dropout)[0]
+    group = _groups.setdefault(layer, _Group())
+    group.update()
+    followers = _ready_followers(group, layer, x)
     y, *others = fused_lora_linears(x, [own, *followers.values()], layer.lora_dropout)
+    if y.grad_fn is not None:
+        group.nodes.append(weakref.ref(y.grad_fn))
     _run.waiting = dict(zip(followers, others, strict=True))
     return y
 
@@ -85,22 +92,16 @@ def _learn() -> None:
     leader = _run.layers[0]() if _run.layers else None
     if leader is None:
         return
-    seen, version = tuple(_run.layers[1:]), _run.factor_version
-    group = _groups.setdefault(leader, _Group((), (), version))
+    group, seen = _groups[leader], _run.layers[1:]
     if _run.waiting:
         # Somebody was not called after all: never again.
-        group.seen, group.version, group.is_settled = (), version, True
+        group.seen, group.is_settled = (), True
     elif len(seen) > len(group.seen) and not group.is_settled:
-        group.seen, group.version = seen, version
+        group.seen = seen
 
 
-def _ready_followers(leader: _Layer, x: Tensor) -> dict[int, AdaptedWeight]:
+def _ready_followers(group: _Group, leader: _Layer, x: Tensor) -> dict[int, AdaptedWeight]:
     """By id, the layers that will be called with ``x`` next and can be computed now."""
-    group = _groups.get(leader)
-    if group is None:
-        return {}
-    if group.followers != group.seen and leader.lora_A._version != group.version:
-        group.followers = group.seen
     found = {id(layer): _ready(layer, leader, x) for follower in group.followers if (layer := follower()) is not None}
     return {key: weight for key, weight in found.items() if weight is not None}
 

@@ -72,7 +72,7 @@ def gradients(module: nn.Module, x: Tensor, y: Tensor | None = None) -> list[Ten
 def alone(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients with every layer by itself."""
     with monkeypatch.context() as patch:
-        patch.setattr(siblings, "_ready_followers", lambda leader, x: {})
+        patch.setattr(siblings, "_ready_followers", lambda group, leader, x: {})
         torch.manual_seed(4)
         y = module(x)
         assert num_nodes(y) in (2, 3)
@@ -98,17 +98,22 @@ def test_siblings_are_one_function_with_the_values_and_gradients_of_three(
         torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_changes_within_an_optimizer_step() -> None:
-    module, x = adapted(), inputs()
-    assert [num_nodes(module(x)) for _ in range(2)] == [3, 3]
-    step(module)
-    assert [num_nodes(module(x)) for _ in range(2)] == [1, 1]
+def test_nothing_changes_while_a_backward_pass_is_to_come() -> None:
+    module = adapted()
+    outputs = [module(inputs()) for _ in range(3)]
+    assert [num_nodes(y) for y in outputs] == [3, 3, 3]
+    for y in outputs[:2]:
+        y.sum().backward()
+    assert num_nodes(module(inputs())) == 3, "one is still to come"
+    outputs[2].sum().backward()
+    together = module(inputs())
+    assert num_nodes(together) == 1
     module.skip = True
-    module(x)
+    module(inputs())
     module(inputs())
     module.skip = False
-    assert num_nodes(module(inputs())) == 1, "still the same step"
-    step(module)
+    assert num_nodes(module(inputs())) == 1, "the first is still to come"
+    del together
     assert num_nodes(module(inputs())) == 3
 
 
@@ -222,7 +227,7 @@ def test_training_goes_the_same_way_with_and_without(reentrant: bool | None, mon
 
     together = train()
     with monkeypatch.context() as patch:
-        patch.setattr(siblings, "_ready_followers", lambda leader, x: {})
+        patch.setattr(siblings, "_ready_followers", lambda group, leader, x: {})
         apart = train()
     assert together == pytest.approx(apart, rel=1e-5)
     assert together[-1] < together[0]
