@@ -78,6 +78,14 @@ def train_step(trainee: Trainee, batch: Batch) -> Phases:
     return Phases(forward, backward, optimizer, forward + backward + optimizer)
 
 
+def seconds(function: Callable[[], object], calls: int = 1) -> float:
+    """Of one call on the CPU, the mean of several."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
 def interleave(
     measures: Mapping[str, Callable[[], T]], repetitions: int, warmups: int, seed: int = 0
 ) -> dict[str, list[T]]:

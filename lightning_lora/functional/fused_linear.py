@@ -25,7 +25,7 @@ from lightning_lora.functional.seeded_dropout import kept_share, shared_seed
 from lightning_lora.functional.split_linear import SplitLinears
 
 # Tokens, as a multiple of a layer's longer side, from which on the sum is cheaper (benchmarks/products.py).
-_MERGED_TOKENS = 8
+_MERGED_TOKENS = 4
 
 
 def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: float = 0.0) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Products with one narrow side, of width ``r``, in the order that BLAS does them best.
 
 On a CPU a matrix of fewer than 16 columns is read poorly when it stands on the right: at rank 8 the products below take
-two to five times longer as they are usually written (``benchmarks/narrow.py``). On a GPU the usual order is kept.
+two to five times longer as they are usually written (``benchmarks/products.py``). On a GPU the usual order is kept.
 """
 
 from __future__ import annotations
