@@ -1,4 +1,4 @@
-"""Products of a mixture of experts, on rows sorted by expert.
+"""Sorting tokens by expert and back, and products of experts on rows so sorted.
 
 Shape legend: ``T`` tokens, ``k`` active experts a token, ``rows`` pairs of a token and an expert, at most ``T * k``,
 ``E`` experts, ``r`` rank, ``in``/``out`` features.
@@ -6,7 +6,7 @@ Shape legend: ``T`` tokens, ``k`` active experts a token, ``rows`` pairs of a to
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,15 @@ class Routing(NamedTuple):
     """Pairs of token and expert, sorted by expert.
 
     Args:
-        order: ``(rows,)``: position of each pair in the flattened ``(T, k)`` table of experts; ``order // k`` is its
-            token.
+        order: ``(rows,)``, position of each pair in the flattened ``(T, k)`` table of experts.
+        token: ``(rows,)``, its token.
+        places: ``(T, k)``, the row of each pair; ``rows``, one past the last, for a pair without an expert.
         counts: Rows of each expert, ``E`` numbers.
     """
 
     order: Tensor
+    token: Tensor
+    places: Tensor
     counts: list[int]
 
 
@@ -35,7 +38,15 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> Routing:
     """
     flat = experts.reshape(-1)
     counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1).tolist()[:num_experts]
-    return Routing(flat.argsort(stable=True)[: sum(counts)], counts)
+    order = flat.argsort(stable=True)[: sum(counts)]
+    rows = torch.arange(len(order), device=order.device)
+    places = torch.full_like(flat, len(order), dtype=order.dtype).index_copy(0, order, rows)
+    return Routing(order, order // experts.shape[-1], places.view_as(experts), counts)
+
+
+def dispatch(x: Tensor, routing: Routing) -> Tensor:
+    """The token of each pair: ``(T, in)`` to ``(rows, in)``."""
+    return _Dispatch.apply(x, routing.token, routing.places)
 
 
 def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -86,7 +97,40 @@ def combine(y: Tensor, routing: Routing, weights: Tensor) -> Tensor:
     Returns:
         ``(T, out)`` in the type that ``y`` times ``weights`` has.
     """
-    weighted = y * weights.reshape(-1, 1)[routing.order]
-    # One place for each pair: unlike adding into tokens, the same result whatever the order of threads.
-    pairs = weighted.new_zeros(weights.numel(), y.shape[-1]).index_copy(0, routing.order, weighted)
-    return pairs.view(*weights.shape, -1).sum(dim=1)
+    return _Combine.apply(y, weights, *routing[:3])
+
+
+# Every token fetches its rows, forward and backward: several times faster than rows adding themselves into tokens, and
+# the same result whatever the order of threads.
+
+
+def _of_tokens(rows: Tensor, places: Tensor) -> Tensor:
+    """``(rows, *)`` to ``(T, k, *)``, zero for pairs without an expert."""
+    if len(rows) < places.numel():
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, *d_rows: Tensor) -> Any:
+        return _of_tokens(d_rows[0], *ctx.saved_tensors).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, token: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, order, token, places)
+        return (_of_tokens(y, places) * weights[..., None]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *d_tokens: Tensor) -> Any:
+        y, weights, order, token, places = ctx.saved_tensors
+        d_rows = d_tokens[0].index_select(0, token)
+        d_weights = _of_tokens((d_rows * y).sum(-1), places).to(weights.dtype)
+        return (d_rows * weights.flatten()[order, None]).to(y.dtype), d_weights, None, None, None

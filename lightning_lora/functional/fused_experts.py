@@ -8,14 +8,14 @@ Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``r`` rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_lora.functional.experts import expert_linear, expert_update
-from lightning_lora.functional.narrow import times_narrow, transposed_times_narrow
+from lightning_lora.functional.narrow import laid_out, transposed_times_narrow
 from lightning_lora.functional.origin import Origin, origin, remade, source_gradients
 from lightning_lora.functional.second_order import gradients_of
 from lightning_lora.functional.seeded_dropout import drop, kept_share, shared_seed
@@ -80,16 +80,20 @@ class _FusedExpertLinear(torch.autograd.Function):
         *sources: Tensor,
     ) -> Tensor:
         x = sources[0] if value is None else value
-        dropped, scaled = drop(x, settings.dropout, settings.seed), A * settings.scale
+        counts, scaled = settings.counts, _each(A * settings.scale, settings.counts)
         inner, y = x.new_empty(len(x), A.shape[1]), x.new_empty(len(x), B.shape[1])
-        for expert, run in _runs(settings.counts):
-            out = y[run]
-            torch.mm(dropped[run], _of(scaled, expert).T, out=inner[run])
-            if bias is None:
-                torch.mm(inner[run], _of(B, expert).T, out=out)
-            else:
-                torch.addmm(bias[expert], inner[run], _of(B, expert).T, out=out)
-            torch.addmm(out, x[run], weights[expert].T, out=out)
+        rows = [t.split(counts) for t in (x, drop(x, settings.dropout, settings.seed), inner, y)]
+        biases = [None] * len(counts) if bias is None else bias.unbind()
+        for x_e, dropped, inner_e, y_e, W, b, A_e, B_e in zip(
+            *rows, weights.unbind(), biases, scaled, _each(B, counts), strict=True
+        ):
+            if len(x_e):
+                torch.mm(dropped, A_e.T, out=inner_e)
+                if b is None:
+                    torch.mm(inner_e, B_e.T, out=y_e)
+                else:
+                    torch.addmm(b, inner_e, B_e.T, out=y_e)
+                torch.addmm(y_e, x_e, W.T, out=y_e)
         ctx.settings = settings
         ctx.save_for_backward(inner, weights, A, B, *sources)
         return y
@@ -109,34 +113,34 @@ class _FusedExpertLinear(torch.autograd.Function):
             )
             d_A, d_B, *d_sources = gradients_of([(y, d_y)], [A, B, *sources], [needs_A, needs_B, *needs_sources])
             return None, None, None, None, d_A, d_B, *d_sources
-        d_inner = torch.empty_like(inner)
+        counts, d_inner, nothing = settings.counts, torch.empty_like(inner), [None] * len(weights)
         d_A, d_B = (torch.zeros_like(factor) if needs else None for factor, needs in ((A, needs_A), (B, needs_B)))
-        for expert, run in _runs(settings.counts):
-            d_inner[run] = times_narrow(d_y[run], _of(B, expert))
-            if d_A is not None:
-                _of(d_A, expert).addmm_(d_inner[run].T, dropped[run], alpha=settings.scale)
-            if d_B is not None:
-                _of(d_B, expert).add_(transposed_times_narrow(d_y[run], inner[run]))
-        if not any(needs_sources):
-            return None, None, None, None, d_A, d_B, *[None] * len(sources)
-        d_x, scaled = torch.empty_like(x), A * settings.scale
-        for expert, run in _runs(settings.counts):
-            torch.mm(d_inner[run], _of(scaled, expert), out=d_x[run])
-        d_x = drop(d_x, settings.dropout, settings.seed)
-        for expert, run in _runs(settings.counts):
-            torch.addmm(d_x[run], d_y[run], weights[expert], out=d_x[run])
-        return None, None, None, None, d_A, d_B, *source_gradients(settings.origin, sources, d_x, activated)
+        rows = [t.split(counts) for t in (d_y, dropped, inner, d_inner)]
+        factors = (nothing if factor is None else _each(factor, counts) for factor in (d_A, d_B))
+        for d_y_e, dropped_e, inner_e, d_inner_e, B_e, d_A_e, d_B_e in zip(
+            *rows, _each(laid_out(B), counts), *factors, strict=True
+        ):
+            if len(d_y_e):
+                torch.mm(d_y_e, B_e, out=d_inner_e)
+                if d_A_e is not None:
+                    d_A_e.addmm_(d_inner_e.T, dropped_e, alpha=settings.scale)
+                if d_B_e is not None:
+                    d_B_e += transposed_times_narrow(d_y_e, inner_e)
+        d_sources: Sequence[Tensor | None] = [None] * len(sources)
+        if any(needs_sources):
+            d_x = torch.empty_like(x)
+            for d_x_e, d_inner_e, A_e in zip(
+                d_x.split(counts), rows[-1], _each(A * settings.scale, counts), strict=True
+            ):
+                torch.mm(d_inner_e, A_e, out=d_x_e)
+            d_x = drop(d_x, settings.dropout, settings.seed)
+            for d_x_e, d_y_e, W in zip(d_x.split(counts), rows[0], weights.unbind(), strict=True):
+                if len(d_x_e):
+                    torch.addmm(d_x_e, d_y_e, W, out=d_x_e)
+            d_sources = source_gradients(settings.origin, sources, d_x, activated)
+        return None, None, None, None, d_A, d_B, *d_sources
 
 
-def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, and which."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
-
-
-def _of(factors: Tensor, expert: int) -> Tensor:
-    """An expert's factor, or the one that all share."""
-    return factors[expert if factors.shape[0] > 1 else 0]
+def _each(factors: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    """The factor of each expert, which may be one that all share."""
+    return factors.unbind() if factors.shape[0] > 1 else [factors[0]] * len(counts)

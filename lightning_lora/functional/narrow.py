@@ -14,7 +14,7 @@ _NARROW = 16
 
 def times_narrow(y: Tensor, B: Tensor) -> Tensor:
     """``y B``: ``(T, out)`` times ``(out, r)``."""
-    return y @ B.T.contiguous().T if _is_slow(B) else y @ B
+    return y @ laid_out(B)
 
 
 def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
@@ -22,5 +22,10 @@ def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
     return (inner.T @ y).T if _is_slow(inner) else y.T @ inner
 
 
+def laid_out(B: Tensor) -> Tensor:
+    """``B``, ``(*, out, r)``, as it is best read on the right of a product: perhaps column after column."""
+    return B.mT.contiguous().mT if _is_slow(B) else B
+
+
 def _is_slow(narrow: Tensor) -> bool:
-    return 1 < narrow.shape[1] < _NARROW and narrow.is_cpu
+    return 1 < narrow.shape[-1] < _NARROW and narrow.is_cpu

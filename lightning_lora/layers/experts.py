@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.functional import can_fuse
-from lightning_lora.functional.experts import combine, expert_linear, expert_update, sort_by_expert
+from lightning_lora.functional.experts import combine, dispatch, expert_linear, expert_update, sort_by_expert
 from lightning_lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.layers.base import AdapterSpec, LoRALayer, WeightShape
 
@@ -118,8 +118,7 @@ class LoRAExperts(LoRAFusedExperts):
     def _adapted(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         up, down = self.parameter_names(self)
         routing = sort_by_expert(top_k_index, getattr(self, down).shape[0])
-        rows = hidden_states[routing.order // top_k_index.shape[-1]]
-        inner = self.product(rows, up, routing.counts)
+        inner = self.product(dispatch(hidden_states, routing), up, routing.counts)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         y = self.product(inner, down, routing.counts)
         if self.has_post_expert_norm:
