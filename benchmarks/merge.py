@@ -3,8 +3,9 @@
     python -m benchmarks.merge --dtype bfloat16 --folder /tmp
 
 Writes a checkpoint of several shards, an adapter of all its matrices, and merges them in a process of its own. Memory
-is the peak of the resident set, file pages included (VmHWM), above what the process holds once everything is imported.
-The disk is synced before each timing; files may come from the page cache, for the copy as for the merge.
+is the peak of the whole resident set (VmHWM, file pages included: no file is mapped, so there is nothing to leave out)
+above what the process holds once everything is imported. Each timing starts with a synced disk and ends with one;
+what is read may come from the page cache, for the copy as for the merge.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ import json, sys, time
 from pathlib import Path
 from lightning_lora.file_merge import merge_files
 
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+def resident(kind):
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(kind))
 
-before = peak()
-start = time.perf_counter()
-merge_files(*sys.argv[1:4])
-print(json.dumps({"seconds": time.perf_counter() - start, "bytes": peak() - before}))
+Path("/proc/self/clear_refs").write_text("5")  # what importing took at its peak does not count
+before, start = resident("VmRSS"), time.perf_counter()
+merge_files(*sys.argv[1:])
+print(json.dumps({"seconds": time.perf_counter() - start, "bytes": resident("VmHWM") - before}))
 """
 
 
@@ -74,11 +75,10 @@ def write_adapter(folder: Path, base: Path, names: list[str], rank: int) -> None
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
+def merge(base: Path, adapter: Path, out: Path, dtype: str | None = None) -> dict[str, float]:
     """Seconds and bytes of one merge."""
-    done = subprocess.run(
-        [sys.executable, "-c", MERGE, str(base), str(adapter), str(out)], check=True, capture_output=True, text=True
-    )
+    arguments = [str(base), str(adapter), str(out), *([dtype] if dtype else [])]
+    done = subprocess.run([sys.executable, "-c", MERGE, *arguments], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
 

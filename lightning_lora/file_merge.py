@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,17 @@ from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.base_check import BaseCheck
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.functional import merged_weight
-from lightning_lora.merge_certificate import LayerCertificate, MergeCertificate, RoundingError
+from lightning_lora.in_order import Workers, workers
+from lightning_lora.merge_certificate import (
+    BlockError,
+    LayerCertificate,
+    MergeCertificate,
+    block_error,
+    layer_certificate,
+)
 from lightning_lora.merge_plan import MergePlan, plan_merge
 from lightning_lora.peft_format import TENSOR_FILE
-from lightning_lora.stored_update import BLOCK
+from lightning_lora.stored_update import BLOCK, RowBlock, StoredUpdate
 from lightning_lora.tensor_files import TensorFile, open_tensors, read_header, safetensors_files, write_blocks
 
 CERTIFICATE_FILE = "merge_certificate.json"
@@ -56,8 +64,8 @@ def merge_files(
     files = safetensors_files(base)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     plan = plan_merge(folder, base, {name: headers[file].tensors[name].shape for name, file in files.items()})
-    merge = _Merge(plan, DTYPES.get(dtype or ""), allow_other_base)
-    with atomic_folder(out, replaces=CERTIFICATE_FILE) as target:
+    with atomic_folder(out, replaces=CERTIFICATE_FILE) as target, workers() as threads:
+        merge = _Merge(plan, DTYPES.get(dtype or ""), allow_other_base, threads)
         for file in headers:
             merge.shard(file, target / file.name)
         _copy_others(base, target, dtype)
@@ -69,8 +77,9 @@ def merge_files(
 class _Merge:
     """Merges shard after shard and keeps the error of each tensor."""
 
-    def __init__(self, plan: MergePlan, dtype: torch.dtype | None, allow_other_base: bool) -> None:
+    def __init__(self, plan: MergePlan, dtype: torch.dtype | None, allow_other_base: bool, threads: Workers) -> None:
         self.plan = plan
+        self.threads = threads
         self.dtype = dtype
         self.check = BaseCheck(plan, active=not allow_other_base)
         self.done: list[LayerCertificate] = []
@@ -112,29 +121,45 @@ class _Merge:
                 f"the checkpoint it was quantised from."
             )
         shape = file.header.tensors[name].shape
-        update, check, error = self.plan.update(name, shape), self.check.part(name, shape), RoundingError()
-        start = 0
-        for delta in update.blocks():
-            weight = file.read(name, start, start + delta.numel())
-            start += delta.numel()
-            check.add(weight)
-            weight = weight.reshape(delta.shape)
-            # Summed in float32 and rounded once, to the type that is stored.
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            merged = _rounded(name, merged_weight(wide, delta.to(wide.dtype)), dtype)
-            error.add(weight, delta, merged)
+        errors: list[BlockError] = []
+        sums = self.threads.map(partial(_sum, name, dtype), self._summands(file, name, self.plan.update(name, shape)))
+        for merged, error in sums:
+            errors.append(error)
             yield merged
         self.check.close(name)
-        self.done.append(error.certificate(name))
+        self.done.append(layer_certificate(name, errors))
+
+    def _summands(self, file: TensorFile, name: str, update: StoredUpdate) -> Iterator[tuple[Tensor, RowBlock]]:
+        check = self.check.part(name, file.header.tensors[name].shape)
+        start = 0
+        for rows in update.blocks():
+            stop = start + rows.shape[0] * rows.shape[1]
+            weight = file.read(name, start, stop)
+            check.add(weight)
+            yield weight.reshape(rows.shape), rows
+            start = stop
+
+
+def _sum(name: str, dtype: torch.dtype, summands: tuple[Tensor, RowBlock]) -> tuple[Tensor, BlockError]:
+    """Weight and update summed in float32 and rounded once, to the type that is stored."""
+    weight, update = summands[0], summands[1].compute()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    merged = _rounded(name, merged_weight(wide, update.to(wide.dtype)), dtype)
+    return merged, block_error(weight, update, merged)
 
 
 def _rounded(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
     """A block in the type that is stored."""
     stored = block.to(dtype)
-    if stored is block or torch.promote_types(block.dtype, dtype) == dtype or bool(torch.isfinite(stored).all()):
+    if stored is block or torch.promote_types(block.dtype, dtype) == dtype:
         return stored
+    limit = torch.finfo(dtype).max
+    low, high = block.aminmax()
+    if -limit <= float(low) and float(high) <= limit:
+        return stored
+    # Above the limit some values still round down to it, and what is not finite in the base may stay so.
     finite = block[torch.isfinite(block)]
-    if len(finite) and not bool(torch.isfinite(finite.to(dtype)).all()):
+    if not bool(torch.isfinite(finite.to(dtype)).all()):
         raise AdapterFileError(
             f"{name} reaches {float(finite.abs().max()):g}, more than {dtype} can hold. Choose a wider dtype."
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,28 +43,34 @@ class MergeCertificate:
         )
 
 
-class RoundingError:
-    """Maximum and norm of the error of a tensor that is merged block by block."""
+class BlockError(NamedTuple):
+    """The error of some rows: its largest absolute value, and the squared norms of the error and of the update."""
 
-    def __init__(self) -> None:
-        self._largest = torch.zeros((), dtype=torch.float64)
-        self._lost = torch.zeros((), dtype=torch.float64)
-        self._update = torch.zeros((), dtype=torch.float64)
+    largest: float
+    lost: float
+    update: float
 
-    def add(self, weight: Tensor, update: Tensor, stored: Tensor) -> None:
-        """Count a block.
 
-        Args:
-            weight: Of the base.
-            update: Exact, in float64; overwritten.
-            stored: What is written for their sum.
-        """
-        self._update += update.square().sum()
-        error = stored.double().sub_(update.add_(weight))
-        self._largest = torch.maximum(self._largest, error.abs().max())
-        self._lost += error.square_().sum()
+def block_error(weight: Tensor, update: Tensor, stored: Tensor) -> BlockError:
+    """What rounding did to a block.
 
-    def certificate(self, weight: str) -> LayerCertificate:
-        """The error of the whole tensor, called ``weight``."""
-        lost = float((self._lost / self._update).sqrt()) if self._update else 0.0
-        return LayerCertificate(weight, float(self._largest), lost)
+    Args:
+        weight: Of the base.
+        update: Exact, in float64; overwritten.
+        stored: What is written for their sum.
+    """
+    norm = _squares(update)
+    error = stored.double().sub_(update.add_(weight))
+    low, high = error.aminmax()
+    return BlockError(float(torch.maximum(-low, high)), _squares(error), norm)
+
+
+def layer_certificate(weight: str, blocks: Sequence[BlockError]) -> LayerCertificate:
+    """The error of the tensor ``weight``, from those of its blocks."""
+    largest, lost, update = torch.tensor(blocks, dtype=torch.float64).unbind(1)
+    share = float((lost.sum() / update.sum()).sqrt()) if update.any() else 0.0
+    return LayerCertificate(weight, float(largest.max()), share)
+
+
+def _squares(block: Tensor) -> float:
+    return float(torch.dot(block.reshape(-1), block.reshape(-1)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError
 
 # Elements of a block. The handful of copies a sum needs, in float64, then stay in the cache of one core.
-BLOCK = 2**17
+BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,36 @@ class StoredUpdate:
         """``(matrices, rows, columns)``."""
         return max(len(self.left), len(self.right)), self.left.shape[1], self.right.shape[2]
 
-    def blocks(self) -> Iterator[Tensor]:
-        """The update in float64, in blocks of whole rows ``(rows, columns)``, in the order of the stored tensor."""
-        num_matrices, num_rows, num_columns = self.shape
+    def blocks(self) -> Iterator[RowBlock]:
+        """The update in blocks of whole rows, in the order of the stored tensor."""
+        num_matrices, _, num_columns = self.shape
         left, right = self.left.expand(num_matrices, -1, -1), self.right.expand(num_matrices, -1, -1)
         step = max(1, BLOCK // num_columns)
         for matrix in range(num_matrices):
-            wide = right[matrix].double()
-            for start in range(0, num_rows, step):
-                yield (left[matrix, start : start + step].double() @ wide).mul_(self.scale)
+            wide = right[matrix].double() * self.scale
+            for rows in left[matrix].split(step):
+                yield RowBlock(rows, wide)
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some rows of an update, not yet computed.
+
+    Shape:
+        - ``left``: ``(rows, rank)``, ``right``: ``(rank, columns)`` in float64, scaled.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, columns)``."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def compute(self) -> Tensor:
+        """The update, ``(rows, columns)`` in float64."""
+        return self.left.double() @ self.right
 
 
 def matrix_update(
