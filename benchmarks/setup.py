@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +31,18 @@ from lightning_lora import (
     save_adapter,
 )
 
-COMMON = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "pad_token_id": 0}
+COMMON: dict[str, Any] = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 8, "num_experts": 2, "head_dim": 4}
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "llama": lambda n: LlamaForCausalLM(LlamaConfig(**COMMON, num_key_value_heads=2, num_hidden_layers=n)),
     "qwen3_moe": lambda n: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **COMMON, num_key_value_heads=2, num_hidden_layers=n, moe_intermediate_size=8, num_experts=2, head_dim=4
-        )
+        Qwen3MoeConfig(**COMMON, **EXPERTS, num_key_value_heads=2, num_hidden_layers=n)
     ),
 }
 
