@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lightning_lora import peft_experts, peft_format, peft_layers
+from lightning_lora import peft_experts, peft_layers
 from lightning_lora.adaptable import refused_layers
 from lightning_lora.adapter import check_tensors
 from lightning_lora.adapter_folder import MANIFEST_FILE, AdapterFolder
@@ -20,6 +20,7 @@ from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.registry import adapter_kind
 from lightning_lora.layers.walk import adapted_weights, factor_parameters, join
 from lightning_lora.patterns import plain_name
+from lightning_lora.peft_patterns import TargetedNames
 from lightning_lora.roles import module_roles
 from lightning_lora.targets import Target, without_dropout
 from lightning_lora.tying import Tied, weight_owners
@@ -43,13 +44,16 @@ def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
         return folder
     factors: dict[str, Tensor] = {}
     found: set[str] = set()
+    packed: dict[str, list[str]] = {}
+    for name in folder.packed:
+        packed.setdefault(name.partition(".base_layer")[0], []).append(name)
     for name, module in root.named_modules():
         kind, name = adapter_kind(module), plain_name(name)
         if name not in folder.packed or kind is None:
             continue
         if issubclass(kind, LoRAFusedExperts):
             factors |= peft_experts.unpack_by_model(folder.packed, folder.peft, name, module, kind)
-            found |= {packed for packed in folder.packed if packed.partition(".base_layer")[0] == name}
+            found.update(packed[name])
         elif issubclass(kind, LoRALinear):
             # The weight of a linear layer, targeted as a parameter: the same update as of the layer.
             factors |= {join(name, factor): tensor for factor, tensor in zip(FACTORS, folder.packed[name], strict=True)}
@@ -120,13 +124,13 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
 
 
 def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder) -> Tied:
-    untied, followers = [], {}
+    untied, followers, following = [], {}, frozenset(folder.following)
     owners = weight_owners(root)
     for name, target in targets.items():
         for parameter in target.specs:
             shared = owners[id(getattr(target.module, parameter))]
             others = [layer for owner in shared if (layer := owner.rpartition(".")[0]) != name]
-            if others and set(others) <= set(folder.following):
+            if others and following.issuperset(others):
                 followers |= dict.fromkeys(others, name)
             elif others:
                 untied.append((target.module, parameter))
@@ -176,10 +180,11 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
 
 def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
     """Without a manifest only the config tells which layers the file must hold."""
+    targeted = TargetedNames(folder.peft)
     lost = [
         name
         for name, module in modules.items()
-        if name not in folder.ranks and adapter_kind(module) and peft_format.is_targeted(folder.peft, name)
+        if name not in folder.ranks and adapter_kind(module) and name in targeted
     ]
     if lost:
         raise AdapterFileError(

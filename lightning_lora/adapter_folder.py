@@ -18,6 +18,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, first_five
 from lightning_lora.layers.base import FACTORS, WeightShape
 from lightning_lora.layers.walk import factor_owner
+from lightning_lora.peft_patterns import TargetedNames
 from lightning_lora.tensor_files import read_tensors
 
 Pair = tuple[Tensor, Tensor]
@@ -109,7 +110,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in following}
     packed: dict[str, Pair] = {}
     if peft.get("target_parameters"):
-        packed = peft_experts.take_packed(factors, manifest, lambda name: peft_format.is_targeted(peft, name))
+        packed = peft_experts.take_packed(factors, manifest, TargetedNames(peft))
     if manifest is not None:
         factors |= peft_experts.unpack_by_manifest(packed, manifest, str(tensor_file))
         packed = {}
@@ -117,7 +118,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     if manifest is not None and {name: layer["rank"] for name, layer in manifest["layers"].items()} != ranks:
         raise AdapterFileError(_unsound(folder))
     try:
-        peft = peft_layers.with_patterns(peft, projections, manifest, peft_format.by_regex)
+        peft = peft_layers.with_patterns(peft, projections, manifest)
         peft_format.check_ranks(peft, ranks, str(folder))
         if manifest is None:
             config = peft_format.to_lora_config(peft, ranks, _modules(trained))

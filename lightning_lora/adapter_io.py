@@ -36,6 +36,7 @@ from lightning_lora.layers.walk import adapted_weights, base_parameter, followin
 from lightning_lora.model_card import model_card
 from lightning_lora.patterns import matches_any, plain_name
 from lightning_lora.roles import hugging_face_models
+from lightning_lora.selection import is_inside
 from lightning_lora.tensor_files import write_tensors
 
 
@@ -143,14 +144,15 @@ def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
     The last because a module may be frozen as a whole once training is over.
     """
     tensors = dict(own_tensors(root))
-    patterns = {pattern for layer in lora_layers(root).values() for pattern in layer.lora_spec.config.trainable}
-    asked = [f"{plain_name(name)}." for name, _ in root.named_modules() if matches_any(name, patterns)]
+    configs = {id(config): config for layer in lora_layers(root).values() for config in (layer.lora_spec.config,)}
+    patterns = {pattern for config in configs.values() for pattern in config.trainable}
+    asked = {plain_name(name) for name, _ in root.named_modules() if name and matches_any(name, patterns)}
     learning = {name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.requires_grad}
     return {
         name: tensor
         for name, tensor in tensors.items()
         if tensor.requires_grad
-        or name.startswith(tuple(asked))
+        or is_inside(name.rpartition(".")[0], asked)
         or (not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in learning)
     }
 

@@ -1,68 +1,47 @@
-"""Merging an adapter into a checkpoint on disk: tensor by tensor, without building the model."""
+"""Merging an adapter into a checkpoint on disk: a few rows at a time, without building the model.
+
+Whatever the size of a tensor, a block of it is in memory; so are the factors of the adapter.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from lightning_lora.adapter_folder import AdapterFolder, read_adapter_folder, read_json
+from lightning_lora.adapter_folder import read_adapter_folder, read_json
 from lightning_lora.atomic import atomic_folder, sha256
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigError, first_five
-from lightning_lora.fingerprint import tensor_digest
-from lightning_lora.functional import merged_weight, weight_update
+from lightning_lora.base_check import BaseCheck
+from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.functional import merged_weight
+from lightning_lora.in_order import Workers, workers
+from lightning_lora.merge_certificate import (
+    BlockError,
+    LayerCertificate,
+    MergeCertificate,
+    block_error,
+    layer_certificate,
+)
+from lightning_lora.merge_plan import MergePlan, plan_merge
 from lightning_lora.peft_format import TENSOR_FILE
-from lightning_lora.tensor_files import read_header, safetensors_files, write_tensors
+from lightning_lora.stored_update import BLOCK, RowBlock, StoredUpdate
+from lightning_lora.tensor_files import TensorFile, open_tensors, read_header, safetensors_files, write_blocks
 
 CERTIFICATE_FILE = "merge_certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-@dataclass(frozen=True)
-class LayerCertificate:
-    """Numeric error of one merged layer.
-
-    Args:
-        weight: Name of the merged tensor in the base checkpoint.
-        max_error: Largest difference between the exact sum and what was stored, in weight units.
-        delta_error: ``|stored change - exact change| / |exact change|``: what rounding took of the update.
-    """
-
-    weight: str
-    max_error: float
-    delta_error: float
-
-
-@dataclass(frozen=True)
-class MergeCertificate:
-    """What a merge did: inputs by hash, type of the output, error of each layer."""
-
-    base: str
-    adapter_sha256: str
-    dtype: str | None
-    layers: tuple[LayerCertificate, ...]
-
-    def __str__(self) -> str:
-        worst = max(self.layers, key=lambda layer: layer.delta_error)
-        error = max(layer.max_error for layer in self.layers)
-        return (
-            f"{len(self.layers)} layers merged in float32; rounding to the stored type changed a weight by at most "
-            f"{error:.2e} and took at most {worst.delta_error:.2%} of an update ({worst.weight})"
-        )
-
-
 def merge_files(
     base: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None, allow_other_base: bool = False
 ) -> MergeCertificate:
-    """Write ``base`` with ``adapter`` folded in to ``out``, shard by shard; the base is only read.
+    """Write ``base`` with ``adapter`` folded in to ``out``, shard by shard; the base is only read, and once.
 
     Args:
         base: Folder of a Hugging Face checkpoint in safetensors.
@@ -83,9 +62,11 @@ def merge_files(
         raise ConfigError(f"{out} is the base or lies inside it; the base is never written to.")
     folder = read_adapter_folder(adapter)
     files = safetensors_files(base)
-    merge = _Merge(folder, base, set(files), DTYPES.get(dtype or ""), allow_other_base)
-    with atomic_folder(out, replaces=CERTIFICATE_FILE) as target:
-        for file in dict.fromkeys(files.values()):
+    headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
+    plan = plan_merge(folder, base, {name: headers[file].tensors[name].shape for name, file in files.items()})
+    with atomic_folder(out, replaces=CERTIFICATE_FILE) as target, workers() as threads:
+        merge = _Merge(plan, DTYPES.get(dtype or ""), allow_other_base, threads)
+        for file in headers:
             merge.shard(file, target / file.name)
         _copy_others(base, target, dtype)
         certificate = MergeCertificate(str(base), sha256(folder.path / TENSOR_FILE), dtype, tuple(merge.done))
@@ -94,139 +75,95 @@ def merge_files(
 
 
 class _Merge:
-    """Merges shard after shard and keeps the error of each layer."""
+    """Merges shard after shard and keeps the error of each tensor."""
 
-    def __init__(
-        self, folder: AdapterFolder, base: Path, names: set[str], dtype: torch.dtype | None, allow_other_base: bool
-    ) -> None:
-        self.folder = folder
-        # Tensor in the base -> adapted layer, and -> tensor trained in full.
-        self.layers, self.trained = _targets(folder, names, base)
-        self.pairs = folder.pairs
+    def __init__(self, plan: MergePlan, dtype: torch.dtype | None, allow_other_base: bool, threads: Workers) -> None:
+        self.plan = plan
+        self.threads = threads
         self.dtype = dtype
-        self.allow_other_base = allow_other_base
+        self.check = BaseCheck(plan, active=not allow_other_base)
         self.done: list[LayerCertificate] = []
 
     def shard(self, source: Path, target: Path) -> None:
         """Write one file with the updates of its tensors folded in."""
-        header = read_header(source)
-        with safe_open(source, framework="pt") as tensors:
-            names = list(header.tensors)
-            layout = {name: self._layout(tensors, name) for name in names}
-            write_tensors(target, self._merged(tensors, names), layout, header.metadata)
+        with open_tensors(source) as file:
+            spans = file.header.tensors
+            layout = {name: (self._dtype(file.dtype(name)), span.shape) for name, span in spans.items()}
+            in_order = sorted(spans, key=lambda name: spans[name].start)
+            blocks = ((name, block) for name in in_order for block in self._blocks(file, name, layout[name][0]))
+            write_blocks(target, blocks, layout, file.header.metadata)
 
-    def _layout(self, tensors: Any, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        piece = tensors.get_tensor(name)
-        return (self.dtype if self.dtype and piece.is_floating_point() else piece.dtype), tuple(piece.shape)
+    def _dtype(self, stored: torch.dtype) -> torch.dtype:
+        # Floating-point types of one byte are codes that mean nothing without their scales.
+        return self.dtype if self.dtype and stored.is_floating_point and stored.itemsize > 1 else stored
 
-    def _merged(self, tensors: Any, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            tensor = tensors.get_tensor(name)
-            dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
-            if name in self.layers:
-                tensor = self._merge(name, tensor, dtype)
-            elif name in self.trained:
-                tensor = self._trained(name, tensor)
-            yield name, _stored(name, tensor, dtype)
+    def _blocks(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        if self.plan.weight(name) is not None:
+            yield from self._merged(file, name, dtype)
+        elif name in self.plan.trained:
+            yield from self._trained(file, name, dtype)
+        else:
+            num_elements = torch.Size(file.header.tensors[name].shape).numel()
+            for start in range(0, num_elements, BLOCK):
+                yield _rounded(name, file.read(name, start, min(start + BLOCK, num_elements)), dtype)
 
-    def _trained(self, name: str, weight: Tensor) -> Tensor:
-        trained = self.folder.trained[self.trained[name]]
-        if trained.shape != weight.shape:
-            raise AdapterFileError(f"{name}: trained as {tuple(trained.shape)}, in the base {tuple(weight.shape)}.")
-        return trained
+    def _trained(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        trained, shape = self.plan.folder.trained[self.plan.trained[name]], file.header.tensors[name].shape
+        if trained.shape != shape:
+            raise AdapterFileError(f"{name}: trained as {tuple(trained.shape)}, in the base {shape}.")
+        for block in trained.reshape(-1).split(BLOCK):
+            yield _rounded(name, block, dtype)
 
-    def _merge(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        layer = self.layers[name]
-        manifest = self.folder.manifest
-        if manifest is not None and not self.allow_other_base:
-            expected = manifest["layers"][layer]["base"]
-            if tensor_digest(weight) != expected:
-                raise BaseMismatchError(
-                    f"{name} is not the weight the adapter was trained on (digest {tensor_digest(weight)}, expected "
-                    f"{expected}). Give the right base, or pass --allow_other_base."
-                )
-        delta = self._delta(layer, weight)
-        # Summed in float32 and rounded once, to the type that is stored.
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        merged = _stored(name, merged_weight(wide, delta.to(wide.dtype)), dtype)
-        exact = weight.double() + delta
-        norm = delta.norm()
-        lost = (merged.double() - exact).norm() / norm if norm else torch.tensor(0.0)
-        self.done.append(LayerCertificate(name, float((merged.double() - exact).abs().max()), float(lost)))
-        return merged
+    def _merged(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        if not file.dtype(name).is_floating_point or file.dtype(name).itemsize < 2:
+            raise AdapterFileError(
+                f"{name} is stored as {file.dtype(name)}, quantised: an update cannot be added to codes. Merge into "
+                f"the checkpoint it was quantised from."
+            )
+        shape = file.header.tensors[name].shape
+        errors: list[BlockError] = []
+        sums = self.threads.map(partial(_sum, name, dtype), self._summands(file, name, self.plan.update(name, shape)))
+        for merged, error in sums:
+            errors.append(error)
+            yield merged
+        self.check.close(name)
+        self.done.append(layer_certificate(name, errors))
 
-    def _delta(self, layer: str, weight: Tensor) -> Tensor:
-        A, B = self.pairs[layer]
-        delta = weight_update(A.double(), B.double(), self._scale(layer))
-        if delta.ndim == 2 < weight.ndim and delta.numel() == weight.numel():
-            entry = {} if self.folder.manifest is None else self.folder.manifest["layers"][layer]
-            return (delta.T if entry.get("stored") == "transposed kernel matrix" else delta).reshape(weight.shape)
-        square = delta.shape[0] == delta.shape[1]
-        # Embeddings and GPT-2's Conv1D store the transpose; where the weight is square the config tells the latter.
-        transposed = layer in self.folder.tables or (square and self.folder.peft.get("fan_in_fan_out"))
-        if transposed or delta.shape != weight.shape:
-            delta = delta.T
-        if delta.shape != weight.shape:
-            raise AdapterFileError(f"{layer}: the update is {tuple(delta.shape)}, the weight {tuple(weight.shape)}.")
-        return delta
-
-    def _scale(self, layer: str) -> float:
-        config, manifest = self.folder.config, self.folder.manifest
-        alpha = (
-            config.alpha_pattern.get(layer, config.alpha) if manifest is None else manifest["layers"][layer]["alpha"]
-        )
-        return config.scale(self.folder.ranks[layer], alpha)
+    def _summands(self, file: TensorFile, name: str, update: StoredUpdate) -> Iterator[tuple[Tensor, RowBlock]]:
+        check = self.check.part(name, file.header.tensors[name].shape)
+        start = 0
+        for rows in update.blocks():
+            stop = start + rows.shape[0] * rows.shape[1]
+            weight = file.read(name, start, stop)
+            check.add(weight)
+            yield weight.reshape(rows.shape), rows
+            start = stop
 
 
-def _targets(folder: AdapterFolder, names: set[str], base: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Base tensor to adapted layer, and base tensor to tensor trained in full."""
-    parameters = {
-        layer: (f"{layer}.weight", f"{layer}.in_proj_weight")
-        if folder.manifest is None
-        else (folder.manifest["layers"][layer]["parameter"],)
-        for layer in folder.ranks
-    }
-    layers = {
-        layer: next((found for name in candidates if (found := _in_base(name, names)) is not None), None)
-        for layer, candidates in parameters.items()
-    }
-    trained = {name: _in_base(name, names) for name in folder.trained}
-    missing = [layer for layer, found in layers.items() if found is None]
-    # A checkpoint holds tied weights once, an adapter that trained them under each name.
-    kept = [folder.trained[name] for name, found in trained.items() if found is not None]
-    missing += [
-        name
-        for name, found in trained.items()
-        if found is None and not any(torch.equal(folder.trained[name], tensor) for tensor in kept)
-    ]
-    if missing:
-        hint = (
-            " Checkpoints store fused experts one by one: load the model, load_adapter() and save it merged instead."
-            if folder.packed or any(shape.num_experts for shape in folder.shapes.values())
-            else ""
-        )
+def _sum(name: str, dtype: torch.dtype, summands: tuple[Tensor, RowBlock]) -> tuple[Tensor, BlockError]:
+    """Weight and update summed in float32 and rounded once, to the type that is stored."""
+    weight, update = summands[0], summands[1].compute()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    merged = _rounded(name, merged_weight(wide, update.to(wide.dtype)), dtype)
+    return merged, block_error(weight, update, merged)
+
+
+def _rounded(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """A block in the type that is stored."""
+    stored = block.to(dtype)
+    if stored is block or torch.promote_types(block.dtype, dtype) == dtype:
+        return stored
+    limit = torch.finfo(dtype).max
+    low, high = block.aminmax()
+    if -limit <= float(low) and float(high) <= limit:
+        return stored
+    # Above the limit some values still round down to it, and what is not finite in the base may stay so.
+    finite = block[torch.isfinite(block)]
+    if not bool(torch.isfinite(finite.to(dtype)).all()):
         raise AdapterFileError(
-            f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
-            f"weights are not in the checkpoint: {first_five(missing)}.{hint}"
-        )
-    return (
-        {found: layer for layer, found in layers.items() if found is not None},
-        {found: name for name, found in trained.items() if found is not None},
-    )
-
-
-def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = tensor.to(dtype)
-    if tensor.is_floating_point() and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
-        raise AdapterFileError(
-            f"{name} reaches {float(tensor.abs().max()):g}, more than {dtype} can hold. Choose a wider dtype."
+            f"{name} reaches {float(finite.abs().max()):g}, more than {dtype} can hold. Choose a wider dtype."
         )
     return stored
-
-
-def _in_base(name: str, names: set[str]) -> str | None:
-    """The name in the checkpoint, which may leave out the first part of the names a model uses."""
-    return next((candidate for candidate in (name, name.partition(".")[2]) if candidate in names), None)
 
 
 def _copy_others(base: Path, target: Path, dtype: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,52 @@ def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
         exact: False rounds to bfloat16 first, so that one base loaded in float32 and in bfloat16 agree. True compares
             the bits as they are.
     """
-    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
-    for part in stored_parts(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor):
-        flat = part.detach().reshape(-1)
-        step = -(-flat.numel() // SAMPLE) or 1
-        sample = flat[::step]
-        if sample.is_floating_point() and not exact:
-            sample = sample.to(torch.bfloat16)
+    parts = stored_parts(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    samples = [part.detach().reshape(-1)[:: sample_step(part.numel())] for part in parts]
+    return _digest(tensor.shape, [sample if exact else _rounded(sample) for sample in samples])
+
+
+def sample_step(num_elements: int) -> int:
+    """Distance of the entries that a digest reads of a tensor."""
+    return -(-num_elements // SAMPLE) or 1
+
+
+class PiecewiseDigest:
+    """`tensor_digest` of a plain tensor of which only a few entries are at hand at a time, in any order.
+
+    Args:
+        shape: Of the tensor.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        num_elements = torch.Size(shape).numel()
+        self.step = sample_step(num_elements)
+        self.missing = -(-num_elements // self.step)
+        self._sample: Tensor | None = None
+
+    def add(self, numbers: Tensor, entries: Tensor) -> None:
+        """Count the ``numbers``-th ones of every `step`-th entry, each of which comes once."""
+        if self._sample is None:
+            like = torch.bfloat16 if entries.is_floating_point() else entries.dtype
+            self._sample = torch.empty(self.missing, dtype=like)
+        self._sample[numbers] = _rounded(entries)
+        self.missing -= len(numbers)
+
+    def hexdigest(self) -> str:
+        """The digest, once nothing is missing."""
+        assert self.missing == 0
+        assert self._sample is not None
+        return _digest(self.shape, [self._sample])
+
+
+def _rounded(entries: Tensor) -> Tensor:
+    return entries.to(torch.bfloat16) if entries.is_floating_point() else entries
+
+
+def _digest(shape: tuple[int, ...], samples: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for sample in samples:
         digest.update(sample.contiguous().cpu().clone().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -9,7 +9,7 @@ is wrong for layers that store ``(experts, in, out)`` without an attribute ``is_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.layers.base import LoRALayer, WeightShape
 from lightning_lora.layers.experts import LoRAFusedExperts
 from lightning_lora.layers.walk import join
+from lightning_lora.peft_patterns import TargetedNames, is_listed
 
 Pair = tuple[Tensor, Tensor]
 
@@ -76,7 +77,7 @@ def unpack(A: Tensor, B: Tensor, num_experts: int, swapped: bool) -> Pair:
 
 
 def take_packed(
-    factors: dict[str, Tensor], manifest: Mapping[str, Any] | None, is_targeted: Callable[[str], bool]
+    factors: dict[str, Tensor], manifest: Mapping[str, Any] | None, targeted: TargetedNames
 ) -> dict[str, Pair]:
     """Remove the factors of fused experts from ``factors``, by PEFT's module name.
 
@@ -87,7 +88,7 @@ def take_packed(
         fused = {name.rpartition(".")[0] for name, entry in manifest["layers"].items() if entry.get("experts")}
         packed = {name for name in names if name.partition(".base_layer")[0] in fused}
     else:
-        packed = {name for name in names if name.endswith(".base_layer") or not is_targeted(name)}
+        packed = {name for name in names if name.endswith(".base_layer") or name not in targeted}
     return {
         name: (factors.pop(f"{name}.lora_A"), factors.pop(f"{name}.lora_B"))
         for name in sorted(packed)
@@ -118,7 +119,8 @@ def unpack_by_model(
     packed: Mapping[str, Pair], peft: Mapping[str, Any], layer: str, module: nn.Module, kind: type[LoRAFusedExperts]
 ) -> dict[str, Tensor]:
     """Factors of one experts layer by our names, from a folder that PEFT wrote."""
-    weights = [name for name in kind.weights(module) if is_listed(f"{layer}.{name}", peft["target_parameters"])]
+    listed = peft["target_parameters"]
+    weights = [name for name in kind.weights(module) if is_listed(f"{layer}.{name}", listed)]
     factors = {}
     for name, weight in zip(module_names(layer, len(weights)), weights, strict=True):
         if name not in packed:
@@ -131,11 +133,6 @@ def unpack_by_model(
         unpacked = unpack(A, B, shape.num_experts, swapped)
         factors[join(layer, f"{weight}_lora_A")], factors[join(layer, f"{weight}_lora_B")] = unpacked
     return factors
-
-
-def is_listed(name: str, entries: Sequence[str]) -> bool:
-    """PEFT's rule for lists of names: an entry means what it equals and what it ends, after a dot."""
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _found_swapped(

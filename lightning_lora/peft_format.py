@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lightning_lora.layers.linear import LoRAConv1D
 from lightning_lora.layers.tied import tied_tensors
 from lightning_lora.layers.walk import adapted_weights, factor_name, following_layers, join, lora_layers
 from lightning_lora.patterns import plain_name
+from lightning_lora.peft_patterns import PatternTable, endings
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -90,7 +92,7 @@ def to_tensors(root: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, Tens
         if isinstance(layer, LoRAFusedExperts):
             module, leaves = modules[name], _LINEAR
             pair = list(peft_experts.pack(pair[0], pair[1], layer, weight))
-        elif layer.prefix(layer, weight):
+        elif layer.lora_prefix(weight):
             module, leaves = name.removesuffix(f".{weight}"), [f"{weight}_{factor}" for factor in FACTORS]
         else:
             module, leaves = peft_layers.module_of(name, attentions), _leaves(layer)
@@ -145,7 +147,7 @@ def to_peft(root: nn.Module, weights: Mapping[str, tuple[LoRALayer, str]], train
         if not isinstance(layer, LoRAFusedExperts)
     }
     # In models with fused experts PEFT takes these names for the experts' of older versions; as parameters it does not.
-    clashing = [name for name in layers if fused and name.rpartition(".")[2] in _OLD_EXPERT_NAMES]
+    clashing = dict.fromkeys(name for name in layers if fused and name.rpartition(".")[2] in _OLD_EXPERT_NAMES)
     named = [name for name in layers if name not in clashing]
     config = next(iter(specs.values())).config
     rank, alpha = (
@@ -193,7 +195,8 @@ def check_supported(peft: Mapping[str, Any], where: str) -> None:
 def to_lora_config(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], trained: Iterable[str]) -> LoRAConfig:
     """The settings a PEFT config and its tensors stand for; layers are named in full."""
     rank, alpha = peft.get("r", 8), peft.get("lora_alpha", 8)
-    alphas = {name: float(by_regex(name, peft.get("alpha_pattern") or {}, alpha)) for name in layer_ranks}
+    table = PatternTable(peft.get("alpha_pattern") or {})
+    alphas = {name: float(table.value(name, alpha)) for name in layer_ranks}
     return LoRAConfig(
         rank=rank,
         alpha=float(alpha),
@@ -212,7 +215,8 @@ def check_ranks(peft: Mapping[str, Any], layer_ranks: Mapping[str, int], where: 
     Raises:
         AdapterFileError: Naming the first five layers.
     """
-    expected = {name: by_regex(name, peft.get("rank_pattern") or {}, peft.get("r", 8)) for name in layer_ranks}
+    table = PatternTable(peft.get("rank_pattern") or {})
+    expected = {name: table.value(name, peft.get("r", 8)) for name in layer_ranks}
     wrong = [f"{name} has {rank}, not {expected[name]}" for name, rank in layer_ranks.items() if rank != expected[name]]
     if wrong:
         raise AdapterFileError(f"{where}: tensors and config disagree about the rank: {first_five(wrong)}.")
@@ -224,7 +228,8 @@ def check_scales(peft: Mapping[str, Any], alphas: Mapping[str, float], config: L
     Raises:
         AdapterFileError: Naming the first five layers.
     """
-    expected = {name: by_regex(name, peft.get("alpha_pattern") or {}, peft.get("lora_alpha", 8)) for name in alphas}
+    table = PatternTable(peft.get("alpha_pattern") or {})
+    expected = {name: table.value(name, peft.get("lora_alpha", 8)) for name in alphas}
     wrong = [f"{name} has {alpha}, not {expected[name]}" for name, alpha in alphas.items() if alpha != expected[name]]
     if bool(peft.get("use_rslora")) != (config.scaling == "rslora"):
         wrong.append(f"use_rslora is {peft.get('use_rslora')}, scaling {config.scaling}")
@@ -232,37 +237,20 @@ def check_scales(peft: Mapping[str, Any], alphas: Mapping[str, float], config: L
         raise AdapterFileError(f"{where}: manifest and config disagree about alpha: {first_five(wrong)}.")
 
 
-def is_targeted(peft: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT's rules surely adapt a layer of this name; False where they depend on more than the name."""
-    targets, excluded = peft.get("target_modules"), peft.get("exclude_modules") or []
-    if peft.get("layers_to_transform") is not None or not targets:
-        return False
-    saved = peft.get("modules_to_save") or []
-    if any(name.endswith(top) or f".{top}." in f".{name}." for top in saved):
-        return False
-    return _listed(name, targets) and not (excluded and _listed(name, excluded))
-
-
-def _listed(name: str, entries: str | list[str]) -> bool:
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return peft_experts.is_listed(name, entries)
-
-
-def by_regex(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """The value PEFT's rule gives: a key is a regular expression for the end of the name, the first match wins."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def _value_patterns(values: Mapping[str, Any], default: Any, parameters: Iterable[str]) -> dict[str, Any]:
+def _value_patterns(values: Mapping[str, Any], default: Any, parameters: Collection[str]) -> dict[str, Any]:
     """Full name to value where it is not the default; anchored where it also ends a layer's name of another value.
 
     PEFT looks for layers in ``parameters`` by the names of their weights.
     """
+    # Every end of a name -> the values of the layers that have it.
+    ending_values: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        for ending in islice(endings(name), 1, None):
+            ending_values.setdefault(ending, set()).add(value)
     table = {}
     for name, value in values.items():
         if value != default:
-            clash = any(other.endswith(f".{name}") and values[other] != value for other in values)
+            clash = ending_values.get(name, set()) - {value}
             key = f"^{re.escape(name)}" if clash else name
             table[rf"{re.escape(name)}(\.weight)?" if name in parameters else key] = value
     return table

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from lightning_lora.layers.conv import LoRAConv, LoRAConvolution, LoRAConvTransp
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.layers.walk import join
 from lightning_lora.patterns import plain_name
+from lightning_lora.peft_patterns import PatternTable
 
 Pair = tuple[Tensor, Tensor]
 Weights = Mapping[str, tuple[LoRALayer, str]]
@@ -166,25 +167,22 @@ def without_fillers(factors: Mapping[str, Tensor], manifest: Mapping[str, Any]) 
     return {key: tensor for key, tensor in factors.items() if not is_filler(key)}
 
 
-def with_patterns(
-    peft: dict[str, Any], names: Iterable[str], manifest: Mapping[str, Any] | None, lookup: Callable[..., Any]
-) -> dict[str, Any]:
+def with_patterns(peft: dict[str, Any], names: Iterable[str], manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """PEFT's settings with rank and alpha of output projections, which PEFT takes from their attention.
 
     Args:
         peft: Contents of ``adapter_config.json``.
         names: Our names of output projections.
         manifest: Ours, if there is one; it says rank and alpha of every layer.
-        lookup: ``(name, patterns, default)`` to the value of the first pattern that means ``name``.
     """
     extended = dict(peft)
     for table, option, key in (("rank_pattern", "r", "rank"), ("alpha_pattern", "lora_alpha", "alpha")):
         patterns = peft.get(table) or {}
-        values = {}
+        lookup, values = PatternTable(patterns), {}
         for name in names:
             attention = _parent(name)
             entry = {} if manifest is None else manifest["layers"].get(name, {})
-            value = entry.get(key, lookup(attention, patterns, peft.get(option, 8)))
+            value = entry.get(key, lookup.value(attention or "", peft.get(option, 8)))
             values[f"^{re.escape(name)}"] = value
         extended[table] = values | patterns
     return extended

@@ -58,7 +58,7 @@ def module_roles(root: nn.Module) -> dict[str, str]:
     Layers that would be adapted but for a `refusal` have their role too.
     """
     modules = dict(root.named_modules())
-    heads, patches = _heads(root), _patch_embeddings(root)
+    heads, patches, containers = _heads(root), _patch_embeddings(root), _Containers()
     roles = {}
     for name, module in modules.items():
         if adapter_kind(module) is None and refusal(module) is None:
@@ -74,7 +74,7 @@ def module_roles(root: nn.Module) -> dict[str, str]:
             # A model without a head calls its patch embedding its output, by transformers' fallback.
             roles[name] = "head"
         else:
-            role = _role_by_place(name, modules)
+            role = _role_by_place(name, modules, containers)
             roles[name] = "embedding" if role == "other" and id(module) in patches else role
     return roles
 
@@ -137,7 +137,28 @@ def _named_by_leaf(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name.rpartition(".")[2], child) for name, child in module.named_modules())
 
 
-def _role_by_place(name: str, modules: dict[str, nn.Module]) -> str:
+class _Containers:
+    """What modules are as surroundings of layers, each told once: a list of blocks is around every layer in them."""
+
+    def __init__(self) -> None:
+        self._roles: dict[tuple[str, nn.Module], str | None] = {}
+        self._attentions: dict[nn.Module, bool] = {}
+
+    def role(self, leaf: str, module: nn.Module) -> str | None:
+        """The role of a module called ``leaf``, if it has one."""
+        if (leaf, module) not in self._roles:
+            self._roles[leaf, module] = _role_of_container(leaf, module)
+        return self._roles[leaf, module]
+
+    def holds_attention(self, module: nn.Module) -> bool:
+        """Whether one of its children is an attention."""
+        if module not in self._attentions:
+            children = module.named_children()
+            self._attentions[module] = any(self.role(name, child) == "attention" for name, child in children)
+        return self._attentions[module]
+
+
+def _role_by_place(name: str, modules: dict[str, nn.Module], containers: _Containers) -> str:
     """The role of the nearest ancestor that has one; the rest of a block with attention in it is its MLP.
 
     Routers and experts are made of MLPs: what is around those tells first.
@@ -146,16 +167,14 @@ def _role_by_place(name: str, modules: dict[str, nn.Module]) -> str:
     for leaf, _, parent in around:
         if leaf in ("router", "gate", "shared_expert_gate") and hasattr(parent, "experts"):
             return "router"
-    roles = [_role_of_container(leaf, module) for leaf, module, _ in around]
+    roles = [containers.role(leaf, module) for leaf, module, _ in around]
     if "experts" in roles:
         return "experts"
     block_with_attention = False
     for role, (_, module, _) in zip(roles, around, strict=True):
         if role:
             return role
-        block_with_attention = block_with_attention or any(
-            _role_of_container(child_name, child) == "attention" for child_name, child in module.named_children()
-        )
+        block_with_attention = block_with_attention or containers.holds_attention(module)
         if isinstance(module, nn.ModuleList) and block_with_attention:
             return "mlp"
     return "other"

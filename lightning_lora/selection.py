@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -92,9 +92,11 @@ def is_targeted(name: str, weight: AdaptableWeight, config: LoRAConfig) -> bool:
     return weight.is_hit_by_any(name, config.targets)
 
 
-def is_inside(name: str, tops: Iterable[str]) -> bool:
+def is_inside(name: str, tops: Collection[str]) -> bool:
     """Whether a module is one of ``tops`` or lies inside one."""
-    return any(name == top or name.startswith(f"{top}.") or top == "" for top in tops)
+    while name and name not in tops:
+        name = name.rpartition(".")[0]
+    return name in tops
 
 
 def trainable_modules(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

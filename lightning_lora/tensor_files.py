@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files, whole or one tensor at a time.
+"""Reading and writing safetensors files, whole, one tensor at a time, or in blocks of one.
 
 Nothing here can run code from a file: pickled weights are never opened.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -19,7 +21,19 @@ from lightning_lora.atomic import atomic_file
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.tensor_header import DTYPES, Header, TensorSpan, check_spans, parse_json, read_header
 
-__all__ = ["Header", "TensorSpan", "read_header", "read_tensors", "safetensors_files", "write_tensors"]
+__all__ = [
+    "Header",
+    "TensorFile",
+    "TensorSpan",
+    "open_tensors",
+    "read_header",
+    "read_tensors",
+    "safetensors_files",
+    "write_blocks",
+    "write_tensors",
+]
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _LAYOUT_RANK = {name: rank for rank, name in enumerate(reversed(DTYPES))}
@@ -39,11 +53,53 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
 
 
+class TensorFile:
+    """A safetensors file open for reading a few elements at a time.
+
+    It is read, not mapped: mapped pages count as memory of the process for as long as the system likes, and a mapped
+    file that is cut meanwhile kills the process.
+
+    Args:
+        file: The open file.
+        header: Its checked header.
+    """
+
+    def __init__(self, file: BinaryIO, header: Header) -> None:
+        self._file = file
+        self.header = header
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor."""
+        return DTYPES[self.header.tensors[name].dtype]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor, counted row by row; one axis.
+
+        Raises:
+            AdapterFileError: If the file has become shorter since it was opened.
+        """
+        dtype = self.dtype(name)
+        elements = torch.empty(stop - start, dtype=dtype)
+        self._file.seek(self.header.data_start + self.header.tensors[name].start + start * dtype.itemsize)
+        if self._file.readinto(elements.view(torch.uint8).numpy().data) != elements.nbytes:  # pyright: ignore
+            raise AdapterFileError(f"{self._file.name} was cut while it was read, within tensor {name!r}.")
+        return elements
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
+    """A safetensors file to read in blocks, closed when the context ends.
+
+    Raises:
+        AdapterFileError: If the file is missing, cut or damaged.
+    """
+    header = read_header(path)
+    with open(path, "rb") as file:
+        yield TensorFile(file, header)
+
+
 def write_tensors(
-    path: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, Tensor]],
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    metadata: Mapping[str, str],
+    path: str | os.PathLike[str], tensors: Iterable[tuple[str, Tensor]], layout: Layout, metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file with one tensor in memory at a time; ``path`` is replaced in one step at the end.
 
@@ -60,18 +116,52 @@ def write_tensors(
         ValueError: If a tensor disagrees with ``layout``, comes twice or is missing, or ``layout`` cannot be written.
         OSError: If the disk is full or not writable. After any error the old file is untouched.
     """
+
+    def whole() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if name in layout and (tensor.dtype, tuple(tensor.shape)) != (layout[name][0], tuple(layout[name][1])):
+                found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{layout[name][0]} {tuple(layout[name][1])}"
+                raise ValueError(f"tensor {name!r} is {found}, the layout says {wanted}.")
+            yield name, tensor
+            del tensor  # else this one lives on while the iterable makes the next
+
+    write_blocks(path, whole(), layout, metadata)
+
+
+def write_blocks(
+    path: str | os.PathLike[str], blocks: Iterable[tuple[str, Tensor]], layout: Layout, metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file as `write_tensors` does, of tensors that come in blocks.
+
+    Args:
+        path: The file to create or replace.
+        blocks: Name and next elements of a tensor, row by row, in any shape and size; blocks of several tensors may
+            alternate.
+        layout: Tensor name -> dtype and shape.
+        metadata: Texts to keep in the header.
+
+    Raises:
+        ValueError: If a block is of another type, tensors have more or fewer elements than ``layout`` says, or
+            ``layout`` cannot be written.
+        OSError: If the disk is full or not writable. After any error the old file is untouched.
+    """
     spans = _spans(layout)
     header = _header_bytes(spans, metadata)
-    waiting = dict(spans)
+    waiting = {name: span.end - span.start for name, span in spans.items()}
     with atomic_file(path) as file:
         file.write(header)
-        for name, tensor in tensors:
+        for name, block in blocks:
             if name not in waiting:
                 raise ValueError(f"tensor {name!r} {'came twice' if name in spans else 'is not in the layout'}.")
-            raw = _raw_bytes(name, tensor, layout[name])
-            file.seek(len(header) + waiting.pop(name).start)
+            raw = _raw_bytes(name, block, layout[name][0])
+            if len(raw) > waiting[name]:
+                raise ValueError(f"tensor {name!r} has more elements than {layout[name][1]}, which the layout says.")
+            file.seek(len(header) + spans[name].end - waiting[name])
             file.write(raw)
-            del tensor, raw  # else this one lives on while the iterable makes the next
+            waiting[name] -= len(raw)
+            if not waiting[name]:
+                del waiting[name]
+            del block, raw  # else this one lives on while the iterable makes the next
         if waiting:
             raise ValueError(f"{len(waiting)} of {len(spans)} tensors never came: {first_five(waiting)}.")
 
@@ -101,7 +191,7 @@ def safetensors_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     raise AdapterFileError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
 
 
-def _spans(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, TensorSpan]:
+def _spans(layout: Layout) -> dict[str, TensorSpan]:
     """Where each tensor goes, in file order."""
     if unknown := sorted(name for name, (dtype, _) in layout.items() if dtype not in _NAME_OF):
         raise ValueError(f"safetensors cannot hold {layout[unknown[0]][0]} of tensor {unknown[0]!r}.")
@@ -127,11 +217,10 @@ def _header_bytes(spans: Mapping[str, TensorSpan], metadata: Mapping[str, str]) 
     return len(text).to_bytes(8, "little") + text
 
 
-def _raw_bytes(name: str, tensor: Tensor, expected: tuple[torch.dtype, tuple[int, ...]]) -> memoryview:
+def _raw_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """The bytes of a tensor as the format wants them, without a copy where it lies that way already."""
-    if (tensor.dtype, tuple(tensor.shape)) != (expected[0], tuple(expected[1])):
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"tensor {name!r} is {found}, the layout says {expected[0]} {tuple(expected[1])}.")
+    if tensor.dtype != dtype:
+        raise ValueError(f"tensor {name!r} is {tensor.dtype}, the layout says {dtype}.")
     if tensor.is_meta or tensor.layout is not torch.strided or sys.byteorder != "little":
         raise ValueError(f"tensor {name!r} has no plain little-endian bytes to write (meta or sparse?).")
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()

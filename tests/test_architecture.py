@@ -26,7 +26,8 @@ LEVELS = {
     "leaves": ("errors", "config", "patterns", "functional"),
     "adapters": (),  # whatever is named nowhere else: layers and the adapter operations
     "lightning": ("mixin", "optim", "checkpointing", "precision", "callbacks"),
-    "tasks": ("tasks", "data"),
+    # Checkpoints on disk have the names and layouts that transformers gives them.
+    "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge"),
     "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
 }
 # Libraries by the lowest level that may import them, at the top of a file or inside a function.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from benchmarks.merge import merge, write_adapter, write_base
 from lightning_lora import AdapterFileError, BaseMismatchError, ConfigError, LoRAConfig, inject_lora, save_adapter
 from lightning_lora.file_merge import CERTIFICATE_FILE, MergeCertificate, merge_files
 from lightning_lora.tensor_files import safetensors_files
@@ -247,3 +249,20 @@ def test_pickles_in_the_base_are_not_carried_along(tmp_path: Path) -> None:
     merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+# Memory.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_memory_does_not_depend_on_the_size_of_a_tensor(stored: str, dtype: str | None, tmp_path: Path) -> None:
+    largest = 64 * 2**20
+    names = write_base(tmp_path / "base", getattr(torch, stored), largest, num_shards=2)
+    write_adapter(tmp_path / "adapter", tmp_path / "base", names[:2], rank=8)
+    run = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype)
+    # Less than the tensor itself: one copy of it, in any type, is too many.
+    assert run["bytes"] < 0.75 * largest
+    assert len(json.loads((tmp_path / "out" / CERTIFICATE_FILE).read_text())["layers"]) == 2

@@ -25,9 +25,11 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.tensor_files import (
     Header,
     TensorSpan,
+    open_tensors,
     read_header,
     read_tensors,
     safetensors_files,
+    write_blocks,
     write_tensors,
 )
 from lightning_lora.tensor_header import DTYPES
@@ -328,6 +330,43 @@ def test_disagreement_with_the_layout_leaves_the_old_file(
         write_tensors(path, tensors, layout_of({"a": A, "b": B}), {})
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_blocks_make_the_same_file_as_whole_tensors_and_are_read_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(5, 7), "b": torch.randn(11).bfloat16(), "c": torch.arange(9).reshape(3, 3)}
+    layout = layout_of(tensors)
+    write_tensors(tmp_path / "whole", tensors.items(), layout, {"format": "pt"})
+    pieces = {name: tensor.reshape(-1).split(4) for name, tensor in tensors.items()}
+    # Of one tensor in order, of several as they come.
+    blocks = [(name, pieces[name][i]) for i in range(9) for name in "cab" if i < len(pieces[name])]
+    write_blocks(tmp_path / "blocks", blocks, layout, {"format": "pt"})
+    assert (tmp_path / "blocks").read_bytes() == (tmp_path / "whole").read_bytes()
+    with open_tensors(tmp_path / "blocks") as file:
+        for name, tensor in tensors.items():
+            assert file.dtype(name) == tensor.dtype
+            size = tensor.numel()
+            parts = [file.read(name, start, min(start + 4, size)) for start in range(0, size, 4)]
+            assert torch.equal(torch.cat(parts).reshape(tensor.shape), tensor)
+
+
+def test_blocks_too_many_or_too_few_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    layout = layout_of({"a": A})
+    with pytest.raises(ValueError, match=r"tensor 'a' has more elements than \(2,\)"):
+        write_blocks(path, [("a", A[:1]), ("a", A)], layout, {})
+    with pytest.raises(ValueError, match="1 of 1 tensors never came: a"):
+        write_blocks(path, [("a", A[:1])], layout, {})
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    save_file({"a": torch.ones(100_000)}, path)
+    with open_tensors(path) as file:
+        os.truncate(path, 200_000)
+        with pytest.raises(AdapterFileError, match="a was cut while it was read, within tensor 'a'"):
+            file.read("a", 0, 100_000)
 
 
 @pytest.mark.parametrize(

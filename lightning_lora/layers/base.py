@@ -121,14 +121,18 @@ class LoRALayer(nn.Module):
         """Dropout probability in force now."""
         return self.lora_spec.config.dropout if self.training else 0.0
 
+    def lora_prefix(self, weight: str) -> str:
+        """`prefix` of an adapted weight, told from the factors: naming all weights of a layer takes longer."""
+        return "" if hasattr(self, "lora_A") else f"{weight}_"
+
     def lora_pair(self, weight: str = "weight") -> tuple[nn.Parameter, nn.Parameter]:
         """The two factors of an adapted weight."""
-        prefix = self.prefix(self, weight)
+        prefix = self.lora_prefix(weight)
         return getattr(self, f"{prefix}lora_A"), getattr(self, f"{prefix}lora_B")
 
     def lora_factors(self) -> dict[str, nn.Parameter]:
         """All factors, by the name of their attribute: ``lora_A`` and ``lora_B``, or those of several weights."""
-        prefixes = [self.prefix(self, weight) for weight in self.lora_specs]
+        prefixes = [self.lora_prefix(weight) for weight in self.lora_specs]
         return {f"{prefix}{end}": getattr(self, f"{prefix}{end}") for prefix in prefixes for end in FACTORS}
 
     def weight_delta(self, weight: str = "weight") -> Tensor:

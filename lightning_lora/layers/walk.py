@@ -27,7 +27,7 @@ def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
     A weight that several layers share has the name of the one that owns its factors.
     """
     return {
-        join(name, weight) if layer.prefix(layer, weight) else name: (layer, weight)
+        join(name, weight) if layer.lora_prefix(weight) else name: (layer, weight)
         for name, layer in lora_layers(module).items()
         for weight in layer.lora_specs
         if not layer.lora_follows
@@ -41,12 +41,12 @@ def following_layers(module: nn.Module) -> dict[str, LoRALayer]:
 
 def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
     """Dotted name of the parameter that an adapted weight's name stands for."""
-    return name if layer.prefix(layer, weight) else join(name, weight)
+    return name if layer.lora_prefix(weight) else join(name, weight)
 
 
 def factor_name(name: str, layer: LoRALayer, weight: str, factor: str) -> str:
     """Dotted name of ``lora_A`` or ``lora_B`` of an adapted weight."""
-    return f"{name}_{factor}" if layer.prefix(layer, weight) else join(name, factor)
+    return f"{name}_{factor}" if layer.lora_prefix(weight) else join(name, factor)
 
 
 def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

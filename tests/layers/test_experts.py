@@ -272,16 +272,6 @@ def test_a_merged_mixture_loads_in_transformers(name: str, tmp_path: Path) -> No
     assert (logits(merged) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-def test_merging_on_disk_says_that_experts_are_stored_apart(tmp_path: Path) -> None:
-    from lightning_lora.file_merge import merge_files
-
-    moe("mixtral").save_pretrained(tmp_path / "base")
-    save_adapter(adapted("mixtral"), tmp_path / "adapter")
-    with pytest.raises(AdapterFileError, match=r"Checkpoints store fused experts one by one: load the model"):
-        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # Axis of the parameter that A spans in files of each PEFT, by whether the layer is marked as stored transposed.
 ORIENTATIONS = [
     ("0.18.1", "mixtral", "middle"),

@@ -1,0 +1,59 @@
+"""The model of a checkpoint without its weights: how transformers names and cuts them on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterFileError
+
+
+class CheckpointModel:
+    """What transformers would build of a checkpoint folder, on the meta device.
+
+    Args:
+        folder: A folder with ``config.json``; no code of it is run.
+
+    Raises:
+        AdapterFileError: If the folder does not say what model it is, or transformers does not know it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import transformers  # a merge of linear layers alone needs nothing of it
+
+        try:
+            config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            kind: Any = getattr(transformers, (config.architectures or [""])[0])
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise AdapterFileError(
+                f"{folder} stores the adapted weights under other names than the model has, and which model it is "
+                f"cannot be told: {error}"
+            ) from error
+        with torch.device("meta"):
+            self.module: nn.Module = kind(config)
+        self._parameters = dict(self.module.named_parameters())
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of this name."""
+        return name in self._parameters
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model, by parameter name, as its checkpoints store them."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self.module, dict(tensors))  # pyright: ignore[reportArgumentType]
+
+    def stored_name(self, name: str) -> str | None:
+        """What checkpoints call a parameter that they store as it is; None for one they cut or turn, or without."""
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            return None
+        try:
+            stored = self.stored({name: parameter})
+        except ValueError:  # it is stored together with others
+            return None
+        return next((other for other, tensor in stored.items() if tensor is parameter), None)

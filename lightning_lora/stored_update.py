@@ -1,0 +1,94 @@
+"""The update of a tensor as a checkpoint stores it, computed a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError
+
+# Elements of a block. The handful of copies a sum needs, in float64, then stay in the cache of one core.
+BLOCK = 2**16
+
+
+@dataclass(frozen=True)
+class StoredUpdate:
+    """``scale * left @ right``, for each of the matrices a stored tensor consists of.
+
+    Shape:
+        - ``left``: ``(matrices, rows, rank)``, ``right``: ``(matrices, rank, columns)``; 1 for ``matrices`` where all
+          have the same factor.
+        - The stored tensor has ``matrices * rows * columns`` elements, in that order.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(matrices, rows, columns)``."""
+        return max(len(self.left), len(self.right)), self.left.shape[1], self.right.shape[2]
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """The update in blocks of whole rows, in the order of the stored tensor."""
+        num_matrices, _, num_columns = self.shape
+        left, right = self.left.expand(num_matrices, -1, -1), self.right.expand(num_matrices, -1, -1)
+        step = max(1, BLOCK // num_columns)
+        for matrix in range(num_matrices):
+            wide = right[matrix].double() * self.scale
+            for rows in left[matrix].split(step):
+                yield RowBlock(rows, wide)
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some rows of an update, not yet computed.
+
+    Shape:
+        - ``left``: ``(rows, rank)``, ``right``: ``(rank, columns)`` in float64, scaled.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, columns)``."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def compute(self) -> Tensor:
+        """The update, ``(rows, columns)`` in float64."""
+        return self.left.double() @ self.right
+
+
+def matrix_update(
+    layer: str, A: Tensor, B: Tensor, scale: float, shape: tuple[int, ...], transposed: bool, kernel_transposed: bool
+) -> StoredUpdate:
+    """The update of a weight that is stored as the model has it.
+
+    Args:
+        layer: Name of the adapted weight, for errors.
+        A: ``(rank, in)``.
+        B: ``(out, rank)``.
+        scale: alpha / rank.
+        shape: Of the stored tensor: a matrix either way round, or a kernel.
+        transposed: Whether a matrix is stored ``(in, out)`` although its shape does not tell.
+        kernel_transposed: Whether a kernel starts with its inputs.
+
+    Raises:
+        AdapterFileError: If the update does not fit the shape.
+    """
+    num_in, num_out = A.shape[1], B.shape[0]
+    if len(shape) > 2 and num_in * num_out == torch.Size(shape).numel():
+        transposed = kernel_transposed
+    else:
+        transposed = transposed or shape != (num_out, num_in)
+        if shape != ((num_in, num_out) if transposed else (num_out, num_in)):
+            found = (num_in, num_out) if transposed else (num_out, num_in)
+            raise AdapterFileError(f"{layer}: the update is {found}, the weight {shape}.")
+    left, right = (A.T, B.T) if transposed else (B, A)
+    return StoredUpdate(left[None], right[None], scale)
