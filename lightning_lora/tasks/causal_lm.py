@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import DataError
 from lightning_lora.functional import HeadScores, head_loss, head_scores
 from lightning_lora.functional.head_loss import IGNORED
 from lightning_lora.tasks.inner_head import at_head, hands_out, plain_head
+from lightning_lora.tasks.packing_probe import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 
@@ -27,6 +29,10 @@ class CausalLM(PretrainedTask):
     `SFTDataModule` makes them. The loss is the mean over the supervised tokens of an optimizer step. Logged:
     ``train_loss``; ``val_loss`` and ``test_loss`` in nats per token, with perplexity and next-token accuracy.
     Prediction gives each row's mean loss and number of supervised tokens.
+
+    Packed batches (``packing`` of `SFTDataModule`) have ``position_ids`` in the place of ``attention_mask``, starting
+    at 0 with each example. The first of a run makes the model prove that it keeps examples apart; a model that does
+    not is refused. The first token of an example is never predicted from the example before it.
 
     Where the model's output layer is a plain linear and its output the logits, the loss is computed in its place
     (`lightning_lora.functional.head_loss`): unsupervised tokens cost no product with it, and logits are never held.
@@ -47,6 +53,8 @@ class CausalLM(PretrainedTask):
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     # Whether the model's logits are its output layer's very output; None: not asked yet.
     _head_is_last: bool | None = None
+    # Whether this run's model was seen to keep packed examples apart.
+    _keeps_apart: bool = False
 
     def __init__(
         self,
@@ -65,14 +73,25 @@ class CausalLM(PretrainedTask):
         self.mean_accuracy = MeanMetric()
 
     @override
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits ``(rows, tokens, vocab)``."""
         assert self.model is not None
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        # Not every model takes positions; those that do count by themselves without.
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits
+
+    @override
+    def on_fit_start(self) -> None:
+        """Trust no answer of another run: the model may have changed."""
+        super().on_fit_start()
+        self._keeps_apart = False
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The micro-batch's share of the loss per supervised token of the optimizer step."""
+        self._check_packing(batch)
         labels = _next_tokens(batch)
         num_tokens = (labels != IGNORED).sum()
         loss_sum = self._at_head(batch, partial(_loss_sum, labels=labels))
@@ -108,6 +127,7 @@ class CausalLM(PretrainedTask):
 
     def _scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """Of each token, how well the next one is predicted; without gradients."""
+        self._check_packing(batch)
         scores = self._at_head(batch, partial(_stacked_scores, labels=_next_tokens(batch)))
         if scores is None:
             return self._plain_scores(batch)
@@ -115,7 +135,7 @@ class CausalLM(PretrainedTask):
 
     def _plain_scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """The same from logits, with gradients of the losses."""
-        logits, labels = self(batch["input_ids"], batch["attention_mask"]), _next_tokens(batch)
+        logits, labels = self._logits(batch), _next_tokens(batch)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(labels)
@@ -127,13 +147,29 @@ class CausalLM(PretrainedTask):
         head = plain_head(self.model)
         if head is None or self._head_is_last is False:
             return None
-        tokens, mask = batch["input_ids"], batch["attention_mask"]
         if self._head_is_last is None:
-            few = tokens[:1, :2]
+            few = batch["input_ids"][:1, :2]
             self._head_is_last = hands_out(head, lambda: self(few, torch.ones_like(few)))
-        result = at_head(head, lambda: self(tokens, mask), compute) if self._head_is_last else None
+        result = at_head(head, lambda: self._logits(batch), compute) if self._head_is_last else None
         self._head_is_last = result is not None
         return result
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        if "position_ids" not in batch:
+            return self(batch["input_ids"], batch["attention_mask"])
+        if "attention_mask" in batch:
+            # transformers then looks for no examples in the positions, and they would see each other.
+            raise DataError(
+                "a batch has attention_mask (padded rows) or position_ids (packed rows), not both: drop one."
+            )
+        return self(batch["input_ids"], position_ids=batch["position_ids"])
+
+    def _check_packing(self, batch: dict[str, Tensor]) -> None:
+        if self._keeps_apart or "position_ids" not in batch:
+            return
+        assert self.model is not None
+        check_packing(self.model, self, self.vocab_size, len(batch["input_ids"]))
+        self._keeps_apart = True
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
         supervised = _next_tokens(batch) != IGNORED
@@ -151,8 +187,11 @@ class CausalLM(PretrainedTask):
 
 
 def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """The label of each token's successor, ``(rows, tokens)``; none for the last."""
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    """The label of each token's successor, ``(rows, tokens)``; none for the last of an example."""
+    labels = batch["labels"][:, 1:]
+    if "position_ids" in batch:
+        labels = labels.masked_fill(batch["position_ids"][:, 1:] == 0, IGNORED)
+    return F.pad(labels, (0, 1), value=IGNORED)
 
 
 def _loss_sum(labels: Tensor, **head: Any) -> Tensor:
