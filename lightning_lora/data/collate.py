@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bins import even_rows
+
 Row = dict[str, Any]
 """``input_ids`` and ``supervised`` of one example."""
 
@@ -81,9 +83,16 @@ class CollatePacked:
 
 
 @dataclass(frozen=True)
-class CollateInOneRow:
-    """Lays all examples of a batch in one row without padding: `CollatePacked` with a single pack."""
+class CollateEvenly:
+    """Lays the examples of a batch in few rows of nearly the same length: `CollatePacked` of `even_rows`.
+
+    Args:
+        pad_id: Token id that fills ``input_ids``; any valid id will do.
+    """
+
+    pad_id: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Make a batch of one row."""
-        return CollatePacked(pad_id=0)([rows])
+        """Make a batch of examples."""
+        packs = even_rows([len(row["input_ids"]) for row in rows])
+        return CollatePacked(self.pad_id)([[rows[index] for index in pack] for pack in packs])

@@ -1,44 +1,19 @@
-"""Several examples in one row of at most so many tokens: which go together, and in what order."""
+"""Training rows filled with examples: which go together in an epoch, in what order, and on which device."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
+from .bins import best_fit
 from .collate import Row
 
 Pack = tuple[int, ...]
 """Indices of the rows that share one packed row."""
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each row, in the order given, into the fullest pack that still has room for it, else into a new one.
-
-    Taking rows as they come rather than the longest first keeps rows of all lengths together, so that no optimizer
-    step sees long rows only; with the usual lengths far below ``capacity`` it fills packs nearly as well.
-
-    Args:
-        lengths: Tokens of each row, at most ``capacity``.
-        capacity: Tokens of a pack.
-
-    >>> best_fit([5, 6, 4, 2, 3], capacity=10)
-    [[0, 3, 4], [1, 2]]
-    """
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # sorted: tokens left in a pack, and which
-    for row, length in enumerate(lengths):
-        fitting = bisect_left(room, (length, -1))
-        left, pack = room.pop(fitting) if fitting < len(room) else (capacity, len(packs))
-        if pack == len(packs):
-            packs.append([])
-        packs[pack].append(row)
-        insort(room, (left - length, pack))
-    return packs
 
 
 class PackedRows(Dataset[list[Row]]):
@@ -96,24 +71,6 @@ class PackSampler(DistributedSampler[Any]):
         packs = [tuple(places[list(self.packed.packs[pack])].tolist()) for pack in order]
         packs += [()] * (self.total_size - len(packs))
         return iter(packs[self.rank : self.total_size : self.num_replicas])
-
-
-def filled(lengths: numpy.ndarray, batch_size: int) -> float:
-    """Share of the places that hold tokens when each batch is padded to its longest row.
-
-    Args:
-        lengths: Tokens of the rows, in the order of the batches.
-        batch_size: Rows of a batch.
-
-    >>> filled(numpy.array([1, 4, 5]), batch_size=2)
-    0.7692307692307693
-    """
-    places = sum(len(batch) * max(batch) for batch in _batches(lengths.tolist(), batch_size))
-    return int(lengths.sum()) / places
-
-
-def _batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    return (lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size))
 
 
 def _exchanged(lengths: numpy.ndarray, generator: numpy.random.Generator) -> numpy.ndarray:

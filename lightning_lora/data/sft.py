@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -19,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from ..errors import ConfigError
-from .collate import Collate, CollateInOneRow, CollatePacked
-from .packing import PackedRows, PackSampler, filled
+from .bins import batches, even_rows, filled
+from .collate import Collate, CollateEvenly, CollatePacked
+from .packing import PackedRows, PackSampler
 from .split import SplitStatistics, check_ids, keep_supervised, read_split, row_lengths
 from .tokenizer import find_tokenizer, pad_id
 
@@ -61,8 +61,8 @@ class SFTDataModule(LightningDataModule):
         max_rows: Use only the first rows of ``train``; ``None`` uses all.
         validation_rows: Use only the first rows of ``validation``; ``None`` uses all.
         packing: ``"length"`` or true fills training rows with examples up to ``max_length`` tokens; ``batch_size``
-            then counts the filled rows. ``"batch"`` lays the ``batch_size`` rows of each batch in one row, so that
-            every optimizer step has the examples it would have unpacked. False pads each row.
+            then counts the filled rows. ``"batch"`` keeps the examples of each batch together and lays them in fewer
+            rows, so that every optimizer step is the one it would be unpacked. False pads each row.
 
     Attributes:
         statistics: Counts of each split that has been set up.
@@ -145,7 +145,7 @@ class SFTDataModule(LightningDataModule):
         rows, packed = self._examples("train"), self._packed
         if packed is not None:
             return self._loader(packed, PackSampler(packed, _spread(self.seed), **share), CollatePacked(self._pad_id))
-        collate = CollateInOneRow() if self.packing else Collate(self._pad_id)
+        collate = (CollateEvenly if self.packing else Collate)(self._pad_id)
         return self._loader(rows, DistributedSampler(rows, seed=_spread(self.seed), **share), collate)
 
     @override
@@ -187,24 +187,26 @@ class SFTDataModule(LightningDataModule):
 
     def _pack(self) -> None:
         """Decide which training rows share a row, and say what that saves."""
-        rows, lengths, seed = (
-            self._examples("train"),
-            row_lengths(self.rows["train"], self.max_length),
-            _spread(self.seed),
-        )
+        rows, seed = self._examples("train"), _spread(self.seed)
+        lengths = row_lengths(self.rows["train"], self.max_length)
         order = list(DistributedSampler(rows, num_replicas=1, rank=0, seed=seed))
-        unpacked, share, num_rows = filled(lengths[order], self.batch_size), 1.0, -(-len(rows) // self.batch_size)
+        unpacked = list(batches(lengths[order].tolist(), self.batch_size))
         if self.packing == "length":
             self._packed = PackedRows(rows, lengths, self.max_length, seed)
             packs = PackSampler(self._packed, seed, num_replicas=1, rank=0)
-            share = filled(numpy.array([lengths[list(pack)].sum() for pack in packs]), self.batch_size)
-            num_rows = len(self._packed)
-        self.statistics["train"] = dataclasses.replace(
-            self.statistics["train"], packed_rows=num_rows, filled=share, filled_unpacked=unpacked
+            packed = list(batches([int(lengths[list(pack)].sum()) for pack in packs], self.batch_size))
+        else:
+            packed = [[sum(batch[i] for i in row) for row in even_rows(batch)] for batch in unpacked]
+        counts = dataclasses.replace(
+            self.statistics["train"],
+            packed_rows=sum(map(len, packed)),
+            filled=filled(packed),
+            filled_unpacked=filled(unpacked),
         )
+        self.statistics["train"] = counts
         rank_zero_info(
-            f"train: {len(rows)} rows packed into {num_rows}; {share:.1%} of the places in a batch hold tokens, "
-            f"{unpacked:.1%} without packing"
+            f"train: {counts.rows} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the places in a batch "
+            f"hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
 
     def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -25,7 +25,7 @@ class SplitStatistics:
         truncated_rows: Rows used or dropped that were longer than ``max_length`` and were cut.
         dropped_rows: Rows left out because no token with loss remained.
         longest: Tokens in the longest row before cutting.
-        packed_rows: Rows, or batches with ``packing="batch"``, after packing; ``None`` where nothing is packed.
+        packed_rows: Rows of an epoch after packing; ``None`` where nothing is packed.
         filled: Share of the places in an epoch's batches that hold tokens rather than padding, as packed.
         filled_unpacked: The same without packing.
     """

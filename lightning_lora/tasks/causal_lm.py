@@ -53,8 +53,8 @@ class CausalLM(PretrainedTask):
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     # Whether the model's logits are its output layer's very output; None: not asked yet.
     _head_is_last: bool | None = None
-    # Whether this run's model was seen to keep packed examples apart.
-    _keeps_apart: bool = False
+    # Whether packed examples may be in several rows of a batch rather than in one; None: not asked yet.
+    _keeps_rows: bool | None = None
 
     def __init__(
         self,
@@ -86,17 +86,17 @@ class CausalLM(PretrainedTask):
     def on_fit_start(self) -> None:
         """Trust no answer of another run: the model may have changed."""
         super().on_fit_start()
-        self._keeps_apart = False
+        self._keeps_rows = None
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The micro-batch's share of the loss per supervised token of the optimizer step."""
-        self._check_packing(batch)
+        batch, num_rows = self._laid_out(batch), len(batch["input_ids"])
         labels = _next_tokens(batch)
         num_tokens = (labels != IGNORED).sum()
         loss_sum = self._at_head(batch, partial(_loss_sum, labels=labels))
         loss_sum = self._plain_scores(batch).losses.sum() if loss_sum is None else loss_sum.squeeze()
-        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=len(labels))
+        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=num_rows)
         return self.token_loss(loss_sum, num_tokens)
 
     @override
@@ -127,11 +127,13 @@ class CausalLM(PretrainedTask):
 
     def _scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """Of each token, how well the next one is predicted; without gradients."""
-        self._check_packing(batch)
+        shape, batch = batch["input_ids"].shape, self._laid_out(batch)
         scores = self._at_head(batch, partial(_stacked_scores, labels=_next_tokens(batch)))
         if scores is None:
-            return self._plain_scores(batch)
-        return HeadScores(scores[..., 0], scores[..., 1].bool())
+            losses, correct = self._plain_scores(batch)
+        else:
+            losses, correct = scores[..., 0], scores[..., 1].bool()
+        return HeadScores(losses.view(shape), correct.view(shape))
 
     def _plain_scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """The same from logits, with gradients of the losses."""
@@ -164,12 +166,16 @@ class CausalLM(PretrainedTask):
             )
         return self(batch["input_ids"], position_ids=batch["position_ids"])
 
-    def _check_packing(self, batch: dict[str, Tensor]) -> None:
-        if self._keeps_apart or "position_ids" not in batch:
-            return
-        assert self.model is not None
-        check_packing(self.model, self, self.vocab_size, len(batch["input_ids"]))
-        self._keeps_apart = True
+    def _laid_out(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch in as many rows as the model keeps apart."""
+        if "position_ids" not in batch:
+            return batch
+        if self._keeps_rows is None:
+            assert self.model is not None
+            self._keeps_rows = check_packing(self.model, self, self.vocab_size)
+        if self._keeps_rows:
+            return batch
+        return {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")}
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
         supervised = _next_tokens(batch) != IGNORED
@@ -190,7 +196,8 @@ def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
     """The label of each token's successor, ``(rows, tokens)``; none for the last of an example."""
     labels = batch["labels"][:, 1:]
     if "position_ids" in batch:
-        labels = labels.masked_fill(batch["position_ids"][:, 1:] == 0, IGNORED)
+        # Where transformers sees an example begin.
+        labels = labels.masked_fill(batch["position_ids"].diff() != 1, IGNORED)
     return F.pad(labels, (0, 1), value=IGNORED)
 
 

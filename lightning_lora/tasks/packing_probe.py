@@ -19,8 +19,10 @@ NOISE_UNITS = 4.0
 """Units in the last place that may pass for rounding where that is more: 3% in bfloat16."""
 
 
-def check_packing(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int, num_rows: int) -> None:
-    """Refuse a model in which packed examples are not what they are alone.
+def check_packing(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int) -> bool:
+    """Whether examples packed in several rows are what they are alone; false if they are in a batch of one row only.
+
+    FlashAttention in transformers looks for examples in a single row; the rows of a batch can then be laid in one.
 
     Two examples are run as rows of their own and packed into one. What rounding does to logits is read off the first
     example, which has nothing before it: the second may differ from itself alone by at most ten times as much, or by
@@ -30,21 +32,21 @@ def check_packing(model: nn.Module, logits: Callable[..., Tensor], vocab_size: i
         model: What ``logits`` runs; in eval mode meanwhile, so that dropout does not hide a leak.
         logits: From ``input_ids`` and either ``attention_mask`` or ``position_ids`` to logits.
         vocab_size: Ids of the probe are below.
-        num_rows: Packed rows in a batch: some kernels keep examples apart in a batch of one row only.
 
     Raises:
-        ConfigError: If the logits differ, or the model takes no ``position_ids``.
+        ConfigError: If the logits differ even in one row, or the model takes no ``position_ids``.
     """
     with _undisturbed(model):
-        fault = _fault(model, logits, vocab_size, min(num_rows, 2))
-        remedy = "Turn packing off (packing=False of SFTDataModule)"
-        if fault and num_rows > 1 and not _fault(model, logits, vocab_size, 1):
-            remedy = "In a batch of one row it does: use packing='batch', or packing with batch_size=1"
-    if fault:
-        raise ConfigError(
-            f"{_class_name(model)} does not keep packed examples apart: {fault}. Recurrence or convolution over "
-            f"tokens, or positions that are not taken from position_ids, let one example see another. {remedy}."
-        )
+        if _fault(model, logits, vocab_size, num_rows=2) is None:
+            return True
+        fault = _fault(model, logits, vocab_size, num_rows=1)
+    if fault is None:
+        return False
+    raise ConfigError(
+        f"{_class_name(model)} does not keep packed examples apart: {fault}. Recurrence or convolution over tokens, "
+        "ALiBi, or a mask or positions that are not made from position_ids let one example see another or count on. "
+        "Turn packing off (packing=False of SFTDataModule)."
+    )
 
 
 def _fault(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int, num_rows: int) -> str | None:

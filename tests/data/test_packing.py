@@ -18,8 +18,9 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
+from lightning_lora.data.bins import best_fit, even_rows
 from lightning_lora.data.collate import CollatePacked
-from lightning_lora.data.packing import PackedRows, PackSampler, best_fit
+from lightning_lora.data.packing import PackedRows, PackSampler
 from lightning_lora.errors import ConfigError
 
 from .conftest import Write
@@ -149,13 +150,29 @@ def test_no_example_begins_with_a_label(write: Write, tokenizer: PreTrainedToken
         assert (batch["labels"] != -100).any()
 
 
-def test_a_batch_in_one_row_holds_the_examples_of_the_padded_one(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    padded, packed = (ready(path, tokenizer, packing=packing, batch_size=4) for packing in (False, "batch"))
-    for rows, row in zip(padded.train_dataloader(), packed.train_dataloader(), strict=True):
-        real = rows["attention_mask"].bool()
-        assert torch.equal(row["input_ids"][0], rows["input_ids"][real])
-        assert torch.equal(row["labels"][0], rows["labels"][real])
-        assert row["position_ids"][0].tolist() == [p for count in real.sum(1).tolist() for p in range(count)]
+def test_a_packed_batch_holds_the_examples_of_the_padded_one(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    padded, packed = (ready(path, tokenizer, packing=packing, batch_size=8) for packing in (False, "batch"))
+    for rows, fewer in zip(padded.train_dataloader(), packed.train_dataloader(), strict=True):
+        real = [mask.bool() for mask in rows["attention_mask"]]
+        wanted = [
+            (ids[mask].tolist(), labels[mask].tolist())
+            for ids, labels, mask in zip(rows["input_ids"], rows["labels"], real, strict=True)
+        ]
+        assert sorted(examples(fewer)) == sorted(wanted)
+        assert len(fewer["input_ids"]) < len(rows["input_ids"]) or len(rows["input_ids"]) == 1
+        assert places(fewer) <= places(rows)
+
+
+@pytest.mark.parametrize("shortest", [1, 30, 64])
+def test_even_rows_are_few_and_hardly_padded(shortest: int) -> None:
+    for seed in range(20):
+        lengths = numpy.random.default_rng(seed).integers(shortest, 65, 32).tolist()
+        rows = even_rows(lengths)
+        used = [sum(lengths[example] for example in row) for row in rows]
+        assert sorted(chain(*rows)) == list(range(32))
+        assert max(used) <= 2.5 * max(lengths)
+        assert sum(used) / (len(rows) * max(used)) > 0.9
+    assert even_rows([7]) == [[0]]
 
 
 def test_rows_longer_than_a_pack_are_cut_as_ever(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -183,7 +200,8 @@ def test_statistics_are_what_the_batches_hold(
     padded = ready(path, tokenizer, packing=False, batch_size=3)
     assert counts.filled_unpacked == pytest.approx(counts.tokens / sum(map(places, padded.train_dataloader())))
     assert padded.statistics["train"].filled is None
-    assert (counts.filled == 1.0) == (packing == "batch")
+    assert counts.filled is not None
+    assert counts.filled_unpacked is not None
     assert counts.filled > counts.filled_unpacked
     assert f"{NUM_ROWS} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the places" in caplog.text
 

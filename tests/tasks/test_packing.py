@@ -19,10 +19,9 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from lightning_lora import LoRAConfig
 from lightning_lora.data import SFTDataModule
-from lightning_lora.data.collate import Collate, CollateInOneRow, CollatePacked
+from lightning_lora.data.collate import Collate, CollateEvenly, CollatePacked
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.packing_probe import check_packing
 from tests import tiny_models, toys
 from tests.architectures.decoders import GROUPED, SHAPE
 from tests.moe_models import moe
@@ -75,9 +74,13 @@ def in_packs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 LAYOUTS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "padded": lambda rows: DataLoader(rows, 4, collate_fn=Collate(0)),  # pyright: ignore
-    "one row a batch": lambda rows: DataLoader(rows, 4, collate_fn=CollateInOneRow()),  # pyright: ignore
+    "even rows": lambda rows: DataLoader(rows, 4, collate_fn=CollateEvenly(0)),  # pyright: ignore
     "packs": lambda rows: DataLoader(in_packs(rows), 2, collate_fn=CollatePacked(0)),  # pyright: ignore
 }
+
+
+def one_row(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return CollatePacked(0)([rows])
 
 
 def ready(batches: list[Any]) -> Any:
@@ -127,7 +130,7 @@ def assert_same_training(found: Recorded, expected: Recorded) -> None:
         assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("layout", ["one row a batch", "packs"])
+@pytest.mark.parametrize("layout", ["even rows", "packs"])
 @pytest.mark.parametrize(("model", "attention"), MODELS.values(), ids=MODELS)
 def test_loss_and_gradients_are_those_of_padded_rows(
     model: Callable[[], Any], attention: str, layout: str, tmp_path: Path
@@ -141,18 +144,18 @@ def test_loss_and_gradients_are_those_of_padded_rows(
     assert_same_training(found, expected)
 
 
-@pytest.mark.parametrize("layout", ["one row a batch", "packs"])
+@pytest.mark.parametrize("layout", ["even rows", "packs"])
 def test_loss_and_gradients_are_the_same_from_logits(layout: str, tmp_path: Path) -> None:
     folder = save(tiny_models.llama(), tmp_path / "model")
     expected = trained(folder, tmp_path, LAYOUTS["padded"](examples()), WithLogits)
     assert_same_training(trained(folder, tmp_path, LAYOUTS[layout](examples()), WithLogits), expected)
 
 
-def test_one_row_a_batch_trains_the_same_adapters(tmp_path: Path) -> None:
+def test_even_rows_train_the_same_adapters(tmp_path: Path) -> None:
     folder = save(tiny_models.llama(), tmp_path / "model")
     padded, packed = (
         trained(folder, tmp_path, LAYOUTS[layout](examples()), max_epochs=4, accumulate_grad_batches=1)
-        for layout in ("padded", "one row a batch")
+        for layout in ("padded", "even rows")
     )
     # AdamW makes steps of a size of their own, 1e-3 here, out of the rounding of gradients near zero.
     torch.testing.assert_close(packed.state_dict(), padded.state_dict(), rtol=0, atol=2e-5)
@@ -162,7 +165,7 @@ def test_one_row_a_batch_trains_the_same_adapters(tmp_path: Path) -> None:
 
 def packed_logits(module: CausalLM, rows: list[dict[str, Any]]) -> list[Tensor]:
     """Of each example of one row."""
-    batch = CollateInOneRow()(rows)
+    batch = one_row(rows)
     with torch.no_grad():
         logits = module(batch["input_ids"], position_ids=batch["position_ids"])[0]
     return list(logits.split([len(row["input_ids"]) for row in rows]))
@@ -187,7 +190,7 @@ def test_no_example_changes_the_logits_of_another(model: Callable[[], Any], atte
 def test_examples_see_each_other_without_positions(tmp_path: Path) -> None:
     """The tests above can fail: this is what they would see."""
     folder = save(tiny_models.llama(), tmp_path / "model")
-    loader = LAYOUTS["one row a batch"](examples())
+    loader = LAYOUTS["even rows"](examples())
     batches = [{"input_ids": b["input_ids"], "labels": b["labels"], "attention_mask": None} for b in loader]
     broken = trained(folder, tmp_path, ready(batches))
     expected = trained(folder, tmp_path, LAYOUTS["padded"](examples()))
@@ -197,7 +200,7 @@ def test_examples_see_each_other_without_positions(tmp_path: Path) -> None:
 
 def test_the_first_token_of_an_example_is_never_predicted_from_another(tmp_path: Path) -> None:
     folder = save(tiny_models.llama(), tmp_path / "model")
-    (clean,) = DataLoader(examples(), 8, collate_fn=CollateInOneRow())  # pyright: ignore
+    clean = one_row(examples())
     # What other collators make: every token is its own label, the first of an example too.
     labelled = clean | {"labels": torch.where(clean["position_ids"] == 0, clean["input_ids"], clean["labels"])}
     assert not torch.equal(labelled["labels"], clean["labels"])
@@ -208,7 +211,7 @@ def test_the_first_token_of_an_example_is_never_predicted_from_another(tmp_path:
 
 def test_a_batch_with_mask_and_positions_is_refused(tmp_path: Path) -> None:
     folder = save(tiny_models.llama(), tmp_path / "model")
-    batch = CollateInOneRow()(examples())
+    batch = one_row(examples())
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with pytest.raises(DataError, match=r"attention_mask .padded rows. or position_ids .packed rows., not both"):
         trained(folder, tmp_path, ready([batch]), accumulate_grad_batches=1)
@@ -234,7 +237,7 @@ LEAKING: dict[str, Callable[[], Any]] = {
 def test_a_model_that_mixes_examples_is_refused(model: Callable[[], Any], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model().save_pretrained(folder)
-    for layout in ("one row a batch", "packs"):
+    for layout in ("even rows", "packs"):
         with pytest.raises(ConfigError, match=r"does not keep packed examples apart: .*Turn packing off") as caught:
             trained(folder, tmp_path, LAYOUTS[layout](examples()), lora=None)
         assert "ForCausalLM" in str(caught.value)
@@ -260,16 +263,24 @@ def one_row_kernel() -> Any:
     del AttentionInterface._global_mapping["one_row"], AttentionMaskInterface._global_mapping["one_row"]
 
 
-def test_a_kernel_for_one_row_is_refused_several(one_row_kernel: None, tmp_path: Path) -> None:
-    model = tiny_models.llama()
-    model.set_attn_implementation("one_row")
-
-    def logits(ids: Tensor, **given: Tensor) -> Tensor:
-        return model(input_ids=ids, **given).logits
-
-    check_packing(model, logits, tiny_models.VOCAB, num_rows=1)
-    with pytest.raises(ConfigError, match="In a batch of one row it does: use packing='batch', or packing with batch_"):
-        check_packing(model, logits, tiny_models.VOCAB, num_rows=4)
+def test_packs_are_laid_in_one_row_for_a_kernel_that_wants_one(one_row_kernel: None, tmp_path: Path) -> None:
+    folder = save(tiny_models.llama(), tmp_path / "model")
+    packs = LAYOUTS["packs"](examples())
+    runs: list[Recorded] = []
+    predicted: list[list[dict[str, Tensor]]] = []
+    for attention in ("sdpa", "one_row"):
+        module = Recorded(str(folder), learning_rate=1e-4, lora=LoRAConfig(rank=4))
+        module.configure_model()
+        assert module.model is not None
+        module.model.set_attn_implementation(attention)
+        tiny_models.wake(module, size=0.2)
+        runner = toys.trainer(tmp_path, accumulate_grad_batches=2)
+        predicted.append(runner.predict(module, packs) or [])  # pyright: ignore
+        runner.fit(module, packs)
+        runs.append(module)
+    assert [module._keeps_rows for module in runs] == [True, False]
+    assert_same_training(runs[1], runs[0])
+    torch.testing.assert_close(predicted[1], predicted[0], rtol=1e-5, atol=1e-6)
 
 
 class Probes(CausalLM):
@@ -301,7 +312,7 @@ class Frozen(Callback):
 
 def test_a_run_is_probed_once_and_not_disturbed(tmp_path: Path) -> None:
     module = Probes(str(save(tiny_models.llama(), tmp_path / "model")), lora=LoRAConfig(rank=2, dropout=0.2))
-    loader = LAYOUTS["one row a batch"](examples())
+    loader = LAYOUTS["even rows"](examples())
     module.configure_model()
     drawn: list[Tensor] = []
     for epochs in (2, 1):
@@ -324,10 +335,10 @@ def test_a_run_is_probed_once_and_not_disturbed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["llama, sdpa", "gpt2", "olmoe"])
 def test_low_precision_is_no_leak(model: str, precision: Any, tmp_path: Path) -> None:
     folder = save(MODELS[model][0](), tmp_path / "model")
-    for layout in ("one row a batch", "packs"):
+    for layout in ("even rows", "packs"):
         module = CausalLM(str(folder), lora=LoRAConfig(rank=2))
         toys.trainer(tmp_path, precision=precision).fit(module, LAYOUTS[layout](examples()))
-        assert module._keeps_apart
+        assert module._keeps_rows
 
 
 @pytest.mark.parametrize("model", ["mamba, recurrence", "gpt-oss, masks without positions"])
