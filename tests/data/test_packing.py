@@ -69,9 +69,10 @@ def examples(batch: dict[str, Tensor]) -> list[tuple[list[int], list[int]]]:
 
 def expected(data: SFTDataModule) -> list[tuple[list[int], list[int]]]:
     """The same from the rows as they were read."""
+    rows: Any = data.rows["train"]
     return [
         (row["input_ids"], [i if s else -100 for i, s in zip(row["input_ids"], row["supervised"], strict=True)])
-        for row in data.rows["train"]  # pyright: ignore
+        for row in rows
     ]
 
 

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # Function that builds a model, its attention.
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "llama, sdpa": (tiny_models.llama, "sdpa"),
@@ -299,10 +299,10 @@ class Probes(CausalLM):
 class Frozen(Callback):
     """Keeps a part of the model in eval mode, as a user may."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self.part(pl_module).eval()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         assert not self.part(pl_module).training
         assert pl_module.model.training  # pyright: ignore
 
