@@ -38,12 +38,12 @@ class Layout(NamedTuple):
     max_length: int
 
 
-# Steps of about 16 examples each; no row is longer than 512 tokens.
+# Steps of about 16 examples each; no row of the sample is longer than 768 tokens.
 LAYOUTS = {
-    PADDED: Layout(False, 16, 512),
-    "`batch`, 16 examples": Layout("batch", 16, 512),
-    "`length`, 8 x 512": Layout("length", 8, 512),
+    PADDED: Layout(False, 16, 1024),
+    "`batch`, 16 examples": Layout("batch", 16, 1024),
     "`length`, 4 x 1,024": Layout("length", 4, 1024),
+    "`length`, 5 x 768": Layout("length", 5, 768),
 }
 
 

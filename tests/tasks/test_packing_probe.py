@@ -104,6 +104,17 @@ def test_a_model_without_positions_is_refused_with_the_reason() -> None:
         check_packing(model, logits, 64)
 
 
+def test_positions_counted_from_elsewhere_are_refused_though_no_example_sees_another() -> None:
+    model = tiny_models.gpt2()
+    model.transformer.wpe.weight.data.mul_(0.03)
+
+    def logits(ids: Tensor, position_ids: Tensor | None = None, **given: Tensor) -> Tensor:
+        return model(input_ids=ids, position_ids=None if position_ids is None else position_ids + 1, **given).logits
+
+    with pytest.raises(ConfigError, match=r"change by \d\.\de-02 and "):
+        check_packing(model, logits, 64)
+
+
 def test_logits_that_are_no_numbers_do_not_pass() -> None:
     model = tiny_models.llama()
     model.lm_head.weight.data.fill_(float("nan"))
