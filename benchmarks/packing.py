@@ -3,7 +3,7 @@
     python -m benchmarks.packing --rows 96 --repetitions 3
 
 Every repetition trains one epoch of each layout inside a Trainer, in an order drawn anew. Prints a Markdown table:
-places and filled share of an epoch, its CPU seconds (median, all threads together), and the ratio to padded rows, paired
+places and filled share of an epoch, its CPU seconds (median, all threads together), and the ratio to padded, paired
 per repetition.
 """
 
