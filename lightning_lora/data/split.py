@@ -25,6 +25,9 @@ class SplitStatistics:
         truncated_rows: Rows used or dropped that were longer than ``max_length`` and were cut.
         dropped_rows: Rows left out because no token with loss remained.
         longest: Tokens in the longest row before cutting.
+        packed_rows: Rows of an epoch after packing; ``None`` where nothing is packed.
+        filled: Share of the places in an epoch's batches that hold tokens rather than padding, as packed.
+        filled_unpacked: The same without packing.
     """
 
     rows: int
@@ -33,6 +36,9 @@ class SplitStatistics:
     truncated_rows: int
     dropped_rows: int
     longest: int
+    packed_rows: int | None = None
+    filled: float | None = None
+    filled_unpacked: float | None = None
 
 
 def read_split(
@@ -90,6 +96,11 @@ def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset
     if counts:
         rank_zero_warn(f"{split}: {'; '.join(counts)}.", stacklevel=4)
     return (rows.select(kept) if statistics.dropped_rows else rows), statistics
+
+
+def row_lengths(rows: Dataset, max_length: int) -> numpy.ndarray:
+    """Tokens of each row as it is used, ``(rows,)``."""
+    return numpy.minimum(_column(rows, "length"), max_length)
 
 
 def _counts(statistics: SplitStatistics, open_ended: int, rows: int, max_length: int) -> list[str]:

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import DataError
 from lightning_lora.functional import HeadScores, head_loss, head_scores
 from lightning_lora.functional.head_loss import IGNORED
 from lightning_lora.tasks.inner_head import at_head, hands_out, plain_head
+from lightning_lora.tasks.packing_probe import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 
@@ -27,6 +29,10 @@ class CausalLM(PretrainedTask):
     `SFTDataModule` makes them. The loss is the mean over the supervised tokens of an optimizer step. Logged:
     ``train_loss``; ``val_loss`` and ``test_loss`` in nats per token, with perplexity and next-token accuracy.
     Prediction gives each row's mean loss and number of supervised tokens.
+
+    Packed batches (``packing`` of `SFTDataModule`) have ``position_ids`` in the place of ``attention_mask``, starting
+    at 0 with each example. The first of a run makes the model prove that it keeps examples apart; a model that does
+    not is refused. The first token of an example is never predicted from the example before it.
 
     Where the model's output layer is a plain linear and its output the logits, the loss is computed in its place
     (`lightning_lora.functional.head_loss`): unsupervised tokens cost no product with it, and logits are never held.
@@ -47,6 +53,8 @@ class CausalLM(PretrainedTask):
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     # Whether the model's logits are its output layer's very output; None: not asked yet.
     _head_is_last: bool | None = None
+    # Whether packed examples may be in several rows of a batch rather than in one; None: not asked yet.
+    _keeps_rows: bool | None = None
 
     def __init__(
         self,
@@ -65,19 +73,30 @@ class CausalLM(PretrainedTask):
         self.mean_accuracy = MeanMetric()
 
     @override
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits ``(rows, tokens, vocab)``."""
         assert self.model is not None
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        # Not every model takes positions; those that do count by themselves without.
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits
+
+    @override
+    def on_fit_start(self) -> None:
+        """Trust no answer of another run: the model may have changed."""
+        super().on_fit_start()
+        self._keeps_rows = None
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The micro-batch's share of the loss per supervised token of the optimizer step."""
+        batch, num_rows = self._laid_out(batch), len(batch["input_ids"])
         labels = _next_tokens(batch)
         num_tokens = (labels != IGNORED).sum()
         loss_sum = self._at_head(batch, partial(_loss_sum, labels=labels))
         loss_sum = self._plain_scores(batch).losses.sum() if loss_sum is None else loss_sum.squeeze()
-        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=len(labels))
+        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=num_rows)
         return self.token_loss(loss_sum, num_tokens)
 
     @override
@@ -108,14 +127,17 @@ class CausalLM(PretrainedTask):
 
     def _scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """Of each token, how well the next one is predicted; without gradients."""
+        shape, batch = batch["input_ids"].shape, self._laid_out(batch)
         scores = self._at_head(batch, partial(_stacked_scores, labels=_next_tokens(batch)))
         if scores is None:
-            return self._plain_scores(batch)
-        return HeadScores(scores[..., 0], scores[..., 1].bool())
+            losses, correct = self._plain_scores(batch)
+        else:
+            losses, correct = scores[..., 0], scores[..., 1].bool()
+        return HeadScores(losses.view(shape), correct.view(shape))
 
     def _plain_scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """The same from logits, with gradients of the losses."""
-        logits, labels = self(batch["input_ids"], batch["attention_mask"]), _next_tokens(batch)
+        logits, labels = self._logits(batch), _next_tokens(batch)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(labels)
@@ -127,13 +149,33 @@ class CausalLM(PretrainedTask):
         head = plain_head(self.model)
         if head is None or self._head_is_last is False:
             return None
-        tokens, mask = batch["input_ids"], batch["attention_mask"]
         if self._head_is_last is None:
-            few = tokens[:1, :2]
+            few = batch["input_ids"][:1, :2]
             self._head_is_last = hands_out(head, lambda: self(few, torch.ones_like(few)))
-        result = at_head(head, lambda: self(tokens, mask), compute) if self._head_is_last else None
+        result = at_head(head, lambda: self._logits(batch), compute) if self._head_is_last else None
         self._head_is_last = result is not None
         return result
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        if "position_ids" not in batch:
+            return self(batch["input_ids"], batch["attention_mask"])
+        if "attention_mask" in batch:
+            # transformers then looks for no examples in the positions, and they would see each other.
+            raise DataError(
+                "a batch has attention_mask (padded rows) or position_ids (packed rows), not both: drop one."
+            )
+        return self(batch["input_ids"], position_ids=batch["position_ids"])
+
+    def _laid_out(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch in as many rows as the model keeps apart."""
+        if "position_ids" not in batch:
+            return batch
+        if self._keeps_rows is None:
+            assert self.model is not None
+            self._keeps_rows = check_packing(self.model, self, self.vocab_size)
+        if self._keeps_rows:
+            return batch
+        return {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")}
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
         supervised = _next_tokens(batch) != IGNORED
@@ -151,8 +193,12 @@ class CausalLM(PretrainedTask):
 
 
 def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """The label of each token's successor, ``(rows, tokens)``; none for the last."""
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    """The label of each token's successor, ``(rows, tokens)``; none for the last of an example."""
+    labels = batch["labels"][:, 1:]
+    if "position_ids" in batch:
+        # Where transformers sees an example begin.
+        labels = labels.masked_fill(batch["position_ids"].diff() != 1, IGNORED)
+    return F.pad(labels, (0, 1), value=IGNORED)
 
 
 def _loss_sum(labels: Tensor, **head: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_every_config_says_in_its_first_lines_what_it_shows_and_the_command() ->
 
 def test_every_config_is_named_here() -> None:
     shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert shipped == {"sft.yaml", *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
+    assert shipped == {"sft.yaml", "packing.yaml", *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -58,6 +59,20 @@ def test_every_method_runs_under_every_strategy(method: str, strategy: str, tmp_
     (run,) = (tmp_path / "runs" / "sft").iterdir()
     assert list((run / "checkpoints").iterdir())
     assert (run / "adapters/last/adapter_model.safetensors").is_file() == (method != "full.yaml")
+
+
+@pytest.mark.parametrize("packing", ["true", "batch"])
+def test_packing_goes_on_top_of_a_method(packing: str, tmp_path: Path) -> None:
+    done = lightning_lora(
+        "fit",
+        *configs("sft.yaml", "lora.yaml", "packing.yaml"),
+        *EMBEDDED,
+        f"--data.init_args.packing={packing}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"train: \d+ rows packed into \d+; ", done.stdout + done.stderr)
+    assert "val_loss" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])

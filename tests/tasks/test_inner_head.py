@@ -144,7 +144,7 @@ def test_what_a_model_does_to_its_logits_is_never_dropped(
 class Doubled(CausalLM):
     """A task of someone who does more to the logits."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # pyright: ignore
         return 2 * super().forward(input_ids, attention_mask)
 
 
@@ -173,7 +173,7 @@ def test_what_a_user_does_to_the_logits_is_never_dropped(kind: type[CausalLM], t
 class Late(CausalLM):
     """Does something to the logits, but not when it is asked with two tokens."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # pyright: ignore
         logits = super().forward(input_ids, attention_mask)
         return logits if input_ids.shape[1] == 2 else 2 * logits
 
