@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,20 +20,29 @@ _MEASURED = "benchmarks: measured step"
 def saved_bytes(trainee: Trainee, batch: Batch) -> int:
     """Bytes of the storages autograd saves in the forward, each counted once, without those of parameters.
 
-    What a custom function hides on its context, outside ``save_for_backward``, is not seen here; the peak shows it.
+    Read from the graph: hooks on saved tensors would change what contenders save. What a custom function hides on its
+    context, outside ``save_for_backward``, is not seen here; the peak shows it.
     """
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
     parameters = {p.untyped_storage().data_ptr() for p in trainee.model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainee.loss(trainee.model, batch)
-    del loss
+    loss = trainee.loss(trainee.model, batch)
+    seen, todo, kept = set(), [loss.grad_fn], {}
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        for tensor in _saved(node):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)
+
+
+def _saved(node: Any) -> Iterator[Tensor]:
+    """Tensors that a node of autograd's graph keeps."""
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            value = getattr(node, name)
+            yield from (item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Tensor))
 
 
 def peak_bytes(base: nn.Module, adapter: Adapter, contender: Contender, batch: Batch) -> tuple[Trainee, int]:

@@ -15,6 +15,7 @@ from lightning_lora.adapter import check_not_merged, check_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.layers.quantised import quantised_layers, scale_keys
+from lightning_lora.layers.siblings import restore_siblings, sibling_names
 from lightning_lora.layers.walk import adapted_weights
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
@@ -49,6 +50,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
         "alphas": {name: spec.alpha for name, spec in specs.items()},
         "tensors": {name: list(p.shape) for name, p in _kept(module).items()},
         "base_fingerprint": base_fingerprint,
+        "siblings": sibling_names(module),
     }
 
 
@@ -96,6 +98,7 @@ def verify_and_complete(
             f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
             f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
         )
+    restore_siblings(module, manifest.get("siblings", {}))
     # The base is the module's own, whatever the file holds.
     base = _frozen(module)
     for key in _STATES:

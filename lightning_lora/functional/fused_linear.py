@@ -70,10 +70,12 @@ def fused_lora_linear(
 def merging_pays(x: Tensor, layers: Sequence[AdaptedWeight]) -> bool:
     """Whether forming ``W + scale B A`` costs less than applying both: for many tokens through small layers on a CPU.
 
-    Below float32 never, for rounding the sum would take a small update away.
+    Below float32 never, for rounding the sum would take a small update away; nor where every A is frozen, for it needs
+    the input then, which the other way does not keep.
     """
     longest = max(x.shape[-1], *(len(layer.weight) for layer in layers))
-    return x.is_cpu and x.element_size() >= 4 and x.numel() >= _MERGED_TOKENS * longest * x.shape[-1]
+    is_many = x.numel() >= _MERGED_TOKENS * longest * x.shape[-1]
+    return is_many and x.is_cpu and x.element_size() >= 4 and any(layer.A.requires_grad for layer in layers)
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -71,12 +71,14 @@ def origin(x: Tensor) -> Origin | None:
     Args:
         x: An input; what is returned stands for it in the graph, so no gradient will reach ``x`` itself.
     """
+    node: Any = x.grad_fn
+    if node is None:
+        return None
     # Hooks on saved tensors belong to checkpointing and offloading, which do better than this.
     autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     if autograd._top_saved_tensors_default_hooks(True) is not None or not _is_untouched(x):
         return None
-    node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0":
+    if node.name() != "MulBackward0":
         made = _activation(x)
         return None if made is None else Origin(made[0], (made[1],), gated=False)
     # Autograd keeps a factor only for the gradient of the other: both, if both have one.

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.functional import AdaptedWeight, fused_lora_linears
+from lightning_lora.layers.base import LoRALayer
 
 # An adapted linear layer, used by its `adapted_weight` and `lora_dropout`.
 _Layer = Any
@@ -85,6 +87,29 @@ def sibling_output(layer: _Layer, x: Tensor, own: AdaptedWeight) -> Tensor:
         group.nodes.append(weakref.ref(y.grad_fn))
     _run.waiting = dict(zip(followers, others, strict=True))
     return y
+
+
+def sibling_names(module: nn.Module) -> dict[str, list[str]]:
+    """What was seen in ``module``: name of a first layer to those that follow it, none if one was passed over.
+
+    With these a run that goes on elsewhere adds up in the same order from its first step (`restore_siblings`).
+    """
+    _learn()
+    names = {layer: name for name, layer in module.named_modules()}
+    return {
+        names[leader]: [names[layer] for follower in group.seen if (layer := follower()) in names]
+        for leader, group in _groups.items()
+        if leader in names and (group.seen or group.is_settled)
+    }
+
+
+def restore_siblings(module: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
+    """Take over what was seen elsewhere; names that ``module`` has not are passed over."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
+    for leader, followers in names.items():
+        if leader in layers:
+            seen = tuple(weakref.ref(layers[name]) for name in followers if name in layers)
+            _groups[layers[leader]] = _Group(seen=seen, is_settled=not followers)
 
 
 def _learn() -> None:

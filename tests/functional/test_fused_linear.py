@@ -142,7 +142,8 @@ def test_a_frozen_A_keeps_no_input() -> None:
 
 def test_merging_is_for_many_tokens_through_small_layers_in_full_precision() -> None:
     def pays(rows: int, num_in: int, num_out: int, dtype: torch.dtype = torch.float32) -> bool:
-        layer = AdaptedWeight(torch.empty(num_out, num_in), None, torch.empty(8, num_in), torch.empty(num_out, 8), 1.0)
+        A, B = torch.empty(8, num_in, requires_grad=True), torch.empty(num_out, 8)
+        layer = AdaptedWeight(torch.empty(num_out, num_in), None, A, B, 1.0)
         return merging_pays(torch.empty(rows, num_in, dtype=dtype), [layer])
 
     assert pays(8192, 64, 64)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, disable_lora, inject_lora, lora_layers, remove_lora
 from lightning_lora.layers import siblings
+from lightning_lora.layers.siblings import restore_siblings, sibling_names
 from tests.tiny_models import llama, loss, wake
 
 WIDTH = 12
@@ -199,6 +200,21 @@ def test_a_copy_and_a_layer_without_adapter_are_themselves() -> None:
     assert not torch.equal(other.k(x), module.k(x))
     remove_lora(module)
     assert num_nodes(module(x)) == 0
+
+
+def test_what_was_seen_can_be_taken_elsewhere() -> None:
+    module, x = adapted(), inputs()
+    module(x)
+    assert sibling_names(module) == {"q": ["k", "v"]}
+    other = adapted()
+    restore_siblings(other, {"q": ["k", "v"], "gone": ["k"]})
+    assert num_nodes(other(x)) == 1
+    module(x)
+    module.skip = True
+    module(x)
+    assert sibling_names(module) == {"q": []}
+    restore_siblings(other, sibling_names(module))
+    assert [num_nodes(other(inputs())) for _ in range(2)] == [3, 3]
 
 
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")

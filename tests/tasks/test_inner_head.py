@@ -74,9 +74,11 @@ def test_a_run_is_the_one_with_logits(options: dict[str, Any], tmp_path: Path) -
     folder = llama_folder(tmp_path)
     (ours, found), (usual, expected) = (trained(kind, folder, tmp_path, **options) for kind in (CausalLM, Usual))
     assert ours._head_is_last
-    rtol, atol = (1e-2, 1e-3) if "precision" in options else (1e-4, 1e-6)
+    # AdamW divides by the size of a gradient: where one nearly vanishes, the order of a sum shows.
+    rtol, atol = (1e-2, 1e-3) if "precision" in options else (1e-4, 3e-5)
     assert found.keys() == expected.keys() >= {"train_loss", "val_loss", "val_perplexity", "val_accuracy"}
-    assert found == pytest.approx(expected, rel=rtol)
+    # A perplexity is off by as much, relatively, as its loss is absolutely.
+    assert found == pytest.approx(expected, rel=3 * rtol)
     torch.testing.assert_close(ours.state_dict(), usual.state_dict(), rtol=rtol, atol=atol)
 
 

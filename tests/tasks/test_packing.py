@@ -127,7 +127,8 @@ def assert_same_training(found: Recorded, expected: Recorded) -> None:
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         assert gradient.any(), name
-        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        # Of a few dozen numbers each; sums in float32 in another order differ by a little more than losses do.
+        assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("layout", ["even rows", "packs"])
