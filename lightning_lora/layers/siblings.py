@@ -73,7 +73,7 @@ def sibling_output(layer: _Layer, x: Tensor, own: AdaptedWeight) -> Tensor:
     is_first = _run.x is None or _run.x() is not x or _run.version != x._version
     if is_first or any(called() is layer for called in _run.layers):
         _learn()
-        _run.x, _run.version, _run.layers, _run.waiting = weakref.ref(x), x._version, (), {}
+        _run.x, _run.version = weakref.ref(x), x._version
     _run.layers = (*_run.layers, weakref.ref(layer))
     if (made := _run.waiting.pop(id(layer), None)) is not None:
         return made
@@ -113,12 +113,14 @@ def restore_siblings(module: nn.Module, names: Mapping[str, Sequence[str]]) -> N
 
 
 def _learn() -> None:
-    """Remember the calls of the run that is over."""
-    leader = _run.layers[0]() if _run.layers else None
+    """End the run, and remember its calls."""
+    leader, seen = _run.layers[0]() if _run.layers else None, _run.layers[1:]
+    is_incomplete = bool(_run.waiting)
+    _run.x, _run.layers, _run.waiting = None, (), {}
     if leader is None:
         return
-    group, seen = _groups[leader], _run.layers[1:]
-    if _run.waiting:
+    group = _groups[leader]
+    if is_incomplete:
         # Somebody was not called after all: never again.
         group.seen, group.is_settled = (), True
     elif len(seen) > len(group.seen) and not group.is_settled:
