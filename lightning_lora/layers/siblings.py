@@ -119,7 +119,7 @@ def _learn() -> None:
     _run.x, _run.layers, _run.waiting = None, (), {}
     if leader is None:
         return
-    group = _groups[leader]
+    group = _groups.setdefault(leader, _Group())
     if is_incomplete:
         # Somebody was not called after all: never again.
         group.seen, group.is_settled = (), True
