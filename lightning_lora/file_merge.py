@@ -6,10 +6,11 @@ Whatever the size of a tensor, a block of it is in memory; so are the factors of
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,6 @@ from lightning_lora.adapter_folder import read_adapter_folder, read_json
 from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.base_check import BaseCheck
 from lightning_lora.errors import AdapterFileError, ConfigError
-from lightning_lora.functional import merged_weight
-from lightning_lora.in_order import Workers, workers
 from lightning_lora.merge_certificate import (
     BlockError,
     LayerCertificate,
@@ -30,7 +29,8 @@ from lightning_lora.merge_certificate import (
 )
 from lightning_lora.merge_plan import MergePlan, plan_merge
 from lightning_lora.peft_format import TENSOR_FILE
-from lightning_lora.stored_update import BLOCK, RowBlock, StoredUpdate
+from lightning_lora.scratch import Scratch
+from lightning_lora.stored_update import BLOCK, RowBlock
 from lightning_lora.tensor_files import TensorFile, open_tensors, read_header, safetensors_files, write_blocks
 
 CERTIFICATE_FILE = "merge_certificate.json"
@@ -64,8 +64,8 @@ def merge_files(
     files = safetensors_files(base)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     plan = plan_merge(folder, base, {name: headers[file].tensors[name].shape for name, file in files.items()})
-    with atomic_folder(out, replaces=CERTIFICATE_FILE) as target, workers() as threads:
-        merge = _Merge(plan, DTYPES.get(dtype or ""), allow_other_base, threads)
+    with atomic_folder(out, replaces=CERTIFICATE_FILE) as target, _one_thread():
+        merge = _Merge(plan, DTYPES.get(dtype or ""), allow_other_base)
         for file in headers:
             merge.shard(file, target / file.name)
         _copy_others(base, target, dtype)
@@ -74,15 +74,26 @@ def merge_files(
     return certificate
 
 
+@contextmanager
+def _one_thread() -> Generator[None, None, None]:
+    """Let torch compute in one thread: others gain little on a block, and where a core is busy all wait for it."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 class _Merge:
     """Merges shard after shard and keeps the error of each tensor."""
 
-    def __init__(self, plan: MergePlan, dtype: torch.dtype | None, allow_other_base: bool, threads: Workers) -> None:
+    def __init__(self, plan: MergePlan, dtype: torch.dtype | None, allow_other_base: bool) -> None:
         self.plan = plan
-        self.threads = threads
         self.dtype = dtype
         self.check = BaseCheck(plan, active=not allow_other_base)
         self.done: list[LayerCertificate] = []
+        self.scratch = Scratch()
 
     def shard(self, source: Path, target: Path) -> None:
         """Write one file with the updates of its tensors folded in."""
@@ -105,14 +116,15 @@ class _Merge:
         else:
             num_elements = torch.Size(file.header.tensors[name].shape).numel()
             for start in range(0, num_elements, BLOCK):
-                yield _rounded(name, file.read(name, start, min(start + BLOCK, num_elements)), dtype)
+                stop = min(start + BLOCK, num_elements)
+                yield _rounded(name, file.read(name, start, stop, self.scratch), dtype, self.scratch)
 
     def _trained(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         trained, shape = self.plan.folder.trained[self.plan.trained[name]], file.header.tensors[name].shape
         if trained.shape != shape:
             raise AdapterFileError(f"{name}: trained as {tuple(trained.shape)}, in the base {shape}.")
         for block in trained.reshape(-1).split(BLOCK):
-            yield _rounded(name, block, dtype)
+            yield _rounded(name, block, dtype, self.scratch)
 
     def _merged(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         if not file.dtype(name).is_floating_point or file.dtype(name).itemsize < 2:
@@ -121,49 +133,62 @@ class _Merge:
                 f"the checkpoint it was quantised from."
             )
         shape = file.header.tensors[name].shape
+        check = self.check.part(name, shape)
         errors: list[BlockError] = []
-        sums = self.threads.map(partial(_sum, name, dtype), self._summands(file, name, self.plan.update(name, shape)))
-        for merged, error in sums:
+        start = 0
+        for update in self.plan.update(name, shape).blocks(_arithmetic(file.dtype(name), dtype)):
+            stop = start + torch.Size(update.shape).numel()
+            weight = file.read(name, start, stop, self.scratch)
+            check.add(weight)
+            merged, error = _sum(name, weight.view(update.shape), update, dtype, self.scratch)
             errors.append(error)
             yield merged
+            start = stop
         self.check.close(name)
         self.done.append(layer_certificate(name, errors))
 
-    def _summands(self, file: TensorFile, name: str, update: StoredUpdate) -> Iterator[tuple[Tensor, RowBlock]]:
-        check = self.check.part(name, file.header.tensors[name].shape)
-        start = 0
-        for rows in update.blocks():
-            stop = start + rows.shape[0] * rows.shape[1]
-            weight = file.read(name, start, stop)
-            check.add(weight)
-            yield weight.reshape(rows.shape), rows
-            start = stop
+
+def _arithmetic(read: torch.dtype, written: torch.dtype) -> torch.dtype:
+    """The type to sum in: twice as wide as what is written, and no narrower than what is read."""
+    return torch.promote_types(read, torch.float32 if written.itemsize == 2 else torch.float64)
 
 
-def _sum(name: str, dtype: torch.dtype, summands: tuple[Tensor, RowBlock]) -> tuple[Tensor, BlockError]:
-    """Weight and update summed in float32 and rounded once, to the type that is stored."""
-    weight, update = summands[0], summands[1].compute()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    merged = _rounded(name, merged_weight(wide, update.to(wide.dtype)), dtype)
-    return merged, block_error(weight, update, merged)
+def _sum(
+    name: str, weight: Tensor, update: RowBlock, dtype: torch.dtype, scratch: Scratch
+) -> tuple[Tensor, BlockError]:
+    """Weight and update summed and rounded once, to the type that is stored."""
+    shape, wide = update.shape, update.right.dtype
+    exact = scratch.empty("weight", shape, wide).copy_(weight)
+    change = update.compute(out=scratch.empty("update", shape, wide))
+    total = torch.add(exact, change, out=scratch.empty("sum", shape, wide))
+    merged = scratch.empty("written", shape, dtype).copy_(total)
+    error = block_error(exact, change, total.copy_(merged))
+    if not math.isfinite(error.largest):
+        _check_fits(name, weight.to(wide) + change, merged)
+    return merged, error
 
 
-def _rounded(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(name: str, block: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     """A block in the type that is stored."""
-    stored = block.to(dtype)
-    if stored is block or torch.promote_types(block.dtype, dtype) == dtype:
-        return stored
-    limit = torch.finfo(dtype).max
-    low, high = block.aminmax()
-    if -limit <= float(low) and float(high) <= limit:
-        return stored
-    # Above the limit some values still round down to it, and what is not finite in the base may stay so.
-    finite = block[torch.isfinite(block)]
-    if not bool(torch.isfinite(finite.to(dtype)).all()):
-        raise AdapterFileError(
-            f"{name} reaches {float(finite.abs().max()):g}, more than {dtype} can hold. Choose a wider dtype."
-        )
+    if block.dtype == dtype:
+        return block
+    stored = scratch.empty("written", tuple(block.shape), dtype).copy_(block)
+    if torch.promote_types(block.dtype, dtype) != dtype:
+        limit = torch.finfo(dtype).max
+        low, high = block.aminmax()
+        if not (-limit <= float(low) and float(high) <= limit):
+            _check_fits(name, block, stored)
     return stored
+
+
+def _check_fits(name: str, block: Tensor, stored: Tensor) -> None:
+    # Above the limit some values still round down to it, and what is not finite in the base may stay so.
+    finite = block.isfinite()
+    if not bool(stored[finite].isfinite().all()):
+        raise AdapterFileError(
+            f"{name} reaches {float(block[finite].abs().max()):g}, more than {stored.dtype} can hold. Choose a wider "
+            "dtype."
+        )
 
 
 def _copy_others(base: Path, target: Path, dtype: str | None) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
 
-# Elements of a block. The handful of copies a sum needs, in float64, then stay in the cache of one core.
-BLOCK = 2**16
+# Elements of a block. In fewer rows the product of the factors is slow, and more no longer fit a cache.
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class StoredUpdate:
         """``(matrices, rows, columns)``."""
         return max(len(self.left), len(self.right)), self.left.shape[1], self.right.shape[2]
 
-    def blocks(self) -> Iterator[RowBlock]:
-        """The update in blocks of whole rows, in the order of the stored tensor."""
+    def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[RowBlock]:
+        """The update in blocks of whole rows, in the order of the stored tensor, to be computed in ``dtype``."""
         num_matrices, _, num_columns = self.shape
         left, right = self.left.expand(num_matrices, -1, -1), self.right.expand(num_matrices, -1, -1)
         step = max(1, BLOCK // num_columns)
         for matrix in range(num_matrices):
-            wide = right[matrix].double() * self.scale
+            scaled = (right[matrix].double() * self.scale).to(dtype)
             for rows in left[matrix].split(step):
-                yield RowBlock(rows, wide)
+                yield RowBlock(rows, scaled)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RowBlock:
     """Some rows of an update, not yet computed.
 
     Shape:
-        - ``left``: ``(rows, rank)``, ``right``: ``(rank, columns)`` in float64, scaled.
+        - ``left``: ``(rows, rank)``, ``right``: ``(rank, columns)``, scaled, in the type of the update.
     """
 
     left: Tensor
@@ -60,9 +60,9 @@ class RowBlock:
         """``(rows, columns)``."""
         return self.left.shape[0], self.right.shape[1]
 
-    def compute(self) -> Tensor:
-        """The update, ``(rows, columns)`` in float64."""
-        return self.left.double() @ self.right
+    def compute(self, out: Tensor | None = None) -> Tensor:
+        """The update, ``(rows, columns)``, in ``out`` if given."""
+        return torch.mm(self.left.to(self.right.dtype), self.right, out=out)
 
 
 def matrix_update(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_lora.atomic import atomic_file
 from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.scratch import Scratch
 from lightning_lora.tensor_header import DTYPES, Header, TensorSpan, check_spans, parse_json, read_header
 
 __all__ = [
@@ -72,14 +73,20 @@ class TensorFile:
         """The type of a tensor."""
         return DTYPES[self.header.tensors[name].dtype]
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, scratch: Scratch | None = None) -> Tensor:
         """Elements ``start`` to ``stop`` of a tensor, counted row by row; one axis.
+
+        Args:
+            name: Of the tensor.
+            start: Number of the first element.
+            stop: One past the last.
+            scratch: Whose memory to use, until the next call with it; None: fresh memory.
 
         Raises:
             AdapterFileError: If the file has become shorter since it was opened.
         """
         dtype = self.dtype(name)
-        elements = torch.empty(stop - start, dtype=dtype)
+        elements = (scratch or Scratch()).empty("read", (stop - start,), dtype)
         self._file.seek(self.header.data_start + self.header.tensors[name].start + start * dtype.itemsize)
         if self._file.readinto(elements.view(torch.uint8).numpy().data) != elements.nbytes:  # pyright: ignore
             raise AdapterFileError(f"{self._file.name} was cut while it was read, within tensor {name!r}.")
@@ -136,7 +143,7 @@ def write_blocks(
     Args:
         path: The file to create or replace.
         blocks: Name and next elements of a tensor, row by row, in any shape and size; blocks of several tensors may
-            alternate.
+            alternate. A block is written before the next is asked for.
         layout: Tensor name -> dtype and shape.
         metadata: Texts to keep in the header.
 

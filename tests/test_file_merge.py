@@ -85,15 +85,31 @@ def test_the_certificate_is_an_independent_float64_computation(
         prefix = f"base_model.model.{layer.weight.removesuffix('.weight')}"
         delta = 8.0 * factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()
         error = out[layer.weight].double() - (base[layer.weight].double() + delta)
-        assert layer.max_error == pytest.approx(float(error.abs().max()), rel=1e-9)
-        assert layer.delta_error == pytest.approx(float(error.norm() / delta.norm()), rel=1e-9)
+        exactness = 1e-9 if out[layer.weight].dtype == torch.float32 else 1e-3
+        assert layer.max_error == pytest.approx(float(error.abs().max()), rel=exactness)
+        assert layer.delta_error == pytest.approx(float(error.norm() / delta.norm()), rel=exactness)
         # Half a unit in the last place of the type that is stored.
         unit = torch.finfo(out[layer.weight].dtype).eps
         assert layer.max_error <= unit * float((base[layer.weight].double() + delta).abs().max()) * 1.01
     untouched = base.keys() - {layer.weight for layer in certificate.layers}
     assert all(torch.equal(out[name], base[name].to(out[name].dtype)) for name in untouched)
     worst = max(layer.delta_error for layer in certificate.layers)
-    assert f"14 layers merged in float32; .* {worst:.2%} of an update".split(".*")[1] in str(certificate)
+    assert f" {worst:.2%} of an update" in str(certificate)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_update_below_every_step_of_the_type_is_certified_as_lost(dtype: str, tmp_path: Path) -> None:
+    base = {"layer.weight": torch.ones(64, 32, dtype=getattr(torch, dtype))}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    write_adapter(tmp_path / "adapter", tmp_path / "base", ["layer.weight"], rank=4)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    small = {name: factor * (1e-9 if "lora_B" in name else 1.0) for name, factor in factors.items()}
+    save_file(small, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    (layer,) = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").layers
+    assert layer.delta_error == pytest.approx(1.0, rel=1e-5)
+    delta = 2.0 * small["base_model.model.layer.lora_B.weight"] @ small["base_model.model.layer.lora_A.weight"]
+    assert layer.max_error == pytest.approx(float(delta.abs().max()), rel=1e-5)
 
 
 def test_the_certificate_is_written_beside_the_model(tmp_path: Path) -> None:
@@ -163,10 +179,11 @@ def test_merging_again_replaces_the_result(tmp_path: Path) -> None:
 def test_another_base_is_refused_unless_allowed(tmp_path: Path) -> None:
     trained("one file", tmp_path)
     llama(seed=1).save_pretrained(tmp_path / "other")
-    before = tree(tmp_path)
+    before, num_threads = tree(tmp_path), torch.get_num_threads()
     with pytest.raises(BaseMismatchError, match=r"is not the weight the adapter was trained on \(digest"):
         merge_files(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
     assert tree(tmp_path) == before
+    assert torch.get_num_threads() == num_threads
     assert not (tmp_path / "out").exists()
     merge_files(tmp_path / "other", tmp_path / "adapter", tmp_path / "out", allow_other_base=True)
     assert (tmp_path / "out" / CERTIFICATE_FILE).is_file()
@@ -240,6 +257,25 @@ def test_values_that_overflow_the_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"up_proj\.weight.*float16"):
         merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "float16", allow_other_base=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("written", ["float16", "bfloat16", "float32"])
+def test_what_is_not_finite_in_the_base_stays_so_and_hides_no_overflow(written: str, tmp_path: Path) -> None:
+    trained("one file", tmp_path)
+    file, name = tmp_path / "base" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    save_file(tensors, file, {"format": "pt"})
+    arguments = (tmp_path / "base", tmp_path / "adapter", tmp_path / "out", written)
+    merge_files(*arguments, allow_other_base=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")[name]
+    torch.testing.assert_close(merged[0, :3], tensors[name][0, :3].to(merged.dtype), equal_nan=True)
+    assert int(merged.isfinite().logical_not().sum()) == 3
+    if written == "float16":
+        tensors[name][1, 1] = -1e6
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(AdapterFileError, match=r"up_proj\.weight reaches 1e\+06, more than torch\.float16"):
+            merge_files(*arguments, allow_other_base=True)
 
 
 def test_pickles_in_the_base_are_not_carried_along(tmp_path: Path) -> None:
