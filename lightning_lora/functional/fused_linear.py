@@ -4,7 +4,7 @@ The updates cost little arithmetic; what makes LoRA slow is everything around it
 over the output twice more than ``W x`` does, over the gradient of the input twice more, and with dropout over the input
 four times more. Here the small product comes first and the large one adds itself to it (``beta = 1`` in BLAS), forward
 and backward; layers with one input (query, key and value; gate and up) share the small products with it and its
-gradient; dropout keeps no mask but the seed of one; and an activation that is cheap to compute again is not kept.
+gradient; dropout keeps no mask but the seed of one; and the product of a gate is computed again instead of kept.
 
 Shape legend: ``T`` rows of input (all leading axes together), ``r`` rank, ``R`` sum of ranks, ``in``/``out`` features.
 """
@@ -24,17 +24,17 @@ from lightning_lora.functional.origin import origin
 from lightning_lora.functional.seeded_dropout import kept_share, shared_seed
 from lightning_lora.functional.split_linear import SplitLinears
 
-# Tokens, as a multiple of a layer's longer side, from which on the sum is cheaper (benchmarks/products.py).
-_MERGED_TOKENS = 4
+# Tokens, as a multiple of a layer's longer side, above which the sum is cheaper (benchmarks/products.py).
+_MERGED_TOKENS = 2
 
 
 def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: float = 0.0) -> tuple[Tensor, ...]:
     r"""``x W^T + b + scale * drop(x) A^T B^T`` of each layer, with gradients for ``x``, ``A`` and ``B``.
 
     ``W`` and ``b`` are frozen. For the backward pass it keeps ``x``, by reference, and ``A x``, ``(T, R)``; with
-    dropout a seed instead of a mask. If ``x`` is an activation, perhaps times a second tensor (`origin`), it keeps what
-    that was computed from instead, and the gradient goes there past ``x``. If no ``A`` needs a gradient, it keeps no
-    input at all. The gradient can be differentiated again. All tensors have one type.
+    dropout a seed instead of a mask. If ``x`` is an activation times a second tensor (`origin`), it keeps these two
+    instead, and the gradient goes there past ``x``. If no ``A`` needs a gradient, it keeps no input at all. The
+    gradient can be differentiated again. All tensors have one type.
 
     Args:
         x: ``(*, in)``.
@@ -74,7 +74,7 @@ def merging_pays(x: Tensor, layers: Sequence[AdaptedWeight]) -> bool:
     the input then, which the other way does not keep.
     """
     longest = max(x.shape[-1], *(len(layer.weight) for layer in layers))
-    is_many = x.numel() >= _MERGED_TOKENS * longest * x.shape[-1]
+    is_many = x.numel() > _MERGED_TOKENS * longest * x.shape[-1]
     return is_many and x.is_cpu and x.element_size() >= 4 and any(layer.A.requires_grad for layer in layers)
 
 
