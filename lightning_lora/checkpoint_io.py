@@ -172,7 +172,7 @@ def whole_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, Version 
         raise AdapterFileError(
             f"{damage} The last whole checkpoint beside it is {instead}: name that one, if you mean it."
         )
-    rank_zero_warn(f"{damage} Loading {instead}, the last whole checkpoint beside it; the damaged file stays as it is.")
+    rank_zero_warn(f"{damage} Loading {instead} instead, the last whole checkpoint beside it.")
     return other
 
 
