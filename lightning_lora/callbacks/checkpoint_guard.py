@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_lora.atomic import atomic_file, remove_leftovers
 from lightning_lora.checkpoint_io import is_local, use_verified_checkpoints, verified_io, whole_checkpoint
 from lightning_lora.checkpoint_manifest import remove_orphans
+from lightning_lora.checkpointing import in_shards
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.mixin import LoRAMixin
@@ -81,8 +82,9 @@ class CheckpointGuard(Callback):
 
     def _compare(self, trainer: Trainer, callback: Checkpoint, folder: Path, size: int) -> None:
         kept = _kept(trainer, callback)
-        # The new one is written before the old one is removed.
-        needed, free = (kept + 1) * size, trainer.strategy.broadcast(shutil.disk_usage(folder).free)
+        # The new one is written before the old one is removed. Only the rank that writes need see the folder.
+        needed = (kept + 1) * size
+        free = trainer.strategy.broadcast(shutil.disk_usage(folder).free if trainer.is_global_zero else 0)
         text = (
             f"{folder} has {free / _MB:,.1f} MB free; a checkpoint of this run needs about {size / _MB:,.1f} MB, and "
             f"{kept} are kept while the next is written, about {needed / _MB:,.1f} MB. Free some space, set another "
@@ -95,14 +97,14 @@ class CheckpointGuard(Callback):
 
 
 def checkpoint_bytes(trainer: Trainer, module: LightningModule, weights_only: bool) -> int:
-    """About how large a checkpoint will be; exact for what tensors hold in Adam, AdamW and SGD without closures.
+    """About how large a checkpoint will be: weights, buffers and, estimated from its kind, the optimizer's state.
 
     Args:
         trainer: Its optimizers are asked what they keep for each parameter.
-        module: With adapters of a `LoRAMixin`, only what is trained counts, and buffers.
+        module: With adapters of a `LoRAMixin`, only what is trained counts, and buffers; in shards everything.
         weights_only: Whether optimizer state is left out.
     """
-    adapters_only = isinstance(module, LoRAMixin) and bool(lora_layers(module))
+    adapters_only = isinstance(module, LoRAMixin) and bool(lora_layers(module)) and not in_shards(trainer.strategy)
     held = [p for p in module.parameters() if p.requires_grad or not adapters_only]
     weights = sum(map(_bytes, [*held, *module.buffers()]))
     if weights_only:

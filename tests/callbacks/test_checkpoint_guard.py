@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from tests import toys
 from tests.test_atomic import dead_pid, leftover
-from tests.toys import Toy
+from tests.toys import Plain, Toy
 
 pytestmark = toys.expected_warnings
 
 
-class Counted(Toy):
+class Counted(Plain):
     """Counts its training steps."""
 
     steps = 0
@@ -93,8 +94,6 @@ trainer.fit(toys.Toy(), toys.loader())
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")
 def test_folder_without_permission_stops_the_run() -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to other users
         Path(name).chmod(0o555)
         done = toys.run_python(READ_ONLY, name, "guard", check=False)
