@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lightning_lora.atomic import atomic_file
-from lightning_lora.checkpoint_manifest import (
-    Version,
-    checkpoints_in,
-    examine,
-    manifest_of,
-    present_versions,
-    write_manifest,
-)
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.checkpoint_manifest import Version, manifest_of, present_versions, write_manifest
+from lightning_lora.hashing_writer import HashingWriter, save_hashed
+from lightning_lora.whole_checkpoint import whole_checkpoint
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StrPath = str | os.PathLike[str]
@@ -77,8 +69,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = _local(path)
         before = present_versions(path)
         with _space_explained(path, checkpoint), _no_orphan(path), atomic_file(path, keep_link=False) as file:
-            writer = _HashingWriter(file)
-            _save(checkpoint, writer)
+            writer = HashingWriter(file)
+            save_hashed(checkpoint, writer)
             # On the disk before the manifest speaks of it.
             os.fsync(file.fileno())
             version = self._version(checkpoint, writer)
@@ -120,7 +112,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if is_local(path):
             manifest_of(_local(path)).unlink(missing_ok=True)
 
-    def _version(self, checkpoint: dict[str, Any], writer: _HashingWriter) -> Version:
+    def _version(self, checkpoint: dict[str, Any], writer: HashingWriter) -> Version:
         # What is no checkpoint (the weights that spawned processes hand back) has no step.
         return Version(
             sha256=writer.digest.hexdigest(),
@@ -145,59 +137,6 @@ def verified_io(trainer: Trainer) -> VerifiedCheckpointIO | None:
     return io if isinstance(io, VerifiedCheckpointIO) else None
 
 
-def whole_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, Version | None]:
-    """``path`` where it is whole, else the last whole checkpoint beside it, with a warning; and the version it is.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        AdapterFileError: If it is damaged, and nothing whole is beside it or ``fall_back`` is false.
-    """
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"Checkpoint file not found: {path}")
-    real = Path(os.path.realpath(path))
-    finding = examine(real)
-    if finding.damage is None:
-        if finding.version is None:
-            rank_zero_info(f"{path} has no manifest; its own checksums agree, which is all that can be verified of it.")
-        return real, finding.version
-    damage = f"{path} is damaged: {finding.damage}."
-    other = _last_whole(real, finding.version)
-    if other is None:
-        raise AdapterFileError(
-            f"{damage} {real.parent} holds no whole checkpoint that could stand for it: restore the file from a copy, "
-            "or start anew."
-        )
-    instead = f"{other[0]} (step {other[1].step})"
-    if not fall_back:
-        raise AdapterFileError(
-            f"{damage} The last whole checkpoint beside it is {instead}: name that one, if you mean it."
-        )
-    rank_zero_warn(f"{damage} Loading {instead} instead, the last whole checkpoint beside it.")
-    return other
-
-
-def _last_whole(damaged: Path, expected: Version | None) -> tuple[Path, Version] | None:
-    """The latest whole checkpoint of the folder that may stand for ``damaged``: of its run, and not ahead of it."""
-    for path in checkpoints_in(damaged.parent):
-        if path == damaged:
-            continue
-        finding = examine(path)
-        if finding.damage is not None or finding.version is None:
-            continue
-        version = finding.version
-        if expected is None and version.is_resumable:
-            return path, version
-        if expected is not None and _stands_for(version, expected):
-            return path, version
-    return None
-
-
-def _stands_for(version: Version, expected: Version) -> bool:
-    return (
-        version.run == expected.run and version.step <= expected.step and version.is_resumable >= expected.is_resumable
-    )
-
-
 def is_local(path: StrPath) -> bool:
     """Whether a path is on a disk of this machine, as far as Lightning is concerned."""
     return isinstance(get_filesystem(path), LocalFileSystem)
@@ -207,39 +146,6 @@ def _local(path: StrPath) -> Path:
     """The path without ``file://``, its folders real and its own name kept, be it that of a link."""
     path = Path(LocalFileSystem._strip_protocol(str(path)))
     return Path(os.path.realpath(path.parent)) / path.name
-
-
-class _HashingWriter:
-    """What ``torch.save`` needs of a file; it writes from front to back, so the digest is that of the file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-        self._file = file
-
-    def write(self, piece: bytes | memoryview) -> int:
-        try:
-            self._file.write(piece)
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(piece)
-        self.size += memoryview(piece).nbytes
-        return memoryview(piece).nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _save(checkpoint: dict[str, Any], writer: _HashingWriter) -> None:
-    try:
-        torch.save(checkpoint, writer)  # pyright: ignore[reportArgumentType] - write and flush are all it calls
-    except RuntimeError:
-        # Closing the half-written archive fails too, and hides what came first.
-        if writer.error is not None:
-            raise writer.error from None
-        raise
 
 
 @contextmanager
@@ -264,13 +170,13 @@ def _space_explained(path: Path, checkpoint: dict[str, Any]) -> Generator[None, 
         free = shutil.disk_usage(path.parent).free / 1e6
         raise OSError(
             error.errno,
-            f"{os.strerror(error.errno)}: a checkpoint needs about {tensor_bytes(checkpoint) / 1e6:,.1f} MB, "
+            f"{os.strerror(error.errno)}: a checkpoint needs about {_tensor_bytes(checkpoint) / 1e6:,.1f} MB, "
             f"{free:,.1f} MB are free on the disk. Earlier checkpoints are untouched",
             str(path),
         ) from error
 
 
-def tensor_bytes(content: Any) -> int:
+def _tensor_bytes(content: Any) -> int:
     """Bytes of all tensors in nested containers, each storage once."""
     storages: dict[int, int] = {}
 

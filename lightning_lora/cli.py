@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from lightning_lora.argument_parser import LoRAArgumentParser
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, LoRAGuard, LoRAProgressBar
-from lightning_lora.checkpoint_io import whole_checkpoint
 from lightning_lora.commands import COMMANDS, run_command
 from lightning_lora.errors import closest, user_error
 from lightning_lora.quiet import quiet_libraries
+from lightning_lora.whole_checkpoint import whole_checkpoint
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
@@ -71,10 +71,11 @@ class LoRACLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """Read settings from a checkpoint only after it was verified; ``fit`` goes on from another where it may."""
-        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        subcommand = self.config.get("subcommand")
+        settings: Any = self.config[subcommand] if subcommand else {}
         path = settings.get("ckpt_path")
         if path and Path(path).is_file():
-            whole, _ = whole_checkpoint(Path(path), fall_back=self.config["subcommand"] == "fit")
+            whole, _ = whole_checkpoint(Path(path), fall_back=subcommand == "fit")
             if not os.path.samefile(whole, path):
                 settings["ckpt_path"] = str(whole)
         super()._parse_ckpt_path()

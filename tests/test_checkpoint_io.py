@@ -17,9 +17,10 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_lora.atomic import sha256
 from lightning_lora.callbacks import CheckpointGuard
-from lightning_lora.checkpoint_io import VerifiedCheckpointIO, whole_checkpoint
+from lightning_lora.checkpoint_io import VerifiedCheckpointIO
 from lightning_lora.checkpoint_manifest import SUFFIX, Version, examine, manifest_of, read_manifest, write_manifest
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.whole_checkpoint import whole_checkpoint
 from tests import toys
 from tests.toys import Toy
 

@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.atomic import atomic_file, remove_leftovers
-from lightning_lora.checkpoint_io import is_local, use_verified_checkpoints, verified_io, whole_checkpoint
+from lightning_lora.checkpoint_io import is_local, use_verified_checkpoints, verified_io
 from lightning_lora.checkpoint_manifest import remove_orphans
 from lightning_lora.checkpointing import in_shards
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.mixin import LoRAMixin
+from lightning_lora.whole_checkpoint import whole_checkpoint
 
 _MB = 1e6
 
