@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lightning_lora.atomic import atomic_file, sha256
 from lightning_lora.errors import AdapterFileError
@@ -87,7 +88,7 @@ def read_manifest(path: Path) -> list[Version]:
     try:
         content = json.loads(manifest.read_bytes())
         if content["format"] <= FORMAT:
-            return [Version(**one) for one in content["versions"]]
+            return _versions(content["versions"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedManifestError(f"its manifest {manifest.name} is damaged") from error
     raise AdapterFileError(f"{manifest} has format {content['format']}, newer than {FORMAT}: update lightning-lora.")
@@ -150,6 +151,13 @@ def remove_orphans(folder: Path) -> None:
     for manifest in folder.glob(f"*{SUFFIX}"):
         if not os.path.lexists(manifest.with_name(manifest.name.removesuffix(SUFFIX))):
             manifest.unlink(missing_ok=True)
+
+
+def _versions(entries: list[dict[str, Any]]) -> list[Version]:
+    versions = [Version(**entry) for entry in entries]
+    if not versions or any(type(number) is not int for one in versions for number in (one.size, one.step)):
+        raise ValueError(entries)
+    return versions
 
 
 def _damage_by_itself(path: Path) -> str | None:

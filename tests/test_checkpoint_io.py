@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,14 @@ DAMAGES = {
         "its manifest a.ckpt.manifest.json is damaged",
     ),
     "manifest a list": (lambda path: manifest_of(path).write_text("[]"), "its manifest .* is damaged"),
+    "manifest of nothing": (
+        lambda path: manifest_of(path).write_text('{"format": 1, "versions": []}'),
+        "its manifest .* is damaged",
+    ),
+    "manifest of words": (
+        lambda path: manifest_of(path).write_text('{"format": 1, "versions": [{"sha256": 1, "size": "x"}]}'),
+        "its manifest .* is damaged",
+    ),
     "manifest empty": (lambda path: manifest_of(path).write_text(""), "its manifest .* is damaged"),
 }
 
@@ -124,6 +133,17 @@ def test_damaged_checkpoint_is_refused_where_nothing_is_beside_it(injure: Any, t
     injure(path)
     with pytest.raises(AdapterFileError, match=f"a.ckpt is damaged: {text}.*holds no whole checkpoint"):
         VerifiedCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_file_cut_anywhere_is_damaged(signed: bool, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.ckpt", 4, VerifiedCheckpointIO(), more=torch.randn(500))
+    content = path.read_bytes()
+    if not signed:
+        manifest_of(path).unlink()
+    for length in random.Random(0).sample(range(len(content)), 20):
+        path.write_bytes(content[:length])
+        assert examine(path).damage is not None, length
 
 
 def test_resuming_from_a_damaged_checkpoint_goes_on_from_the_last_whole_one(tmp_path: Path) -> None:

@@ -82,25 +82,41 @@ import os, sys, warnings
 from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora.callbacks import CheckpointGuard
+from lightning_lora.checkpoint_io import VerifiedCheckpointIO
 from tests import toys
+
+warnings.simplefilter("ignore")
 if os.geteuid() == 0:
     os.seteuid(65534)
-folder = Path(sys.argv[1])
-guard = [CheckpointGuard()] if sys.argv[2] == "guard" else []
-trainer = toys.trainer(folder, enable_checkpointing=True, callbacks=[*guard, ModelCheckpoint(folder)])
+folder, who = Path(sys.argv[1]), sys.argv[2]
+trainer = toys.trainer(
+    folder,
+    enable_checkpointing=True,
+    callbacks=[*([CheckpointGuard()] if who == "guard" else []), ModelCheckpoint(folder)],
+    plugins=[VerifiedCheckpointIO()] if who == "plugin" else [],
+)
 trainer.fit(toys.Toy(), toys.loader())
+print("done")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")
-def test_folder_without_permission_stops_the_run() -> None:
+@pytest.mark.parametrize(
+    ("who", "text"),
+    [
+        ("guard", "ConfigError: checkpoints cannot be written to {folder}: Permission denied"),
+        ("plugin", "PermissionError: [Errno 13] Permission denied: '{folder}/"),
+    ],
+)
+def test_folder_without_permission_ends_the_run(who: str, text: str) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to other users
-        Path(name).chmod(0o555)
-        done = toys.run_python(READ_ONLY, name, "guard", check=False)
-        assert os.listdir(name) == []
-        Path(name).chmod(0o755)
+        folder = os.path.realpath(name)
+        os.chmod(folder, 0o555)
+        done = toys.run_python(READ_ONLY, folder, who, check=False)
+        os.chmod(folder, 0o755)
+        assert os.listdir(folder) == []
     assert done.returncode != 0
-    assert f"checkpoints cannot be written to {os.path.realpath(name)}: Permission denied" in done.stderr
+    assert text.format(folder=folder) in done.stderr
 
 
 def test_disk_without_room_for_one_checkpoint_stops_the_run(tmp_path: Path) -> None:
