@@ -92,6 +92,7 @@ def test_what_is_written_is_what_lightning_writes(tmp_path: Path) -> None:
 def test_resuming_through_it_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     whole, resumed = Toy(), Toy()
     toys.trainer(tmp_path, max_epochs=2).fit(whole, toys.loader())
+    torch.manual_seed(0)
     fitted(tmp_path, epochs=1)
     runner(tmp_path, max_epochs=2).fit(resumed, toys.loader(), ckpt_path=tmp_path / "kept" / "last.ckpt")
     assert toys.same(toys.snapshot(whole), toys.snapshot(resumed))
@@ -107,7 +108,7 @@ DAMAGES = {
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "it has .* bytes"),
     "manifest of another file": (
         lambda path: write_manifest(path, [Version("0" * 64, path.stat().st_size)]),
-        "SHA-256",
+        "its SHA-256",
     ),
     "manifest no JSON": (
         lambda path: manifest_of(path).write_text("{"),
@@ -146,6 +147,7 @@ def test_a_file_cut_anywhere_is_damaged(signed: bool, tmp_path: Path) -> None:
         assert examine(path).damage is not None, length
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_resuming_from_a_damaged_checkpoint_goes_on_from_the_last_whole_one(tmp_path: Path) -> None:
     fitted(tmp_path)
     folder = tmp_path / "kept"
@@ -396,6 +398,7 @@ for existing in (True, False):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_before_each_rename_the_file_and_its_manifest_agree(tmp_path: Path) -> None:
     lines = toys.run_python(MOMENTS, tmp_path).stdout.splitlines()
@@ -433,6 +436,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
 def test_a_full_disk_ends_the_save_with_numbers_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     error, left, step = toys.run_python(FULL, tmp_path, "ours").stdout.splitlines()
@@ -526,7 +530,8 @@ def test_the_previous_manifest_is_kept_until_the_file_is_replaced(tmp_path: Path
 def test_guard_refuses_to_test_other_weights_than_asked_for(tmp_path: Path) -> None:
     fitted(tmp_path)
     flip(tmp_path / "kept" / "last.ckpt")
-    trainer = runner(tmp_path, CheckpointGuard(), io=VerifiedCheckpointIO())
+    keep = ModelCheckpoint(tmp_path / "kept", filename="{step}")
+    trainer = runner(tmp_path, CheckpointGuard(), keep, max_epochs=3)
     with pytest.raises(AdapterFileError, match=r"last.ckpt is damaged.*name that one, if you mean it"):
         trainer.test(Toy(), toys.loader(), ckpt_path=tmp_path / "kept" / "last.ckpt")
     with pytest.warns(UserWarning, match="instead, the last whole checkpoint"):

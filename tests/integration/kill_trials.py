@@ -37,11 +37,13 @@ NUM_FLOATS = 3_000_000
 class Bulky(toys.Toy):
     """Every number of ``bulk`` is the step before the save: a file of two versions cannot look like one."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: int) -> None:
         super().__init__()
         self.register_buffer("bulk", torch.zeros(NUM_FLOATS))
+        self.started = started
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        os.write(self.started, b"!")
         self.bulk.fill_(self.global_step)
 
 
@@ -65,8 +67,7 @@ def train(folder: Path, io: str, started: int) -> None:
         plugins=[TorchCheckpointIO() if io == "lightning" else VerifiedCheckpointIO()],
         callbacks=[keep, *([] if io == "lightning" else [CheckpointGuard()])],
     )
-    os.write(started, b"!")
-    trainer.fit(Bulky(), toys.loader(), ckpt_path=last if last.exists() else None)
+    trainer.fit(Bulky(started), toys.loader(), ckpt_path=last if last.exists() else None)
 
 
 def damage(path: Path, io: str) -> str | None:
@@ -90,7 +91,7 @@ def trials(folder: Path, io: str, count: int, seed: int = 0) -> dict[str, Any]:
     moments, outcomes, steps = random.Random(seed), [], [0]
     in_the_middle = 0
     for _ in range(count):
-        kill_one(folder, io, moments.uniform(0.02, 0.35))
+        kill_one(folder, io, moments.uniform(0.0, 0.6))
         in_the_middle += any(path.suffix == ".tmp" for path in folder.iterdir())
         last = folder / "last.ckpt"
         problems = {path.name: problem for path in sorted(folder.glob("*.ckpt")) if (problem := damage(path, io))}
@@ -125,10 +126,10 @@ def kill_one(folder: Path, io: str, delay: float) -> None:
             os._exit(1)
     os.close(started)
     said = os.read(ready, 1)
-    os.close(ready)
-    # From here on the first save is some 0.1 s away, and then there is one all the time.
-    time.sleep(0.1 + delay)
+    # From here on there is a save nearly all the time.
+    time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
+    os.close(ready)
     _, status = os.waitpid(pid, 0)
     assert said, "the run ended before it began"
     assert os.WIFSIGNALED(status), "the run ended by itself"
