@@ -25,7 +25,7 @@ from lightning_lora.hashing_writer import HashingWriter, save_hashed
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-StrPath = str | os.PathLike[str]
+StrPath = str | Path
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):

@@ -37,6 +37,8 @@ NUM_FLOATS = 3_000_000
 class Bulky(toys.Toy):
     """Every number of ``bulk`` is the step before the save: a file of two versions cannot look like one."""
 
+    bulk: torch.Tensor
+
     def __init__(self, started: int) -> None:
         super().__init__()
         self.register_buffer("bulk", torch.zeros(NUM_FLOATS))
