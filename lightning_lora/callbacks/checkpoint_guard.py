@@ -49,7 +49,7 @@ class CheckpointGuard(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a test file where checkpoints will go, and compare their size with the free space."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         for callback in trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
