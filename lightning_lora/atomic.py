@@ -29,18 +29,22 @@ from lightning_lora.errors import AdapterFileError
 # machine of a shared disk, or reused after a container restart, is not taken for a live or a dead writer here.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _PROCESS = secrets.token_hex(4)
+# Target, process, host, random part of the process.
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{8}\.(tmp|old)")
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
+def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Generator[BinaryIO, None, None]:
     """Open a file for writing that replaces ``path`` in one step when the block ends without an error.
 
-    If the block raises, the old file stays as it was and nothing is left behind. Missing parent folders are created, a
-    symbolic link keeps pointing where it did, and permissions are those a plain ``open(path, "wb")`` would give.
+    If the block raises, the old file stays as it was and nothing is left behind. Missing parent folders are created,
+    and permissions are those a plain ``open(path, "wb")`` would give.
 
     Args:
         path: The file to create or replace.
+        keep_link: Whether a symbolic link at ``path`` keeps pointing where it did, and the file there is replaced.
+            False: the link is replaced, and the file it points to stays as it was.
 
     Yields:
         The temporary file, open for writing bytes. It may seek; it must not be closed by the caller.
@@ -48,7 +52,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]
     Raises:
         OSError: If the folder is not writable or the disk is full; the old file is untouched.
     """
-    path = _prepare(path)
+    path = _prepare(path, keep_link)
     temporary = _temporary(path)
     file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename
     try:
@@ -106,9 +110,16 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _prepare(path: str | os.PathLike[str]) -> Path:
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that dead writers have left in ``folder``; a warning for each target."""
+    for name in sorted({match[1] for entry in folder.iterdir() if (match := _LEFTOVER.fullmatch(entry.name))}):
+        _remove_leftovers(folder / name)
+
+
+def _prepare(path: str | os.PathLike[str], keep_link: bool = True) -> Path:
     """The real path, with its parent folders made and what dead writers left removed."""
-    path = Path(os.path.realpath(path))
+    path = Path(path)
+    path = Path(os.path.realpath(path)) if keep_link else Path(os.path.realpath(path.parent)) / path.name
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -122,13 +133,12 @@ def _temporary(path: Path, suffix: str = "tmp") -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.([0-9a-f]{{8}})([0-9a-f]{{8}})[0-9a-f]{{8}}\.(tmp|old)")
     removed = 0
     for entry in sorted(path.parent.iterdir()):
-        match = pattern.fullmatch(entry.name)
-        if match is None or match[2] != _HOST or _is_alive(int(match[1]), match[3]):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or match[1] != path.name or match[3] != _HOST or _is_alive(int(match[2]), match[4]):
             continue
-        if match[4] == "old" and not path.exists():
+        if match[5] == "old" and not path.exists():
             os.rename(entry, path)
             warnings.warn(f"put {path} back: a write of it was killed half-way", stacklevel=5)
             continue

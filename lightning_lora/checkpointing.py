@@ -34,7 +34,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
     and gets the manifest only: its loader asks for every parameter of the module.
     """
     check_not_merged(module, "save a checkpoint")
-    if not _in_shards(module.trainer.strategy):
+    if not in_shards(module.trainer.strategy):
         frozen = _frozen(module)
         for key in _STATES:
             if key in checkpoint:
@@ -139,7 +139,7 @@ def _scales(module: LightningModule) -> set[str]:
     return {f"{name}.{key}" for name, layer in quantised_layers(module).items() for key in scale_keys(layer)}
 
 
-def _in_shards(strategy: Strategy) -> bool:
+def in_shards(strategy: Strategy) -> bool:
     """Whether ``strategy`` writes a folder of shards. Its setting is private in Lightning, under two names."""
     return getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "full") == "sharded")
 

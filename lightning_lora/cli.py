@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -14,10 +15,11 @@ from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
 from lightning_lora.argument_parser import LoRAArgumentParser
-from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard, LoRAProgressBar
+from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, LoRAGuard, LoRAProgressBar
 from lightning_lora.commands import COMMANDS, run_command
 from lightning_lora.errors import closest, user_error
 from lightning_lora.quiet import quiet_libraries
+from lightning_lora.whole_checkpoint import whole_checkpoint
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
@@ -45,7 +47,7 @@ class LoRACLI(LightningCLI):
 
     Model and data are chosen by class path or, if given here, fixed. The optimizer is the module's own: the one
     LightningCLI would build sees the parameters before the adapters exist, and trains nothing. `LoRAGuard`,
-    `AdapterCheckpoint` and `LoRAProgressBar` are added unless the config brings its own.
+    `CheckpointGuard`, `AdapterCheckpoint` and `LoRAProgressBar` are added unless the config brings its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,10 +62,23 @@ class LoRACLI(LightningCLI):
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         progress = () if config.get("enable_progress_bar") is False else ((LoRAProgressBar, ProgressBar),)
-        for default, kind in ((LoRAGuard, LoRAGuard), (AdapterCheckpoint, AdapterCheckpoint), *progress):
+        usual = [(kind, kind) for kind in (LoRAGuard, CheckpointGuard, AdapterCheckpoint)]
+        for default, kind in (*usual, *progress):
             if not any(isinstance(callback, kind) for callback in own):
                 callbacks.append(default())
         return super()._instantiate_trainer(config, callbacks)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Read settings from a checkpoint only after it was verified; ``fit`` goes on from another where it may."""
+        subcommand = self.config.get("subcommand")
+        settings: Any = self.config[subcommand] if subcommand else {}
+        path = settings.get("ckpt_path")
+        if path and Path(path).is_file():
+            whole, _ = whole_checkpoint(Path(path), fall_back=subcommand == "fit")
+            if not os.path.samefile(whole, path):
+                settings["ckpt_path"] = str(whole)
+        super()._parse_ckpt_path()
 
 
 def _example(subcommand: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapter_folder import MANIFEST_FILE, check_finite, read_adapter_folder
+from lightning_lora.checkpoint_manifest import examine, manifest_of
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional import effective_rank, singular_values
@@ -76,17 +77,21 @@ def verify_hashes(inspection: Inspection) -> str:
     Raises:
         AdapterFileError: If the path carries no hashes.
     """
-    if not (inspection.path / MANIFEST_FILE).is_file():
-        raise AdapterFileError(f"{inspection.path} has no {MANIFEST_FILE}: there are no hashes to verify.")
-    return f"verified: every file has the size and SHA-256 of {MANIFEST_FILE}"
+    path = inspection.path
+    manifest = path / MANIFEST_FILE if path.is_dir() else manifest_of(path)
+    if not manifest.is_file():
+        raise AdapterFileError(f"{path} has no {manifest.name}: there are no hashes to verify.")
+    return f"verified: every file has the size and SHA-256 of {manifest.name}"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A Lightning checkpoint, loaded under ``weights_only=True`` and never otherwise.
 
     Raises:
-        AdapterFileError: If it cannot be loaded that way.
+        AdapterFileError: If it cannot be loaded that way, or is not what its manifest says.
     """
+    if manifest_of(path).is_file() and (damage := examine(path).damage):
+        raise AdapterFileError(f"{path} is damaged: {damage}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or unsafe files, and all mean the same here

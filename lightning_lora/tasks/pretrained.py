@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
 from typing_extensions import override
 
+from lightning_lora.checkpoint_io import use_verified_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, closest, first_five
 from lightning_lora.mixin import LoRAMixin
@@ -145,6 +146,11 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Write and read checkpoints by `VerifiedCheckpointIO`, where the Trainer was given no other."""
+        use_verified_checkpoints(self.trainer)
 
     @override
     def on_validation_epoch_start(self) -> None:

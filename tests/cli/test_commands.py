@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import cli, load_adapter
+from lightning_lora.checkpoint_manifest import SUFFIX
 from lightning_lora.demo_arm import MODEL, TRAIN, VALIDATION
 
 CONFIGS = Path(__file__).parents[2] / "cli_configs"
@@ -87,10 +89,49 @@ def test_inspect_shows_roles_and_verifies_hashes(run_folder: Path, capsys: pytes
         assert words in printed
 
 
-def test_inspect_shows_a_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (checkpoint,) = (run_folder / "checkpoints").iterdir()
-    assert cli.main(["inspect", str(checkpoint)]) == 0
-    assert "Lightning checkpoint" in capsys.readouterr().out
+def test_inspect_shows_and_verifies_a_checkpoint(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint,) = (run_folder / "checkpoints").glob("*.ckpt")
+    assert cli.main(["inspect", str(checkpoint), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "Lightning checkpoint" in printed
+    assert "verified: every file has the size and SHA-256 of" in printed
+
+
+def damaged_copy(run_folder: Path, folder: Path) -> Path:
+    (checkpoint,) = (run_folder / "checkpoints").glob("*.ckpt")
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    shutil.copy(f"{checkpoint}{SUFFIX}", folder / f"bad.ckpt{SUFFIX}")
+    (folder / "bad.ckpt").write_bytes(content)
+    return folder / "bad.ckpt"
+
+
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_a_damaged_checkpoint_is_bad_input(
+    command: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = damaged_copy(run_folder, tmp_path)
+    assert cli.main([command, str(bad), *([str(tmp_path / "out")] if command == "export" else [])]) == 2
+    assert "bad.ckpt is damaged: its SHA-256 is" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fit_goes_on_from_the_last_whole_checkpoint_and_validate_refuses(run_folder: Path, tmp_path: Path) -> None:
+    bad = damaged_copy(run_folder, tmp_path)
+    arguments = [*configs("sft.yaml", "lora.yaml"), *EMBEDDED, f"--ckpt_path={bad}"]
+    alone = lightning_lora("fit", *arguments, "--trainer.max_epochs=2", cwd=tmp_path)
+    assert alone.returncode == 2
+    assert "bad.ckpt is damaged" in alone.stderr
+    assert "holds no whole checkpoint that could stand for it" in alone.stderr
+    (good,) = (run_folder / "checkpoints").glob("*.ckpt")
+    for suffix in ("", SUFFIX):
+        shutil.copy(f"{good}{suffix}", tmp_path / f"good.ckpt{suffix}")
+    refused = lightning_lora("validate", *arguments, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "The last whole checkpoint beside it is" in refused.stderr
+    resumed = lightning_lora("fit", *arguments, "--trainer.max_epochs=2", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "good.ckpt" in resumed.stdout + resumed.stderr
 
 
 def test_merge_gives_the_logits_of_the_adapter(run_folder: Path, tmp_path: Path) -> None:
@@ -109,7 +150,7 @@ def test_merge_gives_the_logits_of_the_adapter(run_folder: Path, tmp_path: Path)
 def test_export_writes_the_same_adapter_from_run_checkpoint_and_folder(
     run_folder: Path, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = next((run_folder / source).iterdir()) if source == "checkpoints" else run_folder / source
+    path = next((run_folder / source).glob("*.ckpt")) if source == "checkpoints" else run_folder / source
     assert cli.main(["export", str(path), str(tmp_path / "out"), "--for", "vllm"]) == 0
     assert "--enable-lora --max-lora-rank 32" in capsys.readouterr().out
     written = tree(tmp_path / "out")

@@ -1,0 +1,155 @@
+"""Whether checkpoints can be written, before training takes the time that they are to keep."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.atomic import atomic_file, remove_leftovers
+from lightning_lora.checkpoint_io import is_local, use_verified_checkpoints, verified_io
+from lightning_lora.checkpoint_manifest import remove_orphans
+from lightning_lora.checkpointing import in_shards
+from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.layers.walk import lora_layers
+from lightning_lora.mixin import LoRAMixin
+from lightning_lora.whole_checkpoint import whole_checkpoint
+
+_MB = 1e6
+
+
+class CheckpointGuard(Callback):
+    """Makes checkpoints atomic and verified, and tests their folder before training starts.
+
+    Gives the Trainer a `VerifiedCheckpointIO` where it has no CheckpointIO of its own; ``validate``, ``test`` and
+    ``predict`` then refuse a damaged checkpoint, ``fit`` may resume from the one before it. At the start of ``fit`` it
+    writes and removes a file in every folder of a checkpoint callback, clears away what killed writers have left
+    there, and compares the free space with the size of what will be kept: weights, buffers and optimizer state.
+
+    Raises:
+        ConfigError: If a folder cannot be written, or has no room for one checkpoint.
+        AdapterFileError: If the ranks have resumed from different files, or a sharded strategy from a damaged one.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over the files; only a run that goes on may go on from another checkpoint than the one named."""
+        use_verified_checkpoints(trainer)
+        if io := verified_io(trainer):
+            io.is_resuming = stage == "fit"
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a test file where checkpoints will go, and compare their size with the free space."""
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        for callback in trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is None or not is_local(folder):
+                continue
+            problem = _unwritable(Path(folder)) if trainer.is_global_zero else None
+            # Every rank stops, not the one that writes alone.
+            if problem := trainer.strategy.broadcast(problem):
+                raise ConfigError(problem)
+            size = checkpoint_bytes(trainer, pl_module, getattr(callback, "save_weights_only", False))
+            self._compare(trainer, callback, Path(folder), size)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Verify the file of a strategy that reads it without a CheckpointIO."""
+        path = trainer.ckpt_path
+        if trainer.strategy.restore_checkpoint_after_setup and path and is_local(path) and Path(path).is_file():
+            whole_checkpoint(Path(path), fall_back=False)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that all ranks continue from one checkpoint: each has read it for itself."""
+        io = verified_io(trainer)
+        loaded = io.loaded if io else None
+        first = trainer.strategy.broadcast(loaded)
+        if not trainer.strategy.reduce_boolean_decision(loaded == first):
+            raise AdapterFileError(
+                f"the ranks have loaded different checkpoints: rank 0 {first}, rank {trainer.global_rank} {loaded}. Is "
+                "the folder the same on all machines?"
+            )
+
+    def _compare(self, trainer: Trainer, callback: Checkpoint, folder: Path, size: int) -> None:
+        kept = _kept(trainer, callback)
+        # The new one is written before the old one is removed. Only the rank that writes need see the folder.
+        needed = (kept + 1) * size
+        free = trainer.strategy.broadcast(shutil.disk_usage(folder).free if trainer.is_global_zero else 0)
+        text = (
+            f"{folder} has {free / _MB:,.1f} MB free; a checkpoint of this run needs about {size / _MB:,.1f} MB, and "
+            f"{kept} are kept while the next is written, about {needed / _MB:,.1f} MB. Free some space, set another "
+            "dirpath, or keep fewer (save_top_k, save_last, save_weights_only of ModelCheckpoint)."
+        )
+        if free < size:
+            raise ConfigError(text)
+        if free < needed:
+            rank_zero_warn(text)
+
+
+def checkpoint_bytes(trainer: Trainer, module: LightningModule, weights_only: bool) -> int:
+    """About how large a checkpoint will be: weights, buffers and, estimated from its kind, the optimizer's state.
+
+    Args:
+        trainer: Its optimizers are asked what they keep for each parameter.
+        module: With adapters of a `LoRAMixin`, only what is trained counts, and buffers; in shards everything.
+        weights_only: Whether optimizer state is left out.
+    """
+    adapters_only = isinstance(module, LoRAMixin) and bool(lora_layers(module)) and not in_shards(trainer.strategy)
+    held = [p for p in module.parameters() if p.requires_grad or not adapters_only]
+    weights = sum(map(_bytes, [*held, *module.buffers()]))
+    if weights_only:
+        return weights
+    return weights + sum(
+        _num_states(optimizer) * sum(_bytes(p) for group in optimizer.param_groups for p in group["params"])
+        for optimizer in trainer.optimizers
+    )
+
+
+def _num_states(optimizer: Optimizer) -> int:
+    """Tensors of a parameter's size that the optimizer will keep for it; 2, as many as Adam's, where unknown."""
+    settings = optimizer.defaults
+    if "betas" not in settings and "momentum" in settings:
+        return int(settings["momentum"] != 0)
+    return 3 if settings.get("amsgrad") else 2
+
+
+def _kept(trainer: Trainer, callback: Checkpoint) -> int:
+    """How many checkpoints a callback leaves in its folder."""
+    if not isinstance(callback, ModelCheckpoint):
+        return 1
+    last = int(bool(callback.save_last) and callback.save_last != "link")
+    if callback.save_top_k >= 0:
+        return callback.save_top_k + last
+    epochs, every = trainer.max_epochs or 0, callback.every_n_epochs or 0
+    steps, every_step = trainer.max_steps, callback._every_n_train_steps
+    # Unknown how many all will be: one at least.
+    return max(1, epochs // every if every else 0, steps // every_step if every_step else 0) + last
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Try to write a file as checkpoints are written; what the user must know where that fails."""
+    probe = folder / f"probe-{os.getpid()}"
+    try:
+        with atomic_file(probe) as file:
+            file.write(b"Can a checkpoint be written here?")
+        probe.unlink()
+        remove_leftovers(folder)
+        remove_orphans(folder)
+    except OSError as error:
+        return f"checkpoints cannot be written to {folder}: {error.strerror}. Set another dirpath, or its permissions."
+    return None

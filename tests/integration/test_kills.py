@@ -1,0 +1,36 @@
+"""A run killed at any moment leaves a whole last checkpoint, and goes on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import toys
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+
+
+def trials(io: str, count: int, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.integration.kill_trials", io, str(count), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=toys.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_after_any_kill_there_is_a_whole_last_checkpoint_old_or_new(tmp_path: Path) -> None:
+    result = trials("verified", 10, tmp_path)
+    assert result["damaged"] == 0, result["problems"]
+    assert result["killed while a temporary file was there"], "no kill hit a save: the test proves nothing"
+    assert result["steps"][-1] > 0
+    assert result["steps"] == sorted(result["steps"])
+
+
+def test_the_kills_would_show_a_write_that_is_not_atomic(tmp_path: Path) -> None:
+    assert trials("in_place", 10, tmp_path)["damaged"] > 0
