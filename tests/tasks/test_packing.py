@@ -228,7 +228,6 @@ LEAKING: dict[str, Callable[[], Any]] = {
     ),
     "qwen3-next, both": lambda: moe("qwen3_next"),
     "bloom, alibi": lambda: build("BloomForCausalLM", "BloomConfig", SMALL | {"n_layer": 2, "n_head": 4}),
-    "falcon, masks without positions": lambda: build("FalconForCausalLM", "FalconConfig", SHAPE),
     "gpt-oss, masks without positions": lambda: moe("gpt_oss"),
     "roberta, positions from 2": lambda: build("RobertaForCausalLM", "RobertaConfig", SHAPE | {"is_decoder": True}),
 }

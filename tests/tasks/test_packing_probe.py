@@ -69,7 +69,6 @@ MIX: dict[str, Callable[[], Any]] = {
     "Qwen3-Next": lambda: moe("qwen3_next"),
     "BLOOM": build("Bloom", "BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "MPT": build("Mpt", "MptConfig", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
-    "Falcon": build("Falcon", "FalconConfig", SHAPE),
     "OPT": build("OPT", "OPTConfig", SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "GPT-OSS": lambda: moe("gpt_oss"),
     "RoBERTa": build("Roberta", "RobertaConfig", SHAPE | {"is_decoder": True}),
