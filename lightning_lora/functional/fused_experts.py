@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional.experts import expert_linear, expert_update
+from lightning_lora.functional.linear_group import affine_into
 from lightning_lora.functional.narrow import laid_out, transposed_times_narrow
 from lightning_lora.functional.origin import Origin, origin, remade, source_gradients
 from lightning_lora.functional.second_order import gradients_of
@@ -89,10 +90,7 @@ class _FusedExpertLinear(torch.autograd.Function):
         ):
             if len(x_e):
                 torch.mm(dropped, A_e.T, out=inner_e)
-                if b is None:
-                    torch.mm(inner_e, B_e.T, out=y_e)
-                else:
-                    torch.addmm(b, inner_e, B_e.T, out=y_e)
+                affine_into(y_e, inner_e, B_e.T, b)
                 torch.addmm(y_e, x_e, W.T, out=y_e)
         ctx.settings = settings
         ctx.save_for_backward(inner, weights, A, B, *sources)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.errors import DataError
+from lightning_lora.functional.linear_group import affine_into
 
 IGNORED = -100
 
@@ -185,10 +186,7 @@ def _chunks(labels: Tensor, bias: Tensor | None, parts: list[Tensor]) -> Iterato
     for start in range(0, len(labels), CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, len(labels)))
         logits, probabilities = all_logits[: rows.stop - start], all_probabilities[: rows.stop - start]
-        if bias is None:
-            torch.mm(x[rows], weight.T, out=logits)
-        else:
-            torch.addmm(bias, x[rows], weight.T, out=logits)
+        affine_into(logits, x[rows], weight.T, bias)
         if update:
             logits.addmm_(update[0][rows], update[1].T)
         torch.softmax(logits, -1, dtype=probabilities.dtype, out=probabilities)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional.narrow import times_narrow, transposed_times_narrow
-from lightning_lora.functional.origin import Origin, remade
+from lightning_lora.functional.origin import Origin, remade, source_gradients
 from lightning_lora.functional.second_order import gradients_of
 from lightning_lora.functional.seeded_dropout import drop
 
@@ -124,6 +124,60 @@ def factor_gradients(
             for d_y, part, needed in zip(d_ys, by_layer(inner, As), needs.Bs, strict=True)
         ]
     return d_As, d_Bs
+
+
+def affine_into(out: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
+    """Write ``x matrix + bias`` to ``out``: ``(T, n)`` times ``(n, out)``, bias ``(out,)``."""
+    if bias is None:
+        torch.mm(x, matrix, out=out)
+    else:
+        torch.addmm(bias, x, matrix, out=out)
+
+
+def new_output(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The output ``(*, out)`` of a layer for ``x``, and a view of it, ``(T, out)``, to be written to.
+
+    Made whole and written through a view: autograd lets nobody change an output in place that is a view.
+    """
+    output = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return output, output.view(-1, weight.shape[0])
+
+
+def group_gradients(
+    ctx: Any, parts: Parts, inner: Tensor | None, sums: Sequence[Tensor] | None, d_outputs: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """Gradients of whatever asks for one, of settings and value (None) and then in the order of `Parts`.
+
+    Args:
+        ctx: Of the function: its ``settings`` and the ``shape`` of the input.
+        parts: What was kept; sources may be None where no A learns.
+        inner: ``(T, R)``, ``scale A x``; None: computed here if a B learns.
+        sums: ``W + scale B A`` of each layer, for the gradient of the input; None: weights and updates one by one.
+        d_outputs: ``(*, out)`` of each layer; None where nothing depends on it.
+    """
+    if all(d is None for d in d_outputs):
+        return (None,) * len(ctx.needs_input_grad)
+    settings: Settings = ctx.settings
+    needs = Parts.of(ctx.needs_input_grad[2:], settings)
+    d_ys = [None if d is None else d.reshape(-1, d.shape[-1]) for d in d_outputs]
+    if torch.is_grad_enabled():
+        return None, None, *differentiable_gradients(settings, parts, d_ys, needs)
+    x, activated = remade(settings.origin, parts.sources)
+    dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
+    if inner is None and dropped is not None and any(needs.Bs):
+        inner = dropped @ scaled(parts.As, settings).T
+    d_inner = inner_gradient(d_ys, parts.Bs)
+    d_As, d_Bs = factor_gradients(settings, needs, parts.As, dropped, inner, d_inner, d_ys)
+    d_sources: Sequence[Tensor | None] = [None] * len(parts.sources)
+    if any(needs.sources):
+        d_x = drop(d_inner @ scaled(parts.As, settings), settings.dropout, settings.seed) if sums is None else None
+        for d_y, matrix in zip(d_ys, parts.weights if sums is None else sums, strict=True):
+            if d_y is not None:
+                d_x = d_y @ matrix if d_x is None else torch.addmm(d_x, d_y, matrix, out=d_x)
+        assert d_x is not None
+        d_sources = source_gradients(settings.origin, parts.sources, d_x.view(ctx.shape), activated)
+    nothing = [None] * len(parts.As)
+    return None, None, *Parts(nothing, nothing, d_As, d_Bs, d_sources).flat()
 
 
 def differentiable_gradients(

@@ -13,13 +13,12 @@ from torch import Tensor
 from lightning_lora.functional.linear_group import (
     Parts,
     Settings,
+    affine_into,
     by_layer,
-    differentiable_gradients,
-    factor_gradients,
-    inner_gradient,
+    group_gradients,
+    new_output,
     scaled,
 )
-from lightning_lora.functional.origin import remade, source_gradients
 from lightning_lora.functional.seeded_dropout import drop
 
 
@@ -40,14 +39,10 @@ class SplitLinears(torch.autograd.Function):
         for small, weight, bias, B in zip(
             by_layer(inner, parts.As), parts.weights, parts.biases, parts.Bs, strict=True
         ):
-            # Made whole and written through a view: autograd lets nobody change an output in place that is a view.
-            outputs.append(x.new_empty(*x.shape[:-1], weight.shape[0]))
-            y = outputs[-1].view(-1, weight.shape[0])
-            if bias is None:
-                torch.mm(small, B.T, out=y)
-            else:
-                torch.addmm(bias, small, B.T, out=y)
+            output, y = new_output(x, weight)
+            affine_into(y, small, B.T, bias)
             torch.addmm(y, rows, weight.T, out=y)
+            outputs.append(output)
         needs = Parts.of(ctx.needs_input_grad[2:], settings)
         keeps_input = any(needs.As) or (settings.origin is not None and any(needs.sources))
         kept = parts if keeps_input else parts._replace(sources=[None] * len(parts.sources))
@@ -60,25 +55,5 @@ class SplitLinears(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor | None) -> Any:
         """Gradients of whatever asks for one."""
         ctx.is_done = True
-        if all(d is None for d in d_outputs):
-            return (None,) * len(ctx.needs_input_grad)
-        settings: Settings = ctx.settings
         inner, *saved = ctx.saved_tensors
-        parts, needs = Parts.of(saved, settings), Parts.of(ctx.needs_input_grad[2:], settings)
-        d_ys = [None if d is None else d.reshape(-1, d.shape[-1]) for d in d_outputs]
-        if torch.is_grad_enabled():
-            return None, None, *differentiable_gradients(settings, parts, d_ys, needs)
-        x, activated = remade(settings.origin, parts.sources)
-        d_inner = inner_gradient(d_ys, parts.Bs)
-        dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
-        d_As, d_Bs = factor_gradients(settings, needs, parts.As, dropped, inner, d_inner, d_ys)
-        nothing = [None] * len(parts.As)
-        gradients = Parts(nothing, nothing, d_As, d_Bs, [None] * len(parts.sources))
-        if any(needs.sources):
-            d_x = drop(d_inner @ scaled(parts.As, settings), settings.dropout, settings.seed)
-            for d_y, weight in zip(d_ys, parts.weights, strict=True):
-                if d_y is not None:
-                    torch.addmm(d_x, d_y, weight, out=d_x)
-            d_sources = source_gradients(settings.origin, parts.sources, d_x.view(ctx.shape), activated)
-            gradients = gradients._replace(sources=d_sources)
-        return None, None, *gradients.flat()
+        return group_gradients(ctx, Parts.of(saved, ctx.settings), inner, None, d_outputs)
