@@ -31,10 +31,10 @@ _MERGED_TOKENS = 2
 def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: float = 0.0) -> tuple[Tensor, ...]:
     r"""``x W^T + b + scale * drop(x) A^T B^T`` of each layer, with gradients for ``x``, ``A`` and ``B``.
 
-    ``W`` and ``b`` are frozen. For the backward pass it keeps ``x``, by reference, and ``A x``, ``(T, R)``, or
-    where `merging_pays` each ``W + scale B A``; with dropout a seed instead of a mask. If ``x`` is an activation times a second tensor (`origin`), it keeps these two
-    instead, and the gradient goes there past ``x``. If no ``A`` needs a gradient, it keeps no input at all. The
-    gradient can be differentiated again. All tensors have one type.
+    ``W`` and ``b`` are frozen. For the backward pass it keeps ``x``, by reference, and ``A x``, ``(T, R)``, or where
+    `merging_pays` each ``W + scale B A``; with dropout a seed instead of a mask. If ``x`` is an activation times a
+    second tensor (`origin`), it keeps these two instead, and the gradient goes there past ``x``. If no ``A`` needs a
+    gradient, it keeps no input at all. The gradient can be differentiated again. All tensors have one type.
 
     Args:
         x: ``(*, in)``.
