@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -93,17 +93,3 @@ def starting_at(loaders: Sequence[DataLoader[Any]], skip: int) -> Iterator[Calla
     finally:
         for loader, name, sampler in zip(loaders, names, samplers, strict=True):
             loader.__dict__[name] = sampler
-
-
-def set_epoch(loaders: Iterable[object], epoch: int) -> None:
-    """Tell the samplers the epoch, as Lightning does too late for workers that have begun to read.
-
-    Args:
-        loaders: Any.
-        epoch: Counted from 0.
-    """
-    for loader in loaders:
-        sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-        for counts in {id(each): each for each in (sampler, getattr(batches, "sampler", None))}.values():
-            if callable(set_epoch := getattr(counts, "set_epoch", None)):
-                set_epoch(epoch)

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_lora.loader_position import keeps_position, obstacle, set_epoch, starting_at
+from lightning_lora.loader_position import keeps_position, obstacle, starting_at
 from lightning_lora.loop_position import Point, go_to, position
 from lightning_lora.random_state import random_state, set_random_state
 
@@ -96,20 +97,20 @@ class RunMemory:
         loaded, self.loaded, trainer = self.loaded, None, module.trainer
         if loaded is None or not trainer.fit_loop.is_resuming:
             return
-        point = Point.from_dict(loaded["position"])
-        # A plateau scheduler may be due first and asks for these.
-        known = trainer._logger_connector._callback_metrics  # pyright: ignore[reportAttributeAccessIssue]
-        known.update({name: torch.tensor(value) for name, value in loaded["metrics"].items()})
-        go_to(trainer, point)
+        point, own = Point.from_dict(loaded["position"]), {}
         reasons = [] if point.is_between_batches else ["the file was written in the middle of a batch"]
-        if (saved := len(loaded["ranks"])) != trainer.world_size:
+        if (saved := len(loaded["ranks"])) == trainer.world_size:
+            own = loaded["ranks"][trainer.global_rank]
+        else:
+            point = replace(point, num_batches=point.num_batches * saved // trainer.world_size)
             reasons.append(
                 f"the file was written by {saved} ranks and is read by {trainer.world_size}: random numbers start "
                 "anew, and gradients of an open accumulation window are dropped"
             )
-            own: dict[str, Any] = {}
-        else:
-            own = loaded["ranks"][trainer.global_rank]
+        # A plateau scheduler may be due first and asks for these.
+        known = trainer._logger_connector._callback_metrics
+        known.update({name: torch.tensor(value) for name, value in loaded["metrics"].items()})
+        go_to(trainer, point)
         if point.is_epoch_over:
             # The iterators of the next epoch are made in the order of every epoch but the first.
             self.num_epochs = min(point.num_epochs, 1)
@@ -137,7 +138,9 @@ class RunMemory:
         if reasons:
             return list(dict.fromkeys(reasons))
         device, is_first_epoch = trainer.strategy.root_device, self.num_epochs == 1
-        set_epoch(combined.flattened, trainer.fit_loop.epoch_progress.current.processed)
+        for loader in combined.flattened:
+            # Lightning says so too late for workers that read ahead.
+            _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
         if self.before_iterators is not None and self.before_first_batch is not None:
             set_random_state(self.before_iterators, device)
             if is_first_epoch:

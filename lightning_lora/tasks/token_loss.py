@@ -16,7 +16,7 @@ from lightning_lora.resume import of_every_rank
 
 # Sums over thousands of tokens would overflow float16; a power of two divides out again without rounding.
 _SUM_SCALE = 1024.0
-_KEY = "window_tokens"
+_KEY = "lightning_lora_window_tokens"
 
 
 class TokenWeightedLoss(LightningModule):
