@@ -89,6 +89,9 @@ def starting_at(loaders: Sequence[DataLoader[Any]], skip: int) -> Iterator[Calla
     try:
         for loader, name, each in zip(loaders, names, skipping, strict=True):
             loader.__dict__[name] = each
+            if loader._iterator is not None:
+                # Workers that persist belong to an iterator with a sampler of its own, which is begun again.
+                loader._iterator._index_sampler = each
         yield start
     finally:
         for loader, name, sampler in zip(loaders, names, samplers, strict=True):

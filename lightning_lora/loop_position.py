@@ -25,12 +25,12 @@ class Point:
 
     Attributes:
         num_epochs: Epochs that are over.
-        num_batches: Batches of the unfinished epoch that were trained on, of this rank; 0 between epochs.
+        num_batches: Batches of the unfinished epoch that were trained on, by each rank; 0 between epochs.
         is_epoch_over: Whether the run is between epochs.
         is_plateau_due: Whether plateau schedulers of that epoch still have to be told.
         is_batch_open: Whether validation and counting after the last batch are still to come.
         is_validated: Whether its validation is over already.
-        is_between_batches: False in the middle of a batch, where nothing can go on exactly.
+        is_between_batches: False in the middle of a batch, which is then done again.
     """
 
     num_epochs: int
@@ -60,14 +60,15 @@ def position(trainer: Trainer) -> Point:
     is_stopped = is_counted and batches.ready > 0 and not loop.epoch_loop._num_ready_batches_reached()
     # While an epoch's hooks begin it, the batches are still those of the one before.
     is_over = (is_counted and not is_stopped) or epochs.started < epochs.ready
+    is_whole = batches.processed == batches.ready
     return Point(
         num_epochs=num_epochs - 1 if is_stopped else num_epochs,
-        num_batches=0 if is_over else batches.ready,
+        num_batches=0 if is_over else batches.ready if is_whole else batches.completed,
         is_epoch_over=is_over,
         is_plateau_due=is_over and epochs.completed < epochs.processed,
-        is_batch_open=not is_over and (batches.completed < batches.ready or trainer.validating),
+        is_batch_open=not is_over and is_whole and (batches.completed < batches.ready or trainer.validating),
         is_validated=trainer.validating,
-        is_between_batches=is_over or batches.processed == batches.ready,
+        is_between_batches=is_over or is_whole,
     )
 
 
@@ -87,7 +88,7 @@ def go_to(trainer: Trainer, point: Point) -> None:
         loop._resuming_from_checkpoint = False
         loop.reset_restart_stage()
         epoch_loop.reset_restart_stage()
-    elif point.is_between_batches:
+    else:
         _level(loop.epoch_progress, ready=point.num_epochs + 1, done=point.num_epochs)
         _level(epoch_loop.batch_progress, ready=point.num_batches, done=point.num_batches)
         # The epoch goes on, and its end must not be taken for one that was loaded.

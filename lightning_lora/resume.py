@@ -109,7 +109,8 @@ class RunMemory:
             )
         # A plateau scheduler may be due first and asks for these.
         known = trainer._logger_connector._callback_metrics
-        known.update({name: torch.tensor(value) for name, value in loaded["metrics"].items()})
+        device = trainer.strategy.root_device
+        known.update({name: torch.tensor(value, device=device) for name, value in loaded["metrics"].items()})
         go_to(trainer, point)
         if point.is_epoch_over:
             # The iterators of the next epoch are made in the order of every epoch but the first.
@@ -120,7 +121,7 @@ class RunMemory:
             reasons += self._place_loaders(trainer, point.num_batches)
         if own:
             _put_window(module, own["gradients"])
-            set_random_state(own["random"], trainer.strategy.root_device)
+            set_random_state(own["random"], device)
         if reasons:
             rank_zero_warn(f"this run goes on, but not exactly as it would have: {'; '.join(reasons)}.")
         else:
@@ -168,8 +169,9 @@ def of_every_rank(own: Any) -> list[Any]:
 def _open_window(module: LightningModule) -> dict[str, Tensor]:
     """Gradients that the next batch will be added to, this rank's part of each."""
     trainer = module.trainer
+    is_open = trainer.fit_loop._should_accumulate() or not position(trainer).is_between_batches
     # A module that steps by itself may add to its gradients whenever it likes.
-    if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+    if module.automatic_optimization and not is_open:
         return {}
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     parts = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}

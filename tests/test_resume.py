@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
@@ -241,3 +242,20 @@ def test_lightning_alone_is_not_exact(place: str, tmp_path: Path) -> None:
     whole = run(Dicey, tmp_path, **options)
     resumed = run(Dicey, tmp_path, tmp_path / f"{place}.ckpt", **options)
     assert any(name.startswith("/state_dict") for name in unlike(whole, resumed))
+
+
+class Failing(DiceyLoRA):
+    def on_after_backward(self) -> None:
+        if self.trainer.current_epoch == 1 and self.trainer.fit_loop.batch_idx == 5 and self.is_first_try:
+            raise RuntimeError("out of luck")
+
+    is_first_try = True
+
+
+def test_a_batch_that_failed_is_done_again_with_a_warning(tmp_path: Path) -> None:
+    failing = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(Failing, tmp_path, accumulate_grad_batches=3, callbacks=[failing])
+    with pytest.warns(UserWarning, match="the file was written in the middle of a batch"):
+        resumed = run(DiceyLoRA, tmp_path, tmp_path / "failed.ckpt", accumulate_grad_batches=3)
+    assert [batch for _, batch, _ in resumed.losses] == [5, 6, *range(NUM_BATCHES)]
