@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 
@@ -49,6 +50,18 @@ class _Late(Iterator[Any]):
 def keeps_position(loader: object) -> bool:
     """Whether ``loader`` saves its own position, as torchdata's ``StatefulDataLoader``; Lightning then asks it."""
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+
+
+def generators(loaders: Iterable[object]) -> list[torch.Generator]:
+    """Generators that ``loaders`` and their samplers draw from instead of the global one, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator) and generator is not torch.default_generator:
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def obstacle(loader: object, skip: int) -> str | None:

@@ -11,7 +11,7 @@ have seen its batches already and would see them twice.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
-from lightning_lora.loader_position import keeps_position, obstacle, starting_at
+from lightning_lora.loader_position import generators, keeps_position, obstacle, starting_at
 from lightning_lora.loop_position import Point, go_to, position
 from lightning_lora.random_state import random_state, set_random_state
 
@@ -51,12 +52,12 @@ class RunMemory:
     def fit_starts(self, trainer: Trainer) -> None:
         """The last hook before Lightning makes the first iterators."""
         self.num_epochs = 0
-        self.before_iterators = random_state(trainer.strategy.root_device)
+        self.before_iterators = _random_state(trainer)
 
     def epoch_starts(self, trainer: Trainer) -> None:
         """The last hook before the later iterators, and before the first batch of every epoch."""
         self.num_epochs += 1
-        self.before_first_batch = random_state(trainer.strategy.root_device)
+        self.before_first_batch = _random_state(trainer)
         if self.num_epochs > 1:
             self.before_iterators = self.before_first_batch
         # Lightning leaves this on where an epoch was over when the file was written, and would end the next one too.
@@ -68,7 +69,7 @@ class RunMemory:
         if trainer.state.fn != TrainerFn.FITTING or "optimizer_states" not in checkpoint:
             return
         own = {
-            "random": random_state(trainer.strategy.root_device),
+            "random": _random_state(trainer),
             "before_iterators": self.before_iterators,
             "before_first_batch": self.before_first_batch,
             "gradients": _open_window(module),
@@ -121,7 +122,7 @@ class RunMemory:
             reasons += self._place_loaders(trainer, point.num_batches)
         if own:
             _put_window(module, own["gradients"])
-            set_random_state(own["random"], device)
+            _set_random_state(own["random"], trainer)
         if reasons:
             rank_zero_warn(f"this run goes on, but not exactly as it would have: {'; '.join(reasons)}.")
         else:
@@ -138,22 +139,46 @@ class RunMemory:
         reasons = [reason for loader in combined.flattened if (reason := obstacle(loader, num_batches)) is not None]
         if reasons:
             return list(dict.fromkeys(reasons))
-        device, is_first_epoch = trainer.strategy.root_device, self.num_epochs == 1
         for loader in combined.flattened:
             # Lightning says so too late for workers that read ahead.
             _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
-        if self.before_iterators is not None and self.before_first_batch is not None:
-            set_random_state(self.before_iterators, device)
+        is_first_epoch, began = self.num_epochs == 1, self.before_iterators
+        if began is not None:
+            _set_random_state(began, trainer)
             if is_first_epoch:
                 # Workers that persist are seeded once, when the first iterator is made.
                 combined.reset()
         with starting_at(combined.flattened, num_batches) as start:
             iter(fetcher)
             if is_first_epoch and self.before_first_batch is not None:
+                reasons = self._check_workers(combined.flattened)
                 # Between iterator and first batch came the hooks of the epoch's start.
-                set_random_state(self.before_first_batch, device)
+                _set_random_state(self.before_first_batch, trainer)
             start()
-        return []
+        return reasons
+
+    def _check_workers(self, loaders: Sequence[DataLoader[Any]]) -> list[str]:
+        """Whether generators of loaders whose workers have read ahead are where they were in the first epoch."""
+        assert self.before_first_batch is not None
+        expected = self.before_first_batch["own"]
+        now = [generator.get_state() for generator in generators(loaders)]
+        is_same = len(now) == len(expected) and all(map(torch.equal, now, expected))
+        if is_same or not any(loader.num_workers for loader in loaders):
+            return []
+        return ["the generator of a loader with workers had been drawn from before the first epoch"]
+
+
+def _random_state(trainer: Trainer) -> dict[str, Any]:
+    return random_state(trainer.strategy.root_device, _loader_generators(trainer))
+
+
+def _set_random_state(state: dict[str, Any], trainer: Trainer) -> None:
+    set_random_state(state, trainer.strategy.root_device, _loader_generators(trainer))
+
+
+def _loader_generators(trainer: Trainer) -> list[torch.Generator]:
+    combined = trainer.fit_loop._combined_loader
+    return generators(combined.flattened if combined is not None else ())
 
 
 def of_every_rank(own: Any) -> list[Any]:

@@ -86,6 +86,25 @@ def test_with_workers(persistent: bool, places: list[str], tmp_path: Path) -> No
     check(DiceyLoRA, tmp_path, places, loader=loader, accumulate_grad_batches=3, val_check_interval=3)
 
 
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loader_with_a_generator_of_its_own(num_workers: int, tmp_path: Path) -> None:
+    options = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    loader = lambda: shuffled(generator=torch.Generator().manual_seed(3), **options)  # noqa: E731
+    check(DiceyLoRA, tmp_path, ["batch-0-3", "batch-1-3", "epoch-0"], loader=loader)
+
+
+@pytest.mark.slow
+def test_a_generator_used_before_the_first_epoch_is_said_to_be_unknown(tmp_path: Path) -> None:
+    def loader() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(3)
+        torch.rand(1, generator=generator)
+        return shuffled(generator=generator, num_workers=2)
+
+    run(DiceyLoRA, tmp_path, loader=loader)
+    with pytest.warns(UserWarning, match="the generator of a loader with workers had been drawn from"):
+        run(DiceyLoRA, tmp_path, tmp_path / "batch-0-3.ckpt", loader=loader)
+
+
 class Counting(Dataset[list[Tensor]]):
     """Rows that note when they are read."""
 
