@@ -60,6 +60,7 @@ def position(trainer: Trainer) -> Point:
     is_stopped = is_counted and batches.ready > 0 and not loop.epoch_loop._num_ready_batches_reached()
     # While an epoch's hooks begin it, the batches are still those of the one before.
     is_over = (is_counted and not is_stopped) or epochs.started < epochs.ready
+    seen = loop.epoch_loop.val_loop.batch_progress
     is_whole = batches.processed == batches.ready
     return Point(
         num_epochs=num_epochs - 1 if is_stopped else num_epochs,
@@ -67,7 +68,7 @@ def position(trainer: Trainer) -> Point:
         is_epoch_over=is_over,
         is_plateau_due=is_over and epochs.completed < epochs.processed,
         is_batch_open=not is_over and is_whole and (batches.completed < batches.ready or trainer.validating),
-        is_validated=trainer.validating,
+        is_validated=trainer.validating and seen.is_last_batch and seen.current.completed == seen.current.ready,
         is_between_batches=is_over or is_whole,
     )
 
@@ -91,6 +92,8 @@ def go_to(trainer: Trainer, point: Point) -> None:
     else:
         _level(loop.epoch_progress, ready=point.num_epochs + 1, done=point.num_epochs)
         _level(epoch_loop.batch_progress, ready=point.num_batches, done=point.num_batches)
+        if not point.is_between_batches:
+            epoch_loop.batch_progress.is_last_batch = False
         # The epoch goes on, and its end must not be taken for one that was loaded.
         epoch_loop.restarting, loop._restarting, loop._restart_stage = True, False, _MID_EPOCH
         _finish_batch(trainer, point)
