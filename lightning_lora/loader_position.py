@@ -28,23 +28,23 @@ class _Skipping:
 
 
 class _Late(Iterator[Any]):
-    """Draws nothing before it is started, as the generators it stands for: samplers may draw their seed there."""
+    """Passes over indices not before it is started: most samplers are generators and draw their seed there."""
 
     def __init__(self, source: _Skipping) -> None:
         self.source = source
-        self.indices: Iterator[Any] | None = None
+        self.indices: Iterator[Any] = iter(source.indices)
+        self.is_started = False
 
-    def start(self) -> Iterator[Any]:
-        if self.indices is None:
+    def start(self) -> None:
+        if not self.is_started:
             # Iterators with workers that persist keep their sampler and ask it again in the next epoch.
-            skip, self.source.skip = self.source.skip, 0
-            self.indices = iter(self.source.indices)
+            skip, self.source.skip, self.is_started = self.source.skip, 0, True
             for _ in islice(self.indices, skip):
                 pass
-        return self.indices
 
     def __next__(self) -> Any:
-        return next(self.start())
+        self.start()
+        return next(self.indices)
 
 
 def keeps_position(loader: object) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
@@ -171,6 +170,7 @@ def test_the_end_of_an_epoch_is_exact_with_an_iterable_dataset(tmp_path: Path) -
     check(DiceyLoRA, tmp_path, ["epoch-0"], loader=lambda: DataLoader(Stream(), batch_size=2))
 
 
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata asks torch for it
 def test_a_loader_that_keeps_its_position_is_asked_for_it(tmp_path: Path) -> None:
     stateful: Any = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
     for dataset, options in ((toys.rows(2 * NUM_BATCHES), {"shuffle": True}), (Stream(), {})):
@@ -270,9 +270,12 @@ def test_a_batch_that_failed_is_done_again_with_a_warning(failed: int, tmp_path:
             if self.trainer.current_epoch == 1 and self.trainer.fit_loop.batch_idx == failed:
                 raise RuntimeError("out of luck")
 
-    keep = OnExceptionCheckpoint(tmp_path, "failed")
+    class Keep(Callback):
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            trainer.save_checkpoint(tmp_path / "failed.ckpt")
+
     with pytest.raises(RuntimeError, match="out of luck"):
-        run(Failing, tmp_path, accumulate_grad_batches=3, callbacks=[keep])
+        run(Failing, tmp_path, accumulate_grad_batches=3, callbacks=[Keep()])
     with pytest.warns(UserWarning, match="the file was written in the middle of a batch"):
         resumed = run(DiceyLoRA, tmp_path, tmp_path / "failed.ckpt", accumulate_grad_batches=3)
     assert [batch for _, batch, _ in resumed.losses] == [*range(failed, NUM_BATCHES), *range(NUM_BATCHES)]

@@ -47,7 +47,7 @@ def run(
     seed_all(0 if ckpt_path is None else 99)
     recorder = Recorder(text.parent if ckpt_path is None else None)
     module = CausalLM(str(llama), 1e-3, lora=lora, warmup_steps=2, schedule="cosine")
-    data = SFTDataModule(str(text), str(text), batch_size=2, max_length=24, validation_rows=4, **settings)
+    data = SFTDataModule(str(text), str(text), batch_size=2, max_length=28, validation_rows=4, **settings)
     trainer = toys.trainer(
         text.parent,
         callbacks=[recorder],
