@@ -135,7 +135,12 @@ class RunMemory:
         assert fetcher is not None
         if any(map(keeps_position, combined.flattened)):
             plain = [type(loader).__name__ for loader in combined.flattened if not keeps_position(loader)]
-            return [f"a {name} beside a loader that keeps its position starts from its beginning" for name in plain]
+            reasons = [f"a {name} beside a loader that keeps its position starts from its beginning" for name in plain]
+            if fetcher.length is None:
+                reasons.append(
+                    "Lightning reads a batch ahead of a loader without a length, and that one is passed over"
+                )
+            return reasons
         reasons = [reason for loader in combined.flattened if (reason := obstacle(loader, num_batches)) is not None]
         if reasons:
             return list(dict.fromkeys(reasons))
