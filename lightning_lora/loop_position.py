@@ -54,7 +54,9 @@ class Point:
 def position(trainer: Trainer) -> Point:
     """Where ``trainer`` is in its fit loop now."""
     loop = trainer.fit_loop
-    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+    # Lightning's types know half of these counters.
+    epochs: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress.current
     num_epochs, is_counted = epochs.processed, epochs.processed == epochs.ready
     # A run that was stopped within an epoch counts it, but has not seen all of it.
     is_stopped = is_counted and batches.ready > 0 and not loop.epoch_loop._num_ready_batches_reached()

@@ -119,7 +119,7 @@ class RunMemory:
         else:
             self.before_iterators, self.before_first_batch = own.get("before_iterators"), own.get("before_first_batch")
             self.num_epochs = 1 if loaded["is_first_epoch"] else 2
-            reasons += self._place_loaders(trainer, point.num_batches)
+            reasons += self._place_loaders(trainer, point.num_epochs, point.num_batches)
         if own:
             _put_window(module, own["gradients"])
             _set_random_state(own["random"], trainer)
@@ -128,7 +128,7 @@ class RunMemory:
         else:
             warnings.filterwarnings("ignore", message=_LIGHTNING_DOES_NOT_KNOW)
 
-    def _place_loaders(self, trainer: Trainer, num_batches: int) -> list[str]:
+    def _place_loaders(self, trainer: Trainer, num_epochs: int, num_batches: int) -> list[str]:
         """Make the iterators of the epoch again, behind the batches that were trained on; what stands in the way."""
         combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
         assert combined is not None
@@ -137,16 +137,14 @@ class RunMemory:
             plain = [type(loader).__name__ for loader in combined.flattened if not keeps_position(loader)]
             reasons = [f"a {name} beside a loader that keeps its position starts from its beginning" for name in plain]
             if fetcher.length is None:
-                reasons.append(
-                    "Lightning reads a batch ahead of a loader without a length, and that one is passed over"
-                )
+                reasons.append("Lightning reads ahead of a loader without a length, and a batch is passed over")
             return reasons
         reasons = [reason for loader in combined.flattened if (reason := obstacle(loader, num_batches)) is not None]
         if reasons:
             return list(dict.fromkeys(reasons))
         for loader in combined.flattened:
             # Lightning says so too late for workers that read ahead.
-            _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
+            _set_sampler_epoch(loader, num_epochs)
         is_first_epoch, began = self.num_epochs == 1, self.before_iterators
         if began is not None:
             _set_random_state(began, trainer)

@@ -132,7 +132,7 @@ def run(
     recorder = Recorder(folder if ckpt_path is None else None)
     settings: dict[str, Any] = {"max_epochs": NUM_EPOCHS, "callbacks": [recorder], "log_every_n_steps": 1}
     trainer = toys.trainer(folder, **(settings | options))
-    validation = {"val_dataloaders": toys.loader(4, seed=3)} if is_validated else {}
+    validation: dict[str, Any] = {"val_dataloaders": toys.loader(4, seed=3)} if is_validated else {}
     trainer.fit(make(), loader(), **validation, ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(folder / "end" / "end.ckpt")
     recorder.outcome.checkpoint = torch.load(folder / "end" / "end.ckpt", weights_only=True)

@@ -255,7 +255,7 @@ def test_every_part_of_what_is_saved_is_needed(lost: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("place", resuming.PLACES.values())
 def test_lightning_alone_is_not_exact(place: str, tmp_path: Path) -> None:
     """Once this fails Lightning has learned it, and ours may go."""
-    options = {"accumulate_grad_batches": 3, "val_check_interval": 3}
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 3}
     whole = run(Dicey, tmp_path, **options)
     resumed = run(Dicey, tmp_path, tmp_path / f"{place}.ckpt", **options)
     assert any(name.startswith("/state_dict") for name in unlike(whole, resumed))
