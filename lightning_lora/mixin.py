@@ -23,6 +23,7 @@ from lightning_lora.fingerprint import base_digests, fingerprint
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.precision import quantise_first
+from lightning_lora.resume import RunMemory
 
 Hook = Callable[..., Any]
 _UNSET: Any = object()
@@ -57,7 +58,9 @@ def _outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
 
 _HOOKS = {
     "configure_model": _outermost(after="apply_lora"),
-    "on_train_start": _outermost(before="_check_optimizers"),
+    "on_fit_start": _outermost(after="_fit_starts"),
+    "on_train_start": _outermost(before="_check_optimizers", after="_go_on"),
+    "on_train_epoch_start": _outermost(after="_epoch_starts"),
     "on_save_checkpoint": _outermost(after="_after_save"),
     "on_load_checkpoint": _outermost(before="_before_load"),
 }
@@ -109,10 +112,22 @@ class LoRAMixin(LightningModule):
         super().configure_model()
 
     @override
+    @_HOOKS["on_fit_start"]
+    def on_fit_start(self) -> None:
+        """Remember the random numbers from which the data of the first epoch are drawn."""
+        super().on_fit_start()
+
+    @override
     @_HOOKS["on_train_start"]
     def on_train_start(self) -> None:
-        """Refuse to train while an adapter is in no optimizer."""
+        """Refuse to train while an adapter is in no optimizer; go on exactly where a checkpoint was written."""
         super().on_train_start()
+
+    @override
+    @_HOOKS["on_train_epoch_start"]
+    def on_train_epoch_start(self) -> None:
+        """Remember the random numbers from which the data of the epoch are drawn."""
+        super().on_train_epoch_start()
 
     @override
     @_HOOKS["on_save_checkpoint"]
@@ -221,7 +236,21 @@ class LoRAMixin(LightningModule):
             optim.check_optimizers(self, self.trainer.optimizers)
             adapter.check_not_merged(self, "train")
 
+    def _run_memory(self) -> RunMemory:
+        # Not made in __init__, which the LoRA callback comes too late for.
+        return self.__dict__.setdefault("_lora_run_memory", RunMemory())
+
+    def _fit_starts(self) -> None:
+        self._run_memory().fit_starts(self.trainer)
+
+    def _epoch_starts(self) -> None:
+        self._run_memory().epoch_starts(self.trainer)
+
+    def _go_on(self) -> None:
+        self._run_memory().go_on(self)
+
     def _after_save(self, checkpoint: dict[str, Any]) -> None:
+        self._run_memory().save(self, checkpoint)
         checkpointing.plain_hyperparameters(checkpoint)
         if self._has_adapters():
             checkpointing.keep_adapters_only(self, checkpoint, self._lora_base_fingerprint)
@@ -231,3 +260,4 @@ class LoRAMixin(LightningModule):
             checkpointing.verify_and_complete(self, checkpoint, self._lora_base_fingerprint, self.lora_allow_other_base)
         else:
             checkpointing.refuse_adapter(checkpoint)
+        self._run_memory().load(checkpoint)

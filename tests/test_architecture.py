@@ -25,7 +25,17 @@ UPDATE = "UPDATE_PUBLIC_SURFACE"
 LEVELS = {
     "leaves": ("errors", "config", "patterns", "functional"),
     "adapters": (),  # whatever is named nowhere else: layers and the adapter operations
-    "lightning": ("mixin", "optim", "checkpointing", "checkpoint_io", "whole_checkpoint", "precision", "callbacks"),
+    "lightning": (
+        "mixin",
+        "optim",
+        "checkpointing",
+        "checkpoint_io",
+        "whole_checkpoint",
+        "resume",
+        "loop_position",
+        "precision",
+        "callbacks",
+    ),
     # Checkpoints on disk have the names and layouts that transformers gives them.
     "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge"),
     "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),

