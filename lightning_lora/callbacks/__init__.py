@@ -1,9 +1,25 @@
 """Lightning callbacks; each works without arguments."""
 
 from .adapter_checkpoint import AdapterCheckpoint
+from .finite_gradients import FiniteGradients
+from .graceful_stop import GracefulStop
 from .guard import LoRAGuard
 from .lora import LoRA
+from .memory_advice import MemoryAdvice
 from .merge import MergeOnFitEnd
 from .progress import LoRAProgressBar
+from .rank_watch import RankWatch
+from .run_lock import RunLock
 
-__all__ = ["AdapterCheckpoint", "LoRA", "LoRAGuard", "LoRAProgressBar", "MergeOnFitEnd"]
+__all__ = [
+    "AdapterCheckpoint",
+    "FiniteGradients",
+    "GracefulStop",
+    "LoRA",
+    "LoRAGuard",
+    "LoRAProgressBar",
+    "MemoryAdvice",
+    "MergeOnFitEnd",
+    "RankWatch",
+    "RunLock",
+]
