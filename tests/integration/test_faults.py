@@ -115,18 +115,6 @@ def test_a_stopped_run_exits_with_the_code_of_the_signal_and_continues(signum: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_all_processes_finds_data_workers_that_do_not_stand_in_the_way(
-    signum: int, code: int, tmp_path: Path
-) -> None:
-    with run(tmp_path, *train(tmp_path, "--workers=2")) as stopped:
-        stopped.pid(0)
-        os.killpg(stopped.process.pid, signum)
-        assert stopped.code() == code, stopped.text
-    assert (tmp_path / "checkpoints" / "stopped.ckpt").is_file()
-
-
-@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_long_step(tmp_path: Path) -> None:
     with run(tmp_path, *train(tmp_path, "--seconds=20")) as stopped:
         time.sleep(15)  # within the first step
