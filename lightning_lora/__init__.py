@@ -20,8 +20,10 @@ from lightning_lora.errors import (
     BaseMismatchError,
     ConfigError,
     DataError,
+    GradientError,
     GuardError,
     LoRAError,
+    RunFolderError,
     TargetNotFoundError,
 )
 from lightning_lora.layers import register_layer
@@ -39,6 +41,7 @@ __all__ = [
     "BaseMismatchError",
     "ConfigError",
     "DataError",
+    "GradientError",
     "GuardError",
     "InjectionReport",
     "LoRAConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "LoRAMixin",
     "MergeReport",
     "ParameterCount",
+    "RunFolderError",
     "TargetNotFoundError",
     "count_parameters",
     "disable_lora",

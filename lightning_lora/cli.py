@@ -15,15 +15,36 @@ from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
 from lightning_lora.argument_parser import LoRAArgumentParser
-from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, LoRAGuard, LoRAProgressBar
+from lightning_lora.callbacks import (
+    AdapterCheckpoint,
+    CheckpointGuard,
+    FiniteGradients,
+    GracefulStop,
+    LoRAGuard,
+    LoRAProgressBar,
+    MemoryAdvice,
+    RankWatch,
+    RunLock,
+)
 from lightning_lora.commands import COMMANDS, run_command
-from lightning_lora.errors import closest, user_error
+from lightning_lora.errors import GradientError, GuardError, closest, user_error
 from lightning_lora.quiet import quiet_libraries
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
+# RunLock comes first: nothing may be written in a folder where another run writes.
+DEFAULTS = (
+    RunLock,
+    RankWatch,
+    GracefulStop,
+    FiniteGradients,
+    MemoryAdvice,
+    LoRAGuard,
+    CheckpointGuard,
+    AdapterCheckpoint,
+)
 USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
@@ -46,8 +67,8 @@ class LoRACLI(LightningCLI):
     """A LightningCLI for modules with LoRA.
 
     Model and data are chosen by class path or, if given here, fixed. The optimizer is the module's own: the one
-    LightningCLI would build sees the parameters before the adapters exist, and trains nothing. `LoRAGuard`,
-    `CheckpointGuard`, `AdapterCheckpoint` and `LoRAProgressBar` are added unless the config brings its own.
+    LightningCLI would build sees the parameters before the adapters exist, and trains nothing. `DEFAULTS` and
+    `LoRAProgressBar` are added unless the config brings its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,13 +78,18 @@ class LoRACLI(LightningCLI):
         kwargs.setdefault("parser_kwargs", {name: {"epilog": _example(name)} for name in self.subcommands()})
         super().__init__(*args, auto_configure_optimizers=False, **kwargs)
 
+    def before_fit(self) -> None:
+        """Lock the run folder before loggers are made: a CSV logger deletes the metrics that it finds."""
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, RunLock):
+                callback.acquire(self.trainer)
+
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         progress = () if config.get("enable_progress_bar") is False else ((LoRAProgressBar, ProgressBar),)
-        usual = [(kind, kind) for kind in (LoRAGuard, CheckpointGuard, AdapterCheckpoint)]
-        for default, kind in (*usual, *progress):
+        for default, kind in (*((default, default) for default in DEFAULTS), *progress):
             if not any(isinstance(callback, kind) for callback in own):
                 callbacks.append(default())
         return super()._instantiate_trainer(config, callbacks)
@@ -115,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {cause}", file=sys.stderr)
         return 2
+    except (GradientError, GuardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as exit:

@@ -41,6 +41,14 @@ class GuardError(LoRAError, RuntimeError):
     """A run would train nothing, train the wrong thing, or has changed what must stay frozen."""
 
 
+class GradientError(LoRAError, RuntimeError):
+    """A gradient is NaN or infinite."""
+
+
+class RunFolderError(LoRAError, ValueError):
+    """The folder of a run cannot be written, or another run writes there."""
+
+
 def user_error(error: BaseException | None) -> LoRAError | None:
     """The `LoRAError` at or behind ``error``, if there is one."""
     while error is not None and not isinstance(error, LoRAError):

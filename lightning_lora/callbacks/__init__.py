@@ -2,9 +2,26 @@
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .checkpoint_guard import CheckpointGuard
+from .finite_gradients import FiniteGradients
+from .graceful_stop import GracefulStop
 from .guard import LoRAGuard
 from .lora import LoRA
+from .memory_advice import MemoryAdvice
 from .merge import MergeOnFitEnd
 from .progress import LoRAProgressBar
+from .rank_watch import RankWatch
+from .run_lock import RunLock
 
-__all__ = ["AdapterCheckpoint", "CheckpointGuard", "LoRA", "LoRAGuard", "LoRAProgressBar", "MergeOnFitEnd"]
+__all__ = [
+    "AdapterCheckpoint",
+    "CheckpointGuard",
+    "FiniteGradients",
+    "GracefulStop",
+    "LoRA",
+    "LoRAGuard",
+    "LoRAProgressBar",
+    "MemoryAdvice",
+    "MergeOnFitEnd",
+    "RankWatch",
+    "RunLock",
+]

@@ -1,0 +1,115 @@
+"""No gradient that is not a number reaches the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.errors import GradientError
+
+from .agreement import largest_of_ranks
+
+
+class FiniteGradients(Callback):
+    """Stops a run before the optimizer takes a NaN or infinite gradient, and names the first parameter that has one.
+
+    Weights, optimizer state and checkpoints stay what they were after the last good step. One norm over all gradients
+    is taken per optimizer step, after accumulation, averaging over ranks and unscaling, before clipping; all ranks
+    stop together. It waits for the device once per step.
+
+    With ``16-mixed`` the gradient scaler expects overflows: it skips such a step and halves its scale. Only when that
+    scale has fallen below 1, so that it is not the scale that overflows, does this callback stop the run.
+
+    Manual optimization is covered as far as it steps the optimizers of ``self.optimizers()``; where no step passes by,
+    as with raw optimizers and DeepSpeed, a warning says so.
+
+    Raises:
+        GradientError: Naming the parameter, the optimizer step and the batches.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+        self._step = -1
+        self._first_batch = self._last_batch = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where gradients cannot be seen."""
+        self._seen, self._step = False, -1
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            rank_zero_warn("FiniteGradients does nothing: DeepSpeed keeps gradients inside its engine.")
+            self._seen = True
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember which batches make up the step."""
+        if trainer.global_step != self._step or batch_idx == 0:
+            self._step, self._first_batch = trainer.global_step, batch_idx
+        self._last_batch = batch_idx
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at all gradients at once, and at each of them only if something is wrong."""
+        self._seen = True
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+        # Sharded gradients differ between ranks, and all must stop together.
+        if not largest_of_ranks(trainer, _total_is_not_finite(gradients).int()):
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() >= 1:
+            return
+        names_by_id = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        place = {key: number for number, key in enumerate(names_by_id)}
+        parameters.sort(key=lambda parameter: place.get(id(parameter), len(place)))
+        wrong = torch.tensor([p.grad is not None and not _is_finite(_local(p.grad)) for p in parameters]).int()
+        names = [names_by_id.get(id(p), "(no parameter of the module)") for p in parameters]
+        wrong = largest_of_ranks(trainer, wrong)
+        if wrong.any():  # else all are finite, and only their norm overflowed
+            raise GradientError(self._message(trainer, [name for name, bad in zip(names, wrong) if bad]))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if no optimizer step came by."""
+        if not self._seen:
+            rank_zero_warn(
+                "FiniteGradients saw no optimizer step in this epoch: with manual optimization, step the optimizers "
+                "that self.optimizers() returns."
+            )
+            self._seen = True
+
+    def _message(self, trainer: Trainer, names: list[str]) -> str:
+        one = self._first_batch == self._last_batch
+        batches = f"batch {self._last_batch}" if one else f"batches {self._first_batch} to {self._last_batch}"
+        others = f" (and of {len(names) - 1} other parameters)" if len(names) > 1 else ""
+        return (
+            f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, made "
+            f"of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and checkpoints "
+            f"are those of step {trainer.global_step}. Look at these batches, lower the learning rate or set "
+            f"trainer.gradient_clip_val; trainer.detect_anomaly=true shows the operation it comes from."
+        )
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The values of a gradient that this process holds, dense."""
+    if isinstance(gradient, DTensor):
+        gradient = gradient.to_local()
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _total_is_not_finite(gradients: list[Tensor]) -> Tensor:
+    # The 2-norm is the fastest sum over everything that keeps NaN and infinity; it may overflow by itself.
+    return ~get_total_norm(gradients).isfinite() if gradients else torch.tensor(False)
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all())

@@ -1,0 +1,84 @@
+"""Out of memory: which settings of this run to lower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
+from typing_extensions import override
+
+from lightning_lora.layers.walk import lora_layers
+
+
+class MemoryAdvice(Callback):
+    """Adds to an out-of-memory error what the run was doing and the three settings whose lowering helps most.
+
+    They are taken from the run: a batch of one row is not advised to be smaller, a run in bfloat16 not to leave
+    float32. The rank is never among them: adapters and their optimizer state are small beside activations.
+    """
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Complete the message; the error itself goes on."""
+        if not _is_out_of_memory(exception):
+            return
+        advice = [f"  {number}. {text}" for number, text in zip((1, 2, 3), _advice(trainer, pl_module))]
+        first, *more = exception.args or ("out of memory",)
+        text = "\n".join(
+            [str(first), "", f"Out of memory {_where(trainer, pl_module)}. Lower, in this order:", *advice]
+        )
+        exception.args = (text, *more)
+
+
+def _is_out_of_memory(exception: BaseException) -> bool:
+    return isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(exception)
+
+
+def _where(trainer: Trainer, module: LightningModule) -> str:
+    stage = "in validation after" if trainer.validating else "in"
+    step = trainer.global_step + (0 if trainer.validating else 1)
+    if module.device.type != "cuda":
+        return f"{stage} optimizer step {step}"
+    peak, total = torch.cuda.max_memory_allocated(module.device), torch.cuda.mem_get_info(module.device)[1]
+    return f"{stage} optimizer step {step}, at a peak of {peak / 1e9:.1f} of {total / 1e9:.1f} GB"
+
+
+def _advice(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+    data = getattr(trainer, "datamodule", None)
+    loader = trainer.val_dataloaders if trainer.validating else trainer.train_dataloader
+    rows = getattr(data, "batch_size", None) or getattr(loader, "batch_size", None)
+    if isinstance(rows, int) and rows > 1:
+        steps = trainer.accumulate_grad_batches
+        yield (
+            f"batch_size: {rows} -> {rows // 2}; with trainer.accumulate_grad_batches {steps} -> {steps * 2} the "
+            f"optimizer step stays as large"
+        )
+    length = getattr(data, "max_length", None)
+    if isinstance(length, int):
+        yield f"max_length: {length} -> {length // 2} tokens; activations shrink with it, long rows are cut"
+    adapted = bool(lora_layers(module))
+    if not adapted and hasattr(module, "lora"):
+        yield "lora: full fine-tuning -> LoRA; gradients and optimizer state of the base, 12 bytes a weight, are gone"
+    narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
+    if trainer.precision in narrower and getattr(module, "dtype_name", None) is None:
+        yield f"trainer.precision: {trainer.precision} -> bf16-true; {narrower[trainer.precision]}"
+    if any(_could_recompute(child) for child in module.modules()):
+        yield (
+            "activation checkpointing: off -> gradient_checkpointing_enable() on the model, in configure_model; "
+            "activations are computed twice instead of kept"
+        )
+    if adapted and getattr(module, "quantization", "no such setting") is None and trainer.world_size == 1:
+        yield "quantization: none -> nf4; the base takes a quarter of its 16-bit size"
+    yield "the model: a smaller one, or more devices that share it (cli_configs/strategy/fsdp2.yaml)"
+
+
+def _could_recompute(module: Any) -> bool:
+    """Whether it is a transformers model that could compute activations again in the backward pass, and does not."""
+    if getattr(module, "supports_gradient_checkpointing", False) is not True:
+        return False
+    # The newer name first: transformers warns of the older one.
+    newer = getattr(module, "is_activation_checkpointing", None)
+    return not (module.is_gradient_checkpointing if newer is None else newer)

@@ -1,0 +1,176 @@
+"""A signal ends the run after its optimizer step, with a checkpoint that the run continues from."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_lora import lora_state_dict
+from lightning_lora.callbacks import GracefulStop
+from tests import toys
+from tests.toys import Toy
+
+pytestmark = toys.expected_warnings
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Send(Callback):
+    """Sends this process signals in one of its hooks, and counts the batches it sees the end of."""
+
+    def __init__(self, *signums: int, at: int = 0, hook: str = "train") -> None:
+        self.signums, self.at, self.hook = signums, at, hook
+        self.finished = self.validated = 0
+
+    def send(self, hook: str, batch_idx: int) -> None:
+        if (hook, batch_idx) == (self.hook, self.at):
+            for signum in self.signums:
+                os.kill(os.getpid(), signum)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.send("train", batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.finished += 1
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.send("sanity" if trainer.sanity_checking else "validation", batch_idx)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.validated += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"finished": self.finished}
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The handlers of the test run come back whatever happens."""
+    before = {signum: signal.getsignal(signum) for signum in CODES}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def stopped(folder: Path, send: Send, code: int, module: Toy | None = None, **options: Any) -> Path:
+    """Run until the signal; gives where the checkpoint is or would be."""
+    settings = {"max_epochs": 2, "enable_checkpointing": False} | options
+    callbacks = [GracefulStop(), send, *settings.pop("callbacks", [])]
+    runner = toys.trainer(folder, callbacks=callbacks, **settings)
+    with pytest.raises(SystemExit) as exit:
+        runner.fit(module or Toy(), toys.loader(), toys.loader(6) if "validation" in send.hook else None)
+    assert exit.value.code == code
+    return folder / "checkpoints" / "stopped.ckpt"
+
+
+def content(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_a_signal_waits_for_the_end_of_the_optimizer_step(signum: int, tmp_path: Path) -> None:
+    send = Send(signum, at=2)
+    path = stopped(tmp_path, send, CODES[signum], accumulate_grad_batches=2)
+    assert send.finished == 4
+    assert content(path)["global_step"] == 2
+    # What other callbacks do after the batch is in the checkpoint, though they stand behind ours in the list.
+    assert content(path)["callbacks"]["Send"] == {"finished": 4}
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_the_run_continues_from_the_checkpoint(at: int, tmp_path: Path) -> None:
+    module = Toy()
+    path = stopped(tmp_path, Send(signal.SIGTERM, at=at), 143, module)
+    weights = content(path)["state_dict"]
+    assert toys.same({name: weights[name] for name in weights if "lora_" in name}, lora_state_dict(module))
+    resumed = toys.trainer(tmp_path, callbacks=[GracefulStop(), Send()], max_epochs=2)
+    resumed.fit(Toy(), toys.loader(), ckpt_path=path, weights_only=True)
+    assert resumed.global_step == 8
+    assert resumed.current_epoch == 2
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    send = Send(signal.SIGINT, signal.SIGINT, at=1)
+    path = stopped(tmp_path, send, 130)
+    assert send.finished == 1
+    assert not path.exists()
+
+
+def test_many_sigterms_are_one(tmp_path: Path) -> None:
+    path = stopped(tmp_path, Send(*[signal.SIGTERM] * 3, at=1), 143)
+    assert content(path)["global_step"] == 2
+
+
+def test_ctrl_c_while_a_sigterm_waits_stops_at_once(tmp_path: Path) -> None:
+    assert not stopped(tmp_path, Send(signal.SIGTERM, signal.SIGINT, at=1), 130).exists()
+
+
+def test_validation_is_cut_short(tmp_path: Path) -> None:
+    send = Send(signal.SIGTERM, at=1, hook="validation")
+    path = stopped(tmp_path, send, 143)
+    assert (send.finished, send.validated) == (4, 2)
+    assert content(path)["global_step"] == 4
+    resumed = toys.trainer(tmp_path, callbacks=[GracefulStop(), Send()], max_epochs=2)
+    resumed.fit(Toy(), toys.loader(), toys.loader(6), ckpt_path=path, weights_only=True)
+    assert resumed.global_step == 8
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_before_the_first_step_it_stops_at_once(signum: int, tmp_path: Path) -> None:
+    send = Send(signum, hook="sanity")
+    runner = toys.trainer(tmp_path, callbacks=[GracefulStop(), send], num_sanity_val_steps=2)
+    with pytest.raises(SystemExit) as exit:
+        runner.fit(Toy(), toys.loader(), toys.loader())
+    assert exit.value.code == CODES[signum]
+    assert (send.finished, send.validated) == (0, 0)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_checkpoint_stands_beside_those_of_the_run_and_logged_rows_are_kept(tmp_path: Path) -> None:
+    class Logging(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=100)
+    kept = ModelCheckpoint(tmp_path / "kept")
+    options = {"logger": logger, "log_every_n_steps": 1, "enable_checkpointing": True, "callbacks": [kept]}
+    stopped(tmp_path, Send(signal.SIGTERM, at=2), 143, Logging(), **options)
+    assert (tmp_path / "kept" / "stopped.ckpt").is_file()
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]  # the step's own row comes later
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_signals_do_what_they_did_before(fails: bool, tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if fails:
+                raise ZeroDivisionError
+
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    runner = toys.trainer(tmp_path, callbacks=[GracefulStop(), Failing()])
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            runner.fit(Toy(), toys.loader())
+    else:
+        runner.fit(Toy(), toys.loader())
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

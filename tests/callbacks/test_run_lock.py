@@ -1,0 +1,163 @@
+"""One run per folder: locks of the living hold, locks of the dead are taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_lora import RunFolderError
+from lightning_lora.callbacks import RunLock
+from lightning_lora.run_lock import release_lock, take_lock
+from tests import toys
+from tests.toys import Toy
+
+pytestmark = toys.expected_warnings
+
+FILE = ".run.lock"
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lightning_lora.run_lock import take_lock
+take_lock(Path(sys.argv[1]) / ".run.lock", Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+RACE = """
+import os, sys, time
+from lightning_lora.errors import RunFolderError
+from pathlib import Path
+from lightning_lora.run_lock import take_lock
+
+start = time.monotonic() + 0.5
+children = []
+for _ in range(8):
+    child = os.fork()
+    if child == 0:
+        while time.monotonic() < start:
+            pass
+        try:
+            take_lock(Path(sys.argv[1]) / ".run.lock", Path(sys.argv[1]))
+        except RunFolderError:
+            os._exit(1)
+        time.sleep(2)
+        os._exit(0)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children].count(0))
+"""
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(toys.ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def fit(folder: Path, *callbacks: Callback, **options: Any) -> None:
+    toys.trainer(folder, callbacks=[RunLock(), *callbacks], **options).fit(Toy(), toys.loader())
+
+
+def test_a_second_process_is_refused_and_a_dead_one_replaced(tmp_path: Path) -> None:
+    with holder(tmp_path) as other:
+        words = rf"another run writes in {tmp_path}: process {other.pid} on {socket.gethostname()}, started 0:00:\d\d ago"
+        with pytest.raises(RunFolderError, match=words):
+            fit(tmp_path)
+        assert json.loads((tmp_path / FILE).read_text())["pid"] == other.pid
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with pytest.warns(UserWarning, match=rf"took over .* from process {other.pid} on .*died without removing"):
+            fit(tmp_path)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_the_lock_stands_while_the_run_does_and_goes_with_it(tmp_path: Path) -> None:
+    class Look(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+
+    fit(tmp_path, Look())
+    assert not (tmp_path / FILE).exists()
+
+
+def test_it_goes_after_an_error_too(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, Failing())
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_refused_run_leaves_the_lock_of_the_other(tmp_path: Path) -> None:
+    lock = write_lock(tmp_path, host="elsewhere")
+    with pytest.raises(RunFolderError, match=r"process 1 on elsewhere, started .*; if you know .* delete .*run.lock"):
+        fit(tmp_path)
+    assert (tmp_path / FILE).read_text() == lock
+
+
+def test_a_new_process_with_the_number_of_a_dead_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
+    write_lock(tmp_path, pid=os.getppid(), born="long ago")
+    assert "took over" in str(take_lock(tmp_path / FILE, tmp_path))
+    release_lock(tmp_path / FILE)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_lock_cut_off_by_a_crash_holds_nobody_back(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"pid": 12')
+    fit(tmp_path)
+
+
+def test_of_many_at_the_same_moment_one_wins(tmp_path: Path) -> None:
+    for stale in (False, True):
+        folder = tmp_path / str(stale)
+        folder.mkdir()
+        if stale:
+            write_lock(folder, pid=os.getppid(), born="long ago")
+        assert toys.run_python(RACE, folder).stdout == "1\n"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"cannot write in .*file/run: Not a directory. Choose another folder"):
+        fit(tmp_path / "file" / "run")
+
+
+def test_a_logger_does_not_delete_the_metrics_of_a_run_that_holds_the_folder(tmp_path: Path) -> None:
+    runner = toys.trainer(tmp_path, logger=CSVLogger(tmp_path, "runs", version="one"))
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("kept")
+    write_lock(folder.parent, ".one.lock", host="elsewhere")
+    with pytest.raises(RunFolderError, match=rf"another run writes in {folder}: process 1 on elsewhere"):
+        RunLock().acquire(runner)
+    assert (folder / "metrics.csv").read_text() == "kept"
+    assert [entry.name for entry in folder.iterdir()] == ["metrics.csv"]
+
+
+def write_lock(folder: Path, name: str = FILE, **changes: Any) -> str:
+    fields = {"pid": 1, "host": socket.gethostname(), "born": "", "started": "2026-01-01T00:00:00+00:00"}
+    text = json.dumps(fields | changes)
+    (folder / name).write_text(text)
+    return text
