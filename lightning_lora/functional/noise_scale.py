@@ -90,23 +90,29 @@ def noise_scale(gradients: Tensor | Sequence[Tensor], batch_sizes: int | Sequenc
     mean_squares = (mean_square - 2 * weights * inner + weights.square() * squares) / (1 - weights).square()
     without = signal_and_trace(fewer, mean_squares, torch.stack([sizes[keep] for keep in kept]))
     signals, traces = (count * whole - (count - 1) * part for whole, part in zip((signal, trace), without, strict=True))
-    return _estimate(float(signal), float(trace), *_errors(signals, traces, signal, trace))
+    equal = torch.full_like(signals, 1 / count)
+    return _estimate(float(signal), float(trace), *_errors(signals, traces, equal, signal, trace))
 
 
 def signal_and_trace(
-    squares: Tensor, mean_square: Tensor, batch_sizes: int | Sequence[int] | Tensor
+    squares: Tensor,
+    mean_square: Tensor,
+    batch_sizes: int | Sequence[int] | Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Unbiased ``|G|^2`` and ``tr(Sigma)`` of a step from square norms alone.
 
-    With ``w_k = b_k / B``, ``S = sum w_k |g_k|^2`` and ``M = |sum w_k g_k|^2``:
-    ``tr(Sigma) = (S - M) B / (K - 1)`` and ``|G|^2 = S - tr(Sigma) K / B``. For equal sizes this is McCandlish's
-    estimator; a mean of the sizes in its place would be biased. No distribution is assumed, only independence. Any
-    quadratic form may take the place of the square norm (`adam_metric`, `curvature_along`).
+    With weights ``w_k`` that sum to one, ``S = sum w_k |g_k|^2`` and ``M = |sum w_k g_k|^2``:
+    ``tr(Sigma) = (S - M) / (sum w_k / b_k - sum w_k^2 / b_k)`` and ``|G|^2 = S - tr(Sigma) sum w_k / b_k``. For equal
+    sizes this is McCandlish's estimator; a mean of the sizes in their place would be biased. No distribution is
+    assumed, only independence. Any quadratic form may take the place of the square norm (`adam_metric`,
+    `curvature_along`).
 
     Args:
         squares: ``(*, K)``, ``|g_k|^2`` of each micro-batch.
-        mean_square: ``(*)``, ``M``, the square norm of their mean weighted by rows.
+        mean_square: ``(*)``, ``M``, the square norm of the weighted mean.
         batch_sizes: Rows in each micro-batch: one number, or ``(*, K)``.
+        weights: ``(*, K)``, ``w_k`` up to a factor. None: by rows, the mean over all rows of the step.
 
     Returns:
         ``(*)`` each.
@@ -114,44 +120,50 @@ def signal_and_trace(
     Raises:
         DataError: If ``K < 2`` or a batch size is not positive.
     """
-    count = squares.shape[-1]
-    sizes = _sizes(batch_sizes, count).to(squares.device)
-    total = sizes.sum(-1)
-    mean_of_squares = (sizes * squares).sum(-1) / total
-    trace = (mean_of_squares - mean_square) * total / (count - 1)
-    return mean_of_squares - trace * count / total, trace
+    sizes = _sizes(batch_sizes, squares.shape[-1]).to(squares.device)
+    weights = sizes if weights is None else weights.double()
+    weights = weights / weights.sum(-1, keepdim=True)
+    mean_of_squares = (weights * squares).sum(-1)
+    one, all_of_them = (weights / sizes).sum(-1), (weights.square() / sizes).sum(-1)
+    trace = (mean_of_squares - mean_square) / (one - all_of_them)
+    return mean_of_squares - trace * one, trace
 
 
-def combine(signals: Tensor, traces: Tensor) -> NoiseScale:
-    """The noise scale of many steps: mean trace over mean signal.
+def combine(signals: Tensor, traces: Tensor, weights: Tensor | None = None) -> NoiseScale:
+    """The noise scale of many steps: weighted mean of the traces over that of the signals.
 
-    The interval is that of the delta method, ``se(R) = sd(trace_t - R signal_t) / (|mean signal| sqrt(n))``; steps
-    are taken as independent.
+    The interval is that of the delta method, ``se(R) = sd(trace_t - R signal_t) / (|mean signal| sqrt(n))`` with
+    ``n = (sum w)^2 / sum w^2``; steps are taken as independent.
 
     Args:
         signals: ``(n,)``, from `signal_and_trace` of each step, negative ones too.
         traces: ``(n,)``.
+        weights: ``(n,)``, how much each step counts, such as a power of a half-life. None: all the same.
 
     Raises:
-        DataError: If there is no step, or the numbers of both differ.
+        DataError: If there is no step, or the numbers differ.
     """
-    if signals.shape != traces.shape or signals.dim() != 1 or not len(signals):
+    weights = torch.ones_like(signals) if weights is None else weights
+    if not signals.shape == traces.shape == weights.shape or signals.dim() != 1 or not len(signals):
         raise DataError(
-            f"a noise scale needs one signal and one trace of every step, got {tuple(signals.shape)} and "
-            f"{tuple(traces.shape)}."
+            f"a noise scale needs one signal, one trace and one weight of every step, got {tuple(signals.shape)}, "
+            f"{tuple(traces.shape)} and {tuple(weights.shape)}."
         )
-    signals, traces = signals.double(), traces.double()
-    signal, trace = signals.mean(), traces.mean()
-    return _estimate(float(signal), float(trace), *_errors(signals, traces, signal, trace))
+    signals, traces, weights = signals.double(), traces.double(), weights.double() / weights.sum()
+    signal, trace = weights @ signals, weights @ traces
+    return _estimate(float(signal), float(trace), *_errors(signals, traces, weights, signal, trace))
 
 
-def _errors(signals: Tensor, traces: Tensor, signal: Tensor, trace: Tensor) -> tuple[float, float]:
+def _errors(signals: Tensor, traces: Tensor, weights: Tensor, signal: Tensor, trace: Tensor) -> tuple[float, float]:
     """Standard errors of the mean signal and of the ratio."""
+    count = 1 / weights.square().sum()
     if len(signals) < 2:
         return math.nan, math.nan
-    root = math.sqrt(len(signals))
-    of_ratio = (traces - trace / signal * signals).std() / signal.abs() / root
-    return float(signals.std() / root), float(of_ratio)
+    of_signal, of_ratio = (
+        (weights @ (deviations - weights @ deviations).square() / (count - 1)).sqrt()
+        for deviations in (signals, traces - trace / signal * signals)
+    )
+    return float(of_signal), float(of_ratio / signal.abs())
 
 
 def _estimate(signal: float, trace: float, signal_error: float, ratio_error: float) -> NoiseScale:

@@ -104,6 +104,15 @@ def test_unequal_micro_batches_are_unbiased_where_a_mean_size_is_not() -> None:
     assert not 50 < combine(*naive).value < 200
 
 
+def test_a_mean_over_unequal_micro_batches_has_weights_of_its_own() -> None:
+    """Lightning's mean of means: each micro-batch counts the same, whatever it holds."""
+    sizes = torch.tensor([1.0, 2, 4, 16], dtype=torch.float64)
+    gradients = 1 + 3 * normal(20_000, 4, 50) / sizes.sqrt()[:, None]  # signal 50, trace 450
+    norms = gradients.square().sum(-1), gradients.mean(1).square().sum(-1)
+    assert combine(*signal_and_trace(*norms, sizes, torch.ones(4))).value == pytest.approx(9, rel=0.02)
+    assert combine(*signal_and_trace(*norms, sizes)).value != pytest.approx(9, rel=0.1)
+
+
 def test_one_step_and_its_norms_give_the_same_estimate() -> None:
     gradients, sizes = 1 + normal(5, 7), torch.tensor([1.0, 2, 3, 4, 5], dtype=torch.float64)
     estimate = noise_scale(gradients, sizes)
@@ -139,5 +148,5 @@ def test_what_gives_no_estimate_is_refused(gradients: Tensor, sizes: int, messag
 
 
 def test_steps_without_their_traces_are_refused() -> None:
-    with pytest.raises(DataError, match="one signal and one trace"):
+    with pytest.raises(DataError, match="one signal, one trace and one weight"):
         combine(torch.ones(3), torch.ones(2))
