@@ -65,10 +65,16 @@ def count_items(batch: Any) -> tuple[Tensor | int, str | None]:
             return mask.detach().sum(), "tokens"
         if isinstance(tokens, Tensor):
             return tokens.numel(), "tokens"
+    rows = count_rows(batch)
+    return rows, "rows" if rows else None
+
+
+def count_rows(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch; 0 where there is none. A packed row is one row."""
     tensor = _first_tensor(batch)
     if tensor is None:
-        return 0, None
-    return tensor.shape[0] if tensor.dim() else 1, "rows"
+        return 0
+    return tensor.shape[0] if tensor.dim() else 1
 
 
 def _first_tensor(batch: Any) -> Tensor | None:

@@ -73,14 +73,18 @@ class TokenWeightedLoss(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
         super().on_before_optimizer_step(optimizer)
-        tokens, self._window_tokens = self._window_tokens, 0
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not isinstance(tokens, Tensor) or not gradients:
-            return
-        tokens, ranks = self._over_ranks(tokens)
+        if isinstance(self._window_tokens, Tensor) and gradients:
+            torch._foreach_mul_(gradients, self.gradient_factor())
+        self._window_tokens = 0
+
+    def gradient_factor(self) -> float:
+        """What makes the gradient of the window that is open a mean over its tokens; a collective."""
+        if not isinstance(self._window_tokens, Tensor):
+            return 1.0
+        tokens, ranks = self._over_ranks(self._window_tokens)
         # Lightning has divided by the accumulation steps and averaged over ranks; both are undone here.
-        factor = _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
-        torch._foreach_mul_(gradients, factor)
+        return _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
 
     def _over_ranks(self, tokens: Tensor) -> tuple[int, int]:
         if self.trainer.world_size == 1:
