@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -56,7 +54,7 @@ class StepMeter:
         self.source.add(num_rows, 1.0 if scaler is None else scaler.get_scale())
 
     def finish(self) -> StepSample | None:
-        """The sample of the step; gradients must be unscaled and not yet clipped. None if it holds no two micro-batches."""
+        """The sample of the step; gradients are unscaled, not yet clipped. None if there are no two micro-batches."""
         self.is_open = False
         is_sum = isinstance(self.module, TokenWeightedLoss)
         return self.source.finish(weighted_by_rows=is_sum, unit=self._unit())

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.batch_state import GOOD_STEPS, MIN_MEASURED, MIN_STEPS, BatchReading, State, read_batch
 from lightning_lora.errors import ConfigError
+from lightning_lora.events import write_event
 from lightning_lora.functional.noise_scale import NoiseScale
 from lightning_lora.micro_gradients import StepSample
 from lightning_lora.noise_history import NoiseHistory
@@ -27,6 +25,13 @@ from .pace import count_rows
 
 _MIN_HALF_LIFE = 2000.0
 _DENSE_STEPS = 50
+_ADVICE: dict[State, str] = {
+    "inconclusive": "the noise hides the signal so far: more steps, or more micro-batches a step, would show it.",
+    "noise-limited": "the batch is small for this noise: larger ones would learn as much from every row, if the device has room.",
+    "transition": "fill {fill:.2g}: neither clearly too large nor clearly small.",
+    "signal-limited": "most of each row is averaged away: halve accumulate_grad_batches, or check it by a BatchProbe.",
+    "step-starved": "{steps:.0f} steps are few whatever the noise: {fewer:.0f} rows a step would make 100, aim at {good}.",
+}
 
 
 class BatchSizeMonitor(Callback):
@@ -61,15 +66,20 @@ class BatchSizeMonitor(Callback):
         self.calibration = calibration
         self.estimate: NoiseScale | None = None
         self.state: State = "inconclusive"
+        self.reading: BatchReading | None = None
+        self.batch_rows = 0
         self._meter: StepMeter | None = None
         self._history: NoiseHistory | None = None
         self._rows_seen = self._micro_rows = self._step_rows = self._full_windows = 0
         self._error: Exception | None = None
+        self._folder = Path()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how this strategy can be measured."""
         self._meter = self._error = None
+        # Reading log_dir is a collective: every rank must do it.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         try:
             self._meter = StepMeter(trainer, pl_module)
         except ConfigError as reason:
@@ -115,8 +125,7 @@ class BatchSizeMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was found, in two lines."""
         if self._meter is not None:
-            rank_zero_info("
-".join(self.summary(trainer)))
+            rank_zero_info("\n".join(self.summary(trainer)))
         self._stop()
 
     @override
@@ -186,8 +195,9 @@ class BatchSizeMonitor(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics({name: value for name, value in numbers.items() if math.isfinite(value)}, trainer.global_step)
-        events = numbers | {"event": "noise_scale", "step": trainer.global_step, "state": self.state}
-        self._events.write(events)
+        if trainer.is_global_zero:
+            event = {"event": "noise_scale", "step": trainer.global_step, "rows_seen": self._rows_seen}
+            write_event(self._folder, event | numbers | {"state": self.state})
 
     def _stop(self) -> None:
         if self._meter is not None:
