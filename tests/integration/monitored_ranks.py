@@ -1,0 +1,56 @@
+"""One monitored step on two ranks: ``python monitored_ranks.py STRATEGY FOLDER`` writes its sample to ``RANK.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_lora.sharding import shard_lora
+from tests import toys
+from tests.callbacks.test_batch_size_monitor import Double, Samples
+
+NUM_ROWS, BATCH, ACCUMULATE = 32, 4, 4
+
+
+class Sharded(Double):
+    def configure_model(self) -> None:
+        super().configure_model()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            shard_lora(self.net, self.device_mesh)
+
+
+def sampler(rank: int) -> DistributedSampler[Any]:
+    return DistributedSampler(toys.rows(NUM_ROWS), 2, rank, shuffle=False)
+
+
+def run(strategy: str, folder: Path) -> None:
+    monitor = Samples()
+    strategies: dict[str, Any] = {
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+    }
+    trainer = toys.trainer(
+        folder,
+        devices=2,
+        strategy=strategies[strategy],
+        use_distributed_sampler=False,
+        accumulate_grad_batches=ACCUMULATE,
+        callbacks=[monitor],
+    )
+    loader = DataLoader(toys.rows(NUM_ROWS), BATCH, sampler=sampler(trainer.global_rank))
+    trainer.fit(Sharded(), loader)
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(monitor.samples))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    run(sys.argv[1], Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,63 @@
+"""Two ranks give the monitor the samples that autograd gives by hand (V9 and V10)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_lora.functional.noise_scale import signal_and_trace
+from tests import toys
+from tests.callbacks.test_batch_size_monitor import Double
+from tests.integration import monitored_ranks as script
+from tests.integration.test_distributed import free_port
+
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
+
+
+def gradient(rows: list[int]) -> Tensor:
+    module: Any = Double()
+    module.configure_model()
+    data = toys.rows(script.NUM_ROWS)
+    batch = [torch.stack([data[row][part] for row in rows]) for part in range(2)]
+    module.training_step(batch, 0).backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(("strategy", "num_micro_batches", "tolerance"), [("ddp", 8, 1e-12), ("fsdp2", 4, 1e-5)])
+def test_a_step_of_two_ranks_is_measured_as_if_by_hand(
+    strategy: str, num_micro_batches: int, tolerance: float, tmp_path: Path
+) -> None:
+    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
+    done = subprocess.run(
+        [sys.executable, script.__file__, strategy, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (found,) = json.loads((tmp_path / "0.json").read_text())
+    assert json.loads((tmp_path / "1.json").read_text()) == [found]
+    ranks = [list(script.sampler(rank)) for rank in range(2)]
+    windows = [range(start, start + script.BATCH) for start in range(0, 16, script.BATCH)]
+    micro_batches = [[rank[place] for place in window] for rank in ranks for window in windows]
+    if strategy == "fsdp2":
+        micro_batches = [one + other for one, other in zip(micro_batches[:4], micro_batches[4:], strict=True)]
+    gradients = torch.stack([gradient(rows) for rows in micro_batches])
+    size = len(micro_batches[0])
+    signal, trace = signal_and_trace(gradients.square().sum(1), gradients.mean(0).square().sum(), size)
+    assert found == [
+        pytest.approx(float(signal), rel=tolerance),
+        pytest.approx(float(trace), rel=tolerance),
+        script.NUM_ROWS,
+        num_micro_batches,
+    ]
