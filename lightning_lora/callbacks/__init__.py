@@ -1,5 +1,6 @@
 """Lightning callbacks; each works without arguments."""
 
+from .adaptive_accumulation import AdaptiveAccumulation
 from .adapter_checkpoint import AdapterCheckpoint
 from .batch_size_monitor import BatchSizeMonitor
 from .checkpoint_guard import CheckpointGuard
@@ -14,6 +15,7 @@ from .rank_watch import RankWatch
 from .run_lock import RunLock
 
 __all__ = [
+    "AdaptiveAccumulation",
     "AdapterCheckpoint",
     "BatchSizeMonitor",
     "CheckpointGuard",

@@ -46,7 +46,7 @@ class BatchSizeMonitor(Callback):
         every_n_steps: Optimizer steps from one measured step to the next, after the first 50, which all are.
         half_life: Fraction of an epoch after which a sample counts half; 2,000 rows at least.
         warmup_steps: Optimizer steps at the start that are left out: signals are large there, and mean little.
-        calibration: Harmless batch over noise scale, from a probe; 1 if there was none.
+        calibration: Harmless batch over noise scale, from a probe; None if there was none, which counts as 1.
 
     Attributes:
         estimate: The latest `NoiseScale`, or None.
@@ -54,11 +54,11 @@ class BatchSizeMonitor(Callback):
     """
 
     def __init__(
-        self, every_n_steps: int = 10, half_life: float = 0.05, warmup_steps: int = 50, calibration: float = 1.0
+        self, every_n_steps: int = 10, half_life: float = 0.05, warmup_steps: int = 50, calibration: float | None = None
     ) -> None:
         if every_n_steps < 1 or warmup_steps < 0:
             raise ConfigError(f"every_n_steps must be 1 at least and warmup_steps 0, got {every_n_steps}, {warmup_steps}.")
-        if not half_life > 0 or not 0 < calibration < math.inf:
+        if not half_life > 0 or (calibration is not None and not 0 < calibration < math.inf):
             raise ConfigError(f"half_life and calibration must be positive, got {half_life} and {calibration}.")
         self.every_n_steps = every_n_steps
         self.half_life = half_life
@@ -133,6 +133,11 @@ class BatchSizeMonitor(Callback):
         """Leave no hook behind."""
         self._stop()
 
+    def restart(self) -> None:
+        """Forget what was measured: the batch has changed, and the signal with it."""
+        self._history, self.estimate, self.reading, self.state = None, None, None, "inconclusive"
+        self._full_windows = 0
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""
@@ -172,7 +177,7 @@ class BatchSizeMonitor(Callback):
         self.estimate = history.estimate()
         steps = float(trainer.estimated_stepping_batches)
         reading = read_batch(
-            self.estimate, len(history), sample.num_rows, steps, self.calibration, self._full_windows
+            self.estimate, len(history), sample.num_rows, steps, self.calibration or 1.0, self._full_windows
         )
         if len(history) % MIN_MEASURED == 0:
             self._full_windows = self._full_windows + 1 if reading.fill_low > 1 else 0
