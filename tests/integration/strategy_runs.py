@@ -1,5 +1,7 @@
 """Runs of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK...``, one process per rank.
 
+``checks/NAME`` in the place of a run makes one of the checks of `fsdp2_checks`.
+
 What a run has computed goes to ``FOLDER/STRATEGY/TASK.pt``: the loss of every optimizer step, the norm of its gradient
 before and after clipping, all weights at the end, and the tokens of every micro-batch of each rank.
 """
@@ -144,10 +146,17 @@ def main(ranks: str, folder: str, *runs: str) -> None:
     for line in toys.EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=line.split(":")[1])
     for name in runs:
-        run(int(ranks), Path(folder), *name.split("/"))
+        strategy, _, task = name.partition("/")
+        if strategy == "checks":
+            fsdp2_checks.CHECKS[task](Path(folder))
+        else:
+            run(int(ranks), Path(folder), strategy, task)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    # Processes that run for long enough already are not started a second time for these.
+    from tests.integration import fsdp2_checks
+
     main(*sys.argv[1:])

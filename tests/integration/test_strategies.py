@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import toys
-from tests.integration import strategy_runs
+from tests.integration import fsdp2_checks, strategy_runs
 from tests.integration.test_distributed import free_port
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strategy_runs.TASKS]
 # Each way of communicating gradients where it is not the default.
 OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full"]
+CHECKS = [f"checks/{name}" for name in fsdp2_checks.CHECKS]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         strategy_runs.run(1, folder, "single", task)
     environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, strategy_runs.__file__, "2", str(folder), *RUNS, *OTHERS],
+        [sys.executable, strategy_runs.__file__, "2", str(folder), *RUNS, *OTHERS, *CHECKS],
         capture_output=True,
         text=True,
         env=os.environ | environment | {"MASTER_PORT": free_port()},
@@ -82,3 +83,40 @@ def test_clipping_is_by_the_norm_over_all_ranks(run: str, folder: Path) -> None:
     for before, after in traces(folder, run)[0]["norms"]:
         assert before > 2 * strategy_runs.CLIP
         assert after == pytest.approx(strategy_runs.CLIP, rel=1e-4)
+
+
+def findings(folder: Path, name: str) -> Any:
+    return torch.load(folder / f"{name}.pt")
+
+
+def test_one_file_is_written_without_gathering_frozen_weights(folder: Path) -> None:
+    found = findings(folder, "saving")
+    trained, everything = found["sharded"]
+    assert trained < everything
+    assert found["gathered"] == (trained, everything)
+    assert found["state"].keys() == found["everything"].keys() - set(found["frozen"])
+    assert all(torch.equal(value, found["everything"][name]) for name, value in found["state"].items())
+
+
+def test_gradients_are_communicated_once_per_step(folder: Path) -> None:
+    # Three groups: two blocks and the rest.
+    assert findings(folder, "communication")["counts"] == {None: 3 * 4, False: 3 * 10}
+
+
+def test_a_checkpoint_inside_a_window_holds_its_gradients(folder: Path) -> None:
+    found = findings(folder, "inside")
+    assert found["steps"] == 3
+    assert toys.same(found["resumed"], found["saved"])
+    # A sum of three is communicated as a sum of two and one.
+    torch.testing.assert_close(found["saved"], found["plain"], rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_a_window_that_was_never_closed_are_forgotten(folder: Path) -> None:
+    found = findings(folder, "again")
+    assert found["stopped"] == found["new"]
+
+
+def test_a_module_that_does_not_shard_itself_is_refused(folder: Path) -> None:
+    message = findings(folder, "unsharded")
+    assert "Whole does not shard itself: each process would train a copy of its own" in message
+    assert "call shard_lora(self.net, self.device_mesh)" in message
