@@ -118,7 +118,7 @@ class Manual(Poisoned):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         optimizer = self.optimizers(use_pl_optimizer=not self.raw)
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
