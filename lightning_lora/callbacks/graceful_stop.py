@@ -110,14 +110,9 @@ class GracefulStop(Callback):
         self._training = False
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen no more."""
-        self._listen_no_more()
-
-    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
-        self._listen_no_more()
+        """Nothing will be finished."""
+        self._training = False
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         signum = int(largest_of_ranks(trainer, torch.tensor(self._received)))
@@ -130,12 +125,10 @@ class GracefulStop(Callback):
 
     def _save(self, trainer: Trainer, signum: int) -> None:
         path = os.path.join(self._folder(trainer), FILE)  # not Path: it may be a remote one
-        trainer.save_checkpoint(path)
-        for logger in trainer.loggers:
-            logger.save()  # some keep a hundred rows in memory, and nothing else writes them when a run breaks off
+        trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(
             f"stopped by {signal.Signals(signum).name} after optimizer step {trainer.global_step}; "
-            f"continue with --ckpt_path {path}"
+            f"continue by the same command with --ckpt_path {path}"
         )
 
     def _folder(self, trainer: Trainer) -> str:
@@ -143,22 +136,12 @@ class GracefulStop(Callback):
         return beside or os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
 
     def _listen(self, *signums: int) -> None:
+        """Until the run ends: Lightning then puts back every handler that it found."""
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn("GracefulStop does nothing: signals only reach the main thread, and this is another one.")
             return
         for signum in signums:
-            if not self._is_heard(signum):
-                self._replaced[signum] = signal.signal(signum, self._receive)
-
-    def _is_heard(self, signum: int) -> bool:
-        return signal.getsignal(signum) == self._receive
-
-    def _listen_no_more(self) -> None:
-        self._training = False
-        for signum, handler in self._replaced.items():
-            if self._is_heard(signum):  # else Lightning has put back what it had found
-                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-        self._replaced.clear()
+            self._replaced[signum] = signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -169,8 +152,9 @@ class GracefulStop(Callback):
             self._stop_at_once(signum)
         elif not self._received:
             self._received = signum
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{signal.Signals(signum).name}: finishing the optimizer step, then saving.\n".encode())
+            hint = " Once more stops at once." if signum == signal.SIGINT else ""
+            text = f"\n{signal.Signals(signum).name}: finishing the optimizer step, then saving.{hint}\n"
+            os.write(2, text.encode())  # not print: the signal may have come in the middle of one
 
     def _stop_at_once(self, signum: int) -> None:
         trainer = self._trainer

@@ -58,7 +58,7 @@ class Run:
     def pid(self, rank: int) -> int:
         """The process of a rank, when it has done some steps."""
         pid = int(self.wait_for(rf"rank {rank} pid (\d+) begins")[1])
-        self.wait_for(rf"(rank {rank} step .*\n[^$]*){{3}}")
+        self.wait_for(rf"(?s)(rank {rank} step .*){{3}}")
         return pid
 
     def worker(self) -> int:

@@ -85,12 +85,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.1)
     parser.add_argument("--timeout", type=float, default=40)
+    parser.add_argument("--keep-every", type=int, default=1, help="steps from one checkpoint to the next")
     parser.add_argument("--nan-at", type=int)
     parser.add_argument("--resume", help="a checkpoint, or last")
     options = parser.parse_args()
     sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
     ours = [RunLock(), RankWatch(options.timeout), GracefulStop(), FiniteGradients(), MemoryAdvice(), CheckpointGuard()]
-    theirs = [Report(), ModelCheckpoint(options.folder / "checkpoints", "kept", every_n_train_steps=1, save_last=True)]
+    keep = ModelCheckpoint(
+        options.folder / "checkpoints", "kept", every_n_train_steps=options.keep_every, save_last=True
+    )
+    theirs = [Report(), keep]
     trainer = toys.trainer(
         options.folder,
         devices=1 if options.strategy == "auto" else 2,

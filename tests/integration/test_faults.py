@@ -34,7 +34,14 @@ def ends_in_order(told: Run, signum: int) -> None:
     assert told.code() == 128 + signum, told.text
     name = signal.Signals(signum).name
     assert re.search(rf"\n{name}: finishing the optimizer step, then saving", told.text), told.text
-    assert len(re.findall(rf"stopped by {name} after optimizer step \d+; continue with --ckpt_path", told.text)) == 1
+    assert (
+        len(
+            re.findall(
+                rf"stopped by {name} after optimizer step \d+; continue by the same command with --ckpt_path", told.text
+            )
+        )
+        == 1
+    )
     assert "Traceback" not in told.text
 
 
@@ -97,7 +104,7 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     # On the last rank only: under FSDP2 it alone holds the part with the NaN.
     with run(tmp_path, *command(f"--resume={path}", f"--nan-at={step + 2}", "--seconds=0")) as lost:
         assert lost.code() == 1, lost.text
-    words = rf"GradientError: the gradient of 'net.first.lora_A' is .*in optimizer step {step + 3}, made of batch {step + 2}"
+    words = rf"GradientError: the gradient of 'net.first.lora_A' is .* step {step + 3}, made of batch {step + 2} of"
     assert len(re.findall(words, lost.text)) == 2, lost.text
     assert max(lost.steps) == step + 2
     checkpoints = list(tmp_path.rglob("*.ckpt"))
@@ -138,7 +145,7 @@ def test_the_command_stops_with_a_checkpoint_goes_on_and_refuses_a_second_run_in
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + step - 1, "the header, and no row for the last step"
     with run(tmp_path, *COMMAND, f"--ckpt_path={path}") as again:
-        found = again.wait_for(r"step (\d+)/")
+        found = again.wait_for(r"step (\d+) ")
         assert int(found[1]) == step + 1, again.text
         again.tell_all(signal.SIGINT)
         ends_in_order(again, signal.SIGINT)
