@@ -145,12 +145,16 @@ def run(
     loader: Callable[[], Any] = shuffled,
     is_validated: bool = True,
     seed: int = 99,
+    is_first: bool = False,
     **options: Any,
 ) -> Outcome:
-    """Train; a run that goes on starts with the random numbers of ``seed``, the whole one with others."""
+    """Train; a run that goes on starts with the random numbers of ``seed``, the whole one with others.
+
+    With ``is_first`` the files are written before other callbacks have had their turn, else after it.
+    """
     seed_all(0 if ckpt_path is None else seed)
     recorder = Recorder(folder if ckpt_path is None else None)
-    callbacks = [*options.pop("callbacks", ()), recorder]
+    callbacks = [*options.pop("callbacks", ()), recorder][:: -1 if is_first else 1]
     settings: dict[str, Any] = {"max_epochs": NUM_EPOCHS, "callbacks": callbacks, "log_every_n_steps": 1}
     trainer = toys.trainer(folder, **(settings | options))
     validation: dict[str, Any] = {"val_dataloaders": toys.loader(4, seed=3)} if is_validated else {}
