@@ -96,7 +96,8 @@ def verify_and_complete(
     if not allow_other_base and None not in (base_fingerprint, trained_on) and base_fingerprint != trained_on:
         raise BaseMismatchError(
             f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
-            f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
+            f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module "
+            f"(--allow_other_base true on the command line)."
         )
     restore_siblings(module, manifest.get("siblings", {}))
     # The base is the module's own, whatever the file holds.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -160,9 +161,7 @@ class LoRAMixin(LightningModule):
         self._refuse_weight_swapping()
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
         rank_zero_info(str(report))
-        if not any(parameter.is_meta for parameter in root.parameters()):
-            trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
-            self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
+        self._tell_fingerprint()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -201,6 +200,20 @@ class LoRAMixin(LightningModule):
 
     def _has_adapters(self) -> bool:
         return bool(lora_layers(self))
+
+    def _base_fingerprint(self) -> str | None:
+        """That of the injection, or told now where the base had no values then. All ranks must ask."""
+        strategy = getattr(self._trainer, "strategy", None)
+        # These leave pieces under the names of whole weights.
+        if self._lora_base_fingerprint is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            self._tell_fingerprint()
+        return self._lora_base_fingerprint
+
+    def _tell_fingerprint(self) -> None:
+        root = self._lora_module()
+        if not any(parameter.is_meta for parameter in root.parameters()):
+            trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
+            self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
 
     def _lora_module(self) -> nn.Module:
         if self.lora_root is None:
@@ -253,11 +266,11 @@ class LoRAMixin(LightningModule):
         self._run_memory().save(self, checkpoint)
         checkpointing.plain_hyperparameters(checkpoint)
         if self._has_adapters():
-            checkpointing.keep_adapters_only(self, checkpoint, self._lora_base_fingerprint)
+            checkpointing.keep_adapters_only(self, checkpoint, self._base_fingerprint())
 
     def _before_load(self, checkpoint: dict[str, Any]) -> None:
         if self._has_adapters():
-            checkpointing.verify_and_complete(self, checkpoint, self._lora_base_fingerprint, self.lora_allow_other_base)
+            checkpointing.verify_and_complete(self, checkpoint, self._base_fingerprint(), self.lora_allow_other_base)
         else:
             checkpointing.refuse_adapter(checkpoint)
         self._run_memory().load(checkpoint)

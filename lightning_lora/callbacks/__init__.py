@@ -1,6 +1,7 @@
 """Lightning callbacks; each works without arguments."""
 
 from .adapter_checkpoint import AdapterCheckpoint
+from .adapter_ema import AdapterEMA
 from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
 from .graceful_stop import GracefulStop
@@ -14,6 +15,7 @@ from .run_lock import RunLock
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterEMA",
     "CheckpointGuard",
     "FiniteGradients",
     "GracefulStop",
