@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_lora.adapter import reshard
 from lightning_lora.adapter_io import save_adapter
 from lightning_lora.errors import ConfigError, closest
+from lightning_lora.flat_parameters import whole_parameters
 from lightning_lora.layers.walk import lora_layers
 
 
@@ -96,5 +97,8 @@ class AdapterCheckpoint(Callback):
         reshard(pl_module)
         folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "adapters"
         facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        save_adapter(pl_module, folder / name, {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts)
+        with whole_parameters(trainer.strategy.model or pl_module):
+            save_adapter(
+                pl_module, folder / name, {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts
+            )
         trainer.strategy.barrier("adapter written")
