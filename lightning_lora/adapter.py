@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.counting import InjectionReport, count_parameters
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.flat_parameters import check_whole, is_flat, whole_parameters
 from lightning_lora.layers.attention import attach_readers, detach_readers
 from lightning_lora.layers.base import LoRALayer, attach, detach
 from lightning_lora.layers.quantised import keep_stored_values
@@ -84,7 +85,7 @@ def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> N
 def check_not_sharded(module: nn.Module) -> None:
     """Raise `AlreadyShardedError` if adapters added now would be missed by the strategy."""
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter":
+        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter" or is_flat(parameter):
             raise AlreadyShardedError(
                 f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
                 f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."
@@ -192,11 +193,21 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: If nothing is adapted.
+        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
     """
     reshard(module)
     _adapted(module)
-    factors = {name: factor.detach() for name, factor in factor_parameters(module).items()}
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in factors.items()}
+    with whole_parameters(module):
+        check_whole(module, "read the adapter")
+        return {name: _detached(factor) for name, factor in factor_parameters(module).items()}
+
+
+def _detached(factor: nn.Parameter) -> Tensor:
+    tensor = factor.detach()
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    # The memory behind a flat parameter is given back.
+    return tensor.clone() if is_flat(factor) else tensor
 
 
 def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:

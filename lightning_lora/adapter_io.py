@@ -31,6 +31,7 @@ from lightning_lora.adapter_folder import (
 from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint
+from lightning_lora.flat_parameters import check_whole, is_flat, whole_parameters
 from lightning_lora.layers.attention import attach_readers
 from lightning_lora.layers.walk import adapted_weights, base_parameter, following_layers, lora_layers
 from lightning_lora.model_card import model_card
@@ -47,7 +48,7 @@ def save_adapter(
 
     Names are relative to the Hugging Face model inside ``module`` where there is one, as PEFT expects. The folder
     appears whole or not at all; an adapter already there is replaced in one step. Under sharding every rank must
-    call this, and rank 0 writes.
+    call this, and rank 0 writes; under FSDP1 ``module`` is its outermost wrapper, ``trainer.model``.
 
     Args:
         module: An adapted module, its updates not merged.
@@ -61,7 +62,14 @@ def save_adapter(
     Raises:
         ConfigError: If nothing is adapted, or the updates are merged.
         AdapterFileError: If a value is not finite, or ``path`` holds something else.
+        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
     """
+    with whole_parameters(module):
+        check_whole(module, "save the adapter")
+        return _save(module, path, summary, tokenizer)
+
+
+def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None, tokenizer: Any) -> Path:
     check_not_merged(module, "save the adapter")
     _check_memory(module)
     root = _root_to_save(module)
@@ -159,6 +167,9 @@ def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor without gradient, gathered from all ranks if it is sharded."""
+    if is_flat(tensor):
+        # The memory behind a flat parameter is given back, which numpy would forbid.
+        return tensor.detach().clone()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 

@@ -16,11 +16,13 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lightning_lora.atomic import atomic_file
 from lightning_lora.checkpoint_manifest import Version, manifest_of, present_versions, write_manifest
+from lightning_lora.checkpoint_shards import is_folder_of_shards, read_shards
 from lightning_lora.hashing_writer import HashingWriter, save_hashed
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
@@ -42,7 +44,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     ``AsyncCheckpointIO(VerifiedCheckpointIO())``, which may remove the previous checkpoint before the new one is whole.
     `CheckpointGuard`, our tasks and the command line use it unless told otherwise. Folders of shards (``FSDPStrategy``
     and ``ModelParallelStrategy`` in that mode, DeepSpeed) and remote addresses stay Lightning's own: neither atomic nor
-    verified.
+    verified. Those of the first two are read here for the strategies that cannot (one device, DDP).
 
     Args:
         fall_back: Whether another checkpoint may be loaded in place of a damaged one. False: always an error.
@@ -88,7 +90,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """Verify ``path``, then load it, or where it is damaged the last whole checkpoint beside it.
 
         Args:
-            path: The file.
+            path: The file, or a folder of shards.
             map_location: As in ``torch.load``.
             weights_only: None: True, from remote addresses too.
 
@@ -97,6 +99,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             AdapterFileError: If it is damaged, and nothing whole is beside it.
         """
         weights_only = True if weights_only is None else weights_only
+        if is_local(path) and is_folder_of_shards(_local(path)):
+            rank_zero_info(f"{path} is a folder of shards: every process reads all of it.")
+            return read_shards(_local(path))
         if not is_local(path) or _local(path).is_dir():
             return super().load_checkpoint(path, map_location, weights_only)
         whole, version = whole_checkpoint(_local(path), self.fall_back and self.is_resuming)

@@ -9,14 +9,15 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_lora.adapter import check_not_merged, check_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.flat_parameters import is_flat
 from lightning_lora.layers.quantised import quantised_layers, scale_keys
 from lightning_lora.layers.siblings import restore_siblings, sibling_names
 from lightning_lora.layers.walk import adapted_weights
+from lightning_lora.named_states import saved_name
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
@@ -28,19 +29,16 @@ _STATES = ("state_dict", "current_model_state")
 
 
 def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None) -> None:
-    """Drop the frozen weights from ``checkpoint``, key optimizer state by name, and add the manifest.
+    """Drop the frozen weights from ``checkpoint`` and add the manifest.
 
     Buffers stay: they are small, and some (running statistics) change in training. A checkpoint in shards stays whole
     and gets the manifest only: its loader asks for every parameter of the module.
     """
     check_not_merged(module, "save a checkpoint")
-    if not in_shards(module.trainer.strategy):
-        frozen = _frozen(module)
-        for key in _STATES:
-            if key in checkpoint:
-                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
-        if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = _by_name(module, module.trainer.optimizers, checkpoint["optimizer_states"])
+    frozen, is_whole = _frozen(module), in_shards(module.trainer.strategy)
+    for key in () if is_whole else _STATES:
+        if key in checkpoint:
+            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
     specs = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(module).items()}
     checkpoint[KEY] = {
         "format": FORMAT,
@@ -48,10 +46,13 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
         "config": next(iter(specs.values())).config.to_dict(),
         "roles": {name: spec.role for name, spec in specs.items()},
         "alphas": {name: spec.alpha for name, spec in specs.items()},
-        "tensors": {name: list(p.shape) for name, p in _kept(module).items()},
+        # Whole in the state dict, which only the rank that writes has; FSDP1 leaves pieces in the module.
+        "tensors": {name: list(checkpoint["state_dict"].get(name, p).shape) for name, p in _kept(module).items()},
         "base_fingerprint": base_fingerprint,
         "siblings": sibling_names(module),
     }
+    if is_whole:
+        checkpoint[KEY]["frozen"] = sorted(frozen)
 
 
 def plain_hyperparameters(checkpoint: dict[str, Any]) -> None:
@@ -89,14 +90,19 @@ def verify_and_complete(
         raise AdapterFileError(f"the checkpoint's {KEY!r} entry is no manifest: it lacks {sorted(_FIELDS)}.")
     if manifest["format"] > FORMAT:
         raise AdapterFileError(f"checkpoint format {manifest['format']} is newer than {FORMAT}: update lightning-lora.")
-    expected = _kept(module)
+    # The shape of what FSDP1 has flattened was checked by FSDP1.
+    expected = {
+        name: _shaped(manifest["tensors"].get(name, ())) if is_flat(parameter) else parameter
+        for name, parameter in _kept(module).items()
+    }
     check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
     trained_on = manifest["base_fingerprint"]
     # Either may be unknown: a base without memory has no fingerprint.
     if not allow_other_base and None not in (base_fingerprint, trained_on) and base_fingerprint != trained_on:
         raise BaseMismatchError(
             f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
-            f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module."
+            f"{base_fingerprint}. Load the right base, or set lora_allow_other_base = True on the module "
+            f"(--allow_other_base true on the command line)."
         )
     restore_siblings(module, manifest.get("siblings", {}))
     # The base is the module's own, whatever the file holds.
@@ -126,12 +132,12 @@ def _shaped(shape: Sequence[int]) -> Tensor:
 
 
 def _kept(module: LightningModule) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {saved_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _frozen(module: LightningModule) -> set[str]:
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return frozen | _scales(module)
+    named = module.named_parameters(remove_duplicate=False)
+    return {saved_name(name) for name, p in named if not p.requires_grad} | _scales(module)
 
 
 def _scales(module: LightningModule) -> set[str]:
@@ -142,35 +148,3 @@ def _scales(module: LightningModule) -> set[str]:
 def in_shards(strategy: Strategy) -> bool:
     """Whether ``strategy`` writes a folder of shards. Its setting is private in Lightning, under two names."""
     return getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "full") == "sharded")
-
-
-def _by_name(
-    module: LightningModule, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Optimizer states keyed by parameter name instead of position, so that any strategy can read them.
-
-    Positions index the optimizer's own list here and all parameters in sharded loaders; names mean the same in both.
-    """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    renamed = []
-    for optimizer, state in zip(optimizers, states, strict=True):
-        # Sharded strategies give the state to rank 0 only.
-        if not any(isinstance(key, int) for group in state.get("param_groups", ()) for key in group["params"]):
-            renamed.append(state)
-            continue
-        name_of = {
-            position: names.get(id(parameter), position)
-            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
-            for parameter, position in zip(group["params"], saved["params"], strict=True)
-        }
-        renamed.append(
-            state
-            | {
-                "state": {name_of[position]: value for position, value in state["state"].items()},
-                "param_groups": [
-                    group | {"params": [name_of[position] for position in group["params"]]}
-                    for group in state["param_groups"]
-                ],
-            }
-        )
-    return renamed

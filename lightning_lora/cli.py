@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_lora.argument_parser import LoRAArgumentParser
@@ -20,6 +20,7 @@ from lightning_lora.callbacks import (
     CheckpointGuard,
     FiniteGradients,
     GracefulStop,
+    LoRA,
     LoRAGuard,
     LoRAProgressBar,
     MemoryAdvice,
@@ -83,6 +84,27 @@ class LoRACLI(LightningCLI):
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, RunLock):
                 callback.acquire(self.trainer)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One setting that belongs to no class, as `lightning-lora merge` has it."""
+        parser.add_argument(
+            "--allow_other_base",
+            type=bool,
+            default=False,
+            help="Load a checkpoint though its adapter was trained on other base weights.",
+        )
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Pass the setting on to whoever loads adapters."""
+        super().instantiate_classes()
+        if self._get(self.config_init, "allow_other_base"):
+            callbacks: list[Callback] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+            self.model.lora_allow_other_base = True  # pyright: ignore[reportAttributeAccessIssue]
+            for callback in callbacks:
+                if isinstance(callback, LoRA):
+                    callback.allow_other_base = True
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.quantised import stored_parts
 from lightning_lora.patterns import plain_name
+from lightning_lora.sharded_entries import every_nth
 
 SAMPLE = 65_536
 
@@ -19,17 +20,26 @@ SAMPLE = 65_536
 def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
     """A digest of shape and values, 16 hexadecimal digits.
 
-    At most 65,536 evenly spaced entries are read, so that a 70B model takes seconds. A quantised weight counts with
-    its codes and scales as they are stored.
+    At most 65,536 evenly spaced entries are read, and of a sharded tensor exchanged, so that a 70B model takes seconds.
+    A quantised weight counts with its codes and scales as they are stored.
 
     Args:
-        tensor: Any tensor with memory.
+        tensor: Any tensor with memory; of a sharded one all ranks must ask, and get the digest of the whole.
         exact: False rounds to bfloat16 first, so that one base loaded in float32 and in bfloat16 agree. True compares
             the bits as they are.
     """
-    parts = stored_parts(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
-    samples = [part.detach().reshape(-1)[:: sample_step(part.numel())] for part in parts]
+    samples = _samples(tensor)
     return _digest(tensor.shape, [sample if exact else _rounded(sample) for sample in samples])
+
+
+def _samples(tensor: Tensor) -> list[Tensor]:
+    """The entries that count."""
+    if isinstance(tensor, DTensor):
+        entries = every_nth(tensor, sample_step(tensor.numel()))
+        if entries is not None:
+            return [entries]
+        tensor = tensor.full_tensor()
+    return [part.detach().reshape(-1)[:: sample_step(part.numel())] for part in stored_parts(tensor)]
 
 
 def sample_step(num_elements: int) -> int:

@@ -3,7 +3,7 @@
 Lightning 2.6 restarts from counters that do not say enough: of a file written after the last batch of an epoch it skips
 the validation and the end of that epoch, with ``max_steps`` it goes astray at an epoch's end, and a plateau scheduler
 misses its update. The counters are therefore set here, to what they are at that place in a run that goes on. Everything
-private of Lightning's loops that we touch is in this file and in `lightning_lora.resume`.
+private of Lightning's loops that we set is in this file; what another Lightning no longer has is refused, not set.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import lightning
 from lightning.pytorch import Trainer
 
+# What Lightning calls these stages; a test compares them.
 _MID_EPOCH = "restarted_mid_epoch"
 _ON_LAST = "restarted_on_last"
 _MID_EVALUATION = "restarted_mid_evaluation"
@@ -84,21 +86,26 @@ def go_to(trainer: Trainer, point: Point) -> None:
         epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
     if point.is_epoch_over:
         _level(loop.epoch_progress, ready=point.num_epochs, done=point.num_epochs)
-        loop.restarting = False
+        _put(loop, restarting=False)
         # With max_steps Lightning takes every loaded run for an unfinished epoch.
-        loop._restarting = epoch_loop.restarting = False
+        _put(loop, _restarting=False)
         # Or it would go on with the iterators it made before the random numbers were put back.
-        loop._resuming_from_checkpoint = False
-        loop.reset_restart_stage()
-        epoch_loop.reset_restart_stage()
+        _put(loop, _resuming_from_checkpoint=False, _restart_stage=_NONE)
+        _put(epoch_loop, restarting=False, _restart_stage=_NONE)
     else:
         _level(loop.epoch_progress, ready=point.num_epochs + 1, done=point.num_epochs)
         _level(epoch_loop.batch_progress, ready=point.num_batches, done=point.num_batches)
         if not point.is_between_batches:
-            epoch_loop.batch_progress.is_last_batch = False
+            _put(epoch_loop.batch_progress, is_last_batch=False)
         # The epoch goes on, and its end must not be taken for one that was loaded.
-        epoch_loop.restarting, loop._restarting, loop._restart_stage = True, False, _MID_EPOCH
+        _put(epoch_loop, restarting=True)
+        _put(loop, _restarting=False, _restart_stage=_MID_EPOCH)
         _finish_batch(trainer, point)
+
+
+def begin_epoch(trainer: Trainer) -> None:
+    """Forget that an epoch was over when the file was written: Lightning remembers, and would end the next one too."""
+    _put(trainer.fit_loop.epoch_loop, restarting=False)
 
 
 def _finish_batch(trainer: Trainer, point: Point) -> None:
@@ -110,24 +117,35 @@ def _finish_batch(trainer: Trainer, point: Point) -> None:
     is_due = epoch_loop._should_check_val_fx(fetcher)
     if not point.is_batch_open and is_step:
         # The loop will count this step once more.
-        epoch_loop._batches_that_stepped -= 1
+        _put(epoch_loop, _batches_that_stepped=epoch_loop._batches_that_stepped - 1)
     if is_due:
         # In these stages the loop first does the rest of the batch, with or without validation.
-        epoch_loop._restart_stage = _ON_LAST
-        validation._has_run = False
-        validation.restarting = False
-        validation._restart_stage = _MID_EVALUATION if point.is_batch_open and not point.is_validated else _NONE
+        _put(epoch_loop, _restart_stage=_ON_LAST)
+        is_validation_due = point.is_batch_open and not point.is_validated
+        _put(validation, restarting=False, _has_run=False)
+        _put(validation, _restart_stage=_MID_EVALUATION if is_validation_due else _NONE)
         return
     if point.is_batch_open:
         epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
-    epoch_loop._restart_stage = _NONE
+    _put(epoch_loop, _restart_stage=_NONE)
     # The loop is over if its batches are, unless it waits for a validation.
-    validation._has_run = epoch_loop._num_ready_batches_reached()
+    _put(validation, _has_run=epoch_loop._num_ready_batches_reached())
 
 
 def _level(progress: Any, ready: int, done: int) -> None:
     """Set the counters of this run, and move the total ones along."""
     for name, value in (("ready", ready), ("started", ready), ("processed", done), ("completed", done)):
         change = value - getattr(progress.current, name)
-        setattr(progress.current, name, value)
-        setattr(progress.total, name, getattr(progress.total, name) + change)
+        _put(progress.current, **{name: value})
+        _put(progress.total, **{name: getattr(progress.total, name) + change})
+
+
+def _put(owner: object, **values: Any) -> None:
+    """Set attributes that ``owner`` has: one of another name would be set in vain, and the run go astray."""
+    for name, value in values.items():
+        if not hasattr(owner, name):
+            raise RuntimeError(
+                f"exact resume knows Lightning 2.6; Lightning {lightning.__version__} has no "
+                f"{type(owner).__name__}.{name}. Install lightning>=2.6.6,<2.7."
+            )
+        setattr(owner, name, value)

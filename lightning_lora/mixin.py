@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self, override
 
-from lightning_lora import adapter, adapter_io, checkpointing, optim
+from lightning_lora import adapter, adapter_io, checkpointing, named_states, optim
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
 from lightning_lora.fingerprint import base_digests, fingerprint
+from lightning_lora.flat_parameters import whole_parameters
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.precision import quantise_first
@@ -89,6 +92,7 @@ class LoRAMixin(LightningModule):
     # Load checkpoints though their adapters were trained on other base weights.
     lora_allow_other_base: bool = False
     _lora_base_fingerprint: str | None = None
+    _lora_loaded_states: list[dict[str, Any]] | None = None
 
     def __init__(self, *args: Any, lora: Any = _UNSET, lora_root: Any = _UNSET, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -160,9 +164,7 @@ class LoRAMixin(LightningModule):
         self._refuse_weight_swapping()
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
         rank_zero_info(str(report))
-        if not any(parameter.is_meta for parameter in root.parameters()):
-            trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
-            self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
+        self._tell_fingerprint()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -181,7 +183,8 @@ class LoRAMixin(LightningModule):
     def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
         """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""
         adapter.reshard(self)
-        return adapter_io.save_adapter(self, path, summary)
+        with whole_parameters(self._outermost_wrapper()):
+            return adapter_io.save_adapter(self, path, summary)
 
     @property
     @override
@@ -199,8 +202,26 @@ class LoRAMixin(LightningModule):
     def strict_loading(self, strict_loading: bool) -> None:
         LightningModule.strict_loading.fset(self, strict_loading)  # pyright: ignore[reportOptionalCall]
 
+    def _outermost_wrapper(self) -> nn.Module:
+        """What the strategy has made of the module; the module itself outside of a run."""
+        return self if self._trainer is None else self.trainer.strategy.model or self
+
     def _has_adapters(self) -> bool:
         return bool(lora_layers(self))
+
+    def _base_fingerprint(self) -> str | None:
+        """That of the injection, or told now where the base had no values then. All ranks must ask."""
+        strategy = getattr(self._trainer, "strategy", None)
+        # These leave pieces under the names of whole weights.
+        if self._lora_base_fingerprint is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            self._tell_fingerprint()
+        return self._lora_base_fingerprint
+
+    def _tell_fingerprint(self) -> None:
+        root = self._lora_module()
+        if not any(parameter.is_meta for parameter in root.parameters()):
+            trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
+            self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
 
     def _lora_module(self) -> nn.Module:
         if self.lora_root is None:
@@ -241,6 +262,10 @@ class LoRAMixin(LightningModule):
         return self.__dict__.setdefault("_lora_run_memory", RunMemory())
 
     def _fit_starts(self) -> None:
+        # Strategies that read a checkpoint themselves do so after this, and go by the names.
+        states, self._lora_loaded_states = self._lora_loaded_states, None
+        if states is not None and not named_states.reads_by_name(self.trainer.strategy):
+            named_states.follow_optimizers(self, states)
         self._run_memory().fit_starts(self.trainer)
 
     def _epoch_starts(self) -> None:
@@ -252,12 +277,16 @@ class LoRAMixin(LightningModule):
     def _after_save(self, checkpoint: dict[str, Any]) -> None:
         self._run_memory().save(self, checkpoint)
         checkpointing.plain_hyperparameters(checkpoint)
+        named_states.name_optimizer_states(self, checkpoint)
         if self._has_adapters():
-            checkpointing.keep_adapters_only(self, checkpoint, self._lora_base_fingerprint)
+            checkpointing.keep_adapters_only(self, checkpoint, self._base_fingerprint())
 
     def _before_load(self, checkpoint: dict[str, Any]) -> None:
         if self._has_adapters():
-            checkpointing.verify_and_complete(self, checkpoint, self._lora_base_fingerprint, self.lora_allow_other_base)
+            checkpointing.verify_and_complete(self, checkpoint, self._base_fingerprint(), self.lora_allow_other_base)
         else:
             checkpointing.refuse_adapter(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            named_states.refuse_misread_positions(self, checkpoint)
+            self._lora_loaded_states = checkpoint.get("optimizer_states")
         self._run_memory().load(checkpoint)

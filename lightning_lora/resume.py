@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_lora.loader_position import generators, keeps_position, obstacle, starting_at
-from lightning_lora.loop_position import Point, go_to, position
+from lightning_lora.loop_position import Point, begin_epoch, go_to, position
 from lightning_lora.random_state import random_state, set_random_state
 
 KEY = "lightning_lora_resume"
@@ -50,9 +51,16 @@ class RunMemory:
     loaded: dict[str, Any] | None = None
 
     def fit_starts(self, trainer: Trainer) -> None:
-        """The last hook before Lightning makes the first iterators."""
+        """The last hook before Lightning makes the first iterators, unless the optimizers' setup asked for steps."""
         self.num_epochs = 0
+        remade = _with_workers(trainer)
+        if remade is not None:
+            # Their workers have drawn their order already, from numbers that nobody can know any more. Without workers
+            # nothing is drawn before the first batch.
+            remade.combined_loader.reset()
         self.before_iterators = _random_state(trainer)
+        if remade is not None:
+            iter(remade)
 
     def epoch_starts(self, trainer: Trainer) -> None:
         """The last hook before the later iterators, and before the first batch of every epoch."""
@@ -60,8 +68,7 @@ class RunMemory:
         self.before_first_batch = _random_state(trainer)
         if self.num_epochs > 1:
             self.before_iterators = self.before_first_batch
-        # Lightning leaves this on where an epoch was over when the file was written, and would end the next one too.
-        trainer.fit_loop.epoch_loop.restarting = False
+        begin_epoch(trainer)
 
     def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to go on from here; nothing to files of weights only, or outside ``fit``."""
@@ -169,6 +176,14 @@ class RunMemory:
         if is_same or not any(loader.num_workers for loader in loaders):
             return []
         return ["the generator of a loader with workers had been drawn from before the first epoch"]
+
+
+def _with_workers(trainer: Trainer) -> _DataFetcher | None:
+    """What fetches the batches if it has iterators with workers: `estimated_stepping_batches` makes them early."""
+    combined = trainer.fit_loop._combined_loader
+    if combined is None or not any(getattr(loader, "num_workers", 0) for loader in combined.flattened):
+        return None
+    return trainer.fit_loop._data_fetcher
 
 
 def _random_state(trainer: Trainer) -> dict[str, Any]:

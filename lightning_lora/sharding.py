@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_lora.errors import ConfigError
 
@@ -14,7 +14,8 @@ from lightning_lora.errors import ConfigError
 def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[nn.Module]] | None = None) -> nn.Module:
     """Shard ``module`` over the data-parallel dimension of ``mesh``; call it in ``configure_model`` after `apply_lora`.
 
-    FSDP2 shards parameter by parameter, so frozen weights and adapters may share a group.
+    FSDP2 shards parameter by parameter, so frozen weights and adapters may share a group. A module that is sharded
+    already is left as it is: Lightning calls ``configure_model`` again for every stage.
 
     Args:
         module: The adapted module, with real weights.
@@ -28,6 +29,8 @@ def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[n
     Raises:
         ConfigError: If ``block_types`` are given and the module holds none of them.
     """
+    if isinstance(module, FSDPModule):
+        return module
     if "data_parallel" in (mesh.mesh_dim_names or ()):
         mesh = mesh["data_parallel"]
     for block in _blocks(module, block_types):

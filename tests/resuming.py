@@ -70,6 +70,26 @@ class DiceyLoRA(LoRAMixin, Dicey):
     lora = LoRAConfig(rank=2, dropout=0.2)
 
 
+class Smooth(DiceyLoRA):
+    """Asks for the number of steps while optimizers are set up, as cosine schedules do; Lightning makes iterators then.
+
+    Args:
+        dropout: Of the layers and of the adapters.
+    """
+
+    def __init__(self, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.lora = LoRAConfig(rank=2, dropout=dropout)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.lora_parameter_groups(0.005))
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
+
+
 @dataclass
 class Outcome:
     """What a run has logged, by step and batch, and its last checkpoint."""
@@ -125,12 +145,17 @@ def run(
     loader: Callable[[], Any] = shuffled,
     is_validated: bool = True,
     seed: int = 99,
+    is_first: bool = False,
     **options: Any,
 ) -> Outcome:
-    """Train; a run that goes on starts with the random numbers of ``seed``, the whole one with others."""
+    """Train; a run that goes on starts with the random numbers of ``seed``, the whole one with others.
+
+    With ``is_first`` the files are written before other callbacks have had their turn, else after it.
+    """
     seed_all(0 if ckpt_path is None else seed)
     recorder = Recorder(folder if ckpt_path is None else None)
-    settings: dict[str, Any] = {"max_epochs": NUM_EPOCHS, "callbacks": [recorder], "log_every_n_steps": 1}
+    callbacks = [*options.pop("callbacks", ()), recorder][:: -1 if is_first else 1]
+    settings: dict[str, Any] = {"max_epochs": NUM_EPOCHS, "callbacks": callbacks, "log_every_n_steps": 1}
     trainer = toys.trainer(folder, **(settings | options))
     validation: dict[str, Any] = {"val_dataloaders": toys.loader(4, seed=3)} if is_validated else {}
     trainer.fit(make(), loader(), **validation, ckpt_path=ckpt_path, weights_only=True)

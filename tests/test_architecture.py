@@ -29,11 +29,16 @@ LEVELS = {
         "mixin",
         "optim",
         "checkpointing",
+        "named_states",
+        "checkpoint_shards",
+        "consolidate",
+        "fsdp",
         "checkpoint_io",
         "whole_checkpoint",
         "resume",
         "loop_position",
         "precision",
+        "strategies",
         "callbacks",
     ),
     # Checkpoints on disk have the names and layouts that transformers gives them.
@@ -158,7 +163,10 @@ def test_the_callbacks_can_be_imported_through_the_door(monkeypatch: pytest.Monk
 def surface() -> list[str]:
     """A line for every public name, and for the public methods that are our own."""
     lines = []
-    for place in ("lightning_lora", *(f"lightning_lora.{part}" for part in ("callbacks", "data", "tasks", "sharding"))):
+    for place in (
+        "lightning_lora",
+        *(f"lightning_lora.{part}" for part in ("callbacks", "data", "tasks", "sharding", "strategies")),
+    ):
         module: Any = importlib.import_module(place)
         names = getattr(module, "__all__", None) or [
             name for name, value in vars(module).items() if getattr(value, "__module__", "") == place and name[0] != "_"

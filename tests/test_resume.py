@@ -11,9 +11,12 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
+from lightning_lora import LoRAConfig, loop_position
+from lightning_lora.callbacks import LoRA
 from lightning_lora.random_state import random_state, set_random_state
 from lightning_lora.resume import KEY, RunMemory
 from tests import resuming, toys
@@ -85,6 +88,34 @@ def test_with_workers(persistent: bool, places: list[str], tmp_path: Path) -> No
     check(DiceyLoRA, tmp_path, places, loader=loader, accumulate_grad_batches=3, val_check_interval=3)
 
 
+@pytest.mark.parametrize(("dropout", "num_workers"), [(0.0, 0), (0.1, 0), pytest.param(0.1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_with_a_cosine_schedule(
+    accumulate: int, shuffle: bool, dropout: float, num_workers: int, tmp_path: Path
+) -> None:
+    """Fault F07: first, middle and last step of an epoch, and its end."""
+    rows = toys.rows(2 * NUM_BATCHES)
+    loader = lambda: DataLoader(rows, batch_size=2, shuffle=shuffle, num_workers=num_workers)  # noqa: E731
+    places = ["batch-0-3", "batch-0-7", "epoch-0", "batch-1-1"]
+    make = lambda: resuming.Smooth(dropout)  # noqa: E731
+    check(make, tmp_path, places, loader=loader, is_validated=False, max_epochs=2, accumulate_grad_batches=accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_module_that_one_cannot_edit_goes_on(accumulate: int, tmp_path: Path) -> None:
+    def check_one(place: str | None = None) -> resuming.Outcome:
+        path = None if place is None else tmp_path / f"{place}.ckpt"
+        callbacks = [LoRA(LoRAConfig(rank=2, dropout=0.2))]
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "val_check_interval": 3}
+        return run(Foreign, tmp_path, path, callbacks=callbacks, **options)
+
+    whole = check_one()
+    assert any("lora_A" in name for name in whole.checkpoint["state_dict"])
+    for place in ("batch-0-3", "batch-0-7", "validation-0-3", "epoch-0", "batch-1-1"):
+        assert not unlike(whole, check_one(place)), place
+
+
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loader_with_a_generator_of_its_own(num_workers: int, tmp_path: Path) -> None:
     options = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
@@ -102,6 +133,10 @@ def test_a_generator_used_before_the_first_epoch_is_said_to_be_unknown(tmp_path:
     run(DiceyLoRA, tmp_path, loader=loader)
     with pytest.warns(UserWarning, match="the generator of a loader with workers had been drawn from"):
         run(DiceyLoRA, tmp_path, tmp_path / "batch-0-3.ckpt", loader=loader)
+
+
+class Foreign(Dicey):
+    """Its optimizer is built after `configure_model`, when the callback has put adapters in."""
 
 
 class Counting(Dataset[list[Tensor]]):
@@ -208,6 +243,19 @@ def test_a_window_that_is_closed_is_not_saved(tmp_path: Path) -> None:
     }
     assert [batch for batch, saved in gradients.items() if saved] == [1, 2, 4, 5]
     assert all("lora_" in name or "weight" in name or "bias" in name for name in gradients[1])
+
+
+def test_lightning_calls_its_stages_what_we_call_them() -> None:
+    assert fit_loop.RestartStage.RESTARTED_MID_EPOCH == loop_position._MID_EPOCH
+    assert training_epoch_loop.RestartStage.RESTARTED_ON_LAST == loop_position._ON_LAST
+    assert evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION == loop_position._MID_EVALUATION
+    for loop in (fit_loop, training_epoch_loop, evaluation_loop):
+        assert loop.RestartStage.NONE == loop_position._NONE
+
+
+def test_a_lightning_with_other_loops_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"exact resume knows Lightning 2.6; Lightning 2.* has no Loop.restarting"):
+        loop_position._put(type("Loop", (), {})(), restarting=True)
 
 
 def test_random_states_come_back() -> None:

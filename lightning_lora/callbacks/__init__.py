@@ -3,6 +3,7 @@
 from .adaptive_accumulation import AdaptiveAccumulation
 from .adapter_checkpoint import AdapterCheckpoint
 from .batch_size_monitor import BatchSizeMonitor
+from .adapter_ema import AdapterEMA
 from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
 from .graceful_stop import GracefulStop
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveAccumulation",
     "AdapterCheckpoint",
     "BatchSizeMonitor",
+    "AdapterEMA",
     "CheckpointGuard",
     "FiniteGradients",
     "GracefulStop",

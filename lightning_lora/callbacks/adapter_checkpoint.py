@@ -13,13 +13,17 @@ from typing_extensions import override
 from lightning_lora.adapter import reshard
 from lightning_lora.adapter_io import save_adapter
 from lightning_lora.errors import ConfigError, closest
+from lightning_lora.flat_parameters import whole_parameters
 from lightning_lora.layers.walk import lora_layers
+
+from .adapter_ema import averaged
 
 
 class AdapterCheckpoint(Callback):
     """Writes the adapter as a folder that PEFT loads: ``last`` after every validation and at the end, and ``best``.
 
-    These folders hold weights only; to continue a run use the checkpoints of Lightning's ``ModelCheckpoint``.
+    These folders hold weights only, with `AdapterEMA` their average; to continue a run use the checkpoints of
+    Lightning's ``ModelCheckpoint``.
 
     Args:
         dirpath: Where the folders go. None: ``adapters`` in the run folder.
@@ -96,5 +100,8 @@ class AdapterCheckpoint(Callback):
         reshard(pl_module)
         folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "adapters"
         facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        save_adapter(pl_module, folder / name, {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts)
+        summary = {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts
+        # The metrics were measured with it.
+        with averaged(trainer, pl_module), whole_parameters(trainer.strategy.model or pl_module):
+            save_adapter(pl_module, folder / name, summary)
         trainer.strategy.barrier("adapter written")

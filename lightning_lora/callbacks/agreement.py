@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -17,3 +20,10 @@ def largest_of_ranks(trainer: Trainer, numbers: Tensor) -> Tensor:
     numbers = numbers.to(trainer.strategy.root_device)
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers
+
+
+def on_no_rank(trainer: Trainer, names: Iterable[str], missing: Container[str]) -> list[str]:
+    """Those of ``names``, the same on all ranks, that every rank counts as ``missing``; a collective."""
+    names = list(names)
+    found = largest_of_ranks(trainer, torch.tensor([name not in missing for name in names]).int())
+    return [name for name, is_found in zip(names, found.tolist()) if not is_found]

@@ -91,11 +91,12 @@ class FiniteGradients(Callback):
         one = self._first_batch == self._last_batch
         batches = f"batch {self._last_batch}" if one else f"batches {self._first_batch} to {self._last_batch}"
         others = f" (and of {len(names) - 1} other parameters)" if len(names) > 1 else ""
+        clip = "" if trainer.gradient_clip_val else ", set trainer.gradient_clip_val"
         return (
             f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, made "
             f"of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and checkpoints "
-            f"are those of step {trainer.global_step}. Look at these batches, lower the learning rate or set "
-            f"trainer.gradient_clip_val; trainer.detect_anomaly=true shows the operation it comes from."
+            f"are those of step {trainer.global_step}. Look at these batches{clip} or lower the learning rate; "
+            f"trainer.detect_anomaly=true shows the operation it comes from."
         )
 
 

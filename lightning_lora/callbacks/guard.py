@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -18,6 +19,8 @@ from lightning_lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.optim import check_optimizers
+
+from .agreement import on_no_rank
 
 
 class LoRAGuard(Callback):
@@ -44,6 +47,7 @@ class LoRAGuard(Callback):
         self._buffers: dict[str, str] = {}
         self._first_step = 0
         self._learning = False
+        self._is_new_to_ranks = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,6 +70,8 @@ class LoRAGuard(Callback):
             check_not_merged(pl_module, "train")
         self._without_gradient = set(layers)
         self._first_step = trainer.global_step
+        # Under FSDP1 a rank may hold no entry of an adapter at all, and sees neither its gradient nor its move.
+        self._is_new_to_ranks = isinstance(trainer.strategy, FSDPStrategy)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -97,6 +103,9 @@ class LoRAGuard(Callback):
         period = f"{self.patience} optimizer steps"
         if self._training.silent:
             raise GuardError(_passed_over(self._training.silent, f"training for {period}"))
+        if self._is_new_to_ranks:
+            self._is_new_to_ranks = False
+            self._without_gradient = set(on_no_rank(trainer, lora_layers(pl_module), self._without_gradient))
         if self._without_gradient:
             raise GuardError(
                 f"{len(self._without_gradient)} adapters got no gradient in {period}: "
@@ -156,6 +165,8 @@ class LoRAGuard(Callback):
         if not self._base or not self._learning:
             return
         still = [name for name, layer in layers.items() if not layer.lora_moved]
+        if isinstance(trainer.strategy, FSDPStrategy):
+            still = on_no_rank(trainer, layers, still)
         silent = [name for name in self._training.silent if name in still] if self._training else []
         if silent:
             raise GuardError(_passed_over(silent, "training"))

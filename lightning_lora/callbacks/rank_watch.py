@@ -81,7 +81,8 @@ class _Watch(threading.Thread):
         super().__init__(name="rank-watch", daemon=True)
         self.rank, self.local_rank, self.timeout = trainer.global_rank, trainer.local_rank, timeout
         # A connection of its own, which the main thread cannot block, and names that the watch before has not used.
-        self.store = dist.PrefixStore(f"lightning_lora.rank_watch.{next(_NUMBERS)}", _get_default_store().clone())
+        store: Any = _get_default_store()
+        self.store = dist.PrefixStore(f"lightning_lora.rank_watch.{next(_NUMBERS)}", store.clone())
         self.children: list[subprocess.Popen[Any]] = list(getattr(trainer.strategy.launcher, "procs", []))
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_child = trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional import AdaptedWeight, fused_lora_linears
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.walk import lora_layers
+from lightning_lora.patterns import plain_name
 
 # An adapted linear layer, used by its `adapted_weight` and `lora_dropout`.
 _Layer = Any
@@ -95,7 +96,7 @@ def sibling_names(module: nn.Module) -> dict[str, list[str]]:
     With these a run that goes on elsewhere adds up in the same order from its first step (`restore_siblings`).
     """
     _learn()
-    names = {layer: name for name, layer in module.named_modules()}
+    names = {layer: plain_name(name) for name, layer in module.named_modules()}
     return {
         names[leader]: [names[layer] for follower in group.seen if (layer := follower()) in names]
         for leader, group in _groups.items()
@@ -105,7 +106,7 @@ def sibling_names(module: nn.Module) -> dict[str, list[str]]:
 
 def restore_siblings(module: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
     """Take over what was seen elsewhere; names that ``module`` has not are passed over."""
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
+    layers = lora_layers(module)
     for leader, followers in names.items():
         if leader in layers:
             seen = tuple(weakref.ref(layers[name]) for name in followers if name in layers)

@@ -202,7 +202,8 @@ def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _loss_sum(labels: Tensor, **head: Any) -> Tensor:
-    return head_loss(labels=labels, **head).view(1, 1, 1)
+    # No view: FSDP2 warns of models that return one.
+    return head_loss(labels=labels, **head).view(1, 1, 1).clone()
 
 
 def _stacked_scores(labels: Tensor, **head: Any) -> Tensor:

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
 from typing_extensions import override
@@ -22,6 +23,7 @@ from typing_extensions import override
 from lightning_lora.checkpoint_io import use_verified_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, closest, first_five
+from lightning_lora.fsdp import clip_gradient_norm
 from lightning_lora.mixin import LoRAMixin
 from lightning_lora.optim import check_learning_rate
 from lightning_lora.patterns import matches_any
@@ -146,6 +148,18 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm under FSDP1 too, which Lightning refuses."""
+        by_norm = gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm")
+        if not (by_norm and clip_gradient_norm(self, float(gradient_clip_val or 0))):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def setup(self, stage: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from lightning_lora import lora_state_dict
 from lightning_lora.callbacks import GracefulStop
-from tests import toys
+from tests import resuming, toys
 from tests.toys import Toy
 
 pytestmark = toys.expected_warnings
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 class Send(Callback):
@@ -40,7 +44,9 @@ class Send(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.send("train", batch_idx)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.finished += 1
 
     def on_validation_batch_start(
@@ -48,7 +54,15 @@ class Send(Callback):
     ) -> None:
         self.send("sanity" if trainer.sanity_checking else "validation", batch_idx)
 
-    def on_validation_batch_end(self, *args: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         self.validated += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,16 +103,40 @@ def test_a_signal_waits_for_the_end_of_the_optimizer_step(signum: int, tmp_path:
     assert content(path)["callbacks"]["Send"] == {"finished": 4}
 
 
-@pytest.mark.parametrize("at", [1, 3])
-def test_the_run_continues_from_the_checkpoint(at: int, tmp_path: Path) -> None:
-    module = Toy()
-    path = stopped(tmp_path, Send(signal.SIGTERM, at=at), 143, module)
-    weights = content(path)["state_dict"]
-    assert toys.same({name: weights[name] for name in weights if "lora_" in name}, lora_state_dict(module))
-    resumed = toys.trainer(tmp_path, callbacks=[GracefulStop(), Send()], max_epochs=2)
-    resumed.fit(Toy(), toys.loader(), ckpt_path=path, weights_only=True)
-    assert resumed.global_step == 8
-    assert resumed.current_epoch == 2
+class TellAll(Callback):
+    """Lets another process tell this one and all data workers to stop, in the second epoch; workers first."""
+
+    def __init__(self, hook: str, *at: int) -> None:
+        self.place = (hook, *at)
+
+    def tell(self, trainer: Trainer, *place: object) -> None:
+        if trainer.current_epoch == 1 and place == self.place:
+            pids = [*(child.pid for child in multiprocessing.active_children()), os.getpid()]
+            subprocess.run(["kill", *map(str, pids)], check=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.tell(trainer, "train", batch_idx)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.tell(trainer, "validation", trainer.fit_loop.batch_idx, batch_idx)
+
+
+@pytest.mark.parametrize(("place", "workers"), [(("train", 4), 2), (("train", 6), 0), (("validation", 3, 0), 0)])
+def test_the_run_that_goes_on_is_bit_equal_to_one_never_stopped(place: Any, workers: int, tmp_path: Path) -> None:
+    """In mid-epoch, in a short last window, and in a validation in the middle of a window; all of three batches."""
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 4}
+    loader = functools.partial(resuming.shuffled, num_workers=workers)
+    whole = resuming.run(resuming.DiceyLoRA, tmp_path, loader=loader, **options)
+    resuming.seed_all(0)
+    runner = toys.trainer(tmp_path, callbacks=[GracefulStop(), TellAll(*place)], max_epochs=3, **options)
+    with pytest.raises(SystemExit, match="143"):
+        runner.fit(resuming.DiceyLoRA(), loader(), toys.loader(4, seed=3))
+    path = tmp_path / "checkpoints" / "stopped.ckpt"
+    assert content(path)["global_step"] == {3: 4, 4: 5, 6: 6}[place[1]]
+    resumed = resuming.run(resuming.DiceyLoRA, tmp_path, path, loader=loader, **options)
+    assert resuming.unlike(whole, resumed) == []
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -122,9 +160,6 @@ def test_validation_is_cut_short(tmp_path: Path) -> None:
     path = stopped(tmp_path, send, 143)
     assert (send.finished, send.validated) == (4, 2)
     assert content(path)["global_step"] == 4
-    resumed = toys.trainer(tmp_path, callbacks=[GracefulStop(), Send()], max_epochs=2)
-    resumed.fit(Toy(), toys.loader(), toys.loader(6), ckpt_path=path, weights_only=True)
-    assert resumed.global_step == 8
 
 
 @pytest.mark.parametrize("signum", CODES)
@@ -157,7 +192,7 @@ def test_the_checkpoint_stands_beside_those_of_the_run_and_logged_rows_are_kept(
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_signals_do_what_they_did_before(fails: bool, tmp_path: Path) -> None:
     class Failing(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             if fails:
                 raise ZeroDivisionError
 
@@ -174,3 +209,46 @@ def test_afterwards_signals_do_what_they_did_before(fails: bool, tmp_path: Path)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_processes_that_the_run_forks_still_die_when_they_are_told_to(tmp_path: Path) -> None:
+    codes: list[int | None] = []
+
+    def wait(says: Any) -> None:
+        says.send("started")
+        time.sleep(60)
+
+    class Helped(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for signum in CODES:
+                hears, says = multiprocessing.Pipe()
+                helper = multiprocessing.get_context("fork").Process(target=wait, args=(says,))
+                helper.start()
+                hears.recv()
+                assert helper.pid is not None
+                os.kill(helper.pid, signum)
+                helper.join(30)
+                codes.append(helper.exitcode)
+            return super().training_step(batch, batch_idx)
+
+    toys.trainer(tmp_path, callbacks=[GracefulStop()], max_steps=1).fit(Helped(), toys.loader())
+    assert codes == [-signum for signum in CODES]
+
+
+def test_a_slurm_job_is_requeued_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Lightning, with the checkpoint that it looks for when the job starts again."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    send = Send(signal.SIGUSR1, at=2)
+    slurm = {"plugins": [SLURMEnvironment(auto_requeue=True)], "accumulate_grad_batches": 2}
+    toys.trainer(tmp_path, callbacks=[GracefulStop(), send], **slurm).fit(Toy(), toys.loader())
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert content(tmp_path / "hpc_ckpt_1.ckpt")["global_step"] == 2
+    assert content(tmp_path / "hpc_ckpt_1.ckpt")["callbacks"]["Send"] == {"finished": 4}
+    # Then SLURM ends the job, here after it has started again by itself.
+    assert content(stopped(tmp_path, Send(signal.SIGTERM, at=0), 143, **slurm))["global_step"] == 3

@@ -1,6 +1,7 @@
 """A slow training run for tests that disturb it: ``python faulty.py FOLDER [--strategy ddp] [--alone] ...``.
 
-Every process prints ``rank R pid P step S`` after each step. ``--alone`` leaves our callbacks out: what Lightning does.
+Every process prints ``rank R pid P begins batch B`` and ``rank R step S workers [...]``. ``--alone`` leaves our
+callbacks out: what Lightning does.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig
-from lightning_lora.callbacks import FiniteGradients, GracefulStop, MemoryAdvice, RankWatch, RunLock
+from lightning_lora.callbacks import CheckpointGuard, FiniteGradients, GracefulStop, MemoryAdvice, RankWatch, RunLock
 from lightning_lora.mixin import LoRAMixin
 from lightning_lora.sharding import shard_lora
 from tests import toys
@@ -62,11 +64,16 @@ class Slow(LoRAMixin, Plain):
 class Report(Callback):
     """Says how far each process is, and which processes make its batches."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        print(f"rank {trainer.global_rank} pid {os.getpid()} begins batch {batch_idx}", flush=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         iterator = getattr(trainer.fit_loop._combined_loader, "_iterator", None)
         loader = iterator.iterators[0] if iterator is not None else None
         workers = [worker.pid for worker in getattr(loader, "_workers", [])]
-        print(f"rank {trainer.global_rank} pid {os.getpid()} step {trainer.global_step} workers {workers}", flush=True)
+        print(f"rank {trainer.global_rank} step {trainer.global_step} workers {workers}", flush=True)
 
 
 def main() -> None:
@@ -78,20 +85,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.1)
     parser.add_argument("--timeout", type=float, default=40)
+    parser.add_argument("--keep-every", type=int, default=1, help="steps from one checkpoint to the next")
     parser.add_argument("--nan-at", type=int)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume", help="a checkpoint, or last")
     options = parser.parse_args()
     sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-    ours = [RunLock(), RankWatch(options.timeout), GracefulStop(), FiniteGradients(), MemoryAdvice()]
+    ours = [RunLock(), RankWatch(options.timeout), GracefulStop(), FiniteGradients(), MemoryAdvice(), CheckpointGuard()]
+    keep = ModelCheckpoint(
+        options.folder / "checkpoints", "kept", every_n_train_steps=options.keep_every, save_last=True
+    )
+    theirs = [Report(), keep]
     trainer = toys.trainer(
         options.folder,
         devices=1 if options.strategy == "auto" else 2,
         strategy=sharded if options.strategy == "fsdp2" else options.strategy,
-        callbacks=[Report()] if options.alone else [*ours, Report()],
+        callbacks=[*theirs, *([] if options.alone else ours)],
+        enable_checkpointing=True,
         max_epochs=-1,
         max_steps=options.steps,
     )
-    loader = DataLoader(toys.rows(64), batch_size=2, num_workers=options.workers)
+    loader = DataLoader(toys.rows(512), batch_size=2, num_workers=options.workers)
     trainer.fit(Slow(options.seconds, options.nan_at), loader, ckpt_path=options.resume, weights_only=True)
 
 

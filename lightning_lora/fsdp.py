@@ -1,0 +1,86 @@
+"""FSDP1 as Lightning has it, for full fine-tuning; for adapters FSDP2 (`lightning_lora.sharding`) costs less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import CustomPolicy
+from typing_extensions import override
+
+from lightning_lora.sharding import _blocks
+from lightning_lora.whole_checkpoint import whole_checkpoint
+
+
+class BlockwiseFSDPStrategy(FSDPStrategy):
+    """``FSDPStrategy`` with one unit per repeated block, and one for the rest, unless told otherwise.
+
+    Blocks are those that `lightning_lora.sharding.shard_lora` finds. ``fit`` and then ``test`` of one Trainer use the
+    same units. A checkpoint of one file is verified, and refused if it holds other than plain types, before it is read:
+    ``FSDPStrategy`` unpickles it, whatever ``weights_only`` says.
+
+    A unit that holds a trained parameter has a gradient for all of its parameters, frozen ones too. With adapters in
+    every block that is a gradient as large as the blocks, divided by the number of ranks; under FSDP2 only the
+    adapters have any.
+
+    Args:
+        args: As in ``FSDPStrategy``.
+        kwargs: As in ``FSDPStrategy``; ``auto_wrap_policy`` in place of the blocks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._wrapped: nn.Module | None = None
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if self._wrapped is not None and self._wrapped.module is model:
+            return self._wrapped
+        is_wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        is_own = "auto_wrap_policy" not in self.kwargs and not is_wrapped
+        if is_own:
+            blocks = set(_blocks(model, None))
+            if not blocks:
+                rank_zero_warn(
+                    f"{type(model).__name__} has no list of like blocks: all of it is one FSDP unit, gathered at once. "
+                    "Give the strategy an auto_wrap_policy."
+                )
+            self.kwargs["auto_wrap_policy"] = CustomPolicy(lambda module: module in blocks)
+        try:
+            self._wrapped = super()._setup_model(model)
+        finally:
+            if is_own:
+                del self.kwargs["auto_wrap_policy"]
+        return self._wrapped
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verify a file first."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if path.is_file():
+            whole_checkpoint(path, fall_back=False)
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return super().load_checkpoint(path, weights_only)
+
+
+def clip_gradient_norm(module: LightningModule, max_norm: float) -> bool:
+    """Clip as ``gradient_clip_val`` asks where Lightning refuses to: under FSDP1, whose units know only their parts.
+
+    Args:
+        module: In a run.
+        max_norm: Largest 2-norm of all gradients of all ranks together.
+
+    Returns:
+        Whether ``module`` is under FSDP1; elsewhere nothing is done.
+    """
+    model = module.trainer.strategy.model
+    if not isinstance(model, FullyShardedDataParallel):
+        return False
+    model.clip_grad_norm_(max_norm)
+    return True

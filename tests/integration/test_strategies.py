@@ -1,0 +1,122 @@
+"""Two processes train what one device trains: twenty steps, unequal tokens, a short window at every epoch's end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toys
+from tests.integration import fsdp2_checks, strategy_runs
+from tests.integration.test_distributed import free_port
+
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
+
+RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strategy_runs.TASKS]
+# Each way of communicating gradients where it is not the default.
+OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full"]
+CHECKS = [f"checks/{name}" for name in fsdp2_checks.CHECKS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every run in it, of one device and of two processes."""
+    folder = tmp_path_factory.mktemp("strategies")
+    toys.save_llama(folder / "llama")
+    for task in strategy_runs.TASKS:
+        strategy_runs.run(1, folder, "single", task)
+    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, strategy_runs.__file__, "2", str(folder), *RUNS, *OTHERS, *CHECKS],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment | {"MASTER_PORT": free_port()},
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return folder
+
+
+def traces(folder: Path, run: str) -> tuple[Any, Any]:
+    """What the run has computed, and what one device has."""
+    task = run.partition("/")[2]
+    return torch.load(folder / f"{run}.pt"), torch.load(folder / "single" / f"{task}.pt")
+
+
+@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS)
+def test_two_processes_compute_what_one_device_computes(run: str, folder: Path) -> None:
+    found, expected = traces(folder, run)
+    assert len(found["losses"]) == strategy_runs.NUM_STEPS
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [name for name in RUNS if name.endswith("bf16")])
+def test_in_bf16_they_differ_by_its_rounding(run: str, folder: Path) -> None:
+    found, expected = traces(folder, run)
+    # One unit in the last place of bfloat16 is 2^-8.
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=2**-7, atol=0)
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=2**-7)
+
+
+def test_the_runs_are_hard_enough(folder: Path) -> None:
+    found, expected = traces(folder, "ddp/toy-full")
+    (one, other), (single,) = found["counts"], expected["counts"]
+    assert len(one) == len(other) == len(single) == 10 * strategy_runs.NUM_EPOCHS
+    # Tokens differ between the ranks, and between micro-batches.
+    assert all(a != b for a, b in zip(one, other, strict=True))
+    assert len(set(single)) > 1
+    # The last window of an epoch is a single micro-batch.
+    assert 10 % strategy_runs.WINDOW == 1
+    assert expected["losses"][-1] < 0.7 * expected["losses"][0]
+
+
+@pytest.mark.parametrize("run", [name for name in RUNS if name.endswith("clip")])
+def test_clipping_is_by_the_norm_over_all_ranks(run: str, folder: Path) -> None:
+    for before, after in traces(folder, run)[0]["norms"]:
+        assert before > 2 * strategy_runs.CLIP
+        assert after == pytest.approx(strategy_runs.CLIP, rel=1e-4)
+
+
+def findings(folder: Path, name: str) -> Any:
+    return torch.load(folder / f"{name}.pt")
+
+
+def test_one_file_is_written_without_gathering_frozen_weights(folder: Path) -> None:
+    found = findings(folder, "saving")
+    trained, everything = found["sharded"]
+    assert trained < everything
+    assert found["gathered"] == (trained, everything)
+    assert found["state"].keys() == found["everything"].keys() - set(found["frozen"])
+    assert all(torch.equal(value, found["everything"][name]) for name, value in found["state"].items())
+
+
+def test_gradients_are_communicated_once_per_step(folder: Path) -> None:
+    # Three groups: two blocks and the rest.
+    assert findings(folder, "communication")["counts"] == {None: 3 * 4, False: 3 * 10}
+
+
+def test_a_checkpoint_inside_a_window_holds_its_gradients(folder: Path) -> None:
+    found = findings(folder, "inside")
+    assert found["steps"] == 3
+    assert toys.same(found["resumed"], found["saved"])
+    # A sum of three is communicated as a sum of two and one.
+    torch.testing.assert_close(found["saved"], found["plain"], rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_a_window_that_was_never_closed_are_forgotten(folder: Path) -> None:
+    found = findings(folder, "again")
+    assert found["stopped"] == found["new"]
+
+
+def test_a_module_that_does_not_shard_itself_is_refused(folder: Path) -> None:
+    message = findings(folder, "unsharded")
+    assert "Whole does not shard itself: each process would train a copy of its own" in message
+    assert "call shard_lora(self.net, self.device_mesh)" in message
