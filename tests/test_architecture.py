@@ -165,7 +165,10 @@ def surface() -> list[str]:
     lines = []
     for place in (
         "lightning_lora",
-        *(f"lightning_lora.{part}" for part in ("callbacks", "data", "tasks", "sharding", "strategies")),
+        *(
+            f"lightning_lora.{part}"
+            for part in ("callbacks", "data", "tasks", "sharding", "strategies", "tensor_parallel")
+        ),
     ):
         module: Any = importlib.import_module(place)
         names = getattr(module, "__all__", None) or [

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
@@ -33,6 +34,7 @@ from lightning_lora.sharding import shard_lora
 from lightning_lora.targets import resolve_targets
 from lightning_lora.tasks.quantization import check_quantization, check_strategy, quantized_loading
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.tensor_parallel import parallelize_lora
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -127,6 +129,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.apply_lora()
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
+            if (mesh := self.device_mesh["tensor_parallel"]).size() > 1:
+                self._split(self.model, mesh)
             shard_lora(self.model, self.device_mesh)
 
     @override
@@ -231,6 +235,14 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             )
         if self._is_quantised:
             check_strategy(self._trainer)
+
+    def _split(self, model: PreTrainedModel, mesh: DeviceMesh) -> None:
+        config = self.model_config.get_text_config()
+        counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+        odd = [f"{name}={count}" for name, count in counts.items() if count and count % mesh.size()]
+        if odd:
+            raise ConfigError(f"tensor_parallel_size={mesh.size()} does not divide {' and '.join(odd)} of the model.")
+        parallelize_lora(model, mesh, getattr(model, "_tp_plan", None) or {})
 
     @property
     def _is_quantised(self) -> bool:
