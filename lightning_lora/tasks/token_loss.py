@@ -74,10 +74,13 @@ class TokenWeightedLoss(LightningModule):
         """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
         super().on_before_optimizer_step(optimizer)
         tokens, self._window_tokens = self._window_tokens, 0
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not isinstance(tokens, Tensor) or not gradients:
+        if not isinstance(tokens, Tensor):
             return
+        # A rank on which FSDP1 has put no entry of a trained parameter counts all the same.
         tokens, ranks = self._over_ranks(tokens)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return
         # Lightning has divided by the accumulation steps and averaged over ranks; both are undone here.
         factor = _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
         torch._foreach_mul_(gradients, factor)
