@@ -1,7 +1,7 @@
 """What a disturbed run does with our callbacks and without: ``python -m benchmarks.faults`` prints the table of docs.
 
-``python -m benchmarks.faults "rank 1 of 2 killed"`` prints that row of it. ``python -m benchmarks.faults price`` measures
-what looking at every gradient costs in a training step.
+``python -m benchmarks.faults "rank 1 of 2 killed"`` prints that row of it, ``python -m benchmarks.faults price`` what
+looking at every gradient costs in a training step.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class RankWatch(Callback):
         ConfigError: If ``timeout`` is less than 5.
     """
 
-    def __init__(self, timeout: float = 40.0) -> None:
+    def __init__(self, timeout: float = 30.0) -> None:
         if timeout < 5:
             raise ConfigError(f"timeout must be at least 5 seconds, got {timeout}.")
         self.timeout = timeout
