@@ -118,6 +118,17 @@ def test_a_refused_run_leaves_the_lock_of_the_other(tmp_path: Path) -> None:
     assert (tmp_path / FILE).read_text() == lock
 
 
+def test_a_job_that_slurm_starts_again_elsewhere_takes_its_lock_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lock(tmp_path, host="elsewhere", job="7")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(RunFolderError, match="another run"):  # another step of the same job
+        take_lock(tmp_path / FILE, tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "took over" in str(take_lock(tmp_path / FILE, tmp_path))
+
+
 def test_a_new_process_with_the_number_of_a_dead_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
     write_lock(tmp_path, pid=os.getppid(), born="long ago")
     assert "took over" in str(take_lock(tmp_path / FILE, tmp_path))
@@ -159,6 +170,7 @@ def test_a_logger_does_not_delete_the_metrics_of_a_run_that_holds_the_folder(tmp
 
 def write_lock(folder: Path, name: str = FILE, **changes: Any) -> str:
     fields = {"pid": 1, "host": socket.gethostname(), "born": "", "started": "2026-01-01T00:00:00+00:00"}
+    fields |= {"job": "", "restart": 0}
     text = json.dumps(fields | changes)
     (folder / name).write_text(text)
     return text

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.1)
-    parser.add_argument("--timeout", type=float, default=40)
+    parser.add_argument("--timeout", type=float, default=30)
     parser.add_argument("--keep-every", type=int, default=1, help="steps from one checkpoint to the next")
     parser.add_argument("--nan-at", type=int)
     parser.add_argument("--resume", help="a checkpoint, or last")
