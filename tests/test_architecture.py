@@ -42,7 +42,7 @@ LEVELS = {
         "callbacks",
     ),
     # Checkpoints on disk have the names and layouts that transformers gives them.
-    "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge"),
+    "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge", "hub"),
     "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
 }
 # Libraries by the lowest level that may import them, at the top of a file or inside a function.

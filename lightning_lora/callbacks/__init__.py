@@ -12,6 +12,7 @@ from .merge import MergeOnFitEnd
 from .progress import LoRAProgressBar
 from .rank_watch import RankWatch
 from .run_lock import RunLock
+from .steady_loggers import SteadyLoggers
 
 __all__ = [
     "AdapterCheckpoint",
@@ -26,4 +27,5 @@ __all__ = [
     "MergeOnFitEnd",
     "RankWatch",
     "RunLock",
+    "SteadyLoggers",
 ]

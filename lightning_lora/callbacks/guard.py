@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -20,7 +23,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.optim import check_optimizers
 
-from .agreement import on_no_rank
+from .agreement import largest_of_ranks, on_no_rank
 
 
 class LoRAGuard(Callback):
@@ -29,10 +32,13 @@ class LoRAGuard(Callback):
     Checked: every adapter is in exactly one optimizer; its layer is called and it gets a gradient within ``patience``
     optimizer steps; the first evaluation passes no adapted layer over (torch's fast paths do); every adapter has moved
     by the end; base weights are bit for bit what they were (up to 65,536 sampled values a tensor), and buffers too, or
-    a warning names them. Without LoRA in the module the guard does nothing.
+    a warning names them. No trained weight is NaN or infinite, which fused attention can keep out of the loss: looked at
+    every ``patience`` optimizer steps, before each validation, and before each checkpoint is written. Without LoRA in the
+    module the guard does nothing.
 
     Args:
-        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient.
+        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and after which
+            the weights are looked at again.
 
     Raises:
         GuardError: Naming the layers concerned.
@@ -45,7 +51,7 @@ class LoRAGuard(Callback):
         self._without_gradient: set[str] = set()
         self._base: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
-        self._first_step = 0
+        self._first_step = self._looked_at_step = 0
         self._learning = False
         self._is_new_to_ranks = False
 
@@ -69,7 +75,7 @@ class LoRAGuard(Callback):
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
         self._without_gradient = set(layers)
-        self._first_step = trainer.global_step
+        self._first_step = self._looked_at_step = trainer.global_step
         # Under FSDP1 a rank may hold no entry of an adapter at all, and sees neither its gradient nor its move.
         self._is_new_to_ranks = isinstance(trainer.strategy, FSDPStrategy)
 
@@ -98,6 +104,8 @@ class LoRAGuard(Callback):
         """Report adapters that did not run, or have gone without a gradient, for too long."""
         assert self._training is not None
         self._training.stop()
+        if trainer.global_step >= self._looked_at_step + self.patience:
+            self._check_finite(trainer, pl_module)
         if trainer.global_step < self._first_step + self.patience:
             return
         period = f"{self.patience} optimizer steps"
@@ -112,6 +120,18 @@ class LoRAGuard(Callback):
                 f"{first_five(sorted(self._without_gradient))}. Their layers do not reach the loss, or activation "
                 f"checkpointing is reentrant with frozen inputs (use_reentrant=False)."
             )
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate no weights that are not finite, though the loss may be."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_finite(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let no weights that are not finite take the place of good ones."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_finite(trainer, pl_module)
 
     @override
     def on_validation_batch_start(
@@ -183,6 +203,26 @@ class LoRAGuard(Callback):
                 stacklevel=2,
             )
 
+    def _check_finite(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop all ranks if a trained weight of any is not finite."""
+        if not lora_layers(module):
+            return
+        self._looked_at_step = trainer.global_step
+        weights = {name: _local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+        # One number for the device to say; a norm may overflow by itself, so that each is looked at where it is not finite.
+        is_wrong = ~get_total_norm(list(weights.values())).isfinite()
+        if not bool(largest_of_ranks(trainer, is_wrong.int())):
+            return
+        names = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+        # Of an overflow no rank has a name.
+        if bool(largest_of_ranks(trainer, torch.tensor(len(names)))):
+            raise GuardError(
+                f"{len(names)} trained weights{'' if names else ' of this rank, but some of another one,'} are NaN or "
+                f"infinite after optimizer step {trainer.global_step}{f': {first_five(names)}' if names else ''}. The "
+                f"loss need not show it. No checkpoint of them was written: go on from the last one with a lower "
+                f"learning rate, or look at the batches before this step."
+            )
+
     def _stop_watching(self) -> None:
         for calls in (self._training, self._evaluation):
             if calls is not None:
@@ -247,6 +287,10 @@ def _passed_over(names: Sequence[str], period: str) -> str:
         f"without calling them (a fused path, F.linear(x, layer.weight)), or the layers are not in use: exclude them, "
         f"or make the module call them."
     )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _has_gradient(layer: LoRALayer) -> bool:

@@ -25,6 +25,7 @@ from lightning_lora.checkpoint_io import use_verified_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, closest, first_five
 from lightning_lora.fsdp import clip_gradient_norm
+from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.mixin import LoRAMixin
 from lightning_lora.optim import check_learning_rate
 from lightning_lora.patterns import matches_any
@@ -214,13 +215,14 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     def _read_config(self) -> PreTrainedConfig:
         if self._is_path() and not Path(self.model_name).is_dir():
             raise ConfigError(f"model {self.model_name!r} is not a folder on this machine.")
+        prepare_hub(self.model_name)
         try:
             return AutoConfig.from_pretrained(self.model_name, **self._model_kwargs())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"model {self.model_name!r} cannot be used: {reason} Give a folder with config.json and safetensors "
-                f"weights, or a hub name."
+                f"weights, or a hub name.{offline_hint(self.model_name)}"
             ) from error
 
     def _is_path(self) -> bool:
