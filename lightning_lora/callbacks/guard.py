@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -64,7 +65,8 @@ class LoRAGuard(Callback):
         if layers:
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
-        self._without_gradient = set(layers)
+        # DeepSpeed keeps gradients inside its engine; whether adapters have moved at the end tells enough.
+        self._without_gradient = set() if isinstance(trainer.strategy, DeepSpeedStrategy) else set(layers)
         self._first_step = trainer.global_step
 
     @override
