@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -74,7 +74,8 @@ class LoRAGuard(Callback):
         if layers:
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
-        self._without_gradient = set(layers)
+        # DeepSpeed keeps gradients inside its engine; whether adapters have moved at the end tells enough.
+        self._without_gradient = set() if isinstance(trainer.strategy, DeepSpeedStrategy) else set(layers)
         self._first_step = self._looked_at_step = trainer.global_step
         # Under FSDP1 a rank may hold no entry of an adapter at all, and sees neither its gradient nor its move.
         self._is_new_to_ranks = isinstance(trainer.strategy, FSDPStrategy)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
@@ -237,6 +237,13 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             )
         if self._is_quantised:
             check_strategy(self._trainer)
+        strategy = getattr(self._trainer, "strategy", None)
+        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+            # It splits parameters as they are made, and transformers would fill in parts of nothing.
+            raise ConfigError(
+                f"{type(self).__name__} cannot load its weights under DeepSpeed ZeRO-3: use stage 2, or "
+                f"lightning_lora.strategies.FSDP2Strategy, which splits the model as ZeRO-3 does."
+            )
 
     def _split(self, model: PreTrainedModel, mesh: DeviceMesh) -> None:
         config = self.model_config.get_text_config()

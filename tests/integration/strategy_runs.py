@@ -103,6 +103,10 @@ TASKS: dict[str, Any] = {
     "llm-lora": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2)),
     "llm-full": lambda folder: LM(str(folder / "llama"), 1e-3),
 }
+QUANTISED: dict[str, Any] = {
+    "llm-nf4": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2), quantization="nf4"),
+}
+"""For DDP only, and where bitsandbytes is installed."""
 STRATEGIES: dict[str, Any] = {
     "single": lambda: "auto",
     "ddp": lambda: "ddp",
@@ -124,7 +128,7 @@ def loader(num_replicas: int, rank: int) -> Any:
 def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
     (folder / strategy).mkdir(exist_ok=True)
-    module = TASKS[task](folder)
+    module = (TASKS | QUANTISED)[task](folder)
     trainer = toys.trainer(
         folder / strategy,
         devices=ranks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strategy_runs.TASKS]
 # Each way of communicating gradients where it is not the default.
 OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full", "tp/llm-lora"]
+QUANTISED = [f"ddp/{task}" for task in strategy_runs.QUANTISED if find_spec("bitsandbytes") is not None]
 CHECKS = [f"checks/{name}" for name in fsdp2_checks.CHECKS]
 
 
@@ -30,9 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every run in it, of one device and of two processes."""
     folder = tmp_path_factory.mktemp("strategies")
     toys.save_llama(folder / "llama")
-    for task in strategy_runs.TASKS:
+    for task in (*strategy_runs.TASKS, *(name.partition("/")[2] for name in QUANTISED)):
         strategy_runs.run(1, folder, "single", task)
-    launch(2, folder, *RUNS, *OTHERS, *CHECKS)
+    launch(2, folder, *RUNS, *OTHERS, *QUANTISED, *CHECKS)
     return folder
 
 
@@ -63,7 +65,7 @@ def assert_same_run(folder: Path, run: str) -> None:
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS)
+@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS + QUANTISED)
 def test_two_processes_compute_what_one_device_computes(run: str, folder: Path) -> None:
     assert_same_run(folder, run)
 
