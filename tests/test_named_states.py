@@ -78,5 +78,7 @@ def test_state_follows_the_names_into_an_optimizer_of_another_order(tmp_path: Pa
 
 def test_an_optimizer_with_other_groups_is_refused(tmp_path: Path) -> None:
     path, _ = saved(Halved, tmp_path)
-    with pytest.raises(AdapterFileError, match=r"group 0 .* other parameters than in the checkpoint \(net.first.bias, "):
+    with pytest.raises(
+        AdapterFileError, match=r"group 0 .* other parameters than in the checkpoint \(net.first.bias, "
+    ):
         toys.trainer(tmp_path).fit(HalvedReversed(), toys.loader(), ckpt_path=path)
