@@ -222,7 +222,7 @@ def run(folder: Path, ranks: int, cell: dict[str, Any]) -> None:
             trainer.fit(module, loader, loader if is_llm else None, ckpt_path=load, weights_only=True)
         if cell["save"]:
             trainer.save_checkpoint(folder / cell["save"])
-        if cell["cell"] == "lora-fsdp1":
+        if cell["cell"] == "lora-fsdp1-lightning":
             watch.seen["by hand"] = by_hand(trainer, module, out / "by-hand")
         if is_llm:
             ckpt_path = None if cell["steps"] else load
