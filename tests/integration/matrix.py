@@ -21,7 +21,7 @@ from torch.distributed.fsdp.api import FullOptimStateDictConfig
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_lora import LoRAConfig, LoRAMixin
+from lightning_lora import AlreadyShardedError, LoRAConfig, LoRAMixin, lora_state_dict, merge_lora
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, LoRAGuard
 from lightning_lora.patterns import plain_name
 from lightning_lora.resume import of_every_rank
@@ -176,6 +176,20 @@ def module_of(method: str, folder: Path) -> LightningModule:
     return Toy(LORA if kind == "lora" else None)
 
 
+def by_hand(trainer: Trainer, module: Any, adapter: Path) -> dict[str, Any]:
+    """What a user does after ``fit`` under FSDP1: read the adapter of the wrapper, then of the module; write it."""
+    assert trainer.model is not None
+    read = lora_state_dict(trainer.model)
+    refusals = []
+    for refused in (lora_state_dict, merge_lora):
+        try:
+            refused(module)
+        except AlreadyShardedError as error:
+            refusals.append(str(error))
+    module.save_adapter(adapter)
+    return {"read": read, "refusals": refusals}
+
+
 def run(folder: Path, ranks: int, cell: dict[str, Any]) -> None:
     """One cell: train from ``load`` to ``steps``, write ``save``, and what was seen, or the error, as ``CELL.pt``.
 
@@ -208,6 +222,8 @@ def run(folder: Path, ranks: int, cell: dict[str, Any]) -> None:
             trainer.fit(module, loader, loader if is_llm else None, ckpt_path=load, weights_only=True)
         if cell["save"]:
             trainer.save_checkpoint(folder / cell["save"])
+        if cell["cell"] == "lora-fsdp1-lightning":
+            watch.seen["by hand"] = by_hand(trainer, module, out / "by-hand")
         if is_llm:
             ckpt_path = None if cell["steps"] else load
             watch.seen["test"] = trainer.test(module, loader, ckpt_path, verbose=False, weights_only=True)

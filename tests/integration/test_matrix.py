@@ -227,6 +227,20 @@ def test_the_adapter_folder_beside_any_checkpoint_loads_on_one_device(folder: Pa
     )
 
 
+def test_under_fsdp1_the_wrapper_gives_the_adapter_and_the_module_says_so(folder: Path) -> None:
+    found = seen(folder, "lora-fsdp1-lightning")
+    assert found["error"] is None, found["error"]
+    reading, merging = found["seen"]["by hand"]["refusals"]
+    assert "FSDP1 has flattened 8 factors" in reading
+    assert "Give trainer.model instead of the module (on every rank)" in reading
+    assert "is sharded already" in merging
+    weights = found["seen"]["end"]["weights"]
+    assert toys.same(found["seen"]["by hand"]["read"], {n: w for n, w in weights.items() if "lora_" in n})
+    module = matrix.Toy(None)
+    load_adapter(module, folder / "run-lora-fsdp1-lightning" / "by-hand")
+    assert toys.same(lora_state_dict(module), found["seen"]["by hand"]["read"])
+
+
 def test_optimizer_state_by_position_is_refused_where_it_would_go_to_other_parameters(folder: Path) -> None:
     assert_goes_on(folder, "full", "single", "full-positions-to-ddp")
     for loaded in ("fsdp2", "fsdp1"):
