@@ -142,7 +142,8 @@ class RunMemory:
         assert fetcher is not None
         if any(map(keeps_position, combined.flattened)):
             if states := trainer.fit_loop._combined_loader_states_to_load:
-                # Lightning loads them with the first iterators; `estimated_stepping_batches` has it make those too early.
+                # Lightning loads them with the first iterators, which `estimated_stepping_batches` has it make too
+                # early.
                 combined.reset()
                 combined._load_state_dicts(states)
                 iter(fetcher)
