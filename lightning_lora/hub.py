@@ -23,7 +23,10 @@ def prepare_hub(name: str) -> None:
     Args:
         name: A hub name; for a folder of this machine nothing is done.
     """
-    if name and not os.path.isdir(name) and not constants.is_offline_mode() and not _is_reachable(constants.ENDPOINT):
+    # Whoever has set the variable, to 0 too, has decided.
+    if not name or os.path.isdir(name) or constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    if not _is_reachable(constants.ENDPOINT):
         # For processes that this one starts; the others read it only once, when they are imported.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
@@ -31,7 +34,7 @@ def prepare_hub(name: str) -> None:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
         rank_zero_warn(
             f"{constants.ENDPOINT} cannot be reached: from here on only what is on this machine is used. Set "
-            f"HF_HUB_OFFLINE=1 to say so beforehand."
+            f"HF_HUB_OFFLINE=1 to say so beforehand, or 0 to ask the hub all the same."
         )
 
 
@@ -48,7 +51,7 @@ def offline_hint(name: str) -> str:
 @functools.cache
 def _is_reachable(endpoint: str) -> bool:
     address = urlsplit(endpoint)
-    if address.scheme in urllib.request.getproxies():
+    if {address.scheme, "all"} & urllib.request.getproxies().keys():
         return True  # The proxy looks names up, and knows.
     found: list[bool] = []
     thread = threading.Thread(target=_greet, args=(address.hostname, address.port or 443, found), daemon=True)

@@ -108,6 +108,14 @@ def test_a_host_that_answers_is_reached_and_a_proxy_is_trusted(monkeypatch: pyte
     assert hub._is_reachable(address.replace("http:", "https:"))
 
 
+def test_who_wants_the_hub_to_be_asked_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: pytest.fail("a name was looked up"))
+    hub.prepare_hub("some/model")
+    assert not constants.is_offline_mode()
+
+
 def test_nothing_is_looked_up_when_offline_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: pytest.fail("a name was looked up"))
