@@ -23,7 +23,9 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.optim import check_optimizers
 
-from .agreement import largest_of_ranks, on_no_rank
+from .agreement import on_no_rank
+from .calls import Calls
+from .finite_weights import check_finite_weights
 
 
 class LoRAGuard(Callback):
@@ -46,8 +48,8 @@ class LoRAGuard(Callback):
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
-        self._training: _Calls | None = None
-        self._evaluation: _Calls | None = None
+        self._training: Calls | None = None
+        self._evaluation: Calls | None = None
         self._without_gradient: set[str] = set()
         self._base: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
@@ -83,7 +85,7 @@ class LoRAGuard(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch which adapters run in training."""
-        self._training = self._training or _Calls(pl_module)
+        self._training = self._training or Calls(pl_module)
         self._training.watch(pl_module)
 
     @override
@@ -139,7 +141,7 @@ class LoRAGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch which adapters run in the first evaluation."""
-        self._evaluation = self._evaluation or _Calls(pl_module)
+        self._evaluation = self._evaluation or Calls(pl_module)
         self._evaluation.watch(pl_module)
 
     @override
@@ -205,81 +207,13 @@ class LoRAGuard(Callback):
             )
 
     def _check_finite(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop all ranks if a trained weight of any is not finite."""
-        if not lora_layers(module):
-            return
         self._looked_at_step = trainer.global_step
-        weights = {name: _local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
-        # One number for the device to say; a norm may overflow by itself, so that each is looked at where it is not finite.
-        is_wrong = ~get_total_norm(list(weights.values())).isfinite()
-        if not bool(largest_of_ranks(trainer, is_wrong.int())):
-            return
-        names = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
-        # Of an overflow no rank has a name.
-        if bool(largest_of_ranks(trainer, torch.tensor(len(names)))):
-            raise GuardError(
-                f"{len(names)} trained weights{'' if names else ' of this rank, but some of another one,'} are NaN or "
-                f"infinite after optimizer step {trainer.global_step}{f': {first_five(names)}' if names else ''}. The "
-                f"loss need not show it. No checkpoint of them was written: go on from the last one with a lower "
-                f"learning rate, or look at the batches before this step."
-            )
+        check_finite_weights(trainer, module)
 
     def _stop_watching(self) -> None:
         for calls in (self._training, self._evaluation):
             if calls is not None:
                 calls.stop()
-
-
-class _Calls:
-    """Records which adapted layers are called, and which modules that hold one.
-
-    Their ``forward`` is shadowed while a batch runs: hooks would switch torch's fast paths off. So is
-    ``effective_weights``, by which attention and encoder layers compute with adapters of layers they do not call.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.owner = {name: _owner(module, name) for name in lora_layers(module)}
-        self.silent = list(self.owner)
-        self._ran: set[str] = set()
-        self._shadowed: dict[tuple[nn.Module, str], Any] = {}
-
-    @property
-    def passed_over(self) -> list[str]:
-        """Layers that never ran though the module around them did."""
-        return [name for name in self.silent if self.owner[name] in self._ran]
-
-    def watch(self, module: nn.Module) -> None:
-        """Record from now on."""
-        self.stop()
-        for name in {*self.silent, *(self.owner[name] for name in self.silent)} - {*self._ran, ""}:
-            watched = module.get_submodule(name)
-            for method in ("forward", "effective_weights") if isinstance(watched, LoRALayer) else ("forward",):
-                self._shadowed[watched, method] = watched.__dict__.get(method)
-                watched.__dict__[method] = self._recording(name, getattr(watched, method))
-
-    def stop(self) -> None:
-        """Give every module the methods it had."""
-        for (module, method), own in self._shadowed.items():
-            del module.__dict__[method]
-            if own is not None:
-                module.__dict__[method] = own
-        self._shadowed = {}
-        self.silent = [name for name in self.silent if name not in self._ran]
-
-    def _recording(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            self._ran.add(name)
-            return method(*args, **kwargs)
-
-        return record
-
-
-def _owner(module: nn.Module, name: str) -> str:
-    """The module whose ``forward`` should call ``name``: the nearest around it that is no mere list."""
-    owner = name.rpartition(".")[0]
-    while owner and isinstance(module.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
-        owner = owner.rpartition(".")[0]
-    return owner
 
 
 def _passed_over(names: Sequence[str], period: str) -> str:
@@ -288,10 +222,6 @@ def _passed_over(names: Sequence[str], period: str) -> str:
         f"without calling them (a fused path, F.linear(x, layer.weight)), or the layers are not in use: exclude them, "
         f"or make the module call them."
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _has_gradient(layer: LoRALayer) -> bool:
