@@ -92,7 +92,8 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     how = "was killed by SIGKILL" if victim else "is gone"
     assert f"[rank {1 - victim}] rank {victim} (process {ranks[victim]}) {how}; the run cannot go on" in broken.text
 
-    with run(tmp_path, *command("--resume=last")) as told:
+    # The second process ends first, and Lightning looks every 5 seconds whether it has failed.
+    with run(tmp_path, *command("--resume=last", "--linger=6")) as told:
         ranks = [told.pid(rank) for rank in (0, 1)]
         assert min(told.steps) >= max(broken.steps)
         os.kill(ranks[1 - victim], signal.SIGTERM)  # it is enough to tell one
