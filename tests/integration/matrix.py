@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lora import AlreadyShardedError, LoRAConfig, LoRAMixin, lora_state_dict, merge_lora
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, LoRAGuard
+from lightning_lora.checkpointing import in_shards
 from lightning_lora.patterns import plain_name
 from lightning_lora.resume import of_every_rank
 from lightning_lora.sharding import shard_lora
@@ -222,6 +223,8 @@ def run(folder: Path, ranks: int, cell: dict[str, Any]) -> None:
             trainer.fit(module, loader, loader if is_llm else None, ckpt_path=load, weights_only=True)
         if cell["save"]:
             trainer.save_checkpoint(folder / cell["save"])
+            if not in_shards(trainer.strategy):
+                trainer.save_checkpoint(folder / f"{cell['save']}.weights", weights_only=True)
         if cell["cell"] == "lora-fsdp1-lightning":
             watch.seen["by hand"] = by_hand(trainer, module, out / "by-hand")
         if is_llm:

@@ -217,6 +217,19 @@ def test_files_are_verified_and_hold_plain_types(folder: Path, method: str) -> N
         assert torch.load(folder / f"{method}-{shards}.ckpt" / "meta.pt", weights_only=True)["global_step"] == SAVED_AT
 
 
+@pytest.mark.parametrize("end", ["", ".weights"])
+@pytest.mark.parametrize("saved", SAVED[:4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_of_any_strategy_loads_without_a_trainer(folder: Path, method: str, saved: str, end: str) -> None:
+    path = folder / f"{method}-{saved}.ckpt{end}"
+    module = matrix.Toy.load_from_checkpoint(
+        path, weights_only=True, map_location="cpu", lora=matrix.LORA if method == "lora" else None
+    )
+    trained = {name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert toys.same(trained, seen(folder, f"{method}-{saved}")["seen"]["end"]["weights"])
+    assert ("optimizer_states" in torch.load(path, weights_only=True)) == (not end)
+
+
 @pytest.mark.parametrize("saved", SAVED)
 def test_the_adapter_folder_beside_any_checkpoint_loads_on_one_device(folder: Path, saved: str) -> None:
     module = matrix.Toy(None)
