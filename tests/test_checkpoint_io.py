@@ -264,9 +264,7 @@ def test_another_minor_release_of_a_library_loads_with_a_warning(
     manifest["libraries"]["torch"] = torch_version.replace("2.13", present)
     manifest_of(path).write_text(json.dumps(manifest))
     if warns:
-        with pytest.warns(
-            UserWarning, match=r"written with torch 2\.12\.9 \(now 2\..*need not go on exactly"
-        ):
+        with pytest.warns(UserWarning, match=r"written with torch 2\.12\.9 \(now 2\..*need not go on exactly"):
             assert io.load_checkpoint(path)["global_step"] == 4
     else:
         assert io.load_checkpoint(path)["global_step"] == 4
