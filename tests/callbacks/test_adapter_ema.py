@@ -22,7 +22,7 @@ from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
 from tests import resuming, toys
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 from tests.resuming import DiceyFull, DiceyLoRA, differences, unlike
 from tests.toys import Plain, Toy
 

@@ -13,7 +13,7 @@ import torch
 
 from tests import toys
 from tests.integration import deepspeed_runs
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 pytestmark = [
     pytest.mark.slow,

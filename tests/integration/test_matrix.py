@@ -24,7 +24,7 @@ from lightning_lora.consolidate import consolidate
 from tests import toys
 from tests.integration import matrix
 from tests.integration.matrix import LAST, METHODS, SAVED_AT
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

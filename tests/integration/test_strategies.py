@@ -16,7 +16,7 @@ from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.tasks import CausalLM
 from tests import toys
 from tests.integration import fsdp2_checks, strategy_runs
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
