@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy
 from typing_extensions import override
 
-from lightning_lora.sharding import _blocks
+from lightning_lora.sharding import repeated_blocks
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
 
@@ -69,7 +69,7 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
 
 def _units(model: nn.Module) -> set[nn.Module]:
     """The modules that become a unit each."""
-    blocks = _blocks(model, None)
+    blocks = repeated_blocks(model)
     if not blocks:
         rank_zero_warn(
             f"{type(model).__name__} has no list of like blocks: most of it is one FSDP unit, gathered at once. Give "

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
@@ -31,11 +29,10 @@ from lightning_lora.optim import check_learning_rate
 from lightning_lora.patterns import matches_any
 from lightning_lora.precision import bitsandbytes_plugin
 from lightning_lora.roles import module_roles
-from lightning_lora.sharding import shard_lora
 from lightning_lora.targets import resolve_targets
+from lightning_lora.tasks.placement import check_loadable, divide
 from lightning_lora.tasks.quantization import check_quantization, check_strategy, quantized_loading
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
-from lightning_lora.tensor_parallel import parallelize_lora
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -128,11 +125,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         # transformers hands models out in eval mode and Lightning leaves them so.
         self.model.train()
         self.apply_lora()
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None
-            if (mesh := self.device_mesh["tensor_parallel"]).size() > 1:
-                self._split(self.model, mesh)
-            shard_lora(self.model, self.device_mesh)
+        divide(self.model, self._trainer)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -237,21 +230,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             )
         if self._is_quantised:
             check_strategy(self._trainer)
-        strategy = getattr(self._trainer, "strategy", None)
-        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-            # It splits parameters as they are made, and transformers would fill in parts of nothing.
-            raise ConfigError(
-                f"{type(self).__name__} cannot load its weights under DeepSpeed ZeRO-3: use stage 2, or "
-                f"lightning_lora.strategies.FSDP2Strategy, which splits the model as ZeRO-3 does."
-            )
-
-    def _split(self, model: PreTrainedModel, mesh: DeviceMesh) -> None:
-        config = self.model_config.get_text_config()
-        counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
-        odd = [f"{name}={count}" for name, count in counts.items() if count and count % mesh.size()]
-        if odd:
-            raise ConfigError(f"tensor_parallel_size={mesh.size()} does not divide {' and '.join(odd)} of the model.")
-        parallelize_lora(model, mesh, getattr(model, "_tp_plan", None) or {})
+        check_loadable(self._trainer)
 
     @property
     def _is_quantised(self) -> bool:

@@ -57,5 +57,5 @@ def test_a_zero_2_checkpoint_holds_no_frozen_weights(folder: Path) -> None:
 
 def test_zero_3_is_refused_before_anything_is_loaded(folder: Path) -> None:
     message = torch.load(folder / "3.pt")
-    assert "CausalLM cannot load its weights under DeepSpeed ZeRO-3: use stage 2, or" in message
+    assert "a pretrained model cannot be loaded under DeepSpeed ZeRO-3: use stage 2, or" in message
     assert "lightning_lora.strategies.FSDP2Strategy" in message
