@@ -1,6 +1,7 @@
 """What a disturbed run does with our callbacks and without: ``python -m benchmarks.faults`` prints the table of docs.
 
-``python -m benchmarks.faults price`` measures what looking at every gradient costs in a training step.
+``python -m benchmarks.faults "rank 1 of 2 killed"`` prints that row of it, ``python -m benchmarks.faults price`` what
+looking at every gradient costs in a training step.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def kill_all(signum: int) -> Callable[[Run], None]:
     return disturb
 
 
+def wait(told: Run) -> None:
+    """The disturbance is in the run."""
+    told.wait_for("begins batch 3")
+
+
 CASES: dict[str, tuple[list[str], Callable[[Run], None]]] = {
     "SIGTERM": ([NEVER], kill(0, signal.SIGTERM)),
     "Ctrl-C": ([NEVER], kill(0, signal.SIGINT)),
@@ -59,7 +65,7 @@ CASES: dict[str, tuple[list[str], Callable[[Run], None]]] = {
     "SIGTERM to rank 0 of 2": ([NEVER, *RANKS], kill(0, signal.SIGTERM)),
     "SIGTERM to rank 1 of 2": ([NEVER, *RANKS], kill(1, signal.SIGTERM)),
     "SIGTERM to both ranks": ([NEVER, *RANKS], kill_all(signal.SIGTERM)),
-    "NaN gradient in step 4 of 8": ([EVERY, "--nan-at=3", "--steps=8"], lambda told: None),
+    "NaN gradient in step 4 of 8": ([EVERY, "--nan-at=3", "--steps=8"], wait),
     "rank 1 of 2 killed": ([EVERY, *RANKS], kill(1, signal.SIGKILL)),
     "rank 0 of 2 killed": ([EVERY, *RANKS], kill(0, signal.SIGKILL)),
     "rank 1 of 2 hangs": ([EVERY, *RANKS], kill(1, signal.SIGSTOP)),
@@ -75,10 +81,8 @@ def outcome(name: str, *more: str) -> str:
         begun = time.monotonic()
         while told.is_alive and time.monotonic() < begun + LIMIT:
             time.sleep(0.05)
-        took, code = time.monotonic() - begun, told.process.poll()
-        ending = f"hangs after {LIMIT:.0f} s" if told.is_alive else f"code {code}"
-        # A NaN needs no disturbance from outside: when it came is not known here.
-        ending += f" in {took:.0f} s" if "--nan-at=3" not in options and not told.is_alive else ""
+        took = time.monotonic() - begun
+        ending = f"hangs after {LIMIT:.0f} s" if told.is_alive else f"code {told.process.wait()} in {took:.0f} s"
         return f"{ending}, {_saved(Path(folder))} of {max(told.steps)} steps saved"
 
 
@@ -91,12 +95,13 @@ def _saved(folder: Path) -> str:
     return str(newest) if finite else f"{newest} (NaN)"
 
 
-class EveryOther(FiniteGradients):
-    """Looks at the gradients of every other step, and keeps the seconds of steps with a look and without."""
+class Timed(FiniteGradients):
+    """Keeps the seconds of each step and of the look at its gradients."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        self.steps: list[float] = []
+        self.looks: list[float] = []
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -105,14 +110,15 @@ class EveryOther(FiniteGradients):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.global_step % 2:
-            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        begun = _now()
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.looks.append(_now() - begun)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seconds[trainer.global_step % 2 == 0].append(_now() - self.begun)  # the step has been counted
+        self.steps.append(_now() - self.begun)
 
 
 def _now() -> float:
@@ -121,15 +127,16 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def price(name: str, lora: LoRAConfig | None, steps: int = 120) -> str:
-    """What a look costs per training step of the embedded model."""
-    looks = EveryOther()
+def price(name: str, lora: LoRAConfig | None, steps: int = 60) -> str:
+    """What a look costs in a training step of the embedded model, after ten steps to warm up."""
+    timed = Timed()
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = Trainer(callbacks=[looks], max_steps=steps, max_epochs=-1, enable_model_summary=False, **quiet)
-    data = SFTDataModule(str(TRAIN), batch_size=8, max_length=256)
+    trainer = Trainer(callbacks=[timed], max_steps=steps, max_epochs=-1, enable_model_summary=False, **quiet)
+    data = SFTDataModule(str(TRAIN), batch_size=8, max_length=128)
     trainer.fit(CausalLM(str(MODEL), lora=lora), datamodule=data)
-    with_look, without = (spread(looks.seconds[is_looked_at][5:]) for is_looked_at in (True, False))
-    return f"{name}: step {without.median * 1e3:.1f} ms, with a look {with_look.median * 1e3:.1f} ms"
+    look, step = spread(timed.looks[10:]), spread(timed.steps[10:])
+    tenths = f"{look.p10 * 1e3:.2f} to {look.p90 * 1e3:.2f}"
+    return f"{name}: a look takes {look.median * 1e3:.2f} ms ({tenths}) of a step of {step.median * 1e3:.0f} ms"
 
 
 def main() -> None:
@@ -140,7 +147,7 @@ def main() -> None:
         print(price("full fine-tuning", None))
     else:
         print("| disturbance | with our callbacks | Lightning alone |\n|---|---|---|")
-        for name in CASES:
+        for name in sys.argv[1:] or CASES:
             print(f"| {name} | {outcome(name)} | {outcome(name, '--alone')} |", flush=True)
     print(f"others used the machine meanwhile: {disturbed(before, load())}")
 

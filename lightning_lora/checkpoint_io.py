@@ -16,12 +16,12 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lightning_lora.atomic import atomic_file
-from lightning_lora.checkpoint_manifest import Version, manifest_of, present_versions, write_manifest
+from lightning_lora.checkpoint_manifest import Version, manifest_of, other_libraries, present_versions, write_manifest
 from lightning_lora.checkpoint_shards import is_folder_of_shards, read_shards
 from lightning_lora.hashing_writer import HashingWriter, save_hashed
 from lightning_lora.whole_checkpoint import whole_checkpoint
@@ -105,6 +105,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if not is_local(path) or _local(path).is_dir():
             return super().load_checkpoint(path, map_location, weights_only)
         whole, version = whole_checkpoint(_local(path), self.fall_back and self.is_resuming)
+        if self.is_resuming and (others := other_libraries(whole)):
+            rank_zero_warn(f"{whole} was written with {', '.join(others)}: the run need not go on exactly.")
         if version is not None and version.run:
             self._run = version.run
         self.loaded = (whole.name, None if version is None else version.sha256)

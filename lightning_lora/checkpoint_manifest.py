@@ -16,10 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion
+from packaging.version import Version as Release
+
 from lightning_lora.atomic import atomic_file, sha256
 from lightning_lora.errors import AdapterFileError
 
 SUFFIX = ".manifest.json"
+LIBRARIES = ("lightning-lora", "lightning", "torch")
 FORMAT = 1
 _ZIP, _OLD_PICKLE = b"PK\x03\x04", b"\x80\x02"
 
@@ -69,7 +73,7 @@ def manifest_of(path: Path) -> Path:
 
 def write_manifest(path: Path, versions: Sequence[Version]) -> None:
     """Say what the checkpoint at ``path`` may be."""
-    libraries = {name: version(name) for name in ("lightning-lora", "lightning", "torch")}
+    libraries = {name: version(name) for name in LIBRARIES}
     content = {"format": FORMAT, "versions": [asdict(one) for one in versions], "libraries": libraries}
     with atomic_file(manifest_of(path)) as file:
         file.write(json.dumps(content, indent=1).encode())
@@ -92,6 +96,20 @@ def read_manifest(path: Path) -> list[Version]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedManifestError(f"its manifest {manifest.name} is damaged") from error
     raise AdapterFileError(f"{manifest} has format {content['format']}, newer than {FORMAT}: update lightning-lora.")
+
+
+def other_libraries(path: Path) -> list[str]:
+    """Libraries of another minor release than those that wrote ``path``, as ``torch 2.12.1 (now 2.13.0)``."""
+    try:
+        written = json.loads(manifest_of(path).read_bytes())["libraries"]
+        present = {name: version(name) for name in LIBRARIES if name in written}
+        return [
+            f"{name} {written[name]} (now {now})"
+            for name, now in present.items()
+            if Release(written[name]).release[:2] != Release(now).release[:2]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, InvalidVersion):
+        return []  # no manifest, or one that says nothing of them
 
 
 def examine(path: Path) -> Finding:

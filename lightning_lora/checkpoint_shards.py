@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,18 @@ class _PlainReader(FileSystemReader):
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
-            return _PlainUnpickler(file).load()
+            metadata = _PlainUnpickler(file).load()
+        for place in metadata.storage_data.values():
+            self._check(place)
+        return metadata
+
+    def _check(self, place: _StorageInfo) -> None:
+        """Compare the checksums that torch writes and does not read."""
+        with open(Path(self.path) / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            with zipfile.ZipFile(io.BytesIO(file.read(place.length))) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"checksum of {damaged} in {place.relative_path} at {place.offset}")
 
 
 class _PlainPlanner(_EmptyStateDictLoadPlanner):

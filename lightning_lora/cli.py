@@ -26,6 +26,7 @@ from lightning_lora.callbacks import (
     MemoryAdvice,
     RankWatch,
     RunLock,
+    SteadyLoggers,
 )
 from lightning_lora.commands import COMMANDS, run_command
 from lightning_lora.errors import GradientError, GuardError, closest, user_error
@@ -45,6 +46,7 @@ DEFAULTS = (
     LoRAGuard,
     CheckpointGuard,
     AdapterCheckpoint,
+    SteadyLoggers,
 )
 USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy
 from typing_extensions import override
 
-from lightning_lora.sharding import _blocks
+from lightning_lora.sharding import repeated_blocks
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
 
 class BlockwiseFSDPStrategy(FSDPStrategy):
-    """``FSDPStrategy`` with one unit per repeated block, and one for the rest, unless told otherwise.
+    """``FSDPStrategy`` with one unit per repeated block, one for each trained layer beside them, and one for the rest.
 
-    Blocks are those that `lightning_lora.sharding.shard_lora` finds. ``fit`` and then ``test`` of one Trainer use the
-    same units. A checkpoint of one file is verified, and refused if it holds other than plain types, before it is read:
-    ``FSDPStrategy`` unpickles it, whatever ``weights_only`` says.
+    Blocks are those that `lightning_lora.sharding.shard_lora` finds. Trained layers are set apart where others are
+    frozen. ``fit`` and then ``test`` of one Trainer use the same units. A checkpoint of one file is verified, and
+    refused if it holds other than plain types, before it is read: ``FSDPStrategy`` unpickles it, whatever
+    ``weights_only`` says.
 
     A unit that holds a trained parameter has a gradient for all of its parameters, frozen ones too. With adapters in
     every block that is a gradient as large as the blocks, divided by the number of ranks; under FSDP2 only the
@@ -45,13 +48,8 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
         is_wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         is_own = "auto_wrap_policy" not in self.kwargs and not is_wrapped
         if is_own:
-            blocks = set(_blocks(model, None))
-            if not blocks:
-                rank_zero_warn(
-                    f"{type(model).__name__} has no list of like blocks: all of it is one FSDP unit, gathered at once. "
-                    "Give the strategy an auto_wrap_policy."
-                )
-            self.kwargs["auto_wrap_policy"] = CustomPolicy(lambda module: module in blocks)
+            units = _units(model)
+            self.kwargs["auto_wrap_policy"] = CustomPolicy(lambda module: module in units)
         try:
             self._wrapped = super()._setup_model(model)
         finally:
@@ -67,6 +65,28 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
             whole_checkpoint(path, fall_back=False)
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return super().load_checkpoint(path, weights_only)
+
+
+def _units(model: nn.Module) -> set[nn.Module]:
+    """The modules that become a unit each."""
+    blocks = repeated_blocks(model)
+    if not blocks:
+        rank_zero_warn(
+            f"{type(model).__name__} has no list of like blocks: most of it is one FSDP unit, gathered at once. Give "
+            "the strategy an auto_wrap_policy."
+        )
+    inside = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    if all(parameter.requires_grad for module in outside for parameter in module.parameters(recurse=False)):
+        return set(blocks)
+    # A parameter that two modules share must stay in the unit around both.
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {*blocks, *(module for module in outside if module is not model and _is_trained_alone(module, holders))}
+
+
+def _is_trained_alone(module: nn.Module, holders: Mapping[int, int]) -> bool:
+    own = list(module.parameters(recurse=False))
+    return any(p.requires_grad for p in own) and all(holders[id(p)] == 1 for p in own) and not any(module.children())
 
 
 def clip_gradient_norm(module: LightningModule, max_norm: float) -> bool:

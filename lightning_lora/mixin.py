@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,47 +24,20 @@ from lightning_lora.fingerprint import base_digests, fingerprint
 from lightning_lora.flat_parameters import whole_parameters
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.merge_report import MergeReport
+from lightning_lora.outermost import outermost
 from lightning_lora.precision import quantise_first
 from lightning_lora.resume import RunMemory
 
-Hook = Callable[..., Any]
 _UNSET: Any = object()
 
 
-def _outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
-    """Wrap a hook so that the named methods run once, around the outermost of nested ``super()`` calls."""
-
-    def wrap(hook: Hook) -> Hook:
-        inside = f"_lora_inside_{hook.__name__}"
-
-        @functools.wraps(hook)
-        def wrapped(self: LoRAMixin, *args: Any) -> Any:
-            if self.__dict__.get(inside):
-                return hook(self, *args)
-            if before:
-                getattr(self, before)(*args)
-            self.__dict__[inside] = True
-            try:
-                result = hook(self, *args)
-            finally:
-                self.__dict__[inside] = False
-            if after:
-                getattr(self, after)(*args)
-            return result
-
-        wrapped.__dict__["keeps_lora"] = True
-        return wrapped
-
-    return wrap
-
-
 _HOOKS = {
-    "configure_model": _outermost(after="apply_lora"),
-    "on_fit_start": _outermost(after="_fit_starts"),
-    "on_train_start": _outermost(before="_check_optimizers", after="_go_on"),
-    "on_train_epoch_start": _outermost(after="_epoch_starts"),
-    "on_save_checkpoint": _outermost(after="_after_save"),
-    "on_load_checkpoint": _outermost(before="_before_load"),
+    "configure_model": outermost(after="apply_lora"),
+    "on_fit_start": outermost(after="_fit_starts"),
+    "on_train_start": outermost(before="_check_optimizers", after="_go_on"),
+    "on_train_epoch_start": outermost(after="_epoch_starts"),
+    "on_save_checkpoint": outermost(after="_after_save"),
+    "on_load_checkpoint": outermost(before="_before_load"),
 }
 
 
@@ -238,7 +210,7 @@ class LoRAMixin(LightningModule):
             if isinstance(callback, StochasticWeightAveraging):
                 raise ConfigError(
                     "StochasticWeightAveraging copies the module before the adapters exist and would average the base. "
-                    "Use lightning's EMAWeightAveraging instead."
+                    "Use AdapterEMA instead."
                 )
 
     @override

@@ -63,7 +63,7 @@ def check_learning_rate(learning_rate: Any) -> None:
 def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise `GuardError` unless every adapter is trainable and in exactly one optimizer."""
     reshard(module)
-    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = [id(parameter) for optimizer in optimizers for parameter in _held(optimizer)]
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise GuardError(f"nothing would train: every parameter of {type(module).__name__} is frozen.")
@@ -80,3 +80,13 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
     frozen = [name for name, factor in factor_parameters(module).items() if not factor.requires_grad]
     if frozen:
         raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")
+
+
+def _held(optimizer: Any) -> list[nn.Parameter]:
+    """The parameters of a module that ``optimizer`` updates."""
+    # DeepSpeed's ZeRO steps on flat parts of its own and keeps the module's parameters aside, stage 3 under the second
+    # name.
+    for name in ("bit16_groups", "fp16_groups"):
+        if groups := getattr(optimizer, name, None):
+            return [parameter for group in groups for parameter in group]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

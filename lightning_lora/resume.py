@@ -141,6 +141,12 @@ class RunMemory:
         assert combined is not None
         assert fetcher is not None
         if any(map(keeps_position, combined.flattened)):
+            if states := trainer.fit_loop._combined_loader_states_to_load:
+                # Lightning loads them with the first iterators, which `estimated_stepping_batches` has it make too
+                # early.
+                combined.reset()
+                combined._load_state_dicts(states)
+                iter(fetcher)
             plain = [type(loader).__name__ for loader in combined.flattened if not keeps_position(loader)]
             reasons = [f"a {name} beside a loader that keeps its position starts from its beginning" for name in plain]
             if fetcher.length is None:

@@ -34,21 +34,26 @@ class Holder:
         host: Name of the machine.
         born: When the process started, in the system's own ticks; tells a process from another that got its number.
         started: When the lock was taken, ISO 8601 in UTC.
+        job: Number of the SLURM job, empty outside of one.
+        restart: How often SLURM had started that job again.
     """
 
     pid: int
     host: str
     born: str
     started: str
+    job: str
+    restart: int
 
     def __str__(self) -> str:
         age = datetime.now(timezone.utc) - datetime.fromisoformat(self.started)
         return f"process {self.pid} on {self.host}, started {timedelta(seconds=round(age.total_seconds()))} ago"
 
-    @property
-    def is_dead(self) -> bool:
-        """Whether it is known to have ended; of another host's processes nothing is known."""
-        return self.host == socket.gethostname() and _born(self.pid) != self.born
+    def is_dead(self, me: Holder) -> bool:
+        """Whether it is known to have ended: of another host's processes only those that SLURM has started anew."""
+        if me.job and me.job == self.job and me.restart > self.restart:
+            return True
+        return me.host == self.host and _born(self.pid) != self.born
 
 
 def take_lock(path: Path, folder: Path) -> str | None:
@@ -64,7 +69,7 @@ def take_lock(path: Path, folder: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _opened(path) as file:
             holder, me = _read(file), _me()
-            if holder is not None and not holder.is_dead and not _is_same(holder, me):
+            if holder is not None and not holder.is_dead(me) and not _is_same(holder, me):
                 raise RunFolderError(
                     f"another run writes in {folder}: {holder}. Wait for it, or choose another folder "
                     f"(the logger's, or trainer.default_root_dir); if you know that it has ended, delete {path}."
@@ -123,7 +128,8 @@ def _read(file: int) -> Holder | None:
 
 def _me() -> Holder:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Holder(os.getpid(), socket.gethostname(), _born(os.getpid()) or "", now)
+    job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return Holder(os.getpid(), socket.gethostname(), _born(os.getpid()) or "", now, job, restart)
 
 
 def _is_same(one: Holder, other: Holder) -> bool:

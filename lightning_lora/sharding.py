@@ -33,13 +33,14 @@ def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[n
         return module
     if "data_parallel" in (mesh.mesh_dim_names or ()):
         mesh = mesh["data_parallel"]
-    for block in _blocks(module, block_types):
+    for block in repeated_blocks(module, block_types):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module
 
 
-def _blocks(module: nn.Module, block_types: Sequence[type[nn.Module]] | None) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module, block_types: Sequence[type[nn.Module]] | None = None) -> list[nn.Module]:
+    """The modules that form a group each; see `shard_lora`. Empty if no list holds like blocks."""
     if block_types is not None:
         blocks = [child for child in module.modules() if isinstance(child, tuple(block_types))]
         if not blocks:

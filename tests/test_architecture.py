@@ -42,7 +42,7 @@ LEVELS = {
         "callbacks",
     ),
     # Checkpoints on disk have the names and layouts that transformers gives them.
-    "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge"),
+    "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge", "hub"),
     "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
 }
 # Libraries by the lowest level that may import them, at the top of a file or inside a function.
@@ -165,7 +165,10 @@ def surface() -> list[str]:
     lines = []
     for place in (
         "lightning_lora",
-        *(f"lightning_lora.{part}" for part in ("callbacks", "data", "tasks", "sharding", "strategies")),
+        *(
+            f"lightning_lora.{part}"
+            for part in ("callbacks", "data", "tasks", "sharding", "strategies", "tensor_parallel")
+        ),
     ):
         module: Any = importlib.import_module(place)
         names = getattr(module, "__all__", None) or [

@@ -253,6 +253,23 @@ def test_manifest_of_a_newer_format_is_refused(tmp_path: Path) -> None:
         io.load_checkpoint(path)
 
 
+@pytest.mark.parametrize(("torch_version", "warns"), [("2.12.9", True), ("2.13.7+cu130", False), ("unknown", False)])
+def test_another_minor_release_of_a_library_loads_with_a_warning(
+    torch_version: str, warns: bool, tmp_path: Path
+) -> None:
+    io = VerifiedCheckpointIO()
+    path = saved(tmp_path / "a.ckpt", 4, io)
+    manifest = json.loads(manifest_of(path).read_bytes())
+    present = ".".join(torch.__version__.split(".")[:2])
+    manifest["libraries"]["torch"] = torch_version.replace("2.13", present)
+    manifest_of(path).write_text(json.dumps(manifest))
+    if warns:
+        with pytest.warns(UserWarning, match=r"written with torch 2\.12\.9 \(now 2\..*need not go on exactly"):
+            assert io.load_checkpoint(path)["global_step"] == 4
+    else:
+        assert io.load_checkpoint(path)["global_step"] == 4
+
+
 @pytest.fixture
 def remarks(caplog: pytest.LogCaptureFixture) -> Any:
     """What Lightning's rank-zero logger says."""

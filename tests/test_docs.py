@@ -31,3 +31,16 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
     for link in links:
         assert (page.parent / link).exists(), link
+
+
+def test_the_table_of_faults_has_every_fault_and_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "fault_tests.md").read_text()
+    assert {f"F{number:02d}" for number in range(1, 29)} <= set(re.findall(r"F\d\d", text))
+    source, count = "", 0
+    for file, test in re.findall(r"`((?:[\w/]+\.py)?)(?:::(\w+))?`", text):
+        if file:
+            source = (ROOT / "tests" / file).read_text()
+        if test:
+            count += 1
+            assert f"def {test}(" in source, test
+    assert count > 20

@@ -276,7 +276,7 @@ def test_merged_module_is_not_trained(tmp_path: Path) -> None:
 
 
 def test_stochastic_weight_averaging_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"StochasticWeightAveraging.*Use lightning's EMAWeightAveraging"):
+    with pytest.raises(ConfigError, match=r"StochasticWeightAveraging.*Use AdapterEMA"):
         fit(Toy(), tmp_path, callbacks=[StochasticWeightAveraging(0.1)])
 
 

@@ -206,10 +206,18 @@ def test_the_end_of_an_epoch_is_exact_with_an_iterable_dataset(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata asks torch for it
-def test_a_loader_that_keeps_its_position_is_asked_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "num_workers"),
+    [(DiceyLoRA, 0), (resuming.Smooth, 0), pytest.param(resuming.Smooth, 2, marks=pytest.mark.slow)],
+)
+def test_a_loader_that_keeps_its_position_is_asked_for_it(
+    make: Callable[[], LightningModule], num_workers: int, tmp_path: Path
+) -> None:
     stateful: Any = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
-    loader = lambda: stateful(toys.rows(2 * NUM_BATCHES), batch_size=2, shuffle=True)  # noqa: E731
-    check(DiceyLoRA, tmp_path, ["batch-0-4", "batch-1-3", "epoch-0"], loader=loader, val_check_interval=3)
+    rows = toys.rows(2 * NUM_BATCHES)
+    loader = lambda: stateful(rows, batch_size=2, shuffle=True, num_workers=num_workers)  # noqa: E731
+    places = ["batch-0-4", "epoch-0"] if num_workers else ["batch-0-4", "batch-1-3", "epoch-0"]
+    check(make, tmp_path, places, loader=loader, val_check_interval=3)
 
 
 def test_a_file_written_by_other_ranks_is_read_with_a_warning(tmp_path: Path) -> None:

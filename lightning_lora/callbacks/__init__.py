@@ -14,6 +14,7 @@ from .merge import MergeOnFitEnd
 from .progress import LoRAProgressBar
 from .rank_watch import RankWatch
 from .run_lock import RunLock
+from .steady_loggers import SteadyLoggers
 
 __all__ = [
     "AdaptiveAccumulation",
@@ -30,4 +31,5 @@ __all__ = [
     "MergeOnFitEnd",
     "RankWatch",
     "RunLock",
+    "SteadyLoggers",
 ]

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,6 +24,8 @@ from lightning_lora.layers.walk import lora_layers
 from lightning_lora.optim import check_optimizers
 
 from .agreement import on_no_rank
+from .calls import Calls
+from .finite_weights import check_finite_weights
 
 
 class LoRAGuard(Callback):
@@ -29,10 +34,13 @@ class LoRAGuard(Callback):
     Checked: every adapter is in exactly one optimizer; its layer is called and it gets a gradient within ``patience``
     optimizer steps; the first evaluation passes no adapted layer over (torch's fast paths do); every adapter has moved
     by the end; base weights are bit for bit what they were (up to 65,536 sampled values a tensor), and buffers too, or
-    a warning names them. Without LoRA in the module the guard does nothing.
+    a warning names them. No trained weight is NaN or infinite, which fused attention can keep out of the loss: looked at
+    every ``patience`` optimizer steps, before each validation, and before each checkpoint is written. Without LoRA in the
+    module the guard does nothing.
 
     Args:
-        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient.
+        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and after which
+            the weights are looked at again.
 
     Raises:
         GuardError: Naming the layers concerned.
@@ -40,12 +48,12 @@ class LoRAGuard(Callback):
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
-        self._training: _Calls | None = None
-        self._evaluation: _Calls | None = None
+        self._training: Calls | None = None
+        self._evaluation: Calls | None = None
         self._without_gradient: set[str] = set()
         self._base: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
-        self._first_step = 0
+        self._first_step = self._looked_at_step = 0
         self._learning = False
         self._is_new_to_ranks = False
 
@@ -68,15 +76,16 @@ class LoRAGuard(Callback):
         if layers:
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
-        self._without_gradient = set(layers)
-        self._first_step = trainer.global_step
+        # DeepSpeed keeps gradients inside its engine; whether adapters have moved at the end tells enough.
+        self._without_gradient = set() if isinstance(trainer.strategy, DeepSpeedStrategy) else set(layers)
+        self._first_step = self._looked_at_step = trainer.global_step
         # Under FSDP1 a rank may hold no entry of an adapter at all, and sees neither its gradient nor its move.
         self._is_new_to_ranks = isinstance(trainer.strategy, FSDPStrategy)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch which adapters run in training."""
-        self._training = self._training or _Calls(pl_module)
+        self._training = self._training or Calls(pl_module)
         self._training.watch(pl_module)
 
     @override
@@ -98,6 +107,8 @@ class LoRAGuard(Callback):
         """Report adapters that did not run, or have gone without a gradient, for too long."""
         assert self._training is not None
         self._training.stop()
+        if trainer.global_step >= self._looked_at_step + self.patience:
+            self._check_finite(trainer, pl_module)
         if trainer.global_step < self._first_step + self.patience:
             return
         period = f"{self.patience} optimizer steps"
@@ -114,11 +125,23 @@ class LoRAGuard(Callback):
             )
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate no weights that are not finite, though the loss may be."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_finite(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let no weights that are not finite take the place of good ones."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_finite(trainer, pl_module)
+
+    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch which adapters run in the first evaluation."""
-        self._evaluation = self._evaluation or _Calls(pl_module)
+        self._evaluation = self._evaluation or Calls(pl_module)
         self._evaluation.watch(pl_module)
 
     @override
@@ -183,62 +206,14 @@ class LoRAGuard(Callback):
                 stacklevel=2,
             )
 
+    def _check_finite(self, trainer: Trainer, module: LightningModule) -> None:
+        self._looked_at_step = trainer.global_step
+        check_finite_weights(trainer, module)
+
     def _stop_watching(self) -> None:
         for calls in (self._training, self._evaluation):
             if calls is not None:
                 calls.stop()
-
-
-class _Calls:
-    """Records which adapted layers are called, and which modules that hold one.
-
-    Their ``forward`` is shadowed while a batch runs: hooks would switch torch's fast paths off. So is
-    ``effective_weights``, by which attention and encoder layers compute with adapters of layers they do not call.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.owner = {name: _owner(module, name) for name in lora_layers(module)}
-        self.silent = list(self.owner)
-        self._ran: set[str] = set()
-        self._shadowed: dict[tuple[nn.Module, str], Any] = {}
-
-    @property
-    def passed_over(self) -> list[str]:
-        """Layers that never ran though the module around them did."""
-        return [name for name in self.silent if self.owner[name] in self._ran]
-
-    def watch(self, module: nn.Module) -> None:
-        """Record from now on."""
-        self.stop()
-        for name in {*self.silent, *(self.owner[name] for name in self.silent)} - {*self._ran, ""}:
-            watched = module.get_submodule(name)
-            for method in ("forward", "effective_weights") if isinstance(watched, LoRALayer) else ("forward",):
-                self._shadowed[watched, method] = watched.__dict__.get(method)
-                watched.__dict__[method] = self._recording(name, getattr(watched, method))
-
-    def stop(self) -> None:
-        """Give every module the methods it had."""
-        for (module, method), own in self._shadowed.items():
-            del module.__dict__[method]
-            if own is not None:
-                module.__dict__[method] = own
-        self._shadowed = {}
-        self.silent = [name for name in self.silent if name not in self._ran]
-
-    def _recording(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            self._ran.add(name)
-            return method(*args, **kwargs)
-
-        return record
-
-
-def _owner(module: nn.Module, name: str) -> str:
-    """The module whose ``forward`` should call ``name``: the nearest around it that is no mere list."""
-    owner = name.rpartition(".")[0]
-    while owner and isinstance(module.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
-        owner = owner.rpartition(".")[0]
-    return owner
 
 
 def _passed_over(names: Sequence[str], period: str) -> str:

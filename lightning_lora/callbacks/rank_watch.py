@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 
 LOOK_SECONDS = 1.0  # between two looks at processes of this host
+NUM_BEATS = 8  # within the timeout
 GRACE_SECONDS = 10.0  # for the main thread to end by its own error, which says more
 STORE_SECONDS = 2.0  # for the store to answer a process that is ending
 
@@ -42,7 +43,7 @@ class RankWatch(Callback):
         ConfigError: If ``timeout`` is less than 5.
     """
 
-    def __init__(self, timeout: float = 40.0) -> None:
+    def __init__(self, timeout: float = 30.0) -> None:
         if timeout < 5:
             raise ConfigError(f"timeout must be at least 5 seconds, got {timeout}.")
         self.timeout = timeout
@@ -88,11 +89,12 @@ class _Watch(threading.Thread):
         is_child = trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)
         self.parent = os.getppid() if is_child else None
         others = range(1, trainer.world_size) if self.rank == 0 else (0,)
-        self.heard = {other: (b"", time.monotonic()) for other in others}
+        # Time is counted in what this process has done: one that was suspended with the others has not waited for them.
+        self.heard = {other: (b"", 0) for other in others}
         self.said: str | None = None
         self._ended = threading.Event()
         self._found: str | None = None
-        self._answered = time.monotonic()
+        self._unanswered = 0.0
         self._beating = threading.Thread(target=self._beat, name="rank-watch-beats", daemon=True)
 
     @override
@@ -103,7 +105,10 @@ class _Watch(threading.Thread):
     @override
     def run(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
-            lost = self._lost_here() or self._found or self._unanswered()
+            self._unanswered += LOOK_SECONDS
+            lost = self._lost_here() or self._found
+            if lost is None and 0 in self.heard and self._unanswered > self.timeout:
+                lost = f"rank 0 does not answer for {self._unanswered:.0f} s"
             if lost is not None:
                 self._end(lost)
                 return
@@ -148,12 +153,11 @@ class _Watch(threading.Thread):
                 if 0 in self.heard:
                     self._found = f"rank 0 does not answer ({str(error).splitlines()[0]})"
                 return
-            self._answered = time.monotonic()
-            self._ended.wait(self.timeout / 8)
+            self._unanswered = 0.0
+            self._ended.wait(self.timeout / NUM_BEATS)
 
     def _lost_elsewhere(self, beats: int) -> str | None:
         """What the heartbeats say."""
-        now = time.monotonic()
         self.store.set(f"beat/{self.rank}", str(beats))
         if self.store.check(["lost"]):
             return self.store.get("lost").decode()
@@ -163,14 +167,10 @@ class _Watch(threading.Thread):
                 continue
             beat = self.store.get(f"beat/{other}") if self.store.check([f"beat/{other}"]) else b""
             if beat != last:
-                self.heard[other] = (beat, now)
-            elif last and now - when > self.timeout:
-                return f"rank {other} gave no sign of life for {now - when:.0f} s"
+                self.heard[other] = (beat, beats)
+            elif last and beats - when > NUM_BEATS:
+                return f"rank {other} gave no sign of life for {self.timeout:.0f} s"
         return None
-
-    def _unanswered(self) -> str | None:
-        silence = time.monotonic() - self._answered
-        return f"rank 0 does not answer for {silence:.0f} s" if 0 in self.heard and silence > self.timeout else None
 
     def _tell(self, key: str, text: str) -> None:
         """Write into the store, if it can be reached: without rank 0, which keeps it, nobody could listen."""

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
+from ..hub import offline_hint, prepare_hub
 from .progress import progress_on_terminals
 from .reading import SUFFIXES, Row, file_kind, read_rows
 
@@ -55,6 +56,7 @@ class HubSource:
 
     def load(self) -> datasets.Dataset:
         """Download, or find in the cache."""
+        prepare_hub(self.name)
         try:
             with progress_on_terminals():
                 return datasets.load_dataset(self.name, self.config, split=self.split)
@@ -62,6 +64,7 @@ class HubSource:
             raise DataError(
                 f"{self.name!r} is not a file on disk, and split {self.split!r} of a hub dataset of that name cannot "
                 f"be loaded: {error}. Write a path, or 'owner/name', 'owner/name:split' or 'owner/name:config:split'."
+                f"{offline_hint(self.name)}"
             ) from error
 
     def identity(self) -> list[Any]:

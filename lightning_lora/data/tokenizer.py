@@ -7,6 +7,7 @@ import os
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from ..hub import offline_hint, prepare_hub
 from .sources import is_path_like
 
 
@@ -53,7 +54,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:
 def _load(name: str) -> PreTrainedTokenizerBase:
     if is_path_like(name) and not os.path.isdir(name):
         raise ConfigError(f"tokenizer folder {name!r} does not exist (looked from {os.getcwd()}).")
+    prepare_hub(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing files, network, a tokenizer that needs its author's code
-        raise ConfigError(f"tokenizer {name!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"tokenizer {name!r} cannot be loaded: {error}{offline_hint(name)}") from error

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
@@ -24,13 +23,14 @@ from lightning_lora.checkpoint_io import use_verified_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, closest, first_five
 from lightning_lora.fsdp import clip_gradient_norm
+from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.mixin import LoRAMixin
 from lightning_lora.optim import check_learning_rate
 from lightning_lora.patterns import matches_any
 from lightning_lora.precision import bitsandbytes_plugin
 from lightning_lora.roles import module_roles
-from lightning_lora.sharding import shard_lora
 from lightning_lora.targets import resolve_targets
+from lightning_lora.tasks.placement import check_loadable, divide
 from lightning_lora.tasks.quantization import check_quantization, check_strategy, quantized_loading
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
 
@@ -125,9 +125,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         # transformers hands models out in eval mode and Lightning leaves them so.
         self.model.train()
         self.apply_lora()
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None
-            shard_lora(self.model, self.device_mesh)
+        divide(self.model, self._trainer)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -210,13 +208,14 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     def _read_config(self) -> PreTrainedConfig:
         if self._is_path() and not Path(self.model_name).is_dir():
             raise ConfigError(f"model {self.model_name!r} is not a folder on this machine.")
+        prepare_hub(self.model_name)
         try:
             return AutoConfig.from_pretrained(self.model_name, **self._model_kwargs())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"model {self.model_name!r} cannot be used: {reason} Give a folder with config.json and safetensors "
-                f"weights, or a hub name."
+                f"weights, or a hub name.{offline_hint(self.model_name)}"
             ) from error
 
     def _is_path(self) -> bool:
@@ -231,6 +230,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             )
         if self._is_quantised:
             check_strategy(self._trainer)
+        check_loadable(self._trainer)
 
     @property
     def _is_quantised(self) -> bool:

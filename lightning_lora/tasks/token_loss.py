@@ -73,10 +73,12 @@ class TokenWeightedLoss(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
         super().on_before_optimizer_step(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if isinstance(self._window_tokens, Tensor) and gradients:
-            torch._foreach_mul_(gradients, self.gradient_factor())
+        # A rank on which FSDP1 has put no entry of a trained parameter counts all the same.
+        factor = self.gradient_factor()
         self._window_tokens = 0
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and factor != 1:
+            torch._foreach_mul_(gradients, factor)
 
     def gradient_factor(self) -> float:
         """What makes the gradient of the window that is open a mean over its tokens; a collective."""

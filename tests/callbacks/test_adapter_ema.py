@@ -22,7 +22,7 @@ from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
 from tests import resuming, toys
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 from tests.resuming import DiceyFull, DiceyLoRA, differences, unlike
 from tests.toys import Plain, Toy
 
@@ -162,11 +162,13 @@ def test_a_narrow_parameter_has_a_wide_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_first", [False, True])
-@pytest.mark.parametrize("make", [DiceyLoRA, DiceyFull])
-def test_a_run_that_averages_goes_on_exactly(make: type[LightningModule], is_first: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "accumulate"), [(DiceyLoRA, 1), (DiceyLoRA, 3), (DiceyFull, 1)])
+def test_a_run_that_averages_goes_on_exactly(
+    make: type[LightningModule], accumulate: int, is_first: bool, tmp_path: Path
+) -> None:
     def again(place: str | None = None) -> resuming.Outcome:
         path = None if place is None else tmp_path / f"{place}.ckpt"
-        options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 3, "is_first": is_first}
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "val_check_interval": 3, "is_first": is_first}
         return resuming.run(make, tmp_path, path, callbacks=[AdapterEMA(DECAY)], **options)
 
     whole = again()

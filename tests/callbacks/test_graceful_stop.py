@@ -244,11 +244,11 @@ def test_a_slurm_job_is_requeued_after_its_step(tmp_path: Path, monkeypatch: pyt
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    send = Send(signal.SIGUSR1, at=2)
+    send = Send(signal.SIGUSR1, at=0)
     slurm = {"plugins": [SLURMEnvironment(auto_requeue=True)], "accumulate_grad_batches": 2}
     toys.trainer(tmp_path, callbacks=[GracefulStop(), send], **slurm).fit(Toy(), toys.loader())
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert content(tmp_path / "hpc_ckpt_1.ckpt")["global_step"] == 2
-    assert content(tmp_path / "hpc_ckpt_1.ckpt")["callbacks"]["Send"] == {"finished": 4}
+    assert content(tmp_path / "hpc_ckpt_1.ckpt")["global_step"] == 1
+    assert content(tmp_path / "hpc_ckpt_1.ckpt")["callbacks"]["Send"] == {"finished": 2}
     # Then SLURM ends the job, here after it has started again by itself.
     assert content(stopped(tmp_path, Send(signal.SIGTERM, at=0), 143, **slurm))["global_step"] == 3

@@ -118,7 +118,7 @@ def test_layers_built_in_configure_model_are_adapted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_stochastic_weight_averaging_is_refused(order: int, tmp_path: Path) -> None:
     callbacks = [LoRA(CONFIG), StochasticWeightAveraging(0.1)][::order]
-    with pytest.raises(ConfigError, match="Use lightning's EMAWeightAveraging"):
+    with pytest.raises(ConfigError, match="Use AdapterEMA"):
         fit(Plain(), tmp_path, *callbacks)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,31 +37,6 @@ take_lock(Path(sys.argv[1]) / ".run.lock", Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)
 """
-
-RACE = """
-import os, sys, time
-from lightning_lora.errors import RunFolderError
-from pathlib import Path
-from lightning_lora.run_lock import take_lock
-
-for folder in map(Path, sys.argv[1:]):
-    start = time.monotonic() + 0.5
-    children = []
-    for _ in range(8):
-        child = os.fork()
-        if child == 0:
-            while time.monotonic() < start:
-                pass
-            try:
-                take_lock(folder / ".run.lock", folder)
-            except RunFolderError:
-                os._exit(1)
-            time.sleep(1)  # or its lock would be a dead process's
-            os._exit(0)
-        children.append(child)
-    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children].count(0))
-"""
-
 
 @contextmanager
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
@@ -118,6 +95,17 @@ def test_a_refused_run_leaves_the_lock_of_the_other(tmp_path: Path) -> None:
     assert (tmp_path / FILE).read_text() == lock
 
 
+def test_a_job_that_slurm_starts_again_elsewhere_takes_its_lock_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lock(tmp_path, host="elsewhere", job="7")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(RunFolderError, match="another run"):  # another step of the same job
+        take_lock(tmp_path / FILE, tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "took over" in str(take_lock(tmp_path / FILE, tmp_path))
+
+
 def test_a_new_process_with_the_number_of_a_dead_one_is_not_mistaken_for_it(tmp_path: Path) -> None:
     write_lock(tmp_path, pid=os.getppid(), born="long ago")
     assert "took over" in str(take_lock(tmp_path / FILE, tmp_path))
@@ -130,13 +118,30 @@ def test_a_lock_cut_off_by_a_crash_holds_nobody_back(tmp_path: Path) -> None:
     fit(tmp_path)
 
 
-@pytest.mark.slow
-def test_of_many_at_the_same_moment_one_wins(tmp_path: Path) -> None:
-    new, stale = tmp_path / "new", tmp_path / "stale"
-    new.mkdir()
-    stale.mkdir()
-    write_lock(stale, pid=os.getppid(), born="long ago")
-    assert toys.run_python(RACE, new, stale).stdout == "1\n1\n"
+@pytest.mark.parametrize(("first", "outcome"), [("wins", "refused"), ("has ended", "taken")])
+def test_two_at_the_same_moment_take_turns(first: str, outcome: str, tmp_path: Path) -> None:
+    path, outcomes = tmp_path / FILE, []
+
+    def take() -> None:
+        try:
+            take_lock(path, tmp_path)
+            outcomes.append("taken")
+        except RunFolderError:
+            outcomes.append("refused")
+
+    second = threading.Thread(target=take)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the first does to look
+        second.start()
+        second.join(0.3)
+        assert not outcomes
+        if first == "wins":
+            write_lock(tmp_path, host="elsewhere")
+        else:
+            path.unlink()
+    second.join(30)
+    assert outcomes == [outcome]
+    assert json.loads(path.read_text())["host"] == ("elsewhere" if first == "wins" else socket.gethostname())
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -159,6 +164,7 @@ def test_a_logger_does_not_delete_the_metrics_of_a_run_that_holds_the_folder(tmp
 
 def write_lock(folder: Path, name: str = FILE, **changes: Any) -> str:
     fields = {"pid": 1, "host": socket.gethostname(), "born": "", "started": "2026-01-01T00:00:00+00:00"}
+    fields |= {"job": "", "restart": 0}
     text = json.dumps(fields | changes)
     (folder / name).write_text(text)
     return text

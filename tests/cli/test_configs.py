@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import toys
 from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
 SHARD = {"fsdp2.yaml", "fsdp.yaml", "deepspeed.yaml"}
 NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}
+# For adapters only.
+SPLITS = "tensor_parallel.yaml"
 
 
 def test_every_config_says_in_its_first_lines_what_it_shows_and_the_command() -> None:
@@ -40,7 +43,7 @@ def test_every_strategy_parses(strategy: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in NEEDS_GPU])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in {*NEEDS_GPU, SPLITS}])
 def test_every_method_runs_under_every_strategy(method: str, strategy: str, tmp_path: Path) -> None:
     done = lightning_lora(
         "fit",
@@ -59,6 +62,23 @@ def test_every_method_runs_under_every_strategy(method: str, strategy: str, tmp_
     (run,) = (tmp_path / "runs" / "sft").iterdir()
     assert list((run / "checkpoints").iterdir())
     assert (run / "adapters/last/adapter_model.safetensors").is_file() == (method != "full.yaml")
+
+
+# What is said where a layer cannot be split: nothing for adapters of a model with two heads.
+SPLITTING = {"lora.yaml": "", "full.yaml": "tensor parallelism is for adapters", "five heads": "num_attention_heads=5"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SPLITTING)
+def test_layers_are_split_with_adapters_only(case: str, tmp_path: Path) -> None:
+    method = case if case.endswith(".yaml") else "lora.yaml"
+    model = [] if case == "five heads" else [f"--model.init_args.model={toys.save_llama(tmp_path / 'llama')}"]
+    command = [*configs("sft.yaml", method, f"strategy/{SPLITS}"), *EMBEDDED, *model, "--trainer.max_steps=2"]
+    done = lightning_lora("fit", *command, cwd=tmp_path)
+    assert done.returncode == (2 if SPLITTING[case] else 0), done.stdout + done.stderr
+    assert SPLITTING[case] in done.stderr
+    written = (tmp_path / "runs/sft/version_0/adapters/last/adapter_model.safetensors").is_file()
+    assert written != bool(SPLITTING[case])
 
 
 @pytest.mark.parametrize("packing", ["true", "batch"])

@@ -179,6 +179,7 @@ def test_names_of_nothing_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     names, message = NAMES[case]

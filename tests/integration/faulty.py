@@ -62,7 +62,14 @@ class Slow(LoRAMixin, Plain):
 
 
 class Report(Callback):
-    """Says how far each process is, and which processes make its batches."""
+    """Says how far each process is, and which processes make its batches; lets the first take its time to end."""
+
+    def __init__(self, linger: float) -> None:
+        self.linger = linger
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            time.sleep(self.linger)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         print(f"rank {trainer.global_rank} pid {os.getpid()} begins batch {batch_idx}", flush=True)
@@ -84,8 +91,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.1)
-    parser.add_argument("--timeout", type=float, default=40)
+    parser.add_argument("--timeout", type=float, default=30)
     parser.add_argument("--keep-every", type=int, default=1, help="steps from one checkpoint to the next")
+    parser.add_argument("--linger", type=float, default=0, help="seconds that the first process takes to end")
     parser.add_argument("--nan-at", type=int)
     parser.add_argument("--resume", help="a checkpoint, or last")
     options = parser.parse_args()
@@ -94,7 +102,7 @@ def main() -> None:
     keep = ModelCheckpoint(
         options.folder / "checkpoints", "kept", every_n_train_steps=options.keep_every, save_last=True
     )
-    theirs = [Report(), keep]
+    theirs = [Report(options.linger), keep]
     trainer = toys.trainer(
         options.folder,
         devices=1 if options.strategy == "auto" else 2,

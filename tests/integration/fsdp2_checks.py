@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lora import LoRAConfig, inject_lora, lora_state_dict
 from lightning_lora.adapter import reshard
 from lightning_lora.errors import ConfigError
 from lightning_lora.strategies import FSDP2Strategy
+from lightning_lora.tensor_parallel import parallelize_lora
 from tests import toys
-from tests.integration import strategy_runs
+from tests.integration import strategy_runs, two_processes
 from tests.integration.strategy_runs import ADAPTERS, Toy, whole
 
 INSIDE_A_WINDOW = 4
@@ -169,10 +172,45 @@ def unsharded(folder: Path) -> None:
             torch.save(str(error), folder / "unsharded.pt")
 
 
+def splitting(folder: Path) -> None:
+    """What a tensor-parallel run writes, and what cannot be split."""
+    module = strategy_runs.TASKS["llm-lora"](folder)
+    trainer = toys.trainer(folder, devices=2, strategy=FSDP2Strategy(tensor_parallel_size=2), max_steps=2)
+    trainer.fit(module, strategy_runs.loader(1, 0))
+    module.save_adapter(folder / "split-adapter")
+    trainer.save_checkpoint(folder / "split.ckpt")
+    assert module.device_mesh is not None
+    mesh = module.device_mesh["tensor_parallel"]
+    plan, bent = {"*.up": "colwise", "*.down": "rowwise"}, {"*.up": "colwise_of_some_kind"}
+    refused = {
+        "plan": (ADAPTERS, bent),
+        "no plan": (ADAPTERS, {}),
+        "full": (ADAPTERS, plan),
+        "all": (None, plan),
+        "outside": (LoRAConfig(rank=1, targets=["up", "head"]), plan),
+        "dropout": (LoRAConfig(rank=2, targets=["up", "down"], dropout=0.1), plan),
+        "odd": (LoRAConfig(rank=1, targets=["head"]), plan | {"head": "colwise"}),
+    }
+    said = {name: refusal(mesh, *settings) for name, settings in refused.items()}
+    keep(trainer, folder, "splitting", factors=lora_state_dict(module), said=said)
+
+
+def refusal(mesh: DeviceMesh, lora: LoRAConfig | None, plan: dict[str, str]) -> str:
+    net = two_processes.Blocks()
+    if lora is not None:
+        inject_lora(net, lora)
+    try:
+        parallelize_lora(net, mesh, plan)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "saving": saving,
     "communication": communication,
     "inside": inside,
     "again": again,
     "unsharded": unsharded,
+    "splitting": splitting,
 }

@@ -56,6 +56,7 @@ class Traced(TokenWeightedLoss):
         super().on_before_optimizer_step(optimizer)
         total = torch.stack(self.window).sum(0)
         if self.trainer.world_size > 1:
+            # With tensor parallelism each row is counted twice, which divides out.
             torch.distributed.all_reduce(total)
         self.losses.append(float(total[0] / total[1]))
         self.window = []
@@ -102,25 +103,32 @@ TASKS: dict[str, Any] = {
     "llm-lora": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2)),
     "llm-full": lambda folder: LM(str(folder / "llama"), 1e-3),
 }
+QUANTISED: dict[str, Any] = {
+    "llm-nf4": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2), quantization="nf4"),
+}
+"""For DDP only, and where bitsandbytes is installed."""
 STRATEGIES: dict[str, Any] = {
     "single": lambda: "auto",
     "ddp": lambda: "ddp",
     "fsdp2": FSDP2Strategy,
     "fsdp2-deferring": lambda: FSDP2Strategy(defer_gradients=True),
+    "tp": lambda: FSDP2Strategy(tensor_parallel_size=2),
+    "tp-and-data": lambda: FSDP2Strategy(tensor_parallel_size=2),
     "fsdp2-chatty": lambda: FSDP2Strategy(defer_gradients=False),
 }
 
 
-def loader(ranks: int, rank: int) -> Any:
+def loader(num_replicas: int, rank: int) -> Any:
+    """The share of the rows of one of ``num_replicas`` groups of processes."""
     rows: Any = toys.token_rows(NUM_ROWS)
-    sampler = DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False)
-    return DataLoader(rows, batch_size=MICRO_BATCH // ranks, sampler=sampler)
+    sampler = DistributedSampler(rows, num_replicas, rank, shuffle=False)
+    return DataLoader(rows, batch_size=MICRO_BATCH // num_replicas, sampler=sampler)
 
 
 def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
     (folder / strategy).mkdir(exist_ok=True)
-    module = TASKS[task](folder)
+    module = (TASKS | QUANTISED)[task](folder)
     trainer = toys.trainer(
         folder / strategy,
         devices=ranks,
@@ -132,7 +140,9 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
         precision="bf16-mixed" if task.endswith("bf16") else "32-true",
         callbacks=[LoRAGuard()] if module.lora is not None else [],
     )
-    trainer.fit(module, loader(ranks, trainer.global_rank))
+    split = 2 if strategy.startswith("tp") else 1
+    # Processes that split the layers follow each other, and see the same rows.
+    trainer.fit(module, loader(ranks // split, trainer.global_rank // split))
     assert trainer.global_step == NUM_STEPS
     reshard(module)
     weights = {name: whole(parameter) for name, parameter in module.named_parameters()}

@@ -12,7 +12,7 @@ import pytest
 from lightning_lora.checkpoint_manifest import SUFFIX
 from tests import toys
 from tests.integration import two_rank_checkpoints
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 
 @pytest.mark.slow

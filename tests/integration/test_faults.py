@@ -92,7 +92,8 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     how = "was killed by SIGKILL" if victim else "is gone"
     assert f"[rank {1 - victim}] rank {victim} (process {ranks[victim]}) {how}; the run cannot go on" in broken.text
 
-    with run(tmp_path, *command("--resume=last")) as told:
+    # The second process ends first, and Lightning looks every 5 seconds whether it has failed.
+    with run(tmp_path, *command("--resume=last", "--linger=6")) as told:
         ranks = [told.pid(rank) for rank in (0, 1)]
         assert min(told.steps) >= max(broken.steps)
         os.kill(ranks[1 - victim], signal.SIGTERM)  # it is enough to tell one
@@ -112,10 +113,15 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     assert all(map(is_finite, checkpoints))
 
 
-def test_a_rank_that_hangs_ends_the_run(tmp_path: Path) -> None:
-    """For the other it is what a lost machine is under NCCL: a collective that never returns."""
+def test_a_rank_that_hangs_ends_the_run_and_a_suspended_run_goes_on(tmp_path: Path) -> None:
+    """For the other rank it is what a lost machine is under NCCL: a collective that never returns."""
     with run(tmp_path, *training(tmp_path, "--strategy=ddp", "--timeout=5")) as broken:
-        os.kill(broken.pid(1), signal.SIGSTOP)
+        ranks = [broken.pid(rank) for rank in (0, 1)]
+        broken.tell_all(signal.SIGSTOP)
+        time.sleep(6)
+        broken.tell_all(signal.SIGCONT)
+        broken.wait_for(rf"rank 1 step {max(broken.steps) + 20} ")
+        os.kill(ranks[1], signal.SIGSTOP)
         assert broken.code() == 1, broken.text
         assert re.search(r"\[rank 0\] rank 1 gave no sign of life for \d+ s; the run cannot go on", broken.text)
 

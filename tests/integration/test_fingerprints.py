@@ -16,7 +16,7 @@ from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.errors import BaseMismatchError
 from lightning_lora.fingerprint import base_digests, fingerprint
 from tests import toys
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 from tests.tiny_models import llama
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]

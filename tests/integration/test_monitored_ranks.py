@@ -17,7 +17,7 @@ from lightning_lora.functional.noise_scale import signal_and_trace
 from tests import toys
 from tests.callbacks.test_batch_size_monitor import Double
 from tests.integration import monitored_ranks as script
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

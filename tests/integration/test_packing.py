@@ -13,7 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from tests import toys
 from tests.data.tiny_tokenizer import tiny_tokenizer
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

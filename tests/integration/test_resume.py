@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import toys
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 from tests.resuming import differences
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_lora import load_adapter, lora_state_dict
+from lightning_lora.tasks import CausalLM
 from tests import toys
 from tests.integration import fsdp2_checks, strategy_runs
-from tests.integration.test_distributed import free_port
+from tests.integration.ports import free_port
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strategy_runs.TASKS]
 # Each way of communicating gradients where it is not the default.
-OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full"]
+OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full", "tp/llm-lora"]
+QUANTISED = [f"ddp/{task}" for task in strategy_runs.QUANTISED if find_spec("bitsandbytes") is not None]
 CHECKS = [f"checks/{name}" for name in fsdp2_checks.CHECKS]
 
 
@@ -28,11 +32,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every run in it, of one device and of two processes."""
     folder = tmp_path_factory.mktemp("strategies")
     toys.save_llama(folder / "llama")
-    for task in strategy_runs.TASKS:
+    for task in (*strategy_runs.TASKS, *(name.partition("/")[2] for name in QUANTISED)):
         strategy_runs.run(1, folder, "single", task)
+    launch(2, folder, *RUNS, *OTHERS, *QUANTISED, *CHECKS)
+    return folder
+
+
+def launch(ranks: int, folder: Path, *names: str) -> None:
     environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, strategy_runs.__file__, "2", str(folder), *RUNS, *OTHERS, *CHECKS],
+        [sys.executable, strategy_runs.__file__, str(ranks), str(folder), *names],
         capture_output=True,
         text=True,
         env=os.environ | environment | {"MASTER_PORT": free_port()},
@@ -40,7 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=500,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return folder
 
 
 def traces(folder: Path, run: str) -> tuple[Any, Any]:
@@ -49,13 +57,17 @@ def traces(folder: Path, run: str) -> tuple[Any, Any]:
     return torch.load(folder / f"{run}.pt"), torch.load(folder / "single" / f"{task}.pt")
 
 
-@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS)
-def test_two_processes_compute_what_one_device_computes(run: str, folder: Path) -> None:
+def assert_same_run(folder: Path, run: str) -> None:
     found, expected = traces(folder, run)
     assert len(found["losses"]) == strategy_runs.NUM_STEPS
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS + QUANTISED)
+def test_two_processes_compute_what_one_device_computes(run: str, folder: Path) -> None:
+    assert_same_run(folder, run)
 
 
 @pytest.mark.parametrize("run", [name for name in RUNS if name.endswith("bf16")])
@@ -120,3 +132,34 @@ def test_a_module_that_does_not_shard_itself_is_refused(folder: Path) -> None:
     message = findings(folder, "unsharded")
     assert "Whole does not shard itself: each process would train a copy of its own" in message
     assert "call shard_lora(self.net, self.device_mesh)" in message
+
+
+def test_two_groups_of_two_processes_that_split_each_layer_compute_what_one_device_computes(folder: Path) -> None:
+    launch(4, folder, "tp-and-data/llm-lora")
+    assert_same_run(folder, "tp-and-data/llm-lora")
+
+
+def test_adapters_of_split_layers_are_written_whole(folder: Path) -> None:
+    factors = findings(folder, "splitting")["factors"]
+    module = CausalLM(str(folder / "llama"))
+    module.configure_model()
+    load_adapter(module, folder / "split-adapter")
+    assert toys.same(lora_state_dict(module), factors)
+    saved = torch.load(folder / "split.ckpt", weights_only=True)["state_dict"]
+    assert toys.same({name: saved[name] for name in factors}, factors)
+
+
+REFUSED = {
+    "plan": "cannot be split by tensor parallelism: its plan asks for blocks.0.up (colwise_of_some_kind), blocks.1.up",
+    "no plan": "Blocks cannot be split by tensor parallelism: there is no plan for it.",
+    "full": "tensor parallelism is for adapters, but 2 parameters are trained in full: head.weight, head.bias",
+    "all": "tensor parallelism is for adapters, but 11 parameters are trained in full: table.weight",
+    "outside": "1 adapted layers are outside the model's tensor-parallel plan: head. Exclude them",
+    "dropout": "lora dropout would differ between tensor-parallel processes: set dropout to 0",
+    "odd": "2 tensor-parallel processes cannot divide head (1) evenly.",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_is_refused(name: str, folder: Path) -> None:
+    assert REFUSED[name] in findings(folder, "splitting")["said"][name]

@@ -1,6 +1,6 @@
-"""One training run, on one device or on two processes: ``python two_processes.py TASK STRATEGY FOLDER [CKPT]``.
+"""A module that shards itself, and a run of two processes: ``python two_processes.py STRATEGY FOLDER``.
 
-``FOLDER`` holds the llama; the final adapters, the checkpoint after the first epoch and the adapter folder go there.
+``FOLDER`` holds the llama; adapter folder, merged model and final adapters go to ``FOLDER/STRATEGY``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -87,51 +87,33 @@ class Toy(LoRAMixin, TokenWeightedLoss):
         return torch.optim.AdamW(self.lora_parameter_groups(1e-3))
 
 
-class KeepHalf(Callback):
-    """A checkpoint after the first epoch."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
 def data(ranks: int, rank: int) -> Any:
     rows: Any = toys.token_rows(NUM_ROWS)
     sampler = DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False)
     return DataLoader(rows, batch_size=GLOBAL_BATCH // 2 // ranks, sampler=sampler)
 
 
-def run(task: str, strategy: str, folder: Path, ckpt_path: Path | None = None) -> None:
+def run(strategy: str, folder: Path) -> None:
     seed_everything(0, verbose=False)
-    out = folder / f"{task}-{strategy}"
-    module: Any = Toy() if task == "toy" else CausalLM(str(folder / "llama"), 1e-3, lora=LoRAConfig(rank=2))
-    strategies: dict[str, Any] = {
-        "single": "auto",
-        "ddp": "ddp",
-        "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
-    }
-    ranks = 1 if strategy == "single" else 2
-    callbacks = [LoRAGuard(), AdapterCheckpoint(monitor="val_loss"), KeepHalf(out / "half.ckpt")]
+    out = folder / strategy
+    module = CausalLM(str(folder / "llama"), 1e-3, lora=LoRAConfig(rank=2))
+    callbacks: list[Callback] = [LoRAGuard(), AdapterCheckpoint(monitor="val_loss")]
     if strategy == "ddp":
         callbacks.append(MergeOnFitEnd())
     trainer = toys.trainer(
         out,
-        devices=ranks,
-        strategy=strategies[strategy],
+        devices=2,
+        strategy="ddp" if strategy == "ddp" else ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
         use_distributed_sampler=False,
         accumulate_grad_batches=2,
         max_epochs=2,
         num_sanity_val_steps=1,
         callbacks=callbacks,
     )
-    loader = data(ranks, trainer.global_rank)
-    trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True)
-    trainer.save_checkpoint(out / "end.ckpt")
+    loader = data(2, trainer.global_rank)
+    trainer.fit(module, loader, loader)
     # The loss was computed in the place of the head, whose weight FSDP2 shards.
-    assert task == "toy" or module._head_is_last
+    assert module._head_is_last
     state = lora_state_dict(module)
     if trainer.is_global_zero:
         torch.save(state, out / "final.pt")
@@ -140,6 +122,5 @@ def run(task: str, strategy: str, folder: Path, ckpt_path: Path | None = None) -
 if __name__ == "__main__":
     for line in toys.EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=line.split(":")[1])
-    run(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) > 4 else None)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    run(sys.argv[1], Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()

@@ -222,7 +222,9 @@ def test_bad_argument_is_refused_when_the_module_is_made(
 
 def test_unknown_hub_name_is_refused_with_what_to_give_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"^model 'nobody/no-such-model' cannot be used: .*, or a hub name\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^model 'nobody/no-such-model' cannot be used: .*, or a hub name\. It is not on"
+    ):
         CausalLM("nobody/no-such-model")
 
 

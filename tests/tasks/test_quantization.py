@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import BitsandbytesPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lightning_lora import ConfigError, LoRAConfig, lora_layers
 from lightning_lora.callbacks import LoRAGuard, MergeOnFitEnd
 from lightning_lora.layers import LoRAQuantisedLinear
+from lightning_lora.strategies import FSDP2Strategy
 from lightning_lora.tasks import CausalLM, SequenceClassifier
 from lightning_lora.tasks.quantization import check_strategy
 from tests import toys
@@ -136,7 +137,12 @@ def test_a_missing_library_is_named_with_the_way_to_install_it(
     make(llama_folder, quantization=None)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+SHARDING: list[Any] = [FSDPStrategy, ModelParallelStrategy, FSDP2Strategy]
+if importlib.util.find_spec("deepspeed"):
+    SHARDING.append(DeepSpeedStrategy)
+
+
+@pytest.mark.parametrize("strategy", SHARDING)
 def test_strategies_that_shard_are_refused(strategy: type[Any], tmp_path: Path) -> None:
     trainer = toys.trainer(tmp_path)
     check_strategy(trainer)

@@ -1,0 +1,51 @@
+"""Dividing a pretrained model among processes, and strategies that cannot have it."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.sharding import shard_lora
+from lightning_lora.tensor_parallel import parallelize_lora
+
+
+def check_loadable(trainer: Trainer | None) -> None:
+    """Refuse a strategy under which transformers cannot load weights.
+
+    Raises:
+        ConfigError: Under DeepSpeed ZeRO-3.
+    """
+    strategy = getattr(trainer, "strategy", None)
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        # It splits parameters as they are made, and transformers would fill in parts of nothing.
+        raise ConfigError(
+            "a pretrained model cannot be loaded under DeepSpeed ZeRO-3: use stage 2, or "
+            "lightning_lora.strategies.FSDP2Strategy, which splits the model as ZeRO-3 does."
+        )
+
+
+def divide(model: PreTrainedModel, trainer: Trainer | None) -> None:
+    """Split the layers of an adapted model, and shard it, as its strategy says; nothing under most of them.
+
+    Raises:
+        ConfigError: If its heads or layers cannot be split evenly, or it has no plan to split them by.
+    """
+    strategy = getattr(trainer, "strategy", None)
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    mesh = strategy.device_mesh
+    if mesh["tensor_parallel"].size() > 1:
+        _split(model, mesh["tensor_parallel"])
+    shard_lora(model, mesh)
+
+
+def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    config = model.config.get_text_config()
+    counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    odd = [f"{name}={count}" for name, count in counts.items() if count and count % mesh.size()]
+    if odd:
+        raise ConfigError(f"tensor_parallel_size={mesh.size()} does not divide {' and '.join(odd)} of the model.")
+    parallelize_lora(model, mesh, getattr(model, "_tp_plan", None) or {})
