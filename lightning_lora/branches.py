@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,25 +115,31 @@ class _Rates(Callback):
 
 
 def row_losses(module: LightningModule, loader: DataLoader[Any], rows: Sequence[int]) -> Tensor:
-    """Loss of each row alone, ``(rows,)``, in eval mode: of ``predict_step`` if it gives a ``loss``, else of training's."""
-    device = module.device
-    losses = []
+    """Loss of each row alone in eval mode, ``(rows,)`` float64: the ``"loss"`` that ``predict_step`` gives.
+
+    Raises:
+        ConfigError: If it gives none.
+    """
     was_training = {child: child.training for child in module.modules()}
     module.eval()
-    with torch.no_grad(), _quiet():
-        for row in rows:
-            batch = loader.collate_fn([loader.dataset[row]])
-            batch = module.transfer_batch_to_device(batch, device, 0)
-            losses.append(float(_row_loss(module, batch)))
-    for child, training in was_training.items():
-        child.training = training
+    try:
+        with torch.no_grad():
+            losses = [_row_loss(module, loader, row) for row in rows]
+    finally:
+        for child, training in was_training.items():
+            child.training = training
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _row_loss(module: LightningModule, batch: Any) -> Tensor:
+def _row_loss(module: LightningModule, loader: DataLoader[Any], row: int) -> float:
+    batch = module.transfer_batch_to_device(loader.collate_fn([loader.dataset[row]]), module.device, 0)
     predicted = module.predict_step(batch, 0)
-    assert isinstance(predicted, dict)
-    return predicted["loss"].mean()
+    if not isinstance(predicted, Mapping) or "loss" not in predicted:
+        raise ConfigError(
+            f"a probe compares single rows: let {type(module).__name__}.predict_step return a mapping with their "
+            '"loss", of shape (rows,).'
+        )
+    return float(predicted["loss"].mean())
 
 
 def _copy(module: LightningModule) -> LightningModule:

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed import ProcessGroup
 
+from lightning_lora.deferred_gradients import reduce_deferred
 from lightning_lora.errors import ConfigError
 from lightning_lora.micro_gradients import LeafGradients, MicroGradients, ShardedGradients, StepSample
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
@@ -50,6 +51,8 @@ class StepMeter:
         """Note a micro-batch after its backward pass."""
         if not num_rows:
             raise ConfigError("the batch holds no tensor to count rows by.")
+        # Where FSDP2 defers the reduction to the end of the window, there is nothing to see before it.
+        reduce_deferred(self.module)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.source.add(num_rows, 1.0 if scaler is None else scaler.get_scale())
 

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lora.sharding import shard_lora
+from lightning_lora.strategies import FSDP2Strategy
 from tests import toys
 from tests.callbacks.test_batch_size_monitor import Double, Samples
 
@@ -36,6 +37,7 @@ def run(strategy: str, folder: Path) -> None:
     strategies: dict[str, Any] = {
         "ddp": "ddp",
         "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+        "deferring": FSDP2Strategy(),
     }
     trainer = toys.trainer(
         folder,
