@@ -7,9 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed import ProcessGroup
 
-from lightning_lora.deferred_gradients import reduce_deferred
 from lightning_lora.errors import ConfigError
 from lightning_lora.micro_gradients import LeafGradients, MicroGradients, ShardedGradients, StepSample
+from lightning_lora.strategies import FSDP2Strategy
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
 
 
@@ -32,6 +32,7 @@ class StepMeter:
         self.trainer, self.module = trainer, module
         self.source = _source(trainer)
         self.is_open = False
+        self._defer_gradients: bool | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -46,26 +47,32 @@ class StepMeter:
         """Measure the step that begins."""
         self.source.start()
         self.is_open = True
+        # There is nothing to see of gradients that stay where they are until the last micro-batch.
+        if isinstance(strategy := self.trainer.strategy, FSDP2Strategy):
+            self._defer_gradients, strategy.defer_gradients = strategy.defer_gradients, False
 
     def add(self, num_rows: int) -> None:
         """Note a micro-batch after its backward pass."""
         if not num_rows:
             raise ConfigError("the batch holds no tensor to count rows by.")
-        # Where FSDP2 defers the reduction to the end of the window, there is nothing to see before it.
-        reduce_deferred(self.module)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.source.add(num_rows, 1.0 if scaler is None else scaler.get_scale())
 
     def finish(self) -> StepSample | None:
         """The sample of the step; gradients are unscaled, not yet clipped. None if there are no two micro-batches."""
-        self.is_open = False
+        self._close()
         is_sum = isinstance(self.module, TokenWeightedLoss)
         return self.source.finish(weighted_by_rows=is_sum, unit=self._unit())
 
     def stop(self) -> None:
         """Measure no more of this step."""
-        self.is_open = False
+        self._close()
         self.source.stop()
+
+    def _close(self) -> None:
+        if self.is_open and isinstance(strategy := self.trainer.strategy, FSDP2Strategy):
+            strategy.defer_gradients = self._defer_gradients
+        self.is_open = False
 
     def _unit(self) -> float:
         if isinstance(self.module, TokenWeightedLoss):
