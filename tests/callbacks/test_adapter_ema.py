@@ -326,6 +326,7 @@ if kind == "fsdp2":
     whole = sum(t.numel() for t in ema._average.values())
     assert held < 0.7 * whole, (held, whole)
 run("batch-0-3")
+torch.distributed.destroy_process_group()
 """
 
 

@@ -43,6 +43,8 @@ assert data.statistics["train"].packed_rows % 2 == 1, "an empty pack is needed t
 state = lora_state_dict(module)
 if trainer.is_global_zero:
     torch.save(state, out)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 

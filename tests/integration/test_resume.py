@@ -56,6 +56,7 @@ loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True)
 trainer.fit(Ours(), loader, ckpt_path=path, weights_only=True)
 trainer.save_checkpoint(out / f"end{place}.ckpt")
 torch.save(recorder.outcome.losses, out / f"losses{place}-{trainer.global_rank}.pt")
+torch.distributed.destroy_process_group()
 """
 
 
