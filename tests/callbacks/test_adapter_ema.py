@@ -22,7 +22,7 @@ from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
 from tests import resuming, toys
-from tests.integration.ports import free_port
+from tests.integration import ranks
 from tests.resuming import DiceyFull, DiceyLoRA, differences, unlike
 from tests.toys import Plain, Toy
 
@@ -333,18 +333,9 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_average_what_each_holds(kind: str, tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), kind, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    ranks.run(script, kind, tmp_path)
     ends = [torch.load(tmp_path / f"end{place}.ckpt", weights_only=True) for place in (None, "batch-0-3")]
     assert not differences(*ends), differences(*ends)[:5]
     steps = [
