@@ -9,14 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GradientError
+from lightning_lora.parts import local_part
 
 from .agreement import largest_of_ranks
+from .finite import may_be_infinite
 
 
 class FiniteGradients(Callback):
@@ -63,7 +63,7 @@ class FiniteGradients(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [_local(p.grad) for p in parameters if p.grad is not None]
         # Sharded gradients differ between ranks, and all must stop together.
-        if not largest_of_ranks(trainer, _total_is_not_finite(gradients).int()):
+        if not may_be_infinite(trainer, gradients):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() >= 1:
@@ -102,14 +102,8 @@ class FiniteGradients(Callback):
 
 def _local(gradient: Tensor) -> Tensor:
     """The values of a gradient that this process holds, dense."""
-    if isinstance(gradient, DTensor):
-        gradient = gradient.to_local()
+    gradient = local_part(gradient)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _total_is_not_finite(gradients: list[Tensor]) -> Tensor:
-    # The 2-norm is the fastest sum over everything that keeps NaN and infinity; it may overflow by itself.
-    return ~get_total_norm(gradients).isfinite() if gradients else torch.tensor(False)
 
 
 def _is_finite(gradient: Tensor) -> bool:
