@@ -210,7 +210,8 @@ def _refuse(trainer: Trainer) -> None:
         )
     if in_shards(strategy):
         raise ConfigError(
-            "AdapterEMA keeps the average in whole checkpoints only: give the strategy save_distributed_checkpoint=False."
+            "AdapterEMA keeps the average in whole checkpoints only: give the strategy "
+            "save_distributed_checkpoint=False."
         )
     for callback in callbacks:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):

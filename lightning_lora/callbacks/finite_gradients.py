@@ -75,7 +75,7 @@ class FiniteGradients(Callback):
         names = [names_by_id.get(id(p), "(no parameter of the module)") for p in parameters]
         wrong = largest_of_ranks(trainer, wrong)
         if wrong.any():  # else all are finite, and only their norm overflowed
-            raise GradientError(self._message(trainer, [name for name, bad in zip(names, wrong) if bad]))
+            raise GradientError(self._message(trainer, [name for name, bad in zip(names, wrong, strict=True) if bad]))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,10 +93,10 @@ class FiniteGradients(Callback):
         others = f" (and of {len(names) - 1} other parameters)" if len(names) > 1 else ""
         clip = "" if trainer.gradient_clip_val else ", set trainer.gradient_clip_val"
         return (
-            f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, made "
-            f"of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and checkpoints "
-            f"are those of step {trainer.global_step}. Look at these batches{clip} or lower the learning rate; "
-            f"trainer.detect_anomaly=true shows the operation it comes from."
+            f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, "
+            f"made of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and "
+            f"checkpoints are those of step {trainer.global_step}. Look at these batches{clip} or lower the learning "
+            f"rate; trainer.detect_anomaly=true shows the operation it comes from."
         )
 
 

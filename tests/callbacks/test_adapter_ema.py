@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,9 +265,7 @@ def test_strategies_that_flatten_or_write_shards_are_refused(tmp_path: Path) -> 
 def test_a_run_that_goes_on_without_its_average_is_told(tmp_path: Path) -> None:
     fit(Toy(), tmp_path, AdapterEMA()).save_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['AdapterEMA'\]"):
-        toys.trainer(tmp_path, max_epochs=2).fit(
-            Toy(), toys.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
-        )
+        toys.trainer(tmp_path, max_epochs=2).fit(Toy(), toys.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
 def test_a_checkpoint_of_another_average_is_refused(tmp_path: Path) -> None:
