@@ -22,6 +22,7 @@ from lightning_lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.layers.tied import attach_tied
 from lightning_lora.layers.walk import factor_parameters, lora_layers
 from lightning_lora.merge_report import MergeReport
+from lightning_lora.parts import whole_tensor
 from lightning_lora.patterns import plain_name
 from lightning_lora.targets import Target, Targets, resolve_targets
 from lightning_lora.tying import Tied, untie
@@ -199,15 +200,7 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
     _adapted(module)
     with whole_parameters(module):
         check_whole(module, "read the adapter")
-        return {name: _detached(factor) for name, factor in factor_parameters(module).items()}
-
-
-def _detached(factor: nn.Parameter) -> Tensor:
-    tensor = factor.detach()
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    # The memory behind a flat parameter is given back.
-    return tensor.clone() if is_flat(factor) else tensor
+        return {name: whole_tensor(factor) for name, factor in factor_parameters(module).items()}
 
 
 def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:

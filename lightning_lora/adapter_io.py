@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_lora import peft_experts, peft_format, peft_layers
 from lightning_lora.adapter import (
@@ -31,10 +30,11 @@ from lightning_lora.adapter_folder import (
 from lightning_lora.atomic import atomic_folder, sha256
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.fingerprint import base_digests, fingerprint
-from lightning_lora.flat_parameters import check_whole, is_flat, whole_parameters
+from lightning_lora.flat_parameters import check_whole, whole_parameters
 from lightning_lora.layers.attention import attach_readers
 from lightning_lora.layers.walk import adapted_weights, base_parameter, following_layers, lora_layers
 from lightning_lora.model_card import model_card
+from lightning_lora.parts import whole_tensor
 from lightning_lora.patterns import matches_any, plain_name
 from lightning_lora.roles import hugging_face_models
 from lightning_lora.selection import is_inside
@@ -75,7 +75,7 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     root = _root_to_save(module)
     weights = adapted_weights(root)
     factors = lora_state_dict(root)
-    trained = {name: _whole(tensor) for name, tensor in _trained_tensors(root).items()}
+    trained = {name: whole_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
     peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
@@ -163,14 +163,6 @@ def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
         or is_inside(name.rpartition(".")[0], asked)
         or (not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in learning)
     }
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor without gradient, gathered from all ranks if it is sharded."""
-    if is_flat(tensor):
-        # The memory behind a flat parameter is given back, which numpy would forbid.
-        return tensor.detach().clone()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _check_memory(module: nn.Module) -> None:

@@ -99,12 +99,15 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             AdapterFileError: If it is damaged, and nothing whole is beside it.
         """
         weights_only = True if weights_only is None else weights_only
-        if is_local(path) and is_folder_of_shards(_local(path)):
-            rank_zero_info(f"{path} is a folder of shards: every process reads all of it.")
-            return read_shards(_local(path))
-        if not is_local(path) or _local(path).is_dir():
+        if not is_local(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        whole, version = whole_checkpoint(_local(path), self.fall_back and self.is_resuming)
+        local = _local(path)
+        if is_folder_of_shards(local):
+            rank_zero_info(f"{path} is a folder of shards: every process reads all of it.")
+            return read_shards(local)
+        if local.is_dir():
+            return super().load_checkpoint(path, map_location, weights_only)
+        whole, version = whole_checkpoint(local, self.fall_back and self.is_resuming)
         if self.is_resuming and (others := other_libraries(whole)):
             rank_zero_warn(f"{whole} was written with {', '.join(others)}: the run need not go on exactly.")
         if version is not None and version.run:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -154,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _restrict_imports()
             sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
             LoRACLI()
+            if torch.distributed.is_initialized():
+                # Threads of gloo that are left at exit may abort a process whose work is done.
+                torch.distributed.destroy_process_group()
         else:
             known = [*LoRACLI.subcommands(), *COMMANDS]
             print(f"error: unknown command {command!r}{closest(command, known)}\n\n{USAGE}", file=sys.stderr, end="")

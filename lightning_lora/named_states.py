@@ -7,7 +7,7 @@ no state and others that of their neighbours. Names mean the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -39,9 +39,10 @@ def name_optimizer_states(module: LightningModule, checkpoint: dict[str, Any]) -
     strategy, states = module.trainer.strategy, checkpoint.get("optimizer_states")
     if states is None:
         return
-    everything = list((strategy.model or module).parameters()) if reads_by_name(strategy) else None
+    name_of = _names(module)
+    everything = _in_order(name_of, (strategy.model or module).parameters()) if reads_by_name(strategy) else None
     checkpoint["optimizer_states"] = [
-        _named(module, optimizer, state, everything)
+        _named(name_of, optimizer, state, everything)
         for optimizer, state in zip(module.trainer.optimizers, states, strict=True)
     ]
 
@@ -52,13 +53,14 @@ def follow_optimizers(module: LightningModule, states: Sequence[Mapping[str, Any
     Raises:
         AdapterFileError: If a group of an optimizer holds other parameters than it did.
     """
+    name_of = _names(module)
     for optimizer, state in zip(module.trainer.optimizers, states, strict=False):
         for number, (group, saved) in enumerate(
             zip(optimizer.param_groups, state.get("param_groups", ()), strict=False)
         ):
             if not all(isinstance(name, str) for name in saved["params"]):
                 continue
-            own = _names(module, group)
+            own = _in_order(name_of, group["params"])
             if sorted(map(str, own)) != sorted(saved["params"]):
                 odd = first_five(sorted({*map(str, own)} ^ {*saved["params"]}))
                 raise AdapterFileError(
@@ -89,24 +91,28 @@ def refuse_misread_positions(module: LightningModule, checkpoint: Mapping[str, A
 
 
 def _named(
-    module: LightningModule, optimizer: Optimizer, state: dict[str, Any], everything: list[nn.Parameter] | None
+    names: Mapping[int, str], optimizer: Optimizer, state: dict[str, Any], everything: list[Any] | None
 ) -> dict[str, Any]:
     # Sharded strategies give the state to rank 0 only, or by name already.
     if not any(isinstance(key, int) for group in state.get("param_groups", ()) for key in group["params"]):
         return state
-    names = [_names(module, group) for group in optimizer.param_groups]
+    groups = [_in_order(names, group["params"]) for group in optimizer.param_groups]
     if everything is None:
-        pairs = zip(names, state["param_groups"], strict=True)
+        pairs = zip(groups, state["param_groups"], strict=True)
         name_of = {key: name for own, saved in pairs for key, name in zip(saved["params"], own, strict=True)}
     else:
-        name_of = dict(enumerate(_names(module, {"params": everything})))
+        name_of = dict(enumerate(everything))
     return state | {
         "state": {name_of[key]: value for key, value in state["state"].items()},
-        "param_groups": [group | {"params": own} for group, own in zip(state["param_groups"], names, strict=True)],
+        "param_groups": [group | {"params": own} for group, own in zip(state["param_groups"], groups, strict=True)],
     }
 
 
-def _names(module: LightningModule, group: Mapping[str, Any]) -> list[Any]:
-    """Names of the parameters in ``group``; a number for one that the module has not."""
-    names = {id(parameter): saved_name(name) for name, parameter in module.named_parameters()}
-    return [names.get(id(parameter), number) for number, parameter in enumerate(group["params"])]
+def _names(module: LightningModule) -> dict[int, str]:
+    """Name in the state dict of each parameter, by its id."""
+    return {id(parameter): saved_name(name) for name, parameter in module.named_parameters()}
+
+
+def _in_order(names: Mapping[int, str], parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Names of ``parameters``; a number for one that the module has not."""
+    return [names.get(id(parameter), number) for number, parameter in enumerate(parameters)]

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.loader_position import generators, keeps_position, obstacle, starting_at
 from lightning_lora.loop_position import Point, begin_epoch, go_to, position
+from lightning_lora.parts import local_part
 from lightning_lora.random_state import random_state, set_random_state
 
 KEY = "lightning_lora_resume"
@@ -223,8 +224,7 @@ def _open_window(module: LightningModule) -> dict[str, Tensor]:
     if module.automatic_optimization and not is_open:
         return {}
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    parts = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}
-    return {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
+    return {name: local_part(g).detach().to("cpu", copy=True) for name, g in gradients.items()}
 
 
 def _put_window(module: LightningModule, gradients: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_lora.adapter import reshard
 from lightning_lora.checkpointing import in_shards
 from lightning_lora.errors import ConfigError
+from lightning_lora.parts import local_part, whole_tensor
 
 
 class AdapterEMA(Callback):
@@ -164,8 +165,10 @@ class AdapterEMA(Callback):
         if not self._average:
             self._average = {name: _wide(parameter) for name, parameter in trained.items()}
             return
-        averages = [_local(self._average[name]) for name in trained]
-        weights = [_local(p.detach()).to(average.dtype) for p, average in zip(trained.values(), averages, strict=True)]
+        averages = [local_part(self._average[name]) for name in trained]
+        weights = [
+            local_part(p.detach()).to(average.dtype) for p, average in zip(trained.values(), averages, strict=True)
+        ]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     def _swap_in(self, module: nn.Module) -> None:
@@ -207,7 +210,8 @@ def _refuse(trainer: Trainer) -> None:
         )
     if in_shards(strategy):
         raise ConfigError(
-            "AdapterEMA keeps the average in whole checkpoints only: give the strategy save_distributed_checkpoint=False."
+            "AdapterEMA keeps the average in whole checkpoints only: give the strategy "
+            "save_distributed_checkpoint=False."
         )
     for callback in callbacks:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -229,14 +233,9 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _whole(tensor: Tensor) -> Tensor:
     """A copy in memory of its own; of a sharded tensor all ranks must ask."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True)
+    return whole_tensor(tensor).to("cpu", copy=True)
 
 
 def _like(tensor: Tensor, whole: Tensor) -> Tensor:
@@ -249,4 +248,4 @@ def _like(tensor: Tensor, whole: Tensor) -> Tensor:
 
 def _put(parameter: Tensor, values: Tensor) -> None:
     with torch.no_grad():
-        _local(parameter).copy_(_local(values))
+        local_part(parameter).copy_(local_part(values))

@@ -26,4 +26,4 @@ def on_no_rank(trainer: Trainer, names: Iterable[str], missing: Container[str]) 
     """Those of ``names``, the same on all ranks, that every rank counts as ``missing``; a collective."""
     names = list(names)
     found = largest_of_ranks(trainer, torch.tensor([name not in missing for name in names]).int())
-    return [name for name, is_found in zip(names, found.tolist()) if not is_found]
+    return [name for name, is_found in zip(names, found.tolist(), strict=True) if not is_found]

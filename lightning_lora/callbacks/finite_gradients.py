@@ -9,14 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GradientError
+from lightning_lora.parts import local_part
 
 from .agreement import largest_of_ranks
+from .finite import may_be_infinite
 
 
 class FiniteGradients(Callback):
@@ -63,7 +63,7 @@ class FiniteGradients(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [_local(p.grad) for p in parameters if p.grad is not None]
         # Sharded gradients differ between ranks, and all must stop together.
-        if not largest_of_ranks(trainer, _total_is_not_finite(gradients).int()):
+        if not may_be_infinite(trainer, gradients):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() >= 1:
@@ -75,7 +75,7 @@ class FiniteGradients(Callback):
         names = [names_by_id.get(id(p), "(no parameter of the module)") for p in parameters]
         wrong = largest_of_ranks(trainer, wrong)
         if wrong.any():  # else all are finite, and only their norm overflowed
-            raise GradientError(self._message(trainer, [name for name, bad in zip(names, wrong) if bad]))
+            raise GradientError(self._message(trainer, [name for name, bad in zip(names, wrong, strict=True) if bad]))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,23 +93,17 @@ class FiniteGradients(Callback):
         others = f" (and of {len(names) - 1} other parameters)" if len(names) > 1 else ""
         clip = "" if trainer.gradient_clip_val else ", set trainer.gradient_clip_val"
         return (
-            f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, made "
-            f"of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and checkpoints "
-            f"are those of step {trainer.global_step}. Look at these batches{clip} or lower the learning rate; "
-            f"trainer.detect_anomaly=true shows the operation it comes from."
+            f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, "
+            f"made of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and "
+            f"checkpoints are those of step {trainer.global_step}. Look at these batches{clip} or lower the learning "
+            f"rate; trainer.detect_anomaly=true shows the operation it comes from."
         )
 
 
 def _local(gradient: Tensor) -> Tensor:
     """The values of a gradient that this process holds, dense."""
-    if isinstance(gradient, DTensor):
-        gradient = gradient.to_local()
+    gradient = local_part(gradient)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _total_is_not_finite(gradients: list[Tensor]) -> Tensor:
-    # The 2-norm is the fastest sum over everything that keeps NaN and infinity; it may overflow by itself.
-    return ~get_total_norm(gradients).isfinite() if gradients else torch.tensor(False)
 
 
 def _is_finite(gradient: Tensor) -> bool:

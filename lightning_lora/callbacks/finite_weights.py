@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.layers.walk import lora_layers
+from lightning_lora.parts import local_part
 
 from .agreement import largest_of_ranks
+from .finite import may_be_infinite
 
 
 def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
@@ -22,10 +21,8 @@ def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
     """
     if not lora_layers(module):
         return
-    weights = {name: _local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
-    # One number for the device to say; a norm may overflow by itself, so that each is looked at where it is not finite.
-    is_wrong = ~get_total_norm(list(weights.values())).isfinite()
-    if not bool(largest_of_ranks(trainer, is_wrong.int())):
+    weights = {name: local_part(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    if not may_be_infinite(trainer, list(weights.values())):
         return
     names = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
     # Of an overflow no rank has a name.
@@ -36,7 +33,3 @@ def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
             f"loss need not show it. No checkpoint of them was written: go on from the last one with a lower "
             f"learning rate, or look at the batches before this step."
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -34,9 +32,9 @@ class LoRAGuard(Callback):
     Checked: every adapter is in exactly one optimizer; its layer is called and it gets a gradient within ``patience``
     optimizer steps; the first evaluation passes no adapted layer over (torch's fast paths do); every adapter has moved
     by the end; base weights are bit for bit what they were (up to 65,536 sampled values a tensor), and buffers too, or
-    a warning names them. No trained weight is NaN or infinite, which fused attention can keep out of the loss: looked at
-    every ``patience`` optimizer steps, before each validation, and before each checkpoint is written. Without LoRA in the
-    module the guard does nothing.
+    a warning names them. No trained weight is NaN or infinite, which fused attention can keep out of the loss: looked
+    at every ``patience`` optimizer steps, before each validation, and before each checkpoint is written. Without LoRA
+    in the module the guard does nothing.
 
     Args:
         patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and after which

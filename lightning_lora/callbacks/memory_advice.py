@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class MemoryAdvice(Callback):
         """Complete the message; the error itself goes on."""
         if not _is_out_of_memory(exception):
             return
-        advice = [f"  {number}. {text}" for number, text in zip((1, 2, 3), _advice(trainer, pl_module))]
+        advice = [f"  {number}. {text}" for number, text in enumerate(islice(_advice(trainer, pl_module), 3), 1)]
         first, *more = exception.args or ("out of memory",)
         text = "\n".join(
             [str(first), "", f"Out of memory {_where(trainer, pl_module)}. Lower, in this order:", *advice]

@@ -34,7 +34,8 @@ class RankWatch(Callback):
     A lost process leaves the others waiting in a collective: for gloo until the connection breaks, for NCCL up to half
     an hour. A thread beside the training sees it within seconds where the process is on the same host, and by missing
     heartbeats elsewhere. It prints which rank was lost, gives the main thread 10 seconds to end by its own error, and
-    then ends this process with code 1. A process that is busy still beats; one that is stopped (SIGSTOP) counts as lost.
+    then ends this process with code 1. A process that is busy still beats; one that is stopped (SIGSTOP) counts as
+    lost.
 
     Args:
         timeout: Seconds without a heartbeat after which a rank on another host counts as lost, at least 5.

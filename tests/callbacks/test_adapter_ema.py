@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,7 @@ from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
 from tests import resuming, toys
-from tests.integration.ports import free_port
+from tests.integration import ranks
 from tests.resuming import DiceyFull, DiceyLoRA, differences, unlike
 from tests.toys import Plain, Toy
 
@@ -268,9 +265,7 @@ def test_strategies_that_flatten_or_write_shards_are_refused(tmp_path: Path) -> 
 def test_a_run_that_goes_on_without_its_average_is_told(tmp_path: Path) -> None:
     fit(Toy(), tmp_path, AdapterEMA()).save_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['AdapterEMA'\]"):
-        toys.trainer(tmp_path, max_epochs=2).fit(
-            Toy(), toys.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
-        )
+        toys.trainer(tmp_path, max_epochs=2).fit(Toy(), toys.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
 def test_a_checkpoint_of_another_average_is_refused(tmp_path: Path) -> None:
@@ -326,24 +321,16 @@ if kind == "fsdp2":
     whole = sum(t.numel() for t in ema._average.values())
     assert held < 0.7 * whole, (held, whole)
 run("batch-0-3")
+torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_average_what_each_holds(kind: str, tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), kind, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    ranks.run(script, kind, tmp_path)
     ends = [torch.load(tmp_path / f"end{place}.ckpt", weights_only=True) for place in (None, "batch-0-3")]
     assert not differences(*ends), differences(*ends)[:5]
     steps = [

@@ -47,9 +47,7 @@ class Heavy(Counted):
 
 def fit(folder: Path, module: LightningModule, keep: Any = None, **options: Any) -> Trainer:
     keep = ModelCheckpoint(folder / "kept", filename="{step}") if keep is None else keep
-    trainer = toys.trainer(
-        folder, **({"enable_checkpointing": True, "callbacks": [CheckpointGuard(), keep]} | options)
-    )
+    trainer = toys.trainer(folder, **({"enable_checkpointing": True, "callbacks": [CheckpointGuard(), keep]} | options))
     trainer.fit(module, toys.loader())
     return trainer
 
@@ -71,7 +69,7 @@ def test_it_leaves_a_checkpoint_io_of_the_user_alone(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     module = Counted()
-    with pytest.raises(ConfigError, match="checkpoints cannot be written to .*file/kept: .*Set another dirpath"):
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be written to .*file/kept: .*Set another dirpath"):
         fit(tmp_path, module, ModelCheckpoint(tmp_path / "file" / "kept"))
     assert module.steps == 0
 

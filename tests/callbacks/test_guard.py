@@ -177,7 +177,9 @@ class Reentrant(Toy):
 def test_reentrant_checkpointing_of_frozen_inputs_is_named(tmp_path: Path) -> None:
     with (
         pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
-        pytest.raises(GuardError, match=r"1 adapters got no gradient in 2 optimizer steps: net.first\. .*use_reentrant"),
+        pytest.raises(
+            GuardError, match=r"1 adapters got no gradient in 2 optimizer steps: net.first\. .*use_reentrant"
+        ),
     ):
         fit(Reentrant(), tmp_path, LoRAGuard(patience=2))
 
@@ -411,8 +413,8 @@ def test_weights_that_are_not_finite_are_not_written(value: float, tmp_path: Pat
 
 def test_weights_that_are_not_finite_are_not_validated(tmp_path: Path) -> None:
     poison = Poison(2, float("nan"), "net.first.lora_A")
+    validation = {"validation": toys.loader(4), "val_check_interval": 3}
     with pytest.raises(GuardError, match="trained weights are NaN or infinite after optimizer step 3"):
-        validation = {"validation": toys.loader(4), "val_check_interval": 3}
         fit(Toy(), tmp_path, LoRAGuard(patience=50), callbacks=[poison], **validation)
 
 

@@ -96,5 +96,5 @@ def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(RuntimeError, match="^shapes do not fit$"):
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"):
         toys.trainer(tmp_path, callbacks=[MemoryAdvice()]).fit(Failing(), toys.loader())

@@ -38,6 +38,7 @@ print("locked", flush=True)
 time.sleep(60)
 """
 
+
 @contextmanager
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
@@ -58,7 +59,9 @@ def fit(folder: Path, *callbacks: Callback, **options: Any) -> None:
 
 def test_a_second_process_is_refused_and_a_dead_one_replaced(tmp_path: Path) -> None:
     with holder(tmp_path) as other:
-        words = rf"another run writes in {tmp_path}: process {other.pid} on {socket.gethostname()}, started 0:00:\d\d ago"
+        words = (
+            rf"another run writes in {tmp_path}: process {other.pid} on {socket.gethostname()}, started 0:00:\d\d ago"
+        )
         with pytest.raises(RunFolderError, match=words):
             fit(tmp_path)
         assert json.loads((tmp_path / FILE).read_text())["pid"] == other.pid

@@ -66,7 +66,9 @@ def test_training_goes_on_with_one_warning_and_the_gap_at_the_end(tmp_path: Path
         module = fit(tmp_path, logger, callbacks=[steady])
     told = [str(warning.message) for warning in caught if "Failing 0" in str(warning.message)]
     assert len(told) == 2
-    assert "Failing 0 failed in save at step 3: OSError: [Errno 28] No space left on device. Training goes on" in told[0]
+    assert (
+        "Failing 0 failed in save at step 3: OSError: [Errno 28] No space left on device. Training goes on" in told[0]
+    )
     assert "the logs of Failing 0 have a gap: it failed 6 times between steps 3 and 5" in told[1]
     assert toys.same(toys.snapshot(module), toys.snapshot(fit(tmp_path / "plain", False)))
     # The rows were kept, and written when there was room again.

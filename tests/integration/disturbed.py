@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests import toys
 from tests.integration import faulty
-from tests.integration.ports import free_port
+from tests.integration.ranks import free_port
 
 LIMIT = 60.0
 """Seconds within which a disturbed run must have ended."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -31,34 +31,12 @@ from lightning_lora.tasks import CausalLM
 from lightning_lora.tasks.token_loss import TokenWeightedLoss
 from tests import toys
 from tests.integration.fsdp1_on_cpu import BlockwiseFSDPOnCPU, FSDPOnCPU
+from tests.integration.two_processes import Blocks
 
 NUM_ROWS, BATCH, STEP = 20, 2, 8
 """Rows in all, of a batch on one rank, and of a step: each epoch has two whole ones and a short one of 4."""
 SAVED_AT, LAST = 2, 4
 """Optimizer steps."""
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(300, 8)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.table(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x).sum(-1)
 
 
 class Toy(LoRAMixin, TokenWeightedLoss):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests import toys
 from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
-from tests.integration.ports import free_port
+from tests.integration.ranks import free_port
 
 pytestmark = pytest.mark.slow
 

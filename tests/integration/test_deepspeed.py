@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 
 from tests import toys
 from tests.integration import deepspeed_runs
-from tests.integration.ports import free_port
+from tests.integration.ranks import run
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,16 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     toys.save_llama(folder / "llama")
     deepspeed_runs.run(1, folder, 0)
-    environment = {"PYTHONPATH": f"{toys.ROOT}:{os.environ.get('PYTHONPATH', '')}", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, deepspeed_runs.__file__, "2", str(folder), "2", "3"],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": free_port()},
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    path = f"{toys.ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    run(deepspeed_runs.__file__, 2, folder, 2, 3, PYTHONPATH=path, DS_ACCELERATOR="cpu")
     return folder
 
 

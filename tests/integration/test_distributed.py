@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from lightning_lora import load_adapter, lora_state_dict, merge_lora
 from lightning_lora.tasks import CausalLM
 from tests import toys
 from tests.integration import two_processes
-from tests.integration.ports import free_port
+from tests.integration.ranks import run
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -29,21 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_adapter_folders_written_by_two_processes_load_on_one(strategy: str, folder: Path) -> None:
-    environment = {
-        "PYTHONPATH": str(toys.ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "MASTER_PORT": free_port(),
-    }
-    done = subprocess.run(
-        [sys.executable, two_processes.__file__, strategy, str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run(two_processes.__file__, strategy, folder)
     out = folder / strategy
     module = CausalLM(str(folder / "llama"))
     module.configure_model()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from lightning_lora.consolidate import consolidate
 from tests import toys
 from tests.integration import matrix
 from tests.integration.matrix import LAST, METHODS, SAVED_AT
-from tests.integration.ports import free_port
+from tests.integration.ranks import run
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -45,16 +42,7 @@ def cell(method: str, strategy: str, load: str | None = None, save: str | None =
 def launch(folder: Path, ranks: int, cells: list[dict[str, Any]]) -> None:
     """Run the cells one after the other in ``ranks`` processes."""
     (folder / f"cells-{ranks}.json").write_text(json.dumps(cells))
-    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
-    done = subprocess.run(
-        [sys.executable, matrix.__file__, str(folder), str(ranks)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run(matrix.__file__, folder, ranks)
 
 
 def reads(saved: str, loaded: str) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from tests import toys
 from tests.data.tiny_tokenizer import tiny_tokenizer
-from tests.integration.ports import free_port
+from tests.integration.ranks import launched
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -43,6 +41,8 @@ assert data.statistics["train"].packed_rows % 2 == 1, "an empty pack is needed t
 state = lora_state_dict(module)
 if trainer.is_global_zero:
     torch.save(state, out)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -51,15 +51,7 @@ def run(model: Path, strategy: str, folder: Path) -> subprocess.CompletedProcess
     script, rows = folder / "run.py", folder / "rows.jsonl"
     script.write_text(SCRIPT)
     rows.write_text("".join(f'{{"question": "{"what " * (1 + n % 6)}", "answer": "{n}"}}\n' for n in range(23)))
-    return subprocess.run(
-        [sys.executable, str(script), str(model), str(rows), str(folder / f"{strategy}.pt"), strategy],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env=os.environ
-        | {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": free_port()},
-    )
+    return launched(script, model, rows, folder / f"{strategy}.pt", strategy)
 
 
 def test_packs_train_the_same_on_one_device_and_on_two(tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import toys
-from tests.integration.ports import free_port
+from tests.integration import ranks
 from tests.resuming import differences
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
@@ -56,22 +53,14 @@ loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True)
 trainer.fit(Ours(), loader, ckpt_path=path, weights_only=True)
 trainer.save_checkpoint(out / f"end{place}.ckpt")
 torch.save(recorder.outcome.losses, out / f"losses{place}-{trainer.global_rank}.pt")
+torch.distributed.destroy_process_group()
 """
 
 
 def run(kind: str, folder: Path, place: str = "-") -> None:
     script = folder / "run.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), kind, str(folder), place],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env=os.environ
-        | {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": free_port()},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    ranks.run(script, kind, folder, place)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.tasks import CausalLM
 from tests import toys
 from tests.integration import fsdp2_checks, strategy_runs
-from tests.integration.ports import free_port
+from tests.integration.ranks import run
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -39,16 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(ranks: int, folder: Path, *names: str) -> None:
-    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, strategy_runs.__file__, str(ranks), str(folder), *names],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment | {"MASTER_PORT": free_port()},
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run(strategy_runs.__file__, ranks, folder, *names)
 
 
 def traces(folder: Path, run: str) -> tuple[Any, Any]:
