@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from lightning_lora.errors import ConfigError
 from lightning_lora.micro_gradients import LeafGradients, MicroGradients, ShardedGradients, StepSample
 from lightning_lora.strategies import FSDP2Strategy
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 
 
 class StepMeter:

@@ -40,6 +40,11 @@ LEVELS = {
         "precision",
         "strategies",
         "callbacks",
+        "accumulation",
+        "step_meter",
+        "token_loss",
+        "branches",
+        "batch_probe",
     ),
     # Checkpoints on disk have the names and layouts that transformers gives them.
     "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge", "hub"),

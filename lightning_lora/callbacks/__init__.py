@@ -1,9 +1,9 @@
 """Lightning callbacks; each works without arguments."""
 
-from .adaptive_accumulation import AdaptiveAccumulation
 from .adapter_checkpoint import AdapterCheckpoint
-from .batch_size_monitor import BatchSizeMonitor
 from .adapter_ema import AdapterEMA
+from .adaptive_accumulation import AdaptiveAccumulation
+from .batch_size_monitor import BatchSizeMonitor
 from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
 from .graceful_stop import GracefulStop
@@ -17,10 +17,10 @@ from .run_lock import RunLock
 from .steady_loggers import SteadyLoggers
 
 __all__ = [
-    "AdaptiveAccumulation",
     "AdapterCheckpoint",
-    "BatchSizeMonitor",
     "AdapterEMA",
+    "AdaptiveAccumulation",
+    "BatchSizeMonitor",
     "CheckpointGuard",
     "FiniteGradients",
     "GracefulStop",

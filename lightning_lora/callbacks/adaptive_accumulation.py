@@ -23,8 +23,8 @@ class AdaptiveAccumulation(Callback):
 
     Accumulation *multiplies* the effective batch: rows of a micro-batch x accumulation x data-parallel processes. A
     smaller batch comes from less of it. A change waits for the first batch that begins a window under the old and the
-    new number. Learning rates and Adam's second decay follow the batch (`rescale_rates`), and schedules that count steps
-    are stretched to the number that will be done.
+    new number. Learning rates and Adam's second decay follow the batch (`rescale_rates`), and schedules that count
+    steps are stretched to the number that will be done.
 
     Without ``schedule`` a calibrated `BatchSizeMonitor` decides: accumulation is halved while the run is
     signal-limited, and never grows.
@@ -128,7 +128,9 @@ class AdaptiveAccumulation(Callback):
 
     def _refuse(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ConfigError("DeepSpeed accumulates in its engine, where accumulation cannot change: drop AdaptiveAccumulation.")
+            raise ConfigError(
+                "DeepSpeed accumulates in its engine, where accumulation cannot change: drop AdaptiveAccumulation."
+            )
         if not module.automatic_optimization:
             raise ConfigError("with manual optimization the module decides when to step: drop AdaptiveAccumulation.")
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]

@@ -27,10 +27,10 @@ _MIN_HALF_LIFE = 2000.0
 _DENSE_STEPS = 50
 _ADVICE: dict[State, str] = {
     "inconclusive": "the noise hides the signal so far: more steps, or more micro-batches a step, would show it.",
-    "noise-limited": "the batch is small for this noise: larger ones would learn as much from every row, if the device has room.",
+    "noise-limited": "larger batches would learn as much from every row, if the device has room.",
     "transition": "fill {fill:.2g}: neither clearly too large nor clearly small.",
     "signal-limited": "most of each row is averaged away: halve accumulate_grad_batches, or check it by a BatchProbe.",
-    "step-starved": "{steps:.0f} steps are few whatever the noise: {fewer:.0f} rows a step would make 100, aim at {good}.",
+    "step-starved": "{steps:.0f} steps are few whatever the noise: {fewer:.0f} rows a step make 100, aim at {good}.",
 }
 
 
@@ -57,7 +57,9 @@ class BatchSizeMonitor(Callback):
         self, every_n_steps: int = 10, half_life: float = 0.05, warmup_steps: int = 50, calibration: float | None = None
     ) -> None:
         if every_n_steps < 1 or warmup_steps < 0:
-            raise ConfigError(f"every_n_steps must be 1 at least and warmup_steps 0, got {every_n_steps}, {warmup_steps}.")
+            raise ConfigError(
+                f"every_n_steps must be 1 at least and warmup_steps 0, got {every_n_steps}, {warmup_steps}."
+            )
         if not half_life > 0 or (calibration is not None and not 0 < calibration < math.inf):
             raise ConfigError(f"half_life and calibration must be positive, got {half_life} and {calibration}.")
         self.every_n_steps = every_n_steps
@@ -102,7 +104,7 @@ class BatchSizeMonitor(Callback):
             return
         try:
             self._meter.add(self._micro_rows)
-        except Exception as error:  # noqa: BLE001 - the run must not end because its monitor does; told below
+        except Exception as error:
             self._error = error
 
     @override
@@ -115,7 +117,8 @@ class BatchSizeMonitor(Callback):
         if largest_of_ranks(trainer, torch.tensor(int(self._error is not None))):
             meter.stop()
             self._meter = None
-            rank_zero_warn(f"the batch-size monitor is off from step {trainer.global_step} on: {self._error or 'it failed on another rank'}")
+            reason = self._error or "it failed on another rank"
+            rank_zero_warn(f"the batch-size monitor is off from step {trainer.global_step} on: {reason}")
             return
         sample = meter.finish()
         if sample is not None and math.isfinite(sample.signal) and math.isfinite(sample.trace):
@@ -199,7 +202,9 @@ class BatchSizeMonitor(Callback):
             "gns/efficiency": self.reading.efficiency,
         }
         for logger in trainer.loggers:
-            logger.log_metrics({name: value for name, value in numbers.items() if math.isfinite(value)}, trainer.global_step)
+            logger.log_metrics(
+                {name: value for name, value in numbers.items() if math.isfinite(value)}, trainer.global_step
+            )
         if trainer.is_global_zero:
             event = {"event": "noise_scale", "step": trainer.global_step, "rows_seen": self._rows_seen}
             write_event(self._folder, event | numbers | {"state": self.state})

@@ -32,7 +32,7 @@ from lightning_lora.roles import module_roles
 from lightning_lora.targets import resolve_targets
 from lightning_lora.tasks.placement import check_loadable, divide
 from lightning_lora.tasks.quantization import check_quantization, check_strategy, quantized_loading
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")

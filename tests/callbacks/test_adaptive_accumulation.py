@@ -72,7 +72,9 @@ def test_every_change_at_every_step_keeps_windows_whole(old: int, new: int, tmp_
         # Old windows, then new ones, then what is left of the epoch.
         assert all(size == new for size in module.steps[changed:-1])
         assert changed >= step or new == old
-        assert changed * old <= math.lcm(old, new) * (step * old // math.lcm(old, new) + 1) or changed == len(module.steps)
+        assert changed * old <= math.lcm(old, new) * (step * old // math.lcm(old, new) + 1) or changed == len(
+            module.steps
+        )
         assert float(module.scheduler.last_epoch) == pytest.approx(math.ceil(96 / old))
 
 
@@ -81,7 +83,9 @@ def test_a_change_in_the_wrong_place_would_reuse_gradients(tmp_path: Path) -> No
     assert not may_switch(4, 4, 3)
 
     class Wrong(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
             if batch_idx == 4:
                 trainer.accumulate_grad_batches = 3
 

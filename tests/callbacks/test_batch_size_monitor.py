@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_lora.callbacks import BatchSizeMonitor
 from lightning_lora.callbacks import batch_size_monitor as under_test
 from lightning_lora.events import read_events
 from lightning_lora.functional.noise_scale import signal_and_trace
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 from tests import toys
 
 pytestmark = toys.expected_warnings
@@ -107,9 +106,7 @@ def test_a_run_with_the_monitor_is_bit_equal_to_one_without(tmp_path: Path) -> N
     assert toys.same(*map(toys.snapshot, modules))
 
 
-def test_a_monitor_that_fails_is_taken_off_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_monitor_that_fails_is_taken_off_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(batch: Any) -> int:
         raise_here.append(1)
         return 0

@@ -28,7 +28,7 @@ from lightning_lora.patterns import plain_name
 from lightning_lora.resume import of_every_rank
 from lightning_lora.sharding import shard_lora
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 from tests import toys
 from tests.integration.fsdp1_on_cpu import BlockwiseFSDPOnCPU, FSDPOnCPU
 from tests.integration.two_processes import Blocks

@@ -26,7 +26,7 @@ from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.resume import of_every_rank
 from lightning_lora.strategies import FSDP2Strategy
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 from tests import toys
 from tests.integration import two_processes
 

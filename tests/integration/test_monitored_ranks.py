@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from lightning_lora.functional.noise_scale import signal_and_trace
 from tests import toys
 from tests.callbacks.test_batch_size_monitor import Double
 from tests.integration import monitored_ranks as script
-from tests.integration.ports import free_port
+from tests.integration.ranks import run
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -37,16 +34,7 @@ def gradient(rows: list[int]) -> Tensor:
 def test_a_step_of_two_ranks_is_measured_as_if_by_hand(
     strategy: str, num_micro_batches: int, tolerance: float, tmp_path: Path
 ) -> None:
-    environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port()}
-    done = subprocess.run(
-        [sys.executable, script.__file__, strategy, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(script.__file__, strategy, tmp_path)
     (found,) = json.loads((tmp_path / "0.json").read_text())
     assert json.loads((tmp_path / "1.json").read_text()) == [found]
     ranks = [list(script.sampler(rank)) for rank in range(2)]

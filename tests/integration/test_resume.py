@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora.sharding import shard_lora
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 from tests import resuming, toys
 
 kind, folder, place = sys.argv[1:]

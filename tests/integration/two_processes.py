@@ -20,7 +20,7 @@ from lightning_lora import LoRAConfig, LoRAMixin, lora_state_dict
 from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard, MergeOnFitEnd
 from lightning_lora.sharding import shard_lora
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.token_loss import TokenWeightedLoss
+from lightning_lora.token_loss import TokenWeightedLoss
 from tests import toys
 
 NUM_ROWS = 20
