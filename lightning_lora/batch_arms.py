@@ -1,8 +1,6 @@
 """The arms of a batch probe: a branch for each batch, on the same rows in the same order.
 
-The learning rate follows the batch by the square-root rule and Adam's second decay keeps its half-life in rows, as
-`AdaptiveAccumulation` would change them. Every branch cools down at its end: a small batch at a high rate looks noisy
-otherwise.
+Every branch cools down at its end: a small batch at a high rate looks noisy otherwise.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from lightning_lora.batch_arms import Arms, HeldOut, probe_arms
 from lightning_lora.batch_probe_result import NAME, BatchProbeResult
-from lightning_lora.branches import Branch, apart, copied
+from lightning_lora.branches import Branch, apart, check_gives_losses, copied
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.events import write_event
@@ -37,8 +37,8 @@ class BatchProbe(Callback):
     """Trains short branches with several batches from one snapshot, and says which batch does no measurable harm.
 
     All branches train on the same rows in the same order: those the run would see next, where its sampler can tell
-    (`next_rows`). Their learning rates follow the batch by the square-root rule, and the second decay of Adam keeps its
-    half-life in rows, as `AdaptiveAccumulation` changes them. In the last fifth of its steps each branch cools down.
+    (`next_rows`). Their learning rates follow the batch by the square-root rule, and for smaller batches the second
+    decay of Adam keeps its half-life in rows (`fit_to_batch`). In the last fifth of its steps each branch cools down.
     They are compared by the losses of single held-out rows, in pairs. A batch is worse if its mean loss is higher by
     more than 0.005 nats and two standard errors.
 
@@ -46,7 +46,8 @@ class BatchProbe(Callback):
     callback; by `lightning-lora probe`; or outside of a run, by `run`.
 
     In a run it prints what it finds, writes ``batch_probe.json`` and a line of ``events.jsonl`` into the run folder,
-    and calibrates a `BatchSizeMonitor` among the callbacks. If it fails, it says so and the run goes on.
+    and calibrates a `BatchSizeMonitor` among the callbacks. If it fails, it says so and the run goes on, unless it was
+    to ``stop`` there.
 
     Args:
         at: When to probe: a fraction of the planned optimizer steps if below 1, else their number. A run that goes on
@@ -128,6 +129,7 @@ class BatchProbe(Callback):
             DataError: If there are too few rows.
             GradientError: If a branch diverges.
         """
+        check_gives_losses(module)
         held_out = self._held_out(held_out_loader)
         with apart(module.device, 0):
             start = copied(module)
@@ -157,17 +159,18 @@ class BatchProbe(Callback):
                 f"BatchProbe needs one optimizer that Lightning steps, {type(pl_module).__name__} has "
                 f"{len(trainer.optimizers)}{'' if pl_module.automatic_optimization else ' and steps by itself'}."
             )
-        if type(pl_module).predict_step is LightningModule.predict_step:
-            raise ConfigError(
-                f"a probe compares losses of single rows: let {type(pl_module).__name__}.predict_step return a mapping "
-                f'with their "loss" in nats, a tensor of shape (rows,).'
-            )
+        check_gives_losses(pl_module)
         planned = trainer.estimated_stepping_batches
         if self.at < 1 and math.isinf(planned):
             raise ConfigError(f"at={self.at} is a fraction, and the run has no end: give a number of steps.")
         self._step = max(1, round(self.at * planned)) if self.at < 1 else int(self.at)
         if self._step > planned:
             raise ConfigError(f"at={self.at:g} is beyond the run, which has {planned:.0f} optimizer steps: lower it.")
+        if trainer.val_dataloaders is None and trainer.enable_validation:
+            # Lightning makes it in the first epoch that ends with a validation.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
         self._held_out(trainer.val_dataloaders)
         self._arms_of(trainer)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -185,6 +188,8 @@ class BatchProbe(Callback):
         except SIGTERMException:
             rank_zero_warn("the batch probe was cut short by SIGTERM.")  # which the run answers itself
         except Exception as error:
+            if self.stop:
+                raise  # there is nothing else to go on for
             rank_zero_warn(f"the batch probe failed at step {trainer.global_step}, and the run goes on: {error}")
         trainer.should_stop = trainer.should_stop or self.stop
 
@@ -245,7 +250,7 @@ class BatchProbe(Callback):
         """Rows spread over the whole, which may be sorted."""
         if isinstance(loader, (list, tuple)) and len(loader) == 1:
             loader = loader[0]
-        if not loader:
+        if loader is None or (isinstance(loader, list) and not loader):
             raise DataError("a probe compares batches on held-out rows: give the run validation data.")
         loader = check_rows(loader, "validation")
         count = len(loader.dataset)  # pyright: ignore[reportArgumentType]

@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from lightning_lora.accumulation import rescale_rates
 from lightning_lora.errors import ConfigError
 from lightning_lora.random_state import random_state, set_random_state
 
@@ -78,8 +77,7 @@ class Branch:
         Args:
             rows: What the dataset is asked for.
             batch_rows: Rows of an optimizer step; what is left over of ``rows`` is not used.
-            ratio: ``batch_rows`` over that of the run: learning rates and Adam's second decay follow it
-                (`rescale_rates`).
+            ratio: ``batch_rows`` over that of the run, which rates follow by `fit_to_batch`.
             held_out: A loader, and the rows of its dataset.
             seed: Of what the branch draws at random, such as dropout.
 
@@ -176,7 +174,8 @@ class _Rates(Callback):
         else:
             for group in optimizer.param_groups:
                 group["lr"] = self.factor * group.get("initial_lr", group["lr"])
-        rescale_rates(trainer, self.ratio, "sqrt")
+        for group in optimizer.param_groups:
+            fit_to_batch(group, self.ratio)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if not any(self._rates):
             raise ConfigError("the learning rate is 0 here, and a branch would learn nothing: probe at another step.")
@@ -186,6 +185,20 @@ class _Rates(Callback):
         left = (self.num_steps - trainer.global_step) / (self.num_cool + 1)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * min(1.0, left)
+
+
+def fit_to_batch(group: dict[str, Any], ratio: float) -> None:
+    r"""Change a group of Adam's parameters for a batch that is ``ratio`` times as large.
+
+    The learning rate is multiplied by ``sqrt(ratio)`` (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). For a
+    smaller batch ``beta2 ** ratio`` keeps the half-life of the second moment in rows (Marek et al. 2025,
+    https://arxiv.org/abs/2507.07101). For a larger one ``beta2`` stays: 0.95 would become 0.81 at four times the batch,
+    below ``beta1``, and the batch would be blamed for steps that are noisy by that alone.
+    """
+    group["lr"] *= math.sqrt(ratio)
+    if "betas" in group:
+        beta1, beta2 = group["betas"]
+        group["betas"] = (beta1, beta2 ** min(ratio, 1.0))
 
 
 def copied(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
@@ -259,11 +272,21 @@ def _row_losses(
 def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
     loss = predicted.get("loss") if isinstance(predicted, Mapping) else None
     if not isinstance(loss, Tensor):
-        raise ConfigError(
-            f"a probe compares losses of single rows: let {type(module).__name__}.predict_step return a mapping with "
-            f'their "loss" in nats, a tensor of shape (rows,).'
-        )
+        raise _no_losses(module)
     return loss
+
+
+def check_gives_losses(module: LightningModule) -> None:
+    """Raise `ConfigError` if ``module`` has no ``predict_step`` of its own, which would give losses of rows."""
+    if type(module).predict_step is LightningModule.predict_step:
+        raise _no_losses(module)
+
+
+def _no_losses(module: LightningModule) -> ConfigError:
+    return ConfigError(
+        f"a probe compares losses of single rows: let {type(module).__name__}.predict_step return a mapping with their "
+        f'"loss" in nats, a tensor of shape (rows,).'
+    )
 
 
 def _forget(trainer: Trainer, arm: LightningModule) -> None:
