@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from lightning_lora.batch_arms import Arms, HeldOut, probe_arms
 from lightning_lora.batch_probe_result import NAME, BatchProbeResult
-from lightning_lora.branches import Branch, apart, check_gives_losses, copied
+from lightning_lora.branches import Branch, apart, check_gives_losses, check_one_optimizer, copied
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.events import write_event
@@ -154,11 +154,7 @@ class BatchProbe(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be probed then."""
-        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
-            raise ConfigError(
-                f"BatchProbe needs one optimizer that Lightning steps, {type(pl_module).__name__} has "
-                f"{len(trainer.optimizers)}{'' if pl_module.automatic_optimization else ' and steps by itself'}."
-            )
+        check_one_optimizer(trainer, pl_module)
         check_gives_losses(pl_module)
         planned = trainer.estimated_stepping_batches
         if self.at < 1 and math.isinf(planned):

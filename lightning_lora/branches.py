@@ -162,11 +162,7 @@ class _Rates(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
-            raise ConfigError(
-                f"a branch needs one optimizer that Lightning steps: {type(pl_module).__name__} has "
-                f"{len(trainer.optimizers)}{'' if pl_module.automatic_optimization else ' and steps by itself'}."
-            )
+        check_one_optimizer(trainer, pl_module)
         (optimizer,) = trainer.optimizers
         trainer.strategy.lr_scheduler_configs = []
         if self.state is not None:
@@ -274,6 +270,16 @@ def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise _no_losses(module)
     return loss
+
+
+def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
+    """Raise `ConfigError` unless Lightning steps one optimizer, whose state a branch can go on with."""
+    if not module.automatic_optimization or len(trainer.optimizers) != 1:
+        by_itself = "" if module.automatic_optimization else " and steps by itself"
+        raise ConfigError(
+            f"a probe needs one optimizer that Lightning steps: {type(module).__name__} has "
+            f"{len(trainer.optimizers)}{by_itself}."
+        )
 
 
 def check_gives_losses(module: LightningModule) -> None:

@@ -322,7 +322,8 @@ def probe(module: type[Student] = Student, rows: int = 256, held_out: Any = None
     settings: dict[str, Any] = {"ratios": (1, 2), "min_steps": 2, "min_epoch": 0}
     batch_rows = options.pop("batch_rows", None)
     train = options.pop("train", loader(rows, 0))
-    BatchProbe(**(settings | options)).run(module(), train, held_out or loader(8, 5), batch_rows)
+    held_out = loader(8, 5) if held_out is None else held_out
+    BatchProbe(**(settings | options)).run(module(), train, held_out, batch_rows)
 
 
 REFUSED: list[tuple[dict[str, Any], type[LoRAError], str]] = [
