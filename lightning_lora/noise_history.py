@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_lora.functional.noise_scale import NoiseScale, combine
-from lightning_lora.micro_gradients import StepSample
+from lightning_lora.step_sample import StepSample
 
 # Older samples count less than a thousandth.
 _FORGOTTEN_HALF_LIVES = 10

@@ -16,9 +16,9 @@ from lightning_lora.batch_state import GOOD_STEPS, MIN_MEASURED, MIN_STEPS, Batc
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
 from lightning_lora.functional.noise_scale import NoiseScale
-from lightning_lora.micro_gradients import StepSample
 from lightning_lora.noise_history import NoiseHistory
 from lightning_lora.step_meter import StepMeter
+from lightning_lora.step_sample import StepSample
 
 from .agreement import largest_of_ranks
 from .pace import count_rows
@@ -120,8 +120,8 @@ class BatchSizeMonitor(Callback):
             reason = self._error or "it failed on another rank"
             rank_zero_warn(f"the batch-size monitor is off from step {trainer.global_step} on: {reason}")
             return
-        sample = meter.finish()
-        if sample is not None and math.isfinite(sample.signal) and math.isfinite(sample.trace):
+        samples = meter.finish()
+        if (sample := samples.get("adapter")) is not None:
             self._judge(trainer, pl_module, sample)
 
     @override

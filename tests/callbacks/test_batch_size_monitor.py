@@ -121,13 +121,6 @@ def test_a_monitor_that_fails_is_taken_off_and_the_run_goes_on(tmp_path: Path, m
     assert not monitor.samples
 
 
-def test_one_micro_batch_a_step_is_said_to_be_too_few(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="batch-size monitor is off: a step of one micro-batch has nothing to compare"):
-        monitor = fit(tmp_path, 16, 4, 1)
-    assert monitor.estimate is None
-    assert monitor.state == "inconclusive"
-
-
 def test_every_sample_is_an_event_of_the_run(tmp_path: Path) -> None:
     monitor = fit(tmp_path, 64, 4, 2, max_epochs=5)
     events = list(read_events(tmp_path))
