@@ -2,7 +2,7 @@
 
 Gradients of adapters are a linear image of those of the weights, ``d_A = s B^T G`` and ``d_B = s G A^T``: the quotient
 of both noise scales says how much of the signal that image keeps. Gradients of weights are never formed; sketches of
-``32 x 32`` numbers a row stand for them.
+``32 x 32`` numbers a row stand for them, or the gradient itself where it is no larger.
 """
 
 from __future__ import annotations
@@ -70,13 +70,8 @@ class WeightSketches:
         self._watch.stop()
         error, squares = self._error, [part.tolist() for part in self._squares]
         micro_batches = [micro_batch for rank in self._everyone(None if error else squares) for micro_batch in rank]
-        # A rank that did not call a layer takes part for it all the same.
-        nothing = torch.zeros_like(next(iter(self._sums.values())))
-        total = torch.stack([self._sums.get(name, nothing) for name in self._places])
-        if self.group is not None:
-            torch.distributed.all_reduce(total, group=self.group)
         num_ranks = 1 if self.group is None else torch.distributed.get_world_size(self.group)
-        mean_square = (total / num_ranks).square().sum()[None]
+        mean_square = (self._total() / num_ranks).square().sum()[None]
         flat = torch.tensor([square for rows in micro_batches for square in rows], dtype=torch.float64)
         shares = [1 / len(flat) if weighted_by_rows else 1 / len(micro_batches) / len(rows) for rows in micro_batches]
         weights = [share for rows, share in zip(micro_batches, shares, strict=True) for _ in rows]
@@ -111,16 +106,33 @@ class WeightSketches:
             raise error
         return whole
 
+    def _total(self) -> Tensor:
+        """The sums of all layers over all ranks, padded: one that a rank did not call has a place there too."""
+        device = next(iter(self._sums.values())).device
+        total = torch.zeros(len(self._places), _SIDE, _SIDE, dtype=torch.float64, device=device)
+        for name, part in self._sums.items():
+            total[self._places[name], : part.shape[0], : part.shape[1]] = part
+        if self.group is not None:
+            torch.distributed.all_reduce(total, group=self.group)
+        return total
+
     def _rows_of(self, name: str, call: LayerCall) -> Rows:
         # Made again for each call, which costs less than keeping them; other ones in each step, so that what a sketch
         # adds to the norms averages out.
         generator = torch.Generator(call.x.device)
         generator.manual_seed(_SEED + self._step * len(self._places) + self._places[name])
-        left = sketch_matrix(_SIDE, call.d_y.shape[-1], _SIDE, generator).to(call.x.dtype)
-        right = sketch_matrix(call.x.shape[-1], _SIDE, _SIDE, generator).to(call.x.dtype)
+        left = _sketch(call.d_y.shape[-1], generator).to(call.x.dtype)
+        right = _sketch(call.x.shape[-1], generator).to(call.x.dtype).T
         return (weight_row_sketches(call.x, call.d_y, left, right),)
 
     def _take(self, name: str, rows: Rows) -> None:
         sketches = rows[0].double()
         self._parts.append(sketches.flatten(1).square().sum(1))
         self._latest[name] = sketches.sum(0)
+
+
+def _sketch(length: int, generator: torch.Generator) -> Tensor:
+    """``(side, length)``; where there is nothing to save, the vector itself."""
+    if length <= _SIDE:
+        return torch.eye(length, device=generator.device)
+    return sketch_matrix(_SIDE, length, _SIDE, generator)
