@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.functional.noise_scale import NoiseScale
 
 State = Literal["inconclusive", "noise-limited", "transition", "signal-limited", "step-starved"]
@@ -26,6 +27,8 @@ PATIENCE = 3
 """Windows in a row that must agree before a run is called signal-limited."""
 MIN_STEPS, GOOD_STEPS = 100, 1000
 """Optimizer steps a run needs, and should have: tinker-cookbook's hyperparameter guide."""
+LARGEST_SWEPT = 128
+"""Rows per step up to which the published sweeps of fine-tuning go: tinker-cookbook."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class BatchReading:
 
 
 def read_batch(
-    estimate: NoiseScale,
+    estimate: NoiseScale | None,
     num_measured: int,
     batch_rows: int,
     num_steps: float,
@@ -61,14 +64,14 @@ def read_batch(
     """Judge a batch.
 
     Args:
-        estimate: The noise scale of the adapter gradient.
+        estimate: The noise scale of the adapter gradient; None before there is one.
         num_measured: Optimizer steps it was measured in.
         batch_rows: Rows per optimizer step.
         num_steps: Optimizer steps of the whole run; infinity if it has no end.
         calibration: ``c``, from a probe.
         full_windows: Windows in a row, before this one, whose fill was above 1 for sure.
     """
-    if not estimate.conclusive or num_measured < MIN_MEASURED:
+    if estimate is None or not estimate.conclusive or num_measured < MIN_MEASURED:
         state: State = "step-starved" if num_steps < MIN_STEPS else "inconclusive"
         return BatchReading(state, math.nan, 0.0, math.inf)
     scaled = [calibration * scale for scale in (estimate.value, estimate.low, estimate.high)]
@@ -82,3 +85,32 @@ def read_batch(
     else:
         state = "transition"
     return BatchReading(state, fill, low, high)
+
+
+def advice(reading: BatchReading, batch: EffectiveBatch, num_steps: float) -> str:
+    """What a state means for the batch of a run, in one sentence that names what to change."""
+    match reading.state:
+        case "inconclusive":
+            return "the noise hides the signal so far: more steps, or more micro-batches a step, would show it."
+        case "noise-limited":
+            return "larger batches would learn as much from every row, if the device has room."
+        case "transition":
+            return f"fill {reading.fill:.2g}: neither clearly too large nor clearly small."
+        case "signal-limited":
+            return f"each row teaches {reading.efficiency:.0%} of what it could, by the model: {_smaller(batch, 2)}."
+        case "step-starved":
+            needed = math.ceil(MIN_STEPS / max(num_steps, 1))
+            return (
+                f"{num_steps:.0f} optimizer steps are few whatever the noise: {_smaller(batch, needed)} "
+                f"(or more epochs) for {MIN_STEPS} steps; {GOOD_STEPS} are better."
+            )
+
+
+def _smaller(batch: EffectiveBatch, divisor: int) -> str:
+    """How to make a batch that much smaller."""
+    if batch.accumulation >= divisor:
+        fewer = batch.accumulation // divisor
+        rows = batch.micro_batch * fewer * batch.num_ranks
+        return f"set accumulate_grad_batches={fewer} for {rows} rows a step"
+    fewest = max(1, batch.rows // divisor)
+    return f"set a batch of {fewest} rows a step (now {batch.rows})"

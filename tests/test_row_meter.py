@@ -24,9 +24,9 @@ from lightning_lora.mixin import LoRAMixin
 from lightning_lora.row_meter import RowGradients
 from lightning_lora.row_path import row_layers
 from tests import tiny_models, toys
-from tests.callbacks.test_batch_size_monitor import Double, Samples, Tokens, fit
+from tests.callbacks.test_batch_size_monitor import TOLD, Double, Samples, Tokens, fit
 
-pytestmark = toys.expected_warnings
+pytestmark = [*toys.expected_warnings, *TOLD]
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_models.llama(attn_implementation="eager"),
@@ -261,7 +261,7 @@ def test_rows_that_cannot_be_told_apart_end_the_measurement_and_not_the_run(
     net: type[nn.Module], reason: str, tmp_path: Path
 ) -> None:
     module = Own(net, rank=1)
-    with pytest.warns(UserWarning, match=f"monitor is off from step 0 on: {reason}"):
+    with pytest.warns(UserWarning, match=f"monitor measures nothing: it failed at step 0: {reason}"):
         monitor = fit(tmp_path, 24, 8, 1, module)
     assert not monitor.samples
     assert all(not layer._forward_hooks and layer.lora_watcher is None for layer in lora_layers(module).values())
@@ -327,17 +327,19 @@ def test_the_way_out_is_told_at_the_start(tmp_path: Path) -> None:
 
 
 def test_measuring_rows_changes_no_weight_and_draws_no_random_number(tmp_path: Path) -> None:
-    """F24, with dropout, which would show another number of draws."""
+    """F24 in all spaces, with dropout, which would show another number of draws."""
     finals, states = [], []
-    for callbacks in ([BatchSizeMonitor(warmup_steps=0)], []):
+    monitor = BatchSizeMonitor(warmup_steps=0, spaces=("adapter", "adam"), weight_space_every=1)
+    for callbacks in ([monitor], []):
         torch.manual_seed(0)
         module = Language("llama", torch.float32, 0.25)
         tokens = torch.randint(3, tiny_models.VOCAB, (24, 9), generator=torch.Generator().manual_seed(3))
         module.configure_optimizers = lambda module=module: torch.optim.AdamW(  # pyright: ignore
-            [p for p in module.parameters() if p.requires_grad], lr=0.01
+            [p for p in module.parameters() if p.requires_grad], lr=0.01, betas=(0.9, 0.5)
         )
         toys.trainer(tmp_path, callbacks=callbacks).fit(module, DataLoader(TensorDataset(tokens), batch_size=4))
         finals.append(toys.snapshot(module))
         states.append(torch.get_rng_state())
     assert toys.same(*finals)
     assert torch.equal(*states)
+    assert set(monitor._spaces.estimates()) == {"adam", "weight"}

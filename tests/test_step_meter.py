@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_lora.callbacks import BatchSizeMonitor
+from lightning_lora.errors import ConfigError
+from lightning_lora.events import read_events
 from lightning_lora.sample_source import refusal
 from tests import tiny_models, toys
-from tests.callbacks.test_batch_size_monitor import Double, fit
+from tests.callbacks.test_batch_size_monitor import TOLD, Double, Samples, fit
 from tests.metered import expected, gradients_of, measure
 
-pytestmark = toys.expected_warnings
+pytestmark = [*toys.expected_warnings, *TOLD]
 
 
 class Still(Double):
@@ -205,6 +209,36 @@ def scaled() -> MixedPrecision:
 def test_what_cannot_be_measured_is_said_once_and_the_run_goes_on(
     module: Any, options: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match=f"the batch-size monitor is off: {reason}") as warned:
+    with pytest.warns(UserWarning, match=f"the batch-size monitor measures nothing: {reason}") as warned:
         assert not fit(tmp_path, 16, 4, 1, module(), **options).samples
-    assert sum("monitor is off" in str(warning.message) for warning in warned) == 1
+    assert sum("monitor measures nothing" in str(warning.message) for warning in warned) == 1
+
+
+def test_the_monitor_logs_all_spaces_and_goes_on_with_them(tmp_path: Path) -> None:
+    """With what was measured before: lambda is the frozen weights' noise scale over the adapters'."""
+    options: dict[str, Any] = {"spaces": ("adapter", "adam"), "weight_space_every": 3}
+
+    def run(epochs: int, path: Path | None = None) -> Trainer:
+        trainer = toys.trainer(tmp_path, max_epochs=epochs, callbacks=[Samples(**options)])
+        trainer.fit(Adaptive(), toys.loader(32, 8), ckpt_path=None if path is None else str(path))
+        return trainer
+
+    run(2).save_checkpoint(tmp_path / "half.ckpt")
+    half = [event for event in read_events(tmp_path) if event["event"] == "noise_scale"]
+    assert ["gns/adam" in event for event in half] == [False] * 2 + [True] * 6
+    assert ["gns/weight" in event for event in half] == [True, False, False] * 2 + [True, False]
+    for event in half[::3]:
+        assert event["gns/lambda"] == pytest.approx(event["gns/weight"] / event["gns/value"])
+    assert half[0]["gns/lambda_conclusive"] == half[0]["gns/weight_conclusive"] == 0
+    (tmp_path / "events.jsonl").unlink()
+    run(4)
+    whole = list(read_events(tmp_path))
+    (tmp_path / "events.jsonl").unlink()
+    run(4, tmp_path / "half.ckpt")
+    assert list(read_events(tmp_path))[-1]["gns/adam"] == whole[-1]["gns/adam"]
+
+
+@pytest.mark.parametrize("wrong", [{"spaces": ("weights",)}, {"weight_space_every": -1}])
+def test_spaces_that_do_not_exist_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r'spaces are "adapter" and "adam" and weight_space_every is 0 at least'):
+        BatchSizeMonitor(**wrong)

@@ -15,11 +15,12 @@ def largest_of_ranks(trainer: Trainer, numbers: Tensor) -> Tensor:
 
     One all-reduce: Lightning's ``strategy.reduce`` adds a barrier.
     """
-    if trainer.world_size == 1:
-        return numbers
-    numbers = numbers.to(trainer.strategy.root_device)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers
+    return _over_ranks(trainer, numbers, dist.ReduceOp.MAX)
+
+
+def total_of_ranks(trainer: Trainer, numbers: Tensor) -> Tensor:
+    """The sum over ranks in each place; a collective."""
+    return _over_ranks(trainer, numbers, dist.ReduceOp.SUM)
 
 
 def on_no_rank(trainer: Trainer, names: Iterable[str], missing: Container[str]) -> list[str]:
@@ -27,3 +28,11 @@ def on_no_rank(trainer: Trainer, names: Iterable[str], missing: Container[str]) 
     names = list(names)
     found = largest_of_ranks(trainer, torch.tensor([name not in missing for name in names]).int())
     return [name for name, is_found in zip(names, found.tolist(), strict=True) if not is_found]
+
+
+def _over_ranks(trainer: Trainer, numbers: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if trainer.world_size == 1:
+        return numbers
+    numbers = numbers.to(trainer.strategy.root_device, copy=True)
+    dist.all_reduce(numbers, op=operation)
+    return numbers

@@ -82,3 +82,14 @@ def _first_tensor(batch: Any) -> Tensor | None:
         return batch
     children = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     return next((tensor for tensor in map(_first_tensor, children) if tensor is not None), None)
+
+
+def count_supervised(batch: Any) -> Tensor | None:
+    """Tokens that a causal language model learns from, on the device of the batch; None where there are no labels.
+
+    The first label of a row is nobody's target.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() < 2:
+        return None
+    return (labels[..., 1:] != -100).sum()
