@@ -26,6 +26,7 @@ from lightning_lora.errors import (
     RunFolderError,
     TargetNotFoundError,
 )
+from lightning_lora.functional.noise_scale import NoiseScale, noise_scale
 from lightning_lora.layers import register_layer
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.matching import matched_rank
@@ -48,6 +49,7 @@ __all__ = [
     "LoRAError",
     "LoRAMixin",
     "MergeReport",
+    "NoiseScale",
     "ParameterCount",
     "RunFolderError",
     "TargetNotFoundError",
@@ -60,6 +62,7 @@ __all__ = [
     "lora_state_dict",
     "matched_rank",
     "merge_lora",
+    "noise_scale",
     "register_layer",
     "register_role",
     "remove_lora",

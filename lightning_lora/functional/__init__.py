@@ -11,12 +11,19 @@ from lightning_lora.functional.lora import (
     uniform_bound,
     weight_update,
 )
+from lightning_lora.functional.noise_scale import combine, signal_and_trace
+from lightning_lora.functional.row_gradients import adapter_row_gradients, sketch_matrix, weight_row_sketches
 from lightning_lora.functional.spectrum import effective_rank, singular_values
+from lightning_lora.functional.update_metrics import adam_metric, curvature_along
 
 __all__ = [
     "AdaptedWeight",
     "HeadScores",
+    "adam_metric",
+    "adapter_row_gradients",
     "can_fuse",
+    "combine",
+    "curvature_along",
     "effective_rank",
     "embedding_update",
     "fused_lora_linear",
@@ -26,7 +33,10 @@ __all__ = [
     "linear_update",
     "merged_weight",
     "rounding_loss",
+    "signal_and_trace",
     "singular_values",
+    "sketch_matrix",
     "uniform_bound",
+    "weight_row_sketches",
     "weight_update",
 ]

@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_lora import LoRAConfig
 from lightning_lora.batch_state import advice
 from lightning_lora.callbacks import BatchSizeMonitor
 from lightning_lora.callbacks.row_checks import RepeatedRows
+from lightning_lora.data import SFTDataModule
+from lightning_lora.demo_arm import MODEL, TRAIN
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.events import read_events
 from lightning_lora.functional.noise_scale import signal_and_trace
+from lightning_lora.tasks import CausalLM
 from lightning_lora.token_loss import TokenWeightedLoss
 from tests import toys
 
@@ -282,3 +286,12 @@ def test_a_loss_summed_over_tokens_counts_rows_by_what_they_add(tmp_path: Path) 
     assert sample.signal == pytest.approx(float(signal), rel=1e-12)
     assert sample.trace == pytest.approx(float(trace), rel=1e-12)
     assert sample.num_rows == 30
+
+
+def test_the_batch_is_counted_in_supervised_tokens_too(tmp_path: Path) -> None:
+    data = SFTDataModule(str(TRAIN), batch_size=2, max_rows=16)
+    module = CausalLM(str(MODEL), lora=LoRAConfig(rank=1))
+    toys.trainer(tmp_path, accumulate_grad_batches=2, callbacks=[Samples()]).fit(module, data)
+    steps = [event["batch/tokens"] for event in read_events(tmp_path) if event["event"] == "noise_scale"]
+    assert len(steps) == 4
+    assert sum(steps) == data.statistics["train"].supervised_tokens

@@ -47,6 +47,21 @@ def test_every_split_of_the_rows_gives_the_noise_scale_of_the_teacher(rows: int,
     assert estimate.value == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("over_noise_scale", [1 / 8, 1, 8])
+def test_a_step_at_its_best_rate_makes_the_progress_that_the_noise_scale_says(over_noise_scale: float) -> None:
+    """V8: the loss of the teacher is a bowl of curvature one, so the law ``1 / (1 + B_noise / B)`` is exact."""
+    batch = round(TEACHER.weight_noise_scale * over_noise_scale)
+    x, d_y = TEACHER.rows(batch * 2000, generator(3))
+    gradients = torch.einsum("nbo,nbi->noi", *(part.view(2000, batch, -1) for part in (d_y, x))) / batch
+    losses = [  # after one step, a mean over the batches
+        float(0.5 * (TEACHER.error - rate * gradients).square().sum((1, 2)).mean())
+        for rate in torch.linspace(0, 1, 101).tolist()
+    ]
+    start = float(0.5 * TEACHER.error.square().sum())
+    expected = 1 / (1 + TEACHER.weight_noise_scale / batch)
+    assert (start - min(losses)) / start == pytest.approx(expected, abs=0.02)
+
+
 def test_the_spread_of_both_estimates_is_that_of_the_theory() -> None:
     rows, count, deviations = 4, 4, torch.linspace(0.5, 2, 40, dtype=torch.float64)
     mean = torch.full((40,), 0.3, dtype=torch.float64)
