@@ -110,7 +110,8 @@ class StepMeter:
             except Exception as reason:
                 self.weights = None
                 rank_zero_warn(f"the noise scale of the frozen weights is not measured from here on: {reason}")
-        return samples
+        # A gradient that is not finite says nothing in any space.
+        return samples if "adapter" in samples else {}
 
     def stop(self) -> None:
         """Measure no more of this step."""
