@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_lora.batch_state import MIN_MEASURED, read_batch
 from lightning_lora.functional.noise_scale import NoiseScale
-from lightning_lora.micro_gradients import StepSample
 from lightning_lora.noise_history import NoiseHistory
+from lightning_lora.step_sample import StepSample
 
 MIN_HALF_LIFE = 2000.0
 """Rows."""

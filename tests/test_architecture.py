@@ -41,6 +41,7 @@ LEVELS = {
         "strategies",
         "callbacks",
         "accumulation",
+        "sample_source",
         "step_meter",
         "token_loss",
         "branches",
