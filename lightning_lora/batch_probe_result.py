@@ -182,6 +182,21 @@ class BatchProbeResult:
         return text + ("a penalty of LoRA for the large batch" if pair.is_worse else "no penalty of LoRA seen")
 
 
+def known_calibration(path: str | PathLike[str]) -> float:
+    """The calibration that a probe has written.
+
+    Raises:
+        DataError: If there is no whole result, or none that knows the noise scale.
+    """
+    calibration = BatchProbeResult.load(path).calibration
+    if calibration is None:
+        raise DataError(
+            f"the probe of {path} knew no noise scale to compare its batch with: probe in a run with a "
+            f"BatchSizeMonitor, late enough for its estimate to be conclusive."
+        )
+    return calibration
+
+
 def _read(cls: type[BatchProbeResult], found: Mapping[str, Any]) -> BatchProbeResult:
     if found["format"] != FORMAT:
         raise ValueError(f"format {found['format']!r}, expected {FORMAT!r}")

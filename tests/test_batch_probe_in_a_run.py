@@ -87,6 +87,7 @@ def state_of(module: Any, trainer: Trainer) -> dict[str, Any]:
     return toys.snapshot(module) | moments | {"rates": rates, "flags": flags, "trained": trained, "numbers": numbers}
 
 
+@pytest.mark.filterwarnings("ignore:24 optimizer steps are few:UserWarning")
 def test_a_run_with_a_probe_is_bit_equal_to_one_without(tmp_path: Path) -> None:
     plain = state_of(*fit(tmp_path, LoRAGuard()))
     probe = BatchProbe(at=0.5, **SMALL)
@@ -143,7 +144,7 @@ class Told(BatchSizeMonitor):
     """Has an estimate from the start."""
 
     def on_train_batch_end(self, *arguments: Any, **options: Any) -> None:
-        self.estimate = NoiseScale(2.0, 1.0, 3.0, 1.0, 2.0, conclusive=self.every_n_steps == 1)
+        self._judge.estimate = NoiseScale(2.0, 1.0, 3.0, 1.0, 2.0, conclusive=self.every_n_steps == 1)
 
 
 @pytest.mark.parametrize("conclusive", [True, False])
@@ -157,6 +158,11 @@ def test_what_was_found_is_written_and_calibrates_the_monitor(conclusive: bool, 
     assert event["largest_harmless"] == probe.result.largest_harmless
     wanted = probe.result.largest_harmless / 2.0 if conclusive else None
     assert monitor.calibration == probe.result.calibration == event["calibration"] == wanted
+    if conclusive:
+        assert BatchSizeMonitor(calibration=str(tmp_path / "batch_probe.json")).calibration == wanted
+    else:
+        with pytest.raises(DataError, match=r"the probe of .*batch_probe\.json knew no noise scale"):
+            BatchSizeMonitor(calibration=str(tmp_path / "batch_probe.json"))
 
 
 def test_a_run_is_probed_once_though_it_is_interrupted(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.batch_judge import MIN_HALF_LIFE, BatchJudge
+from lightning_lora.batch_probe_result import known_calibration
 from lightning_lora.batch_state import GOOD_STEPS, LARGEST_SWEPT, BatchReading, State, advice
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
@@ -50,7 +51,8 @@ class BatchSizeMonitor(Callback):
             on, for 500 steps at most, while the interval is wider than a quarter of the value to either side.
         half_life: Fraction of an epoch after which a sample counts half; 2,000 rows and 25 samples at least.
         warmup_steps: Optimizer steps at the start that are left out: signals are large there, and mean little.
-        calibration: Harmless batch over noise scale, from a probe; None if there was none, which counts as 1.
+        calibration: Harmless batch over noise scale, or the ``batch_probe.json`` of a probe that found it; None if
+            there was none, which counts as 1.
         spaces: ``"adapter"``, and ``"adam"`` for the noise scale as Adam's second moment scales the gradient too.
         weight_space_every: Optimizer steps from one measurement of the frozen weights' noise scale to the next (500,
             say), and of ``lambda``, what it is of the adapters'; 0: none.
@@ -64,10 +66,12 @@ class BatchSizeMonitor(Callback):
         every_n_steps: int = 10,
         half_life: float = 0.05,
         warmup_steps: int = 50,
-        calibration: float | None = None,
+        calibration: float | str | None = None,
         spaces: Sequence[Literal["adapter", "adam"]] = ("adapter",),
         weight_space_every: int = 0,
     ) -> None:
+        if isinstance(calibration, str):
+            calibration = known_calibration(calibration)
         if every_n_steps < 1 or warmup_steps < 0:
             raise ConfigError(
                 f"every_n_steps must be 1 at least and warmup_steps 0, got {every_n_steps}, {warmup_steps}."
@@ -82,7 +86,7 @@ class BatchSizeMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.half_life = half_life
         self.warmup_steps = warmup_steps
-        self.calibration = calibration
+        self.calibration: float | None = calibration
         self.spaces = tuple(spaces)
         self.weight_space_every = weight_space_every
         self.batch: EffectiveBatch | None = None
