@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.batch_judge import MIN_HALF_LIFE, BatchJudge
 from lightning_lora.batch_probe_result import known_calibration
-from lightning_lora.batch_state import GOOD_STEPS, LARGEST_SWEPT, BatchReading, State, advice
+from lightning_lora.batch_state import BatchReading, State, advice
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
@@ -27,6 +27,7 @@ from lightning_lora.step_meter import StepMeter
 from lightning_lora.step_sample import StepSample
 
 from .agreement import largest_of_ranks, total_of_ranks
+from .batch_notes import announce_batch
 from .pace import count_rows, count_supervised
 from .row_checks import RepeatedRows, is_in_order, is_packed
 
@@ -237,15 +238,7 @@ class BatchSizeMonitor(Callback):
         epoch = batches * self._micro_rows * ranks if math.isfinite(batches) else 0.0
         self._judge.history.half_life = max(self.half_life * epoch, MIN_HALF_LIFE)
         self._judge.judge(self.batch.rows, steps, self.calibration or 1.0)
-        rank_zero_info(f"{self.batch}, {steps:.0f} optimizer steps")
-        if self.state == "step-starved":
-            rank_zero_warn(self._advice(steps))
-        elif steps < GOOD_STEPS:
-            rank_zero_info(f"runs of {GOOD_STEPS} steps and more learn best: a smaller batch makes more of them")
-        if self.batch.rows > LARGEST_SWEPT:
-            rank_zero_info(f"published sweeps of fine-tuning end at {LARGEST_SWEPT} rows a step")
-        if is_packed(batch):
-            rank_zero_info("rows are packed: the noise scale counts packed rows, not the examples in them")
+        announce_batch(self.batch, self.reading, steps, is_packed(batch))
         if trainer.is_global_zero:
             event = {"event": "batch", "step": trainer.global_step, "batch/k": self.batch.accumulation}
             write_event(self._folder, event | {"batch/rows": self.batch.rows, "batch/steps_total": steps})
@@ -254,18 +247,8 @@ class BatchSizeMonitor(Callback):
         """Judge by a sample, and log it."""
         judge, steps, calibration = self._judge, _num_steps(trainer), self.calibration or 1.0
         judge.add(sample, self._rows_seen, steps, calibration)
-        numbers: dict[str, float] = (
-            {
-                "batch/rows": sample.num_rows,
-                "batch/k": trainer.accumulate_grad_batches,
-                "batch/steps_total": steps,
-                "batch/calibration": calibration,
-                "gns/signal_sq": sample.signal,
-                "gns/trace": sample.trace,
-            }
-            | judge.numbers()
-            | self._spaces.numbers(judge.estimate)
-        )
+        numbers = {"batch/k": trainer.accumulate_grad_batches, "batch/steps_total": steps}
+        numbers |= judge.numbers(sample, calibration) | self._spaces.numbers(judge.estimate)
         if tokens is not None:
             numbers["batch/tokens"] = tokens
         for logger in trainer.loggers:
