@@ -101,9 +101,9 @@ def test_a_run_with_a_probe_is_bit_equal_to_one_without(tmp_path: Path) -> None:
 
 
 def test_the_branches_do_train(tmp_path: Path) -> None:
-    """Or a probe that leaves no trace would be one that does nothing."""
-    probe = BatchProbe(at=2, **SMALL)
-    fit(tmp_path, probe)
+    """Or a probe that leaves no trace would be one that does nothing; here the guard still watches layers run."""
+    probe = BatchProbe(at=1, **(SMALL | {"ratios": (1, 2, 4)}))
+    fit(tmp_path, probe, LoRAGuard(), accumulate_grad_batches=1)
     assert probe.result is not None
     assert len({probe.result.start_loss, *probe.result.losses.values()}) == 4
 
@@ -232,6 +232,21 @@ def test_validation_that_comes_in_later_epochs_is_there_for_the_probe(tmp_path: 
     fit(tmp_path, probe, check_val_every_n_epoch=3)
     assert probe.result is not None
     assert probe.result.num_held_out == 8
+
+
+class Plateau(Net):
+    """Its schedule asks for a number that no branch has."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam([part for part in self.parameters() if part.requires_grad], lr=0.05)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+def test_branches_leave_schedules_to_the_run(tmp_path: Path) -> None:
+    probe = BatchProbe(at=2, stop=True, **SMALL)
+    fit(tmp_path, probe, module=Plateau())
+    assert probe.result is not None
 
 
 def fit_sft(tmp_path: Path, *callbacks: Callback, **settings: Any) -> CausalLM:
