@@ -41,6 +41,7 @@ LEVELS = {
         "strategies",
         "callbacks",
         "accumulation",
+        "effective_batch",
         "step_meter",
         "token_loss",
         "branches",
