@@ -49,7 +49,6 @@ DEFAULTS = (
     CheckpointGuard,
     AdapterCheckpoint,
     SteadyLoggers,
-    TargetBatchSize,
 )
 USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
