@@ -14,12 +14,19 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.accumulation import Horizon, LRRule, may_switch, rescale_rates, step_schedulers, steps_left
-from lightning_lora.effective_batch import EffectiveBatch, present_batch, refuse_two_masters
+from lightning_lora.effective_batch import (
+    EffectiveBatch,
+    data_parallel_ranks,
+    present_batch,
+    refuse_two_masters,
+    rows_at_once,
+)
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize
+from .trial_step import kept_random_state
 
 
 class AdaptiveAccumulation(Callback):
@@ -68,6 +75,17 @@ class AdaptiveAccumulation(Callback):
         self._num_changes = self._last_change = 0
         self._is_at_end = False
         self._folder = Path()
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Plan schedules for steps of as many rows as then, if they are not made yet; FSDP2 loads after that."""
+        loaded = checkpoint["callbacks"].get(self.state_key)
+        if loaded is not None and not trainer.strategy.restore_checkpoint_after_setup:
+            with kept_random_state(trainer):
+                loaders = trainer.fit_loop._data_source.dataloader()
+            at_once = (rows_at_once(loaders) or 1) * data_parallel_ranks(trainer)
+            if loaded["planned_rows"] % at_once == 0:
+                trainer.accumulate_grad_batches = loaded["planned_rows"] // at_once
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import logging
@@ -14,11 +15,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
+from lightning_lora import LoRAMixin
 from lightning_lora.accumulation import may_switch
 from lightning_lora.callbacks import AdaptiveAccumulation, BatchSizeMonitor, TargetBatchSize
 from lightning_lora.errors import ConfigError
@@ -166,6 +169,70 @@ def test_a_run_goes_on_exactly_around_a_change(tmp_path: Path) -> None:
     for place in ("batch-0-2", "batch-0-7", "epoch-0", "batch-1-1", "batch-1-2", "batch-1-6", "batch-1-7", "batch-2-1"):
         found = resuming.unlike(whole, run(place))
         assert not found, f"{place}: {found[:5]}"
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """As FSDP2 and DeepSpeed do: schedules are made before the checkpoint is read."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, RestoresLate])
+@pytest.mark.parametrize("saved_after", [2, 5])
+def test_a_run_goes_on_in_larger_batches_with_steps_of_the_same_rows(
+    strategy: type[SingleDeviceStrategy], saved_after: int, tmp_path: Path
+) -> None:
+    """4 x 1 rows a step, then 2 x 1 from the third on, are 2 x 2 and 1 x 2."""
+
+    def run(batch_size: int, **options: Any) -> Ones:
+        changing = AdaptiveAccumulation({3: 2}, lr_rule="none")
+        settings: dict[str, Any] = {"accumulate_grad_batches": 4, "callbacks": [changing, Keep(saved_after)]}
+        trainer = toys.trainer(tmp_path, strategy=strategy(torch.device("cpu")), **settings)
+        rows: Any = torch.zeros(24, 1)
+        trainer.fit(module := Resumable(), DataLoader(rows, batch_size), weights_only=True, **options)
+        return module
+
+    whole = run(1)
+    assert whole.steps == [4, 4, 4] + [2] * 6
+    with pytest.warns(UserWarning, match="batches of 1 rows and now has batches of 2: random numbers start anew"):
+        resumed = run(2, ckpt_path=tmp_path / "kept.ckpt")
+    assert resumed.steps == [2] * (3 - saved_after) + [1] * min(6, 9 - saved_after)
+    assert resumed.rates == pytest.approx(whole.rates[saved_after:])
+
+
+class Resumable(LoRAMixin, Ones):
+    lora = None
+
+
+class Keep(Callback):
+    """Saves after so many steps, when it comes to it."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.after and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "kept.ckpt")
+
+
+def test_a_checkpoint_whose_steps_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    rows: Any = torch.zeros(24, 1)
+    for batch_size, path, schedule, message in (
+        (1, None, {3: 2}, ""),
+        (8, "kept.ckpt", {3: 2}, r"the checkpoint has an effective batch of 4 = 1 row x 4 accumulated .* 8 rows x 1"),
+        (4, "kept.ckpt", {3: 2}, "from step 3 on the schedule has steps of 2 rows, which 4 rows x 1 devices do not"),
+    ):
+        callbacks = [AdaptiveAccumulation(schedule), Keep(2)]
+        trainer = toys.trainer(tmp_path, accumulate_grad_batches=4, callbacks=callbacks)
+        expected = pytest.raises(ConfigError, match=message) if path else contextlib.nullcontext()
+        with expected:
+            trainer.fit(
+                Resumable(), DataLoader(rows, batch_size), ckpt_path=path and tmp_path / path, weights_only=True
+            )
 
 
 def test_a_change_is_told_to_loggers_and_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
