@@ -17,6 +17,7 @@ from lightning_lora.accumulation import Horizon, LRRule, may_switch, rescale_rat
 from lightning_lora.effective_batch import (
     EffectiveBatch,
     data_parallel_ranks,
+    divisors,
     present_batch,
     refuse_two_masters,
     rows_at_once,
@@ -186,6 +187,11 @@ class AdaptiveAccumulation(Callback):
         if self.schedule is not None:
             due = next((k for step, k in reversed(self.schedule.items()) if step <= trainer.global_step), None)
             return now if due is None else self._accumulation(due * self._unit_rows, "the schedule has steps")
+        if now == 1:
+            if not self._is_at_end:
+                self._is_at_end = True
+                rank_zero_info("accumulation is 1: only fewer devices or a smaller micro-batch make the batch smaller.")
+            return now
         monitor = _monitor(trainer)
         assert monitor is not None
         assert self._horizon is not None
@@ -194,10 +200,7 @@ class AdaptiveAccumulation(Callback):
         )
         if monitor.state != "signal-limited" or self._num_changes >= self.max_changes or is_resting:
             return now
-        if now == 1 and not self._is_at_end:
-            self._is_at_end = True
-            rank_zero_info("accumulation is 1: only fewer devices or a smaller micro-batch make the batch smaller.")
-        return max((k for k in range(1, now // 2 + 1) if now % k == 0), default=now)
+        return next(k for k in divisors(now) if k <= now / 2)
 
     def _refuse(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class Data(LightningDataModule):
     def __init__(self, batch_size: Any = 8, **options: Any) -> None:
         super().__init__()
         self.batch_size = batch_size
-        self.options = {"shuffle": True} | options
+        self.options: dict[str, Any] = {"shuffle": True} | options
 
     def train_dataloader(self) -> Any:
         rows: Any = toys.token_rows(NUM_ROWS)
@@ -93,9 +95,12 @@ def fit(folder: Path, target: TargetBatchSize | None, module: Cramped, data: Any
     random.seed(0)
     own: list[Callback] = [target] if target else []
     trainer = toys.trainer(folder, **({"callbacks": own} | options))
-    data = Data() if data is None else data
-    trainer.fit(module, **({"datamodule": data} if isinstance(data, Data) else {"train_dataloaders": data}))
+    trainer.fit(module, **source(Data() if data is None else data))
     return trainer
+
+
+def source(data: Any) -> dict[str, Any]:
+    return {"datamodule" if isinstance(data, Data) else "train_dataloaders": data}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,65 @@ def flat(trainer: Trainer) -> dict[str, Tensor]:
     (optimizer,) = trainer.optimizers
     states = enumerate(optimizer.state_dict()["state"].values())
     return {f"{place}.{name}": value for place, state in states for name, value in state.items()}
+
+
+CONFINED = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+from lightning_lora.callbacks import TargetBatchSize
+from tests import toys
+
+WIDTH = 2**21  # 8 MiB a row, and several of them for a step
+
+class Wide(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.num_rows = 0
+
+    def training_step(self, batch, batch_idx):
+        self.num_rows += len(batch)
+        return torch.tanh(torch.tanh(batch.expand(-1, WIDTH) * self.weight)).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=0.1)
+
+class Data(LightningDataModule):
+    batch_size = 16
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(32, 1), self.batch_size)
+
+def fit(fit_memory):
+    target = TargetBatchSize(16, fit_memory)
+    trainer = toys.trainer(Path(sys.argv[1]), callbacks=[target])
+    trainer.fit(module := Wide(), datamodule=Data())
+    print(f"{trainer.global_step} steps, {module.num_rows} rows, {target.batch}")
+
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 256 * 2**20,) * 2)
+try:
+    fit(False)
+except RuntimeError as error:
+    print(error)
+fit(True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
+def test_a_process_out_of_memory_finds_what_fits(tmp_path: Path) -> None:
+    """The allocator's own error: a step of 16 rows takes more than the 256 MiB that there are."""
+    printed = toys.run_python(CONFINED, tmp_path).stdout
+    assert "can't allocate memory" in printed
+    batch = re.search(r"2 steps, 32 rows, 16 = (\d) rows x \d accumulated x 1 device", printed)
+    assert batch
+    assert int(batch[1]) in (2, 4, 8)
 
 
 def test_a_step_that_cannot_fit_says_so(tmp_path: Path) -> None:
@@ -315,7 +379,7 @@ def test_what_contradicts_the_target_is_refused(case: dict[str, Any], message: s
     trainer = toys.trainer(tmp_path, callbacks=callbacks, **case)
     made = data() if data else None
     with pytest.raises(ConfigError, match=message):
-        trainer.fit(module, **({"datamodule": made} if isinstance(made, Data) else {"train_dataloaders": made}))
+        trainer.fit(module, **source(made))
 
 
 @pytest.mark.parametrize("rows", [0, -8, True, 2.5, "32"])
