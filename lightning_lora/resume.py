@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_lora.effective_batch import EffectiveBatch, present_batch
+from lightning_lora.batch_division import present_batch
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.loader_position import generators, keeps_position, obstacle, starting_at
 from lightning_lora.loop_position import Point, begin_epoch, go_to, position
 from lightning_lora.parts import local_part
@@ -233,8 +234,8 @@ def _behind_the_same_rows(point: Point, before: EffectiveBatch, now: EffectiveBa
     if is_window_open:
         num_batches -= num_batches % before.accumulation
         point = replace(point, is_batch_open=False, is_validated=False)
-    rows = num_batches * before.micro_batch * before.ranks
-    return replace(point, num_batches=rows // (now.micro_batch * now.ranks))
+    rows = num_batches * before.micro_batch * before.num_ranks
+    return replace(point, num_batches=rows // (now.micro_batch * now.num_ranks))
 
 
 def _open_window(module: LightningModule) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ LEVELS = {
         "strategies",
         "callbacks",
         "accumulation",
-        "effective_batch",
+        "batch_division",
         "step_meter",
         "token_loss",
         "branches",

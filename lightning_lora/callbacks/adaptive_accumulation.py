@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.accumulation import Horizon, LRRule, may_switch, rescale_rates, step_schedulers, steps_left
-from lightning_lora.effective_batch import (
-    EffectiveBatch,
+from lightning_lora.batch_division import (
     data_parallel_ranks,
     divisors,
     present_batch,
     refuse_two_masters,
     rows_at_once,
 )
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
 
@@ -127,7 +127,7 @@ class AdaptiveAccumulation(Callback):
         if self._horizon is None:
             return self._loaded
         return {
-            "batch": [self._batch.micro_batch, self._batch.accumulation, self._batch.ranks],
+            "batch": list(astuple(self._batch)),
             "unit_rows": self._unit_rows,
             "planned_rows": self._planned_rows,
             "planned": self._horizon.planned,
@@ -144,17 +144,17 @@ class AdaptiveAccumulation(Callback):
     def _go_on(self, trainer: Trainer, horizon: Horizon, loaded: Mapping[str, Any]) -> None:
         before, self._unit_rows = EffectiveBatch(*loaded["batch"]), loaded["unit_rows"]
         self._num_changes, self._last_change = loaded["num_changes"], loaded["last_change"]
-        self._set(trainer, self._accumulation(before.rows, f"the checkpoint has an effective batch of {before}"))
+        self._set(trainer, self._accumulation(before.rows, f"the checkpoint ({before}) has steps"))
         for step, k in (self.schedule or {}).items():
             self._accumulation(k * self._unit_rows, f"from step {step} on the schedule has steps")
         horizon.go_on(trainer, loaded["planned"], loaded["pace"], loaded["planned_rows"] / self._planned_rows)
 
     def _accumulation(self, rows: int, what: str) -> int:
         """How many micro-batches of the present devices are ``rows``."""
-        at_once = self._batch.micro_batch * self._batch.ranks
+        at_once = self._batch.micro_batch * self._batch.num_ranks
         if rows % at_once:
             raise ConfigError(
-                f"{what} of {rows} rows, which {self._batch.micro_batch} rows x {self._batch.ranks} devices do not "
+                f"{what} of {rows} rows, which {self._batch.micro_batch} rows x {self._batch.num_ranks} devices do not "
                 f"divide: choose batch_size and devices so that their product does."
             )
         return rows // at_once

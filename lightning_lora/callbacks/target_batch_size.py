@@ -14,14 +14,8 @@ from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_has
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.effective_batch import (
-    EffectiveBatch,
-    data_parallel_ranks,
-    divide,
-    divisors,
-    refuse_two_masters,
-    rows_at_once,
-)
+from lightning_lora.batch_division import data_parallel_ranks, divide, divisors, refuse_two_masters, rows_at_once
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 
 from .agreement import largest_of_ranks
@@ -77,7 +71,7 @@ class TargetBatchSize(Callback):
         assert self.batch is not None
         if self.fit_memory:
             self._fit_memory(trainer, pl_module)
-        rank_zero_info(f"effective batch {self.batch}")
+        rank_zero_info(str(self.batch))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,7 +119,7 @@ class TargetBatchSize(Callback):
             found = self._largest_that_fits(trainer, module, loader)
             if found != batch.micro_batch:
                 with _loaders_made_again(trainer):
-                    self._set(trainer, module, divide(batch.rows, batch.ranks, found), batch.micro_batch)
+                    self._set(trainer, module, divide(batch.rows, batch.num_ranks, found), batch.micro_batch)
 
     def _largest_that_fits(self, trainer: Trainer, module: LightningModule, loader: Any) -> int:
         assert self.batch is not None

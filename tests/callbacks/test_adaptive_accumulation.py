@@ -223,7 +223,12 @@ def test_a_checkpoint_whose_steps_cannot_be_made_is_refused(tmp_path: Path) -> N
     rows: Any = torch.zeros(24, 1)
     for batch_size, path, schedule, message in (
         (1, None, {3: 2}, ""),
-        (8, "kept.ckpt", {3: 2}, r"the checkpoint has an effective batch of 4 = 1 row x 4 accumulated .* 8 rows x 1"),
+        (
+            8,
+            "kept.ckpt",
+            {3: 2},
+            r"the checkpoint \(effective batch 4 = 1 rows x 4 .*\) has steps of 4 rows, which 8 rows x 1 devices",
+        ),
         (4, "kept.ckpt", {3: 2}, "from step 3 on the schedule has steps of 2 rows, which 4 rows x 1 devices do not"),
     ):
         callbacks = [AdaptiveAccumulation(schedule), Keep(2)]

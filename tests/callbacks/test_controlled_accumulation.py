@@ -30,6 +30,7 @@ class Noisy(LightningModule):
     """The gradient of a row is a constant signal of length 1 plus normal noise: the noise scale is known and stays."""
 
     level: Tensor
+    signal: Tensor
 
     def __init__(self, noise_scale: float) -> None:
         super().__init__()

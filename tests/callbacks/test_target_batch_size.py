@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora import LoRAConfig, LoRAMixin
+from lightning_lora.batch_division import divide
 from lightning_lora.callbacks import AdaptiveAccumulation, TargetBatchSize
 from lightning_lora.callbacks.trial_step import longest_batch, row_size, untouched
-from lightning_lora.effective_batch import EffectiveBatch, divide
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 from lightning_lora.random_state import random_state
 from lightning_lora.token_loss import TokenWeightedLoss
@@ -106,10 +107,10 @@ def source(data: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("rows", "ranks", "at_once", "expected"),
     [
-        (32, 1, 8, "32 = 8 rows x 4 accumulated x 1 device"),
-        (32, 2, 8, "32 = 8 rows x 2 accumulated x 2 devices"),
-        (32, 8, 8, "32 = 4 rows x 1 accumulated x 8 devices"),
-        (3, 1, 1, "3 = 1 row x 3 accumulated x 1 device"),
+        (32, 1, 8, "effective batch 32 = 8 rows x 4 accumulated x 1 device"),
+        (32, 2, 8, "effective batch 32 = 8 rows x 2 accumulated x 2 devices"),
+        (32, 8, 8, "effective batch 32 = 4 rows x 1 accumulated x 8 devices"),
+        (3, 1, 1, "effective batch 3 = 1 rows x 3 accumulated x 1 device"),
     ],
 )
 def test_a_step_is_divided_among_devices(rows: int, ranks: int, at_once: int, expected: str) -> None:
@@ -144,7 +145,7 @@ def test_a_search_ends_in_the_run_that_was_given_what_it_finds(
         target = TargetBatchSize(16)
         searched = fit(tmp_path, target, found, Data(**options))
     assert target.batch == EffectiveBatch(micro_batch, 16 // micro_batch, 1)
-    assert f"effective batch {target.batch}" in caplog.text
+    assert str(target.batch) in caplog.text
     by_hand = fit(tmp_path, None, given, Data(micro_batch, **options), accumulate_grad_batches=16 // micro_batch)
     assert toys.same(toys.snapshot(found), toys.snapshot(given))
     assert (found.sizes, found.drawn, found.steps) == (given.sizes, given.drawn, given.steps)

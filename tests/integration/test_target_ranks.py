@@ -34,7 +34,7 @@ def pair(folder: Path, alone: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_ranks_agree_on_the_smallest_micro_batch(pair: list[dict[str, Any]]) -> None:
-    assert [rank["search"] for rank in pair] == ["8 = 2 rows x 2 accumulated x 2 devices"] * 2
+    assert [rank["search"] for rank in pair] == ["effective batch 8 = 2 rows x 2 accumulated x 2 devices"] * 2
 
 
 @pytest.mark.parametrize("kind", script.SAVED_AT)
