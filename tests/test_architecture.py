@@ -42,6 +42,7 @@ LEVELS = {
         "callbacks",
         "accumulation",
         "sample_source",
+        "batch_division",
         "step_meter",
         "token_loss",
         "branches",
