@@ -34,12 +34,14 @@ from lightning_lora.merge_report import MergeReport
 from lightning_lora.roles import register_role
 
 if TYPE_CHECKING:
+    from lightning_lora.batch_probe import BatchProbe
     from lightning_lora.mixin import LoRAMixin
 
 __all__ = [
     "AdapterFileError",
     "AlreadyShardedError",
     "BaseMismatchError",
+    "BatchProbe",
     "ConfigError",
     "DataError",
     "GradientError",
@@ -72,7 +74,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # The core works without Lightning; only the mixin needs it.
+    # The core works without Lightning; only these need it.
+    if name == "BatchProbe":
+        from lightning_lora.batch_probe import BatchProbe
+
+        return BatchProbe
     if name == "LoRAMixin":
         from lightning_lora.mixin import LoRAMixin
 

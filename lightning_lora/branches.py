@@ -1,159 +1,311 @@
 """Short runs from one snapshot of a module in training, which itself is not touched.
 
 A branch trains a copy: of what is trained, with what it needs of the optimizer; frozen weights are shared. So weights,
-optimizer, random numbers and the place in the data of the run that is branched from stay as they are by construction.
+gradients, optimizer, schedules and the place in the data of the run that is branched from stay as they are by
+construction, and random numbers are put back.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
+import logging
+import math
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.random_state import random_state, set_random_state
+
+COOLDOWN = 0.2
+"""Fraction of a branch's steps, at its end, over which the learning rate falls to zero."""
 
 
 class Branch:
     """What a short run starts from.
 
     Args:
-        module: In training or loaded from a checkpoint; not changed.
-        optimizer_state: ``state_dict()`` of its optimizer; None starts afresh.
-        loader: Rows are taken from its dataset and made batches by its ``collate_fn``.
+        module: On its device, trained or fresh, its layers built; not changed.
+        optimizer_state: ``state_dict()`` of its optimizer: its learning rates are the present ones, and its moments are
+            gone on with. None: the rates that ``configure_optimizers`` gives, without a warm-up, and fresh moments.
+        loader: Rows are taken from its dataset, and made batches by its ``collate_fn``.
+        micro_batch: Rows that the device is given at once.
         trainer_options: Of the Trainer of each run, such as ``precision`` and ``gradient_clip_val``.
+        rate_factor: Of the rates, where they are fresh.
     """
 
     def __init__(
         self,
         module: LightningModule,
-        optimizer_state: dict[str, Any] | None,
+        optimizer_state: Mapping[str, Any] | None,
         loader: DataLoader[Any],
-        trainer_options: dict[str, Any],
+        micro_batch: int,
+        trainer_options: Mapping[str, Any] | None = None,
+        rate_factor: float = 1.0,
     ) -> None:
         self.module = module
-        self.optimizer_state = copy.deepcopy(optimizer_state)
+        self.optimizer_state = optimizer_state
         self.loader = loader
-        self.trainer_options = trainer_options
+        self.micro_batch = micro_batch
+        self.trainer_options = dict(trainer_options or {})
+        self.rate_factor = rate_factor
 
-    def train(
-        self, rows: Sequence[int], batch_rows: int, micro_batch: int, rate_factor: float, cooldown: float
-    ) -> LightningModule:
-        """A copy of the module, trained on ``rows`` in their order, once.
+    def losses_after(
+        self,
+        rows: Sequence[Any],
+        batch_rows: int,
+        ratio: float,
+        held_out: tuple[DataLoader[Any], Sequence[int]],
+        seed: int = 0,
+    ) -> Tensor:
+        """Train a copy of the module on ``rows`` in their order, once, and give its loss on each held-out row.
 
         Args:
-            rows: Indices into the dataset.
-            batch_rows: Rows of an optimizer step.
-            micro_batch: Rows of a batch at most.
-            rate_factor: What the present learning rates are multiplied by.
-            cooldown: Fraction of the steps, at the end, over which they fall to zero.
+            rows: What the dataset is asked for.
+            batch_rows: Rows of an optimizer step; what is left over of ``rows`` is not used.
+            ratio: ``batch_rows`` over that of the run, which rates follow by `fit_to_batch`.
+            held_out: A loader, and the rows of its dataset.
+            seed: Of what the branch draws at random, such as dropout.
+
+        Returns:
+            ``(rows,)`` float64, nats.
 
         Raises:
-            ConfigError: If there are fewer rows than a step takes.
+            ConfigError: If there are fewer rows than a step takes, or the module gives no losses of rows.
         """
-        micro_batch = min(micro_batch, batch_rows)
-        if batch_rows % micro_batch:
-            raise ConfigError(f"a step of {batch_rows} rows cannot be made of batches of {micro_batch}.")
         num_steps = len(rows) // batch_rows
         if not num_steps:
             raise ConfigError(f"{len(rows)} rows make no step of {batch_rows}.")
-        arm = _copy(self.module)
-        loader = DataLoader(
+        micro_batch = max(size for size in range(1, self.micro_batch + 1) if batch_rows % size == 0)
+        batches = DataLoader(
             Subset(self.loader.dataset, rows[: num_steps * batch_rows]), micro_batch, collate_fn=self.loader.collate_fn
         )
-        with _quiet(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            trainer = Trainer(
-                max_epochs=1,
-                accumulate_grad_batches=batch_rows // micro_batch,
-                callbacks=[_Rates(self.optimizer_state, num_steps, rate_factor, cooldown)],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                limit_val_batches=0,
-                use_distributed_sampler=False,
-                devices=1,
-                **self.trainer_options,
-            )
-            trainer.fit(arm, loader)
-        return arm
+        rates = _Rates(self.optimizer_state, num_steps, ratio, self.rate_factor)
+        with apart(self.module.device, seed):
+            arm = copied(self.module)
+            trainer = self._trainer(batch_rows // micro_batch, [rates])
+            trainer.fit(arm, batches)
+            losses = _row_losses(trainer, arm, *held_out, self.micro_batch)
+            _forget(trainer, arm)
+        return losses
+
+    def losses_now(self, held_out: tuple[DataLoader[Any], Sequence[int]]) -> Tensor:
+        """The loss of the module as it is on each held-out row, ``(rows,)`` float64, nats.
+
+        Raises:
+            ConfigError: If the module gives none.
+        """
+        with apart(self.module.device, 0):
+            arm = copied(self.module)
+            trainer = self._trainer(1, [])
+            losses = _row_losses(trainer, arm, *held_out, self.micro_batch)
+            _forget(trainer, arm)
+        return losses
+
+    def _trainer(self, accumulation: int, callbacks: list[Callback]) -> Trainer:
+        device = self.module.device
+        # A precision plugin has a state, and belongs to one Trainer.
+        plugins = copy.deepcopy(list(self.trainer_options.get("plugins", [])))
+        options: dict[str, Any] = self.trainer_options | {"plugins": [LightningEnvironment(), *plugins]}
+        return Trainer(
+            max_epochs=1,
+            accumulate_grad_batches=accumulation,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            inference_mode=False,
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            strategy=_InPlace(device),
+            **options,
+        )
+
+
+class _InPlace(SingleDeviceStrategy):
+    """Leaves weights where they are at the end: the frozen ones are also those of the run that is branched from."""
+
+    @override
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
 
 
 class _Rates(Callback):
-    """Goes on with the optimizer's state at a constant rate, and cools down at the end."""
+    """Goes on at a constant rate that fits the batch, and cools down at the end."""
 
-    def __init__(self, state: dict[str, Any] | None, num_steps: int, factor: float, cooldown: float) -> None:
+    def __init__(self, state: Mapping[str, Any] | None, num_steps: int, ratio: float, factor: float) -> None:
         self.state = state
         self.num_steps = num_steps
+        self.ratio = ratio
         self.factor = factor
-        self.first_cool = num_steps - max(1, round(cooldown * num_steps)) if cooldown else num_steps
+        self.num_cool = max(1, round(COOLDOWN * num_steps))
         self._rates: list[float] = []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_one_optimizer(trainer, pl_module)
         (optimizer,) = trainer.optimizers
-        if self.state is not None:
-            optimizer.load_state_dict(copy.deepcopy(self.state))
         trainer.strategy.lr_scheduler_configs = []
-        self._rates = [group["lr"] * self.factor for group in optimizer.param_groups]
+        if self.state is not None:
+            optimizer.load_state_dict(copy.deepcopy(dict(self.state)))
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] = self.factor * group.get("initial_lr", group["lr"])
+        for group in optimizer.param_groups:
+            fit_to_batch(group, self.ratio)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        if not any(self._rates):
+            raise ConfigError("the learning rate is 0 here, and a branch would learn nothing: probe at another step.")
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        left = (self.num_steps - trainer.global_step) / (self.num_steps - self.first_cool + 1)
+        left = (self.num_steps - trainer.global_step) / (self.num_cool + 1)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * min(1.0, left)
 
 
-def row_losses(module: LightningModule, loader: DataLoader[Any], rows: Sequence[int]) -> Tensor:
-    """Loss of each row alone in eval mode, ``(rows,)`` float64: the ``"loss"`` that ``predict_step`` gives.
+def fit_to_batch(group: dict[str, Any], ratio: float) -> None:
+    r"""Change a group of Adam's parameters for a batch that is ``ratio`` times as large.
+
+    The learning rate is multiplied by ``sqrt(ratio)`` (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). For a
+    smaller batch ``beta2 ** ratio`` keeps the half-life of the second moment in rows (Marek et al. 2025,
+    https://arxiv.org/abs/2507.07101). For a larger one ``beta2`` stays: 0.95 would become 0.81 at four times the batch,
+    below ``beta1``, and the batch would be blamed for steps that are noisy by that alone.
+    """
+    group["lr"] *= math.sqrt(ratio)
+    if "betas" in group:
+        beta1, beta2 = group["betas"]
+        group["betas"] = (beta1, beta2 ** min(ratio, 1.0))
+
+
+def copied(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
+    """A deep copy that knows no Trainer; frozen weights are shared unless they are to be trained.
 
     Raises:
-        ConfigError: If it gives none.
+        ConfigError: If something has replaced a layer's ``forward`` by a function that would call the original.
     """
-    was_training = {child: child.training for child in module.modules()}
-    module.eval()
+    for name, child in module.named_modules():
+        own = child.__dict__.get("forward")
+        if inspect.isfunction(own) and own.__closure__:
+            raise ConfigError(
+                f"the forward of {name or type(module).__name__!r} is replaced by a function of its own, which a copy "
+                f"would share: take {own.__qualname__} off before probing."
+            )
+    frozen = [p for p in module.parameters() if shares_frozen and not p.requires_grad]
+    memo: dict[int, Any] = {id(p): _other_name(p) for p in frozen}
+    trainer, module._trainer = module._trainer, None
     try:
-        with torch.no_grad():
-            losses = [_row_loss(module, loader, row) for row in rows]
+        if trainer is not None:
+            memo[id(trainer)] = None
+        return copy.deepcopy(module, memo)
     finally:
-        for child, training in was_training.items():
-            child.training = training
-    return torch.tensor(losses, dtype=torch.float64)
+        module._trainer = trainer
 
 
-def _row_loss(module: LightningModule, loader: DataLoader[Any], row: int) -> float:
-    batch = module.transfer_batch_to_device(loader.collate_fn([loader.dataset[row]]), module.device, 0)
-    predicted = module.predict_step(batch, 0)
-    if not isinstance(predicted, Mapping) or "loss" not in predicted:
-        raise ConfigError(
-            f"a probe compares single rows: let {type(module).__name__}.predict_step return a mapping with their "
-            '"loss", of shape (rows,).'
-        )
-    return float(predicted["loss"].mean())
-
-
-def _copy(module: LightningModule) -> LightningModule:
-    """A deep copy that shares frozen weights and knows no Trainer."""
-    memo: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
-    if module._trainer is not None:
-        memo[id(module._trainer)] = None
-    twin = copy.deepcopy(module, memo)
-    twin._trainer = None
-    return twin
+def _other_name(parameter: nn.Parameter) -> nn.Parameter:
+    """The same values in memory as a parameter of its own, which can be moved without the first."""
+    if type(parameter) is not nn.Parameter:
+        return parameter  # quantised ones carry more than their values
+    return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def apart(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw from generators of its own, and say nothing: a branch would repeat what the run has said."""
+    before = random_state(device)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    try:
+        # Not seed_everything, which leaves the seed in the environment.
+        random.seed(seed)
+        numpy.random.seed(seed)
+        torch.manual_seed(seed)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        set_random_state(before, device)
+
+
+def _row_losses(
+    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], rows: Sequence[int], batch_rows: int
+) -> Tensor:
+    """By ``predict_step``: a batch at a time if it gives a loss for each row, else row by row."""
+    subset = Subset(loader.dataset, rows)
+
+    def predict(size: int) -> list[Any]:
+        return trainer.predict(module, DataLoader(subset, size, collate_fn=loader.collate_fn)) or []
+
+    losses = [_loss_of(module, predicted) for predicted in predict(batch_rows)]
+    if sum(loss.numel() for loss in losses) != len(rows):
+        losses = [_loss_of(module, predicted).mean() for predicted in predict(1)]
+    return torch.cat([loss.detach().double().cpu().reshape(-1) for loss in losses])
+
+
+def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
+    loss = predicted.get("loss") if isinstance(predicted, Mapping) else None
+    if not isinstance(loss, Tensor):
+        raise _no_losses(module)
+    return loss
+
+
+def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
+    """Raise `ConfigError` unless Lightning steps one optimizer, whose state a branch can go on with."""
+    if not module.automatic_optimization or len(trainer.optimizers) != 1:
+        by_itself = "" if module.automatic_optimization else " and steps by itself"
+        raise ConfigError(
+            f"a probe needs one optimizer that Lightning steps: {type(module).__name__} has "
+            f"{len(trainer.optimizers)}{by_itself}."
+        )
+
+
+def check_gives_losses(module: LightningModule) -> None:
+    """Raise `ConfigError` if ``module`` has no ``predict_step`` of its own, which would give losses of rows."""
+    if type(module).predict_step is LightningModule.predict_step:
+        raise _no_losses(module)
+
+
+def _no_losses(module: LightningModule) -> ConfigError:
+    return ConfigError(
+        f"a probe compares losses of single rows: let {type(module).__name__}.predict_step return a mapping with their "
+        f'"loss" in nats, a tensor of shape (rows,).'
+    )
+
+
+def _forget(trainer: Trainer, arm: LightningModule) -> None:
+    """Free the copy: a Trainer is a ring of references, which Python may keep for long."""
+    arm._trainer = None
+    trainer.strategy.optimizers = []
+    trainer.strategy._lightning_module = trainer.strategy._model = None
+    if arm.device.type == "cuda":
+        gc.collect()
+
+
+def present_phase(optimizer_state: Mapping[str, Any]) -> float:
+    """Where a schedule is now: the present learning rate over that without a schedule."""
+    group = optimizer_state["param_groups"][0]
+    initial = group.get("initial_lr", group["lr"])
+    return float(group["lr"] / initial) if initial and math.isfinite(initial) else 1.0

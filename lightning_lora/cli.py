@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_lora.argument_parser import LoRAArgumentParser
+from lightning_lora.batch_probe import BatchProbe
 from lightning_lora.callbacks import (
     AdapterCheckpoint,
     CheckpointGuard,
@@ -28,9 +29,11 @@ from lightning_lora.callbacks import (
     RankWatch,
     RunLock,
     SteadyLoggers,
+    TargetBatchSize,
 )
+from lightning_lora.cli_probe import AT, ProbingTrainer, probing
 from lightning_lora.commands import COMMANDS, run_command
-from lightning_lora.errors import GradientError, GuardError, closest, user_error
+from lightning_lora.errors import ConfigError, GradientError, GuardError, closest, user_error
 from lightning_lora.quiet import quiet_libraries
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
@@ -49,12 +52,15 @@ DEFAULTS = (
     AdapterCheckpoint,
     SteadyLoggers,
 )
+# Of a run that leaves nothing behind to go on from.
+PROBE_DEFAULTS = (RunLock, FiniteGradients, MemoryAdvice, LoRAGuard)
 USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
 LoRA without regret for any LightningModule.
 
   fit, validate, test, predict   run a model: lightning-lora fit --config cli_configs/sft.yaml
+  probe     train for a while, then find the largest batch that does no harm
   demo      the main job on the embedded model and data, offline, on CPU
   merge     fold an adapter into a base checkpoint
   export    from a run to a PEFT folder or a merged model
@@ -78,9 +84,17 @@ class LoRACLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("seed_everything_default", 0)
         kwargs.setdefault("parser_class", LoRAArgumentParser)
+        kwargs.setdefault("trainer_class", ProbingTrainer)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs.setdefault("parser_kwargs", {name: {"epilog": _example(name)} for name in self.subcommands()})
         super().__init__(*args, auto_configure_optimizers=False, **kwargs)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``probe``, which takes what ``fit`` takes."""
+        subcommands = LightningCLI.subcommands()
+        return subcommands | {"probe": subcommands["fit"]}
 
     def before_fit(self) -> None:
         """Lock the run folder before loggers are made: a CSV logger deletes the metrics that it finds."""
@@ -88,15 +102,33 @@ class LoRACLI(LightningCLI):
             if isinstance(callback, RunLock):
                 callback.acquire(self.trainer)
 
+    def before_probe(self) -> None:
+        """Lock the folder of the probe."""
+        self.before_fit()
+
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One setting that belongs to no class, as `lightning-lora merge` has it."""
+        """Settings that belong to no class of the config."""
         parser.add_argument(
             "--allow_other_base",
             type=bool,
             default=False,
             help="Load a checkpoint though its adapter was trained on other base weights.",
         )
+        parser.add_argument(
+            "--target_batch_size",
+            type=int | None,
+            default=None,
+            help="Rows per optimizer step on all devices; accumulation follows. batch_size is lowered if it must be.",
+        )
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "probe":
+            parser.add_lightning_class_args(BatchProbe, "batch_probe")
+            parser.set_defaults({"batch_probe.at": AT, "batch_probe.stop": True})
+        return parser
 
     @override
     def instantiate_classes(self) -> None:
@@ -111,12 +143,20 @@ class LoRACLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        defaults = DEFAULTS
+        if self.subcommand == "probe":
+            probing(config)
+            self.save_config_callback, defaults = None, PROBE_DEFAULTS
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         progress = () if config.get("enable_progress_bar") is False else ((LoRAProgressBar, ProgressBar),)
-        for default, kind in (*((default, default) for default in DEFAULTS), *progress):
+        for default, kind in (*((default, default) for default in defaults), *progress):
             if not any(isinstance(callback, kind) for callback in own):
                 callbacks.append(default())
+        if (rows := self._get(self.config_init, "target_batch_size")) is not None:
+            if any(isinstance(callback, TargetBatchSize) for callback in own):
+                raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
+            callbacks.append(TargetBatchSize(rows))
         return super()._instantiate_trainer(config, callbacks)
 
     @override
@@ -126,7 +166,7 @@ class LoRACLI(LightningCLI):
         settings: Any = self.config[subcommand] if subcommand else {}
         path = settings.get("ckpt_path")
         if path and Path(path).is_file():
-            whole, _ = whole_checkpoint(Path(path), fall_back=subcommand == "fit")
+            whole, _ = whole_checkpoint(Path(path), fall_back=subcommand in ("fit", "probe"))
             if not os.path.samefile(whole, path):
                 settings["ckpt_path"] = str(whole)
         super()._parse_ckpt_path()

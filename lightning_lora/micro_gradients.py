@@ -140,33 +140,40 @@ class LeafGradients(MicroGradients):
         super().__init__(parameters, group, metrics)
         self._handles: list[RemovableHandle] = []
         self._parts: list[Tensor] = []
+        self._whole: list[tuple[nn.Parameter, Tensor]] = []
 
     @override
     def start(self) -> None:
         super().start()
-        self._parts = []
+        self._parts, self._whole = [], []
         self._handles = [parameter.register_hook(partial(self._note, parameter)) for parameter in self.parameters]
 
     @override
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._parts, self._whole = [], [], []
 
     def _note(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        # The gradient is not kept: averaging over ranks may overwrite it.
-        self._parts.append(self._square([(parameter, gradient)]))
+        if self.group is None:
+            # All at once after the pass: one by one, small tensors cost their launches.
+            self._whole.append((parameter, gradient))
+        else:
+            # Averaging over ranks may overwrite it.
+            self._parts.append(self._square([(parameter, gradient)]))
 
     @override
     def _latest(self, num_rows: int) -> Tensor:
-        if len(self._parts) > len(self.parameters):
+        count = len(self._parts) + len(self._whole)
+        if count > len(self.parameters):
             raise ConfigError(
-                f"{len(self._parts)} gradients of {len(self.parameters)} parameters came in one backward pass: "
+                f"{count} gradients of {len(self.parameters)} parameters came in one backward pass: "
                 "activation checkpointing is reentrant; set use_reentrant=False, or take the batch-size monitor off."
             )
-        parts, self._parts = self._parts, []
-        if not parts:
+        if not count:
             raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
+        parts = [*self._parts, *([self._square(self._whole)] if self._whole else [])]
+        self._parts, self._whole = [], []
         return torch.stack(parts).sum(0)[:, None]
 
     @property

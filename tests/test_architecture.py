@@ -42,9 +42,11 @@ LEVELS = {
         "callbacks",
         "accumulation",
         "sample_source",
+        "batch_division",
         "step_meter",
         "token_loss",
         "branches",
+        "batch_arms",
         "batch_probe",
     ),
     # Checkpoints on disk have the names and layouts that transformers gives them.
@@ -53,8 +55,8 @@ LEVELS = {
 }
 # Libraries by the lowest level that may import them, at the top of a file or inside a function.
 LIBRARIES = {"lightning": "lightning", "torchmetrics": "lightning", "transformers": "tasks", "datasets": "tasks"}
-# The package itself offers the mixin, and loads it when asked.
-LAZY = {("__init__", "mixin")}
+# The package itself offers what needs Lightning, and loads it when asked.
+LAZY = {("__init__", "mixin"), ("__init__", "batch_probe")}
 ORDER = list(LEVELS)
 
 

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.batch_judge import MIN_HALF_LIFE, BatchJudge
-from lightning_lora.batch_state import GOOD_STEPS, LARGEST_SWEPT, BatchReading, State, advice
+from lightning_lora.batch_probe_result import known_calibration
+from lightning_lora.batch_state import BatchReading, State, advice
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
@@ -26,6 +27,7 @@ from lightning_lora.step_meter import StepMeter
 from lightning_lora.step_sample import StepSample
 
 from .agreement import largest_of_ranks, total_of_ranks
+from .batch_notes import announce_batch
 from .pace import count_rows, count_supervised
 from .row_checks import RepeatedRows, is_in_order, is_packed
 
@@ -50,7 +52,8 @@ class BatchSizeMonitor(Callback):
             on, for 500 steps at most, while the interval is wider than a quarter of the value to either side.
         half_life: Fraction of an epoch after which a sample counts half; 2,000 rows and 25 samples at least.
         warmup_steps: Optimizer steps at the start that are left out: signals are large there, and mean little.
-        calibration: Harmless batch over noise scale, from a probe; None if there was none, which counts as 1.
+        calibration: Harmless batch over noise scale, or the ``batch_probe.json`` of a probe that found it; None if
+            there was none, which counts as 1.
         spaces: ``"adapter"``, and ``"adam"`` for the noise scale as Adam's second moment scales the gradient too.
         weight_space_every: Optimizer steps from one measurement of the frozen weights' noise scale to the next (500,
             say), and of ``lambda``, what it is of the adapters'; 0: none.
@@ -64,10 +67,12 @@ class BatchSizeMonitor(Callback):
         every_n_steps: int = 10,
         half_life: float = 0.05,
         warmup_steps: int = 50,
-        calibration: float | None = None,
+        calibration: float | str | None = None,
         spaces: Sequence[Literal["adapter", "adam"]] = ("adapter",),
         weight_space_every: int = 0,
     ) -> None:
+        if isinstance(calibration, str):
+            calibration = known_calibration(calibration)
         if every_n_steps < 1 or warmup_steps < 0:
             raise ConfigError(
                 f"every_n_steps must be 1 at least and warmup_steps 0, got {every_n_steps}, {warmup_steps}."
@@ -82,7 +87,7 @@ class BatchSizeMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.half_life = half_life
         self.warmup_steps = warmup_steps
-        self.calibration = calibration
+        self.calibration: float | None = calibration
         self.spaces = tuple(spaces)
         self.weight_space_every = weight_space_every
         self.batch: EffectiveBatch | None = None
@@ -233,15 +238,7 @@ class BatchSizeMonitor(Callback):
         epoch = batches * self._micro_rows * ranks if math.isfinite(batches) else 0.0
         self._judge.history.half_life = max(self.half_life * epoch, MIN_HALF_LIFE)
         self._judge.judge(self.batch.rows, steps, self.calibration or 1.0)
-        rank_zero_info(f"{self.batch}, {steps:.0f} optimizer steps")
-        if self.state == "step-starved":
-            rank_zero_warn(self._advice(steps))
-        elif steps < GOOD_STEPS:
-            rank_zero_info(f"runs of {GOOD_STEPS} steps and more learn best: a smaller batch makes more of them")
-        if self.batch.rows > LARGEST_SWEPT:
-            rank_zero_info(f"published sweeps of fine-tuning end at {LARGEST_SWEPT} rows a step")
-        if is_packed(batch):
-            rank_zero_info("rows are packed: the noise scale counts packed rows, not the examples in them")
+        announce_batch(self.batch, self.reading, steps, is_packed(batch))
         if trainer.is_global_zero:
             event = {"event": "batch", "step": trainer.global_step, "batch/k": self.batch.accumulation}
             write_event(self._folder, event | {"batch/rows": self.batch.rows, "batch/steps_total": steps})
@@ -250,18 +247,8 @@ class BatchSizeMonitor(Callback):
         """Judge by a sample, and log it."""
         judge, steps, calibration = self._judge, _num_steps(trainer), self.calibration or 1.0
         judge.add(sample, self._rows_seen, steps, calibration)
-        numbers: dict[str, float] = (
-            {
-                "batch/rows": sample.num_rows,
-                "batch/k": trainer.accumulate_grad_batches,
-                "batch/steps_total": steps,
-                "batch/calibration": calibration,
-                "gns/signal_sq": sample.signal,
-                "gns/trace": sample.trace,
-            }
-            | judge.numbers()
-            | self._spaces.numbers(judge.estimate)
-        )
+        numbers = {"batch/k": trainer.accumulate_grad_batches, "batch/steps_total": steps}
+        numbers |= judge.numbers(sample, calibration) | self._spaces.numbers(judge.estimate)
         if tokens is not None:
             numbers["batch/tokens"] = tokens
         for logger in trainer.loggers:

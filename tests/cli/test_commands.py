@@ -238,7 +238,9 @@ def test_own_classes_need_to_be_allowed(tmp_path: Path) -> None:
     assert allowed.returncode == 0, allowed.stderr
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "demo", "merge", "export", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["fit", "validate", "test", "predict", "probe", "demo", "merge", "export", "inspect"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])
