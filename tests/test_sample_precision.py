@@ -56,9 +56,15 @@ class Student(LoRAMixin, LightningModule):
 
 
 def found(
-    folder: Path, precision: str, accumulate: int, device: str, dropout: float, infinite: int | None = None
+    folder: Path,
+    precision: str,
+    accumulate: int,
+    device: str,
+    dropout: float,
+    infinite: int | None = None,
+    loss_scale: float = 256.0,
 ) -> list[Any]:
-    scaled = [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device, init_scale=256.0))]  # pyright: ignore
+    scaled = [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device, init_scale=loss_scale))]  # pyright: ignore
     trainer = {"plugins": scaled} if precision == "16-mixed" else {"precision": precision}
     loader = DataLoader(rows(), batch_size=BATCH // accumulate)
     options = {"weight_space_every": 1, "trainer": trainer | {"accelerator": device}}
@@ -96,3 +102,11 @@ def test_rows_whose_dropout_is_torchs_own_are_seen_in_16_bits(device: str, tmp_p
 def test_a_step_with_an_infinite_gradient_leaves_no_sample(accumulate: int, tmp_path: Path) -> None:
     samples = found(tmp_path, "16-mixed", accumulate, "cpu", 0.0, infinite=2 * accumulate)
     assert [bool(sample) for sample in samples[:5]] == [True, True, False, True, True]
+
+
+def test_weights_leave_no_sample_where_the_adapters_gradient_is_infinite(tmp_path: Path) -> None:
+    """A loss scaled so high that products of finite numbers are not: the skipped steps that a scaler begins with."""
+    samples = found(tmp_path, "16-mixed", 1, "cpu", 0.0, loss_scale=2.0**16)
+    assert not samples[0]
+    assert set(samples[-1]) == {"adapter", "weight"}
+    assert all(set(sample) in (set(), {"adapter", "weight"}) for sample in samples)

@@ -155,6 +155,12 @@ def test_manual_optimisation_needs_no_help(tmp_path: Path) -> None:
     assert [sample["adapter"] for sample in samples] == [expected(step, 4) for step in gradients]
 
 
+def test_manual_optimisation_leaves_the_frozen_weights_out(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="frozen weights is not measured: with manual optimisation nobody knows"):
+        samples = measure(tmp_path, Manual(), toys.loader(16, 8), weight_space_every=1)
+    assert [set(sample) for sample in samples] == [{"adapter"}] * 2
+
+
 def test_one_backward_pass_by_hand_is_said_to_be_too_few(tmp_path: Path) -> None:
     module = Manual()
     module.num_passes = 1

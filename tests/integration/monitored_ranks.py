@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_lora.errors import ConfigError
 from lightning_lora.sharding import shard_lora
+from lightning_lora.step_meter import StepMeter
 from lightning_lora.strategies import FSDP2Strategy
 from tests import toys
 from tests.callbacks.test_batch_size_monitor import Double
@@ -37,12 +40,33 @@ class Sharded(Double):
         return torch.optim.Adam(trained, lr=0.0, betas=(0.9, 0.0), eps=EPS)
 
 
+class Told(Metered):
+    """Keeps what is said of the frozen weights, and of a step of one micro-batch."""
+
+    said: str
+    refused = ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            super().on_train_start(trainer, pl_module)
+        self.said = " ".join(str(warning.message) for warning in caught)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            trainer.accumulate_grad_batches = 1
+            try:
+                StepMeter(trainer, pl_module)
+            except ConfigError as reason:
+                self.refused = str(reason)
+
+
 def sampler(rank: int) -> DistributedSampler[Any]:
     return DistributedSampler(toys.rows(NUM_ROWS), 2, rank, shuffle=False)
 
 
 def run(strategy: str, folder: Path) -> None:
-    monitor = Metered(spaces=("adapter", "adam"), weight_space_every=1)
+    monitor = Told(spaces=("adapter", "adam"), weight_space_every=1)
     strategies: dict[str, Any] = {
         "ddp": "ddp",
         "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
@@ -59,7 +83,9 @@ def run(strategy: str, folder: Path) -> None:
     )
     loader = DataLoader(toys.rows(NUM_ROWS), BATCH, sampler=sampler(trainer.global_rank))
     trainer.fit(Sharded(), loader)
-    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(monitor.samples))
+    (folder / f"{trainer.global_rank}.json").write_text(
+        json.dumps({"samples": monitor.samples, "said": monitor.said, "refused": monitor.refused})
+    )
 
 
 if __name__ == "__main__":
