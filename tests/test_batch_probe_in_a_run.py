@@ -102,7 +102,8 @@ def test_a_run_with_a_probe_is_bit_equal_to_one_without(tmp_path: Path) -> None:
 
 def test_the_branches_do_train(tmp_path: Path) -> None:
     """Or a probe that leaves no trace would be one that does nothing; here the guard still watches layers run."""
-    probe = BatchProbe(at=1, **(SMALL | {"ratios": (1, 2, 4)}))
+    settings: dict[str, Any] = SMALL | {"ratios": (1, 2, 4)}
+    probe = BatchProbe(at=1, **settings)
     fit(tmp_path, probe, LoRAGuard(), accumulate_grad_batches=1)
     assert probe.result is not None
     assert len({probe.result.start_loss, *probe.result.losses.values()}) == 4
