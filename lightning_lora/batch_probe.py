@@ -218,10 +218,9 @@ class BatchProbe(Callback):
         result = self.result = replace(found, step=trainer.global_step, noise_scale=scale)
         lines = [str(result)]
         if monitor is not None and result.calibration is not None:
-            monitor.calibration = result.calibration
-            lines.append(
-                f"  noise scale {scale:.3g} rows: the monitor goes on with calibration {monitor.calibration:.3g}"
-            )
+            factor = result.calibration
+            monitor.calibrate(trainer, factor)
+            lines.append(f"  noise scale {scale:.3g} rows: the monitor goes on with calibration {factor:.3g}")
         elif monitor is not None:
             lines.append("  the noise scale was inconclusive, so the monitor could not be calibrated.")
         rank_zero_info("\n".join(lines))
