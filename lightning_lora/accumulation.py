@@ -36,14 +36,14 @@ def steps_left(trainer: Trainer, batch_idx: int, accumulation: int) -> float:
     return min(by_epochs, by_steps)
 
 
-def rescale_rates(trainer: Trainer, ratio: float, rule: LRRule) -> None:
-    """Fit learning rates and Adam's memory to a batch that is ``ratio`` times as large.
+def rescale_rates(trainer: Trainer, ratio: float, rule: LRRule) -> float:
+    """Fit learning rates and Adam's memory to a batch that is ``ratio`` times as large; the factor of the rates.
 
     The square-root rule for Adam multiplies learning rates by ``sqrt(ratio)`` (Malladi et al. 2022, arXiv 2205.10287);
     ``beta2 ** ratio`` keeps the half-life of the second moment in rows (Marek et al. 2025, arXiv 2507.07101).
     """
     if rule == "none":
-        return
+        return 1.0
     root = math.sqrt(ratio)
     for group in _groups(trainer.optimizers):
         for key in ("lr", "initial_lr"):
@@ -53,6 +53,7 @@ def rescale_rates(trainer: Trainer, ratio: float, rule: LRRule) -> None:
             group["betas"] = (group["betas"][0], group["betas"][1] ** ratio)
     for scheduler in step_schedulers(trainer):
         scheduler.base_lrs = [rate * root for rate in scheduler.base_lrs]
+    return root
 
 
 def step_schedulers(trainer: Trainer) -> list[LambdaLR]:
@@ -81,12 +82,29 @@ class Horizon:
     def __init__(self, planned: float) -> None:
         self.planned = planned
         self.pace = 1.0
+        self.is_stale = False
+
+    def go_on(self, trainer: Trainer, planned: float, pace: float, ratio: float) -> None:
+        """Continue schedules of an interrupted run, which were planned for ``planned`` steps.
+
+        Args:
+            trainer: Its schedules count as they did in that run.
+            planned: Steps of that run as planned.
+            pace: Its pace.
+            ratio: Rows of a planned step then over those now: a schedule made on half the devices is twice as long.
+        """
+        self.pace = pace
+        if self.planned != planned:
+            for scheduler in step_schedulers(trainer):
+                scheduler.last_epoch *= ratio  # pyright: ignore[reportAttributeAccessIssue]
+            self.is_stale = True
 
     def follow(self, trainer: Trainer, left: float) -> None:
         """Spread what the schedules have left over the ``left`` steps that will be done."""
         schedulers = step_schedulers(trainer)
         if schedulers and math.isfinite(self.planned) and math.isfinite(left) and left > 0:
             self.pace = (self.planned - schedulers[0].last_epoch) / left
+        self.is_stale = False
 
     def before_step(self, trainer: Trainer) -> None:
         """Advance the schedules by what a step counts beyond the one they will count themselves."""

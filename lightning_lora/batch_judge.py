@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_lora.batch_state import MIN_MEASURED, read_batch
 from lightning_lora.functional.noise_scale import NoiseScale
-from lightning_lora.micro_gradients import StepSample
 from lightning_lora.noise_history import NoiseHistory
+from lightning_lora.step_sample import StepSample
 
 MIN_HALF_LIFE = 2000.0
 """Rows."""
@@ -61,11 +61,15 @@ class BatchJudge:
         self.estimate = self.history.estimate()
         self.judge(sample.num_rows, num_steps, calibration)
 
-    def numbers(self) -> dict[str, float]:
-        """Estimate and reading, by the names they are logged under."""
+    def numbers(self, sample: StepSample, calibration: float) -> dict[str, float]:
+        """The latest sample, the estimate and the reading, by the names they are logged under."""
         estimate, reading = self.estimate, self.reading
         assert estimate is not None
         return {
+            "batch/rows": sample.num_rows,
+            "batch/calibration": calibration,
+            "gns/signal_sq": sample.signal,
+            "gns/trace": sample.trace,
             "gns/n": self.history.num_measured,
             "gns/value": estimate.value,
             "gns/low": estimate.low,

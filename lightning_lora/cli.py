@@ -29,10 +29,11 @@ from lightning_lora.callbacks import (
     RankWatch,
     RunLock,
     SteadyLoggers,
+    TargetBatchSize,
 )
 from lightning_lora.cli_probe import AT, ProbingTrainer, probing
 from lightning_lora.commands import COMMANDS, run_command
-from lightning_lora.errors import GradientError, GuardError, closest, user_error
+from lightning_lora.errors import ConfigError, GradientError, GuardError, closest, user_error
 from lightning_lora.quiet import quiet_libraries
 from lightning_lora.whole_checkpoint import whole_checkpoint
 
@@ -107,12 +108,18 @@ class LoRACLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One setting that belongs to no class, as `lightning-lora merge` has it."""
+        """Settings that belong to no class of the config."""
         parser.add_argument(
             "--allow_other_base",
             type=bool,
             default=False,
             help="Load a checkpoint though its adapter was trained on other base weights.",
+        )
+        parser.add_argument(
+            "--target_batch_size",
+            type=int | None,
+            default=None,
+            help="Rows per optimizer step on all devices; accumulation follows. batch_size is lowered if it must be.",
         )
 
     @override
@@ -146,6 +153,10 @@ class LoRACLI(LightningCLI):
         for default, kind in (*((default, default) for default in defaults), *progress):
             if not any(isinstance(callback, kind) for callback in own):
                 callbacks.append(default())
+        if (rows := self._get(self.config_init, "target_batch_size")) is not None:
+            if any(isinstance(callback, TargetBatchSize) for callback in own):
+                raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
+            callbacks.append(TargetBatchSize(rows))
         return super()._instantiate_trainer(config, callbacks)
 
     @override

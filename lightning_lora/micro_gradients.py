@@ -12,8 +12,8 @@ that steps of different sizes can be averaged.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.functional.noise_scale import signal_and_trace
+from lightning_lora.step_sample import StepSample, step_samples
 
-
-class StepSample(NamedTuple):
-    """What one step says.
-
-    Args:
-        signal: Unbiased ``|G|^2``.
-        trace: Unbiased ``tr(Sigma)`` of a row.
-        num_rows: Rows of the step, all ranks.
-        num_micro_batches: Independent ones among them.
-    """
-
-    signal: float
-    trace: float
-    num_rows: int
-    num_micro_batches: int
+Metric = Callable[[nn.Parameter, Tensor], Tensor]
+"""Another measure of a gradient than itself, such as `OptimizerMetric`; linear, and standing still within a step."""
 
 
 class MicroGradients(ABC):
@@ -48,13 +35,21 @@ class MicroGradients(ABC):
     Args:
         parameters: What is trained.
         group: The data-parallel ranks; None on one device.
+        metrics: Measures to take beside the gradient itself, by name.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        group: ProcessGroup | None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
         self.parameters = list(parameters)
         self.group = group
+        self.metrics = dict(metrics or {})
+        # Of each micro-batch (spaces, samples): most are one sample.
         self._squares: list[Tensor] = []
-        self._rows: list[int] = []
+        self._rows: list[float] = []
 
     @property
     def num_ranks(self) -> int:
@@ -64,7 +59,7 @@ class MicroGradients(ABC):
     @property
     def num_added(self) -> int:
         """Micro-batches of this rank since `start`."""
-        return len(self._rows)
+        return len(self._squares)
 
     def start(self) -> None:
         """Begin a step, before its first backward pass."""
@@ -81,11 +76,19 @@ class MicroGradients(ABC):
             num_rows: Rows of this rank in it.
             loss_scale: By which a scaler has multiplied its gradients.
         """
-        self._squares.append(self._square() / loss_scale**2)
-        self._rows.append(num_rows)
+        squares = self._latest(num_rows)
+        num_samples = squares.shape[1]
+        self._squares.append(squares / loss_scale**2)
+        self._rows += [num_rows / num_samples] * num_samples
 
-    def finish(self, weighted_by_rows: bool, unit: float) -> StepSample | None:
-        """The sample of the step, at the latest before gradients are clipped; None if fewer than two are independent.
+    def share_rows(self, num_passes: Sequence[int]) -> None:
+        """Say of each micro-batch among how many backward passes its rows were divided."""
+        self._rows = [rows / passes for rows, passes in zip(self._rows, num_passes, strict=True)]
+
+    def finish(self, weighted_by_rows: bool, unit: float) -> dict[str, StepSample]:
+        """The sample of the step by space, at the latest before gradients are clipped.
+
+        Left out is what is not finite, and everything if fewer than two micro-batches are independent.
 
         Args:
             weighted_by_rows: Whether the loss of a micro-batch is a sum (over rows, or their tokens), so that large
@@ -93,16 +96,13 @@ class MicroGradients(ABC):
             unit: What the gradient of the step is multiplied by to be a mean, the same on all ranks.
         """
         self.stop()
-        squares, rows = self._gather(torch.stack(self._squares), torch.tensor(self._rows, dtype=torch.float64))
-        mean_square = self._sum_over_shards(_square([p.grad for p in self.parameters if p.grad is not None]))
-        count, total = len(squares), rows.sum()
-        if count < 2:
-            return None
-        weights = rows / total if weighted_by_rows else torch.full_like(rows, 1 / count)
-        # The weighted mean of the micro-batches' own gradients is what the optimizer gets.
-        factor = 1 / (weights * self._averaged_ranks)
-        signal, trace = signal_and_trace(squares.cpu() * factor.square(), mean_square.cpu(), rows, weights)
-        return StepSample(float(signal) * unit**2, float(trace) * unit**2, int(total), count)
+        squares, rows = self._gather(torch.cat(self._squares, 1), torch.tensor(self._rows, dtype=torch.float64))
+        mean_squares = self._sum_over_shards(self._square([(p, p.grad) for p in self.parameters if p.grad is not None]))
+        if len(rows) < 2:
+            return {}
+        weights = rows / rows.sum() if weighted_by_rows else torch.full_like(rows, 1 / len(rows))
+        spaces = ("adapter", *self.metrics)
+        return step_samples(spaces, squares, mean_squares, rows, weights, self._averaged_ranks, unit)
 
     @property
     @abstractmethod
@@ -110,50 +110,71 @@ class MicroGradients(ABC):
         """Ranks over which ``p.grad`` averages summands that are noted one by one."""
 
     @abstractmethod
-    def _square(self) -> Tensor:
-        """Square norm of the latest micro-batch."""
+    def _latest(self, num_rows: int) -> Tensor:
+        """Square norms ``(spaces, samples)`` of what the latest micro-batch has added."""
 
     @abstractmethod
     def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Both for every independent micro-batch of the step."""
+        """Both for every independent sample of the step."""
 
-    def _sum_over_shards(self, square: Tensor) -> Tensor:
-        return square
+    def _sum_over_shards(self, squares: Tensor) -> Tensor:
+        return squares
+
+    def _square(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
+        """``(spaces,)``: sums of squares, float64; of shards the own part."""
+        own = [(parameter, local_part(gradient).detach()) for parameter, gradient in gradients]
+        spaces = [[gradient for _, gradient in own]]
+        spaces += [[metric(*pair) for pair in own] for metric in self.metrics.values()]
+        return torch.stack([_sum_of_squares(space) for space in spaces])
 
 
 class LeafGradients(MicroGradients):
     """Where every rank holds whole parameters: one device, DDP."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
-        super().__init__(parameters, group)
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        group: ProcessGroup | None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        super().__init__(parameters, group, metrics)
         self._handles: list[RemovableHandle] = []
         self._parts: list[Tensor] = []
+        self._whole: list[tuple[nn.Parameter, Tensor]] = []
 
     @override
     def start(self) -> None:
         super().start()
-        self._parts = []
-        # The gradient is not kept: averaging over ranks may overwrite it.
-        hook: Callable[[Tensor], None] = lambda gradient: self._parts.append(_square([gradient]))  # noqa: E731
-        self._handles = [parameter.register_hook(hook) for parameter in self.parameters]
+        self._parts, self._whole = [], []
+        self._handles = [parameter.register_hook(partial(self._note, parameter)) for parameter in self.parameters]
 
     @override
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._parts, self._whole = [], [], []
+
+    def _note(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        if self.group is None:
+            # All at once after the pass: one by one, small tensors cost their launches.
+            self._whole.append((parameter, gradient))
+        else:
+            # Averaging over ranks may overwrite it.
+            self._parts.append(self._square([(parameter, gradient)]))
 
     @override
-    def _square(self) -> Tensor:
-        if len(self._parts) > len(self.parameters):
+    def _latest(self, num_rows: int) -> Tensor:
+        count = len(self._parts) + len(self._whole)
+        if count > len(self.parameters):
             raise ConfigError(
-                f"{len(self._parts)} gradients of {len(self.parameters)} parameters came in one backward pass: "
+                f"{count} gradients of {len(self.parameters)} parameters came in one backward pass: "
                 "activation checkpointing is reentrant; set use_reentrant=False, or take the batch-size monitor off."
             )
-        parts, self._parts = self._parts, []
-        if not parts:
+        if not count:
             raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
-        return torch.stack(parts).sum()
+        parts = [*self._parts, *([self._square(self._whole)] if self._whole else [])]
+        self._parts, self._whole = [], []
+        return torch.stack(parts).sum(0)[:, None]
 
     @property
     @override
@@ -164,73 +185,18 @@ class LeafGradients(MicroGradients):
     def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         if self.group is None:
             return squares, rows
-        own = torch.stack([squares, rows.to(squares.device)])
+        own = torch.cat([squares, rows.to(squares.device)[None]])
         everyone = [torch.empty_like(own) for _ in range(self.num_ranks)]
         torch.distributed.all_gather(everyone, own, group=self.group)
-        squares, rows = torch.cat(everyone, 1)
-        return squares, rows.cpu()
+        together = torch.cat(everyone, 1)
+        return together[:-1], together[-1].cpu()
 
 
-class ShardedGradients(MicroGradients):
-    """Where parameters are in shards and every backward pass ends in their reduction: FSDP2."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
-        super().__init__(parameters, group)
-        if narrow := {str(p.dtype) for p in parameters if p.dtype not in (torch.float32, torch.float64)}:
-            raise ConfigError(
-                f"trained parameters are {', '.join(sorted(narrow))}: what a micro-batch adds to such gradients is "
-                "mostly rounding. Train adapters in float32 (adapter_dtype), or take the batch-size monitor off."
-            )
-        self._before: list[Tensor | None] = []
-
-    @override
-    def start(self) -> None:
-        super().start()
-        self._before = [None] * len(self.parameters)
-
-    @override
-    def stop(self) -> None:
-        self._before = []
-
-    @override
-    def _square(self) -> Tensor:
-        now = [None if p.grad is None else _local(p.grad).clone() for p in self.parameters]
-        growth = [
-            after if before is None else after - before
-            for after, before in zip(now, self._before, strict=True)
-            if after is not None
-        ]
-        self._before = [*now]
-        if not growth:
-            raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
-        return _square(growth)
-
-    @property
-    @override
-    def _averaged_ranks(self) -> int:
-        return 1
-
-    @override
-    def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._sum_over_shards(rows.to(squares.device)).cpu()
-        return self._sum_over_shards(squares), rows
-
-    @override
-    def _sum_over_shards(self, square: Tensor) -> Tensor:
-        if self.group is not None:
-            square = square.clone()
-            torch.distributed.all_reduce(square, group=self.group)
-        return square
-
-
-def _local(gradient: Tensor) -> Tensor:
+def local_part(gradient: Tensor) -> Tensor:
+    """The own shard of a gradient, or all of it where it is whole."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _square(gradients: Sequence[Tensor]) -> Tensor:
-    """Sum of squares, float64; of shards the own part."""
-    parts = [_local(gradient).detach() for gradient in gradients]
-    norms = torch._foreach_norm(
-        [part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in parts]
-    )
+def _sum_of_squares(parts: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm([part.float() if part.element_size() < 4 else part for part in parts])
     return torch.stack([norm.double() for norm in norms]).square().sum()

@@ -30,11 +30,15 @@ def plot_noise_scale(folder: Path, path: Path) -> None:
     events = _of_last_run(folder)
     if not events:
         raise DataError(f"{folder / NAME} holds no samples of a BatchSizeMonitor: was there one in the run?")
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    noise, progress, parts = figure.subplots(1, 3)
+    of_weights = [event for event in events if event.get("gns/lambda") is not None]
+    width = 4 if of_weights else 3
+    figure = Figure(figsize=(4 * width, 3.6), layout="constrained")
+    noise, progress, parts, *more = figure.subplots(1, width)
     _draw_noise(noise, events)
     _draw_progress(progress, events[-1])
     _draw_parts(parts, events)
+    for axes in more:
+        _draw_lambda(axes, of_weights)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
@@ -91,9 +95,21 @@ def _draw_parts(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
         samples = _column(events, name)
         line = axes.plot(rows, samples, ".", markersize=3, alpha=0.35)[0]
         axes.plot(rows, _running_mean(samples), color=line.get_color(), label=label)
-    smallest = np.nanmin(np.abs(_column(events, "gns/trace")))
     axes.set(xlabel="rows seen", title="Signal and noise apart")
-    axes.set_yscale("symlog", linthresh=max(smallest / 1e3, 1e-30))
+    # Signals may be negative; a logarithm of both signs is linear about zero.
+    typical = float(np.median(np.abs(_column(events, "gns/trace"))))
+    axes.set_yscale("symlog", linthresh=max(typical / 100, 1e-30), linscale=0.5)
+    axes.legend()
+
+
+def _draw_lambda(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
+    rows, values = _column(events, "rows_seen"), _column(events, "gns/lambda")
+    certain = _column(events, "gns/lambda_conclusive") == 1
+    axes.plot(rows, values, color="gray", linewidth=0.8)
+    axes.plot(rows[certain], values[certain], "o", label="conclusive")
+    axes.plot(rows[~certain], values[~certain], "o", fillstyle="none", color="gray", label="inconclusive")
+    axes.axhline(1, color="black", linestyle="--")
+    axes.set(xlabel="rows seen", title="Noise scale: frozen weights / adapters")
     axes.legend()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from lightning_lora.batch_division import present_batch
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.loader_position import generators, keeps_position, obstacle, starting_at
 from lightning_lora.loop_position import Point, begin_epoch, go_to, position
 from lightning_lora.parts import local_part
@@ -86,6 +88,8 @@ class RunMemory:
             "format": FORMAT,
             "position": position(trainer).to_dict(),
             "is_first_epoch": self.num_epochs <= 1,
+            "batch": list(astuple(present_batch(trainer))),
+            "is_window_open": _is_window_open(trainer),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "ranks": of_every_rank(own),
         }
@@ -107,14 +111,18 @@ class RunMemory:
         if loaded is None or not trainer.fit_loop.is_resuming:
             return
         point, own = Point.from_dict(loaded["position"]), {}
+        before, now = EffectiveBatch(*loaded["batch"]), present_batch(trainer)
         reasons = [] if point.is_between_batches else ["the file was written in the middle of a batch"]
-        if (saved := len(loaded["ranks"])) == trainer.world_size:
+        saved = len(loaded["ranks"])
+        if saved == trainer.world_size and before.micro_batch == now.micro_batch:
             own = loaded["ranks"][trainer.global_rank]
         else:
-            point = replace(point, num_batches=point.num_batches * saved // trainer.world_size)
+            point = _behind_the_same_rows(point, before, now, loaded["is_window_open"])
+            how = f"{saved} ranks and is read by {trainer.world_size}"
+            if saved == trainer.world_size:
+                how = f"batches of {before.micro_batch} rows and now has batches of {now.micro_batch}"
             reasons.append(
-                f"the file was written by {saved} ranks and is read by {trainer.world_size}: random numbers start "
-                "anew, and gradients of an open accumulation window are dropped"
+                f"the file was written by {how}: random numbers start anew, and an open accumulation window begins anew"
             )
         # A plateau scheduler may be due first and asks for these.
         known = trainer._logger_connector._callback_metrics
@@ -216,12 +224,24 @@ def of_every_rank(own: Any) -> list[Any]:
     return everyone or []
 
 
+def _is_window_open(trainer: Trainer) -> bool:
+    return trainer.fit_loop._should_accumulate() or not position(trainer).is_between_batches
+
+
+def _behind_the_same_rows(point: Point, before: EffectiveBatch, now: EffectiveBatch, is_window_open: bool) -> Point:
+    """Where rows have led to a step; those of an open window, whose gradients other ranks cannot take, come again."""
+    num_batches = point.num_batches
+    if is_window_open:
+        num_batches -= num_batches % before.accumulation
+        point = replace(point, is_batch_open=False, is_validated=False)
+    rows = num_batches * before.micro_batch * before.num_ranks
+    return replace(point, num_batches=rows // (now.micro_batch * now.num_ranks))
+
+
 def _open_window(module: LightningModule) -> dict[str, Tensor]:
     """Gradients that the next batch will be added to, this rank's part of each."""
-    trainer = module.trainer
-    is_open = trainer.fit_loop._should_accumulate() or not position(trainer).is_between_batches
     # A module that steps by itself may add to its gradients whenever it likes.
-    if module.automatic_optimization and not is_open:
+    if module.automatic_optimization and not _is_window_open(module.trainer):
         return {}
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return {name: local_part(g).detach().to("cpu", copy=True) for name, g in gradients.items()}

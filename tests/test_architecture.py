@@ -41,6 +41,8 @@ LEVELS = {
         "strategies",
         "callbacks",
         "accumulation",
+        "sample_source",
+        "batch_division",
         "step_meter",
         "token_loss",
         "branches",

@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import ConfigError, LoRAConfig, TargetNotFoundError, inject_lora, lora_layers
 from lightning_lora.callbacks import LoRA, LoRAGuard, MergeOnFitEnd
 from lightning_lora.errors import GuardError
+from lightning_lora.functional.noise_scale import signal_and_trace
 from lightning_lora.layers import LoRAQuantisedLinear
 from lightning_lora.mixin import LoRAMixin
 from tests import toys
-from tests.quantised_models import KINDS, ROWS, bnb, difference, plain, quantised
+from tests.metered import gradients_of, measure
+from tests.quantised_models import KINDS, ROWS, adapted, bnb, difference, plain, quantised
 
 pytestmark = toys.expected_warnings
 
@@ -237,3 +239,26 @@ def test_the_model_merged_at_the_end_computes_what_the_run_computed(kind: str, t
     fresh.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items()})
     with torch.no_grad():
         assert difference(fresh(ROWS), module.net.train()(ROWS)) < 2e-6
+
+
+class Regression(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = adapted("nf4")
+        for parameter in self.net.head.parameters():
+            parameter.requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+
+def test_rows_and_frozen_weights_are_measured_on_a_quantised_base(tmp_path: Path) -> None:
+    module = Regression()
+    (samples,) = measure(tmp_path, module, DataLoader(TensorDataset(ROWS), len(ROWS)), weight_space_every=1)
+    gradients = gradients_of(module, [[row[None]] for row in ROWS])
+    signal, trace = signal_and_trace(gradients.square().sum(1), gradients.mean(0).square().sum(), 1)
+    assert samples["adapter"][:2] == pytest.approx((float(signal), float(trace)), rel=1e-4)
+    assert samples["weight"].num_micro_batches == len(ROWS)

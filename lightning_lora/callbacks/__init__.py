@@ -15,6 +15,7 @@ from .progress import LoRAProgressBar
 from .rank_watch import RankWatch
 from .run_lock import RunLock
 from .steady_loggers import SteadyLoggers
+from .target_batch_size import TargetBatchSize
 
 __all__ = [
     "AdapterCheckpoint",
@@ -32,4 +33,5 @@ __all__ = [
     "RankWatch",
     "RunLock",
     "SteadyLoggers",
+    "TargetBatchSize",
 ]

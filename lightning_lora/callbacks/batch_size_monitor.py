@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,15 +17,17 @@ from typing_extensions import override
 
 from lightning_lora.batch_judge import MIN_HALF_LIFE, BatchJudge
 from lightning_lora.batch_probe_result import known_calibration
-from lightning_lora.batch_state import GOOD_STEPS, LARGEST_SWEPT, BatchReading, State, advice
+from lightning_lora.batch_state import BatchReading, State, advice
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
 from lightning_lora.functional.noise_scale import NoiseScale
-from lightning_lora.micro_gradients import StepSample
+from lightning_lora.noise_spaces import NoiseSpaces
 from lightning_lora.step_meter import StepMeter
+from lightning_lora.step_sample import StepSample
 
 from .agreement import largest_of_ranks, total_of_ranks
+from .batch_notes import announce_batch
 from .pace import count_rows, count_supervised
 from .row_checks import RepeatedRows, is_in_order, is_packed
 
@@ -37,10 +39,11 @@ _DENSE_STEPS, _PATIENCE_STEPS, _NARROW = 50, 500, 0.25
 class BatchSizeMonitor(Callback):
     """Measures the gradient noise scale of what is trained, in rows, and says what it means for the batch.
 
-    The micro-batches of gradient accumulation and of data parallelism are the samples: nothing is computed twice, and
-    no random number drawn. A raw noise scale is telemetry, not a verdict: only a `BatchProbe` shows what a batch
-    costs. Where it cannot measure (FSDP1, DeepSpeed, one micro-batch a step) it says so once and still tells the batch
-    and the number of steps; if it fails, training goes on without it.
+    The micro-batches of gradient accumulation and of data parallelism are the samples, or the rows of a micro-batch
+    where a step has a single one: nothing is computed twice, and no random number drawn. A raw noise scale is
+    telemetry, not a verdict: only a `BatchProbe` shows what a batch costs. Where it cannot measure (FSDP1, DeepSpeed,
+    rows of layers that are not linear) it says so once and still tells the batch and the number of steps; if it fails,
+    training goes on without it.
 
     Loggers get ``batch/*`` and ``gns/*``, the run folder ``events.jsonl`` and, at the end, ``batch_size.png``.
 
@@ -51,6 +54,9 @@ class BatchSizeMonitor(Callback):
         warmup_steps: Optimizer steps at the start that are left out: signals are large there, and mean little.
         calibration: Harmless batch over noise scale, or the ``batch_probe.json`` of a probe that found it; None if
             there was none, which counts as 1.
+        spaces: ``"adapter"``, and ``"adam"`` for the noise scale as Adam's second moment scales the gradient too.
+        weight_space_every: Optimizer steps from one measurement of the frozen weights' noise scale to the next (500,
+            say), and of ``lambda``, what it is of the adapters'; 0: none.
 
     Attributes:
         batch: The `EffectiveBatch` of the run; None before its first batch.
@@ -62,6 +68,8 @@ class BatchSizeMonitor(Callback):
         half_life: float = 0.05,
         warmup_steps: int = 50,
         calibration: float | str | None = None,
+        spaces: Sequence[Literal["adapter", "adam"]] = ("adapter",),
+        weight_space_every: int = 0,
     ) -> None:
         if isinstance(calibration, str):
             calibration = known_calibration(calibration)
@@ -71,12 +79,20 @@ class BatchSizeMonitor(Callback):
             )
         if not half_life > 0 or (calibration is not None and not 0 < calibration < math.inf):
             raise ConfigError(f"half_life and calibration must be positive, got {half_life} and {calibration}.")
+        if not set(spaces) <= {"adapter", "adam"} or weight_space_every < 0:
+            raise ConfigError(
+                f'spaces are "adapter" and "adam" and weight_space_every is 0 at least, got {list(spaces)} and '
+                f"{weight_space_every}."
+            )
         self.every_n_steps = every_n_steps
         self.half_life = half_life
         self.warmup_steps = warmup_steps
         self.calibration: float | None = calibration
+        self.spaces = tuple(spaces)
+        self.weight_space_every = weight_space_every
         self.batch: EffectiveBatch | None = None
         self._judge = BatchJudge()
+        self._spaces = NoiseSpaces()
         self._meter: StepMeter | None = None
         self._off = ""
         self._error: Exception | None = None
@@ -109,7 +125,7 @@ class BatchSizeMonitor(Callback):
         # Reading log_dir is a collective: every rank must do it.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         try:
-            self._meter = StepMeter(trainer, pl_module)
+            self._meter = StepMeter(trainer, pl_module, self.spaces, self.weight_space_every)
         except ConfigError as reason:
             self._turn_off(str(reason))
             return
@@ -156,9 +172,10 @@ class BatchSizeMonitor(Callback):
         # A rank that failed takes no part in the reductions below, so all must know of it first.
         if not self._failed_somewhere(trainer):
             with self._harmless():
-                sample = meter.finish()
+                samples = meter.finish()
                 tokens = None if self._tokens is None else int(total_of_ranks(trainer, self._tokens))
-                if sample is not None and math.isfinite(sample.signal) and math.isfinite(sample.trace):
+                self._spaces.add(samples, self._rows_seen, self._judge.history.half_life)
+                if (sample := samples.get("adapter")) is not None:
                     self._take(trainer, sample, tokens)
         if self._failed_somewhere(trainer):
             self._turn_off(f"it failed at step {trainer.global_step}: {self._error or 'on another rank'}")
@@ -184,16 +201,19 @@ class BatchSizeMonitor(Callback):
     def restart(self) -> None:
         """Forget what was measured: the batch has changed, and the signal with it."""
         self._judge.restart()
+        self._spaces.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""
-        return {"judge": self._judge.state_dict(), "rows_seen": self._rows_seen}
+        spaces = self._spaces.state_dict()
+        return {"judge": self._judge.state_dict(), "spaces": spaces, "rows_seen": self._rows_seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
         self._judge.load_state_dict(state_dict["judge"])
+        self._spaces.load_state_dict(state_dict["spaces"], self._judge.history.half_life)
         self._rows_seen = state_dict["rows_seen"]
 
     def calibrate(self, trainer: Trainer, calibration: float) -> None:
@@ -229,15 +249,7 @@ class BatchSizeMonitor(Callback):
         epoch = batches * self._micro_rows * ranks if math.isfinite(batches) else 0.0
         self._judge.history.half_life = max(self.half_life * epoch, MIN_HALF_LIFE)
         self._judge.judge(self.batch.rows, steps, self.calibration or 1.0)
-        rank_zero_info(f"{self.batch}, {steps:.0f} optimizer steps")
-        if self.state == "step-starved":
-            rank_zero_warn(self._advice(steps))
-        elif steps < GOOD_STEPS:
-            rank_zero_info(f"runs of {GOOD_STEPS} steps and more learn best: a smaller batch makes more of them")
-        if self.batch.rows > LARGEST_SWEPT:
-            rank_zero_info(f"published sweeps of fine-tuning end at {LARGEST_SWEPT} rows a step")
-        if is_packed(batch):
-            rank_zero_info("rows are packed: the noise scale counts packed rows, not the examples in them")
+        announce_batch(self.batch, self.reading, steps, is_packed(batch))
         if trainer.is_global_zero:
             event = {"event": "batch", "step": trainer.global_step, "batch/k": self.batch.accumulation}
             write_event(self._folder, event | {"batch/rows": self.batch.rows, "batch/steps_total": steps})
@@ -246,14 +258,8 @@ class BatchSizeMonitor(Callback):
         """Judge by a sample, and log it."""
         judge, steps, calibration = self._judge, _num_steps(trainer), self.calibration or 1.0
         judge.add(sample, self._rows_seen, steps, calibration)
-        numbers: dict[str, float] = {
-            "batch/rows": sample.num_rows,
-            "batch/k": trainer.accumulate_grad_batches,
-            "batch/steps_total": steps,
-            "batch/calibration": calibration,
-            "gns/signal_sq": sample.signal,
-            "gns/trace": sample.trace,
-        } | judge.numbers()
+        numbers = {"batch/k": trainer.accumulate_grad_batches, "batch/steps_total": steps}
+        numbers |= judge.numbers(sample, calibration) | self._spaces.numbers(judge.estimate)
         if tokens is not None:
             numbers["batch/tokens"] = tokens
         for logger in trainer.loggers:

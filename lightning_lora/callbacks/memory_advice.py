@@ -24,7 +24,7 @@ class MemoryAdvice(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Complete the message; the error itself goes on."""
-        if not _is_out_of_memory(exception):
+        if not is_out_of_memory(exception):
             return
         advice = [f"  {number}. {text}" for number, text in enumerate(islice(_advice(trainer, pl_module), 3), 1)]
         first, *more = exception.args or ("out of memory",)
@@ -34,7 +34,8 @@ class MemoryAdvice(Callback):
         exception.args = (text, *more)
 
 
-def _is_out_of_memory(exception: BaseException) -> bool:
+def is_out_of_memory(exception: BaseException) -> bool:
+    """Whether an allocator, of a GPU or the CPU, could not give what was asked of it."""
     return isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(exception)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +73,8 @@ class LoRALayer(nn.Module):
     lora_follows: bool
     # The base weights as they were, kept while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
+    # Is shown what the written-out update is computed from: dropout leaves no other trace of it (`layer_rows`).
+    lora_watcher: Callable[[Tensor], None] | None = None
 
     @staticmethod
     def dimensions(module: Any) -> tuple[int, int]:

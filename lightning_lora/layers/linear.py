@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -38,8 +39,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             return super().forward(input)
         if (own := self.adapted_weight(input)) is not None:
             return sibling_output(self, input, own)
-        A, B = self.linear_factors()
-        return super().forward(input) + linear_update(input, A, B, self.lora_spec.scale, self.lora_dropout)
+        return super().forward(input) + _update(self, input, *self.linear_factors())
 
     def adapted_weight(self, x: Tensor) -> AdaptedWeight | None:
         """Weights and factors for ``x`` where the update is active and can be fused, None elsewhere."""
@@ -51,6 +51,13 @@ class LoRALinear(LoRALayer, nn.Linear):
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
         return self.lora_A, self.lora_B
+
+
+def _update(layer: LoRALayer, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    dropped = F.dropout(x, p) if (p := layer.lora_dropout) else x
+    if layer.lora_watcher is not None:
+        layer.lora_watcher(dropped)
+    return linear_update(dropped, A, B, layer.lora_spec.scale)
 
 
 @functools.cache
@@ -83,7 +90,7 @@ class LoRAConv1D(LoRALayer):
         if can_fuse(x, self.weight, self.bias):
             A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
             return fused_lora_linear(x, self.weight.T, self.bias, A, B, self.lora_spec.scale, self.lora_dropout)
-        return super().forward(x) + linear_update(x, self.lora_A, self.lora_B, self.lora_spec.scale, self.lora_dropout)
+        return super().forward(x) + _update(self, x, *self.lora_pair())
 
     @override
     def weight_delta(self, weight: str = "weight") -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import itertools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,19 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
+from lightning_lora import LoRAMixin
 from lightning_lora.accumulation import may_switch
-from lightning_lora.callbacks import AdaptiveAccumulation, BatchSizeMonitor
+from lightning_lora.callbacks import AdaptiveAccumulation, BatchSizeMonitor, TargetBatchSize
 from lightning_lora.errors import ConfigError
-from tests import toys
+from lightning_lora.events import read_events
+from tests import resuming, toys
 
 pytestmark = toys.expected_warnings
 
@@ -34,6 +41,12 @@ class Ones(LightningModule):
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.steps: list[float] = []
         self.rates: list[float] = []
+        self.sums_agree: list[bool] = []
+        self.hooked: Any = 0.0
+        self.weight.register_hook(self.add)
+
+    def add(self, gradient: Tensor) -> None:
+        self.hooked = self.hooked + gradient
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.weight * 1.0
@@ -42,6 +55,9 @@ class Ones(LightningModule):
         assert self.weight.grad is not None
         self.steps.append(round(float(self.weight.grad) * self.trainer.accumulate_grad_batches, 9))
         self.rates.append(optimizer.param_groups[0]["lr"])
+        # Were a gradient of the step before still there, these would differ.
+        self.sums_agree.append(bool(self.hooked == self.weight.grad))
+        self.hooked = 0.0
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW([self.weight], lr=1.0, betas=(0.9, 0.99))
@@ -54,28 +70,46 @@ class Ones(LightningModule):
 
 def fit(tmp_path: Path, callbacks: list[Callback], start: int, module: Ones | None = None, **options: Any) -> Ones:
     module = module or Ones()
+    rows: Any = torch.zeros(options.pop("rows", 96), 1)
     options = {"accumulate_grad_batches": start, "callbacks": callbacks} | options
-    toys.trainer(tmp_path, **options).fit(module, DataLoader(torch.zeros(options.pop("rows", 96), 1)))  # pyright: ignore[reportArgumentType]
+    toys.trainer(tmp_path, **options).fit(module, DataLoader(rows))
     return module
 
 
-PAIRS = [(old, new) for old, new in itertools.product(range(1, 9), repeat=2) if old != new]
+def tour() -> tuple[dict[int, int], list[int]]:
+    """A schedule that wishes for every change at every window between two places where it may happen; the windows."""
+    pairs = [(old, new) for old, new in itertools.product(range(1, 9), repeat=2) if old != new]
+    # The windows of ``old``, counted from the last place where a window of ``new`` might begin too.
+    left = {(old, new): set(range(math.lcm(old, new) // old)) for old, new in pairs}
+    schedule: dict[int, int] = {}
+    windows, batch, k = [1], 1, 1
+    while any(left.values()):
+        cycles = {new: math.lcm(k, new) // k for new in range(1, 9) if new != k}
+        here = [
+            (dwell, new)
+            for dwell in range(8)
+            for new, cycle in cycles.items()
+            if (batch // k + dwell) % cycle in left[k, new]
+        ]
+        dwell, new = here[0] if here else (0, next(old for (old, _), places in left.items() if places))
+        wish = batch // k + dwell
+        left[k, new].discard(wish % cycles[new])
+        schedule[len(windows) + dwell] = new
+        until_change = dwell + -wish % cycles[new]
+        windows += [k] * until_change + [new]
+        batch, k = batch + until_change * k + new, new
+    return schedule, windows
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("old", "new"), PAIRS)
-def test_every_change_at_every_step_keeps_windows_whole(old: int, new: int, tmp_path: Path) -> None:
-    for step in range(0, 96 // old, 7):
-        module = fit(tmp_path, [AdaptiveAccumulation({step: new})], old)
-        assert sum(module.steps) == 96
-        changed = next((place for place, size in enumerate(module.steps) if size != old), len(module.steps))
-        # Old windows, then new ones, then what is left of the epoch.
-        assert all(size == new for size in module.steps[changed:-1])
-        assert changed >= step or new == old
-        assert changed * old <= math.lcm(old, new) * (step * old // math.lcm(old, new) + 1) or changed == len(
-            module.steps
-        )
-        assert float(module.scheduler.last_epoch) == pytest.approx(math.ceil(96 / old))
+def test_every_change_at_every_step_keeps_windows_whole(tmp_path: Path) -> None:
+    """V12: all pairs of 1 to 8, wished for at all places, each granted at the first where nothing is left over."""
+    schedule, windows = tour()
+    assert len(schedule) > 200
+    module = fit(tmp_path, [AdaptiveAccumulation(schedule)], 1, rows=sum(windows) + 1)
+    assert module.steps == [*windows, 1.0]
+    assert module.sums_agree == [True] * len(module.steps)
+    # As many steps as were planned by the schedule, though fewer were done.
+    assert float(module.scheduler.last_epoch) == pytest.approx(sum(windows) + 1)
 
 
 def test_a_change_in_the_wrong_place_would_reuse_gradients(tmp_path: Path) -> None:
@@ -111,19 +145,141 @@ def test_a_run_of_so_many_steps_keeps_its_schedule(max_steps: int, tmp_path: Pat
     assert module.rates == pytest.approx([1 - step / max_steps for step in range(max_steps)])
 
 
-def test_refusals(tmp_path: Path) -> None:
-    class Steps(Ones):
-        kind = StepLR
+class Adapted(resuming.DiceyLoRA):
+    """Draws random numbers, and lowers its learning rate by the step."""
 
-    cases: list[tuple[list[Callback], Any, str]] = [
-        ([AdaptiveAccumulation()], Ones(), "needs a BatchSizeMonitor with a calibration"),
-        ([AdaptiveAccumulation(), BatchSizeMonitor()], Ones(), "needs a BatchSizeMonitor with a calibration"),
-        ([AdaptiveAccumulation({0: 2}), GradientAccumulationScheduler({0: 1})], Ones(), "keep one of the two"),
-        ([AdaptiveAccumulation({0: 2})], Steps(), "StepLR cannot be stretched"),
-    ]
-    for callbacks, module, message in cases:
-        with pytest.raises(ConfigError, match=message):
-            fit(tmp_path, callbacks, 1, module)
+    def configure_optimizers(self) -> Any:
+        total = self.trainer.estimated_stepping_batches
+        optimizer = torch.optim.AdamW(self.lora_parameter_groups(0.005), betas=(0.9, 0.99))
+        linear = LambdaLR(optimizer, lambda step: 1 - step / (total + 1))
+        return [optimizer], [{"scheduler": linear, "interval": "step"}]
+
+
+def test_a_run_goes_on_exactly_around_a_change(tmp_path: Path) -> None:
+    """7 batches an epoch: 4, 3; then after the change at the start of the second 2, 2, 2, 1; then from its sixth 1."""
+
+    def run(place: str = "") -> resuming.Outcome:
+        changing = AdaptiveAccumulation({2: 2, 5: 1})
+        path = tmp_path / f"{place}.ckpt" if place else None
+        return resuming.run(Adapted, tmp_path, path, accumulate_grad_batches=4, callbacks=[changing])
+
+    whole = run()
+    assert [step for step, _, _ in whole.losses[:14]] == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6]
+    # In an open window before a change, right before it, in the first window after it, right after that; twice.
+    for place in ("batch-0-2", "batch-0-7", "epoch-0", "batch-1-1", "batch-1-2", "batch-1-6", "batch-1-7", "batch-2-1"):
+        found = resuming.unlike(whole, run(place))
+        assert not found, f"{place}: {found[:5]}"
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """As FSDP2 and DeepSpeed do: schedules are made before the checkpoint is read."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, RestoresLate])
+@pytest.mark.parametrize("saved_after", [2, 5])
+def test_a_run_goes_on_in_larger_batches_with_steps_of_the_same_rows(
+    strategy: type[SingleDeviceStrategy], saved_after: int, tmp_path: Path
+) -> None:
+    """4 x 1 rows a step, then 2 x 1 from the third on, are 2 x 2 and 1 x 2."""
+
+    def run(batch_size: int, **options: Any) -> Ones:
+        changing = AdaptiveAccumulation({3: 2}, lr_rule="none")
+        settings: dict[str, Any] = {"accumulate_grad_batches": 4, "callbacks": [changing, Keep(saved_after)]}
+        trainer = toys.trainer(tmp_path, strategy=strategy(torch.device("cpu")), **settings)
+        rows: Any = torch.zeros(24, 1)
+        trainer.fit(module := Resumable(), DataLoader(rows, batch_size), weights_only=True, **options)
+        return module
+
+    whole = run(1)
+    assert whole.steps == [4, 4, 4] + [2] * 6
+    with pytest.warns(UserWarning, match="batches of 1 rows and now has batches of 2: random numbers start anew"):
+        resumed = run(2, ckpt_path=tmp_path / "kept.ckpt")
+    assert resumed.steps == [2] * (3 - saved_after) + [1] * min(6, 9 - saved_after)
+    assert resumed.rates == pytest.approx(whole.rates[saved_after:])
+
+
+class Resumable(LoRAMixin, Ones):
+    lora = None
+
+
+class Keep(Callback):
+    """Saves after so many steps, when it comes to it."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.after and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "kept.ckpt")
+
+
+def test_a_checkpoint_whose_steps_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    rows: Any = torch.zeros(24, 1)
+    for batch_size, path, schedule, message in (
+        (1, None, {3: 2}, ""),
+        (
+            8,
+            "kept.ckpt",
+            {3: 2},
+            r"the checkpoint \(effective batch 4 = 1 rows x 4 .*\) has steps of 4 rows, which 8 rows x 1 devices",
+        ),
+        (4, "kept.ckpt", {3: 2}, "from step 3 on the schedule has steps of 2 rows, which 4 rows x 1 devices do not"),
+    ):
+        callbacks = [AdaptiveAccumulation(schedule), Keep(2)]
+        trainer = toys.trainer(tmp_path, accumulate_grad_batches=4, callbacks=callbacks)
+        expected = pytest.raises(ConfigError, match=message) if path else contextlib.nullcontext()
+        with expected:
+            trainer.fit(
+                Resumable(), DataLoader(rows, batch_size), ckpt_path=path and tmp_path / path, weights_only=True
+            )
+
+
+def test_a_change_is_told_to_loggers_and_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, [AdaptiveAccumulation({3: 2})], 4, rows=24, logger=CSVLogger(tmp_path, "", ""))
+    (event,) = (event for event in read_events(tmp_path) if event["event"] == "accumulation")
+    assert event == {"event": "accumulation", "step": 3, "old": 4, "new": 2, "lr_factor": pytest.approx(0.5**0.5)}
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = {int(row["step"]): float(row["batch/k"]) for row in csv.DictReader(file) if row["batch/k"]}
+    assert logged == {0: 4.0, 3: 2.0}
+    assert "accumulation 4 -> 2 from optimizer step 4 on; learning rates x 0.707" in caplog.text
+
+
+class Steps(Ones):
+    kind = StepLR
+
+
+class ByHand(Ones):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+REFUSED: dict[str, tuple[list[Callback], type[Ones], str]] = {
+    "no monitor": ([AdaptiveAccumulation()], Ones, "needs a BatchSizeMonitor with a calibration.*lightning-lora probe"),
+    "not calibrated": ([AdaptiveAccumulation(), BatchSizeMonitor()], Ones, "needs a BatchSizeMonitor with a calibr"),
+    "two schedules": (
+        [AdaptiveAccumulation({0: 2}), GradientAccumulationScheduler({0: 1})],
+        Ones,
+        "in every epoch, and AdaptiveAccumulation too: keep one of the two",
+    ),
+    "a target": ([AdaptiveAccumulation({0: 2}), TargetBatchSize(8)], Ones, "a schedule sets accumulation, and target_"),
+    "StepLR": ([AdaptiveAccumulation({0: 2})], Steps, "StepLR cannot be stretched"),
+    "by hand": ([AdaptiveAccumulation({0: 2})], ByHand, "with manual optimization the module decides when to step"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_changed_is_refused(name: str, tmp_path: Path) -> None:
+    callbacks, module, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, callbacks, 1, module())
 
 
 @pytest.mark.parametrize("options", [{"schedule": {}}, {"schedule": {0: 0}}, {"lr_rule": "linear"}, {"cooldown": 2}])

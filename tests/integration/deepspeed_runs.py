@@ -1,6 +1,7 @@
 """LoRA under DeepSpeed ZeRO on CPUs: ``python deepspeed_runs.py RANKS FOLDER STAGE...``; stage 0 is one device.
 
-Final adapters go to ``FOLDER/STAGE.pt``, or why there are none.
+Final adapters go to ``FOLDER/STAGE.pt``, or why there are none. Stage 2 after ``target`` has batches of one row, and a
+`TargetBatchSize`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_lora import LoRAConfig, lora_state_dict
-from lightning_lora.callbacks import LoRAGuard
+from lightning_lora.callbacks import LoRAGuard, TargetBatchSize
 from lightning_lora.errors import ConfigError
 from lightning_lora.tasks import CausalLM
 from tests import toys
@@ -54,7 +55,7 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
-def run(ranks: int, folder: Path, stage: int) -> None:
+def run(ranks: int, folder: Path, stage: int, has_target: bool = False) -> None:
     seed_everything(0, verbose=False)
     module = CausalLM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2))
     trainer = toys.trainer(
@@ -63,14 +64,19 @@ def run(ranks: int, folder: Path, stage: int) -> None:
         strategy=OnCPU(stage=stage, exclude_frozen_parameters=True) if stage else "auto",
         use_distributed_sampler=False,
         max_epochs=3,
-        callbacks=[LoRAGuard()],
+        callbacks=[LoRAGuard(), *([TargetBatchSize(GLOBAL_BATCH)] if has_target else [])],
     )
     data: Any = rows()
     sampler = DistributedSampler(data, ranks, trainer.global_rank, shuffle=False)
     try:
-        trainer.fit(module, DataLoader(data, GLOBAL_BATCH // ranks, sampler=sampler))
+        trainer.fit(module, DataLoader(data, 1 if has_target else GLOBAL_BATCH // ranks, sampler=sampler))
     except ConfigError as error:
         torch.save(str(error), folder / f"{stage}.pt")
+        return
+    if has_target:
+        torch.save(
+            lora_state_dict(module) if trainer.global_step == 3 * NUM_ROWS // GLOBAL_BATCH else {}, folder / "target.pt"
+        )
         return
     if stage:
         trainer.save_checkpoint(folder / f"{stage}.ckpt")
@@ -82,6 +88,7 @@ def run(ranks: int, folder: Path, stage: int) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for chosen in sys.argv[3:]:
-        run(int(sys.argv[1]), Path(sys.argv[2]), int(chosen))
+        is_target = chosen == "target"
+        run(int(sys.argv[1]), Path(sys.argv[2]), 2 if is_target else int(chosen), is_target)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

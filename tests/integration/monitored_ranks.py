@@ -1,4 +1,7 @@
-"""One monitored step on two ranks: ``python monitored_ranks.py STRATEGY FOLDER`` writes its sample to ``RANK.json``."""
+"""Two measured steps on two ranks: ``python monitored_ranks.py STRATEGY FOLDER`` writes their samples to ``RANK.json``.
+
+Both see the same weights and rows, so Adam's second moment after the first is the square of its gradient.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_lora.sharding import shard_lora
 from lightning_lora.strategies import FSDP2Strategy
 from tests import toys
-from tests.callbacks.test_batch_size_monitor import Double, Samples
+from tests.callbacks.test_batch_size_monitor import Double
+from tests.metered import Metered
 
 NUM_ROWS, BATCH, ACCUMULATE = 32, 4, 4
+EPS = 1e-3
 
 
 class Sharded(Double):
@@ -27,13 +32,17 @@ class Sharded(Double):
             assert self.device_mesh is not None
             shard_lora(self.net, self.device_mesh)
 
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.Adam(trained, lr=0.0, betas=(0.9, 0.0), eps=EPS)
+
 
 def sampler(rank: int) -> DistributedSampler[Any]:
     return DistributedSampler(toys.rows(NUM_ROWS), 2, rank, shuffle=False)
 
 
 def run(strategy: str, folder: Path) -> None:
-    monitor = Samples()
+    monitor = Metered(spaces=("adapter", "adam"), weight_space_every=1)
     strategies: dict[str, Any] = {
         "ddp": "ddp",
         "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
@@ -46,6 +55,7 @@ def run(strategy: str, folder: Path) -> None:
         use_distributed_sampler=False,
         accumulate_grad_batches=ACCUMULATE,
         callbacks=[monitor],
+        max_epochs=2,
     )
     loader = DataLoader(toys.rows(NUM_ROWS), BATCH, sampler=sampler(trainer.global_rank))
     trainer.fit(Sharded(), loader)

@@ -19,7 +19,7 @@ def free_port() -> str:
 def launched(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """What ``python arguments`` did; all its processes are gone when this returns."""
     settings = {
-        "PYTHONPATH": str(toys.ROOT),
+        "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(toys.ROOT)]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "MASTER_PORT": free_port(),

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toys.save_llama(folder / "llama")
     deepspeed_runs.run(1, folder, 0)
     path = f"{toys.ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    run(deepspeed_runs.__file__, 2, folder, 2, 3, PYTHONPATH=path, DS_ACCELERATOR="cpu")
+    run(deepspeed_runs.__file__, 2, folder, 2, 3, "target", PYTHONPATH=path, DS_ACCELERATOR="cpu")
     return folder
 
 
@@ -36,6 +36,11 @@ def test_zero_2_on_two_processes_equals_one_device(folder: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert max(tensor.abs().max() for name, tensor in expected.items() if "lora_B" in name) > 1e-3
     assert (folder / "2-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_engine_accumulates_what_a_target_batch_size_says(folder: Path) -> None:
+    found, expected = torch.load(folder / "target.pt"), torch.load(folder / "0.pt")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_zero_2_checkpoint_holds_no_frozen_weights(folder: Path) -> None:

@@ -19,9 +19,13 @@ from tests.integration.ranks import run
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 
-def gradient(rows: list[int]) -> Tensor:
+def gradient(rows: list[int], of_base: bool = False) -> Tensor:
+    """Of the adapters, or of the weights they are beside."""
     module: Any = Double()
     module.configure_model()
+    if of_base:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.endswith(".weight"))
     data = toys.rows(script.NUM_ROWS)
     batch = [torch.stack([data[row][part] for row in rows]) for part in range(2)]
     module.training_step(batch, 0).backward()
@@ -35,19 +39,27 @@ def test_a_step_of_two_ranks_is_measured_as_if_by_hand(
     strategy: str, num_micro_batches: int, tolerance: float, tmp_path: Path
 ) -> None:
     run(script.__file__, strategy, tmp_path)
-    (found,) = json.loads((tmp_path / "0.json").read_text())
-    assert json.loads((tmp_path / "1.json").read_text()) == [found]
+    first, second = found = json.loads((tmp_path / "0.json").read_text())
+    assert json.loads((tmp_path / "1.json").read_text()) == found
     ranks = [list(script.sampler(rank)) for rank in range(2)]
     windows = [range(start, start + script.BATCH) for start in range(0, 16, script.BATCH)]
     micro_batches = [[rank[place] for place in window] for rank in ranks for window in windows]
     if strategy != "ddp":
         micro_batches = [one + other for one, other in zip(micro_batches[:4], micro_batches[4:], strict=True)]
     gradients = torch.stack([gradient(rows) for rows in micro_batches])
-    size = len(micro_batches[0])
+    assert first["adapter"] == second["adapter"] == by_hand(gradients, tolerance)
+    scaled = gradients / (gradients.mean(0).abs() + script.EPS)
+    assert second["adam"] == by_hand(scaled, tolerance)
+    assert "adam" not in first
+    if strategy == "ddp":
+        rows = torch.stack([gradient([row], of_base=True) for row in range(script.NUM_ROWS)])
+        assert first["weight"] == by_hand(rows, tolerance)
+    else:
+        assert "weight" not in first
+
+
+def by_hand(gradients: Tensor, tolerance: float) -> Any:
+    size = script.NUM_ROWS // len(gradients)
     signal, trace = signal_and_trace(gradients.square().sum(1), gradients.mean(0).square().sum(), size)
-    assert found == [
-        pytest.approx(float(signal), rel=tolerance),
-        pytest.approx(float(trace), rel=tolerance),
-        script.NUM_ROWS,
-        num_micro_batches,
-    ]
+    numbers = [pytest.approx(float(number), rel=tolerance) for number in (signal, trace)]
+    return [*numbers, script.NUM_ROWS, len(gradients)]
