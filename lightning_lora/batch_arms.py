@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.adapter import merge_layers, remove_lora
 from lightning_lora.batch_probe_result import BatchProbeResult, Comparison
-from lightning_lora.branches import Branch, apart, copied, present_phase
+from lightning_lora.branches import Branch, present_phase
 from lightning_lora.errors import ConfigError, DataError, GradientError
 from lightning_lora.layers.walk import lora_layers
 from lightning_lora.mixin import LoRAMixin
+from lightning_lora.twins import apart, copied
 
 HeldOut = tuple[DataLoader[Any], Sequence[int]]
 

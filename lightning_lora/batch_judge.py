@@ -50,6 +50,11 @@ class BatchJudge:
         if ends_window:
             self._full_windows = self._full_windows + 1 if self.reading.fill_low > 1 else 0
 
+    def recalibrate(self, batch_rows: int, num_steps: float, calibration: float) -> None:
+        """Read the batch again; windows so far were judged by another calibration, and count no more."""
+        self._full_windows = 0
+        self.judge(batch_rows, num_steps, calibration)
+
     def add(self, sample: StepSample, rows_seen: int, num_steps: float, calibration: float) -> None:
         """Take a sample in, ``rows_seen`` rows into the run, and judge."""
         self.history.add(sample.signal, sample.trace, rows_seen)

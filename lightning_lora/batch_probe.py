@@ -26,11 +26,13 @@ from typing_extensions import override
 
 from lightning_lora.batch_arms import Arms, HeldOut, probe_arms
 from lightning_lora.batch_probe_result import NAME, BatchProbeResult
-from lightning_lora.branches import Branch, apart, check_gives_losses, check_one_optimizer, copied
+from lightning_lora.branches import Branch, check_one_optimizer
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.events import write_event
+from lightning_lora.row_losses import check_gives_losses
 from lightning_lora.row_order import check_rows, next_rows, rows_of_batch
+from lightning_lora.twins import apart, copied
 
 
 class BatchProbe(Callback):
@@ -216,10 +218,9 @@ class BatchProbe(Callback):
         result = self.result = replace(found, step=trainer.global_step, noise_scale=scale)
         lines = [str(result)]
         if monitor is not None and result.calibration is not None:
-            monitor.calibration = result.calibration
-            lines.append(
-                f"  noise scale {scale:.3g} rows: the monitor goes on with calibration {monitor.calibration:.3g}"
-            )
+            factor = result.calibration
+            monitor.calibrate(trainer, factor)
+            lines.append(f"  noise scale {scale:.3g} rows: the monitor goes on with calibration {factor:.3g}")
         elif monitor is not None:
             lines.append("  the noise scale was inconclusive, so the monitor could not be calibrated.")
         rank_zero_info("\n".join(lines))

@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
-import logging
 import math
-import random
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.random_state import random_state, set_random_state
+from lightning_lora.row_losses import row_losses
+from lightning_lora.twins import apart, copied
 
 COOLDOWN = 0.2
 """Fraction of a branch's steps, at its end, over which the learning rate falls to zero."""
@@ -99,7 +93,7 @@ class Branch:
             arm = copied(self.module)
             trainer = self._trainer(batch_rows // micro_batch, [rates])
             trainer.fit(arm, batches)
-            losses = _row_losses(trainer, arm, *held_out, self.micro_batch)
+            losses = row_losses(trainer, arm, *held_out, self.micro_batch)
             _forget(trainer, arm)
         return losses
 
@@ -112,7 +106,7 @@ class Branch:
         with apart(self.module.device, 0):
             arm = copied(self.module)
             trainer = self._trainer(1, [])
-            losses = _row_losses(trainer, arm, *held_out, self.micro_batch)
+            losses = row_losses(trainer, arm, *held_out, self.micro_batch)
             _forget(trainer, arm)
         return losses
 
@@ -197,104 +191,6 @@ def fit_to_batch(group: dict[str, Any], ratio: float) -> None:
         group["betas"] = (beta1, beta2 ** min(ratio, 1.0))
 
 
-def copied(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
-    """A deep copy that knows no Trainer; frozen weights are shared unless they are to be trained.
-
-    Raises:
-        ConfigError: If something has replaced a layer's ``forward`` by a function that would call the original.
-    """
-    for name, child in module.named_modules():
-        own = child.__dict__.get("forward")
-        if inspect.isfunction(own) and own.__closure__:
-            raise ConfigError(
-                f"the forward of {name or type(module).__name__!r} is replaced by a function of its own, which a copy "
-                f"would share: take {own.__qualname__} off before probing."
-            )
-    frozen = [p for p in module.parameters() if shares_frozen and not p.requires_grad]
-    memo: dict[int, Any] = {id(p): _other_name(p) for p in frozen}
-    trainer, module._trainer = module._trainer, None
-    try:
-        if trainer is not None:
-            memo[id(trainer)] = None
-        return copy.deepcopy(module, memo)
-    finally:
-        module._trainer = trainer
-
-
-def _other_name(parameter: nn.Parameter) -> nn.Parameter:
-    """The same values in memory as a parameter of its own, which can be moved without the first."""
-    if type(parameter) is not nn.Parameter:
-        return parameter  # quantised ones carry more than their values
-    return nn.Parameter(parameter.detach(), requires_grad=False)
-
-
-@contextmanager
-def apart(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw from generators of its own, and say nothing: a branch would repeat what the run has said."""
-    before = random_state(device)
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    try:
-        # Not seed_everything, which leaves the seed in the environment.
-        random.seed(seed)
-        numpy.random.seed(seed)
-        torch.manual_seed(seed)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        set_random_state(before, device)
-
-
-def _row_losses(
-    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], rows: Sequence[int], batch_rows: int
-) -> Tensor:
-    """By ``predict_step``: a batch at a time if it gives a loss for each row, else row by row."""
-    subset = Subset(loader.dataset, rows)
-
-    def predict(size: int) -> list[Any]:
-        return trainer.predict(module, DataLoader(subset, size, collate_fn=loader.collate_fn)) or []
-
-    losses = [_loss_of(module, predicted) for predicted in predict(batch_rows)]
-    if sum(loss.numel() for loss in losses) != len(rows):
-        losses = [_loss_of(module, predicted).mean() for predicted in predict(1)]
-    return torch.cat([loss.detach().double().cpu().reshape(-1) for loss in losses])
-
-
-def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
-    loss = predicted.get("loss") if isinstance(predicted, Mapping) else None
-    if not isinstance(loss, Tensor):
-        raise _no_losses(module)
-    return loss
-
-
-def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
-    """Raise `ConfigError` unless Lightning steps one optimizer, whose state a branch can go on with."""
-    if not module.automatic_optimization or len(trainer.optimizers) != 1:
-        by_itself = "" if module.automatic_optimization else " and steps by itself"
-        raise ConfigError(
-            f"a probe needs one optimizer that Lightning steps: {type(module).__name__} has "
-            f"{len(trainer.optimizers)}{by_itself}."
-        )
-
-
-def check_gives_losses(module: LightningModule) -> None:
-    """Raise `ConfigError` if ``module`` has no ``predict_step`` of its own, which would give losses of rows."""
-    if type(module).predict_step is LightningModule.predict_step:
-        raise _no_losses(module)
-
-
-def _no_losses(module: LightningModule) -> ConfigError:
-    return ConfigError(
-        f"a probe compares losses of single rows: let {type(module).__name__}.predict_step return a mapping with their "
-        f'"loss" in nats, a tensor of shape (rows,).'
-    )
-
-
 def _forget(trainer: Trainer, arm: LightningModule) -> None:
     """Free the copy: a Trainer is a ring of references, which Python may keep for long."""
     arm._trainer = None
@@ -309,3 +205,13 @@ def present_phase(optimizer_state: Mapping[str, Any]) -> float:
     group = optimizer_state["param_groups"][0]
     initial = group.get("initial_lr", group["lr"])
     return float(group["lr"] / initial) if initial and math.isfinite(initial) else 1.0
+
+
+def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
+    """Raise `ConfigError` unless Lightning steps one optimizer, whose state a branch can go on with."""
+    if not module.automatic_optimization or len(trainer.optimizers) != 1:
+        by_itself = "" if module.automatic_optimization else " and steps by itself"
+        raise ConfigError(
+            f"a probe needs one optimizer that Lightning steps: {type(module).__name__} has "
+            f"{len(trainer.optimizers)}{by_itself}."
+        )

@@ -46,6 +46,8 @@ LEVELS = {
         "step_meter",
         "token_loss",
         "branches",
+        "twins",
+        "row_losses",
         "batch_arms",
         "batch_probe",
     ),

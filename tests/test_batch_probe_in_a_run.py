@@ -87,6 +87,17 @@ def state_of(module: Any, trainer: Trainer) -> dict[str, Any]:
     return toys.snapshot(module) | moments | {"rates": rates, "flags": flags, "trained": trained, "numbers": numbers}
 
 
+def test_the_monitor_judges_by_the_probe_at_once(tmp_path: Path) -> None:
+    """A scale of 100 rows makes 4 rows a small batch; a probe that found 1 row makes them a large one."""
+    monitor = BatchSizeMonitor(warmup_steps=0)
+    _, trainer = fit(tmp_path, monitor, max_epochs=13, limit_val_batches=0)
+    monitor._judge.estimate = NoiseScale(100.0, 90.0, 110.0, 1.0, 100.0, conclusive=True)
+    monitor.calibrate(trainer, 1.0)
+    assert monitor.state == "noise-limited"
+    monitor.calibrate(trainer, 0.01)
+    assert monitor.reading.fill == pytest.approx(4.0)
+
+
 @pytest.mark.filterwarnings("ignore:24 optimizer steps are few:UserWarning")
 def test_a_run_with_a_probe_is_bit_equal_to_one_without(tmp_path: Path) -> None:
     plain = state_of(*fit(tmp_path, LoRAGuard()))
@@ -102,7 +113,8 @@ def test_a_run_with_a_probe_is_bit_equal_to_one_without(tmp_path: Path) -> None:
 
 def test_the_branches_do_train(tmp_path: Path) -> None:
     """Or a probe that leaves no trace would be one that does nothing; here the guard still watches layers run."""
-    probe = BatchProbe(at=1, **(SMALL | {"ratios": (1, 2, 4)}))
+    settings: dict[str, Any] = SMALL | {"ratios": (1, 2, 4)}
+    probe = BatchProbe(at=1, **settings)
     fit(tmp_path, probe, LoRAGuard(), accumulate_grad_batches=1)
     assert probe.result is not None
     assert len({probe.result.start_loss, *probe.result.losses.values()}) == 4

@@ -216,6 +216,17 @@ class BatchSizeMonitor(Callback):
         self._spaces.load_state_dict(state_dict["spaces"], self._judge.history.half_life)
         self._rows_seen = state_dict["rows_seen"]
 
+    def calibrate(self, trainer: Trainer, calibration: float) -> None:
+        """Judge by what a probe has found, from now on.
+
+        Args:
+            trainer: Of the run.
+            calibration: Harmless batch over noise scale.
+        """
+        self.calibration = calibration
+        if self.batch is not None:
+            self._judge.recalibrate(self.batch.rows, _num_steps(trainer), calibration)
+
     def summary(self, trainer: Trainer) -> tuple[str, str]:
         """What was found, in two lines: the state with the numbers behind it, and what it means for the batch."""
         if self.batch is None:
