@@ -78,6 +78,12 @@ class AdaptiveAccumulation(Callback):
         self._folder = Path()
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be changed, before anything is loaded."""
+        if stage == "fit":
+            self._refuse(trainer, pl_module)
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Plan schedules for steps of as many rows as then, if they are not made yet; FSDP2 loads after that."""
         loaded = checkpoint["callbacks"].get(self.state_key)
@@ -90,8 +96,8 @@ class AdaptiveAccumulation(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be changed; go on with the steps of the run that was interrupted."""
-        self._refuse(trainer, pl_module)
+        """Refuse schedules that cannot be stretched; go on with the steps of the run that was interrupted."""
+        step_schedulers(trainer)
         # Reading log_dir is a collective: every rank must do it.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._batch = present_batch(trainer)
@@ -221,7 +227,6 @@ class AdaptiveAccumulation(Callback):
                     "without a schedule AdaptiveAccumulation needs a BatchSizeMonitor with a calibration: a raw noise "
                     "scale is no ground to change a run. Run `lightning-lora probe`, or give a schedule."
                 )
-        step_schedulers(trainer)
 
 
 def _monitor(trainer: Trainer) -> BatchSizeMonitor | None:

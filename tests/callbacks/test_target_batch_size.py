@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora import LoRAConfig, LoRAMixin
 from lightning_lora.batch_division import divide
-from lightning_lora.callbacks import AdaptiveAccumulation, TargetBatchSize
+from lightning_lora.callbacks import AdaptiveAccumulation, MemoryAdvice, TargetBatchSize
 from lightning_lora.callbacks.trial_step import longest_batch, row_size, untouched
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
@@ -214,16 +214,16 @@ def test_a_process_out_of_memory_finds_what_fits(tmp_path: Path) -> None:
     """The allocator's own error: a step of 16 rows takes more than the 256 MiB that there are."""
     printed = toys.run_python(CONFINED, tmp_path).stdout
     assert "can't allocate memory" in printed
-    batch = re.search(r"2 steps, 32 rows, 16 = (\d) rows x \d accumulated x 1 device", printed)
+    batch = re.search(r"2 steps, 32 rows, effective batch 16 = (\d) rows x \d accumulated x 1 device", printed)
     assert batch
     assert int(batch[1]) in (2, 4, 8)
 
 
-def test_a_step_that_cannot_fit_says_so(tmp_path: Path) -> None:
+def test_a_step_that_cannot_fit_says_so_and_what_to_lower(tmp_path: Path) -> None:
     module = Cramped()
     module.room = 0
-    with pytest.raises(MemoryError, match="not even one row fits"):
-        fit(tmp_path, TargetBatchSize(16), module)
+    with pytest.raises(MemoryError, match=r"(?s)not even one row fits.*Out of memory in optimizer step 1. Lower"):
+        fit(tmp_path, None, module, callbacks=[TargetBatchSize(16), MemoryAdvice()])
 
 
 def test_other_errors_of_a_trial_are_not_taken_for_lack_of_memory(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ goes to ``RANK.pt``.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -102,20 +104,26 @@ def fit(folder: Path, kind: str, ranks: int, started_on: int | None = None) -> d
     return {"steps": module.steps, "weights": lora_state_dict(module)}
 
 
-def search(folder: Path) -> str:
-    """The batch that was found where the second rank has room for 2 rows only."""
+def search(folder: Path, strategy: Any) -> tuple[str, list[str]]:
+    """The batch that was found where the second rank has room for 2 rows only, if it was tried; what was said."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("lightning.pytorch").addHandler(listener)
     target = TargetBatchSize(STEP)
-    trainer = toys.trainer(folder, callbacks=[target], devices=2, strategy="ddp", use_distributed_sampler=False)
+    trainer = toys.trainer(folder, callbacks=[target], devices=2, strategy=strategy, use_distributed_sampler=False)
     module = Watched()
-    if trainer.global_rank == 1:
+    if trainer.global_rank == 1 and strategy == "ddp":
         module.room = 2
     trainer.fit(module, datamodule=Data(batch_size=4))
     assert {rows for rows, _ in module.steps} == {STEP}
-    return str(target.batch)
+    logging.getLogger("lightning.pytorch").removeHandler(listener)
+    return str(target.batch), said
 
 
 def main(folder: Path) -> None:
-    done: dict[str, Any] = {"search": search(folder)}
+    sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    done: dict[str, Any] = {"ddp": search(folder, "ddp"), "fsdp2": search(folder, sharded)}
     for kind in SAVED_AT:
         done[f"{kind} whole"] = fit(folder, kind, 2)
         done[f"{kind} resumed"] = fit(folder, kind, 2, started_on=1)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_lora.callbacks import AdaptiveAccumulation
+from lightning_lora.errors import ConfigError
 from tests import toys
 from tests.integration import deepspeed_runs
 from tests.integration.ranks import run
@@ -41,6 +43,12 @@ def test_zero_2_on_two_processes_equals_one_device(folder: Path) -> None:
 def test_the_engine_accumulates_what_a_target_batch_size_says(folder: Path) -> None:
     found, expected = torch.load(folder / "target.pt"), torch.load(folder / "0.pt")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulation_that_changes_is_refused(tmp_path: Path) -> None:
+    trainer = toys.trainer(tmp_path, strategy=deepspeed_runs.OnCPU())
+    with pytest.raises(ConfigError, match="DeepSpeed accumulates in its engine, where accumulation cannot change"):
+        AdaptiveAccumulation({0: 2}).setup(trainer, toys.Toy(), "fit")
 
 
 def test_a_zero_2_checkpoint_holds_no_frozen_weights(folder: Path) -> None:

@@ -34,7 +34,14 @@ def pair(folder: Path, alone: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_ranks_agree_on_the_smallest_micro_batch(pair: list[dict[str, Any]]) -> None:
-    assert [rank["search"] for rank in pair] == ["effective batch 8 = 2 rows x 2 accumulated x 2 devices"] * 2
+    assert [rank["ddp"][0] for rank in pair] == ["effective batch 8 = 2 rows x 2 accumulated x 2 devices"] * 2
+    assert "a step of the 4 longest rows does not fit into memory" in pair[0]["ddp"][1]
+
+
+def test_ranks_that_share_a_model_do_not_try(pair: list[dict[str, Any]]) -> None:
+    batch, said = pair[0]["fsdp2"]
+    assert batch == "effective batch 8 = 4 rows x 1 accumulated x 2 devices"
+    assert any("4 rows fit is not tried: under ModelParallelStrategy ranks would wait" in line for line in said)
 
 
 @pytest.mark.parametrize("kind", script.SAVED_AT)
