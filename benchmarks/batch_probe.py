@@ -77,10 +77,10 @@ def trial(seed: int) -> tuple[Comparison, Comparison, Comparison]:
     return four, sixteen, Comparison.of(32, 32, others[None] - losses[32])
 
 
-def scaled_both_ways(group: dict[str, Any], ratio: float) -> None:
+def scaled_both_ways(group: dict[str, Any], before: float, after: float) -> None:
     """The other rule: ``beta2 ** ratio`` for larger batches too."""
-    group["lr"] *= ratio**0.5
-    group["betas"] = (group["betas"][0], group["betas"][1] ** ratio)
+    group["lr"] *= (after / before) ** 0.5
+    group["betas"] = (group["betas"][0], group["betas"][1] ** (after / before))
 
 
 def row(rule: str, num_seeds: int) -> str:

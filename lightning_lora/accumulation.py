@@ -36,21 +36,34 @@ def steps_left(trainer: Trainer, batch_idx: int, accumulation: int) -> float:
     return min(by_epochs, by_steps)
 
 
-def rescale_rates(trainer: Trainer, ratio: float, rule: LRRule) -> float:
-    """Fit learning rates and Adam's memory to a batch that is ``ratio`` times as large; the factor of the rates.
+def fit_to_batch(group: dict[str, Any], before: float, after: float) -> None:
+    r"""Change a group of Adam's parameters from one batch to another.
 
-    The square-root rule for Adam multiplies learning rates by ``sqrt(ratio)`` (Malladi et al. 2022, arXiv 2205.10287);
-    ``beta2 ** ratio`` keeps the half-life of the second moment in rows (Marek et al. 2025, arXiv 2507.07101).
+    The learning rate is multiplied by ``sqrt(after / before)`` (Malladi et al. 2022, https://arxiv.org/abs/2205.10287).
+    For a batch ``r < 1`` times the first, ``beta2 ** r`` keeps the half-life of the second moment in rows (Marek et al.
+    2025, https://arxiv.org/abs/2507.07101). For larger ones ``beta2`` stays: 0.95 would become 0.81 at four times the
+    batch, below ``beta1``, and steps would be noisy by that alone (measured in ``benchmarks/batch_probe.py``).
+
+    Args:
+        group: Of an optimizer; changed.
+        before: The batch it is set for, as a multiple of the one the run started with.
+        after: The batch it shall be set for, likewise.
     """
+    for key in ("lr", "initial_lr"):
+        if key in group:
+            group[key] *= math.sqrt(after / before)
+    if "betas" in group:
+        beta1, beta2 = group["betas"]
+        group["betas"] = (beta1, beta2 ** (min(after, 1.0) / min(before, 1.0)))
+
+
+def rescale_rates(trainer: Trainer, before: float, after: float, rule: LRRule) -> float:
+    """Fit all optimizers and their schedules to another batch by `fit_to_batch`; the factor of the learning rates."""
     if rule == "none":
         return 1.0
-    root = math.sqrt(ratio)
     for group in _groups(trainer.optimizers):
-        for key in ("lr", "initial_lr"):
-            if key in group:
-                group[key] *= root
-        if "betas" in group:
-            group["betas"] = (group["betas"][0], group["betas"][1] ** ratio)
+        fit_to_batch(group, before, after)
+    root = math.sqrt(after / before)
     for scheduler in step_schedulers(trainer):
         scheduler.base_lrs = [rate * root for rate in scheduler.base_lrs]
     return root

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
+from lightning_lora.accumulation import fit_to_batch
 from lightning_lora.errors import ConfigError
 from lightning_lora.row_losses import row_losses
 from lightning_lora.twins import apart, copied
@@ -165,7 +166,7 @@ class _Rates(Callback):
             for group in optimizer.param_groups:
                 group["lr"] = self.factor * group.get("initial_lr", group["lr"])
         for group in optimizer.param_groups:
-            fit_to_batch(group, self.ratio)
+            fit_to_batch(group, 1.0, self.ratio)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if not any(self._rates):
             raise ConfigError("the learning rate is 0 here, and a branch would learn nothing: probe at another step.")
@@ -175,20 +176,6 @@ class _Rates(Callback):
         left = (self.num_steps - trainer.global_step) / (self.num_cool + 1)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * min(1.0, left)
-
-
-def fit_to_batch(group: dict[str, Any], ratio: float) -> None:
-    r"""Change a group of Adam's parameters for a batch that is ``ratio`` times as large.
-
-    The learning rate is multiplied by ``sqrt(ratio)`` (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). For a
-    smaller batch ``beta2 ** ratio`` keeps the half-life of the second moment in rows (Marek et al. 2025,
-    https://arxiv.org/abs/2507.07101). For a larger one ``beta2`` stays: 0.95 would become 0.81 at four times the batch,
-    below ``beta1``, and the batch would be blamed for steps that are noisy by that alone.
-    """
-    group["lr"] *= math.sqrt(ratio)
-    if "betas" in group:
-        beta1, beta2 = group["betas"]
-        group["betas"] = (beta1, beta2 ** min(ratio, 1.0))
 
 
 def _forget(trainer: Trainer, arm: LightningModule) -> None:

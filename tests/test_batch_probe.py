@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_lora import BatchProbe, LoRAConfig, LoRAMixin
+from lightning_lora.accumulation import fit_to_batch
 from lightning_lora.batch_arms import Arms, compared
 from lightning_lora.batch_probe_result import BatchProbeResult, Comparison
-from lightning_lora.branches import Branch, fit_to_batch
+from lightning_lora.branches import Branch
 from lightning_lora.errors import ConfigError, DataError, GradientError, LoRAError
 from lightning_lora.row_order import next_rows
 from tests import toys
@@ -141,7 +142,7 @@ def test_a_module_that_gives_the_loss_of_a_batch_is_scored_row_by_row() -> None:
 def test_the_largest_batch_is_not_blamed_for_a_second_decay_below_the_first() -> None:
     def fitted(ratio: float) -> tuple[float, float]:
         group = {"lr": 1.0, "betas": (0.9, 0.95)}
-        fit_to_batch(group, ratio)
+        fit_to_batch(group, 1.0, ratio)
         return group["lr"], group["betas"][1]
 
     assert fitted(0.25) == (0.5, 0.95**0.25)

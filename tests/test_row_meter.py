@@ -24,9 +24,9 @@ from lightning_lora.mixin import LoRAMixin
 from lightning_lora.row_meter import RowGradients
 from lightning_lora.row_path import row_layers
 from tests import tiny_models, toys
-from tests.callbacks.test_batch_size_monitor import TOLD, Double, Samples, Tokens, fit
+from tests.callbacks.test_batch_size_monitor import Double, Samples, Tokens, fit
 
-pytestmark = [*toys.expected_warnings, *TOLD]
+pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_models.llama(attn_implementation="eager"),

@@ -20,10 +20,10 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.events import read_events
 from lightning_lora.sample_source import refusal
 from tests import tiny_models, toys
-from tests.callbacks.test_batch_size_monitor import TOLD, Double, Samples, fit
+from tests.callbacks.test_batch_size_monitor import Double, Samples, fit
 from tests.metered import expected, gradients_of, measure
 
-pytestmark = [*toys.expected_warnings, *TOLD]
+pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
 class Still(Double):

@@ -35,7 +35,7 @@ class AdaptiveAccumulation(Callback):
 
     Accumulation *multiplies* the effective batch: rows of a micro-batch x accumulation x data-parallel processes. A
     smaller batch comes from less of it. A change waits for the first batch that begins a window under the old and the
-    new number. Learning rates and Adam's second decay follow the batch (`rescale_rates`), and schedules that count
+    new number. Learning rates and Adam's second decay follow the batch (`fit_to_batch`), and schedules that count
     steps are stretched to the number that will be done. Each change is logged as ``batch/k`` and in ``events.jsonl``.
 
     Without ``schedule`` a calibrated `BatchSizeMonitor` decides: accumulation is halved while the run is
@@ -166,9 +166,11 @@ class AdaptiveAccumulation(Callback):
         return rows // at_once
 
     def _change(self, trainer: Trainer, new: int) -> None:
-        old = self._batch.accumulation
+        old, before = self._batch.accumulation, self._batch.rows
         self._set(trainer, new)
-        factor = rescale_rates(trainer, new / old, self.lr_rule)
+        factor = rescale_rates(
+            trainer, before / self._planned_rows, self._batch.rows / self._planned_rows, self.lr_rule
+        )
         self._num_changes += 1
         self._last_change = trainer.global_step
         if (monitor := _monitor(trainer)) is not None:

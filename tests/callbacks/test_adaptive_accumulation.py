@@ -139,6 +139,18 @@ def test_rates_and_decays_follow_the_batch(tmp_path: Path) -> None:
     assert module.rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("later", "beta2"), [({6: 4}, 0.99), ({6: 1}, 0.99**0.5), ({3: 8, 6: 1}, 0.99**0.5)])
+def test_decays_stay_for_larger_batches_and_a_way_back_ends_where_it_began(
+    later: dict[int, int], beta2: float, tmp_path: Path
+) -> None:
+    there_and_back = later | {12: 2}
+    for schedule, expected in ((later, beta2), (there_and_back, 0.99)):
+        trainer = toys.trainer(tmp_path, accumulate_grad_batches=2, callbacks=[AdaptiveAccumulation(schedule)])
+        trainer.fit(Ones(), DataLoader(torch.zeros(96, 1)))  # pyright: ignore[reportArgumentType]
+        (group,) = trainer.optimizers[0].param_groups
+        assert group["betas"] == (0.9, pytest.approx(expected))
+
+
 @pytest.mark.parametrize("max_steps", [20])
 def test_a_run_of_so_many_steps_keeps_its_schedule(max_steps: int, tmp_path: Path) -> None:
     module = fit(tmp_path, [AdaptiveAccumulation({6: 2}, lr_rule="none")], 4, max_steps=max_steps, max_epochs=-1)

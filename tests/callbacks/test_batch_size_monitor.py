@@ -25,12 +25,7 @@ from lightning_lora.tasks import CausalLM
 from lightning_lora.token_loss import TokenWeightedLoss
 from tests import toys
 
-# What the monitor itself says of our short, unshuffled runs; the tests that are about it expect it by name.
-TOLD = [
-    pytest.mark.filterwarnings("ignore:.*optimizer steps are few whatever the noise"),
-    pytest.mark.filterwarnings("ignore:training rows come in the order they are stored in"),
-]
-pytestmark = [*toys.expected_warnings, *TOLD]
+pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
 class Double(toys.Toy):

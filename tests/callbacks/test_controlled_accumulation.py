@@ -17,7 +17,7 @@ from lightning_lora.callbacks import AdaptiveAccumulation, BatchSizeMonitor
 from lightning_lora.events import read_events
 from tests import toys
 
-pytestmark = [pytest.mark.slow, *toys.expected_warnings]
+pytestmark = [pytest.mark.slow, *toys.expected_warnings, *toys.monitor_warnings]
 
 SIZE = 64
 BEFORE, AFTER = 64.0, 4.0
