@@ -211,7 +211,7 @@ class BatchProbe(Callback):
         branch = Branch(module, trainer.optimizers[0].state_dict(), loader, rows_of_batch(loader), options)
         rows = next_rows(loader, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         held_out = self._held_out(trainer.val_dataloaders)
-        monitor = next((each for each in trainer.callbacks if isinstance(each, BatchSizeMonitor)), None)  # pyright: ignore[reportAttributeAccessIssue]
+        monitor = BatchSizeMonitor.of(trainer)
         estimate = monitor.estimate if monitor is not None else None
         scale = estimate.value if estimate is not None and estimate.conclusive else None
         found = self._probe(branch, arms, rows, held_out)

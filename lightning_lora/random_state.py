@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -56,3 +57,13 @@ def set_random_state(state: dict[str, Any], device: torch.device, own: Sequence[
     else:
         for generator in own:
             generator.manual_seed(generator.initial_seed())
+
+
+@contextmanager
+def kept_random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Whatever draws random numbers inside has drawn none afterwards; arguments as those of `random_state`."""
+    before = random_state(device, own)
+    try:
+        yield
+    finally:
+        set_random_state(before, device, own)

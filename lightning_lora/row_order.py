@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
+from lightning_lora.batch_division import rows_at_once
 from lightning_lora.errors import DataError
 
 
@@ -31,9 +32,9 @@ def check_rows(loader: object, what: str) -> DataLoader[Any]:
 
 def rows_of_batch(loader: DataLoader[Any]) -> int:
     """Rows of a batch of a loader that `check_rows` has passed."""
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    assert isinstance(size, int)
-    return size
+    rows = rows_at_once(loader)
+    assert rows is not None
+    return rows
 
 
 def next_rows(loader: DataLoader[Any], epoch: int = 0, num_batches: int = 0) -> list[Any]:

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.random_state import random_state, set_random_state
+from lightning_lora.random_state import kept_random_state
 
 
 def copied(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
@@ -54,20 +54,18 @@ def _other_name(parameter: nn.Parameter) -> nn.Parameter:
 @contextmanager
 def apart(device: torch.device, seed: int) -> Iterator[None]:
     """Draw from generators of its own, and say nothing: a branch would repeat what the run has said."""
-    before = random_state(device)
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]
-    try:
+    with kept_random_state(device), warnings.catch_warnings():
         # Not seed_everything, which leaves the seed in the environment.
         random.seed(seed)
         numpy.random.seed(seed)
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        try:
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        set_random_state(before, device)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -24,10 +24,10 @@ from lightning_lora.batch_division import (
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 from lightning_lora.events import write_event
+from lightning_lora.random_state import kept_random_state
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize
-from .trial_step import kept_random_state
 
 
 class AdaptiveAccumulation(Callback):
@@ -88,7 +88,7 @@ class AdaptiveAccumulation(Callback):
         """Plan schedules for steps of as many rows as then, if they are not made yet; FSDP2 loads after that."""
         loaded = checkpoint["callbacks"].get(self.state_key)
         if loaded is not None and not trainer.strategy.restore_checkpoint_after_setup:
-            with kept_random_state(trainer):
+            with kept_random_state(trainer.strategy.root_device):
                 loaders = trainer.fit_loop._data_source.dataloader()
             at_once = (rows_at_once(loaders) or 1) * data_parallel_ranks(trainer)
             if loaded["planned_rows"] % at_once == 0:
@@ -173,7 +173,7 @@ class AdaptiveAccumulation(Callback):
         )
         self._num_changes += 1
         self._last_change = trainer.global_step
-        if (monitor := _monitor(trainer)) is not None:
+        if (monitor := BatchSizeMonitor.of(trainer)) is not None:
             monitor.restart()
         self._log(trainer)
         if trainer.is_global_zero:
@@ -200,7 +200,7 @@ class AdaptiveAccumulation(Callback):
                 self._is_at_end = True
                 rank_zero_info("accumulation is 1: only fewer devices or a smaller micro-batch make the batch smaller.")
             return now
-        monitor = _monitor(trainer)
+        monitor = BatchSizeMonitor.of(trainer)
         assert monitor is not None
         assert self._horizon is not None
         is_resting = self._num_changes > 0 and (
@@ -223,14 +223,9 @@ class AdaptiveAccumulation(Callback):
                 "schedule, AdaptiveAccumulation starts from the target."
             )
         if self.schedule is None:
-            monitor = _monitor(trainer)
+            monitor = BatchSizeMonitor.of(trainer)
             if monitor is None or monitor.calibration is None:
                 raise ConfigError(
                     "without a schedule AdaptiveAccumulation needs a BatchSizeMonitor with a calibration: a raw noise "
                     "scale is no ground to change a run. Run `lightning-lora probe`, or give a schedule."
                 )
-
-
-def _monitor(trainer: Trainer) -> BatchSizeMonitor | None:
-    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    return next((callback for callback in callbacks if isinstance(callback, BatchSizeMonitor)), None)

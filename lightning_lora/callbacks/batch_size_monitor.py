@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.batch_division import data_parallel_ranks
 from lightning_lora.batch_judge import MIN_HALF_LIFE, BatchJudge
 from lightning_lora.batch_probe_result import known_calibration
 from lightning_lora.batch_state import BatchReading, State, advice
@@ -102,6 +103,12 @@ class BatchSizeMonitor(Callback):
         self._is_alarmed = False
         self._folder = Path()
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> BatchSizeMonitor | None:
+        """The one among the callbacks of ``trainer``, or None."""
+        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
     @property
     def estimate(self) -> NoiseScale | None:
         """The latest noise scale; None before the first sample."""
@@ -143,6 +150,8 @@ class BatchSizeMonitor(Callback):
         with self._harmless():
             if self.batch is None or self.batch.accumulation != trainer.accumulate_grad_batches:
                 self._follow_batch(trainer, batch)
+            assert self.batch is not None
+            self._rows_seen += self._micro_rows * self.batch.num_ranks
             if meter is None:
                 return
             if begins and not meter.is_open and self._is_due(trainer.global_step):
@@ -158,7 +167,6 @@ class BatchSizeMonitor(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note a micro-batch."""
         meter = self._meter
-        self._rows_seen += self._micro_rows * (trainer.world_size if meter is None else meter.num_ranks)
         if meter is not None and meter.is_open and self._error is None:
             with self._harmless():
                 meter.add(self._micro_rows)
@@ -241,7 +249,7 @@ class BatchSizeMonitor(Callback):
 
     def _follow_batch(self, trainer: Trainer, batch: Any) -> None:
         """Tell what a step takes, when that is known and when accumulation changes it."""
-        ranks = trainer.world_size if self._meter is None else self._meter.num_ranks
+        ranks = data_parallel_ranks(trainer)
         if self.batch is not None:
             self.restart()
         self.batch = EffectiveBatch(self._micro_rows, trainer.accumulate_grad_batches, ranks)

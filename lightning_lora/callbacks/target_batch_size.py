@@ -17,9 +17,10 @@ from typing_extensions import override
 from lightning_lora.batch_division import data_parallel_ranks, divide, divisors, refuse_two_masters, rows_at_once
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
+from lightning_lora.random_state import kept_random_state
 
 from .agreement import largest_of_ranks
-from .trial_step import can_take_rows, kept_random_state, step_fits
+from .trial_step import can_take_rows, step_fits
 
 
 class TargetBatchSize(Callback):
@@ -109,7 +110,7 @@ class TargetBatchSize(Callback):
             reason = f"under {type(trainer.strategy).__name__} ranks would wait for one that runs out of memory"
         elif not _can_set_rows(trainer, module):
             reason = "the loader was not made by a module with a batch_size that can be set"
-        with kept_random_state(trainer):
+        with kept_random_state(trainer.strategy.root_device):
             loader = None if reason else trainer.fit_loop._data_source.dataloader()
             if reason is None and not can_take_rows(loader):
                 reason = f"rows cannot be chosen from a {type(loader).__name__} of this kind"
@@ -143,7 +144,7 @@ def _asked_rows(trainer: Trainer, module: LightningModule) -> int:
         # Its loader may need what its setup makes, which comes later.
         rows = None
     else:
-        with kept_random_state(trainer):
+        with kept_random_state(trainer.strategy.root_device):
             rows = rows_at_once(source.dataloader())
     if not isinstance(rows, int) or rows < 1:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -17,23 +17,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora.loader_position import generators
-from lightning_lora.random_state import random_state, set_random_state
+from lightning_lora.random_state import kept_random_state
 
 from .memory_advice import is_out_of_memory
 
 _NUM_ROWS = 1000
 """Rows among which the longest are looked for."""
-
-
-@contextmanager
-def kept_random_state(trainer: Trainer, loaders: Sequence[object] = ()) -> Iterator[None]:
-    """Whatever draws random numbers inside has drawn none afterwards."""
-    device, own = trainer.strategy.root_device, generators(loaders)
-    before = random_state(device, own)
-    try:
-        yield
-    finally:
-        set_random_state(before, device, own)
 
 
 def can_take_rows(loader: object) -> bool:
@@ -47,7 +36,7 @@ def can_take_rows(loader: object) -> bool:
 
 def longest_batch(trainer: Trainer, loader: DataLoader[Any], num_rows: int) -> Any:
     """A batch on the device of the longest rows among the first 1,000 of an epoch; those take the most memory."""
-    with kept_random_state(trainer, [loader]):
+    with kept_random_state(trainer.strategy.root_device, generators([loader])):
         batches: Any = loader.batch_sampler
         indices = islice((index for batch in batches for index in batch), _NUM_ROWS)
         rows = heapq.nlargest(num_rows, (loader.dataset[index] for index in indices), key=row_size)
@@ -104,7 +93,7 @@ def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         if isinstance(child, LightningModule):
             child.__dict__["log"] = _no_log
     try:
-        with kept_random_state(trainer):
+        with kept_random_state(trainer.strategy.root_device):
             yield
     finally:
         for parameter in trained:
