@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_lora.batch_division import present_batch
+from lightning_lora.batch_division import present_batch, rows_at_once
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.loader_position import generators, keeps_position, obstacle, starting_at
 from lightning_lora.loop_position import Point, begin_epoch, go_to, position
@@ -88,7 +88,7 @@ class RunMemory:
             "format": FORMAT,
             "position": position(trainer).to_dict(),
             "is_first_epoch": self.num_epochs <= 1,
-            "batch": list(astuple(present_batch(trainer))),
+            "batch": list(astuple(present_batch(trainer))) if rows_at_once(trainer.train_dataloader) else None,
             "is_window_open": _is_window_open(trainer),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "ranks": of_every_rank(own),
@@ -111,9 +111,12 @@ class RunMemory:
         if loaded is None or not trainer.fit_loop.is_resuming:
             return
         point, own = Point.from_dict(loaded["position"]), {}
-        before, now = EffectiveBatch(*loaded["batch"]), present_batch(trainer)
+        saved, now = len(loaded["ranks"]), present_batch(trainer)
+        # A loader that did not say its rows is taken to have had as many as the present one.
+        before = replace(now, num_ranks=saved) if loaded["batch"] is None else EffectiveBatch(*loaded["batch"])
+        if not rows_at_once(trainer.train_dataloader):
+            now = replace(now, micro_batch=before.micro_batch)
         reasons = [] if point.is_between_batches else ["the file was written in the middle of a batch"]
-        saved = len(loaded["ranks"])
         if saved == trainer.world_size and before.micro_batch == now.micro_batch:
             own = loaded["ranks"][trainer.global_rank]
         else:

@@ -43,6 +43,7 @@ LEVELS = {
         "accumulation",
         "sample_source",
         "batch_division",
+        "row_order",
         "step_meter",
         "token_loss",
         "branches",

@@ -11,6 +11,7 @@ import yaml
 from tests import toys
 from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
+WATCHING = ["monitor.yaml", "probe.yaml"]  # run in test_monitor.py
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
 SHARD = {"fsdp2.yaml", "fsdp.yaml", "deepspeed.yaml"}
@@ -28,7 +29,7 @@ def test_every_config_says_in_its_first_lines_what_it_shows_and_the_command() ->
 
 def test_every_config_is_named_here() -> None:
     shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert shipped == {"sft.yaml", "packing.yaml", *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
+    assert shipped == {"sft.yaml", "packing.yaml", *WATCHING, *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,0 +1,40 @@
+"""``fit`` with the configs that watch the batch size, as README.md shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.batch_probe_result import BatchProbeResult
+from lightning_lora.events import read_events
+from tests import toys
+from tests.cli.test_commands import EMBEDDED, configs, lightning_lora
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("overlay", ["monitor.yaml", "probe.yaml"])
+def test_a_watched_run_ends_with_the_state_of_its_batch_in_two_lines(overlay: str, tmp_path: Path) -> None:
+    model = f"--model.init_args.model={toys.save_llama(tmp_path / 'llama', max_position_embeddings=1024)}"
+    settings = [setting for setting in EMBEDDED if "max_length" not in setting]
+    small = ["--trainer.callbacks.warmup_steps=0"] if overlay == "monitor.yaml" else []
+    if overlay == "probe.yaml":
+        small = ["--trainer.callbacks.init_args.at=1", "--trainer.callbacks.init_args.ratios=[0.5,1]"]
+        small += ["--trainer.callbacks.init_args.min_steps=1"]
+    done = lightning_lora("fit", *configs("sft.yaml", "lora.yaml", overlay), *settings, *small, model, cwd=tmp_path)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    lines = printed.splitlines()
+    (state,) = (
+        place for place, line in enumerate(lines) if line.startswith("batch size: step-starved (effective batch")
+    )
+    assert "optimizer steps are few whatever the noise: set a" in lines[state + 1]
+    (run,) = tmp_path.glob("runs/sft/version_0")
+    events = list(read_events(run))
+    assert events[0]["event"] == "batch"
+    if overlay == "monitor.yaml":
+        assert (run / "batch_size.png").is_file()
+        assert "gns/value" in (run / "metrics.csv").read_text().splitlines()[0]
+    else:
+        assert BatchProbeResult.load(run / "batch_probe.json").step == 1
