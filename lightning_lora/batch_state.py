@@ -94,6 +94,8 @@ def advice(reading: BatchReading, batch: EffectiveBatch, num_steps: float) -> st
             return "the noise hides the signal so far: more steps, or more micro-batches a step, would show it."
         case "noise-limited":
             return "larger batches would learn as much from every row, if the device has room."
+        case "transition" if reading.fill_low > SIGNAL_LIMITED:
+            return f"fill {reading.fill:.2g}, surely above 1: too large a batch, if {PATIENCE} windows in a row say so."
         case "transition":
             return f"fill {reading.fill:.2g}: neither clearly too large nor clearly small."
         case "signal-limited":

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.batch_state import MIN_MEASURED, BatchReading, read_batch
+from lightning_lora.batch_state import MIN_MEASURED, BatchReading, advice, read_batch
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.functional.noise_scale import NoiseScale, combine, signal_and_trace
 
 NUM_ROWS, NUM_MICRO_BATCHES, DIMENSIONS = 8, 4, 40
@@ -76,3 +77,29 @@ def test_few_measured_steps_and_weak_signals_are_inconclusive() -> None:
         assert reading.state == "inconclusive"
         assert math.isnan(reading.fill)
         assert math.isnan(reading.efficiency)
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_steps", "full_windows", "told"),
+    [
+        (EffectiveBatch(8, 4, 1), math.inf, 0, "fill 0.5: neither clearly too large nor clearly small."),
+        (
+            EffectiveBatch(8, 40, 1),
+            math.inf,
+            0,
+            "fill 5, surely above 1: too large a batch, if 3 windows in a",
+        ),
+        (EffectiveBatch(8, 40, 1), math.inf, 2, "by the model: set accumulate_grad_batches=20 for 160 rows a step."),
+        (EffectiveBatch(320, 1, 1), math.inf, 2, "by the model: set a batch of 160 rows a step (now 320)."),
+        (
+            EffectiveBatch(8, 4, 2),
+            25,
+            0,
+            "set accumulate_grad_batches=1 for 16 rows a step (or more epochs) for 1",
+        ),
+        (EffectiveBatch(8, 1, 1), 90, 0, "90 optimizer steps are few whatever the noise: set a batch of 4 rows a step"),
+    ],
+)
+def test_advice_names_what_to_change(batch: EffectiveBatch, num_steps: float, full_windows: int, told: str) -> None:
+    reading = read_batch(ESTIMATE, 100, batch.rows, num_steps, full_windows=full_windows)
+    assert told in advice(reading, batch, num_steps)
