@@ -3,7 +3,7 @@ r"""Square norms of the gradients of a step's micro-batches, which accumulation 
 What arrives in ``p.grad`` is the sum over the micro-batches of a step, averaged over ranks. Where each rank holds whole
 parameters a hook on the leaf sees every summand before any rank's is averaged in (``num_ranks * accumulation``
 micro-batches); under FSDP2 leaf hooks are never called, and the growth of ``p.grad`` from one backward pass to the next
-is a micro-batch of all ranks. No gradient is copied in the first case, one adapter-sized copy is kept in the second.
+is a micro-batch of all ranks. At most one adapter-sized copy of gradients is kept, on one device until a pass is over.
 
 Gradients are scaled by loss scalers, by accumulation and by losses that are sums over tokens. All three are undone, so
 that steps of different sizes can be averaged.
@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.parts import local_part
 from lightning_lora.step_sample import StepSample, step_samples
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
@@ -105,17 +105,17 @@ class MicroGradients(ABC):
         return step_samples(spaces, squares, mean_squares, rows, weights, self._averaged_ranks, unit)
 
     @property
-    @abstractmethod
     def _averaged_ranks(self) -> int:
         """Ranks over which ``p.grad`` averages summands that are noted one by one."""
+        return 1
 
     @abstractmethod
     def _latest(self, num_rows: int) -> Tensor:
         """Square norms ``(spaces, samples)`` of what the latest micro-batch has added."""
 
-    @abstractmethod
     def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Both for every independent sample of the step."""
+        """Both for every independent sample of the step, which may be on other ranks."""
+        return squares, rows
 
     def _sum_over_shards(self, squares: Tensor) -> Tensor:
         return squares
@@ -190,11 +190,6 @@ class LeafGradients(MicroGradients):
         torch.distributed.all_gather(everyone, own, group=self.group)
         together = torch.cat(everyone, 1)
         return together[:-1], together[-1].cpu()
-
-
-def local_part(gradient: Tensor) -> Tensor:
-    """The own shard of a gradient, or all of it where it is whole."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sum_of_squares(parts: Sequence[Tensor]) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional.update_metrics import adam_metric
+from lightning_lora.parts import local_part
 
 
 class OptimizerMetric:
@@ -53,6 +53,5 @@ class OptimizerMetric:
         # A beta2 of 0.95 asks for 20 steps, not for the 20.000000000000018 that the quotient gives.
         if step * (1 - beta2) < 1 - 1e-9:
             return torch.full_like(gradient, torch.nan)
-        moment = self.optimizer.state[parameter]["exp_avg_sq"]
-        moment = moment.to_local() if isinstance(moment, DTensor) else moment
+        moment = local_part(self.optimizer.state[parameter]["exp_avg_sq"])
         return adam_metric(gradient, moment, int(step), float(beta2), self._groups[parameter].get("eps", 0.0))

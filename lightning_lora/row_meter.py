@@ -62,15 +62,6 @@ class RowGradients(MicroGradients):
         self._clear()
         return squares
 
-    @property
-    @override
-    def _averaged_ranks(self) -> int:
-        return 1
-
-    @override
-    def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return squares, rows
-
     def _clear(self) -> None:
         self._parts: list[Tensor] = []
         self._sums: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}

@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.micro_gradients import Metric, MicroGradients, local_part
+from lightning_lora.micro_gradients import Metric, MicroGradients
+from lightning_lora.parts import local_part
 
 
 class ShardedGradients(MicroGradients):
@@ -54,11 +55,6 @@ class ShardedGradients(MicroGradients):
         if not growth:
             raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
         return self._square(growth)[:, None]
-
-    @property
-    @override
-    def _averaged_ranks(self) -> int:
-        return 1
 
     @override
     def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

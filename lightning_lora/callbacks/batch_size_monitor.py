@@ -146,7 +146,6 @@ class BatchSizeMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to measure where a step begins."""
         meter, self._micro_rows = self._meter, count_rows(batch)
-        begins = not pl_module.automatic_optimization or batch_idx % trainer.accumulate_grad_batches == 0
         with self._harmless():
             if self.batch is None or self.batch.accumulation != trainer.accumulate_grad_batches:
                 self._follow_batch(trainer, batch)
@@ -154,7 +153,7 @@ class BatchSizeMonitor(Callback):
             self._rows_seen += self._micro_rows * self.batch.num_ranks
             if meter is None:
                 return
-            if begins and not meter.is_open and self._is_due(trainer.global_step):
+            if not meter.is_open and meter.can_start(batch_idx) and self._is_due(trainer.global_step):
                 meter.start()
                 self._repeated.start()
                 self._tokens = None
