@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
-from lightning_lora.layers.walk import adapted_weights, factor_parameters
-from lightning_lora.peft_format import PREFIX, to_tensors
+from lightning_lora.files.adapter.peft_format import PREFIX, to_tensors
+from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRAConfig, LoRAMixin, branches
-from lightning_lora.batch_arms import Arms, compared
-from lightning_lora.batch_probe_result import Comparison
-from lightning_lora.branches import Branch
+from lightning_lora import LoRAConfig, LoRAMixin
+from lightning_lora.study import branch as branches
+from lightning_lora.study.batch_arms import Arms, compared
+from lightning_lora.study.batch_probe_result import Comparison
+from lightning_lora.study.branch import Branch
 
 WIDTH, RANK = 48, 8
 ARMS = Arms(32, (32, 128, 512), 2048)

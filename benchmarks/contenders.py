@@ -16,9 +16,9 @@ from benchmarks.char_gpt import CharGPT
 from benchmarks.other_layers import LayerBuilder, linear_contender, litgpt_layer, microsoft_layer
 from benchmarks.workloads import IGNORED, Batch, Loss, next_token_loss
 from lightning_lora import inject_lora, load_lora_state_dict
-from lightning_lora.functional import head_loss
-from lightning_lora.layers.walk import factor_parameters
-from lightning_lora.optim import parameter_groups
+from lightning_lora.lora.layers.adapted import factor_parameters
+from lightning_lora.mixin.optim import parameter_groups
+from lightning_lora.tasks.head_loss import head_loss
 
 # Small enough that 30 steps change neither routing nor which numbers are denormal.
 LEARNING_RATE = 1e-6

@@ -24,10 +24,10 @@ from benchmarks.machine import disturbed, load, machine
 from benchmarks.timing import spread
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import FiniteGradients
+from lightning_lora.cli.demo_arm import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
-from lightning_lora.demo_arm import MODEL, TRAIN
 from lightning_lora.tasks import CausalLM
-from tests.integration.disturbed import Run, run, training
+from tests.integration.scripts.disturbed import Run, run, training
 
 LIMIT = 60.0
 """Seconds after which a run counts as hanging."""

@@ -15,8 +15,8 @@ from benchmarks.adapters import Adapter, shared_names
 from benchmarks.contenders import Trainee
 from benchmarks.workloads import Batch, next_token_loss
 from lightning_lora import inject_lora
-from lightning_lora.layers.experts import LoRAFusedExperts
-from lightning_lora.layers.walk import adapted_weights, base_parameter, factor_name
+from lightning_lora.lora.layers.adapted import adapted_weights, base_parameter, factor_name
+from lightning_lora.lora.layers.experts import LoRAFusedExperts
 
 # What we promise in float32; measured: 1e-6 on every workload.
 TOLERANCE = 1e-5

@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmarks.machine import load, machine
 from benchmarks.timing import Clock, interleave, paired_ratio
 from benchmarks.workloads import IGNORED
-from lightning_lora.functional import head_loss
+from lightning_lora.tasks.head_loss import head_loss
 
 # The module, which the function of its name hides.
-MODULE: Any = importlib.import_module("lightning_lora.functional.head_loss")
+MODULE: Any = importlib.import_module("lightning_lora.tasks.head_loss")
 USUAL = 0
 
 

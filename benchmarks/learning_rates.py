@@ -15,7 +15,7 @@ import statistics
 import torch
 
 from lightning_lora import LoRAConfig
-from lightning_lora.demo_arm import BATCH_SIZE, train_arm
+from lightning_lora.cli.demo_arm import BATCH_SIZE, train_arm
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 METHODS = {"LoRA, rank 32": LoRAConfig(rank=32, lr_multiplier=1.0), "full fine-tuning": None}

@@ -31,7 +31,7 @@ WIDTH = 8_192
 MERGE = """
 import json, sys, time
 from pathlib import Path
-from lightning_lora.file_merge import merge_files
+from lightning_lora.files.merge.merge_files import merge_files
 
 def resident(kind):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(kind))
@@ -61,7 +61,7 @@ def write_base(folder: Path, dtype: torch.dtype, largest: int, num_shards: int) 
 
 def write_adapter(folder: Path, base: Path, names: list[str], rank: int) -> None:
     """An adapter of all the matrices, as PEFT writes one."""
-    from lightning_lora.tensor_files import read_header, safetensors_files
+    from lightning_lora.files.safetensors_file import read_header, safetensors_files
 
     folder.mkdir()
     tensors, files = {}, safetensors_files(base)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.adapters import Adapter, shared_name
-from lightning_lora.layers.walk import factor_owner
+from lightning_lora.lora.layers.adapted import factor_owner
 
 # Builds an adapted layer around a linear, sharing its weight: ``(linear, rank, scale)``; it has lora_A and lora_B.
 LayerBuilder = Callable[[nn.Linear, int, float], nn.Module]

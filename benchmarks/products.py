@@ -4,7 +4,7 @@
 
 Prints two Markdown tables. First, forward and backward of one layer with its update added (split) or folded in first
 (merged), as paired ratios to the frozen layer. Second, how long narrow products take as they are usually written,
-compared with the order of `lightning_lora.functional.narrow`.
+compared with the order of `lightning_lora.lora.functional.narrow_products`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch.nn.functional as F
 
 from benchmarks.machine import load, machine
 from benchmarks.timing import interleave, paired_ratio, seconds
-from lightning_lora.functional.linear_group import Parts, Settings
-from lightning_lora.functional.merged_linear import MergedLinears
-from lightning_lora.functional.narrow import times_narrow, transposed_times_narrow
-from lightning_lora.functional.split_linear import SplitLinears
+from lightning_lora.lora.functional.linear_group import Parts, Settings
+from lightning_lora.lora.functional.linear_products import MergedLinears, SplitLinears
+from lightning_lora.lora.functional.narrow_products import times_narrow, transposed_times_narrow
 
 SHAPES = ((64, 64), (64, 256), (128, 128), (128, 512), (512, 128), (256, 256), (256, 1024), (512, 512), (512, 1408))
 

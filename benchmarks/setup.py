@@ -2,7 +2,8 @@
 
     python -m benchmarks.setup --blocks 50 100 200 400
 
-Each operation's time per block should not grow with the number of blocks; `tests/test_set_up.py` counts calls instead.
+Each operation's time per block should not grow with the number of blocks; `tests/lora/test_set_up.py` counts calls
+instead.
 """
 
 from __future__ import annotations

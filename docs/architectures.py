@@ -2,7 +2,7 @@
 
     python -m docs.architectures
 
-Writes docs/architectures.md. All but the last column is checked by tests/test_architectures.py.
+Writes docs/architectures.md. All but the last column is checked by tests/architectures/test_architectures.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGE = Path(__file__).with_suffix(".md")
 HEADER = ("architecture", "family", "adapted weights", "left alone", "loads in PEFT", "merge error")
 INTRODUCTION = """# Architectures
 
-What `LoRAConfig(targets="all")` adapts, on tiny models with random weights. `tests/test_architectures.py` adapts each
+What `LoRAConfig(targets="all")` adapts, on tiny models with random weights. `tests/architectures/test_architectures.py` adapts each
 of them, trains it a step, saves, loads, merges and unmerges it; every parameter of two axes or more must be adapted
 there or be named under *left alone*. The *merge error* is the largest difference between the outputs of the adapted and
 of the merged model, relative to the largest output, in float32. `python -m docs.architectures` writes this page.

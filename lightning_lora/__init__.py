@@ -1,19 +1,14 @@
-"""LoRA without regret for any LightningModule."""
+"""LoRA without regret for any LightningModule.
+
+The rooms, from the bottom up; each imports from those before it only. On the ground `errors`, `hub` (hub access) and
+`effective_batch` (rows of an optimizer step). Then `lora` (LoRA on any module), `data` (rows to batches), `files` (what
+is written and read back), `sharding` (many devices), `checkpoints`, `mixin` (LoRA in a LightningModule), `batch` (the
+rows of a step and their noise), `callbacks`, `tasks` (LightningModules ready to run), `study` (runs compared), `cli`.
+"""
 
 from typing import TYPE_CHECKING
 
-from lightning_lora.adapter import (
-    disable_lora,
-    inject_lora,
-    load_lora_state_dict,
-    lora_state_dict,
-    merge_lora,
-    remove_lora,
-    unmerge_lora,
-)
-from lightning_lora.adapter_io import load_adapter, save_adapter
-from lightning_lora.config import LoRAConfig
-from lightning_lora.counting import InjectionReport, ParameterCount, count_parameters
+from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale
 from lightning_lora.errors import (
     AdapterFileError,
     AlreadyShardedError,
@@ -26,16 +21,26 @@ from lightning_lora.errors import (
     RunFolderError,
     TargetNotFoundError,
 )
-from lightning_lora.functional.noise_scale import NoiseScale, noise_scale
-from lightning_lora.layers import register_layer
-from lightning_lora.layers.walk import lora_layers
-from lightning_lora.matching import matched_rank
-from lightning_lora.merge_report import MergeReport
-from lightning_lora.roles import register_role
+from lightning_lora.files.adapter.save_load import load_adapter, save_adapter
+from lightning_lora.lora.adapter import (
+    disable_lora,
+    inject_lora,
+    load_lora_state_dict,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers import register_layer
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.matched_rank import matched_rank
+from lightning_lora.lora.reports import InjectionReport, MergeReport, ParameterCount, count_parameters
+from lightning_lora.lora.targets.roles import register_role
 
 if TYPE_CHECKING:
-    from lightning_lora.batch_probe import BatchProbe
-    from lightning_lora.mixin import LoRAMixin
+    from lightning_lora.mixin.lora_mixin import LoRAMixin
+    from lightning_lora.study.batch_probe import BatchProbe
 
 __all__ = [
     "AdapterFileError",
@@ -76,11 +81,11 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # The core works without Lightning; only these need it.
     if name == "BatchProbe":
-        from lightning_lora.batch_probe import BatchProbe
+        from lightning_lora.study.batch_probe import BatchProbe
 
         return BatchProbe
     if name == "LoRAMixin":
-        from lightning_lora.mixin import LoRAMixin
+        from lightning_lora.mixin.lora_mixin import LoRAMixin
 
         return LoRAMixin
     raise AttributeError(f"module 'lightning_lora' has no attribute {name!r}")

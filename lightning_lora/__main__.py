@@ -2,6 +2,6 @@
 
 import sys
 
-from lightning_lora.cli import main
+from lightning_lora.cli.main import main
 
 sys.exit(main())

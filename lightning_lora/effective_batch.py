@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 
 @dataclass(frozen=True)
@@ -30,3 +34,26 @@ class EffectiveBatch:
             f"effective batch {self.rows} = {self.micro_batch} rows x {self.accumulation} accumulated "
             f"x {self.num_ranks} {devices}"
         )
+
+
+def data_parallel_ranks(trainer: Trainer) -> int:
+    """Processes that divide the data among themselves; those of tensor parallelism see the same rows."""
+    share = trainer.distributed_sampler_kwargs
+    return int(share["num_replicas"]) if share else 1
+
+
+def present_batch(trainer: Trainer) -> EffectiveBatch:
+    """That of a Trainer in training; a loader that does not say its rows is taken to have 1."""
+    rows = rows_at_once(trainer.train_dataloader) or 1
+    return EffectiveBatch(rows, trainer.accumulate_grad_batches, data_parallel_ranks(trainer))
+
+
+def rows_at_once(loaders: Any) -> int | None:
+    """Rows of a batch of one loader; None if it does not say, or if there are several."""
+    found = loaders.flattened if isinstance(loaders, CombinedLoader) else [loaders]
+    if len(found) != 1:
+        return None
+    rows = getattr(found[0], "batch_size", None) or getattr(
+        getattr(found[0], "batch_sampler", None), "batch_size", None
+    )
+    return rows if isinstance(rows, int) else None

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_lora import roles
-from lightning_lora.layers import registry
+from lightning_lora.lora.layers import registry
+from lightning_lora.lora.targets import roles
 
 
 @pytest.fixture

@@ -1,90 +1,57 @@
-"""Which part may know which, and what the public names are: changing either is a decision, not an accident."""
+"""Which room may know which, and how large a room and a file may be."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType
-from typing import Any
 
 import pytest
 
-from tests import toys
+from tests.support import toys
 
-PACKAGE = toys.ROOT / "lightning_lora"
-SURFACE = Path(__file__).with_name("public_surface.txt")
-UPDATE = "UPDATE_PUBLIC_SURFACE"
+ROOT = toys.ROOT
+PACKAGE = ROOT / "lightning_lora"
 
-# From the bottom up. A module imports from its own level and those below; a name ends in * where it is a beginning.
-LEVELS = {
-    "leaves": ("errors", "config", "patterns", "functional"),
-    "adapters": (),  # whatever is named nowhere else: layers and the adapter operations
-    "lightning": (
-        "mixin",
-        "optim",
-        "checkpointing",
-        "named_states",
-        "checkpoint_shards",
-        "consolidate",
-        "fsdp",
-        "checkpoint_io",
-        "whole_checkpoint",
-        "resume",
-        "loop_position",
-        "precision",
-        "strategies",
-        "callbacks",
-        "accumulation",
-        "sample_source",
-        "batch_division",
-        "row_order",
-        "step_meter",
-        "token_loss",
-        "branches",
-        "twins",
-        "row_losses",
-        "batch_arms",
-        "batch_probe",
-    ),
-    # Checkpoints on disk have the names and layouts that transformers gives them.
-    "tasks": ("tasks", "data", "checkpoint_model", "merge_plan", "base_check", "file_merge", "hub"),
-    "commands": ("cli*", "demo*", "commands", "argument_parser", "export", "quiet", "planning", "study", "__main__"),
+LIGHTNING = ("lightning", "torchmetrics")
+MODELS = (*LIGHTNING, "transformers", "datasets")
+# From the bottom up: a room imports from itself and those above its row, and from no other library of these.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "hub": LIGHTNING,
+    "effective_batch": LIGHTNING,
+    "lora": (),
+    "data": MODELS,
+    # Checkpoints on disk have the names that transformers gives them.
+    "files": ("transformers",),
+    "sharding": LIGHTNING,
+    "checkpoints": LIGHTNING,
+    "mixin": LIGHTNING,
+    "batch": LIGHTNING,
+    "callbacks": LIGHTNING,
+    "tasks": MODELS,
+    "study": MODELS,
+    "cli": MODELS,
+    "__main__": (),
+    "__init__": (),
 }
-# Libraries by the lowest level that may import them, at the top of a file or inside a function.
-LIBRARIES = {"lightning": "lightning", "torchmetrics": "lightning", "transformers": "tasks", "datasets": "tasks"}
-# The package itself offers what needs Lightning, and loads it when asked.
-LAZY = {("__init__", "mixin"), ("__init__", "batch_probe")}
-ORDER = list(LEVELS)
+# The core works without Lightning: what needs it is imported when somebody asks for it.
+LAZY = {"lightning_lora": {"lightning_lora.mixin.lora_mixin", "lightning_lora.study.batch_probe"}}
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        yield name, path
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def level(name: str) -> int:
-    top = name.partition(".")[0]
-    for kind, names in LEVELS.items():
-        if any(top.startswith(known[:-1]) if known.endswith("*") else top == known for known in names):
-            return ORDER.index(kind)
-    return ORDER.index("adapters")
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(name: str, path: Path) -> set[str]:
-    """Absolute names of everything a file imports, wherever in it."""
-    package = (
-        ["lightning_lora", *name.split(".")]
-        if path.name == "__init__.py"
-        else ["lightning_lora", *name.split(".")[:-1]]
-    )
-    package = package[:1] if name == "__init__" else package
+    """Absolute names of all modules that a file imports, wherever in it."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -92,42 +59,88 @@ def imports(name: str, path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{source}.{alias.name}" for alias in node.names}
-    return found
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else source for name in names}
+    return found - LAZY.get(name, set())
 
 
-ALL = list(modules())
+IMPORTS = {name: imports(name, path) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize(("name", "path"), ALL, ids=[name for name, _ in ALL])
-def test_imports_point_downwards(name: str, path: Path) -> None:
-    wrong = []
-    for imported in imports(name, path):
-        top, _, rest = imported.partition(".")
-        if top in LIBRARIES and level(name) < ORDER.index(LIBRARIES[top]):
-            wrong.append(imported)
-        target = rest.partition(".")[0]
-        is_module = (PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").is_file()
-        if top == "lightning_lora" and is_module and level(target) > level(name) and (name, target) not in LAZY:
-            wrong.append(imported)
-    assert not wrong, f"{name} is of level {ORDER[level(name)]!r} and imports {', '.join(sorted(wrong))}"
+def room(name: str) -> str:
+    return [*name.split("."), "__init__"][1]
+
+
+def test_every_room_has_a_row() -> None:
+    assert {room(name) for name in MODULES} == set(ROOMS)
+
+
+def test_rooms_import_from_those_below_only() -> None:
+    order = list(ROOMS)
+    wrong = [
+        f"{name} imports {imported}"
+        for name, found in IMPORTS.items()
+        for imported in sorted(found)
+        if (imported in MODULES and order.index(room(imported)) > order.index(room(name)))
+        or (imported.partition(".")[0] in MODELS and imported.partition(".")[0] not in ROOMS[room(name)])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    below = {name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()}
+        name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()
+    }
+    while free := [name for name, others in below.items() if not others]:
+        for name in free:
+            del below[name]
+        for others in below.values():
+            others.difference_update(free)
+    assert not below, f"each of these imports another of them: {', '.join(sorted(below))}"
 
 
 def test_functional_knows_tensors_only() -> None:
     allowed = {"__future__", "collections", "math", "dataclasses", "threading", "typing", "weakref", "torch"}
-    for name, path in ALL:
-        if name.split(".")[0] == "functional":
-            ours = {imported for imported in imports(name, path) if imported.partition(".")[0] not in allowed}
-            below = ("lightning_lora.functional", "lightning_lora.errors", "lightning_lora.config")
-            assert all(imported.startswith(below) for imported in ours), (name, ours)
+    below = ("lightning_lora.lora.functional", "lightning_lora.errors")
+    wrong = [
+        f"{name} imports {imported}"
+        for name, found in IMPORTS.items()
+        if name.startswith("lightning_lora.lora.functional")
+        for imported in found
+        if imported.partition(".")[0] not in allowed and not imported.startswith(below)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-def test_the_walk_sees_what_it_should() -> None:
-    found = dict(ALL)
-    assert {"adapter", "layers.base", "callbacks.guard", "tasks.causal_lm", "callbacks", "__init__"} <= found.keys()
-    assert "transformers.AutoModelForCausalLM" in imports("tasks.causal_lm", found["tasks.causal_lm"])
-    assert "lightning_lora.callbacks.guard.LoRAGuard" in imports("callbacks", found["callbacks"])
-    assert "lightning_lora.mixin.LoRAMixin" in imports("__init__", found["__init__"])
+def folders(top: Path) -> Iterator[tuple[Path, list[Path]]]:
+    for folder in [top, *(path for path in top.rglob("*") if path.is_dir())]:
+        files = sorted(folder.glob("*.py"))
+        if files:
+            yield folder, files
+
+
+@pytest.mark.parametrize("top", [PACKAGE, ROOT / "tests"], ids=["package", "tests"])
+def test_rooms_and_files_stay_small(top: Path) -> None:
+    crowded = [f"{folder}: {len(files)} files" for folder, files in folders(top) if len(files) > 20]
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for _, files in folders(top) for file in files}
+    long = [f"{file}: {length} lines" for file, length in lengths.items() if length > 300]
+    assert not crowded + long, "\n".join(crowded + long)
+
+
+def test_every_room_lists_its_files() -> None:
+    missing = []
+    for folder, files in folders(PACKAGE):
+        told = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        inside = [file.stem for file in files] + [path.parent.name for path in folder.glob("*/__init__.py")]
+        missing += [f"{folder}: {name}" for name in inside if name[0] != "_" and f"`{name}`" not in told]
+    assert not missing, "\n".join(missing)
+
+
+def test_the_imports_are_seen() -> None:
+    assert "transformers" in IMPORTS["lightning_lora.tasks.causal_lm"]
+    assert "lightning_lora.callbacks.guard" in IMPORTS["lightning_lora.callbacks"]
+    assert "lightning_lora.files.adapter.peft_layers" in IMPORTS["lightning_lora.files.adapter.fit"]
+    assert "lightning_lora.errors" in IMPORTS["lightning_lora"]
 
 
 LIGHT = """
@@ -152,66 +165,20 @@ def test_importing_the_core_loads_no_framework() -> None:
 
 
 def test_the_door_leads_to_the_callbacks() -> None:
-    door = toys.ROOT / "callbacks"
+    door = ROOT / "callbacks"
     assert door.is_symlink()
     assert os.readlink(door) == "lightning_lora/callbacks"
-    for name, path in ALL:
-        if name.split(".")[0] == "callbacks":
+    for name, path in MODULES.items():
+        if room(name) == "callbacks":
             source = path.read_text(encoding="utf-8")
             assert "lightning_lora.callbacks" not in source, f"{name} must import its neighbours relatively"
 
 
 def test_the_callbacks_can_be_imported_through_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module("lightning_lora.callbacks")
-    monkeypatch.syspath_prepend(str(toys.ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
     try:
         assert importlib.import_module("callbacks").__all__ == real.__all__
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "callbacks"]:
             del sys.modules[name]
-
-
-def surface() -> list[str]:
-    """A line for every public name, and for the public methods that are our own."""
-    lines = []
-    for place in (
-        "lightning_lora",
-        *(
-            f"lightning_lora.{part}"
-            for part in ("callbacks", "data", "tasks", "sharding", "strategies", "tensor_parallel")
-        ),
-    ):
-        module: Any = importlib.import_module(place)
-        names = getattr(module, "__all__", None) or [
-            name for name, value in vars(module).items() if getattr(value, "__module__", "") == place and name[0] != "_"
-        ]
-        for name in sorted(names):
-            lines += described(f"{place}.{name}", getattr(module, name))
-    return [re.sub(r"<object object at \w+>", "...", line) for line in lines]
-
-
-def described(name: str, value: Any) -> Iterator[str]:
-    if not inspect.isclass(value):
-        yield f"{name}{inspect.signature(value)}"
-    elif issubclass(value, Exception):
-        yield f"{name}: {', '.join(base.__name__ for base in value.__bases__)}"
-    else:
-        yield f"{name}{inspect.signature(value)}"
-        for part, member in sorted(vars(value).items()):
-            is_own = isinstance(member, FunctionType) and not getattr(member, "__override__", False)
-            if is_own and not part.startswith("_"):
-                yield f"{name}.{part}{inspect.signature(member)}"
-            elif isinstance(member, property) and not getattr(member.fget, "__override__", False):
-                yield f"{name}.{part}"
-
-
-def test_public_surface_is_the_one_written_down() -> None:
-    found = surface()
-    if os.environ.get(UPDATE):
-        SURFACE.write_text("\n".join(found) + "\n")
-    written = SURFACE.read_text().splitlines()
-    gone, new = sorted(set(written) - set(found)), sorted(set(found) - set(written))
-    assert found == written, (
-        f"the public names or signatures changed.\ngone: {gone}\nnew: {new}\n"
-        f"If that is meant, run: {UPDATE}=1 pytest {Path(__file__).relative_to(toys.ROOT)}"
-    )

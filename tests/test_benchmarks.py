@@ -39,7 +39,7 @@ from benchmarks.step import check_all, measure
 from benchmarks.timing import Phases, interleave, paired_ratio, train_step
 from benchmarks.workloads import IGNORED, WORKLOADS, Batch, Workload, next_token_loss
 from lightning_lora import LoRAConfig
-from tests import moe_models
+from tests.support import moe_models
 
 ROOT = Path(__file__).parents[1]
 ROWS, WIDTH = 16, 32

@@ -1,4 +1,10 @@
-"""Lightning callbacks; each works without arguments."""
+"""Lightning callbacks; each works without arguments, but for `AdaptiveAccumulation`.
+
+LoRA: `lora`, `guard` (with `layer_calls`), `merge_on_fit_end`, `adapter_checkpoint`, `adapter_ema`, `rank_watch`.
+Rows of a step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults: `checkpoint_guard`,
+`finite_gradients` (with `finite`), `graceful_stop` (with `spared_workers`), `memory_advice`, `run_lock`. Reports:
+`progress`, `steady_loggers`.
+"""
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .adapter_ema import AdapterEMA
@@ -10,7 +16,7 @@ from .graceful_stop import GracefulStop
 from .guard import LoRAGuard
 from .lora import LoRA
 from .memory_advice import MemoryAdvice
-from .merge import MergeOnFitEnd
+from .merge_on_fit_end import MergeOnFitEnd
 from .progress import LoRAProgressBar
 from .rank_watch import RankWatch
 from .run_lock import RunLock

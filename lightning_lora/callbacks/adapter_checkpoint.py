@@ -10,11 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.adapter import reshard
-from lightning_lora.adapter_io import save_adapter
 from lightning_lora.errors import ConfigError, closest
-from lightning_lora.flat_parameters import whole_parameters
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.files.adapter.save_load import save_adapter
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.shards import reshard, whole_parameters
 
 from .adapter_ema import averaged
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
-from lightning_lora.adapter import reshard
-from lightning_lora.checkpointing import in_shards
+from lightning_lora.checkpoints.contents import in_shards
 from lightning_lora.errors import ConfigError
-from lightning_lora.parts import local_part, whole_tensor
+from lightning_lora.lora.shards import local_part, reshard, whole_tensor
 
 
 class AdapterEMA(Callback):

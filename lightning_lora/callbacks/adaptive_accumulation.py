@@ -13,18 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.accumulation import Horizon, LRRule, may_switch, rescale_rates, step_schedulers, steps_left
-from lightning_lora.batch_division import (
-    data_parallel_ranks,
-    divisors,
-    present_batch,
-    refuse_two_masters,
-    rows_at_once,
-)
-from lightning_lora.effective_batch import EffectiveBatch
+from lightning_lora.batch.accumulation import Horizon, LRRule, may_switch, rescale_rates, step_schedulers, steps_left
+from lightning_lora.batch.division import divisors, refuse_two_masters
+from lightning_lora.checkpoints.random_state import kept_random_state
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks, present_batch, rows_at_once
 from lightning_lora.errors import ConfigError
-from lightning_lora.events import write_event
-from lightning_lora.random_state import kept_random_state
+from lightning_lora.files.events import write_event
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize

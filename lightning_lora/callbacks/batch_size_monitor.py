@@ -15,22 +15,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.batch_division import data_parallel_ranks
-from lightning_lora.batch_judge import MIN_HALF_LIFE, BatchJudge
-from lightning_lora.batch_probe_result import known_calibration
-from lightning_lora.batch_state import BatchReading, State, advice
-from lightning_lora.effective_batch import EffectiveBatch
+from lightning_lora.batch.calibration import known_calibration
+from lightning_lora.batch.counting import count_rows, count_supervised
+from lightning_lora.batch.history import NoiseSpaces
+from lightning_lora.batch.judge import MIN_HALF_LIFE, BatchJudge
+from lightning_lora.batch.noise.noise_scale import NoiseScale
+from lightning_lora.batch.noise.step_meter import StepMeter
+from lightning_lora.batch.noise.step_sample import StepSample
+from lightning_lora.batch.remarks import RepeatedRows, announce_batch, is_in_order, is_packed
+from lightning_lora.batch.state import BatchReading, State, advice
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks
 from lightning_lora.errors import ConfigError
-from lightning_lora.events import write_event
-from lightning_lora.functional.noise_scale import NoiseScale
-from lightning_lora.noise_spaces import NoiseSpaces
-from lightning_lora.step_meter import StepMeter
-from lightning_lora.step_sample import StepSample
-
-from .agreement import largest_of_ranks, total_of_ranks
-from .batch_notes import announce_batch
-from .pace import count_rows, count_supervised
-from .row_checks import RepeatedRows, is_in_order, is_packed
+from lightning_lora.files.events import write_event
+from lightning_lora.sharding.collectives import largest_of_ranks, total_of_ranks
 
 PLOT = "batch_size.png"
 # Every step is measured at first, and on until the interval is this narrow or patience ends.
@@ -193,7 +190,7 @@ class BatchSizeMonitor(Callback):
         rank_zero_info("\n".join(self.summary(trainer)))
         if trainer.is_global_zero and self.estimate is not None:
             with self._harmless():
-                from lightning_lora.noise_plot import plot_noise_scale  # matplotlib, which most imports do not need
+                from lightning_lora.batch.plot import plot_noise_scale  # matplotlib, which most imports do not need
 
                 plot_noise_scale(self._folder, self._folder / PLOT)
         if (repeated := self._repeated.finding()) is not None:

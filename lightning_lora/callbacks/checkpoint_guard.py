@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.atomic import atomic_file, remove_leftovers
-from lightning_lora.checkpoint_io import is_local, use_verified_checkpoints, verified_io
-from lightning_lora.checkpoint_manifest import remove_orphans
-from lightning_lora.checkpointing import in_shards
+from lightning_lora.checkpoints.contents import in_shards
+from lightning_lora.checkpoints.fallback import choose_checkpoint
+from lightning_lora.checkpoints.verified_io import is_local, use_verified_checkpoints, verified_io
 from lightning_lora.errors import AdapterFileError, ConfigError
-from lightning_lora.layers.walk import lora_layers
-from lightning_lora.mixin import LoRAMixin
-from lightning_lora.whole_checkpoint import whole_checkpoint
+from lightning_lora.files.atomic import atomic_file, remove_leftovers
+from lightning_lora.files.checkpoint_manifest import remove_orphans
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.mixin.lora_mixin import LoRAMixin
 
 _MB = 1e6
 
@@ -67,7 +67,7 @@ class CheckpointGuard(Callback):
         """Verify the file of a strategy that reads it without a CheckpointIO."""
         path = trainer.ckpt_path
         if trainer.strategy.restore_checkpoint_after_setup and path and is_local(path) and Path(path).is_file():
-            whole_checkpoint(Path(path), fall_back=False)
+            choose_checkpoint(Path(path), fall_back=False)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

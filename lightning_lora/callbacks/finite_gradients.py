@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GradientError
-from lightning_lora.parts import local_part
+from lightning_lora.lora.shards import local_part
+from lightning_lora.sharding.collectives import largest_of_ranks
 
-from .agreement import largest_of_ranks
 from .finite import may_be_infinite
 
 

@@ -15,8 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from .agreement import largest_of_ranks
-from .data_workers import spare_workers
+from lightning_lora.sharding.collectives import largest_of_ranks
+
+from .spared_workers import spare_workers
 
 FILE = "stopped.ckpt"
 

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapter import check_not_merged, reshard
 from lightning_lora.errors import GuardError, first_five
-from lightning_lora.fingerprint import base_digests, tensor_digest
-from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.walk import lora_layers
-from lightning_lora.optim import check_optimizers
+from lightning_lora.lora.adapter import check_not_merged
+from lightning_lora.lora.fingerprint import base_digests, tensor_digest
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.shards import reshard
+from lightning_lora.mixin.optim import check_optimizers
+from lightning_lora.sharding.collectives import on_no_rank
 
-from .agreement import on_no_rank
-from .calls import Calls
-from .finite_weights import check_finite_weights
+from .finite import check_finite_weights
+from .layer_calls import Calls
 
 
 class LoRAGuard(Callback):

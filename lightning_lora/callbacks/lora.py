@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.mixin import LoRAMixin
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.mixin.lora_mixin import LoRAMixin
 
 
 class LoRA(Callback):

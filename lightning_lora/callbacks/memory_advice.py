@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.memory import is_oom_error
 from typing_extensions import override
 
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.batch.trial_step import is_out_of_memory
+from lightning_lora.lora.layers.adapted import lora_layers
 
 
 class MemoryAdvice(Callback):
@@ -32,11 +32,6 @@ class MemoryAdvice(Callback):
             [str(first), "", f"Out of memory {_where(trainer, pl_module)}. Lower, in this order:", *advice]
         )
         exception.args = (text, *more)
-
-
-def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether an allocator, of a GPU or the CPU, could not give what was asked of it."""
-    return isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(exception)
 
 
 def _where(trainer: Trainer, module: LightningModule) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,9 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.batch.counting import count_items
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers.walk import factor_parameters
-
-from .pace import Pace
+from lightning_lora.lora.layers.adapted import factor_parameters
 
 BAR_SECONDS = 0.5  # between two readings of the bar: often enough to watch, rare enough to cost nothing
 
@@ -186,3 +186,47 @@ def _peak_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Pace:
+    """Counts what batches hold and divides by the time that passed, pauses left out.
+
+    A count on an accelerator stays there until it is read, so counting never waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything and start the clock."""
+        self.unit: str | None = None
+        self._count: Tensor | int = 0
+        self._start = time.perf_counter()
+        self._pause: float | None = None
+
+    def pause(self) -> None:
+        """Stop the clock, for what is not training."""
+        self._pause = time.perf_counter()
+
+    def resume(self) -> None:
+        """Let the clock run on after a pause."""
+        if self._pause is not None:
+            self._start += time.perf_counter() - self._pause
+            self._pause = None
+
+    @property
+    def seconds(self) -> float:
+        """Time since the last reading."""
+        return time.perf_counter() - self._start
+
+    def add(self, batch: Any) -> None:
+        """Count one batch."""
+        count, unit = count_items(batch)
+        self._count = count if unit != self.unit else self._count + count
+        self.unit = unit
+
+    def read(self) -> tuple[str, float] | None:
+        """``("tokens", per second)`` or ``("rows", per second)`` since the last reading, which starts a new window."""
+        unit, count, seconds = self.unit, float(self._count), self.seconds
+        self.restart()
+        return (unit, count / seconds) if unit and count else None

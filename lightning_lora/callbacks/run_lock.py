@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.errors import RunFolderError
-from lightning_lora.run_lock import release_lock, take_lock
+from lightning_lora.files.folder_lock import release_lock, take_lock
 
 
 class RunLock(Callback):

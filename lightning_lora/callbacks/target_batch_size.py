@@ -14,13 +14,12 @@ from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_has
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.batch_division import data_parallel_ranks, divide, divisors, refuse_two_masters, rows_at_once
-from lightning_lora.effective_batch import EffectiveBatch
+from lightning_lora.batch.division import divide, divisors, refuse_two_masters
+from lightning_lora.batch.trial_step import can_take_rows, step_fits
+from lightning_lora.checkpoints.random_state import kept_random_state
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks, rows_at_once
 from lightning_lora.errors import ConfigError
-from lightning_lora.random_state import kept_random_state
-
-from .agreement import largest_of_ranks
-from .trial_step import can_take_rows, step_fits
+from lightning_lora.sharding.collectives import largest_of_ranks
 
 
 class TargetBatchSize(Callback):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError
+from lightning_lora.errors import ConfigError, DataError
+
 from .records import Conversation, Text
 from .template import Span, find_template, render_conversations
 

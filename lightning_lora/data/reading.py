@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import pyarrow
 from pyarrow import parquet
 
-from ..errors import DataError
+from lightning_lora.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..errors import DataError, closest, first_five
+from lightning_lora.errors import DataError, closest, first_five
+
 from .reading import Row
 
 Message = dict[str, str]

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, Sequential
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from ..errors import ConfigError
+from lightning_lora.errors import ConfigError
+
 from .bins import batches, even_rows, filled
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler

@@ -12,10 +12,11 @@ from typing import Any
 
 import datasets
 
-from ..errors import DataError
-from ..hub import offline_hint, prepare_hub
-from .progress import progress_on_terminals
+from lightning_lora.errors import DataError
+from lightning_lora.hub import offline_hint, prepare_hub
+
 from .reading import SUFFIXES, Row, file_kind, read_rows
+from .terminal_progress import progress_on_terminals
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 

@@ -9,7 +9,8 @@ from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
+from lightning_lora.errors import DataError
+
 from .sources import find_sources
 from .tokens import tokenise
 

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..errors import DataError
+from lightning_lora.errors import DataError
+
 from .records import Conversation, Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -6,8 +6,9 @@ import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import ConfigError
-from ..hub import offline_hint, prepare_hub
+from lightning_lora.errors import ConfigError
+from lightning_lora.hub import offline_hint, prepare_hub
+
 from .sources import is_path_like
 
 

@@ -20,12 +20,13 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError, LoRAError
+from lightning_lora.errors import ConfigError, DataError, LoRAError
+
 from . import encoding, reading, records, template
 from .encoding import Encoded, encode
-from .progress import progress_on_terminals
 from .records import Conversation, Text, find_format
 from .sources import FileSource, HubSource
+from .terminal_progress import progress_on_terminals
 
 _BATCH = 1000
 """Rows tokenised together."""

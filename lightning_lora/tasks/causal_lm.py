@@ -13,12 +13,11 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DataError
-from lightning_lora.functional import HeadScores, head_loss, head_scores
-from lightning_lora.functional.head_loss import IGNORED
-from lightning_lora.tasks.inner_head import at_head, hands_out, plain_head
-from lightning_lora.tasks.packing_probe import check_packing
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.tasks.head_loss import IGNORED, HeadScores, head_loss, head_scores
+from lightning_lora.tasks.loss_at_head import at_head, hands_out, plain_head
+from lightning_lora.tasks.packing_check import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 
@@ -35,7 +34,7 @@ class CausalLM(PretrainedTask):
     not is refused. The first token of an example is never predicted from the example before it.
 
     Where the model's output layer is a plain linear and its output the logits, the loss is computed in its place
-    (`lightning_lora.functional.head_loss`): unsupervised tokens cost no product with it, and logits are never held.
+    (`lightning_lora.tasks.head_loss`): unsupervised tokens cost no product with it, and logits are never held.
 
     Args:
         model: Folder of a model on this machine, or its hub name. Weights are read as safetensors only.

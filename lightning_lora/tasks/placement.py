@@ -8,8 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.sharding import shard_lora
-from lightning_lora.tensor_parallel import parallelize_lora
+from lightning_lora.sharding import parallelize_lora, shard_lora
 
 
 def check_loadable(trainer: Trainer | None) -> None:
@@ -23,7 +22,7 @@ def check_loadable(trainer: Trainer | None) -> None:
         # It splits parameters as they are made, and transformers would fill in parts of nothing.
         raise ConfigError(
             "a pretrained model cannot be loaded under DeepSpeed ZeRO-3: use stage 2, or "
-            "lightning_lora.strategies.FSDP2Strategy, which splits the model as ZeRO-3 does."
+            "lightning_lora.sharding.FSDP2Strategy, which splits the model as ZeRO-3 does."
         )
 
 

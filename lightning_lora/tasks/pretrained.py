@@ -19,20 +19,20 @@ from torchmetrics import Metric
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
 from typing_extensions import override
 
-from lightning_lora.checkpoint_io import use_verified_checkpoints
-from lightning_lora.config import LoRAConfig
+from lightning_lora.batch.token_loss import TokenWeightedLoss
+from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
 from lightning_lora.errors import ConfigError, closest, first_five
-from lightning_lora.fsdp import clip_gradient_norm
 from lightning_lora.hub import offline_hint, prepare_hub
-from lightning_lora.mixin import LoRAMixin
-from lightning_lora.optim import check_learning_rate
-from lightning_lora.patterns import matches_any
-from lightning_lora.precision import bitsandbytes_plugin
-from lightning_lora.roles import module_roles
-from lightning_lora.targets import resolve_targets
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.patterns import matches_any
+from lightning_lora.lora.targets.resolve import resolve_targets
+from lightning_lora.lora.targets.roles import module_roles
+from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.mixin.optim import check_learning_rate
+from lightning_lora.mixin.precision import bitsandbytes_plugin
+from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.placement import check_loadable, divide
-from lightning_lora.tasks.quantization import check_quantization, check_strategy, quantized_loading
-from lightning_lora.token_loss import TokenWeightedLoss
+from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, quantized_loading
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -11,9 +11,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForSequenceClassification
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.roles import module_roles
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from lightning_lora import ConfigError, LoRAConfig, load_adapter, lora_state_dict
 from lightning_lora.callbacks import AdapterCheckpoint
 from lightning_lora.tasks import CausalLM
-from tests import toys
-from tests.toys import Toy
+from tests.support import toys
+from tests.support.toys import Toy
 
 pytestmark = toys.expected_warnings
 

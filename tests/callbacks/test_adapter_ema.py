@@ -18,10 +18,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
-from tests import resuming, toys
-from tests.integration import ranks
-from tests.resuming import DiceyFull, DiceyLoRA, differences, unlike
-from tests.toys import Plain, Toy
+from tests.integration.scripts import ranks
+from tests.support import resuming, toys
+from tests.support.resuming import DiceyFull, DiceyLoRA, differences, unlike
+from tests.support.toys import Plain, Toy
 
 pytestmark = [*toys.expected_warnings]
 

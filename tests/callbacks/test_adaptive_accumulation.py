@@ -22,11 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAMixin
-from lightning_lora.accumulation import may_switch
+from lightning_lora.batch.accumulation import may_switch
 from lightning_lora.callbacks import AdaptiveAccumulation, BatchSizeMonitor, TargetBatchSize
 from lightning_lora.errors import ConfigError
-from lightning_lora.events import read_events
-from tests import resuming, toys
+from lightning_lora.files.events import read_events
+from tests.support import resuming, toys
 
 pytestmark = toys.expected_warnings
 

@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig
-from lightning_lora.batch_state import advice
+from lightning_lora.batch.noise.noise_scale import signal_and_trace
+from lightning_lora.batch.remarks import RepeatedRows
+from lightning_lora.batch.state import advice
+from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import BatchSizeMonitor
-from lightning_lora.callbacks.row_checks import RepeatedRows
+from lightning_lora.cli.demo_arm import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
-from lightning_lora.demo_arm import MODEL, TRAIN
 from lightning_lora.effective_batch import EffectiveBatch
-from lightning_lora.events import read_events
-from lightning_lora.functional.noise_scale import signal_and_trace
+from lightning_lora.files.events import read_events
 from lightning_lora.tasks import CausalLM
-from lightning_lora.token_loss import TokenWeightedLoss
-from tests import toys
+from tests.support import toys
 
 pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 

@@ -16,13 +16,13 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_lora.callbacks import CheckpointGuard
 from lightning_lora.callbacks.checkpoint_guard import checkpoint_bytes
-from lightning_lora.checkpoint_io import VerifiedCheckpointIO, verified_io
-from lightning_lora.checkpoint_manifest import SUFFIX
-from lightning_lora.config import LoRAConfig
+from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO, verified_io
 from lightning_lora.errors import ConfigError
-from tests import toys
-from tests.test_atomic import dead_pid, leftover
-from tests.toys import Plain, Toy
+from lightning_lora.files.checkpoint_manifest import SUFFIX
+from lightning_lora.lora.config import LoRAConfig
+from tests.files.test_atomic import dead_pid, leftover
+from tests.support import toys
+from tests.support.toys import Plain, Toy
 
 pytestmark = toys.expected_warnings
 
@@ -79,7 +79,7 @@ import os, sys, warnings
 from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora.callbacks import CheckpointGuard
-from lightning_lora.checkpoint_io import VerifiedCheckpointIO
+from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
 from tests import toys
 
 warnings.simplefilter("ignore")

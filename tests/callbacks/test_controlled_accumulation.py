@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_lora.callbacks import AdaptiveAccumulation, BatchSizeMonitor
-from lightning_lora.events import read_events
-from tests import toys
+from lightning_lora.files.events import read_events
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings, *toys.monitor_warnings]
 

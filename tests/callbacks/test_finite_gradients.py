@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_lora import GradientError, lora_state_dict
 from lightning_lora.callbacks import FiniteGradients
-from tests import toys
-from tests.toys import Plain, Toy
+from tests.support import toys
+from tests.support.toys import Plain, Toy
 
 pytestmark = toys.expected_warnings
 

@@ -21,8 +21,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_lora.callbacks import GracefulStop
-from tests import resuming, toys
-from tests.toys import Toy
+from tests.support import resuming, toys
+from tests.support.toys import Toy
 
 pytestmark = toys.expected_warnings
 

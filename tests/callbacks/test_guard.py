@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import GuardError, LoRAConfig, LoRAMixin, lora_layers
 from lightning_lora.callbacks import LoRAGuard
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.tasks import CausalLM
-from tests import toys
-from tests.toys import Net, Plain, Toy
+from tests.support import toys
+from tests.support.toys import Net, Plain, Toy
 
 pytestmark = toys.expected_warnings
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_lora import ConfigError, GuardError, LoRAConfig, LoRAMixin, TargetNotFoundError, lora_layers
 from lightning_lora.callbacks import LoRA
-from tests import toys
-from tests.toys import Net, Plain, Toy
+from tests.support import toys
+from tests.support.toys import Net, Plain, Toy
 
 pytestmark = toys.expected_warnings
 

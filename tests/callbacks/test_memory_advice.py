@@ -14,8 +14,8 @@ from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import MemoryAdvice
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
-from tests import toys
-from tests.toys import Toy
+from tests.support import toys
+from tests.support.toys import Toy
 
 pytestmark = toys.expected_warnings
 

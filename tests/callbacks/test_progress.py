@@ -17,11 +17,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora.adapter import inject_lora
-from lightning_lora.callbacks.pace import Pace, count_items
-from lightning_lora.callbacks.progress import LoRAProgressBar
-from lightning_lora.config import LoRAConfig
+from lightning_lora.batch.counting import count_items
+from lightning_lora.callbacks.progress import LoRAProgressBar, Pace
 from lightning_lora.errors import ConfigError
+from lightning_lora.lora.adapter import inject_lora
+from lightning_lora.lora.config import LoRAConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),

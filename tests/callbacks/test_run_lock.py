@@ -21,9 +21,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import RunFolderError
 from lightning_lora.callbacks import RunLock
-from lightning_lora.run_lock import release_lock, take_lock
-from tests import toys
-from tests.toys import Toy
+from lightning_lora.files.folder_lock import release_lock, take_lock
+from tests.support import toys
+from tests.support.toys import Toy
 
 pytestmark = toys.expected_warnings
 
@@ -32,7 +32,7 @@ FILE = ".run.lock"
 HOLD = """
 import sys, time
 from pathlib import Path
-from lightning_lora.run_lock import take_lock
+from lightning_lora.files.folder_lock import take_lock
 take_lock(Path(sys.argv[1]) / ".run.lock", Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_lora.callbacks import SteadyLoggers
-from tests import toys
-from tests.toys import Toy
+from tests.support import toys
+from tests.support.toys import Toy
 
 pytestmark = [
     *toys.expected_warnings,

@@ -19,14 +19,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora import LoRAConfig, LoRAMixin
-from lightning_lora.batch_division import divide
+from lightning_lora.batch.division import divide
+from lightning_lora.batch.token_loss import TokenWeightedLoss
+from lightning_lora.batch.trial_step import longest_batch, row_size, untouched
 from lightning_lora.callbacks import AdaptiveAccumulation, MemoryAdvice, TargetBatchSize
-from lightning_lora.callbacks.trial_step import longest_batch, row_size, untouched
+from lightning_lora.checkpoints.random_state import random_state
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
-from lightning_lora.random_state import random_state
-from lightning_lora.token_loss import TokenWeightedLoss
-from tests import toys
+from tests.support import toys
 
 pytestmark = toys.expected_warnings
 

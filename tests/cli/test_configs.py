@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import toys
 from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
+from tests.support import toys
 
 WATCHING = ["monitor.yaml", "probe.yaml"]  # run in test_monitor.py
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.batch_probe_result import BatchProbeResult
-from lightning_lora.events import read_events
-from tests import toys
+from lightning_lora.files.events import read_events
+from lightning_lora.study.batch_probe_result import BatchProbeResult
 from tests.cli.test_commands import EMBEDDED, configs, lightning_lora
+from tests.support import toys
 
 pytestmark = pytest.mark.slow
 

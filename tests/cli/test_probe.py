@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora import cli
-from lightning_lora.batch_probe_result import BatchProbeResult
-from lightning_lora.events import read_events
-from tests import toys
+from lightning_lora.cli import main as cli
+from lightning_lora.files.events import read_events
+from lightning_lora.study.batch_probe_result import BatchProbeResult
 from tests.cli.test_commands import EMBEDDED, configs, lightning_lora, tree
+from tests.support import toys
 
 SMALL = [
     *(setting for setting in EMBEDDED if "max_length" not in setting),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_lora.demo_arm import MODEL, TRAIN, VALIDATION
+from lightning_lora.cli.demo_arm import MODEL, TRAIN, VALIDATION
 from tests.cli.test_commands import configs, lightning_lora, tree
-from tests.quantised_models import difference
+from tests.support.quantised_models import difference
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import toys
 from tests.cli.test_commands import configs, lightning_lora
-from tests.resuming import differences
+from tests.support import toys
+from tests.support.resuming import differences
 
 pytestmark = [pytest.mark.slow]
 

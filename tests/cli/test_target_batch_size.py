@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_lora import cli
+from lightning_lora.cli import main as cli
 from tests.cli.test_commands import EMBEDDED, configs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -10,7 +10,7 @@ import datasets.config
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from .tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 Write = Callable[[str, Any], str]
 

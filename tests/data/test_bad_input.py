@@ -13,9 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError, DataError
-
-from .conftest import Write
-from .tiny_tokenizer import NUMBERED, STRICT, UNMARKED, tiny_tokenizer
+from tests.data.conftest import Write
+from tests.support.tiny_tokenizer import NUMBERED, STRICT, UNMARKED, tiny_tokenizer
 
 GOOD = {"question": "Hello", "answer": "five"}
 

@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError
-
-from .conftest import Write
-from .tiny_tokenizer import UNMARKED, tiny_tokenizer
+from tests.data.conftest import Write
+from tests.support.tiny_tokenizer import UNMARKED, tiny_tokenizer
 
 ROWS = [{"question": "Hello", "answer": "five"}] * 3
 

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from lightning_lora.data import SFTDataModule
 from lightning_lora.data.sources import HubSource, find_sources
 from lightning_lora.data.tokens import tokenise
-
-from .conftest import Write
-from .tiny_tokenizer import tiny_tokenizer
+from tests.data.conftest import Write
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = [(f"What is {n} and {n}?\n\nThink, é{n}.", f" {2 * n}, of course; NA") for n in range(20)]
 FORMATS: dict[str, Any] = {

@@ -6,9 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
-
-from .conftest import Write
-from .tiny_tokenizer import MARKED, OPEN, SPOKEN, UNMARKED, tiny_tokenizer
+from tests.data.conftest import Write
+from tests.support.tiny_tokenizer import MARKED, OPEN, SPOKEN, UNMARKED, tiny_tokenizer
 
 CHAT = [
     ("system", "Be brief."),

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
-
-from .conftest import Write
+from tests.data.conftest import Write
 
 ROWS = [{"text": f"{n:03d}"} for n in range(50)]
 
@@ -82,7 +81,7 @@ datasets.config.HF_DATASETS_CACHE = sys.argv[2]
 from lightning.pytorch import LightningModule, Trainer
 import torch
 from lightning_lora.data import SFTDataModule
-from tests.data.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 class Reader(LightningModule):
     def __init__(self):

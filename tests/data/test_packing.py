@@ -22,9 +22,8 @@ from lightning_lora.data.bins import best_fit, even_rows
 from lightning_lora.data.collate import CollatePacked
 from lightning_lora.data.packing import PackedRows, PackSampler
 from lightning_lora.errors import ConfigError
-
-from .conftest import Write
-from .test_training import QUIET, Bigram
+from tests.data.conftest import Write
+from tests.data.test_training import QUIET, Bigram
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '\\w+' does not have many workers"),
@@ -258,7 +257,7 @@ from lightning.pytorch import LightningModule, Trainer
 import torch
 from lightning_lora.data import SFTDataModule
 from tests.data.test_packing import examples
-from tests.data.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 class Reader(LightningModule):
     def __init__(self):

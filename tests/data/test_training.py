@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
-
-from .conftest import Write
+from tests.data.conftest import Write
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '\\w+' does not have many workers"),

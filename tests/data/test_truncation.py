@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
 from lightning_lora.data.split import SplitStatistics
-
-from .conftest import Write
+from tests.data.conftest import Write
 
 ROWS = [{"question": "a" * n, "answer": "b"} for n in (1, 2, 3, 30)]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.checkpoint_manifest import SUFFIX
-from tests.integration import two_rank_checkpoints
-from tests.integration.ranks import run
+from lightning_lora.files.checkpoint_manifest import SUFFIX
+from tests.integration.scripts import two_rank_checkpoints
+from tests.integration.scripts.ranks import run
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import toys
 from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
-from tests.integration.ranks import free_port
+from tests.integration.scripts.ranks import free_port
+from tests.support import toys
 
 pytestmark = pytest.mark.slow
 

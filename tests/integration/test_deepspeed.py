@@ -11,9 +11,9 @@ import torch
 
 from lightning_lora.callbacks import AdaptiveAccumulation
 from lightning_lora.errors import ConfigError
-from tests import toys
-from tests.integration import deepspeed_runs
-from tests.integration.ranks import run
+from tests.integration.scripts import deepspeed_runs
+from tests.integration.scripts.ranks import run
+from tests.support import toys
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,4 +61,4 @@ def test_a_zero_2_checkpoint_holds_no_frozen_weights(folder: Path) -> None:
 def test_zero_3_is_refused_before_anything_is_loaded(folder: Path) -> None:
     message = torch.load(folder / "3.pt")
     assert "a pretrained model cannot be loaded under DeepSpeed ZeRO-3: use stage 2, or" in message
-    assert "lightning_lora.strategies.FSDP2Strategy" in message
+    assert "lightning_lora.sharding.FSDP2Strategy" in message

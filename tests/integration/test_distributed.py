@@ -9,9 +9,9 @@ import torch
 
 from lightning_lora import load_adapter, lora_state_dict, merge_lora
 from lightning_lora.tasks import CausalLM
-from tests import toys
-from tests.integration import two_processes
-from tests.integration.ranks import run
+from tests.integration.scripts import two_processes
+from tests.integration.scripts.ranks import run
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

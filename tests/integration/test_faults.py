@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.cli.test_commands import EMBEDDED, configs, tree
-from tests.integration.disturbed import Run, run, training
+from tests.integration.scripts.disturbed import Run, run, training
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ import torch
 
 from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.errors import BaseMismatchError
-from lightning_lora.fingerprint import base_digests, fingerprint
-from tests import toys
-from tests.integration import ranks
-from tests.integration.ranks import free_port
-from tests.tiny_models import llama
+from lightning_lora.lora.fingerprint import base_digests, fingerprint
+from tests.integration.scripts import ranks
+from tests.integration.scripts.ranks import free_port
+from tests.support import toys
+from tests.support.tiny_models import llama
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
-from lightning_lora.fingerprint import base_digests, fingerprint, tensor_digest
-from lightning_lora.sharded_entries import every_nth
+from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
+from lightning_lora.lora.sharded_entries import every_nth
 from lightning_lora.sharding import shard_lora
-from tests.tiny_models import llama, wake
+from tests.support.tiny_models import llama, wake
 
 dist.init_process_group("gloo")
 one, two = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
@@ -83,7 +83,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from lightning_lora.layers.walk import lora_layers
+from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.sharding import shard_lora
 from tests import toys
 

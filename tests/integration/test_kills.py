@@ -11,13 +11,22 @@ from typing import Any
 
 import pytest
 
-from tests import toys
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 def trials(io: str, count: int, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.integration.kill_trials", io, str(count), str(folder)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.integration.scripts.kill_trials",
+        io,
+        str(count),
+        str(folder),
+    ]
     environment = os.environ | {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=toys.ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]

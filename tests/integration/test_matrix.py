@@ -15,13 +15,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_lora import load_adapter, lora_state_dict
-from lightning_lora.atomic import sha256
-from lightning_lora.checkpoint_manifest import examine
-from lightning_lora.consolidate import consolidate
-from tests import toys
-from tests.integration import matrix
-from tests.integration.matrix import LAST, METHODS, SAVED_AT
-from tests.integration.ranks import run
+from lightning_lora.checkpoints.consolidate import consolidate
+from lightning_lora.files.atomic import sha256
+from lightning_lora.files.checkpoint_manifest import examine
+from tests.integration.scripts import matrix
+from tests.integration.scripts.matrix import LAST, METHODS, SAVED_AT
+from tests.integration.scripts.ranks import run
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
-from lightning_lora.file_merge import merge_files
-from tests import toys
-from tests.tiny_models import wake
+from lightning_lora.files.merge.merge_files import merge_files
+from tests.support import toys
+from tests.support.tiny_models import wake
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.noise_scale import signal_and_trace
-from tests import toys
+from lightning_lora.batch.noise.noise_scale import signal_and_trace
 from tests.callbacks.test_batch_size_monitor import Double
-from tests.integration import monitored_ranks as script
-from tests.integration.ranks import run
+from tests.integration.scripts import monitored_ranks as script
+from tests.integration.scripts.ranks import run
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

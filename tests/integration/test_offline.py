@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from lightning_lora import hub
-from tests import toys
+from tests.support import toys
 
 SCRIPT = """
 import contextlib, io, json, os, socket, sys, time, warnings

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from tests import toys
-from tests.data.tiny_tokenizer import tiny_tokenizer
-from tests.integration.ranks import launched
+from tests.integration.scripts.ranks import launched
+from tests.support import toys
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import toys
-from tests.integration import ranks
-from tests.resuming import differences
+from tests.integration.scripts import ranks
+from tests.support import toys
+from tests.support.resuming import differences
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora.sharding import shard_lora
-from lightning_lora.token_loss import TokenWeightedLoss
+from lightning_lora.batch.token_loss import TokenWeightedLoss
 from tests import resuming, toys
 
 kind, folder, place = sys.argv[1:]

@@ -11,9 +11,9 @@ import torch
 
 from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.tasks import CausalLM
-from tests import toys
-from tests.integration import fsdp2_checks, strategy_runs
-from tests.integration.ranks import run
+from tests.integration.scripts import fsdp2_checks, strategy_runs
+from tests.integration.scripts.ranks import run
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

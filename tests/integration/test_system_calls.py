@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import toys
+from tests.support import toys
 
 STRACE = shutil.which("strace")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(STRACE is None, reason="needs strace")]
@@ -22,7 +22,7 @@ warnings.simplefilter("ignore")
 from pathlib import Path
 import torch
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
-from lightning_lora.checkpoint_io import VerifiedCheckpointIO
+from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
 
 module = torch.nn.Sequential(torch.nn.Linear(4, 4))
 inject_lora(module, LoRAConfig(rank=2))

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import toys
-from tests.integration import target_ranks as script
-from tests.integration.ranks import run
+from tests.integration.scripts import target_ranks as script
+from tests.integration.scripts.ranks import run
+from tests.support import toys
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 

@@ -25,11 +25,10 @@ from lightning_lora import (
     lora_state_dict,
     save_adapter,
 )
-from lightning_lora.layers import LoRAEmbedding
-from lightning_lora.merged import save_merged
-from lightning_lora.peft_format import PREFIX
-
-from ..tiny_models import gpt2, llama, llama_classifier, logits, loss, portrait, wake
+from lightning_lora.files.adapter.peft_format import PREFIX
+from lightning_lora.files.merge.merged_model import save_merged
+from lightning_lora.lora.layers import LoRAEmbedding
+from tests.support.tiny_models import gpt2, llama, llama_classifier, logits, loss, portrait, wake
 
 pytestmark = [
     # PEFT asks transformers for a name of the past.

@@ -23,12 +23,11 @@ from lightning_lora import (
     lora_state_dict,
     save_adapter,
 )
-from lightning_lora.file_merge import merge_files
-from lightning_lora.peft_format import PREFIX, TENSOR_FILE
-from lightning_lora.tensor_files import read_tensors
-
-from ..layers.laws import numbers
-from ..tiny_models import wake
+from lightning_lora.files.adapter.peft_format import PREFIX, TENSOR_FILE
+from lightning_lora.files.merge.merge_files import merge_files
+from lightning_lora.files.safetensors_file import read_tensors
+from tests.lora.layers.laws import numbers
+from tests.support.tiny_models import wake
 
 WITHOUT_MANIFEST = r"has no lightning_lora\.json"
 TWICE = "PEFT up to 0.21 adds the update of .* twice"

@@ -22,9 +22,9 @@ from lightning_lora import (
     merge_lora,
     save_adapter,
 )
-from lightning_lora.merged import save_merged
-from tests.quantised_models import difference, torchao
-from tests.tiny_models import TOKENS, gpt2, llama, wake
+from lightning_lora.files.merge.merged_model import save_merged
+from tests.support.quantised_models import difference, torchao
+from tests.support.tiny_models import TOKENS, gpt2, llama, wake
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora import ConfigError, LoRAConfig, TargetNotFoundError, lora_layers
 from lightning_lora.callbacks import LoRAGuard
-from lightning_lora.optim import ADAPTER_EPS
+from lightning_lora.mixin.optim import ADAPTER_EPS
 from lightning_lora.tasks import CausalLM
-from tests import toys
+from tests.support import toys
 
 pytestmark = toys.expected_warnings
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig, load_adapter, lora_layers, save_adapter
 from lightning_lora.callbacks import LoRA, LoRAGuard
-from tests import toys
-from tests.tasks import other_modules as modules
+from tests.support import other_modules as modules
+from tests.support import toys
 
 pytestmark = toys.expected_warnings
 

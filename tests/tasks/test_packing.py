@@ -22,9 +22,9 @@ from lightning_lora.data import SFTDataModule
 from lightning_lora.data.collate import Collate, CollateEvenly, CollatePacked
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.tasks import CausalLM
-from tests import tiny_models, toys
 from tests.architectures.decoders import GROUPED, SHAPE
-from tests.moe_models import moe
+from tests.support import tiny_models, toys
+from tests.support.moe_models import moe
 
 pytestmark = [
     *toys.expected_warnings,

@@ -14,8 +14,8 @@ import torch
 from lightning_lora import LoRAConfig
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
-from tests import toys
-from tests.resuming import Outcome, Recorder, seed_all, unlike
+from tests.support import toys
+from tests.support.resuming import Outcome, Recorder, seed_all, unlike
 
 pytestmark = [*toys.expected_warnings, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")]
 

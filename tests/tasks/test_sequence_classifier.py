@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from lightning_lora import ConfigError, LoRAConfig, TargetNotFoundError, lora_layers
 from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.tasks import SequenceClassifier
-from tests import toys
+from tests.support import toys
 
 pytestmark = [
     *toys.expected_warnings,

@@ -1,0 +1,50 @@
+"""What a batch holds: rows, tokens, supervised tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def count_items(batch: Any) -> tuple[Tensor | int, str | None]:
+    """How much a batch holds, and of what.
+
+    Tokens that are not padding where there is an ``attention_mask`` of one number per token, else all of
+    ``input_ids``, else rows: the first dimension of the first tensor.
+    """
+    if isinstance(batch, Mapping):
+        mask, tokens = batch.get("attention_mask"), batch.get("input_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # a 4-D mask is a bias for attention, not a count
+            return mask.detach().sum(), "tokens"
+        if isinstance(tokens, Tensor):
+            return tokens.numel(), "tokens"
+    rows = count_rows(batch)
+    return rows, "rows" if rows else None
+
+
+def count_rows(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch; 0 where there is none. A packed row is one row."""
+    tensor = _first_tensor(batch)
+    if tensor is None:
+        return 0
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    children = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((tensor for tensor in map(_first_tensor, children) if tensor is not None), None)
+
+
+def count_supervised(batch: Any) -> Tensor | None:
+    """Tokens that a causal language model learns from, on the device of the batch; None where there are no labels.
+
+    The first label of a row is nobody's target.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() < 2:
+        return None
+    return (labels[..., 1:] != -100).sum()

@@ -1,0 +1,98 @@
+"""A loss per supervised token of the whole optimizer step, exact under accumulation and data parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.sharding.collectives import of_every_rank
+
+# Sums over thousands of tokens would overflow float16; a power of two divides out again without rounding.
+_SUM_SCALE = 1024.0
+_KEY = "lightning_lora_window_tokens"
+
+
+class TokenWeightedLoss(LightningModule):
+    r"""Makes every supervised token of an optimizer step count the same, wherever it stands.
+
+    Lightning averages the means of micro-batches, then of ranks: a token in a short micro-batch counts more. Here
+    ``training_step`` returns ``token_loss(sum, count)``, and before the step the gradients are divided by the number
+    of tokens in all micro-batches of all ranks, the short last window included. ``k`` micro-batches of ``b`` rows, or
+    ``k`` ranks, then give the gradient of one batch of ``k b`` rows.
+
+    References:
+        https://github.com/Lightning-AI/pytorch-lightning/issues/20350
+    """
+
+    _window_tokens: Tensor | int = 0
+
+    def token_loss(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
+        """What ``training_step`` returns.
+
+        Args:
+            loss_sum: Sum of the losses of the supervised tokens of this micro-batch, nats.
+            num_tokens: Their number.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            if not self._window_tokens:
+                rank_zero_warn("DeepSpeed steps inside its engine: the loss is a mean of means over micro-batches.")
+            self._window_tokens = 1
+            return loss_sum / num_tokens.clamp(min=1)
+        self._window_tokens = self._window_tokens + num_tokens.detach()
+        return loss_sum / _SUM_SCALE
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the tokens of a window that is open, as every rank has counted them."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self._window_tokens, Tensor):
+            checkpoint[_KEY] = of_every_rank(int(self._window_tokens))
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on in the window."""
+        super().on_load_checkpoint(checkpoint)
+        counted = checkpoint.get(_KEY, [])
+        if self._trainer is not None and len(counted) == self.trainer.world_size:
+            self._window_tokens = torch.tensor(counted[self.trainer.global_rank])
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """Forget a window that an interruption left open; none spans two epochs."""
+        super().on_train_epoch_start()
+        self._window_tokens = 0
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
+        super().on_before_optimizer_step(optimizer)
+        # A rank on which FSDP1 has put no entry of a trained parameter counts all the same.
+        factor = self.gradient_factor()
+        self._window_tokens = 0
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and factor != 1:
+            torch._foreach_mul_(gradients, factor)
+
+    def gradient_factor(self) -> float:
+        """What makes the gradient of the window that is open a mean over its tokens; a collective."""
+        if not isinstance(self._window_tokens, Tensor):
+            return 1.0
+        tokens, ranks = self._over_ranks(self._window_tokens)
+        # Lightning has divided by the accumulation steps and averaged over ranks; both are undone here.
+        return _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
+
+    def _over_ranks(self, tokens: Tensor) -> tuple[int, int]:
+        if self.trainer.world_size == 1:
+            return int(tokens), 1
+        mesh = self.device_mesh
+        group = mesh["data_parallel"].get_group() if mesh is not None else None
+        total = tokens.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return int(total), torch.distributed.get_world_size(group)

@@ -1,0 +1,162 @@
+"""Does a training step fit the device? Tried for real, and nothing is left of it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import heapq
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_lora.checkpoints.loader_position import generators
+from lightning_lora.checkpoints.random_state import kept_random_state
+
+_NUM_ROWS = 1000
+"""Rows among which the longest are looked for."""
+
+
+def can_take_rows(loader: object) -> bool:
+    """Whether `longest_batch` can choose rows of it."""
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_sampler is not None
+    )
+
+
+def longest_batch(trainer: Trainer, loader: DataLoader[Any], num_rows: int) -> Any:
+    """A batch on the device of the longest rows among the first 1,000 of an epoch; those take the most memory."""
+    with kept_random_state(trainer.strategy.root_device, generators([loader])):
+        batches: Any = loader.batch_sampler
+        indices = islice((index for batch in batches for index in batch), _NUM_ROWS)
+        rows = heapq.nlargest(num_rows, (loader.dataset[index] for index in indices), key=row_size)
+        batch = trainer.precision_plugin.convert_input(loader.collate_fn(rows))
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def row_size(row: Any) -> int:
+    """Numbers and characters that a row of a dataset holds."""
+    if isinstance(row, Tensor):
+        return row.numel()
+    if isinstance(row, (str, bytes)):
+        return len(row)
+    if isinstance(row, Mapping):
+        return sum(map(row_size, row.values()))
+    if isinstance(row, (list, tuple)):
+        return sum(map(row_size, row))
+    size = getattr(row, "size", 1)  # numpy's arrays
+    return size if isinstance(size, int) else 1
+
+
+def step_fits(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], num_rows: int) -> bool:
+    """Whether a step of the longest ``num_rows`` rows fits: forward, backward, and what the optimizer keeps.
+
+    The module is called itself, not through its wrapper, so ranks need not agree while they try.
+    """
+    try:
+        with untouched(trainer, module):
+            _step(trainer, module, longest_batch(trainer, loader, num_rows))
+        fits = True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Not more in here: the error holds every activation alive.
+        fits = False
+    gc.collect()
+    torch.cuda.empty_cache()
+    return fits
+
+
+@contextmanager
+def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Weights, buffers, gradients, optimizers, attributes and random numbers are afterwards as they are now.
+
+    Attributes are those of every submodule, so counters, open loss windows and metrics too; what an attribute refers to
+    is kept if it is a tensor, list, dictionary or set. Nothing is logged inside.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    tensors = [(tensor, _copy(tensor)) for tensor in (*trained, *module.buffers())]
+    attributes = [(child, _copied(child)) for child in module.modules()]
+    optimizers = [(optimizer, _optimizer_state(optimizer)) for optimizer in trainer.optimizers]
+    for child in module.modules():
+        if isinstance(child, LightningModule):
+            child.__dict__["log"] = _no_log
+    try:
+        with kept_random_state(trainer.strategy.root_device):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+        for child, values in attributes:
+            _put_back(child, values)
+        with torch.no_grad():
+            for tensor, before in tensors:
+                if before is not None:
+                    tensor.copy_(before)
+        for optimizer, (state, groups) in optimizers:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
+
+
+def _step(trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    arguments: Any = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)  # pyright: ignore[reportArgumentType]
+
+    def closure() -> Any:
+        with trainer.precision_plugin.train_step_context():
+            output = module.training_step(*arguments.values())
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is not None:
+            module.backward(loss)
+        return loss
+
+    for optimizer in trainer.optimizers:
+        optimizer.step(closure)
+
+
+def _no_log(*_: Any, **__: Any) -> None:
+    """In the place of ``LightningModule.log``: what a trial logs would stand in the loggers."""
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    state = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    return state, copy.deepcopy(settings)
+
+
+def _copied(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Name to what an attribute refers to, and a copy of that if it can change without being replaced."""
+    return {name: (value, _copy(value)) for name, value in module.__dict__.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value.detach().to("cpu", copy=True)
+    return copy.copy(value) if type(value) in (list, dict, set) else None
+
+
+def _put_back(module: nn.Module, values: Mapping[str, tuple[Any, Any]]) -> None:
+    for value, before in values.values():
+        if isinstance(before, Tensor):
+            value.detach().copy_(before)
+        elif before is not None:
+            value.clear()
+            (value.extend if isinstance(before, list) else value.update)(before)
+    module.__dict__.clear()
+    module.__dict__.update({name: value for name, (value, _) in values.items()})
+
+
+def is_out_of_memory(exception: BaseException) -> bool:
+    """Whether an allocator, of a GPU or the CPU, could not give what was asked of it."""
+    return isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(exception)

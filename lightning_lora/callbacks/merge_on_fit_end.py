@@ -1,0 +1,62 @@
+"""A merged model at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.files.merge.merged_model import save_merged
+from lightning_lora.lora.layers.adapted import lora_layers
+
+
+class MergeOnFitEnd(Callback):
+    """Writes the model with its adapters folded in when ``fit`` ends; the module keeps its adapters.
+
+    Args:
+        dirpath: The folder to write. None: ``merged`` in the run folder.
+
+    Raises:
+        ConfigError: If the strategy shards the weights, or nothing is adapted.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse sharded weights before the run, not after it."""
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise ConfigError(
+                f"MergeOnFitEnd cannot merge the sharded weights of {type(trainer.strategy).__name__}; write adapters "
+                f"with AdapterCheckpoint and run `lightning-lora merge BASE ADAPTER OUT` afterwards."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run without adapters."""
+        if not lora_layers(pl_module):
+            raise ConfigError("MergeOnFitEnd has nothing to merge: the module has no adapters (lora is null).")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the merged model."""
+        # Reading log_dir is a collective: every rank must do it.
+        root = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero:
+            path = save_merged(pl_module, self.dirpath or root / "merged", _tokenizer(pl_module))
+            rank_zero_info(f"merged model written to {path}")
+
+
+def _tokenizer(module: LightningModule) -> Any:
+    """The module's tokenizer; the merged weights are worth having without one."""
+    try:
+        return getattr(module, "tokenizer", None)
+    except ConfigError as error:
+        rank_zero_warn(f"the merged model has no tokenizer: {error}")
+        return None

@@ -1,0 +1,128 @@
+"""From a run to files that other software loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.files.adapter.folder import MANIFEST_FILE, read_adapter_folder
+from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
+from lightning_lora.files.adapter.save_load import save_adapter
+from lightning_lora.files.adapter.vllm_rules import vllm_flags
+from lightning_lora.files.atomic import atomic_folder
+from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
+from lightning_lora.files.merge.merge_files import merge_files
+from lightning_lora.files.merge.merged_model import save_merged
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.tasks import CausalLM, SequenceClassifier
+from lightning_lora.tasks.pretrained import PretrainedTask
+
+FORMATS = ("peft", "merged")
+_TASKS = {f"{task.__module__}.{task.__qualname__}": task for task in (CausalLM, SequenceClassifier)}
+
+
+def export(run: str | Path, out: str | Path, format: str = "peft", target: str | None = None) -> str:
+    """Write the adapter or the merged model of a run to ``out``, with its tokenizer.
+
+    Args:
+        run: A run folder, a Lightning checkpoint, or an adapter folder.
+        out: The folder to write.
+        format: ``"peft"`` (adapter only) or ``"merged"`` (the whole model).
+        target: ``"vllm"`` also checks that vLLM accepts the result.
+
+    Returns:
+        What was done, in a sentence or two.
+
+    Raises:
+        ConfigError: If an argument is not one of those named.
+        AdapterFileError: If there is nothing to export, or vLLM would refuse it.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if target not in (None, "vllm"):
+        raise ConfigError(f"--for knows vllm only, got {target!r}.")
+    source = find_source(Path(run))
+    out = Path(out)
+    if source.is_dir():
+        _export_folder(source, out, format)
+    else:
+        _export_checkpoint(source, out, format)
+    done = f"{source} written to {out} as {'a PEFT adapter' if format == 'peft' else 'a merged model'}"
+    if target == "vllm":
+        done += f"\nserve it with: vllm serve {_serve_arguments(out, format)}"
+    return done
+
+
+def find_source(run: Path) -> Path:
+    """The checkpoint or adapter folder that ``run`` stands for: itself, or the latest checkpoint in a run folder.
+
+    Raises:
+        AdapterFileError: If there is none.
+    """
+    if run.is_file() or (run / CONFIG_FILE).is_file():
+        return run
+    # By optimizer step, not by file time: clocks jump, copies change times. Of two at one step, the checkpoint.
+    steps = {folder: _adapter_step(folder) for folder in run.rglob("adapters/last") if (folder / CONFIG_FILE).is_file()}
+    steps |= {file: read_checkpoint(file)["global_step"] for file in sorted(run.rglob("*.ckpt"))}
+    if not steps:
+        raise AdapterFileError(
+            f"{run} holds no checkpoint (*.ckpt) and no adapter folder: give a run folder or a file."
+        )
+    return max(steps, key=lambda source: (steps[source], source.is_file()))
+
+
+def _adapter_step(folder: Path) -> int:
+    manifest = read_adapter_folder(folder).manifest
+    return -1 if manifest is None else manifest["summary"].get("step", -1)
+
+
+def _export_folder(source: Path, out: Path, format: str) -> None:
+    folder = read_adapter_folder(source)
+    base = folder.peft.get("base_model_name_or_path")
+    if format == "merged":
+        if not base or not Path(base).is_dir():
+            raise AdapterFileError(
+                f"{source} was trained on {base!r}, which is no folder here: run `lightning-lora merge BASE {source} "
+                f"{out}`."
+            )
+        merge_files(base, source, out)
+        return
+    with atomic_folder(out, replaces=CONFIG_FILE) as target:
+        for name in (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE, "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+        if base and Path(base).is_dir():
+            AutoTokenizer.from_pretrained(base).save_pretrained(target)
+
+
+def _export_checkpoint(source: Path, out: Path, format: str) -> None:
+    task = _load_task(source)
+    if format == "merged":
+        save_merged(task, out, task.tokenizer)
+    else:
+        save_adapter(task, out, tokenizer=task.tokenizer)
+
+
+def _load_task(source: Path) -> PretrainedTask:
+    checkpoint = read_checkpoint(source)
+    if CHECKPOINT_KEY not in checkpoint:
+        raise AdapterFileError(f"{source} is a full checkpoint, there is no adapter in it to export.")
+    name = checkpoint[CHECKPOINT_KEY]["module"]
+    if name not in _TASKS:
+        raise AdapterFileError(
+            f"{source} was written by {name}, which only your code can build: load it there and call save_adapter()."
+        )
+    task = _TASKS[name].load_from_checkpoint(source, map_location="cpu", weights_only=True)
+    assert isinstance(task, PretrainedTask)
+    assert lora_layers(task)
+    return task
+
+
+def _serve_arguments(out: Path, format: str) -> str:
+    if format == "merged":
+        return str(out)
+    folder = read_adapter_folder(out)
+    return f"{folder.peft.get('base_model_name_or_path')} {vllm_flags(folder)} --lora-modules adapter={out}"

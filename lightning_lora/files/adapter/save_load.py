@@ -1,0 +1,212 @@
+"""Adapter folders on disk: PEFT's two files, our manifest, and a model card, written and read as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.files.adapter import peft_experts, peft_format, peft_layers
+from lightning_lora.files.adapter.fit import check_base, check_copies, matching_targets, own_tensors, with_experts
+from lightning_lora.files.adapter.folder import FORMAT, MANIFEST_FILE, check_finite, read_adapter_folder
+from lightning_lora.files.adapter.model_card import model_card
+from lightning_lora.files.atomic import atomic_folder, sha256
+from lightning_lora.files.safetensors_file import write_tensors
+from lightning_lora.lora.adapter import (
+    attach_targets,
+    check_not_merged,
+    check_not_sharded,
+    check_tensors,
+    freeze,
+    lora_state_dict,
+)
+from lightning_lora.lora.fingerprint import base_digests, fingerprint
+from lightning_lora.lora.layers.adapted import adapted_weights, base_parameter, following_layers, lora_layers
+from lightning_lora.lora.layers.attention import attach_readers
+from lightning_lora.lora.patterns import matches_any, plain_name
+from lightning_lora.lora.shards import check_whole, whole_parameters, whole_tensor
+from lightning_lora.lora.targets.roles import hugging_face_models
+from lightning_lora.lora.targets.selection import is_inside
+
+
+def save_adapter(
+    module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None = None, tokenizer: Any = None
+) -> Path:
+    """Write the adapters of ``module`` as a folder that PEFT and vLLM load, with our manifest and a model card.
+
+    Names are relative to the Hugging Face model inside ``module`` where there is one, as PEFT expects. The folder
+    appears whole or not at all; an adapter already there is replaced in one step. Under sharding every rank must
+    call this, and rank 0 writes; under FSDP1 ``module`` is its outermost wrapper, ``trainer.model``.
+
+    Args:
+        module: An adapted module, its updates not merged.
+        path: The folder to write.
+        summary: Facts of the training run for manifest and card: name to number or text.
+        tokenizer: Written beside the adapter if given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If nothing is adapted, or the updates are merged.
+        AdapterFileError: If a value is not finite, or ``path`` holds something else.
+        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
+    """
+    with whole_parameters(module):
+        check_whole(module, "save the adapter")
+        return _save(module, path, summary, tokenizer)
+
+
+def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None, tokenizer: Any) -> Path:
+    check_not_merged(module, "save the adapter")
+    _check_memory(module)
+    root = _root_to_save(module)
+    weights = adapted_weights(root)
+    factors = lora_state_dict(root)
+    trained = {name: whole_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
+    check_finite(factors | trained, "the adapter is not saved")
+    manifest = _manifest(root, trained, summary or {})
+    peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
+    tensors = peft_format.to_tensors(root, factors) | {
+        peft_format.PREFIX + name: tensor for name, tensor in trained.items()
+    }
+    peft_layers.warn_of_differences(weights, peft_layers.packed_attentions(root))
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _write(Path(path), peft, tensors, manifest, tokenizer)
+    return Path(path)
+
+
+def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = False) -> None:
+    """Load an adapter folder, ours or PEFT's, into ``module``, adapting its layers first where needed.
+
+    Everything is checked before anything changes: files, names, shapes, and the base weights.
+
+    Args:
+        module: The base model the adapter belongs to, plain or adapted in the same layers.
+        path: The folder.
+        allow_other_base: Load even though the base weights are not those the adapter was trained on.
+
+    Raises:
+        AdapterFileError: If the folder is damaged, of an unsupported kind, or does not fit ``module``.
+        BaseMismatchError: If it was trained on other base weights.
+        ConfigError: If the updates in ``module`` are merged.
+    """
+    folder = read_adapter_folder(path)
+    check_not_sharded(module)
+    check_not_merged(module, "load an adapter")
+    root = _root_to_load(module, [*folder.ranks, *folder.packed])
+    folder = with_experts(root, folder)
+    layers, tied = matching_targets(root, folder)
+    trained = {name: tensor for name, tensor in own_tensors(root) if name in folder.trained}
+    check_tensors(trained, folder.trained)
+    check_copies(root, folder)
+    if not allow_other_base:
+        check_base(root, folder)
+    if not lora_layers(root):
+        freeze(module)
+        attach_targets(root, layers, tied)
+        # What reads the adapted weights may lie outside of the model that the adapter names.
+        attach_readers(module)
+    for tensor in trained.values():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+    tensors = trained | lora_state_dict(root)
+    with torch.no_grad():
+        for name, tensor in (folder.factors | folder.trained).items():
+            tensors[name].copy_(tensor)
+
+
+def _root_to_save(module: nn.Module) -> nn.Module:
+    """The Hugging Face model that holds all that was trained, so that names fit PEFT's; else ``module`` itself."""
+    for _, model in hugging_face_models(module):
+        if lora_layers(model).keys() and len(lora_layers(model)) == len(lora_layers(module)):
+            inner = {id(tensor) for tensor in _trained_tensors(model).values()}
+            return model if all(id(tensor) in inner for tensor in _trained_tensors(module).values()) else module
+    return module
+
+
+def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
+    """The model in ``module`` that has layers of these names, one that is adapted first; else ``module`` itself."""
+    models = [model for _, model in hugging_face_models(module)]
+    for model in sorted(models, key=lambda model: not lora_layers(model)):
+        parts = (*model.named_modules(), *model.named_parameters())
+        if {name.partition(".base_layer")[0] for name in names} <= {plain_name(name) for name, _ in parts}:
+            return model
+    return module
+
+
+def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """What learns beside the adapters: parameters with gradients, the buffers next to them, and what was asked for.
+
+    The last because a module may be frozen as a whole once training is over.
+    """
+    tensors = dict(own_tensors(root))
+    configs = {id(config): config for layer in lora_layers(root).values() for config in (layer.lora_spec.config,)}
+    patterns = {pattern for config in configs.values() for pattern in config.trainable}
+    asked = {plain_name(name) for name, _ in root.named_modules() if name and matches_any(name, patterns)}
+    learning = {name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.requires_grad}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.requires_grad
+        or is_inside(name.rpartition(".")[0], asked)
+        or (not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in learning)
+    }
+
+
+def _check_memory(module: nn.Module) -> None:
+    empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ConfigError(
+            f"cannot save the adapter: {len(empty)} parameters are on the meta device and have no values "
+            f"({first_five(empty)})."
+        )
+
+
+def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> dict[str, Any]:
+    digests = base_digests(root, trained)
+    weights, attentions = adapted_weights(root), peft_layers.packed_attentions(root)
+    parameters = {name: base_parameter(name, layer, weight) for name, (layer, weight) in weights.items()}
+    return {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("lightning-lora", "lightning", "torch")},
+        "config": next(iter(weights.values()))[0].lora_spec.config.to_dict(),
+        "layers": {
+            name: {
+                "rank": layer.lora_specs[weight].rank,
+                "alpha": layer.lora_specs[weight].alpha,
+                "role": layer.lora_specs[weight].role,
+                "parameter": parameters[name],
+                "base": digests.get(parameters[name]),
+                **peft_experts.layout(layer, weight),
+                **peft_layers.layout(name, layer, weights, attentions),
+            }
+            for name, (layer, weight) in weights.items()
+        },
+        "following": sorted(following_layers(root)),
+        "base_fingerprint": fingerprint(digests),
+        "summary": dict(summary),
+    }
+
+
+def _write(
+    path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifest: dict[str, Any], tokenizer: Any
+) -> None:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with atomic_folder(path, replaces=peft_format.CONFIG_FILE) as folder:
+        (folder / peft_format.CONFIG_FILE).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n")
+        write_tensors(folder / peft_format.TENSOR_FILE, tensors.items(), layout, {"format": "pt"})
+        manifest["tensors"] = {name: list(shape) for name, (_, shape) in layout.items()}
+        manifest["files"] = {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            for name in (peft_format.CONFIG_FILE, peft_format.TENSOR_FILE)
+        }
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(peft, manifest))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

@@ -1,0 +1,75 @@
+"""Whether a checkpoint holds the weights an adapter was trained on, told while they are read for merging."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import BaseMismatchError
+from lightning_lora.files.merge.plan import MergePlan
+from lightning_lora.lora.fingerprint import PiecewiseDigest
+
+
+class BaseCheck:
+    """Compares the digest of every adapted weight, whole or in parts of several files, with the manifest's.
+
+    Args:
+        plan: What is merged.
+        active: False lets every base pass, as does an adapter without a manifest.
+    """
+
+    def __init__(self, plan: MergePlan, active: bool) -> None:
+        self._plan = plan
+        self._manifest = plan.folder.manifest if active else None
+        # Weights of which some parts were read.
+        self._digests: dict[str, PiecewiseDigest] = {}
+
+    def part(self, name: str, shape: tuple[int, ...]) -> PartCheck:
+        """The check of the stored tensor ``name``, to be fed with its elements in order."""
+        weight = self._plan.weight(name)
+        if self._manifest is None or weight is None:
+            return PartCheck()
+        part = self._plan.experts.get(name)
+        if weight not in self._digests:
+            self._digests[weight] = PiecewiseDigest(shape if part is None else part.fused.shape)
+        digest = self._digests[weight]
+        numbers = torch.arange(digest.missing)
+        positions, numbers = (numbers * digest.step, numbers) if part is None else part.sampled(digest.step)
+        return PartCheck(digest, positions, numbers)
+
+    def close(self, name: str) -> None:
+        """Say that ``name`` was read.
+
+        Raises:
+            BaseMismatchError: If that completes a weight, and it is another than the adapter was trained on.
+        """
+        weight = self._plan.weight(name)
+        if self._manifest is None or weight is None or self._digests[weight].missing:
+            return
+        found, expected = self._digests.pop(weight).hexdigest(), self._manifest["layers"][weight]["base"]
+        if found != expected:
+            raise BaseMismatchError(
+                f"{name if name in self._plan.matrices else weight} is not the weight the adapter was trained on "
+                f"(digest {found}, expected {expected}). Give the right base, or pass --allow_other_base."
+            )
+
+
+class PartCheck:
+    """Takes from the elements of one stored tensor those that count for a digest."""
+
+    def __init__(
+        self, digest: PiecewiseDigest | None = None, positions: Tensor | None = None, numbers: Tensor | None = None
+    ) -> None:
+        none = torch.empty(0, dtype=torch.int64)
+        self._digest = digest
+        self._positions = none if positions is None else positions
+        self._numbers = none if numbers is None else numbers
+        self._num_read = 0
+
+    def add(self, elements: Tensor) -> None:
+        """Take what counts of the next elements of the tensor, ``(elements)``."""
+        start, self._num_read = self._num_read, self._num_read + len(elements)
+        if self._digest is not None:
+            count = int(torch.searchsorted(self._positions, self._num_read))
+            self._digest.add(self._numbers[:count], elements[self._positions[:count] - start])
+            self._positions, self._numbers = self._positions[count:], self._numbers[count:]

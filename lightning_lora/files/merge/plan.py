@@ -1,0 +1,183 @@
+"""Which tensors of a checkpoint an adapter changes, and how: decided from names and shapes, before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.files.adapter.fit import with_experts
+from lightning_lora.files.adapter.folder import AdapterFolder
+from lightning_lora.files.merge.row_blocks import StoredUpdate, matrix_update
+from lightning_lora.files.merge.stored_experts import ExpertPart, FusedWeight, expert_parts, row_numbers
+from lightning_lora.files.merge.stored_names import CheckpointModel
+from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.layers.registry import adapter_kind
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What becomes of the tensors of a checkpoint; those named nowhere stay as they are.
+
+    Args:
+        folder: The adapter.
+        matrices: Stored tensor to the adapted weight that it is.
+        experts: Stored tensor to its part of an adapted weight of fused experts.
+        trained: Stored tensor to the tensor of the adapter that replaces it.
+    """
+
+    folder: AdapterFolder
+    matrices: dict[str, str]
+    experts: dict[str, ExpertPart]
+    trained: dict[str, str]
+
+    def weight(self, name: str) -> str | None:
+        """The adapted weight that a stored tensor is, or is a part of; None where it has no update."""
+        return self.experts[name].fused.name if name in self.experts else self.matrices.get(name)
+
+    def update(self, name: str, shape: tuple[int, ...]) -> StoredUpdate:
+        """The update of a stored tensor.
+
+        Raises:
+            AdapterFileError: If it does not fit the shape.
+        """
+        weight = self.weight(name)
+        assert weight is not None
+        (A, B), scale = self.folder.pairs[weight], self._scale(weight)
+        if name in self.experts:
+            return self.experts[name].update(name, A, B, scale, shape)
+        entry = {} if self.folder.manifest is None else self.folder.manifest["layers"][weight]
+        # Embeddings and GPT-2's Conv1D store the transpose; where the weight is square the config tells the latter.
+        square = A.shape[1] == B.shape[0]
+        transposed = weight in self.folder.tables or bool(square and self.folder.peft.get("fan_in_fan_out"))
+        kernel_transposed = entry.get("stored") == "transposed kernel matrix"
+        return matrix_update(weight, A, B, scale, shape, transposed, kernel_transposed)
+
+    def _scale(self, weight: str) -> float:
+        config, manifest = self.folder.config, self.folder.manifest
+        if manifest is None:
+            return config.scale(self.folder.ranks[weight], config.alpha_pattern.get(weight, config.alpha))
+        return config.scale(self.folder.ranks[weight], manifest["layers"][weight]["alpha"])
+
+
+def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
+    """Find the tensors of the checkpoint at ``base`` that ``folder`` changes.
+
+    Args:
+        folder: The adapter.
+        base: The checkpoint, for its config.
+        shapes: Name of every stored tensor to its shape.
+
+    Raises:
+        AdapterFileError: If some of what was adapted is not in the checkpoint.
+    """
+    experts: dict[str, ExpertPart] = {}
+    missing: list[str] = []
+    if folder.packed or any(A.ndim == 3 for A, _ in folder.pairs.values()):
+        model = CheckpointModel(base)
+        folder = with_experts(model.module, folder)
+        fused = {_parameters(folder, name)[0]: name for name, (A, _) in folder.pairs.items() if A.ndim == 3}
+        experts, missing = _experts(model, folder, fused, shapes)
+    candidates = {name: _parameters(folder, name) for name, (A, _) in folder.pairs.items() if A.ndim == 2}
+    matrices = _found(candidates, shapes)
+    trained = _found({name: (name,) for name in folder.trained}, shapes)
+    # A checkpoint holds tied weights once, an adapter that trained them under each name.
+    kept = [folder.trained[name] for name in trained]
+    untied = [
+        name
+        for name, tensor in folder.trained.items()
+        if name not in trained and not any(torch.equal(tensor, other) for other in kept)
+    ]
+    lost = {name: names for name, names in candidates.items() if name not in matrices} | {n: (n,) for n in untied}
+    if lost:
+        renamed = _renamed(base, lost, shapes)
+        matrices |= {name: stored for name, stored in renamed.items() if name in candidates}
+        trained |= {name: stored for name, stored in renamed.items() if name not in candidates}
+        missing += [name for name in lost if name not in renamed]
+    if missing:
+        raise AdapterFileError(
+            f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
+            f"weights are not in the checkpoint: {first_five(missing)}."
+        )
+    return MergePlan(folder, _inverted(matrices), experts, _inverted(trained))
+
+
+def _parameters(folder: AdapterFolder, weight: str) -> tuple[str, ...]:
+    """What the parameter of an adapted weight may be called in the model."""
+    if folder.manifest is not None:
+        return (folder.manifest["layers"][weight]["parameter"],)
+    fused = folder.pairs[weight][0].ndim == 3
+    return (weight,) if fused else (f"{weight}.weight", f"{weight}.in_proj_weight")
+
+
+def _found(candidates: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[str, str]:
+    """Adapted weight to stored tensor, for those that are stored under one of the names they may have."""
+    found = {
+        name: next((stored for parameter in names if (stored := _in_base(parameter, shapes)) is not None), None)
+        for name, names in candidates.items()
+    }
+    return {name: stored for name, stored in found.items() if stored is not None}
+
+
+def _in_base(name: str, shapes: Shapes) -> str | None:
+    """The name in the checkpoint, which may leave out the first part of the names a model uses."""
+    return next((candidate for candidate in (name, name.partition(".")[2]) if candidate in shapes), None)
+
+
+def _renamed(base: Path, lost: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[str, str]:
+    """Adapted weight to stored tensor, for those that transformers stores under another name."""
+    if not (base / "config.json").is_file():
+        return {}
+    model = CheckpointModel(base)
+    names = {
+        name: tuple(stored for parameter in parameters if (stored := model.stored_name(parameter)) is not None)
+        for name, parameters in lost.items()
+    }
+    return _found(names, shapes)
+
+
+def _experts(
+    model: CheckpointModel, folder: AdapterFolder, fused: Mapping[str, str], shapes: Shapes
+) -> tuple[dict[str, ExpertPart], list[str]]:
+    """Stored tensor to its part of the weights in ``fused``, parameter to adapted weight; and what is missing."""
+    parts: dict[str, ExpertPart] = {}
+    missing: list[str] = []
+    seen: dict[bytes, Tensor] = {}
+    for parameter, name in fused.items():
+        weight = _fused_weight(model, folder, parameter, name)
+        stored = _in_base(parameter, shapes)
+        if stored is not None:
+            # As transformers does: turned only if it does not fit otherwise.
+            turned = shapes[stored] != weight.shape
+            rows = torch.arange(weight.num_out)
+            parts[stored] = ExpertPart(weight, 0, weight.shape[0], rows, weight.transposed != turned)
+            continue
+        split = expert_parts(weight, model.stored({parameter: row_numbers(weight)}), seen)
+        places = {name: _in_base(name, shapes) for name in split}
+        missing += [name for name, place in places.items() if place is None]
+        parts |= {place: split[name] for name, place in places.items() if place is not None}
+    return parts, missing
+
+
+def _fused_weight(model: CheckpointModel, folder: AdapterFolder, parameter: str, name: str) -> FusedWeight:
+    layer = model.module.get_submodule(parameter.rpartition(".")[0]) if model.has(parameter) else None
+    kind = adapter_kind(layer) if layer is not None else None
+    if layer is None or kind is None or not issubclass(kind, LoRAFusedExperts):
+        raise AdapterFileError(f"{type(model.module).__name__} has no fused experts {parameter}, which were adapted.")
+    shape, found = kind.weights(layer)[parameter.rpartition(".")[2]], folder.shapes[name]
+    if found != shape:
+        raise AdapterFileError(
+            f"{name} are {shape.num_experts} experts that map {shape[:2]}, the adapter has {found.num_experts} that "
+            f"map {found[:2]}."
+        )
+    return FusedWeight(name, tuple(getattr(layer, parameter.rpartition(".")[2]).shape), kind.transposed(layer))
+
+
+def _inverted(names: Mapping[str, str]) -> dict[str, str]:
+    return {stored: name for name, stored in names.items()}

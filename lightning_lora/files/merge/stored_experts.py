@@ -1,0 +1,138 @@
+"""Which part of a weight of fused experts a stored tensor holds: checkpoints split what the model fuses.
+
+A checkpoint may store every expert by itself, gate and up apart, either way round. How, transformers knows; here row
+numbers are sent the way it sends weights (`row_numbers`), and where they arrive tells what each tensor holds
+(`expert_parts`). So no layout is written down twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError
+from lightning_lora.files.merge.row_blocks import StoredUpdate
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """A weight of fused experts as the model has it.
+
+    Args:
+        name: The adapted weight.
+        shape: Of the parameter, ``(experts, out, in)`` or ``(experts, in, out)``.
+        transposed: Whether it is the latter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def num_out(self) -> int:
+        """Outputs of one expert."""
+        return self.shape[2] if self.transposed else self.shape[1]
+
+    @property
+    def num_in(self) -> int:
+        """Inputs of one expert."""
+        return self.shape[1] if self.transposed else self.shape[2]
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """What a stored tensor holds of a weight of fused experts.
+
+    Args:
+        fused: That weight.
+        first: Number of the first expert.
+        num_experts: How many experts follow each other in it.
+        rows: Outputs of each expert it holds, ``(rows)``, in order.
+        transposed: Whether it is stored ``(in, rows)``.
+    """
+
+    fused: FusedWeight
+    first: int
+    num_experts: int
+    rows: Tensor
+    transposed: bool
+
+    def update(self, name: str, A: Tensor, B: Tensor, scale: float, shape: tuple[int, ...]) -> StoredUpdate:
+        """The update of the stored tensor ``name``.
+
+        Args:
+            name: For errors.
+            A: ``(experts or 1, rank, in)`` of all experts.
+            B: ``(experts or 1, out, rank)``.
+            scale: alpha / rank.
+            shape: Of the stored tensor.
+
+        Raises:
+            AdapterFileError: If the update does not fit the shape.
+        """
+        sides = (self.fused.num_in, len(self.rows)) if self.transposed else (len(self.rows), self.fused.num_in)
+        # A tensor of one expert may have an axis for it or not.
+        if shape not in ((self.num_experts, *sides), *([sides] if self.num_experts == 1 else [])):
+            raise AdapterFileError(f"{name}: the update is {(self.num_experts, *sides)}, the weight {shape}.")
+        mine = slice(self.first, self.first + self.num_experts)
+        A, B = A if len(A) == 1 else A[mine], (B if len(B) == 1 else B[mine])[:, self.rows]
+        return StoredUpdate(A.mT, B.mT, scale) if self.transposed else StoredUpdate(B, A, scale)
+
+    def sampled(self, step: int) -> tuple[Tensor, Tensor]:
+        """Where the stored tensor holds every ``step``-th element of the fused weight.
+
+        Returns:
+            Their positions in the stored tensor, ascending, and their numbers among those of the whole weight.
+        """
+        size = self.fused.num_out * self.fused.num_in
+        first, stop = (-(-expert * size // step) for expert in (self.first, self.first + self.num_experts))
+        numbers = torch.arange(first, stop)
+        experts, inner = (numbers * step).div(size, rounding_mode="floor"), numbers * step % size
+        middle, last = inner // self.fused.shape[2], inner % self.fused.shape[2]
+        out, column = (last, middle) if self.fused.transposed else (middle, last)
+        place = torch.full((self.fused.num_out,), -1)
+        place[self.rows] = torch.arange(len(self.rows))
+        row = place[out]
+        inside = row * self.fused.num_in + column if not self.transposed else column * len(self.rows) + row
+        positions = (experts - self.first) * (len(self.rows) * self.fused.num_in) + inside
+        positions, numbers = positions[row >= 0], numbers[row >= 0]
+        order = positions.argsort()
+        return positions[order], numbers[order]
+
+
+def row_numbers(fused: FusedWeight) -> Tensor:
+    """The fused weight with a single input, each row holding its number: ``expert * outputs + output``."""
+    num_experts = fused.shape[0]
+    numbers = torch.arange(num_experts * fused.num_out, dtype=torch.int32).reshape(num_experts, fused.num_out, 1)
+    return numbers.mT if fused.transposed else numbers
+
+
+def expert_parts(fused: FusedWeight, stored: Mapping[str, Tensor], seen: dict[bytes, Tensor]) -> dict[str, ExpertPart]:
+    """What each stored tensor holds, by the `row_numbers` that arrived there.
+
+    Args:
+        fused: The weight.
+        stored: Name of the stored tensor to its row numbers.
+        seen: Lists of rows met before: the experts of a model share a few, which need not be kept for each.
+
+    Raises:
+        AdapterFileError: If the checkpoint mixes experts in a way not known here.
+    """
+    parts = {}
+    for name, numbers in stored.items():
+        transposed = numbers.ndim > 1 and numbers.shape[-1] != 1
+        whole = numbers.ndim < 3
+        lists = numbers.reshape(1 if whole else len(numbers), -1).long()
+        experts, rows = lists // fused.num_out, lists[0] % fused.num_out
+        follow = experts == experts[0, 0] + torch.arange(len(lists))[:, None]
+        if not bool(follow.all()) or not bool((lists % fused.num_out == rows).all()):
+            raise AdapterFileError(f"{name} mixes rows of several experts of {fused.name}, which is not supported.")
+        rows = seen.setdefault(rows.numpy().tobytes(), rows.clone())
+        parts[name] = ExpertPart(fused, int(experts[0, 0]), len(lists), rows, transposed)
+    held = sum(part.num_experts * len(part.rows) for part in parts.values())
+    if held != fused.shape[0] * fused.num_out:
+        raise AdapterFileError(f"{next(iter(stored))} and others hold {held} rows of {fused.name}, not all.")
+    return parts

@@ -1,0 +1,239 @@
+"""Adapter operations on any module: put adapters in, fold them in, take them off, count them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
+from lightning_lora.lora.layers.attention import attach_readers, detach_readers
+from lightning_lora.lora.layers.base import LoRALayer, attach, detach
+from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
+from lightning_lora.lora.layers.quantised_weights import keep_stored_values
+from lightning_lora.lora.layers.shared_factors import attach_tied
+from lightning_lora.lora.patterns import plain_name
+from lightning_lora.lora.reports import InjectionReport, MergeReport, count_parameters
+from lightning_lora.lora.shards import check_whole, is_flat, reshard, whole_parameters, whole_tensor
+from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
+from lightning_lora.lora.targets.shared_weights import Tied, untie
+
+
+def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
+    """Adapt ``module`` in place: chosen layers get ``lora_A`` and ``lora_B``, everything else is frozen.
+
+    Names, hooks, module identities and base state-dict keys stay as they were. Works on the meta device, without
+    memory.
+
+    Args:
+        module: Any module, before it is wrapped, sharded, or its optimizer is built.
+        config: What to adapt and how.
+
+    Raises:
+        TargetNotFoundError: If a pattern matches nothing.
+        ConfigError: If ``module`` is adapted already or a target cannot be adapted. Nothing is changed then.
+        AlreadyShardedError: If the parameters are sharded already.
+    """
+    config = LoRAConfig.from_dict(config)
+    check_not_sharded(module)
+    targets = resolve_targets(module, config)
+    apply_targets(module, targets)
+    count = count_parameters(module)
+    adapter_bytes = sum(p.numel() * p.element_size() for p in factor_parameters(module).values())
+    return InjectionReport(
+        layers={target.name: target.spec for target in targets.layers},
+        trainable=tuple(targets.trainable),
+        skipped=targets.skipped,
+        parameters=count,
+        adapter_bytes=adapter_bytes,
+    )
+
+
+def apply_targets(module: nn.Module, targets: Targets) -> None:
+    """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
+    freeze(module)
+    attach_targets(module, targets.layers, targets.tied)
+    for trained in targets.trainable.values():
+        trained.requires_grad_(True)
+
+
+def freeze(module: nn.Module) -> None:
+    """Let nothing in ``module`` change: neither by gradients nor by what quantised layers do to themselves."""
+    module.requires_grad_(False)
+    keep_stored_values(module)
+
+
+def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> None:
+    """Adapt resolved layers of ``module``, and do with shared weights what was decided."""
+    for owner, parameter in tied.untied:
+        untie(module, owner, parameter)
+    adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
+    modules = {plain_name(name): child for name, child in module.named_modules()}
+    for follower, source in tied.followers.items():
+        attach_tied(modules[follower], adapted[source])
+    attach_readers(module)
+
+
+def check_not_sharded(module: nn.Module) -> None:
+    """Raise `AlreadyShardedError` if adapters added now would be missed by the strategy."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter" or is_flat(parameter):
+            raise AlreadyShardedError(
+                f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
+                f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."
+            )
+
+
+def merge_lora(module: nn.Module) -> MergeReport:
+    """Fold every update into its base weight, summed in float32 and rounded once; the originals are kept aside.
+
+    A quantised layer then holds a plain weight of the type it had before it was quantised; a warning says so. Another
+    warns where rounding took more than a tenth of an update.
+
+    Returns:
+        What rounding took of each update.
+
+    Raises:
+        ConfigError: If nothing is adapted, or the updates are folded in already.
+        AlreadyShardedError: If the weights are sharded.
+    """
+    report = merge_layers(module)
+    layers = lora_layers(module)
+    plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
+    if plain:
+        types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
+        size = sum(weight.numel() * weight.element_size() for weight in plain)
+        warnings.warn(
+            f"{len(plain)} merged layers are quantised no longer: their weights are {types} and take {size / 1e6:,.1f} "
+            f"MB. unmerge_lora(module) brings the quantised ones back.",
+            stacklevel=2,
+        )
+    return report
+
+
+def merge_layers(module: nn.Module) -> MergeReport:
+    """Fold every update in, as `merge_lora` does, without a word about quantised layers."""
+    layers = _adapted(module)
+    check_not_sharded(module)
+    check_not_merged(module, "merge twice")
+    report = MergeReport({name: layer.merge() for name, layer in layers.items()})
+    report.warn_if_lossy()
+    return report
+
+
+def unmerge_lora(module: nn.Module) -> None:
+    """Restore the base weights as they were before `merge_lora`, bit for bit.
+
+    Raises:
+        ConfigError: If nothing is adapted or nothing is folded in.
+    """
+    merged = [layer for layer in _adapted(module).values() if layer.lora_merged]
+    if not merged:
+        raise ConfigError("there is nothing to unmerge: merge_lora(module) was not called.")
+    for layer in merged:
+        layer.unmerge()
+
+
+def remove_lora(module: nn.Module) -> None:
+    """Take the adapters off; every layer gets its old class back. A merged module keeps the merged weights.
+
+    Frozen parameters stay frozen: what should train next is the caller's to say.
+
+    Raises:
+        ConfigError: If nothing is adapted.
+        AlreadyShardedError: If the weights are sharded.
+    """
+    layers = _adapted(module)
+    check_not_sharded(module)
+    for layer in layers.values():
+        detach(layer)
+    detach_readers(module)
+
+
+@contextmanager
+def disable_lora(module: nn.Module) -> Iterator[None]:
+    """Within the context ``module`` computes what the base computes; the state before is restored on leaving.
+
+    Raises:
+        ConfigError: If nothing is adapted, or the updates are folded in.
+    """
+    layers = _adapted(module)
+    check_not_merged(module, "disable adapters")
+    before = {layer: layer.lora_enabled for layer in layers.values()}
+    try:
+        for layer in before:
+            layer.lora_enabled = False
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.lora_enabled = enabled
+
+
+def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Adapter tensors by dotted name, detached, whole under sharding (then every rank must call this).
+
+    Raises:
+        ConfigError: If nothing is adapted.
+        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
+    """
+    reshard(module)
+    _adapted(module)
+    with whole_parameters(module):
+        check_whole(module, "read the adapter")
+        return {name: whole_tensor(factor) for name, factor in factor_parameters(module).items()}
+
+
+def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy adapter tensors into an adapted module; every name and shape must agree, else nothing is changed.
+
+    Raises:
+        AdapterFileError: If tensors are missing, unknown or of another shape; the first five are named.
+        ConfigError: If nothing is adapted, or the updates are folded in.
+        AlreadyShardedError: If the weights are sharded.
+    """
+    _adapted(module)
+    check_not_sharded(module)
+    check_not_merged(module, "load adapters")
+    expected = factor_parameters(module)
+    check_tensors(expected, state)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(state[name])
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `AdapterFileError` unless both hold the same names and shapes."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        raise AdapterFileError(
+            f"the adapter does not fit this module: {len(problems)} of {len(expected)} expected tensors disagree: "
+            f"{first_five(problems)}."
+        )
+
+
+def check_not_merged(module: nn.Module, action: str) -> None:
+    """Raise `ConfigError` if any update is folded in: the adapter would then count twice or not at all."""
+    merged = [name for name, layer in lora_layers(module).items() if layer.lora_merged]
+    if merged:
+        raise ConfigError(
+            f"cannot {action}: {len(merged)} layers are merged ({first_five(merged)}). Call unmerge_lora(module) first."
+        )
+
+
+def _adapted(module: nn.Module) -> dict[str, LoRALayer]:
+    layers = lora_layers(module)
+    if not layers:
+        raise ConfigError(f"{type(module).__name__} has no adapters: call inject_lora(module, config) first.")
+    return layers

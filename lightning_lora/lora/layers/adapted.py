@@ -1,0 +1,76 @@
+"""Finding the adapted layers of a module, and the names of adapted weights.
+
+An adapted weight goes by the name of its layer (``layers.0.up_proj``), or, where the layer holds several, by that of
+its parameter (``layers.0.experts.down_proj``); its factors are called ``layers.0.up_proj.lora_A`` and
+``layers.0.experts.down_proj_lora_A``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_lora.lora.layers.base import FACTORS, LoRALayer
+from lightning_lora.lora.patterns import plain_name
+
+
+def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Dotted name to adapted layer, in module order; empty if nothing is adapted.
+
+    Names are those of the plain module, whatever ``torch.compile`` and other wrappers add.
+    """
+    return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
+
+
+def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
+    """Name of every adapted weight to its layer and the name of its parameter there, in module order.
+
+    A weight that several layers share has the name of the one that owns its factors.
+    """
+    return {
+        join(name, weight) if layer.lora_prefix(weight) else name: (layer, weight)
+        for name, layer in lora_layers(module).items()
+        for weight in layer.lora_specs
+        if not layer.lora_follows
+    }
+
+
+def following_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Name of every layer that uses the factors of another one whose weight it shares."""
+    return {name: layer for name, layer in lora_layers(module).items() if layer.lora_follows}
+
+
+def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
+    """Dotted name of the parameter that an adapted weight's name stands for."""
+    return name if layer.lora_prefix(weight) else join(name, weight)
+
+
+def factor_name(name: str, layer: LoRALayer, weight: str, factor: str) -> str:
+    """Dotted name of ``lora_A`` or ``lora_B`` of an adapted weight."""
+    return f"{name}_{factor}" if layer.lora_prefix(weight) else join(name, factor)
+
+
+def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Dotted name to every factor of ``module``."""
+    return {
+        join(name, factor): parameter
+        for name, layer in lora_layers(module).items()
+        for factor, parameter in layer.lora_factors().items()
+        if not layer.lora_follows
+    }
+
+
+def factor_owner(name: str) -> tuple[str, str]:
+    """``(adapted weight, "lora_A" | "lora_B")`` of a factor's dotted name.
+
+    >>> factor_owner("layers.0.up_proj.lora_A"), factor_owner("layers.0.experts.down_proj_lora_B")
+    (('layers.0.up_proj', 'lora_A'), ('layers.0.experts.down_proj', 'lora_B'))
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf in FACTORS:
+        return module, leaf
+    return join(module, leaf[: -len("_lora_A")]), leaf[-len("lora_A") :]
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name below ``prefix``, which may be empty for the root."""
+    return f"{prefix}.{name}" if prefix else name

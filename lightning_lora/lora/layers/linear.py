@@ -1,0 +1,97 @@
+"""Adapted linear layers: ``nn.Linear`` and its subclasses, and the transposed linear of GPT-2."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.lora.functional import AdaptedWeight, can_fuse, fused_lora_linear, linear_update
+from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.class_swap import base_type
+from lightning_lora.lora.layers.siblings import sibling_output
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    r"""A frozen linear layer plus a trainable low-rank update: ``y = W x + b + scale * B A x``.
+
+    ``B`` starts at zero, so a freshly adapted layer computes exactly what the base computes.
+
+    Shape:
+        - ``W``: ``(out, in)``, ``A``: ``(rank, in)``, ``B``: ``(out, rank)``.
+        - Input ``(*, in)``, output ``(*, out)``.
+
+    References:
+        Hu et al., *LoRA*, ICLR 2022, section 4.1, https://arxiv.org/abs/2106.09685
+    """
+
+    @staticmethod
+    @override
+    def dimensions(module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.lora_active:
+            return super().forward(input)
+        if (own := self.adapted_weight(input)) is not None:
+            return sibling_output(self, input, own)
+        return super().forward(input) + _update(self, input, *self.linear_factors())
+
+    def adapted_weight(self, x: Tensor) -> AdaptedWeight | None:
+        """Weights and factors for ``x`` where the update is active and can be fused, None elsewhere."""
+        if not (self.lora_active and can_fuse(x, self.weight, self.bias) and _is_plain(type(self))):
+            return None
+        A, B = self.linear_factors()
+        return AdaptedWeight(self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.lora_spec.scale)
+
+    def linear_factors(self) -> tuple[Tensor, Tensor]:
+        """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
+        return self.lora_A, self.lora_B
+
+
+def _update(layer: LoRALayer, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    dropped = F.dropout(x, p) if (p := layer.lora_dropout) else x
+    if layer.lora_watcher is not None:
+        layer.lora_watcher(dropped)
+    return linear_update(dropped, A, B, layer.lora_spec.scale)
+
+
+@functools.cache
+def _is_plain(kind: type[LoRALinear]) -> bool:
+    """Whether the unadapted layer computes as ``nn.Linear`` does, not by a ``forward`` of its own."""
+    return base_type(kind).forward is nn.Linear.forward
+
+
+class LoRAConv1D(LoRALayer):
+    r"""GPT-2's ``Conv1D``, a linear layer that stores ``W^T`` ``(in, out)``, plus a low-rank update.
+
+    ``A`` and ``B`` have the shapes of `LoRALinear`; only merging transposes.
+
+    Shape:
+        - ``weight``: ``(in, out)``, ``A``: ``(rank, in)``, ``B``: ``(out, rank)``.
+        - Input ``(*, in)``, output ``(*, out)``.
+    """
+
+    bias: Tensor | None
+
+    @staticmethod
+    @override
+    def dimensions(module: Any) -> tuple[int, int]:
+        return module.nx, module.nf
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.lora_active:
+            return super().forward(x)
+        if can_fuse(x, self.weight, self.bias):
+            A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            return fused_lora_linear(x, self.weight.T, self.bias, A, B, self.lora_spec.scale, self.lora_dropout)
+        return super().forward(x) + _update(self, x, *self.lora_pair())
+
+    @override
+    def weight_delta(self, weight: str = "weight") -> Tensor:
+        return super().weight_delta(weight).T

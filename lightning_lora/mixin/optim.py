@@ -1,0 +1,92 @@
+"""Parameter groups and the learning-rate rule, and the proof that an optimizer trains the adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import ConfigError, GuardError, first_five
+from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
+from lightning_lora.lora.shards import reshard
+
+# Small enough never to compete with the gradients of a factor, which shrink with alpha / rank.
+ADAPTER_EPS = 1e-12
+
+
+def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """Optimizer groups for ``module``, adapted or not; no group is empty.
+
+    Adapters learn at ``learning_rate * lr_multiplier``, without weight decay and with eps 1e-12; everything else that
+    is trainable (fully trained modules, or the whole model without LoRA) at ``learning_rate``.
+
+    Args:
+        module: The module to train.
+        learning_rate: The learning rate *of full fine-tuning*, greater than 0.
+
+    Raises:
+        ConfigError: If the learning rate is not a positive number, or nothing is trainable.
+
+    References:
+        *LoRA Without Regret*, 2025: the best LoRA rate is about ten times that of full fine-tuning.
+    """
+    check_learning_rate(learning_rate)
+    layers = lora_layers(module).values()
+    factors = list(factor_parameters(module).values())
+    adapters = {id(factor) for factor in factors}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
+    groups: list[dict[str, Any]] = []
+    if factors:
+        multiplier = next(iter(layers)).lora_spec.config.lr_multiplier
+        rate = learning_rate * multiplier
+        groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": "adapters"})
+        rank_zero_info(f"learning rate {learning_rate:g} x {multiplier:g} = {rate:g} for {len(layers)} adapters")
+    if others:
+        groups.append({"params": others, "lr": learning_rate, "name": "full"})
+        rank_zero_info(f"learning rate {learning_rate:g} for {len(others)} parameters trained in full")
+    if not groups:
+        raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
+    return groups
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """Raise `ConfigError` unless the rate is a finite number greater than 0."""
+    number = isinstance(learning_rate, (int, float)) and not isinstance(learning_rate, bool)
+    if not number or not math.isfinite(learning_rate) or learning_rate <= 0:
+        raise ConfigError(f"learning_rate must be a finite number greater than 0, got {learning_rate!r}.")
+
+
+def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise `GuardError` unless every adapter is trainable and in exactly one optimizer."""
+    reshard(module)
+    held = [id(parameter) for optimizer in optimizers for parameter in _held(optimizer)]
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise GuardError(f"nothing would train: every parameter of {type(module).__name__} is frozen.")
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if missing:
+        raise GuardError(
+            f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would not train "
+            f"({first_five(missing)}). The optimizer was built before the adapters existed, or over another set: build "
+            f"it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
+        )
+    twice = [name for name, parameter in trainable.items() if held.count(id(parameter)) > 1]
+    if twice:
+        raise GuardError(f"{len(twice)} parameters are in more than one optimizer: {first_five(twice)}.")
+    frozen = [name for name, factor in factor_parameters(module).items() if not factor.requires_grad]
+    if frozen:
+        raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")
+
+
+def _held(optimizer: Any) -> list[nn.Parameter]:
+    """The parameters of a module that ``optimizer`` updates."""
+    # DeepSpeed's ZeRO steps on flat parts of its own and keeps the module's parameters aside, stage 3 under the second
+    # name.
+    for name in ("bit16_groups", "fp16_groups"):
+        if groups := getattr(optimizer, name, None):
+            return [parameter for group in groups for parameter in group]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

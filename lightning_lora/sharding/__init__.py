@@ -1,0 +1,13 @@
+"""A model over many devices: what each strategy shards, and how adapters go with it.
+
+Read in this order: `shard` (FSDP2 for an adapted module), `fsdp2` (the strategy for it), `deferred_gradients` (one
+reduction an optimizer step), `tensor_parallel`, `fsdp1` (for full fine-tuning), `collectives` (what any rank has found,
+all ranks know).
+"""
+
+from .fsdp1 import BlockwiseFSDPStrategy, clip_gradient_norm
+from .fsdp2 import FSDP2Strategy
+from .shard import shard_lora
+from .tensor_parallel import parallelize_lora
+
+__all__ = ["BlockwiseFSDPStrategy", "FSDP2Strategy", "clip_gradient_norm", "parallelize_lora", "shard_lora"]

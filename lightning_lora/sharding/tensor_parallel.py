@@ -1,0 +1,118 @@
+"""Tensor parallelism for adapted linear layers: each process computes a part of every layer, adapters included."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from typing_extensions import override
+
+from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
+from lightning_lora.lora.layers.linear import LoRALinear
+
+# Tables and heads are left whole, which is right whatever surrounds them.
+_LEFT_WHOLE = {"embedding_rowwise", "colwise_gather_output", "colwise_rep"}
+
+
+class _Colwise(ColwiseParallel):
+    """Each process computes some of the outputs: ``W`` and ``B`` are split by rows, ``A`` is on all."""
+
+    @override
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        places = {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)}
+        _distribute(module, device_mesh, places)
+
+
+class _Rowwise(RowwiseParallel):
+    """Each process has some of the inputs: ``W`` and ``A`` are split by columns, ``B`` is on all; outputs are added."""
+
+    @override
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        places = {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
+        _distribute(module, device_mesh, places)
+
+
+_STYLES: dict[str, type[ParallelStyle]] = {"colwise": _Colwise, "rowwise": _Rowwise}
+
+
+def parallelize_lora(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> nn.Module:
+    """Split the linear layers of ``module``, adapted or not; call it after `apply_lora` and before `shard_lora`.
+
+    Args:
+        module: The adapted module, with real weights that are equal on all processes.
+        mesh: The tensor-parallel part of the strategy's device mesh.
+        plan: Patterns of module names to ``"colwise"`` or ``"rowwise"``, as in transformers' ``tp_plan``; its ways of
+            splitting embedding tables and heads are passed over, these stay whole.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ConfigError: If there is no plan, if it asks for something else, if an adapter is outside it or has dropout, if
+            anything but adapters is to be trained, or if a layer cannot be divided by the number of processes.
+    """
+    styles = _styles(module, plan)
+    _check(module, mesh.size(), styles)
+    for name, style in styles.items():
+        parallelize_module(module.get_submodule(name), mesh, _STYLES[style]())
+    return module
+
+
+def _styles(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Name of each layer to split, and how."""
+    found = {
+        name: style
+        for name, _ in module.named_modules()
+        for pattern, style in plan.items()
+        if fnmatch.fnmatchcase(name, pattern) and style not in _LEFT_WHOLE
+    }
+    unknown = [f"{name} ({style})" for name, style in found.items() if style not in _STYLES]
+    if unknown or not found:
+        reason = f"its plan asks for {first_five(unknown)}" if unknown else "there is no plan for it"
+        raise ConfigError(
+            f"{type(module).__name__} cannot be split by tensor parallelism: {reason}. Only linear layers split "
+            f"'colwise' or 'rowwise' are supported: use tensor_parallel_size=1."
+        )
+    return found
+
+
+def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> None:
+    layers = lora_layers(module)
+    factors = factor_parameters(module).keys()
+    full = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in factors]
+    if full:
+        raise ConfigError(
+            f"tensor parallelism is for adapters, but {len(full)} parameters are trained in full: {first_five(full)}. "
+            f"Use tensor_parallel_size=1."
+        )
+    outside = [name for name, layer in layers.items() if name not in styles or not isinstance(layer, LoRALinear)]
+    if outside:
+        raise ConfigError(
+            f"{len(outside)} adapted layers are outside the model's tensor-parallel plan: {first_five(outside)}. "
+            f"Exclude them, or use tensor_parallel_size=1."
+        )
+    if any(layer.lora_spec.config.dropout for layer in layers.values()):
+        raise ConfigError(
+            "lora dropout would differ between tensor-parallel processes: set dropout to 0, or use "
+            "tensor_parallel_size=1."
+        )
+    sides: dict[str, Any] = {name: module.get_submodule(name) for name in styles}
+    odd = [
+        f"{name} ({count})"
+        for name, layer in sides.items()
+        if (count := layer.out_features if styles[name] == "colwise" else layer.in_features) % num_processes
+    ]
+    if odd:
+        raise ConfigError(f"{num_processes} tensor-parallel processes cannot divide {first_five(odd)} evenly.")
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, places: Mapping[str, Placement]) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        whole = distribute_tensor(parameter.detach(), mesh, [places[name]])
+        module.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))

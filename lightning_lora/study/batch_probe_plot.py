@@ -1,0 +1,44 @@
+"""The picture of a batch probe: held-out loss against batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lightning_lora.files.atomic import atomic_file
+from lightning_lora.study.batch_probe_result import BatchProbeResult
+
+
+def draw_probe(result: BatchProbeResult, path: Path) -> None:
+    """Draw held-out loss against batch, with the intervals of the paired differences to the smallest batch.
+
+    Args:
+        result: Of a probe.
+        path: The file to write, PNG.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    batches = list(result.losses)
+    errors = {pair.large: pair.error for pair in result.comparisons if pair.small == batches[0]}
+    # The smallest is what the others are compared with: its own interval is zero.
+    spread = [2 * errors.get(batch, 0.0) for batch in batches]
+    spread = [width if math.isfinite(width) else 0.0 for width in spread]
+    label = "LoRA" if result.full_losses else "held-out loss"
+    axes.errorbar(batches, list(result.losses.values()), spread, marker="o", capsize=4, label=label)
+    if result.full_losses:
+        axes.plot(batches, list(result.full_losses.values()), marker="s", label="full fine-tuning")
+    axes.axvline(result.batch_rows, color="grey", linestyle=":", label="batch of the run")
+    bound = f"{result.bound} " if result.bound else ""
+    text = f"without measurable loss: {bound}{result.largest_harmless}"
+    axes.axvspan(batches[0], result.largest_harmless, color="tab:green", alpha=0.1, label=text)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel(f"rows of an optimizer step ({result.num_rows:,} rows in each branch)")
+    axes.set_ylabel(f"nats, mean of {result.num_held_out:,} held-out rows")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=140)

@@ -1,0 +1,200 @@
+"""What the branches of a `BatchProbe` show: losses, paired differences, and the largest batch without harm."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_lora.batch.calibration import PROBE_FORMAT, damaged_probe, read_probe
+from lightning_lora.files.atomic import atomic_file
+
+TOLERANCE = 0.005
+"""Nats below which a difference is no harm."""
+ENOUGH_ROWS = 256
+"""Held-out rows from which on an interval is worth something."""
+ENOUGH_SEEDS = 3
+"""Orders of the data from which on a difference of differences may be called a penalty."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A larger batch against a smaller one on the same held-out rows.
+
+    Args:
+        small: Rows of a step.
+        large: Rows of a step.
+        difference: Mean of large minus small, nats; positive where the large batch has learnt less.
+        error: Its standard error, nats.
+    """
+
+    small: int
+    large: int
+    difference: float
+    error: float
+
+    @classmethod
+    def of(cls, small: int, large: int, differences: Tensor) -> Comparison:
+        r"""From the differences ``(seeds, rows)``, as of crossed random effects.
+
+        ``error^2 = var_rows(mean over seeds) / rows + var_seeds(mean over rows) / seeds``. Each term holds what is left
+        of neither alone, so with several seeds the interval is a little too wide rather than too narrow. With one
+        seed the second term is unknown and left out: what another order of the data would have given is then not in it.
+        """
+        num_seeds, num_rows = differences.shape
+        variance = float(differences.mean(0).var() / num_rows) if num_rows > 1 else math.inf
+        if num_seeds > 1:
+            variance += float(differences.mean(1).var() / num_seeds)
+        return cls(small, large, float(differences.mean()), math.sqrt(variance))
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the large batch is worse by more than the tolerance and two standard errors."""
+        return self.difference > max(TOLERANCE, 2 * self.error)
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.4f} +- {2 * self.error:.4f} nats"
+
+
+@dataclass(frozen=True)
+class BatchProbeResult:
+    """What the branches show.
+
+    Args:
+        batch_rows: Rows of a step in the run that was branched from.
+        num_rows: Rows that each branch trained on.
+        num_held_out: Rows that it was scored on.
+        num_seeds: Orders of the data.
+        start_loss: Mean held-out loss before the branches, nats.
+        losses: Rows of a step to the mean held-out loss after its branches, nats, ascending.
+        comparisons: Of every pair.
+        full_losses: The same of full fine-tuning, where that was asked for.
+        extra_cost: What the largest batch costs LoRA against the smallest, less what it costs full fine-tuning.
+        noise_scale: Of the run when it was probed, rows; None if that was not known.
+        step: Optimizer step of the run; None outside of one.
+        seconds: That the probe took.
+    """
+
+    batch_rows: int
+    num_rows: int
+    num_held_out: int
+    num_seeds: int
+    start_loss: float
+    losses: dict[int, float]
+    comparisons: tuple[Comparison, ...]
+    full_losses: dict[int, float] | None = None
+    extra_cost: Comparison | None = None
+    noise_scale: float | None = None
+    step: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def largest_harmless(self) -> int:
+        """The largest batch that is not worse than any smaller one, nor is one between; rows of a step."""
+        harmless = min(self.losses)
+        for batch in self.losses:
+            if any(pair.is_worse for pair in self.comparisons if pair.large == batch):
+                break
+            harmless = batch
+        return harmless
+
+    @property
+    def bound(self) -> Literal["", "at least", "at most"]:
+        """What `largest_harmless` is where it lies at an edge of the batches that were tried."""
+        if self.largest_harmless == max(self.losses):
+            return "at least"
+        return "at most" if self.largest_harmless == min(self.losses) else ""
+
+    @property
+    def calibration(self) -> float | None:
+        """`largest_harmless` over the noise scale: what a `BatchSizeMonitor` takes; None if that is not known."""
+        return None if self.noise_scale is None else self.largest_harmless / self.noise_scale
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON, old or new and never a mix."""
+        found = {"largest_harmless": self.largest_harmless, "bound": self.bound, "calibration": self.calibration}
+        text = json.dumps({"format": PROBE_FORMAT} | asdict(self) | found, indent=2)
+        with atomic_file(path) as file:
+            file.write(f"{text}\n".encode())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> BatchProbeResult:
+        """What `save` wrote.
+
+        Raises:
+            DataError: If there is no such file, or it is damaged.
+        """
+        found = read_probe(path)
+        try:
+            return _read(cls, found)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged_probe(path, error) from error
+
+    def __str__(self) -> str:
+        when = "" if self.step is None else f" after step {self.step:,}"
+        seeds = f" in {self.num_seeds} orders" if self.num_seeds > 1 else ""
+        lines = [
+            f"batch probe{when}: {self.num_rows:,} rows{seeds} to each of {len(self.losses)} batches, loss on "
+            f"{self.num_held_out:,} held-out rows ({self.start_loss:.4f} before), {self.seconds:.0f} s"
+        ]
+        lines += [self._line(batch) for batch in self.losses]
+        lines += [
+            f"  {pair.large} against {pair.small}: {pair}, {'worse' if pair.is_worse else 'no difference seen'}"
+            for pair in self.comparisons
+        ]
+        if self.extra_cost is not None:
+            lines.append(self._extra_cost(self.extra_cost))
+        if self.num_held_out < ENOUGH_ROWS:
+            lines.append(f"  {self.num_held_out} held-out rows are few: {ENOUGH_ROWS} or more make an interval useful.")
+        bound = f"{self.bound} " if self.bound else ""
+        lines.append(f"  largest batch without measurable loss: {bound}{self.largest_harmless} rows a step")
+        return "\n".join(lines)
+
+    def _line(self, batch: int) -> str:
+        full = f", full fine-tuning {self.full_losses[batch]:.4f}" if self.full_losses else ""
+        here = "  (the run's own)" if batch == self.batch_rows else ""
+        return f"  {batch:>6} rows a step, {self.num_rows // batch:>4} steps: {self.losses[batch]:.4f}{full}{here}"
+
+    def _extra_cost(self, pair: Comparison) -> str:
+        text = f"  [LoRA - full]({pair.large}) - [LoRA - full]({pair.small}): {pair}, "
+        if self.num_seeds < ENOUGH_SEEDS:
+            return f"{text}from {self.num_seeds} order(s) of the data: too few to say what LoRA pays."
+        return text + ("a penalty of LoRA for the large batch" if pair.is_worse else "no penalty of LoRA seen")
+
+
+def _read(cls: type[BatchProbeResult], found: Mapping[str, Any]) -> BatchProbeResult:
+    losses = _losses(found["losses"])
+    full, extra, scale = found["full_losses"], found["extra_cost"], found["noise_scale"]
+    comparisons = tuple(_comparison(pair) for pair in found["comparisons"])
+    if not losses or {(pair.small, pair.large) for pair in comparisons} != _pairs(losses):
+        raise ValueError("a comparison is missing")
+    if scale is not None and not 0 < float(scale) < math.inf:
+        raise ValueError(f"noise_scale {scale!r}")
+    return cls(
+        **{name: int(found[name]) for name in ("batch_rows", "num_rows", "num_held_out", "num_seeds")},
+        start_loss=float(found["start_loss"]),
+        losses=losses,
+        comparisons=comparisons,
+        full_losses=None if full is None else _losses(full),
+        extra_cost=None if extra is None else _comparison(extra),
+        noise_scale=None if scale is None else float(scale),
+        step=None if found["step"] is None else int(found["step"]),
+        seconds=float(found["seconds"]),
+    )
+
+
+def _losses(found: Mapping[str, Any]) -> dict[int, float]:
+    return dict(sorted((int(batch), float(loss)) for batch, loss in found.items()))
+
+
+def _pairs(losses: Mapping[int, float]) -> set[tuple[int, int]]:
+    return {(small, large) for small in losses for large in losses if small < large}
+
+
+def _comparison(found: Mapping[str, Any]) -> Comparison:
+    return Comparison(int(found["small"]), int(found["large"]), float(found["difference"]), float(found["error"]))

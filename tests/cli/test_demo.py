@@ -1,0 +1,68 @@
+"""The demo: both methods learn, and its folder holds what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lightning_lora.cli.demo_arm import MODEL
+from tests.cli.test_commands import assert_same_logits, lightning_lora
+
+pytestmark = [
+    pytest.mark.slow,
+    # PEFT asks transformers for a name of the past.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    where = tmp_path_factory.mktemp("demo")
+    done = lightning_lora("demo", "--steps", "12", cwd=where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return where / "demo", done.stdout
+
+
+def test_both_methods_learn_from_the_same_start(demo: tuple[Path, str]) -> None:
+    lora, full = json.loads((demo[0] / "results.json").read_text())
+    assert lora["val_losses"]["0"] == pytest.approx(full["val_losses"]["0"], abs=1e-4)
+    for arm in (lora, full):
+        assert arm["val_losses"]["12"] < arm["val_losses"]["0"] - 1
+        assert len(arm["train_losses"]) == 12
+    assert (lora["trainable"], full["trainable"]) == (488_960, 1_878_240)
+
+
+def test_both_methods_see_the_same_rows_first(demo: tuple[Path, str]) -> None:
+    # Adapters start at zero, so the first loss is the base model's in both.
+    lora, full = json.loads((demo[0] / "results.json").read_text())
+    assert lora["train_losses"][0] == pytest.approx(full["train_losses"][0], abs=1e-4)
+
+
+def test_adapter_and_merged_model_load_elsewhere_and_agree(demo: tuple[Path, str]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(demo[0] / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(demo[0] / "merged").eval()
+    tokens = torch.arange(128).reshape(2, 64)
+    assert_same_logits(merged(tokens).logits, adapted(input_ids=tokens).logits)
+
+
+def test_the_curves_are_a_picture(demo: tuple[Path, str]) -> None:
+    assert (demo[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_result_is_told(demo: tuple[Path, str]) -> None:
+    for words in ("LoRA rank 32", "full", "trained", "merged and adapter model agree"):
+        assert words in demo[1]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["--steps", "1"], "at least 3"), (["--out", "here"], "is a file")])
+def test_bad_input_is_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "here").write_text("")
+    done = lightning_lora("demo", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr

@@ -1,0 +1,91 @@
+"""The fused product of experts against the formula it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.lora.functional.experts import expert_linear, expert_update
+from lightning_lora.lora.functional.fused_experts import fused_expert_linear
+from lightning_lora.lora.functional.gated_input import origin
+from lightning_lora.lora.functional.seeded_dropout import drop, kept_share
+
+IN, OUT, R, SCALE = 8, 6, 3, 1.7
+COUNTS = [2, 0, 3, 1]
+ROWS, E = sum(COUNTS), len(COUNTS)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def formula(x: Tensor, dropped: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    y = expert_linear(x, W, COUNTS) + expert_update(dropped, A, B, SCALE, COUNTS)
+    return y if b is None else y + b.repeat_interleave(torch.tensor(COUNTS), dim=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("shared_A", "shared_B"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_are_the_formulas(bias: bool, shared_A: bool, shared_B: bool, dropout: float) -> None:
+    W, b = numbers(E, OUT, IN), numbers(E, OUT) if bias else None
+    x, A, B = numbers(ROWS, IN), numbers(1 if shared_A else E, R, IN), numbers(1 if shared_B else E, OUT, R)
+    for leaf in (x, A, B):
+        leaf.requires_grad_()
+    torch.manual_seed(3)
+    ours = fused_expert_linear(x, W, b, A, B, SCALE, COUNTS, dropout)
+    torch.manual_seed(3)
+    dropped = drop(x, dropout, int(torch.randint(2**62, ()))) / kept_share(dropout)
+    wanted = formula(x, dropped, W, b, A, B)
+    torch.testing.assert_close(ours, wanted)
+    gradient = numbers(*ours.shape)
+    for found, expected in zip(
+        torch.autograd.grad(ours, (x, A, B), gradient), torch.autograd.grad(wanted, (x, A, B), gradient), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_input_that_came_of_halves_sends_its_gradient_there() -> None:
+    W, A, B = numbers(E, OUT, IN), numbers(E, R, IN).requires_grad_(), numbers(E, OUT, R).requires_grad_()
+    gate_up = numbers(ROWS, 2 * IN).requires_grad_()
+    gate, up = (gate_up * 1).chunk(2, -1)
+    x = F.silu(gate) * up
+    assert origin(x) is not None
+    d_y = numbers(ROWS, OUT)
+    ours = torch.autograd.grad(fused_expert_linear(x, W, None, A, B, SCALE, COUNTS), (gate_up, A, B), d_y, True)
+    for found, expected in zip(
+        ours, torch.autograd.grad(formula(x, x, W, None, A, B), (gate_up, A, B), d_y), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_can_be_differentiated_again(dropout: float) -> None:
+    W = numbers(E, OUT, IN)
+    leaves = tuple(t.requires_grad_() for t in (numbers(ROWS, IN), numbers(E, R, IN), numbers(1, OUT, R)))
+
+    def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return fused_expert_linear(x, W, None, A, B, SCALE, COUNTS, dropout)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("learning", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_only_the_gradients_asked_for_are_computed(learning: tuple[bool, ...]) -> None:
+    leaves = numbers(ROWS, IN), numbers(E, R, IN), numbers(E, OUT, R)
+    x, A, B = (leaf.requires_grad_(learns) for leaf, learns in zip(leaves, learning, strict=True))
+    fused_expert_linear(x, numbers(E, OUT, IN), None, A, B, SCALE, COUNTS).sum().backward()
+    assert tuple(leaf.grad is not None for leaf in (x, A, B)) == learning
+
+
+def test_no_rows_at_all_have_gradients_of_zero() -> None:
+    x, A, B = (t.requires_grad_() for t in (numbers(0, IN), numbers(E, R, IN), numbers(E, OUT, R)))
+    y = fused_expert_linear(x, numbers(E, OUT, IN), None, A, B, SCALE, [0] * E)
+    assert y.shape == (0, OUT)
+    y.sum().backward()
+    assert A.grad is not None
+    assert not A.grad.any()

@@ -1,0 +1,55 @@
+"""What the public names and signatures are: changing one is a decision, not an accident."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from tests.support import toys
+
+SURFACE = Path(__file__).with_name("public_surface.txt")
+UPDATE = "UPDATE_PUBLIC_SURFACE"
+PUBLIC = ("lightning_lora", *(f"lightning_lora.{room}" for room in ("callbacks", "data", "tasks", "sharding")))
+
+
+def surface() -> list[str]:
+    """A line for every public name, and for the public methods that are our own."""
+    lines = []
+    for place in PUBLIC:
+        module: Any = importlib.import_module(place)
+        for name in sorted(module.__all__):
+            lines += described(f"{place}.{name}", getattr(module, name))
+    return [re.sub(r"<object object at \w+>", "...", line) for line in lines]
+
+
+def described(name: str, value: Any) -> Iterator[str]:
+    if not inspect.isclass(value):
+        yield f"{name}{inspect.signature(value)}"
+    elif issubclass(value, Exception):
+        yield f"{name}: {', '.join(base.__name__ for base in value.__bases__)}"
+    else:
+        yield f"{name}{inspect.signature(value)}"
+        for part, member in sorted(vars(value).items()):
+            is_own = isinstance(member, FunctionType) and not getattr(member, "__override__", False)
+            if is_own and not part.startswith("_"):
+                yield f"{name}.{part}{inspect.signature(member)}"
+            elif isinstance(member, property) and not getattr(member.fget, "__override__", False):
+                yield f"{name}.{part}"
+
+
+def test_public_surface_is_the_one_written_down() -> None:
+    found = surface()
+    if os.environ.get(UPDATE):
+        SURFACE.write_text("\n".join(found) + "\n")
+    written = SURFACE.read_text().splitlines()
+    gone, new = sorted(set(written) - set(found)), sorted(set(found) - set(written))
+    assert found == written, (
+        f"the public names or signatures changed.\ngone: {gone}\nnew: {new}\n"
+        f"If that is meant, run: {UPDATE}=1 pytest {Path(__file__).relative_to(toys.ROOT)}"
+    )
