@@ -89,8 +89,6 @@ def test_rooms_import_from_those_below_only() -> None:
 
 def test_no_imports_run_in_a_circle() -> None:
     below = {name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()}
-        name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()
-    }
     while free := [name for name, others in below.items() if not others]:
         for name in free:
             del below[name]

@@ -260,7 +260,7 @@ def test_a_damaged_result_is_refused(damage: Any, tmp_path: Path) -> None:
     path = tmp_path / "batch_probe.json"
     result().save(path)
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    with pytest.raises(DataError, match=r"batch_probe\.json is no whole result of a batch probe"):
+    with pytest.raises(DataError, match=r"batch_probe\.json is not a whole result of a batch probe"):
         BatchProbeResult.load(path)
     path.write_text("{")
     with pytest.raises(DataError, match="is no whole result"):

@@ -3,8 +3,8 @@
 Read in this order: `base` (what every adapted layer does), `class_swap` (how a module becomes one), `linear`,
 `embedding`, `conv`, `attention`, `recurrent`, `experts`, `quantised_linear` and `quantised_weights`,
 `effective_weights` (layers that compute with ``W + s B A``), `siblings` (layers that share an input), `shared_factors`
-(layers that share a weight), `registry` (from a module to its adapted kind), `adapted` (finding adapted layers and their
-factors).
+(layers that share a weight), `registry` (from a module to its adapted kind), `adapted` (finding adapted layers and
+their factors).
 """
 
 from lightning_lora.lora.layers.attention import LoRAMultiheadAttention
