@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.layers.attention import read_projections
+from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.lora.layers.shared_factors import LoRATiedHead
@@ -32,7 +32,7 @@ def row_layers(module: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[st
     for name, layer in lora_layers(module).items():
         for factor in layer.lora_factors().values():
             users[id(factor)][name] = layer
-    unseen = read_projections(module).keys()
+    unseen = output_projections(module).keys()
     names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     found: dict[str, list[LoRALayer]] = {}
     for parameter in parameters:

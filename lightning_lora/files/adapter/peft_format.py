@@ -21,7 +21,7 @@ from lightning_lora.lora.layers.base import FACTORS, LoRALayer, is_factor
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D
-from lightning_lora.lora.layers.shared_factors import tied_tensors
+from lightning_lora.lora.layers.shared_factors import own_factors
 from lightning_lora.lora.patterns import plain_name
 
 CONFIG_FILE = "adapter_config.json"
@@ -84,7 +84,7 @@ def to_tensors(root: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, Tens
     tensors = {
         PREFIX + join(name, leaf): tensor.contiguous()
         for name, layer in following_layers(root).items()
-        for leaf, tensor in zip(_leaves(layer), tied_tensors(layer), strict=True)
+        for leaf, tensor in zip(_leaves(layer), own_factors(layer), strict=True)
     }
     modules, attentions = peft_experts.modules_of(weights), peft_layers.packed_attentions(root)
     for name, (layer, weight) in weights.items():
