@@ -152,6 +152,8 @@ def _by_expert(
     """
     by_expert: list[Sequence[Any]] = [tensor.split(counts) for tensor in rows]
     for factor in factors:
-        is_shared = factor is None or len(factor) == 1
-        by_expert.append([factor if factor is None else factor[0]] * len(counts) if is_shared else factor.unbind())
+        if factor is None or len(factor) == 1:
+            by_expert.append([None if factor is None else factor[0]] * len(counts))
+        else:
+            by_expert.append(factor.unbind())
     return (items for items in zip(*by_expert, strict=True) if len(items[0]))

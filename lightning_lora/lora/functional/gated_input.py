@@ -45,10 +45,10 @@ def gated_input(x: Tensor) -> GatedInput | None:
     if saved_tensor_hooks() is not None:
         return None
     # Autograd keeps a factor only for the gradient of the other one: both factors if both have a gradient.
-    factors = _saved(node, "self"), _saved(node, "other")
-    if factors[0] is None or factors[1] is None or factors[0].shape != factors[1].shape:
+    left, right = _saved(node, "self"), _saved(node, "other")
+    if left is None or right is None or left.shape != right.shape:
         return None
-    for activated, up in (factors, factors[::-1]):
+    for activated, up in ((left, right), (right, left)):
         activation, gate = _activation(activated)
         if gate is not None:
             whole = _whole(gate, up)

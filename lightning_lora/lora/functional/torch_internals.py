@@ -44,4 +44,4 @@ def uninitialised(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None 
     # Memory by way of a storage: switching torch's global option off and on would race with other threads.
     tensor = like.new_empty(0, dtype=dtype)
     storage = torch.UntypedStorage(math.prod(shape) * tensor.element_size(), device=like.device)
-    return tensor.set_(storage, 0, tuple(shape))  # pyright: ignore[reportArgumentType]
+    return tensor.set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue]

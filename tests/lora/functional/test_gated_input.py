@@ -67,9 +67,9 @@ def test_gradients_are_those_of_the_graph(made: str, halves: bool) -> None:
 
 @pytest.mark.parametrize("change", [None, "before", "by half"])
 def test_halves_of_an_adapted_layers_output_are_known_as_such(change: str | None) -> None:
-    (x,), W = leaves((2, T, R)), torch.randn(2 * FF, R, dtype=torch.float64)
-    factors = leaves((1, R), (2 * FF, 1))
-    both = fused(x, W, *factors, 1.0)
+    W = torch.randn(2 * FF, R, dtype=torch.float64)
+    x, A_before, B_before = leaves((2, T, R), (1, R), (2 * FF, 1))
+    both = fused(x, W, A_before, B_before, 1.0)
     if change == "before":
         both.mul_(2)
     gate, up = both.chunk(2, -1)
@@ -83,7 +83,7 @@ def test_halves_of_an_adapted_layers_output_are_known_as_such(change: str | None
     assert len(found.sources) == 1
     assert found.sources[0] is both
     y, (A, B, formula) = layer(activated)
-    needed, d_y = [x, *factors, A, B], torch.randn_like(y)
+    needed, d_y = [x, A_before, B_before, A, B], torch.randn_like(y)
     ours = torch.autograd.grad(y, needed, d_y, retain_graph=True)
     for a, b in zip(ours, torch.autograd.grad(formula, needed, d_y), strict=True):
         torch.testing.assert_close(a, b)
