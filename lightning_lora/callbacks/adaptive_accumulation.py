@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_lora.batch.accumulation import Horizon, LRRule, may_switch, rescale_rates, step_schedulers, steps_left
 from lightning_lora.batch.division import divisors, refuse_two_masters
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks, present_batch, rows_at_once
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.events import write_event
 
@@ -84,7 +84,7 @@ class AdaptiveAccumulation(Callback):
         if loaded is not None and not trainer.strategy.restore_checkpoint_after_setup:
             with kept_random_state(trainer.strategy.root_device):
                 loaders = trainer.fit_loop._data_source.dataloader()
-            at_once = (rows_at_once(loaders) or 1) * data_parallel_ranks(trainer)
+            at_once = (loader_batch_size(loaders) or 1) * data_parallel_size(trainer)
             if loaded["planned_rows"] % at_once == 0:
                 trainer.accumulate_grad_batches = loaded["planned_rows"] // at_once
 
@@ -94,7 +94,7 @@ class AdaptiveAccumulation(Callback):
         step_schedulers(trainer)
         # Reading log_dir is a collective: every rank must do it.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        self._batch = present_batch(trainer)
+        self._batch = EffectiveBatch.of(trainer)
         self._unit_rows, self._planned_rows = self._batch.rows // self._batch.accumulation, self._batch.rows
         self._horizon = Horizon(float(trainer.estimated_stepping_batches))
         self._num_changes = self._last_change = 0

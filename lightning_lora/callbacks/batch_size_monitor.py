@@ -24,7 +24,7 @@ from lightning_lora.batch.noise.step_meter import StepMeter
 from lightning_lora.batch.noise.step_sample import StepSample
 from lightning_lora.batch.remarks import RepeatedRows, announce_batch, is_in_order, is_packed
 from lightning_lora.batch.state import BatchReading, State, advice
-from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.events import write_event
 from lightning_lora.sharding.collectives import largest_of_ranks, total_of_ranks
@@ -245,7 +245,7 @@ class BatchSizeMonitor(Callback):
 
     def _follow_batch(self, trainer: Trainer, batch: Any) -> None:
         """Tell what a step takes, when that is known and when accumulation changes it."""
-        ranks = data_parallel_ranks(trainer)
+        ranks = data_parallel_size(trainer)
         if self.batch is not None:
             self.restart()
         self.batch = EffectiveBatch(self._micro_rows, trainer.accumulate_grad_batches, ranks)

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_lora.batch.division import divide, divisors, refuse_two_masters
 from lightning_lora.batch.trial_step import can_take_rows, step_fits
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks, rows_at_once
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
 from lightning_lora.sharding.collectives import largest_of_ranks
 
@@ -63,7 +63,7 @@ class TargetBatchSize(Callback):
                 f"{trainer.accumulate_grad_batches} already: give one of the two."
             )
         at_once = _asked_rows(trainer, pl_module)
-        self._set(trainer, pl_module, divide(self.rows, data_parallel_ranks(trainer), at_once), at_once)
+        self._set(trainer, pl_module, divide(self.rows, data_parallel_size(trainer), at_once), at_once)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +77,7 @@ class TargetBatchSize(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the loader does as it was told."""
         assert self.batch is not None
-        found = rows_at_once(trainer.train_dataloader)
+        found = loader_batch_size(trainer.train_dataloader)
         if found not in (None, self.batch.micro_batch):
             raise ConfigError(
                 f"batch_size is {self.batch.micro_batch}, but the training loader makes batches of {found} rows: let "
@@ -144,7 +144,7 @@ def _asked_rows(trainer: Trainer, module: LightningModule) -> int:
         rows = None
     else:
         with kept_random_state(trainer.strategy.root_device):
-            rows = rows_at_once(source.dataloader())
+            rows = loader_batch_size(source.dataloader())
     if not isinstance(rows, int) or rows < 1:
         raise ConfigError(
             f"target_batch_size needs the rows of a micro-batch: give {type(source.instance).__name__} an attribute "

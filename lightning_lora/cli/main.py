@@ -34,7 +34,7 @@ from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.probe import AT, ProbingTrainer, probing
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.errors import ConfigError, GradientError, GuardError, closest, user_error
+from lightning_lora.errors import ConfigError, GradientError, GuardError, did_you_mean, user_error
 from lightning_lora.study.batch_probe import BatchProbe
 
 # What a config may name: a class path imports and calls whatever it points at.
@@ -200,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 torch.distributed.destroy_process_group()
         else:
             known = [*LoRACLI.subcommands(), *COMMANDS]
-            print(f"error: unknown command {command!r}{closest(command, known)}\n\n{USAGE}", file=sys.stderr, end="")
+            print(
+                f"error: unknown command {command!r}{did_you_mean(command, known)}\n\n{USAGE}", file=sys.stderr, end=""
+            )
             return 2
     except ValueError as error:
         # The parser wraps what a class raises while it is built; the cause says what was wrong.

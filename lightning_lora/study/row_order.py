@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from lightning_lora.effective_batch import rows_at_once
+from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.errors import DataError
 
 
@@ -32,7 +32,7 @@ def check_rows(loader: object, what: str) -> DataLoader[Any]:
 
 def rows_of_batch(loader: DataLoader[Any]) -> int:
     """Rows of a batch of a loader that `check_rows` has passed."""
-    rows = rows_at_once(loader)
+    rows = loader_batch_size(loader)
     assert rows is not None
     return rows
 

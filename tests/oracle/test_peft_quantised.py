@@ -121,7 +121,7 @@ def test_the_merged_folder_loads_without_quantisation_and_is_the_merged_model(
     assert torch.equal(logits(model), before)
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").train()
-    with pytest.warns(UserWarning, match="merged layers are quantised no longer"):
+    with pytest.warns(UserWarning, match="merged layers are no longer quantised"):
         merge_lora(model)
     assert torch.equal(logits(plain), logits(model))
     # The same numbers, dequantised and summed: only their rounding differs.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 
 
 def adam_metric(gradient: Tensor, exp_avg_sq: Tensor, step: int, beta2: float, eps: float) -> Tensor:
@@ -98,5 +98,5 @@ class OptimizerMetric:
         # A beta2 of 0.95 asks for 20 steps, not for the 20.000000000000018 that the quotient gives.
         if step * (1 - beta2) < 1 - 1e-9:
             return torch.full_like(gradient, torch.nan)
-        moment = local_part(self.optimizer.state[parameter]["exp_avg_sq"])
+        moment = local_shard(self.optimizer.state[parameter]["exp_avg_sq"])
         return adam_metric(gradient, moment, int(step), float(beta2), self._groups[parameter].get("eps", 0.0))

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.noise.step_sample import StepSample, step_samples
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
 """Another measure of a gradient than itself, such as `OptimizerMetric`; linear, and standing still within a step."""
@@ -122,7 +122,7 @@ class MicroGradients(ABC):
 
     def _square(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
         """``(spaces,)``: sums of squares, float64; of shards the own part."""
-        own = [(parameter, local_part(gradient).detach()) for parameter, gradient in gradients]
+        own = [(parameter, local_shard(gradient).detach()) for parameter, gradient in gradients]
         spaces = [[gradient for _, gradient in own]]
         spaces += [[metric(*pair) for pair in own] for metric in self.metrics.values()]
         return torch.stack([_sum_of_squares(space) for space in spaces])

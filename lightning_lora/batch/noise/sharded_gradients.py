@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.noise.micro_gradients import Metric, MicroGradients
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 
 
 class ShardedGradients(MicroGradients):
@@ -45,7 +45,7 @@ class ShardedGradients(MicroGradients):
 
     @override
     def _latest(self, num_rows: int) -> Tensor:
-        now = [None if p.grad is None else local_part(p.grad).clone() for p in self.parameters]
+        now = [None if p.grad is None else local_shard(p.grad).clone() for p in self.parameters]
         growth = [
             (parameter, after if before is None else after - before)
             for parameter, after, before in zip(self.parameters, now, self._before, strict=True)

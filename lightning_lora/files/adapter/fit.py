@@ -23,7 +23,7 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
 from lightning_lora.lora.targets.roles import module_roles
-from lightning_lora.lora.targets.shared_weights import Tied, weight_owners
+from lightning_lora.lora.targets.shared_weights import TiedWeights, weight_owners
 
 
 def own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -66,7 +66,7 @@ def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
     return folder.with_factors(factors)
 
 
-def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target], Tied]:
+def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target], TiedWeights]:
     """The layers of ``root`` the folder adapts, after checking that each exists and has the right shape.
 
     Weights they share with other layers come apart, unless the folder says that those use the update too.
@@ -85,7 +85,7 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
     if present:
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
-        return [], Tied()
+        return [], TiedWeights()
     roles = {plain_name(name): role for name, role in module_roles(root).items()}
     refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
     shapes = folder.shapes
@@ -123,7 +123,7 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
     return list(targets.values()), _tied(root, targets, folder)
 
 
-def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder) -> Tied:
+def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder) -> TiedWeights:
     untied, followers, following = [], {}, frozenset(folder.following)
     owners = weight_owners(root)
     for name, target in targets.items():
@@ -135,7 +135,7 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
             elif others:
                 untied.append((target.module, parameter))
                 shared.remove(join(name, parameter))
-    return Tied(tuple(untied), followers)
+    return TiedWeights(tuple(untied), followers)
 
 
 def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:

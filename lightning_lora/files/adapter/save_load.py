@@ -30,7 +30,7 @@ from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import adapted_weights, base_parameter, following_layers, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers
 from lightning_lora.lora.patterns import matches_any, plain_name
-from lightning_lora.lora.shards import check_whole, whole_parameters, whole_tensor
+from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
 
@@ -58,8 +58,8 @@ def save_adapter(
         AdapterFileError: If a value is not finite, or ``path`` holds something else.
         AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
     """
-    with whole_parameters(module):
-        check_whole(module, "save the adapter")
+    with full_parameters(module):
+        check_not_flattened(module, "save the adapter")
         return _save(module, path, summary, tokenizer)
 
 
@@ -69,7 +69,7 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     root = _root_to_save(module)
     weights = adapted_weights(root)
     factors = lora_state_dict(root)
-    trained = {name: whole_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
+    trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
     manifest = _manifest(root, trained, summary or {})
     peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
