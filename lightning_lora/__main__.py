@@ -1,4 +1,4 @@
-"""``python -m lightning_lora`` is ``lightning-lora``."""
+"""Run the command ``lightning-lora`` as ``python -m lightning_lora``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""An architecture of the table, built and adapted once: what its tests and its line in docs look at."""
+"""An architecture of the table, built and adapted once for its tests or its line in docs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.architectures.entry import Architecture
 class AdaptedModel:
     """One architecture with ``targets="all"`` and random factors, as after training.
 
-    Whatever changes a model gets a copy: building takes most of the time of a test.
+    Code that changes a model takes a `copy`, because building again takes longer.
     """
 
     def __init__(self, entry: Architecture) -> None:

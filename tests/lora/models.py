@@ -1,4 +1,4 @@
-"""Modules with every kind of layer, and the settings that the tests of adapter operations adapt them with."""
+"""Modules and settings for the tests of adapter operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITH_TABLES = LoRAConfig(rank=4, adapt_head=True, adapt_embeddings=True)
 
 
 class Doubled(nn.Linear):
-    """A user's layer, found by pickle because it has a module of its own."""
+    """A user's layer; at module level, so that pickle finds it."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__(num_in, num_out)
@@ -30,7 +30,7 @@ class Doubled(nn.Linear):
 
 
 class Mixed(nn.Module):
-    """Every kind of layer that has an adapter, the user's own included."""
+    """An embedding, a transposed linear, a plain linear and a user's layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +56,7 @@ every_build = pytest.mark.parametrize("name", BUILDS)
 
 
 def adapted(name: str, awake: bool = True) -> tuple[nn.Module, Tensor]:
+    """The adapted module called ``name`` and its inputs; ``awake`` gives the factors random values."""
     torch.manual_seed(0)
     build, inputs, config = BUILDS[name]
     module = build().eval()
@@ -66,6 +67,7 @@ def adapted(name: str, awake: bool = True) -> tuple[nn.Module, Tensor]:
 
 
 def output(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The output or the logits of ``module``, without gradients."""
     with torch.no_grad():
         found = module(inputs)
     return getattr(found, "logits", found)

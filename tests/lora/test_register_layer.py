@@ -1,4 +1,4 @@
-"""Adapters for layers of the user's own."""
+"""Users can register adapters for their own layers."""
 
 from __future__ import annotations
 

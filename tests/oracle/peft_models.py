@@ -1,4 +1,4 @@
-"""Models with our adapters and with PEFT's, from equal settings and equal tensors."""
+"""Pairs of models, one with our adapters and one with PEFT's, from equal settings and equal tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ peft_warnings = [
 
 
 WITHOUT_MANIFEST = r"has no lightning_lora\.json"
-"""What `load_adapter` warns of in a folder that PEFT wrote."""
+"""The warning of `load_adapter` about a folder that PEFT wrote."""
 
 
 def without_manifest() -> Any:
@@ -35,7 +35,7 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
-# Model, our settings, PEFT's.
+# Builder of the model, our settings, PEFT's settings.
 PAIRS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], dict[str, Any]]] = {
     "all": (llama, {}, {"target_modules": ALL_LINEAR}),
     "all-linear": (llama, {}, {"target_modules": "all-linear"}),
@@ -79,7 +79,7 @@ every_pair = pytest.mark.parametrize("pair", PAIRS)
 
 
 def both(pair: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Our model and PEFT's with equal tensors."""
+    """A model with our adapters and one with PEFT's, with equal tensors."""
     build, ours_settings, theirs_settings = PAIRS[pair]
     ours = build()
     inject_lora(ours, LoRAConfig.from_dict({"rank": 4, **ours_settings}))
@@ -99,7 +99,7 @@ def wrapped(model: PreTrainedModel, **settings: Any) -> Any:
 
 
 def their_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's factors by our names."""
+    """Our name to PEFT's parameter, for every factor of ``model``."""
     found = {}
     for name, parameter in model.named_parameters():
         for theirs, ours in (("embedding_A", "A"), ("embedding_B", "B"), ("A", "A"), ("B", "B")):

@@ -1,4 +1,4 @@
-"""Folders that go to PEFT and back: models in modules, trained heads, confusable names."""
+"""Adapter folders exchanged with PEFT: models inside modules, heads trained in full, confusable names."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_tied_head_trained_in_full_goes_to_peft(tmp_path: Path) -> None:
 
 
 class Nested(nn.Module):
-    """Names that end each other, which PEFT's suffix rules confuse."""
+    """Layers whose names are suffixes of each other, which PEFT's rules confuse."""
 
     def __init__(self) -> None:
         super().__init__()

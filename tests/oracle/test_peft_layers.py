@@ -18,12 +18,12 @@ from lightning_lora import load_adapter, lora_layers, lora_state_dict, save_adap
 from lightning_lora.files.adapter.peft_format import PREFIX, TENSOR_FILE
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.safetensors_file import read_tensors
-from tests.oracle.peft_layers import BOTH, Net, Upsampling, X, adapted, built, save
+from tests.oracle.layer_models import BOTH, Net, Upsampling, X, adapted, built, save
 from tests.oracle.peft_models import WITHOUT_MANIFEST, without_manifest
 
 
 class Volume(nn.Module):
-    """A convolution of three dimensions."""
+    """A three-dimensional convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Volume(nn.Module):
         return self.head(self.conv(x[:, None]).mean((2, 3, 4)))
 
 
-# Model, our settings, what PEFT is told, and whether a doubled output projection is concerned.
+# Builder of the module, our settings, PEFT's settings, and whether PEFT adds an output projection twice.
 PAIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], bool]] = {
     "all": (Net, {}, {"target_modules": ["conv", "narrow", "attention", "head"]}, True),
     "convolution": (Net, {"targets": ["conv"]}, {"target_modules": ["conv"]}, False),
@@ -88,7 +88,7 @@ def test_pefts_folder_computes_the_same_here(pair: str, tmp_path: Path) -> None:
         load_adapter(ours, tmp_path / "theirs")
     torch.testing.assert_close(ours(X), theirs(X), rtol=1e-5, atol=1e-5)
     assert lora_layers(ours).keys() == lora_layers(adapted(build, settings)).keys()
-    # And onward: what was PEFT's is written as PEFT would.
+    # Saved again, the tensors are those that PEFT wrote.
     save(ours, tmp_path / "ours", twice)
     written, original = (load_file(tmp_path / folder / TENSOR_FILE) for folder in ("ours", "theirs"))
     assert written.keys() == original.keys()
@@ -125,7 +125,7 @@ def test_pefts_names_and_shapes(tmp_path: Path) -> None:
 
 
 def test_peft_adds_an_output_projection_twice() -> None:
-    # https://github.com/huggingface/peft/pull/3774. When this fails, PEFT is mended: see peft_layers._LAST_TWICE.
+    # https://github.com/huggingface/peft/pull/3774. When this fails, PEFT is fixed: see peft_layers._LAST_TWICE.
     base = built(Net)
     theirs: Any = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=2, target_modules=["attention"])

@@ -1,4 +1,4 @@
-"""What PEFT would compute differently for convolutions, attention and recurrent layers stops with an error."""
+"""Layers that PEFT would compute differently are refused, by PEFT for our folders and here for PEFT's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import AdapterFileError, load_adapter, lora_layers, save_adapter
-from tests.oracle.peft_layers import BOTH, Net, Upsampling, X, adapted, built
+from tests.oracle.layer_models import BOTH, Net, Upsampling, X, adapted, built
 from tests.oracle.peft_models import without_manifest
 
 
@@ -28,7 +28,7 @@ class Recurrent(nn.Module):
 
 
 class Separate(nn.Module):
-    """Attention whose keys have another width."""
+    """Attention whose keys have a different width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ INEXPRESSIBLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, str
 }
 
 
-# PEFT's own warning on the way to its error.
+# PEFT warns before its error.
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
 @pytest.mark.parametrize("row", INEXPRESSIBLE)
 def test_what_peft_would_compute_otherwise_it_refuses_and_a_warning_says_so(row: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def load(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """In training mode: evaluating, bitsandbytes rounds more."""
+    """A quantised model in training mode; in eval mode bitsandbytes rounds more."""
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=LOADING[kind](), dtype=dtype).train()
 
 

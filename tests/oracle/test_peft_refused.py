@@ -1,4 +1,4 @@
-"""Folders of PEFT that use what this package cannot, or that are damaged, are refused by name."""
+"""PEFT's folders with unsupported features or damaged settings are refused, and the message says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that select nothing, or a layer that cannot be adapted, are refused, and the module is what it was."""
+"""Settings that select nothing, or a layer that cannot be adapted, are refused and leave the module unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.tiny_models import gpt2, llama, llama_classifier, mlp, portra
 
 
 class TiedLinears(nn.Module):
-    """Two layers with one weight between them."""
+    """Two layers that share one weight."""
 
     def __init__(self) -> None:
         super().__init__()

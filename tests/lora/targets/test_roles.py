@@ -73,7 +73,7 @@ def test_a_block_with_attention_and_free_names_splits_into_attention_and_mlp() -
 
 
 class Mixer(nn.Module):
-    """What state-space mixers hold; ``A_log`` tells them."""
+    """A state-space mixer, recognised by ``A_log``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class MemoryAttentionMLP(LlamaStyleMLP):
 
 
 class MaskedAttentionDecoderLayer(nn.Module):
-    """Attention in its name, an attention inside, and an MLP beside it."""
+    """A block with "attention" in its class name, which holds attention and an MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class MaskedAttentionDecoderLayer(nn.Module):
 
 
 def roles_of(modules: dict[str, nn.Module]) -> dict[str, set[str]]:
-    """The roles of all layers inside each of the modules of one block."""
+    """Name of each module in one block to the roles of the layers inside it."""
     block = nn.ModuleDict(modules)
     found: dict[str, set[str]] = {name: set() for name in modules}
     for name, role in module_roles(nn.ModuleDict({"block": block})).items():
@@ -162,7 +162,7 @@ def test_a_block_named_after_its_attention_is_not_all_attention() -> None:
 
 def test_only_in_a_transformers_model_does_a_class_name_tell_an_embedding() -> None:
     class ImageEmbedding(Net):
-        """A network of the user's, whatever it is called."""
+        """A user's network with "embedding" in its name."""
 
     assert set(module_roles(ImageEmbedding()).values()) == {"other"}
 

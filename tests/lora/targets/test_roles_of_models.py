@@ -27,7 +27,7 @@ LLAMA_LIKE = {
 
 MOE = {"num_key_value_heads": 2, **SIZES, **TOKENS}
 
-# Model, its settings, and glob to role: the first glob that matches tells.
+# Model class, settings, and glob to role, where the first glob that matches wins.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "llama": ("LlamaForCausalLM", SIZES | TOKENS | {"num_key_value_heads": 2}, LLAMA_LIKE),
     "gpt2": (

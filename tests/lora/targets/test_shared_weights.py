@@ -1,4 +1,4 @@
-"""Weights that two layers share: taken apart or adapted as one, never changed behind the other's back."""
+"""Weights that two layers share are untied or adapted as one, never changed for one layer alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.tiny_models import TOKENS, gpt2, llama, logits, state_bytes, 
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT shares no factors, and says that it will not while it loads copies.
+    # PEFT warns that it does not share factors while it loads copies of them.
     pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings=True:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
 ]

@@ -1,4 +1,4 @@
-"""Modules with convolutions and attention, adapted and saved for PEFT."""
+"""Modules with convolutions and attention that the comparisons with PEFT share."""
 
 from __future__ import annotations
 
