@@ -22,26 +22,27 @@ _ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 class LoRAConfig:
     r"""LoRA settings: each chosen weight ``W`` becomes ``W + scale * B A`` with ``W`` frozen, ``A`` and ``B`` trained.
 
-    ``A`` has shape ``(rank, in)``, ``B`` has shape ``(out, rank)`` and starts at zero, so a fresh adapter does not
-    change the model. The defaults follow *LoRA Without Regret*.
+    ``A`` has shape ``(rank, in)``, ``B`` has shape ``(out, rank)``. ``B`` starts at zero (in embeddings ``A`` does), so a
+    fresh adapter does not change the model. The defaults follow *LoRA Without Regret*.
 
     A *name pattern* selects modules by their dotted name. It is the whole name (``model.layers.0.mlp.up_proj``), a
     dotted suffix (``up_proj``) or a glob (``*.mlp.*``). A pattern that matches nothing is an error.
 
     Args:
-        rank: Inner dimension of the update, at least 1. A higher rank can learn more from more data. A layer smaller
-            than this is adapted at its full rank, with a warning.
+        rank: Inner dimension of the update, at least 1. A higher rank has room for more training data. A layer smaller
+            than the rank is adapted at its full rank, with a warning.
         alpha: Numerator of the scale. Keep 32 at every rank: the best learning rate then hardly depends on the rank.
         targets: Layers to adapt: ``"all"`` (every weight matrix of attention, MLP and MoE experts), ``"attention"``,
             ``"mlp"``, ``"experts"``, or a list of name patterns such as ``["q_proj", "v_proj"]``.
-        exclude: Name patterns of layers to leave alone, although ``targets`` selects them.
-        rank_pattern: Name pattern to rank, for layers whose rank differs. The first pattern that matches wins.
-        alpha_pattern: Name pattern to alpha, for layers whose alpha differs. The first pattern that matches wins.
+        exclude: Name patterns of layers not to adapt, even if ``targets`` selects them.
+        rank_pattern: Ranks of single layers, as a mapping from name pattern to rank. The first match wins.
+        alpha_pattern: Alphas of single layers, as a mapping from name pattern to alpha. The first match wins.
         dropout: Probability of dropping each input of the update during training, in ``[0, 1)``.
         scaling: Scale of the update: ``"standard"`` (alpha / rank) or ``"rslora"`` (alpha / sqrt(rank)).
         init: Initial values of A. ``"default"``: uniform in ``[-1/sqrt(in), 1/sqrt(in)]``. ``"gaussian"``: normal with
             standard deviation 1/rank.
-        lr_multiplier: Adapters train at this many times the learning rate that full fine-tuning would use.
+        lr_multiplier: Factor on the learning rate of the adapters. Give the task the learning rate of full fine-tuning;
+            the adapters train at this many times it.
         adapt_head: Also adapt the output head.
         adapt_embeddings: Also adapt the embeddings.
         trainable: Name patterns of modules to train in full beside the adapters, such as a new classification head.
