@@ -22,7 +22,7 @@ _ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 class LoRAConfig:
     r"""LoRA settings: each chosen weight ``W`` becomes ``W + scale * B A`` with ``W`` frozen, ``A`` and ``B`` trained.
 
-    ``A`` has shape ``(rank, in)``, ``B`` has shape ``(out, rank)``. ``B`` starts at zero (in embeddings ``A`` does), so a
+    ``A`` has shape ``(rank, in)``, ``B`` has shape ``(out, rank)``. ``B`` starts at zero (``A`` in embeddings), so a
     fresh adapter does not change the model. The defaults follow *LoRA Without Regret*.
 
     A *name pattern* selects modules by their dotted name. It is the whole name (``model.layers.0.mlp.up_proj``), a

@@ -110,11 +110,10 @@ def _check_targets(root: nn.Module, candidates: Candidates, targeted: Candidates
 
 
 def _no_such_role(targets: str, roles: list[str], candidates: Candidates) -> str:
+    # Every candidate with one of the roles is refused, or it would have been targeted.
     counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
     refusals = "".join(
-        f" {name}: {weight.refusal}."
-        for name, weight in candidates.items()
-        if weight.refusal and weight.role in _TARGET_ROLES[targets]
+        f" {name}: {weight.refusal}." for name, weight in candidates.items() if weight.role in _TARGET_ROLES[targets]
     )
     return (
         f"targets={targets!r} matches none of the {len(roles)} adaptable layers, which are {counts}.{refusals} Name "

@@ -108,6 +108,17 @@ def test_the_adapter_loads_into_a_tied_base_here_and_in_peft(
     assert_near(logits(theirs), wanted_logits)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_config_of_an_untied_model_says_so(name: str, tmp_path: Path) -> None:
+    model = adapted(name, tied_weights="untie", adapt_head=True)
+    assert model.config.tie_word_embeddings is False
+    remove_lora(model)
+    model.tie_weights()
+    assert not is_tied(model)
+    model.save_pretrained(tmp_path / "untied")
+    assert not is_tied(AutoModelForCausalLM.from_pretrained(tmp_path / "untied"))
+
+
 def test_one_update_serves_both_and_counts_once() -> None:
     alone = count_parameters(adapted("llama"))
     both = count_parameters(adapted("llama", tied_weights="both", adapt_head=True, adapt_embeddings=True))
