@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.files.safetensors_header import DTYPES, Header, TensorSpan, check_spans, parse_json, read_header
+from lightning_lora.files.json_object import parse_json
+from lightning_lora.files.safetensors_header import TENSOR_DTYPES, Header, TensorSpan, check_spans, read_header
 from lightning_lora.files.scratch import Scratch
 
 __all__ = [
@@ -36,8 +37,8 @@ __all__ = [
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-_LAYOUT_RANK = {name: rank for rank, name in enumerate(reversed(DTYPES))}
+_NAME_OF = {dtype: name for name, dtype in TENSOR_DTYPES.items()}
+_LAYOUT_RANK = {name: rank for rank, name in enumerate(reversed(TENSOR_DTYPES))}
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ class TensorFile:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor."""
-        return DTYPES[self.header.tensors[name].dtype]
+        return TENSOR_DTYPES[self.header.tensors[name].dtype]
 
     def read(self, name: str, start: int, stop: int, scratch: Scratch | None = None) -> Tensor:
         """Elements ``start`` to ``stop`` of a tensor, counted row by row; one axis.

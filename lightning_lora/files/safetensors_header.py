@@ -9,24 +9,24 @@ Reference: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.files.json_object import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_NAME_LENGTH = 1_000
 MAX_NUM_DIMS = 64
 
 # By increasing alignment, then in the library's order: the order in which it lays tensors out, from last to first.
-DTYPES: dict[str, torch.dtype] = {
+TENSOR_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -96,25 +96,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise AdapterFileError(f"{path} is damaged: {error}") from error
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes, refusing duplicate keys.
-
-    Raises:
-        ValueError: If it is anything else, with the reason.
-    """
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"its JSON is not UTF-8 ({error.reason} at byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"its JSON cannot be parsed ({error}).") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"its JSON is a {type(parsed).__name__}, not an object.")
-    return parsed
-
-
 def check_spans(tensors: Mapping[str, TensorSpan]) -> int:
     """Check names, types, shapes and offsets against each other; return the number of data bytes.
 
@@ -157,15 +138,6 @@ def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
     return Header(tensors, metadata, data_start, size)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise ValueError(f"its JSON has the key {key[:80]!r} twice.")
-        entries[key] = value
-    return entries
-
-
 def _parse_metadata(metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ is not an object of strings.")
@@ -196,11 +168,11 @@ def _check_name(name: str) -> None:
 
 
 def _check_span(name: str, span: TensorSpan) -> None:
-    if not isinstance(span.dtype, str) or span.dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {str(span.dtype)[:80]!r}; known are {', '.join(DTYPES)}.")
+    if not isinstance(span.dtype, str) or span.dtype not in TENSOR_DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {str(span.dtype)[:80]!r}; known are {', '.join(TENSOR_DTYPES)}.")
     if 0 in span.shape:
         raise ValueError(f"tensor {name!r} is empty, shape {span.shape}; was it saved from sharded parameters?")
-    expected = math.prod(span.shape) * DTYPES[span.dtype].itemsize
+    expected = math.prod(span.shape) * TENSOR_DTYPES[span.dtype].itemsize
     if span.end - span.start != expected:
         found = span.end - span.start
         raise ValueError(

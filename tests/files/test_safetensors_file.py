@@ -32,7 +32,7 @@ from lightning_lora.files.safetensors_file import (
     write_blocks,
     write_tensors,
 )
-from lightning_lora.files.safetensors_header import DTYPES
+from lightning_lora.files.safetensors_header import TENSOR_DTYPES
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -174,7 +174,7 @@ names = st.text(max_size=6) | st.sampled_from(["a", "b", "__metadata__", "..", "
 numbers = st.integers(-2, 70) | st.integers() | st.sampled_from([0, 4, 8, 1 << 63]) | st.booleans() | st.floats()
 entries = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from([*DTYPES, "F4", "", None]),
+        "dtype": st.sampled_from([*TENSOR_DTYPES, "F4", "", None]),
         "shape": st.lists(numbers, max_size=4),
         "data_offsets": st.lists(numbers, min_size=2, max_size=2) | st.just([0, 8]),
     },
@@ -235,7 +235,7 @@ def test_tensors_outlive_their_file(tmp_path: Path) -> None:
     assert torch.equal(tensors["a"], torch.arange(4096))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES.values(), ids=str)
 def test_every_dtype_survives_both_ways(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {
         "matrix": random_tensor(dtype, (3, 5)),
@@ -254,7 +254,7 @@ def test_every_dtype_survives_both_ways(dtype: torch.dtype, tmp_path: Path) -> N
 @given(
     layout=st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0."), max_size=8),
-        st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(1, 4), max_size=3).map(tuple)),
+        st.tuples(st.sampled_from(list(TENSOR_DTYPES.values())), st.lists(st.integers(1, 4), max_size=3).map(tuple)),
         min_size=1,
         max_size=8,
     ),

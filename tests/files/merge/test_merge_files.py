@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from benchmarks.merge import merge, write_adapter, write_base
-from lightning_lora import AdapterFileError, BaseMismatchError, ConfigError, LoRAConfig, inject_lora, save_adapter
-from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, MergeCertificate, merge_files
+from lightning_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    LoRAConfig,
+    MergeReport,
+    inject_lora,
+    save_adapter,
+)
+from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, merge_files
 from lightning_lora.files.safetensors_file import safetensors_files
 from tests.support.tiny_models import gpt2, llama, llama_classifier, logits, tree, wake
 
@@ -56,7 +64,7 @@ def trained(case: str, tmp_path: Path, dtype: torch.dtype = torch.float32) -> Pr
 def test_the_merged_files_are_the_adapted_model(case: str, tmp_path: Path) -> None:
     model = trained(case, tmp_path)
     before = tree(tmp_path)
-    certificate = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    report = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (logits(merged) - logits(model)).abs().max() <= 1e-5
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) - logits(model)).abs().max() > 1e-2
@@ -65,7 +73,7 @@ def test_the_merged_files_are_the_adapted_model(case: str, tmp_path: Path) -> No
     base_files = {name.partition("/")[2] for name in before if name.startswith("base/")}
     assert set(tree(tmp_path / "out")) == base_files | {CERTIFICATE_FILE}
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1 or CASES[case][2] == "1GB"
-    assert len(certificate.layers) == sum("lora_A" in name for name, _ in model.named_parameters())
+    assert len(report.losses) == sum("lora_A" in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -74,26 +82,26 @@ def test_the_certificate_is_an_independent_float64_computation(
     stored: torch.dtype, dtype: str | None, tmp_path: Path
 ) -> None:
     trained("one file", tmp_path, stored)
-    certificate = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype)
+    report = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype)
     base = load_file(tmp_path / "base" / "model.safetensors")
     out = load_file(tmp_path / "out" / "model.safetensors")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in out.values()} == {getattr(torch, dtype) if dtype else stored}
-    assert len(certificate.layers) == 14
-    for layer in certificate.layers:
-        prefix = f"base_model.model.{layer.weight.removesuffix('.weight')}"
+    assert len(report.losses) == 14
+    assert report.losses.keys() == report.max_errors.keys()
+    for weight, loss in report.losses.items():
+        prefix = f"base_model.model.{weight.removesuffix('.weight')}"
         delta = 8.0 * factors[f"{prefix}.lora_B.weight"].double() @ factors[f"{prefix}.lora_A.weight"].double()
-        error = out[layer.weight].double() - (base[layer.weight].double() + delta)
-        exactness = 1e-9 if out[layer.weight].dtype == torch.float32 else 1e-3
-        assert layer.max_error == pytest.approx(float(error.abs().max()), rel=exactness)
-        assert layer.delta_error == pytest.approx(float(error.norm() / delta.norm()), rel=exactness)
+        error = out[weight].double() - (base[weight].double() + delta)
+        exactness = 1e-9 if out[weight].dtype == torch.float32 else 1e-3
+        assert report.max_errors[weight] == pytest.approx(float(error.abs().max()), rel=exactness)
+        assert loss == pytest.approx(float(error.norm() / delta.norm()), rel=exactness)
         # Half a unit in the last place of the type that is stored.
-        unit = torch.finfo(out[layer.weight].dtype).eps
-        assert layer.max_error <= unit * float((base[layer.weight].double() + delta).abs().max()) * 1.01
-    untouched = base.keys() - {layer.weight for layer in certificate.layers}
-    assert all(torch.equal(out[name], base[name].to(out[name].dtype)) for name in untouched)
-    worst = max(layer.delta_error for layer in certificate.layers)
-    assert f" {worst:.2%} of an update" in str(certificate)
+        unit = torch.finfo(out[weight].dtype).eps
+        assert report.max_errors[weight] <= unit * float((base[weight].double() + delta).abs().max()) * 1.01
+    assert all(torch.equal(out[name], base[name].to(out[name].dtype)) for name in base.keys() - report.losses.keys())
+    assert f"rounding changed a weight by at most {max(report.max_errors.values()):.2e} and took" in str(report)
+    assert f" {report.worst:.2%} of an update" in str(report)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -105,19 +113,27 @@ def test_an_update_below_every_step_of_the_type_is_certified_as_lost(dtype: str,
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     small = {name: factor * (1e-9 if "lora_B" in name else 1.0) for name, factor in factors.items()}
     save_file(small, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    (layer,) = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").layers
-    assert layer.delta_error == pytest.approx(1.0, rel=1e-5)
+    report = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.losses == {"layer.weight": pytest.approx(1.0, rel=1e-5)}
     delta = 2.0 * small["base_model.model.layer.lora_B.weight"] @ small["base_model.model.layer.lora_A.weight"]
-    assert layer.max_error == pytest.approx(float(delta.abs().max()), rel=1e-5)
+    assert report.max_errors["layer.weight"] == pytest.approx(float(delta.abs().max()), rel=1e-5)
 
 
 def test_the_certificate_is_written_beside_the_model(tmp_path: Path) -> None:
     trained("one file", tmp_path)
-    certificate = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "bfloat16")
+    report = merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "bfloat16")
+    assert isinstance(report, MergeReport)
+    assert report.adapter_sha256 == tree(tmp_path / "adapter")["adapter_model.safetensors"]
     written = json.loads((tmp_path / "out" / CERTIFICATE_FILE).read_text())
-    assert isinstance(certificate, MergeCertificate)
-    assert written["dtype"] == "bfloat16"
-    assert written["adapter_sha256"] == tree(tmp_path / "adapter")["adapter_model.safetensors"]
+    assert written == {
+        "base": str(tmp_path / "base"),
+        "adapter_sha256": report.adapter_sha256,
+        "dtype": "bfloat16",
+        "layers": [
+            {"weight": name, "max_error": report.max_errors[name], "delta_error": loss}
+            for name, loss in report.losses.items()
+        ],
+    }
     assert len(written["layers"]) == 14
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
