@@ -1,9 +1,9 @@
-"""The header of a safetensors file, checked by hand before anything else looks at the file.
+"""The header of a safetensors file, checked before anything else reads the file.
 
 The library accepts duplicate names, ``../../x`` as a name and unknown fields, and its messages do not name the file.
-Here every byte a stranger controls is checked first, and every failure says which file and what is wrong.
+Here the whole header is checked first, and every error says which file and what is wrong.
 
-Format: 8 bytes, little endian, the length of the header; the header, a JSON object; then the tensors without gaps.
+Format: the length of the header, 8 bytes, little endian; the header, a JSON object; then the tensors without gaps.
 Reference: https://github.com/huggingface/safetensors#format
 """
 
@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_NAME_LENGTH = 1_000
 MAX_NUM_DIMS = 64
 
-# By increasing alignment, then in the library's order: the order in which it lays tensors out, from last to first.
+# Ordered by alignment, then as in the library. Files hold the tensors in the reverse of this order.
 TENSOR_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -50,7 +50,7 @@ TENSOR_DTYPES: dict[str, torch.dtype] = {
 
 
 class TensorSpan(NamedTuple):
-    """What one tensor is and where its bytes are, counted from the end of the header."""
+    """Type and shape of a tensor, and the place of its bytes, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -63,8 +63,8 @@ class Header:
     """A checked header.
 
     Args:
-        tensors: Tensor name -> dtype name of the format (``"BF16"``), shape, first byte, byte after the last.
-        metadata: The file's own texts, often ``{"format": "pt"}``.
+        tensors: Tensor name to its type in the format's words (``"BF16"``), shape, first byte, and byte after the last.
+        metadata: Texts that the writer added, often ``{"format": "pt"}``.
         data_start: Position in the file of the first tensor byte, in bytes.
         size: Size of the whole file, in bytes.
     """

@@ -24,7 +24,8 @@ from lightning_lora.files.merge.base_check import BaseCheck
 from lightning_lora.files.merge.plan import MergePlan, plan_merge
 from lightning_lora.files.merge.rounding import BlockError, merged_block, rounded_block, sum_dtype, tensor_error
 from lightning_lora.files.merge.row_blocks import BLOCK
-from lightning_lora.files.safetensors_file import TensorFile, open_tensors, read_header, safetensors_files, write_blocks
+from lightning_lora.files.safetensors_file import TensorFile, open_tensors, safetensors_files, write_blocks
+from lightning_lora.files.safetensors_header import read_header
 from lightning_lora.files.scratch import Scratch
 from lightning_lora.lora.reports import MergeReport
 
