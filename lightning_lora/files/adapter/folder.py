@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +112,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     ranks = _ranks(factors, tensor_file)
     if manifest.is_present and manifest.ranks != ranks:
         raise undescribed(folder)
-    peft, config = _settings(folder, manifest, peft, projections, ranks, trained)
+    with _usable_settings(folder):
+        peft = peft_layers.with_projections(peft, projections, manifest)
+        config = _config(folder, manifest, peft, ranks, trained)
     embeddings = frozenset(module for name in tensors if (module := embedding_of(name)) is not None)
     return AdapterFolder(folder, peft, manifest, config, ranks, factors, stacked, trained, base_copies, embeddings)
 
@@ -182,24 +185,23 @@ def _ranks(factors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
     return {name: A.shape[-2] for name, (A, _) in _pairs(factors, where).items()}
 
 
-def _settings(
-    folder: Path,
-    manifest: Manifest,
-    peft: Mapping[str, Any],
-    projections: Collection[str],
-    ranks: Mapping[str, int],
-    trained: Mapping[str, Tensor],
-) -> tuple[dict[str, Any], LoRAConfig]:
-    """PEFT's settings with those of the output projections, and ours, after checking that all files agree."""
+def _config(
+    folder: Path, manifest: Manifest, peft: Mapping[str, Any], ranks: Mapping[str, int], trained: Mapping[str, Tensor]
+) -> LoRAConfig:
+    """The settings of the adapter, after checking that all files agree about them."""
+    peft_config.check_ranks(peft, ranks, str(folder))
+    if not manifest.is_present:
+        return peft_config.to_lora_config(peft, ranks, dict.fromkeys(name.rpartition(".")[0] for name in trained))
+    config = LoRAConfig.from_dict(manifest.config)
+    peft_config.check_scales(peft, manifest.alphas, config, str(folder))
+    return config
+
+
+@contextmanager
+def _usable_settings(folder: Path) -> Iterator[None]:
+    """Raise `AdapterFileError` for any error about values in the settings, within the context."""
     try:
-        peft = peft_layers.with_projections(peft, projections, manifest)
-        peft_config.check_ranks(peft, ranks, str(folder))
-        if not manifest.is_present:
-            modules = dict.fromkeys(name.rpartition(".")[0] for name in trained)
-            return peft, peft_config.to_lora_config(peft, ranks, modules)
-        config = LoRAConfig.from_dict(manifest.config)
-        peft_config.check_scales(peft, manifest.alphas, config, str(folder))
-        return peft, config
+        yield
     except AdapterFileError:
         raise
     except (ConfigError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:

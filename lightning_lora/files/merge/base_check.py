@@ -9,6 +9,8 @@ from lightning_lora.errors import BaseMismatchError
 from lightning_lora.files.merge.plan import MergePlan
 from lightning_lora.lora.fingerprint import PiecewiseDigest
 
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
 
 class BaseCheck:
     """Compares the digest of every adapted weight with the manifest, even if several files hold parts of the weight.
@@ -64,12 +66,9 @@ class PartCheck:
     """
 
     def __init__(
-        self, digest: PiecewiseDigest | None = None, positions: Tensor | None = None, numbers: Tensor | None = None
+        self, digest: PiecewiseDigest | None = None, positions: Tensor = _NOTHING, numbers: Tensor = _NOTHING
     ) -> None:
-        none = torch.empty(0, dtype=torch.int64)
-        self._digest = digest
-        self._positions = none if positions is None else positions
-        self._numbers = none if numbers is None else numbers
+        self._digest, self._positions, self._numbers = digest, positions, numbers
         self._num_read = 0
 
     def add(self, elements: Tensor) -> None:

@@ -76,7 +76,7 @@ def matrix_update(
         B: The second factor, ``(out, rank)``.
         scale: Factor of the update, ``alpha / rank`` or ``alpha / sqrt(rank)``.
         shape: Shape of the stored tensor: ``(out, in)``, ``(in, out)``, or that of a kernel.
-        transposed: Whether a square matrix is stored ``(in, out)``, which its shape does not tell.
+        transposed: Whether a matrix is stored ``(in, out)``. If False, this is still found where the shape tells it.
         kernel_transposed: Whether the first axis of a kernel is that of its inputs.
 
     Raises:
