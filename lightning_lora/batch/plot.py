@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from lightning_lora.batch.state import NOISE_LIMITED, SIGNAL_LIMITED
 from lightning_lora.errors import DataError
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.files.events import NAME, read_events
+from lightning_lora.files.events import EVENTS_FILE, read_events
 
 
 def plot_noise_scale(folder: Path, path: Path) -> None:
@@ -29,7 +29,7 @@ def plot_noise_scale(folder: Path, path: Path) -> None:
     """
     events = _of_last_run(folder)
     if not events:
-        raise DataError(f"{folder / NAME} holds no samples of a BatchSizeMonitor: was there one in the run?")
+        raise DataError(f"{folder / EVENTS_FILE} holds no samples of a BatchSizeMonitor: was there one in the run?")
     of_weights = [event for event in events if event.get("gns/lambda") is not None]
     width = 4 if of_weights else 3
     figure = Figure(figsize=(4 * width, 3.6), layout="constrained")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_lora.cli.export import FORMATS, export
 from lightning_lora.cli.inspection import inspect_path, verify_hashes
 from lightning_lora.cli.inspection_table import show
-from lightning_lora.files.merge.merge_files import DTYPES, merge_files
+from lightning_lora.files.merge.merge_files import MERGE_DTYPES, merge_files
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,15 @@ def _merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", help="folder of a Hugging Face checkpoint in safetensors")
     parser.add_argument("adapter", help="an adapter folder, ours or PEFT's")
     parser.add_argument("out", help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of all weights; by default each keeps its own")
+    parser.add_argument("--dtype", choices=MERGE_DTYPES, help="type of all weights; by default each keeps its own")
     parser.add_argument(
         "--allow-other-base", action="store_true", help="merge into weights the adapter was not trained on"
     )
 
 
 def _merge(arguments: Namespace) -> None:
-    certificate = merge_files(
-        arguments.base, arguments.adapter, arguments.out, arguments.dtype, arguments.allow_other_base
-    )
-    print(f"{arguments.out}: {certificate}")
+    report = merge_files(arguments.base, arguments.adapter, arguments.out, arguments.dtype, arguments.allow_other_base)
+    print(f"{arguments.out}: {report}")
 
 
 def _export_arguments(parser: ArgumentParser) -> None:

@@ -1,11 +1,11 @@
-"""Reports: how many parameters a module has, what an injection did, and what merging cost."""
+"""Reports: how many parameters there are, what an injection did, what rounding took in a merge."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -103,14 +103,23 @@ _LOSSY = 0.1
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_lora` did.
+    """What rounding took when adapters were merged, in memory or on disk.
 
     Args:
-        losses: Name of every merged layer to ``|stored change - update| / |update|``, the share of its update lost to
-            rounding; 0 for weights in float32 or wider.
+        losses: Merged layer, or merged tensor on disk, to ``|stored change - update| / |update|``, the share of its
+            update that rounding took; in memory 0 for weights in float32 or wider.
+        max_errors: Merged tensor on disk to the largest difference between the exact sum and what was stored, in weight
+            units; empty for a merge in memory.
+        base: Folder of the base checkpoint on disk; None for a merge in memory.
+        adapter_sha256: SHA-256 of the adapter's tensors on disk; None for a merge in memory.
+        dtype: Type that all weights on disk were converted to; None if each kept its own.
     """
 
     losses: Mapping[str, float]
+    max_errors: Mapping[str, float] = field(default_factory=dict)
+    base: str | None = None
+    adapter_sha256: str | None = None
+    dtype: str | None = None
 
     @property
     def worst(self) -> float:
@@ -118,8 +127,10 @@ class MergeReport:
         return max(self.losses.values())
 
     def __str__(self) -> str:
-        name = max(self.losses, key=lambda name: self.losses[name])
-        return f"{len(self.losses)} layers merged; rounding took at most {self.worst:.2%} of an update ({name})"
+        worst = max(self.losses, key=lambda name: self.losses[name])
+        changed = f"changed a weight by at most {max(self.max_errors.values()):.2e} and " if self.max_errors else ""
+        loss = f"took at most {self.worst:.2%} of an update ({worst})"
+        return f"{len(self.losses)} layers merged; rounding {changed}{loss}"
 
     def warn_if_lossy(self) -> None:
         """Warn if rounding took more than a tenth of any update."""

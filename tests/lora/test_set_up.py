@@ -21,7 +21,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_lora,
 )
-from lightning_lora.files.adapter.folder import MANIFEST_FILE
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.merge.merged_model import save_merged
 from tests.support.moe_models import moe
 from tests.support.tiny_models import llama, wake
