@@ -279,9 +279,9 @@ REFUSED: dict[str, tuple[list[Callback], type[Ones], str]] = {
     "two schedules": (
         [AdaptiveAccumulation({0: 2}), GradientAccumulationScheduler({0: 1})],
         Ones,
-        "in every epoch, and AdaptiveAccumulation too: keep one of the two",
+        "GradientAccumulationScheduler and AdaptiveAccumulation both set .*: keep one of the two",
     ),
-    "a target": ([AdaptiveAccumulation({0: 2}), TargetBatchSize(8)], Ones, "a schedule sets accumulation, and target_"),
+    "a target": ([AdaptiveAccumulation({0: 2}), TargetBatchSize(8)], Ones, "the schedule of Adaptive.* and target_"),
     "StepLR": ([AdaptiveAccumulation({0: 2})], Steps, "StepLR cannot be stretched"),
     "by hand": ([AdaptiveAccumulation({0: 2})], ByHand, "with manual optimization the module decides when to step"),
 }
