@@ -100,6 +100,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         folder = folders[name] = tmp_path_factory.mktemp(f"mutation{place}")
         mutated(folder, file, right, wrong)
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", str(folder / "pytest")]
+        # The libraries came before pytest could rewrite the assertions of its plugins among them.
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         runs[name] = str(folder), [*options, *tests]
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(runs)],
