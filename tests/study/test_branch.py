@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lora.batch.accumulation import fit_to_batch
+from lightning_lora.study.batch_branches import BatchBranches
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.row_order import next_rows
 from tests.study.student import Student, loader
@@ -38,6 +39,20 @@ def test_the_rate_is_constant_and_cools_down_in_the_last_fifth() -> None:
     point = BranchPoint(Watched(), None, loader(320, 0), 32, rate_factor=0.5)
     point.losses_after(range(320), 32, 4.0, (loader(4, 5), range(4)))
     assert seen == pytest.approx([6e-3] * 8 + [4e-3, 2e-3])
+
+
+def test_each_branch_has_the_rate_of_its_batch() -> None:
+    seen: list[float] = []
+
+    class Watched(Student):
+        def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+            super().optimizer_step(*arguments, **options)
+            if self.trainer.global_step == 1:
+                seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    point = BranchPoint(Watched(), None, loader(512, 0), 128)
+    BatchBranches(32, (8, 32, 128), 512).train(point, range(512), (loader(4, 5), range(4)))
+    assert seen == pytest.approx([3e-3, 6e-3, 12e-3])
 
 
 def test_the_next_rows_are_those_of_the_sampler_and_used_ones_come_last() -> None:
