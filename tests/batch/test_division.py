@@ -1,4 +1,4 @@
-"""The rows of a step are divided among devices and micro-batches, or the nearest that can be are named."""
+"""The rows of a step are divided among devices and micro-batches, or a message names the nearest that can be."""
 
 from __future__ import annotations
 

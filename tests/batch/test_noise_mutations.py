@@ -20,7 +20,7 @@ NOISE, MONITOR, RANKS = (
 )
 OPEN = "        if meter is None or not meter.is_open:\n            return\n        # A rank"
 CLIP = '        trainer.precision_plugin.clip_gradients(optimizer, trainer.gradient_clip_val or 1e9, "norm")\n'
-# What is broken: file, line as it is, line as it must not be, and the tests that must tell.
+# Each mutation: file, right line, wrong line, and the tests that must fail.
 MUTATIONS = {
     "the rescale by accumulation is dropped": (
         "batch/noise/step_sample.py",
@@ -65,7 +65,7 @@ for name, (folder, arguments) in json.loads(sys.argv[1]).items():
         output = os.open(Path(folder, "output"), os.O_CREAT | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        # Found before this repository, by this process and by those that tests start.
+        # Before the repository on the path, in this process and in those that tests start.
         sys.path.insert(0, folder)
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ["PYTHONPATH"]])
         import lightning_lora
@@ -78,7 +78,7 @@ for name, (folder, arguments) in json.loads(sys.argv[1]).items():
 
 
 def mutated(folder: Path, file: str, right: str, wrong: str) -> None:
-    """The package by links, but for one file."""
+    """Make a copy of the package by links, with one mutated file."""
     text = (PACKAGE / file).read_text()
     assert text.count(right) == 1, f"{file} has changed: write down anew how to break it"
     source = PACKAGE
@@ -100,7 +100,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         folder = folders[name] = tmp_path_factory.mktemp(f"mutation{place}")
         mutated(folder, file, right, wrong)
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", str(folder / "pytest")]
-        # The libraries came before pytest could rewrite the assertions of its plugins among them.
+        # Plugins among the imported libraries cannot be rewritten any more.
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         runs[name] = str(folder), [*options, *tests]
     done = subprocess.run(

@@ -89,7 +89,7 @@ def test_a_monitor_that_fails_is_taken_off_and_the_run_goes_on(tmp_path: Path) -
 
 
 class Wrapped:
-    """A batch in which nobody finds a tensor."""
+    """A batch that hides its tensors."""
 
     def __init__(self, parts: list[Tensor]) -> None:
         self.parts = parts
@@ -104,7 +104,7 @@ class Countless(toys.Toy):
 
 
 class Breaking(Samples):
-    """Fails when a sample is there, as a full disk under ``events.jsonl`` would make it."""
+    """Fails when it writes its third sample, as with a full disk."""
 
     def _take(self, trainer: Trainer, sample: Any, tokens: int | None) -> None:
         super()._take(trainer, sample, tokens)

@@ -101,7 +101,7 @@ fit(True)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
 def test_a_process_out_of_memory_finds_what_fits(tmp_path: Path) -> None:
-    """The allocator's own error: a step of 16 rows takes more than the 256 MiB that there are."""
+    """The error is the allocator's own: a step of 16 rows needs more than the 256 MiB of the process."""
     printed = toys.run_python(CONFINED, tmp_path).stdout
     assert "can't allocate memory" in printed
     batch = re.search(r"2 steps, 32 rows, effective batch 16 = (\d) rows x \d accumulated x 1 device", printed)
@@ -165,7 +165,7 @@ class ByHand(Cramped):
 
 
 class Late(Cramped):
-    """Its loader is made of what its setup makes."""
+    """Makes its loader from rows that its setup makes."""
 
     def setup(self, stage: str) -> None:
         self.rows: Any = toys.token_rows(NUM_ROWS)

@@ -70,7 +70,7 @@ def test_a_fresh_module_is_probed_without_being_built() -> None:
 
 
 class Deep(Student):
-    """With dropout, so that a branch draws, and a loss of a whole batch only."""
+    """Has dropout, and returns the loss of a whole batch only."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return torch.nn.functional.dropout(self.losses(batch), 0.5).mean()

@@ -1,4 +1,4 @@
-"""A run is bit for bit what it would have been without the probe in it, one that fails included (F23)."""
+"""A run with a probe is bit-equal to one without, also if the probe fails (F23)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {"ratios": (0.5, 1, 2), "min_steps": 2, "min_epoch": 0, 
 
 
 class Net(toys.Toy):
-    """With what a branch could disturb: dropout, buffers, a schedule that counts steps, draws from every generator."""
+    """Has all that a branch could disturb: dropout, buffers, a step schedule, draws from every generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_a_run_with_a_probe_is_bit_equal_to_one_without(tmp_path: Path) -> None:
 
 
 def test_the_branches_do_train(tmp_path: Path) -> None:
-    """Or a probe that leaves no trace would be one that does nothing; here the guard still watches layers run."""
+    """A probe that did nothing would leave no trace either. The guard still watches layers here."""
     settings: dict[str, Any] = SMALL | {"ratios": (1, 2, 4)}
     probe = BatchProbe(at=1, **settings)
     fit(tmp_path, probe, LoRAGuard(), accumulate_grad_batches=1)
@@ -244,7 +244,7 @@ def test_validation_that_comes_in_later_epochs_is_there_for_the_probe(tmp_path: 
 
 
 class Plateau(Net):
-    """Its schedule asks for a number that no branch has."""
+    """Its schedule needs a metric that no branch logs."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([part for part in self.parameters() if part.requires_grad], lr=0.05)

@@ -1,4 +1,4 @@
-"""A probe in the run of a language model changes nothing of it, and scores rows whatever their padding."""
+"""A probe does not change the run of a language model, and scores rows independently of their padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest harmless batch, what is told of it, and the file that keeps it."""
+"""The largest harmless batch, the report about it, and its file."""
 
 from __future__ import annotations
 

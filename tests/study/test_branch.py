@@ -1,4 +1,4 @@
-"""What a branch changes of the optimizer, and the rows it trains on."""
+"""The learning rate and second decay of a branch, and the rows it trains on."""
 
 from __future__ import annotations
 

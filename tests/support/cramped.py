@@ -34,7 +34,7 @@ class Data(LightningDataModule):
 
 
 class Cramped(LoRAMixin, TokenWeightedLoss):
-    """A module with everything that a trial could leave behind, which has room for so many rows and no more."""
+    """Has everything that a trial could leave behind, and runs out of memory with more rows than ``room``."""
 
     lora = LoRAConfig(rank=2, targets=["up"], dropout=0.2)
     room = NUM_ROWS

@@ -54,7 +54,7 @@ def squared_errors(module: Any, batch: list[Tensor]) -> Tensor:
 
 
 class Own(FrozenRate):
-    """Double, with a network of the test's; the first step is measured at weights by hand."""
+    """Trains a network of the test in double precision at rate zero."""
 
     def __init__(self, net: Callable[[], nn.Module], **settings: Any) -> None:
         super().__init__()

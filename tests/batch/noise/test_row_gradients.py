@@ -25,7 +25,7 @@ pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
 class SquaresOfRows(Callback):
-    """What the monitor is about to make a sample of."""
+    """Keeps the square norms of the rows before the monitor turns them into a sample."""
 
     squares: Tensor
 
@@ -86,14 +86,14 @@ class Twice(nn.Module):
 
 
 class Halving(nn.Linear):
-    """Computes in its own way, so its update is written out and draws its dropout from torch."""
+    """Overrides ``forward``, so that its update is not fused and its dropout is torch's own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) / 2
 
 
 class InPlace(nn.Module):
-    """What its layers return is changed afterwards."""
+    """Changes the outputs of its layers in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class AllMetrics(EveryStep):
 
 
 def test_measuring_rows_changes_no_weight_and_draws_no_random_number(tmp_path: Path) -> None:
-    """F24 in all metrics, with dropout, which would show another number of draws."""
+    """F24 in all metrics, with dropout, which would show an additional draw."""
     finals, states = [], []
     for callbacks in ([AllMetrics()], []):
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
 class Bypassed(nn.Module):
-    """The update of its first layer takes effect past the layer too."""
+    """Uses the update of its first layer a second time, outside of the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Recomputed(nn.Module):
 
 
 class Flat(nn.Module):
-    """Rows and positions are one axis before its layers see them."""
+    """Flattens rows and positions into one axis before its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_rows_that_cannot_be_told_apart_end_the_measurement_and_not_the_run(
 
 
 class Parted(nn.Module):
-    """A layer of a kind that has no gradient by rows, and a linear one."""
+    """A layer of a kind without per-row gradients, and a linear layer."""
 
     def __init__(self, other: nn.Module) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def compiled() -> nn.Module:
 
 def checkpointing() -> nn.Module:
     net = tiny_models.llama()
-    # The newer name first: transformers warns of the older one.
+    # The newer name first, because transformers warns of the older one.
     newer = getattr(net, "activation_checkpointing_enable", None)
     (net.gradient_checkpointing_enable if newer is None else newer)()
     return net.train()
@@ -126,7 +126,7 @@ def test_what_has_no_gradient_by_rows_is_named(
 
 
 def test_the_way_out_is_told_at_the_start(tmp_path: Path) -> None:
-    """A head trained in full, in a run of one micro-batch a step."""
+    """A head is trained in full, and each step is one micro-batch."""
     module = Own(lambda: toys.Net(), targets=["first"], trainable=["second"])
     with pytest.warns(
         UserWarning,

@@ -87,13 +87,13 @@ def test_the_noise_scale_in_16_bits_is_that_in_32(precision: str, accumulate: in
         exact, estimate = noise_scale(wide, metric), noise_scale(narrow, metric)
         assert exact.conclusive
         assert estimate.value == pytest.approx(exact.value, rel=0.05)
-        # A scale that is not taken out again cancels in the quotient.
+        # A loss scale that is not divided out would cancel in the quotient.
         assert estimate.signal == pytest.approx(exact.signal, rel=0.05)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_rows_whose_dropout_is_torchs_own_are_seen_in_16_bits(device: str, tmp_path: Path) -> None:
-    """Autocast has the update written out: were the input before dropout taken, rows would not add up."""
+    """Under autocast the update is not fused. With the input before dropout, rows would not add up."""
     (sample, *_) = found(tmp_path, "bf16-mixed", 1, device, 0.5)
     assert sample["adapter"].num_micro_batches == BATCH
 
@@ -105,7 +105,7 @@ def test_a_step_with_an_infinite_gradient_leaves_no_sample(accumulate: int, tmp_
 
 
 def test_weights_leave_no_sample_where_the_adapters_gradient_is_infinite(tmp_path: Path) -> None:
-    """A loss scaled so high that products of finite numbers are not: the skipped steps that a scaler begins with."""
+    """The loss scale overflows products of finite numbers, as in the skipped steps that a scaler begins with."""
     samples = found(tmp_path, "16-mixed", 1, "cpu", 0.0, loss_scale=2.0**16)
     assert not samples[0]
     assert set(samples[-1]) == {"adapter", "weight"}

@@ -25,7 +25,7 @@ pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
 class Still(Double):
-    """Its weights do not move, so that every step can be done by hand; what ``optimizer`` makes of it is."""
+    """Trains with any optimizer at rate zero, so that every step can be computed by hand."""
 
     optimizer: Any = SGD
     options: dict[str, Any] = {}
@@ -40,13 +40,13 @@ class Still(Double):
 
 class Adaptive(Still):
     optimizer = Adam
-    # Two steps make the second moment one to go by.
+    # With beta2 = 0.5 the second moment counts after two steps.
     options = {"betas": (0.9, 0.5), "eps": 1e-3}
 
 
 @pytest.mark.parametrize("accumulate", [2, 1])
 def test_adams_metric_is_that_of_the_moment_before_the_step(accumulate: int, tmp_path: Path) -> None:
-    """With accumulation the samples are micro-batches, without it rows."""
+    """Samples are micro-batches with accumulation, and rows without."""
     batch_size = 8 // accumulate
     module, loader = Adaptive(), toys.loader(24, batch_size)
     samples = measure(tmp_path, module, loader, accumulate, measures_adam=True)
@@ -61,7 +61,7 @@ def test_adams_metric_is_that_of_the_moment_before_the_step(accumulate: int, tmp
 
 
 class SteepestDescent(SGD):
-    """Has betas, and keeps nothing that Adam keeps."""
+    """Has betas, but no second moment."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr, momentum=0.9)
@@ -169,7 +169,7 @@ def test_one_backward_pass_by_hand_is_said_to_be_too_few(tmp_path: Path) -> None
 
 @pytest.fixture
 def tensor_parallel() -> Iterator[ModelParallelStrategy]:
-    """The strategy of a process among two that split the layers; the other is not needed to build the mesh."""
+    """The strategy of one of two processes that split the layers; the mesh can be built without the other."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     strategy = ModelParallelStrategy(1, 2)
     names = ("data_parallel", "tensor_parallel")
@@ -181,7 +181,7 @@ def tensor_parallel() -> Iterator[ModelParallelStrategy]:
 def test_strategies_that_show_no_micro_batch_are_named(tensor_parallel: ModelParallelStrategy) -> None:
     assert "tensor_parallel_size=1" in str(unsupported_strategy(tensor_parallel))
     assert "FSDP1 shards gradients" in str(unsupported_strategy(FSDPStrategy()))
-    # Building one needs the library; that it is one is all that counts.
+    # Constructing the strategy needs the library; only its type matters here.
     assert "DeepSpeed accumulates inside its engine" in str(
         unsupported_strategy(DeepSpeedStrategy.__new__(DeepSpeedStrategy))
     )
@@ -193,7 +193,7 @@ class TwoOptimizers(Manual):
         return [SGD(trained[:2], lr=0.0), SGD(trained[2:], lr=0.0)]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Nothing: no step is taken."""
+        """Takes no step."""
 
 
 class Fused(toys.Toy):
@@ -225,7 +225,7 @@ class AllMetrics(Samples):
 
 
 def test_the_monitor_logs_all_metrics_and_goes_on_with_them(tmp_path: Path) -> None:
-    """With what was measured before: lambda is the frozen weights' noise scale over the adapters'."""
+    """A resumed run keeps its samples; lambda is the noise scale of the frozen weights over that of the adapters."""
 
     def run(epochs: int, path: Path | None = None) -> Trainer:
         trainer = toys.trainer(tmp_path, max_epochs=epochs, callbacks=[AllMetrics()])
