@@ -14,6 +14,7 @@ from lightning_lora.errors import ConfigError, closest
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.shards import reshard, whole_parameters
+from lightning_lora.trainer_access import run_folder
 
 from .adapter_ema import averaged
 
@@ -97,7 +98,7 @@ class AdapterCheckpoint(Callback):
         if not lora_layers(pl_module):
             return
         reshard(pl_module)
-        folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "adapters"
+        folder = Path(self.dirpath) if self.dirpath else Path(run_folder(trainer), "adapters")
         facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
         summary = {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts
         # The metrics were measured with it.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_lora.checkpoints.contents import in_shards
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.shards import local_part, reshard, whole_tensor
+from lightning_lora.trainer_access import found
 
 
 class AdapterEMA(Callback):
@@ -188,20 +189,14 @@ class AdapterEMA(Callback):
         self._current = None
 
 
-@contextmanager
-def averaged(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """Let ``module`` hold the average of the trainer's `AdapterEMA` within this context; nothing without one."""
-    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    found = [callback for callback in callbacks if isinstance(callback, AdapterEMA)]
-    if not found:
-        yield
-        return
-    with found[0].averaged(module):
-        yield
+def averaged(trainer: Trainer, module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which ``module`` holds the average of the trainer's `AdapterEMA`; without one nothing changes."""
+    ema = found(trainer, AdapterEMA)
+    return nullcontext() if ema is None else ema.averaged(module)
 
 
 def _refuse(trainer: Trainer) -> None:
-    strategy, callbacks = trainer.strategy, trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    strategy = trainer.strategy
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ConfigError(
             f"AdapterEMA cannot average the flattened weights of {type(strategy).__name__}: use DDP, or "
@@ -212,14 +207,13 @@ def _refuse(trainer: Trainer) -> None:
             "AdapterEMA keeps the average in whole checkpoints only: give the strategy "
             "save_distributed_checkpoint=False."
         )
-    for callback in callbacks:
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            raise ConfigError(f"AdapterEMA and {type(callback).__name__} would both average the weights: drop one.")
-        if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
-            raise ConfigError(
-                "ModelCheckpoint(save_weights_only=True) asks no callback and would write the weights that are not "
-                "averaged: leave it false."
-            )
+    if other := found(trainer, WeightAveraging, StochasticWeightAveraging):
+        raise ConfigError(f"AdapterEMA and {type(other).__name__} would both average the weights: drop one.")
+    if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+        raise ConfigError(
+            "ModelCheckpoint(save_weights_only=True) asks no callback and would write the weights that are not "
+            "averaged: leave it false."
+        )
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

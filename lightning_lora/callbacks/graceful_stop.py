@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.sharding.collectives import largest_of_ranks
+from lightning_lora.trainer_access import move_last, run_folder
 
 from .spared_workers import spare_workers
 
@@ -55,7 +56,7 @@ class GracefulStop(Callback):
 
         Workers are spared now: ``estimated_stepping_batches`` starts them before any later hook.
         """
-        trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # pyright: ignore[reportAttributeAccessIssue]
+        move_last(trainer, self)
         if stage == "fit":
             spare_workers(trainer)
             self._received, self._trainer, self._process = 0, trainer, os.getpid()
@@ -134,7 +135,7 @@ class GracefulStop(Callback):
 
     def _folder(self, trainer: Trainer) -> str:
         beside = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None)
-        return beside or os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+        return beside or os.path.join(run_folder(trainer), "checkpoints")
 
     def _listen(self, *signums: int) -> None:
         """Until the run ends: Lightning then puts back every handler that it found."""

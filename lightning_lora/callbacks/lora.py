@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.trainer_access import found
 
 
 class LoRA(Callback):
@@ -48,10 +49,10 @@ class LoRA(Callback):
                     f"{type(pl_module).__name__} brings its own LoRA: give it its settings, or drop the callback."
                 )
             return
-        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, WeightAveraging):
-                name = type(callback).__name__
-                raise ConfigError(f"{name} has copied the module without adapters: put LoRA before {name}.")
+        first = found(trainer, LoRA, WeightAveraging)
+        if isinstance(first, WeightAveraging):
+            name = type(first).__name__
+            raise ConfigError(f"{name} has copied the module without adapters: put LoRA before {name}.")
         kind = type(pl_module)
         pl_module.__class__ = type(kind.__name__, (LoRAMixin, kind), {"__module__": kind.__module__})
         assert isinstance(pl_module, LoRAMixin)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.trainer_access import run_folder
 
 
 class MergeOnFitEnd(Callback):
@@ -46,10 +47,9 @@ class MergeOnFitEnd(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the merged model."""
-        # Reading log_dir is a collective: every rank must do it.
-        root = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self.dirpath or Path(run_folder(trainer), "merged")
         if trainer.is_global_zero:
-            path = save_merged(pl_module, self.dirpath or root / "merged", _tokenizer(pl_module))
+            path = save_merged(pl_module, folder, _tokenizer(pl_module))
             rank_zero_info(f"merged model written to {path}")
 
 

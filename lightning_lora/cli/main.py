@@ -36,6 +36,7 @@ from lightning_lora.cli.probe import AT, ProbingTrainer, probing
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import ConfigError, GradientError, GuardError, closest, user_error
 from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.trainer_access import found
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
@@ -98,9 +99,8 @@ class LoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Lock the run folder before loggers are made: a CSV logger deletes the metrics that it finds."""
-        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, RunLock):
-                callback.acquire(self.trainer)
+        if lock := found(self.trainer, RunLock):
+            lock.acquire(self.trainer)
 
     def before_probe(self) -> None:
         """Lock the folder of the probe."""
@@ -135,11 +135,9 @@ class LoRACLI(LightningCLI):
         """Pass the setting on to whoever loads adapters."""
         super().instantiate_classes()
         if self._get(self.config_init, "allow_other_base"):
-            callbacks: list[Callback] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
             self.model.lora_allow_other_base = True  # pyright: ignore[reportAttributeAccessIssue]
-            for callback in callbacks:
-                if isinstance(callback, LoRA):
-                    callback.allow_other_base = True
+            if lora := found(self.trainer, LoRA):
+                lora.allow_other_base = True
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_lora.callbacks import AdapterCheckpoint, AdaptiveAccumulation, BatchSizeMonitor, MergeOnFitEnd
 from lightning_lora.errors import ConfigError, GuardError
 from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.trainer_access import found
 
 FOLDER = "batch_probe"
 AT = 100
@@ -46,7 +47,8 @@ class ProbingTrainer(Trainer):
         Raises:
             GuardError: If the run ended before it came to the probe.
         """
-        (probe,) = (callback for callback in self.callbacks if isinstance(callback, BatchProbe))  # pyright: ignore[reportAttributeAccessIssue]
+        probe = found(self, BatchProbe)
+        assert probe is not None
         try:
             self.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         except SIGTERMException as stop:
