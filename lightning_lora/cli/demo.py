@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_lora.cli.demo_arm import BATCH_SIZE, MODEL, ArmResult, train_arm
+from lightning_lora.cli.demo_arm import BATCH_SIZE, ArmResult, train_arm
+from lightning_lora.cli.embedded import MODEL
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.save_load import load_adapter

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from typing_extensions import override
 
 from lightning_lora.callbacks import LoRAGuard, LoRAProgressBar
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.data import SFTDataModule
 from lightning_lora.files.adapter.save_load import save_adapter
@@ -22,10 +23,6 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.tasks import CausalLM
 
-ASSETS = Path(__file__).parents[1] / "assets"
-MODEL = ASSETS / "tiny-base"
-TRAIN = ASSETS / "gsm8k" / "train.jsonl"
-VALIDATION = ASSETS / "gsm8k" / "validation.jsonl"
 BATCH_SIZE = 8
 
 

@@ -18,7 +18,7 @@ from lightning_lora.batch.remarks import RepeatedRows
 from lightning_lora.batch.state import advice
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import BatchSizeMonitor
-from lightning_lora.cli.demo_arm import MODEL, TRAIN
+from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.files.events import read_events

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import BatchProbe, LoRAConfig
 from lightning_lora.batch.noise.noise_scale import NoiseScale
 from lightning_lora.callbacks import BatchSizeMonitor, LoRAGuard
-from lightning_lora.cli.demo_arm import MODEL, TRAIN, VALIDATION
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 from lightning_lora.files.events import read_events
