@@ -1,4 +1,4 @@
-"""A merged model at the end of a run."""
+"""A merged model, written at the end of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MergeOnFitEnd(Callback):
     """Writes the model with its adapters folded in when ``fit`` ends; the module keeps its adapters.
 
     Args:
-        dirpath: The folder to write. None: ``merged`` in the run folder.
+        dirpath: Folder to write. None: ``merged`` in the run folder.
 
     Raises:
         ConfigError: If the strategy shards the weights, or nothing is adapted.
@@ -31,7 +31,7 @@ class MergeOnFitEnd(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse sharded weights before the run, not after it."""
+        """Refuse sharded weights before the run begins."""
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise ConfigError(
                 f"MergeOnFitEnd cannot merge the sharded weights of {type(trainer.strategy).__name__}; write adapters "
@@ -46,7 +46,7 @@ class MergeOnFitEnd(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the merged model."""
+        """Write the merged model; only rank 0 writes, but all ranks must ask for the run folder."""
         folder = self.dirpath or Path(run_folder(trainer), "merged")
         if trainer.is_global_zero:
             path = save_merged(pl_module, folder, _tokenizer(pl_module))
@@ -54,7 +54,7 @@ class MergeOnFitEnd(Callback):
 
 
 def _tokenizer(module: LightningModule) -> Any:
-    """The module's tokenizer; the merged weights are worth having without one."""
+    """The module's tokenizer, or None where it has none or it cannot be loaded."""
     try:
         return getattr(module, "tokenizer", None)
     except ConfigError as error:
