@@ -31,7 +31,7 @@ from lightning_lora.callbacks import (
 )
 from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.cli.parser import LoRAArgumentParser
-from lightning_lora.cli.probe import AT, ProbingTrainer, probing
+from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.batch_probe import BatchProbe
@@ -127,7 +127,7 @@ class LoRACLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         defaults = DEFAULTS
         if self.subcommand == "probe":
-            probing(config)
+            prepare_probe(config)
             self.save_config_callback, defaults = None, PROBE_DEFAULTS
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]

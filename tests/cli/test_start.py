@@ -62,7 +62,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(module.state_dict(), folder / "base" / "model.safetensors")
     inject_lora(module, LoRAConfig(rank=2))
     with torch.no_grad():
-        module.first.lora_B.fill_(0.5)
+        module.get_parameter("first.lora_B").fill_(0.5)
     save_adapter(module, folder / "adapter")
     return folder
 
