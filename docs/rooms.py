@@ -26,6 +26,7 @@ ABOUT = {
     "files": "adapter folders, merging, safetensors",
     "data": "files and datasets to batches",
     "lora": "LoRA on any module",
+    "trainer_access": "callbacks and folder of a Trainer",
     "effective_batch": "rows of an optimizer step",
     "hub": "hub access",
     "errors": "every error; all rooms import it, without an arc",

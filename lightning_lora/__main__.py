@@ -1,4 +1,4 @@
-"""Run the command ``lightning-lora`` as ``python -m lightning_lora``."""
+"""``python -m lightning_lora`` runs ``lightning-lora``."""
 
 import sys
 

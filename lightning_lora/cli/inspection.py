@@ -1,4 +1,4 @@
-"""What an adapter on disk is: base, ranks, roles, norms, spectra, health."""
+"""Reads an adapter on disk without its base: ranks, roles, norms, spectra, health."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightning_lora.lora.layers.base import is_factor
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One adapted layer.
+    """Numbers of one adapted layer.
 
     Args:
-        name: Dotted name.
-        role: What the layer is in its model; ``"?"`` where the file does not say.
+        name: Dotted name of the layer.
+        role: Role of the layer in its model, such as ``"attention"``; ``"?"`` if the file does not say.
         rank: Inner dimension of the update.
         norm: Frobenius norm of the update, in weight units.
-        largest: Its largest singular value.
-        effective_rank: How many directions it really uses.
+        largest: Largest singular value of the update.
+        effective_rank: Number of directions that the update uses; see `lightning_lora.lora.functional.effective_rank`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter folder or an adapter-only checkpoint, looked at without its base model."""
+    """Contents of an adapter folder or an adapter-only checkpoint."""
 
     path: Path
     kind: str
@@ -56,25 +56,25 @@ class Inspection:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Layers whose update is zero."""
+        """Names of the layers whose update is zero."""
         return tuple(layer.name for layer in self.layers if layer.norm == 0)
 
 
 def inspect_path(path: str | Path) -> Inspection:
-    """Read an adapter folder or an adapter-only Lightning checkpoint; hashes are verified where there are any.
+    """Read an adapter folder or an adapter-only Lightning checkpoint; hashes are verified if it has any.
 
     Raises:
-        AdapterFileError: If it is neither, or damaged.
+        AdapterFileError: If ``path`` is neither, or damaged.
     """
     path = Path(path)
     return _inspect_folder(path) if path.is_dir() or not path.exists() else _inspect_checkpoint(path)
 
 
 def verify_hashes(inspection: Inspection) -> str:
-    """A sentence saying that all files agree with their hashes, which reading has just compared.
+    """A sentence for the user that all files agree with their hashes, which `inspect_path` has compared.
 
     Raises:
-        AdapterFileError: If the path carries no hashes.
+        AdapterFileError: If the adapter has no hashes.
     """
     path = inspection.path
     manifest = path / MANIFEST_FILE if path.is_dir() else manifest_of(path)

@@ -31,6 +31,7 @@ from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.mixin import optim
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first
+from lightning_lora.trainer_access import found
 
 _UNSET: Any = object()
 
@@ -209,13 +210,11 @@ class LoRAMixin(LightningModule):
         return modules[self.lora_root]
 
     def _refuse_weight_swapping(self) -> None:
-        trainer = self._trainer
-        for callback in getattr(trainer, "callbacks", []):
-            if isinstance(callback, StochasticWeightAveraging):
-                raise ConfigError(
-                    "StochasticWeightAveraging copies the module before the adapters exist and would average the base. "
-                    "Use AdapterEMA instead."
-                )
+        if self._trainer is not None and found(self._trainer, StochasticWeightAveraging):
+            raise ConfigError(
+                "StochasticWeightAveraging copies the module before the adapters exist and would average the base. "
+                "Use AdapterEMA instead."
+            )
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

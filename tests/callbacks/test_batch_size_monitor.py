@@ -16,7 +16,7 @@ from lightning_lora.batch.noise.noise_scale import signal_and_trace
 from lightning_lora.batch.reading import advice
 from lightning_lora.batch.remarks import RepeatedRows
 from lightning_lora.callbacks import BatchSizeMonitor
-from lightning_lora.cli.demo_arm import MODEL, TRAIN
+from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError

@@ -1,19 +1,22 @@
-"""A gradient that is not finite stops the run before the optimizer takes it, and the error names the parameter."""
+"""A gradient or weight that is not finite stops the run before it is taken or written, and the error names it."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision  # the name alone would become bfloat16 on CPU
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_lora import GradientError, lora_state_dict
-from lightning_lora.callbacks import FiniteGradients
+from lightning_lora import GradientError, GuardError, LoRAConfig, lora_state_dict
+from lightning_lora.callbacks import FiniteGradients, LoRAGuard
+from lightning_lora.tasks import CausalLM
 from tests.support import toys
 from tests.support.toys import Plain, Toy
 
@@ -37,10 +40,10 @@ class Poisoned(Toy):
                 gradient.view(-1)[0] = self.value
 
 
-def fit(module: LightningModule, folder: Path, count: int = 8, **options: Any) -> Any:
+def fit(module: LightningModule, folder: Path, count: int = 8, validation: Any = None, **options: Any) -> Any:
     torch.manual_seed(0)
     runner = toys.trainer(folder, **({"callbacks": [FiniteGradients()]} | options))
-    runner.fit(module, toys.loader(count))
+    runner.fit(module, toys.loader(count), validation)
     return runner
 
 
@@ -141,3 +144,59 @@ def test_optimizers_stepped_past_lightning_are_reported(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match=r"FiniteGradients saw no optimizer step.*self.optimizers\(\)"):
         fit(Raw(), tmp_path)
+
+
+class Poison(Callback):
+    """Puts one value that is not finite into one weight after a step, as a flipped bit or a bad kernel would."""
+
+    def __init__(self, step: int, value: float, name: str) -> None:
+        self.step, self.value, self.name = step, value, name
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                pl_module.get_parameter(self.name).view(-1)[0] = self.value
+
+
+def test_a_nan_that_the_loss_does_not_show_is_reported_within_one_interval(llama_folder: Path, tmp_path: Path) -> None:
+    """Fault F11: torch's fused attention on a CPU gives a finite loss for NaN queries."""
+    losses: dict[int, float] = {}
+
+    class Frozen(CausalLM):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            # Or the gradients, which are NaN, would spread it at once: FiniteGradients would see them.
+            optimizer.zero_grad()
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses[self.global_step] = float(outputs["loss"])
+
+    tokens = torch.randint(5, 20, (40, 9), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in tokens]
+    name = "model.model.layers.0.self_attn.q_proj.lora_A"
+    trainer = toys.trainer(tmp_path, callbacks=[Poison(7, float("nan"), name), LoRAGuard(patience=5)])
+    module = Frozen(str(llama_folder), lora=LoRAConfig(rank=2))
+    with pytest.raises(GuardError, match=rf"1 trained weights are NaN or infinite after optimizer step 10: {name}\. "):
+        trainer.fit(module, DataLoader(cast(Any, rows), batch_size=2))
+    assert all(map(math.isfinite, losses.values()))
+    assert max(losses) >= 9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(value: float, tmp_path: Path) -> None:
+    files = ModelCheckpoint(tmp_path / "files", save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    poison = Poison(2, value, "net.first.lora_A")
+    with pytest.raises(GuardError, match="trained weights are NaN or infinite after optimizer step 3"):
+        fit(Toy(), tmp_path, callbacks=[LoRAGuard(patience=50), poison, files], enable_checkpointing=True)
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_weights_that_are_not_finite_are_not_validated(tmp_path: Path) -> None:
+    poison = Poison(2, float("nan"), "net.first.lora_A")
+    options = {"validation": toys.loader(4), "val_check_interval": 3}
+    with pytest.raises(GuardError, match="trained weights are NaN or infinite after optimizer step 3"):
+        fit(Toy(), tmp_path, callbacks=[LoRAGuard(patience=50), poison], **options)
+
+
+def test_large_weights_are_no_alarm(tmp_path: Path) -> None:
+    """Their norm overflows, none of them does."""
+    fit(Toy(), tmp_path, callbacks=[LoRAGuard(patience=1), Poison(2, 1e25, "net.first.lora_A")])
