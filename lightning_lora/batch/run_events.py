@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.files.events import NAME, write_event
+from lightning_lora.files.events import EVENTS_FILE, write_event
 
 
 class RunEvents:
@@ -33,7 +33,7 @@ class RunEvents:
         # Without default_root_dir a Trainer takes the working directory.
         has_folder = bool(trainer.loggers) or trainer.default_root_dir != os.getcwd()
         if not has_folder:
-            rank_zero_info(f"{writer} writes no {NAME}: the run has no logger and no default_root_dir")
+            rank_zero_info(f"{writer} writes no {EVENTS_FILE}: the run has no logger and no default_root_dir")
         self.folder = Path(folder) if has_folder and trainer.is_global_zero else None
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
