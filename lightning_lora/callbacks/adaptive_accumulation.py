@@ -25,6 +25,7 @@ from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
+from lightning_lora.trainer_access import found
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize
@@ -175,7 +176,7 @@ class AdaptiveAccumulation(Callback):
         )
         self._num_changes += 1
         self._last_change = trainer.global_step
-        if (monitor := BatchSizeMonitor.of(trainer)) is not None:
+        if (monitor := found(trainer, BatchSizeMonitor)) is not None:
             monitor.restart()
         self._log(trainer)
         self._events.write("accumulation", trainer.global_step, {"old": old, "new": new, "lr_factor": factor})
@@ -201,7 +202,7 @@ class AdaptiveAccumulation(Callback):
                 self._has_told_least = True
                 rank_zero_info("accumulation is 1: only fewer devices or a smaller micro-batch make the batch smaller.")
             return now
-        monitor = BatchSizeMonitor.of(trainer)
+        monitor = found(trainer, BatchSizeMonitor)
         assert monitor is not None
         is_resting = self._num_changes > 0 and (
             trainer.global_step - self._last_change < self.cooldown * stretched.planned
@@ -216,14 +217,13 @@ class AdaptiveAccumulation(Callback):
                 "DeepSpeed accumulates inside its engine, which cannot change during a run: drop AdaptiveAccumulation."
             )
         check_may_set_accumulation(trainer, module, "AdaptiveAccumulation")
-        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if self.schedule is not None and any(isinstance(callback, TargetBatchSize) for callback in callbacks):
+        if self.schedule is not None and found(trainer, TargetBatchSize) is not None:
             raise ConfigError(
                 "the schedule of AdaptiveAccumulation and target_batch_size both set accumulation: keep one of the "
                 "two. Without a schedule, AdaptiveAccumulation starts from the target."
             )
         if self.schedule is None:
-            monitor = BatchSizeMonitor.of(trainer)
+            monitor = found(trainer, BatchSizeMonitor)
             if monitor is None or monitor.calibration is None:
                 raise ConfigError(
                     "without a schedule AdaptiveAccumulation needs a BatchSizeMonitor with a calibration, because a "
