@@ -111,7 +111,7 @@ def stored(net: nn.Module) -> dict[str, bytes]:
 
 def merge(net: nn.Module) -> None:
     """Merge, with the warning that two layers are plain afterwards."""
-    with pytest.warns(UserWarning, match="2 merged layers are quantised no longer: their weights are float32"):
+    with pytest.warns(UserWarning, match="2 merged layers are no longer quantised: their weights are float32"):
         merge_lora(net)
 
 
