@@ -114,12 +114,12 @@ def quantised_refusal(module: nn.Module) -> str | None:
     if not kind.startswith("torch.") and hasattr(type(weight), "__tensor_flatten__") and not is_quantised(weight):
         return f"its weight is a {kind}, a format that is not supported"
     if _has_type(module, _LINEAR_8BIT) and _is_8bit(weight) and weight.has_fp16_weights:
-        return "bitsandbytes quantises its weight anew in each step (has_fp16_weights); build it with False"
+        return "bitsandbytes quantises its weight anew in each step ; build it with has_fp16_weights=False"
     if _has_type(module, _LINEAR_4BIT):
         if not _is_4bit(weight):
             return f"its 4-bit weight was replaced by a {type(weight).__name__} without scales"
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            return "an evaluation on the CPU has repacked its weight with rounded scales: adapt it before that"
+            return "an evaluation on the CPU has repacked its weight with rounded scales: adapt it before its first evaluation"
     packed = [name for name in _PACKED_NAMES if name in module._parameters or name in module._buffers]
     return f"{type(module).__name__} stores a quantised {packed[0]}, a format that is not supported" if packed else None
 

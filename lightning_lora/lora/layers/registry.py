@@ -60,7 +60,7 @@ def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) 
 
 
 def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
-    """The adapted layer for ``module``; None for modules without a weight matrix to adapt, as containers and norms."""
+    """The adapted layer for ``module``; None for modules without a weight matrix, such as containers and norms."""
     for candidate in type(module).__mro__:
         if _value(_REFUSED, candidate) is not None:
             return None

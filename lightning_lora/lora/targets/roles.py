@@ -105,8 +105,10 @@ def _is_below(name: str, prefix: str) -> bool:
 def _heads(root: nn.Module) -> set[int]:
     """The ``id`` of every output layer: outside the base of a model, or sharing its weight with an embedding."""
     heads = {id(module) for name, module in root.named_modules() if name.rpartition(".")[2] == "lm_head"}
-    tables = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
-    heads |= {id(module) for module in root.modules() if isinstance(module, nn.Linear) and id(module.weight) in tables}
+    # Parameters only: a parametrized weight is a new tensor in each access, which may reuse the id of another.
+    owners = [module for module in root.modules() if module._parameters.get("weight") is not None]
+    tables = {id(module.weight) for module in owners if isinstance(module, nn.Embedding)}
+    heads |= {id(module) for module in owners if isinstance(module, nn.Linear) and id(module.weight) in tables}
     for _, model in hugging_face_models(root):
         heads.add(id(model.get_output_embeddings()))  # pyright: ignore[reportCallIssue]
         # Some models name no base (WhisperForAudioClassification); their heads have known names.

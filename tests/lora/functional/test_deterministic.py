@@ -1,4 +1,4 @@
-"""Under ``torch.use_deterministic_algorithms`` torch fills new memory; outputs that are written in full are spared."""
+"""Under ``torch.use_deterministic_algorithms`` torch fills new memory; tensors that we write in full are spared."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def formula(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Ten
 
 @pytest.fixture(params=["split", "merged"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute, whatever would pay for tensors so small."""
+    """Both ways to compute, regardless of which one pays for tensors so small."""
     monkeypatch.setattr(fused_linear, "merging_pays", lambda x, layers: request.param == "merged")
     return request.param
 

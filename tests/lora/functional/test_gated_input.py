@@ -1,4 +1,4 @@
-"""Inputs that are computed again instead of kept: the same gradients, fewer tensors, and nobody overlooked."""
+"""Gated inputs are computed again instead of kept: the same gradients from fewer tensors."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_an_input_without_a_known_origin_is_kept_as_it_is() -> None:
 
 
 def watched(how: str, hook: list[Tensor]) -> tuple[Tensor, Any]:
-    """An input in which somebody takes an interest, and what they get in the end."""
+    """An input with a gradient on the way that somebody asks for, and a function that returns what they got."""
     gate, up = leaves((T, FF), (T, FF))
     activated = F.silu(gate * 1)
     if how == "hook on the activation":

@@ -92,7 +92,7 @@ def test_a_weight_that_was_repacked_is_refused() -> None:
 
 
 class QuantLinear(nn.Module):
-    """What GPTQ and AWQ layers look like."""
+    """A layer that stores its weight as GPTQ and AWQ do."""
 
     def __init__(self) -> None:
         super().__init__()

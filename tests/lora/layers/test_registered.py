@@ -1,4 +1,4 @@
-"""A user's own layers, adapted by kinds of the user's own: several weights, and a computation that cannot be split."""
+"""Layers of a user with adapted kinds of the user: several weights, and a computation that cannot be split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lora.layers.laws import Case, Laws, numbers
 
 
 class Gated(nn.Module):
-    """Two matrices whose products meet."""
+    """A layer that multiplies the products with two matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Gated(nn.Module):
 
 
 class Recursive(Gated):
-    """The same, but used many times over, so that it is adapted as a whole."""
+    """A layer that uses its matrices several times, so it is adapted as a whole."""
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -36,7 +36,7 @@ class Recursive(Gated):
 
 
 class LoRAGated(LoRALayer):
-    """Adds each update where its product is."""
+    """Adds each update to the product with its matrix."""
 
     up: Tensor
     gate: Tensor
@@ -60,7 +60,7 @@ class LoRAGated(LoRALayer):
 
 
 class LoRARecursive(LoRAEffective):
-    """Runs the layer as it is."""
+    """Runs the layer unchanged, with effective weights."""
 
     @classmethod
     @override

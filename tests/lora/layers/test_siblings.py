@@ -1,4 +1,4 @@
-"""Layers that are given one tensor are computed together, and nobody can tell but by the clock."""
+"""Layers called with one tensor are computed together, with the values and gradients of layers called alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 12
 
 
 class Attention(nn.Module):
-    """Three projections of one input; ``skip`` leaves out the last."""
+    """Three projections of one input; ``skip`` leaves out the last one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def adapted(dropout: float = 0.0) -> Attention:
 
 
 def step(module: nn.Module) -> None:
-    """What an optimizer does to the factors as far as siblings care: change them in place."""
+    """Change the factors in place, as an optimizer does."""
     with torch.no_grad():
         for layer in lora_layers(module).values():
             for factor in layer.lora_factors().values():
@@ -48,7 +48,7 @@ def step(module: nn.Module) -> None:
 
 
 def seen(module: nn.Module, x: Tensor) -> None:
-    """A forward pass that shows who follows whom, and a step after it."""
+    """Run a forward pass that shows which layers are siblings, and a step after it."""
     module(x)
     step(module)
 

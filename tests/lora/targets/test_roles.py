@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_lora import ConfigError, LoRAConfig, TargetNotFoundError, inject_lora, register_role
 from lightning_lora.lora.targets.roles import hugging_face_models, module_roles
@@ -30,6 +31,13 @@ def test_a_linear_that_shares_its_weight_with_an_embedding_is_a_head() -> None:
             self.out.weight = self.table.weight
 
     assert module_roles(Tied()) == {"table": "embedding", "body": "other", "out": "head"}
+
+
+def test_a_computed_weight_is_not_taken_for_that_of_an_embedding() -> None:
+    # Each access makes a new tensor, in one of five at the address of the embedding's.
+    for _ in range(50):
+        model = nn.ModuleDict({"table": weight_norm(nn.Embedding(20, 8)), "out": weight_norm(nn.Linear(8, 20))})
+        assert module_roles(model)["out"] == "other"
 
 
 def test_a_model_without_head_has_none() -> None:
