@@ -119,7 +119,7 @@ def quantised_refusal(module: nn.Module) -> str | None:
         if not _is_4bit(weight):
             return f"its 4-bit weight was replaced by a {type(weight).__name__} without scales"
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            return "an evaluation on the CPU has repacked its weight with rounded scales: adapt it before its first evaluation"
+            return "an evaluation on the CPU has repacked its weight with rounded scales: adapt it before evaluating"
     packed = [name for name in _PACKED_NAMES if name in module._parameters or name in module._buffers]
     return f"{type(module).__name__} stores a quantised {packed[0]}, a format that is not supported" if packed else None
 
