@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import toys
+from tests.support import toys, warm
 
 ROOT = toys.ROOT
 PACKAGE = ROOT / "lightning_lora"
@@ -156,7 +156,7 @@ except AttributeError as error:
 
 
 def test_importing_the_core_loads_no_framework() -> None:
-    frameworks, mixin, missing = toys.run_python(LIGHT).stdout.splitlines()
+    frameworks, mixin, missing = warm.run_cold("-c", LIGHT).stdout.splitlines()
     assert frameworks == "[]"
     assert mixin.startswith("True")
     assert missing == "module 'lightning_lora' has no attribute 'LoRAMixing'"

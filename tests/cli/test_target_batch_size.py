@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main as cli
-from tests.cli.test_commands import EMBEDDED, configs
+from tests.support.commands import EMBEDDED, configs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.test_commands import EMBEDDED, configs, tree
 from tests.integration.scripts.disturbed import Run, run, training
+from tests.support.commands import EMBEDDED, configs, tree
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +85,9 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     def command(*options: str) -> list[str]:
         return training(tmp_path, f"--strategy={strategy}", *options)
 
+    # How the runs that go on are started: by Lightning in the first process, or from outside as on a cluster.
+    started = 1 if strategy == "ddp" else 2
+
     with run(tmp_path, *command()) as broken:
         ranks = [broken.pid(rank) for rank in (0, 1)]
         os.kill(ranks[victim], signal.SIGKILL)
@@ -93,7 +96,7 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     assert f"[rank {1 - victim}] rank {victim} (process {ranks[victim]}) {how}; the run cannot go on" in broken.text
 
     # The second process ends first, and Lightning looks every 5 seconds whether it has failed.
-    with run(tmp_path, *command("--resume=last", "--linger=6")) as told:
+    with run(tmp_path, *command("--resume=last", "--linger=6"), ranks=started) as told:
         ranks = [told.pid(rank) for rank in (0, 1)]
         assert min(told.steps) >= max(broken.steps)
         os.kill(ranks[1 - victim], signal.SIGTERM)  # it is enough to tell one
@@ -103,7 +106,7 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     assert step == max(told.steps)
 
     # On the last rank only: under FSDP2 it alone holds the part with the NaN.
-    with run(tmp_path, *command(f"--resume={path}", f"--nan-at={step + 2}", "--seconds=0")) as lost:
+    with run(tmp_path, *command(f"--resume={path}", f"--nan-at={step + 2}", "--seconds=0"), ranks=started) as lost:
         assert lost.code() == 1, lost.text
     words = rf"GradientError: the gradient of 'net.first.lora_A' is .* step {step + 3}, made of batch {step + 2} of"
     assert len(re.findall(words, lost.text)) == 2, lost.text

@@ -20,8 +20,7 @@ from lightning_lora.files.atomic import sha256
 from lightning_lora.files.checkpoint_manifest import examine
 from tests.integration.scripts import matrix
 from tests.integration.scripts.matrix import LAST, METHODS, SAVED_AT
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.support import toys, warm
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -42,7 +41,7 @@ def cell(method: str, strategy: str, load: str | None = None, save: str | None =
 def launch(folder: Path, ranks: int, cells: list[dict[str, Any]]) -> None:
     """Run the cells one after the other in ``ranks`` processes."""
     (folder / f"cells-{ranks}.json").write_text(json.dumps(cells))
-    run(matrix.__file__, folder, ranks)
+    warm.run_ranks(ranks, matrix.__file__, folder, ranks)
 
 
 def reads(saved: str, loaded: str) -> bool:

@@ -9,8 +9,10 @@ start an interpreter with `subprocess`.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,14 +25,22 @@ from typing import Any
 from tests.support import warm_server
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 300.0
-"""Seconds that `run` waits if nothing else is said."""
+LIMIT, GRACE = 300.0, 30.0
+"""Seconds that processes may take, and that other ranks may go on after one has failed."""
+Done = subprocess.CompletedProcess[str]
 
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of the test, with this repository on the path, one thread, and no network."""
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def free_port() -> str:
+    """A port of this machine where nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 class Server:
@@ -48,7 +58,14 @@ class Server:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        atexit.register(self.close)
         self._receive()
+
+    def close(self) -> None:
+        """End the server, and with it all that it has started."""
+        self.connection.close()
+        self.process.wait()
+        self.log.close()
 
     def ask(self, *question: object) -> Any:
         """The answer to a question of `warm_server`."""
@@ -131,15 +148,68 @@ class Process:
         self.wait()
 
 
-def run(
-    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = LIMIT
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python *arguments`` to its end, and kill it with all it has started if that takes too long."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = Process(*arguments, cwd=cwd, env=env, stdout=out, stderr=err)
+def ranks(count: int) -> list[dict[str, str]]:
+    """Environments of ``count`` ranks of one group, which are started from outside as on a cluster."""
+    if count == 1:
+        return [environment()]
+    group = {"WORLD_SIZE": str(count), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
+
+
+def run(*arguments: object, cwd: Path | None = None, **variables: str) -> Done:
+    """Run ``python *arguments`` to its end, with ``variables`` in its environment."""
+    return run_ranks(1, *arguments, cwd=cwd, check=False, **variables)[0]
+
+
+def run_ranks(
+    count: int, *arguments: object, cwd: Path | None = None, check: bool = True, **variables: str
+) -> list[Done]:
+    """Run ``python *arguments`` to its end as ranks of one group.
+
+    Ranks that take too long, or go on for long after another has failed, are killed.
+
+    Args:
+        count: Number of ranks.
+        arguments: The command line after ``python``.
+        cwd: Working folder; that of the test if not given.
+        check: Whether every rank must end with code 0.
+        variables: More environment variables.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        files = [(Path(name, f"{rank}.out"), Path(name, f"{rank}.err")) for rank in range(count)]
+        processes = [
+            Process(*arguments, cwd=cwd, env=env | variables, stdout=out, stderr=err)
+            for env, (out, err) in zip(ranks(count), files, strict=True)
+        ]
         try:
-            code = process.wait(timeout)
+            _wait_for_all(processes)
         finally:
-            process.kill_all()
-        return subprocess.CompletedProcess([*map(str, arguments)], code, out.read_text(), err.read_text())
+            for process in processes:
+                process.kill_all()
+        done = [
+            Done([*map(str, arguments)], process.wait(), out.read_text(), err.read_text())
+            for process, (out, err) in zip(processes, files, strict=True)
+        ]
+    failed = [
+        f"rank {rank}: {one.stdout[-3000:]}\n{one.stderr[-6000:]}" for rank, one in enumerate(done) if one.returncode
+    ]
+    assert not check or not failed, "\n".join(failed)
+    return done
+
+
+def _wait_for_all(processes: list[Process]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + GRACE)
+        time.sleep(0.01)
+
+
+def run_cold(*arguments: object, **variables: str) -> Done:
+    """Run ``python *arguments`` in an interpreter that starts from nothing; it must end with code 0."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment(**variables), capture_output=True, text=True, check=False, timeout=LIMIT
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done

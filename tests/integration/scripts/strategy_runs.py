@@ -1,4 +1,4 @@
-"""Runs of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK...``, one process per rank.
+"""A run of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK``, one process per rank.
 
 ``checks/NAME`` in the place of a run makes one of the checks of `fsdp2_checks`.
 
@@ -127,7 +127,6 @@ def loader(num_replicas: int, rank: int) -> Any:
 
 def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
-    (folder / strategy).mkdir(exist_ok=True)
     module = (TASKS | QUANTISED)[task](folder)
     trainer = toys.trainer(
         folder / strategy,
@@ -152,21 +151,21 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
         torch.save(found, folder / strategy / f"{task}.pt")
 
 
-def main(ranks: str, folder: str, *runs: str) -> None:
+def main(ranks: str, folder: str, name: str) -> None:
     for line in toys.EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=line.split(":")[1])
-    for name in runs:
-        strategy, _, task = name.partition("/")
-        if strategy == "checks":
-            fsdp2_checks.CHECKS[task](Path(folder))
-        else:
-            run(int(ranks), Path(folder), strategy, task)
+    strategy, _, task = name.partition("/")
+    (Path(folder) / strategy).mkdir(exist_ok=True)
+    if strategy == "checks":
+        fsdp2_checks.CHECKS[task](Path(folder))
+    else:
+        run(int(ranks), Path(folder), strategy, task)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    # Processes that run for long enough already are not started a second time for these.
+    # The checks import this module.
     from tests.integration.scripts import fsdp2_checks
 
     main(*sys.argv[1:])
