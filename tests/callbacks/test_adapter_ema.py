@@ -18,7 +18,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
-from tests.integration.scripts import ranks
 from tests.support import resuming, toys
 from tests.support.resuming import DiceyFull, DiceyLoRA, differences, unlike
 from tests.support.toys import Plain, Toy
@@ -286,7 +285,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA
 from lightning_lora.sharding import shard_lora
-from tests import resuming, toys
+from tests.support import resuming, toys
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 
@@ -328,9 +327,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_average_what_each_holds(kind: str, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    ranks.run(script, kind, tmp_path)
+    toys.run_python(SCRIPT, kind, tmp_path, ranks=2)
     ends = [torch.load(tmp_path / f"end{place}.ckpt", weights_only=True) for place in (None, "batch-0-3")]
     assert not differences(*ends), differences(*ends)[:5]
     steps = [
