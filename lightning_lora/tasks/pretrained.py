@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError, closest, first_five
+from lightning_lora.errors import ConfigError, did_you_mean, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches_any
@@ -33,6 +33,9 @@ from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.placement import check_loadable, divide
 from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, quantized_loading
+
+if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
+    from transformers import PreTrainedModel
 
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,10 +87,10 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
         if schedule not in SCHEDULES:
             raise ConfigError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{closest(schedule, SCHEDULES)}"
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{did_you_mean(schedule, SCHEDULES)}"
             )
         if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}")
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -144,6 +147,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         if self.warmup_steps >= steps:
             rank_zero_warn(f"warmup_steps={self.warmup_steps}, but the run has {steps} steps: it never leaves warm-up.")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        from transformers import get_scheduler  # imports torchao, bitsandbytes and peft: not for `fit --help`
+
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

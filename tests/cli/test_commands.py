@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora import load_adapter
 from lightning_lora.cli import main as cli
-from lightning_lora.cli.demo_arm import MODEL
+from lightning_lora.cli.embedded import MODEL
 from lightning_lora.files.checkpoint_manifest import SUFFIX
 from tests.support.commands import EMBEDDED, assert_same_logits, configs, lightning_lora, tree
 
