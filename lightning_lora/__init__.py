@@ -1,9 +1,10 @@
 """LoRA without regret for any LightningModule.
 
-The rooms, from the bottom up; each imports from those before it only. On the ground `errors`, `hub` (hub access) and
-`effective_batch` (rows of an optimizer step). Then `lora` (LoRA on any module), `data` (rows to batches), `files` (what
-is written and read back), `sharding` (many devices), `checkpoints`, `mixin` (LoRA in a LightningModule), `batch` (the
-rows of a step and their noise), `callbacks`, `tasks` (LightningModules ready to run), `study` (runs compared), `cli`.
+The rooms, from the bottom up; each imports from those before it only. On the ground `errors`, `hub` (hub access),
+`effective_batch` (rows of an optimizer step) and `lightning_private` (private attributes of Lightning). Then `lora`
+(LoRA on any module), `data` (rows to batches), `files` (what is written and read back), `sharding` (many devices),
+`checkpoints`, `mixin` (LoRA in a LightningModule), `batch` (the rows of a step and their noise), `callbacks`, `tasks`
+(LightningModules ready to run), `study` (runs compared), `cli`.
 """
 
 from typing import TYPE_CHECKING

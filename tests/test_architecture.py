@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
+    "lightning_private": LIGHTNING,
     "lora": (),
     "data": MODELS,
     # Checkpoints on disk have the names that transformers gives them.

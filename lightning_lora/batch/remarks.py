@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 from lightning_lora.batch.counting import count_rows
 from lightning_lora.batch.state import GOOD_STEPS, LARGEST_SWEPT, BatchReading, advice
 from lightning_lora.effective_batch import EffectiveBatch
+from lightning_lora.lightning_private import training_loaders
 
 
 def is_in_order(trainer: Trainer) -> bool:
@@ -21,7 +22,7 @@ def is_in_order(trainer: Trainer) -> bool:
     return any(
         isinstance(sampler := loader.sampler, SequentialSampler)
         or (isinstance(sampler, DistributedSampler) and not sampler.shuffle)
-        for loader in trainer.fit_loop._combined_loader.flattened  # pyright: ignore[reportOptionalMemberAccess]
+        for loader in training_loaders(trainer)
         # An iterable dataset has an order of its own, whatever its sampler says.
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     )

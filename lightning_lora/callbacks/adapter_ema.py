@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
-from lightning_lora.checkpoints.contents import in_shards
+from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.shards import local_part, reshard, whole_tensor
 
@@ -207,7 +207,7 @@ def _refuse(trainer: Trainer) -> None:
             f"AdapterEMA cannot average the flattened weights of {type(strategy).__name__}: use DDP, or "
             f"ModelParallelStrategy with shard_lora."
         )
-    if in_shards(strategy):
+    if writes_shards(strategy):
         raise ConfigError(
             "AdapterEMA keeps the average in whole checkpoints only: give the strategy "
             "save_distributed_checkpoint=False."

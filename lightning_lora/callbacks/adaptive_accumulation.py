@@ -19,6 +19,7 @@ from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks, present_batch, rows_at_once
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.events import write_event
+from lightning_lora.lightning_private import training_loader_source
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize
@@ -83,7 +84,7 @@ class AdaptiveAccumulation(Callback):
         loaded = checkpoint["callbacks"].get(self.state_key)
         if loaded is not None and not trainer.strategy.restore_checkpoint_after_setup:
             with kept_random_state(trainer.strategy.root_device):
-                loaders = trainer.fit_loop._data_source.dataloader()
+                loaders = training_loader_source(trainer).dataloader()
             at_once = (rows_at_once(loaders) or 1) * data_parallel_ranks(trainer)
             if loaded["planned_rows"] % at_once == 0:
                 trainer.accumulate_grad_batches = loaded["planned_rows"] // at_once

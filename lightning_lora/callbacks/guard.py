@@ -21,7 +21,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
 from lightning_lora.mixin.optim import check_optimizers
-from lightning_lora.sharding.collectives import on_no_rank
+from lightning_lora.sharding.collectives import missing_on_all_ranks
 
 from .finite import check_finite_weights
 from .layer_calls import Calls
@@ -115,7 +115,7 @@ class LoRAGuard(Callback):
             raise GuardError(_passed_over(self._training.silent, f"training for {period}"))
         if self._is_new_to_ranks:
             self._is_new_to_ranks = False
-            self._without_gradient = set(on_no_rank(trainer, lora_layers(pl_module), self._without_gradient))
+            self._without_gradient = set(missing_on_all_ranks(trainer, lora_layers(pl_module), self._without_gradient))
         if self._without_gradient:
             raise GuardError(
                 f"{len(self._without_gradient)} adapters got no gradient in {period}: "
@@ -188,7 +188,7 @@ class LoRAGuard(Callback):
             return
         still = [name for name, layer in layers.items() if not layer.lora_moved]
         if isinstance(trainer.strategy, FSDPStrategy):
-            still = on_no_rank(trainer, layers, still)
+            still = missing_on_all_ranks(trainer, layers, still)
         silent = [name for name in self._training.silent if name in still] if self._training else []
         if silent:
             raise GuardError(_passed_over(silent, "training"))

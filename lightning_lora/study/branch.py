@@ -180,7 +180,7 @@ class _Rates(Callback):
 
 def _forget(trainer: Trainer, arm: LightningModule) -> None:
     """Free the copy: a Trainer is a ring of references, which Python may keep for long."""
-    arm._trainer = None
+    arm.trainer = None
     trainer.strategy.optimizers = []
     trainer.strategy._lightning_module = trainer.strategy._model = None
     if arm.device.type == "cuda":

@@ -187,6 +187,14 @@ def unlike(whole: Outcome, resumed: Outcome) -> list[str]:
     return found
 
 
+def check_exact(make: Callable[[], LightningModule], folder: Path, places: list[str], **options: Any) -> None:
+    """Assert that runs which go on from ``places`` equal the one that was never interrupted, bit for bit."""
+    whole = run(make, folder, **options)
+    for place in places:
+        found = unlike(whole, run(make, folder, folder / f"{place}.ckpt", **options))
+        assert not found, f"{place}: {found[:5]}"
+
+
 def _distance(whole: Outcome, resumed: Outcome) -> str:
     states = whole.checkpoint["state_dict"], resumed.checkpoint["state_dict"]
     largest = max(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in states[0])
