@@ -82,8 +82,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise ConfigError(
                 f"{type(module).__name__} does not shard itself: each process would train a copy of its own. In its "
-                f"configure_model, after self.apply_lora(), call lightning_lora.sharding.shard_lora(self.net, "
-                f"self.device_mesh), where self.net is the submodule that computes; or use strategy='ddp'."
+                f"configure_model, after self.apply_lora(), call shard_lora(self.net, self.device_mesh) of "
+                f"lightning_lora.sharding, where self.net is the submodule that computes; or use strategy='ddp'."
             )
         drop_deferred(module)
         super().setup(trainer)

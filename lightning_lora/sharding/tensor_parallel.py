@@ -58,7 +58,8 @@ def parallelize_lora(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str
             if anything but adapters is trained, or if a layer cannot be divided by the number of processes.
     """
     styles = _styles(module, plan)
-    _check(module, mesh.size(), styles)
+    _check_adapters(module, styles)
+    _check_sizes(module, mesh.size(), styles)
     for name, style in styles.items():
         parallelize_module(module.get_submodule(name), mesh, _STYLES[style]())
     return module
@@ -82,7 +83,7 @@ def _styles(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> None:
+def _check_adapters(module: nn.Module, styles: Mapping[str, str]) -> None:
     layers = lora_layers(module)
     factors = factor_parameters(module).keys()
     full = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in factors]
@@ -102,6 +103,9 @@ def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> 
             "lora dropout would differ between tensor-parallel processes: set dropout to 0, or use "
             "tensor_parallel_size=1."
         )
+
+
+def _check_sizes(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> None:
     sides: dict[str, Any] = {name: module.get_submodule(name) for name in styles}
     odd = [
         f"{name} ({count})"
@@ -109,7 +113,10 @@ def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> 
         if (count := layer.out_features if styles[name] == "colwise" else layer.in_features) % num_processes
     ]
     if odd:
-        raise ConfigError(f"{num_processes} tensor-parallel processes cannot divide {first_five(odd)} evenly.")
+        raise ConfigError(
+            f"{num_processes} tensor-parallel processes cannot divide {first_five(odd)} evenly: set a "
+            "tensor_parallel_size that divides these sizes."
+        )
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, places: Mapping[str, Placement]) -> None:

@@ -286,7 +286,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA
 from lightning_lora.sharding import shard_lora
-from tests import resuming, toys
+from tests.support import resuming, toys
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 

@@ -80,7 +80,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora.callbacks import CheckpointGuard
 from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
-from tests import toys
+from tests.support import toys
 
 warnings.simplefilter("ignore")
 if os.geteuid() == 0:

@@ -169,7 +169,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 from lightning_lora.callbacks import TargetBatchSize
-from tests import toys
+from tests.support import toys
 
 WIDTH = 2**21  # 8 MiB a row, and several of them for a step
 
