@@ -14,9 +14,9 @@ import lightning
 import pytest
 
 from tests.support import toys
+from tests.support.imports import MODULES, PACKAGE, imports, room
 
 ROOT = toys.ROOT
-PACKAGE = ROOT / "lightning_lora"
 
 LIGHTNING = ("lightning", "torchmetrics")
 MODELS = (*LIGHTNING, "transformers", "datasets")
@@ -45,33 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 LAZY = {"lightning_lora": {"lightning_lora.mixin.lora_mixin", "lightning_lora.study.batch_probe"}}
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def imports(name: str, path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in it."""
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            names = {f"{source}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else source for name in names}
-    return found - LAZY.get(name, set())
-
-
-IMPORTS = {name: imports(name, path) for name, path in MODULES.items()}
-
-
-def room(name: str) -> str:
-    return [*name.split("."), "__init__"][1]
+IMPORTS = {name: imports(name) - LAZY.get(name, set()) for name in MODULES}
 
 
 def test_every_room_has_a_row() -> None:
