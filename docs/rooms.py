@@ -27,6 +27,7 @@ ABOUT = {
     "data": "files and datasets to batches",
     "lora": "LoRA on any module",
     "effective_batch": "rows of an optimizer step",
+    "lightning_private": "private attributes of Lightning",
     "hub": "hub access",
     "errors": "every error; all rooms import it, without an arc",
 }
