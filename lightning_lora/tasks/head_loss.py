@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.errors import DataError
-from lightning_lora.lora.functional.linear_group import affine_into
+from lightning_lora.lora.functional.linear_products import affine_into
+from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
 
 IGNORED = -100
 
@@ -78,7 +79,7 @@ def head_loss(
         5.0
     """
     divisor = divisor.clamp(min=1) if torch.is_tensor(divisor) else max(divisor, 1)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return _plain(hidden, weight, labels, bias, update) / divisor
     parts, bias, labels, _ = _supervised(hidden, weight, labels, bias, update)
     # Inside a Function inputs look as if they needed gradients even where gradients are off.
@@ -182,7 +183,7 @@ def _chunks(labels: Tensor, bias: Tensor | None, parts: list[Tensor]) -> Iterato
     x, weight, *update = parts
     # Two tables for all chunks: on a CPU, fresh memory of this size costs as much as filling it.
     shape = min(len(labels), CHUNK_ROWS), len(weight)
-    all_logits, all_probabilities = x.new_empty(shape), x.new_empty(shape, dtype=_wide(x))
+    all_logits, all_probabilities = uninitialised(x, shape), uninitialised(x, shape, _wide(x))
     for start in range(0, len(labels), CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, len(labels)))
         logits, probabilities = all_logits[: rows.stop - start], all_probabilities[: rows.stop - start]
@@ -205,9 +206,10 @@ def _sum_and_gradients(
     if needed[0]:
         assert bias is not None
         gradients[0] = torch.zeros_like(bias, dtype=_wide(bias))
-    for i in (i for i, part in enumerate(parts, 1) if needed[i]):
-        is_weight = i % 2 == 0
-        gradients[i] = torch.zeros_like(parts[i - 1], dtype=_wide(parts[i - 1]) if is_weight else None)
+    for i, part in enumerate(parts, 1):
+        if needed[i]:
+            is_weight = i % 2 == 0
+            gradients[i] = torch.zeros_like(part, dtype=_wide(part)) if is_weight else uninitialised(part, part.shape)
     for chunk in _chunks(labels, bias, parts):
         total += chunk.losses.sum()
         if any(needed):
