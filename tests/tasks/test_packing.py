@@ -278,7 +278,7 @@ def test_packs_are_laid_in_one_row_for_a_kernel_that_wants_one(one_row_kernel: N
         predicted.append(runner.predict(module, packs) or [])  # pyright: ignore
         runner.fit(module, packs)
         runs.append(module)
-    assert [module._keeps_rows for module in runs] == [True, False]
+    assert [module._separates_rows for module in runs] == [True, False]
     assert_same_training(runs[1], runs[0])
     torch.testing.assert_close(predicted[1], predicted[0], rtol=1e-5, atol=1e-6)
 
@@ -338,7 +338,7 @@ def test_low_precision_is_no_leak(model: str, precision: Any, tmp_path: Path) ->
     for layout in ("even rows", "packs"):
         module = CausalLM(str(folder), lora=LoRAConfig(rank=2))
         toys.trainer(tmp_path, precision=precision).fit(module, LAYOUTS[layout](examples()))
-        assert module._keeps_rows
+        assert module._separates_rows
 
 
 @pytest.mark.parametrize("model", ["mamba, recurrence", "gpt-oss, masks without positions"])
