@@ -252,7 +252,7 @@ class Model(LightningModule):
 
 
 def attached(data: SFTDataModule, module: LightningModule) -> SFTDataModule:
-    """As the Trainer does before it calls setup."""
+    """Attach a Trainer as it does itself before it calls setup."""
     data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     data.trainer.strategy.connect(module)
     return data

@@ -1,4 +1,4 @@
-"""Packing loses nothing, doubles nothing, and says where each example begins."""
+"""Packing loses and repeats no example, and marks where each one begins."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def packs(data: SFTDataModule, epoch: int = 0) -> list[tuple[int, ...]]:
 
 
 def expected(data: SFTDataModule) -> list[tuple[list[int], list[int]]]:
-    """The same from the rows as they were read."""
+    """Ids and labels of each example, from the rows as they were read."""
     rows: Any = data.rows["train"]
     return [
         (row["input_ids"], [i if s else -100 for i, s in zip(row["input_ids"], row["supervised"], strict=True)])

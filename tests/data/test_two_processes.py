@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 ROWS = [{"question": f"{n:03d}" + "x" * (n * 7 % 23), "answer": "0" * (1 + n % 5)} for n in range(42)]
-"""A number that two devices share evenly: padded rows would else be repeated."""
+"""An even number of rows, as one of the two devices would repeat a padded row otherwise."""
 PACKINGS = (False, True)
 
 

@@ -1,4 +1,4 @@
-"""Models, rows and runs for tests of packing: examples one behind the other in a row."""
+"""Models, rows and runs for tests of packing, several examples in one row."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ BLOCKS: dict[str, Any] = {"mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_si
 
 
 def build(name: str, config: str, settings: dict[str, Any]) -> Callable[[], Any]:
+    """A function that builds a random causal language model of transformers."""
+
     def model() -> Any:
         torch.manual_seed(0)
         return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**settings)).eval()
@@ -78,7 +80,7 @@ MIXES: dict[str, Callable[[], Any]] = {
 }
 
 NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-# Function that builds a model, its attention.
+# A function that builds the model, and its attention.
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "llama, sdpa": (tiny_models.llama, "sdpa"),
     "llama, eager": (tiny_models.llama, "eager"),
@@ -147,6 +149,7 @@ class Recorded(CausalLM):
 
 
 def trained(folder: Path, tmp_path: Path, loader: Any, kind: type[Recorded] = Recorded, **options: Any) -> Recorded:
+    """A module after a run that starts with random factors."""
     torch.manual_seed(0)
     module = kind(str(folder), learning_rate=1e-4, lora=options.pop("lora", LoRAConfig(rank=4)))
     module.configure_model()
@@ -162,5 +165,5 @@ def assert_same_training(found: Recorded, expected: Recorded) -> None:
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         assert gradient.any(), name
-        # Of a few dozen numbers each; sums in float32 in another order differ by a little more than losses do.
+        # Gradients of a few dozen numbers; float32 sums in another order differ a little more than losses do.
         assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name

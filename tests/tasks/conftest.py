@@ -44,7 +44,7 @@ class StopAfterEpoch(Callback):
 
 
 class Record(Callback):
-    """The base as it was, and the learning rates of every step."""
+    """Copies the base at the start of a fit and records the learning rates of every step."""
 
     def __init__(self) -> None:
         self.base: dict[str, torch.Tensor] = {}

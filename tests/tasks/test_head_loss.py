@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy in one, against the two in a row."""
+"""Output layer and cross-entropy in one function, compared with the two functions."""
 
 from __future__ import annotations
 

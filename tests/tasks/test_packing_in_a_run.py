@@ -112,7 +112,7 @@ class Frozen(Callback):
         return pl_module.model.model.layers[0]  # pyright: ignore
 
 
-def test_a_run_is_probed_once_and_not_disturbed(tmp_path: Path) -> None:
+def test_a_run_is_checked_once_and_not_disturbed(tmp_path: Path) -> None:
     module = Counting(str(save(tiny_models.llama(), tmp_path / "model")), lora=LoRAConfig(rank=2, dropout=0.2))
     loader = LAYOUTS["even rows"](examples())
     module.configure_model()
@@ -124,7 +124,7 @@ def test_a_run_is_probed_once_and_not_disturbed(tmp_path: Path) -> None:
         drawn.append(torch.rand(1))
         assert sum(not training for training, _ in module.calls) == 2
         assert all(training == gradients for training, gradients in module.calls if not training)
-    # The same draws as a run that is not probed: the padded one.
+    # A padded run is not checked, and draws the same random numbers.
     padded = CausalLM(str(tmp_path / "model"), lora=LoRAConfig(rank=2, dropout=0.2))
     padded.configure_model()
     for epochs, expected in zip((2, 1), drawn, strict=True):
