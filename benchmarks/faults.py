@@ -24,7 +24,7 @@ from benchmarks.machine import disturbed, load, machine
 from benchmarks.timing import spread
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import FiniteGradients
-from lightning_lora.cli.demo_arm import MODEL, TRAIN
+from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts.disturbed import Run, run, training

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from benchmarks.machine import load, machine
 from lightning_lora import LoRAConfig
-from lightning_lora.cli.demo_arm import MODEL, TRAIN
+from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
 

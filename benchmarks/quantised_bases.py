@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer, seed_everything
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import LoRAConfig
-from lightning_lora.cli.demo_arm import MODEL, TRAIN, VALIDATION
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.data import SFTDataModule
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.quantised_weights import stored_parts

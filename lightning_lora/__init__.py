@@ -1,14 +1,16 @@
 """LoRA without regret for any LightningModule.
 
-The rooms, from the bottom up; each imports from those before it only. On the ground `errors`, `hub` (hub access) and
-`effective_batch` (rows of an optimizer step). Then `lora` (LoRA on any module), `data` (rows to batches), `files` (what
-is written and read back), `sharding` (many devices), `checkpoints`, `mixin` (LoRA in a LightningModule), `batch` (the
-rows of a step and their noise), `callbacks`, `tasks` (LightningModules ready to run), `study` (runs compared), `cli`.
+The rooms, from the bottom up; each imports only from those before it. The ground: `errors`, `hub` (access to the
+Hugging Face hub), `effective_batch` (rows of an optimizer step) and `trainer_access` (callbacks and run folder of a
+Trainer). Then `lora` (LoRA on any module), `data` (rows to batches), `files` (adapter folders, merging, safetensors),
+`sharding` (many devices), `checkpoints` (Lightning checkpoints and exact resume), `mixin` (LoRA in a LightningModule),
+`batch` (rows of a step and their gradient noise), `callbacks`, `tasks` (LightningModules ready to run), `study` (runs
+compared) and `cli` (the commands).
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale
 from lightning_lora.errors import (
     AdapterFileError,
     AlreadyShardedError,
@@ -21,24 +23,25 @@ from lightning_lora.errors import (
     RunFolderError,
     TargetNotFoundError,
 )
-from lightning_lora.files.adapter.save_load import load_adapter, save_adapter
-from lightning_lora.lora.adapter import (
-    disable_lora,
-    inject_lora,
-    load_lora_state_dict,
-    lora_state_dict,
-    merge_lora,
-    remove_lora,
-    unmerge_lora,
-)
-from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers import register_layer
-from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.matched_rank import matched_rank
-from lightning_lora.lora.reports import InjectionReport, MergeReport, ParameterCount, count_parameters
-from lightning_lora.lora.targets.roles import register_role
 
 if TYPE_CHECKING:
+    from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale
+    from lightning_lora.files.adapter.save_load import load_adapter, save_adapter
+    from lightning_lora.lora.adapter import (
+        disable_lora,
+        inject_lora,
+        load_lora_state_dict,
+        lora_state_dict,
+        merge_lora,
+        remove_lora,
+        unmerge_lora,
+    )
+    from lightning_lora.lora.config import LoRAConfig
+    from lightning_lora.lora.layers import register_layer
+    from lightning_lora.lora.layers.adapted import lora_layers
+    from lightning_lora.lora.matched_rank import matched_rank
+    from lightning_lora.lora.reports import InjectionReport, MergeReport, ParameterCount, count_parameters
+    from lightning_lora.lora.targets.roles import register_role
     from lightning_lora.mixin.lora_mixin import LoRAMixin
     from lightning_lora.study.batch_probe import BatchProbe
 
@@ -77,15 +80,39 @@ __all__ = [
     "unmerge_lora",
 ]
 
+# Imported when first asked for: the command line starts without torch, and the core works without Lightning.
+_MODULES = {
+    "BatchProbe": "study.batch_probe",
+    "InjectionReport": "lora.reports",
+    "LoRAConfig": "lora.config",
+    "LoRAMixin": "mixin.lora_mixin",
+    "MergeReport": "lora.reports",
+    "NoiseScale": "batch.noise.noise_scale",
+    "ParameterCount": "lora.reports",
+    "count_parameters": "lora.reports",
+    "disable_lora": "lora.adapter",
+    "inject_lora": "lora.adapter",
+    "load_adapter": "files.adapter.save_load",
+    "load_lora_state_dict": "lora.adapter",
+    "lora_layers": "lora.layers.adapted",
+    "lora_state_dict": "lora.adapter",
+    "matched_rank": "lora.matched_rank",
+    "merge_lora": "lora.adapter",
+    "noise_scale": "batch.noise.noise_scale",
+    "register_layer": "lora.layers",
+    "register_role": "lora.targets.roles",
+    "remove_lora": "lora.adapter",
+    "save_adapter": "files.adapter.save_load",
+    "unmerge_lora": "lora.adapter",
+}
+
 
 def __getattr__(name: str) -> object:
-    # The core works without Lightning; only these need it.
-    if name == "BatchProbe":
-        from lightning_lora.study.batch_probe import BatchProbe
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lightning_lora' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"lightning_lora.{_MODULES[name]}"), name)
+    return value
 
-        return BatchProbe
-    if name == "LoRAMixin":
-        from lightning_lora.mixin.lora_mixin import LoRAMixin
 
-        return LoRAMixin
-    raise AttributeError(f"module 'lightning_lora' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

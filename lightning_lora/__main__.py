@@ -1,4 +1,4 @@
-"""``python -m lightning_lora`` is ``lightning-lora``."""
+"""``python -m lightning_lora`` runs ``lightning-lora``."""
 
 import sys
 

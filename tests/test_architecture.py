@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import toys
+from tests.support.imports import MODULES, PACKAGE, imports, room
 
 ROOT = toys.ROOT
-PACKAGE = ROOT / "lightning_lora"
 
 LIGHTNING = ("lightning", "torchmetrics")
 MODELS = (*LIGHTNING, "transformers", "datasets")
@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
+    "trainer_access": LIGHTNING,
     "lora": (),
     "data": MODELS,
     # Checkpoints on disk have the names that transformers gives them.
@@ -38,37 +39,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "__main__": (),
     "__init__": (),
 }
-# The core works without Lightning: what needs it is imported when somebody asks for it.
-LAZY = {"lightning_lora": {"lightning_lora.mixin.lora_mixin", "lightning_lora.study.batch_probe"}}
 
-
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def imports(name: str, path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in it."""
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            names = {f"{source}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else source for name in names}
-    return found - LAZY.get(name, set())
-
-
-IMPORTS = {name: imports(name, path) for name, path in MODULES.items()}
-
-
-def room(name: str) -> str:
-    return [*name.split("."), "__init__"][1]
+IMPORTS = {name: imports(name) for name in MODULES}
 
 
 def test_every_room_has_a_row() -> None:
@@ -144,7 +116,10 @@ def test_the_imports_are_seen() -> None:
 LIGHT = """
 import sys
 import lightning_lora
-frameworks = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse", "bitsandbytes", "torchao")
+frameworks = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "jsonargparse")
+frameworks += ("bitsandbytes", "torchao")
+print([name for name in frameworks if name in sys.modules])
+lightning_lora.inject_lora
 print([name for name in frameworks if name in sys.modules])
 lightning_lora.LoRAMixin
 print("lightning" in sys.modules, "transformers" in sys.modules)
@@ -156,8 +131,8 @@ except AttributeError as error:
 
 
 def test_importing_the_core_loads_no_framework() -> None:
-    frameworks, mixin, missing = toys.run_python(LIGHT).stdout.splitlines()
-    assert frameworks == "[]"
+    nothing, core, mixin, missing = toys.run_python(LIGHT).stdout.splitlines()
+    assert (nothing, core) == ("[]", "['torch']")
     assert mixin.startswith("True")
     assert missing == "module 'lightning_lora' has no attribute 'LoRAMixing'"
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from docs import rooms
+
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_lora"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -44,3 +47,20 @@ def test_the_table_of_faults_has_every_fault_and_names_tests_that_exist() -> Non
             count += 1
             assert f"def {test}(" in source, test
     assert count > 20
+
+
+def test_the_picture_of_the_rooms_shows_the_imports_as_they_are() -> None:
+    assert rooms.PICTURE.read_text() == rooms.picture(), "the imports have changed: run python -m docs.rooms"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_a_page_exist(page: Path) -> None:
+    """A name with a folder counts from the repository or the package; one without may be any file's."""
+    named = re.findall(r"`([\w/]+\.py)`", page.read_text())
+    plain = {
+        path.name for folder in ("lightning_lora", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    }
+    missing = [
+        name for name in named if name not in plain and not (ROOT / name).is_file() and not (PACKAGE / name).is_file()
+    ]
+    assert not missing

@@ -15,7 +15,7 @@ from tests.support import toys
 
 SURFACE = Path(__file__).with_name("public_surface.txt")
 UPDATE = "UPDATE_PUBLIC_SURFACE"
-PUBLIC = ("lightning_lora", *(f"lightning_lora.{room}" for room in ("callbacks", "data", "tasks", "sharding")))
+PUBLIC = ("lightning_lora", *(f"lightning_lora.{room}" for room in ("callbacks", "cli", "data", "tasks", "sharding")))
 
 
 def surface() -> list[str]:

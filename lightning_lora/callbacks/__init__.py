@@ -1,9 +1,9 @@
-"""Lightning callbacks; each works without arguments, but for `AdaptiveAccumulation`.
+"""Lightning callbacks. All of them except `AdaptiveAccumulation` work without arguments.
 
-LoRA: `lora`, `guard` (with `layer_calls`), `merge_on_fit_end`, `adapter_checkpoint`, `adapter_ema`, `rank_watch`.
-Rows of a step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults: `checkpoint_guard`,
-`finite_gradients` (with `finite`), `graceful_stop` (with `spared_workers`), `memory_advice`, `run_lock`. Reports:
-`progress`, `steady_loggers`.
+LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Rows of an optimizer
+step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults: `checkpoint_guard`, `finite_gradients`
+with `finite`, `graceful_stop` with `spared_workers`, `memory_advice`, `rank_watch`, `run_lock`, `steady_loggers`.
+Display: `progress`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint

@@ -1,4 +1,4 @@
-"""Adapter folders written while training, ready for PEFT."""
+"""Adapter folders in PEFT's format, written during training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, closest
+from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.shards import reshard, whole_parameters
+from lightning_lora.lora.shards import full_parameters, reshard
+from lightning_lora.trainer_access import run_folder
 
 from .adapter_ema import averaged
 
@@ -21,16 +22,16 @@ from .adapter_ema import averaged
 class AdapterCheckpoint(Callback):
     """Writes the adapter as a folder that PEFT loads: ``last`` after every validation and at the end, and ``best``.
 
-    These folders hold weights only, with `AdapterEMA` their average; to continue a run use the checkpoints of
+    The folders hold weights only, with `AdapterEMA` the averaged weights. To continue a run use the checkpoints of
     Lightning's ``ModelCheckpoint``.
 
     Args:
-        dirpath: Where the folders go. None: ``adapters`` in the run folder.
+        dirpath: Folder in which ``last`` and ``best`` are written. None: ``adapters`` in the run folder.
         monitor: Logged metric that decides which adapter is ``best``. None: only ``last`` is written.
-        mode: ``"min"`` or ``"max"``: whether a lower or a higher value is better.
+        mode: ``"min"`` if a lower value of the metric is better, ``"max"`` if a higher one is.
 
     Raises:
-        ConfigError: If ``mode`` is neither, or the monitored metric is not logged.
+        ConfigError: If ``mode`` is unknown, or the monitored metric is not logged.
     """
 
     def __init__(self, dirpath: str | None = None, monitor: str | None = None, mode: str = "min") -> None:
@@ -44,14 +45,14 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where there is nothing to write."""
+        """Tell the user when there are no adapters."""
         self._saved_step = -1
         if not lora_layers(pl_module):
-            rank_zero_info("no adapters to write: full fine-tuning.")
+            rank_zero_info("AdapterCheckpoint writes nothing: the module has no adapters.")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``last``, and ``best`` where the metric has improved."""
+        """Write ``last``, and ``best`` if the metric has improved."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._save(trainer, pl_module, "last")
@@ -64,18 +65,18 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``last`` unless a validation has just done so."""
+        """Write ``last`` unless it was written after this step already."""
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module, "last")
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The best score, so that a resumed run does not overwrite a better adapter."""
+        """The best score: a resumed run must not overwrite a better adapter."""
         return {"best_score": self.best_score}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score back."""
+        """Restore the best score."""
         self.best_score = state_dict["best_score"]
 
     def _score(self, trainer: Trainer) -> float:
@@ -83,9 +84,9 @@ class AdapterCheckpoint(Callback):
         if self.monitor not in metrics:
             raise ConfigError(
                 f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged"
-                f"{closest(str(self.monitor), metrics)} Logged: {', '.join(metrics) or 'nothing'}."
+                f"{did_you_mean(str(self.monitor), metrics)} Logged: {', '.join(metrics) or 'nothing'}."
             )
-        # Ranks may have measured different values, but writing is a collective: all must decide alike.
+        # Ranks may have measured different values, but writing is a collective: all must take the same decision.
         return float(trainer.strategy.broadcast(float(metrics[self.monitor])))
 
     def _is_best(self, score: float) -> bool:
@@ -97,10 +98,10 @@ class AdapterCheckpoint(Callback):
         if not lora_layers(pl_module):
             return
         reshard(pl_module)
-        folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or trainer.default_root_dir) / "adapters"
+        folder = Path(self.dirpath) if self.dirpath else Path(run_folder(trainer), "adapters")
         facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
         summary = {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts
-        # The metrics were measured with it.
-        with averaged(trainer, pl_module), whole_parameters(trainer.strategy.model or pl_module):
+        # The metrics in the summary were measured with the average.
+        with averaged(trainer, pl_module), full_parameters(trainer.strategy.model or pl_module):
             save_adapter(pl_module, folder / name, summary)
         trainer.strategy.barrier("adapter written")

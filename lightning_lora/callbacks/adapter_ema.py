@@ -1,14 +1,14 @@
-"""Averages of what is trained, and of nothing else."""
+"""Moving averages of the trained parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,35 +18,36 @@ from typing_extensions import override
 
 from lightning_lora.checkpoints.contents import in_shards
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part, reshard, whole_tensor
+from lightning_lora.lora.shards import full_tensor, local_shard, reshard
+from lightning_lora.trainer_access import found
 
 
 class AdapterEMA(Callback):
-    r"""Exponential moving average of the trained parameters: ``average = decay * average + (1 - decay) * weight``.
+    """Exponential moving average of the trained parameters: ``average = decay * average + (1 - decay) * weight``.
 
-    What Lightning's ``EMAWeightAveraging`` does, without its copy of the whole base: of adapters and fully trained
-    modules only, each rank of its own shard, in float32 or wider. As there, validation is of the average, the module
-    holds it when training has ended, and a checkpoint's ``state_dict`` is the average while ``current_model_state``
-    goes on training. Folders of `AdapterCheckpoint` hold the average too. Buffers are not averaged.
+    Works as Lightning's ``EMAWeightAveraging``, but without its copy of the whole base: only adapters and fully trained
+    modules are averaged, each rank averages its own shard, in float32 or wider. Validation uses the average, the module
+    holds it after training, and a checkpoint has the average as ``state_dict`` and the weights to continue from as
+    ``current_model_state``. Folders of `AdapterCheckpoint` hold the average too. Buffers are not averaged.
 
     Args:
-        decay: Share of the average that a step keeps, 0 or more and below 1.
-        update_every_n_steps: Optimizer steps from one update to the next.
-        update_starting_at_step: The first optimizer step that may update, counted from 0; the average starts as the
-            weights after it. None: the first.
+        decay: Share of the average that an update keeps, in ``[0, 1)``.
+        update_every_n_steps: Optimizer steps between two updates, at least 1.
+        update_starting_at_step: Index of the first optimizer step that updates, counted from 0; the average starts with
+            the weights after this step. None: the first step of the run.
 
     Raises:
-        ConfigError: If a number is out of its range; at the start of ``fit`` with FSDP1, DeepSpeed, checkpoints in
-            shards or of weights only, or beside another callback that averages.
+        ConfigError: If a number is out of range; at the start of ``fit`` under FSDP1 or DeepSpeed, with checkpoints in
+            shards or of weights only, or together with another callback that averages weights.
     """
 
     def __init__(
         self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
     ) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"decay must be 0 or more and below 1, got {decay!r}.")
+            raise ConfigError(f"decay must be in [0, 1), got {decay!r}.")
         if update_every_n_steps < 1:
-            raise ConfigError(f"update_every_n_steps must be 1 or more, got {update_every_n_steps!r}.")
+            raise ConfigError(f"update_every_n_steps must be at least 1, got {update_every_n_steps!r}.")
         self.decay = decay
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
@@ -54,14 +55,14 @@ class AdapterEMA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be averaged, and forget the run before."""
+        """Refuse settings under which weights cannot be averaged, and forget the previous run."""
         if stage == "fit":
             _refuse(trainer)
             self._forget()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the average of a checkpoint to where the weights are now."""
+        """Move the average of a checkpoint to the devices of the weights."""
         for name, parameter in _trained(pl_module).items():
             if name in self._loaded:
                 self._average[name] = _like(_wide(parameter), self._loaded[name])
@@ -76,19 +77,19 @@ class AdapterEMA(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the average."""
+        """Let the module hold the average during validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap_in(pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on training where training was."""
+        """Give the module its trained weights back."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap_out(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the weights that were trained."""
+        """Give the module its trained weights back."""
         self._swap_out(pl_module)
 
     @override
@@ -98,9 +99,9 @@ class AdapterEMA(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the average as the weights, and the weights beside it."""
+        """Store the average as ``state_dict``, and the weights as ``current_model_state``."""
         if trainer.state.fn == TrainerFn.FITTING:
-            # Another callback may save before our turn has come, and the step is not seen again after a resume.
+            # Another callback may save before this one has updated, and a resumed run would miss the step.
             self._update(trainer, pl_module)
         checkpoint["averaging_state"] = {"step": self._step, "average": {}}
         if not self._average:
@@ -109,35 +110,35 @@ class AdapterEMA(Callback):
         current = {name: _whole(p) for name, p in (self._current or _trained(pl_module)).items()}
         average = {name: _whole(tensor) for name, tensor in self._average.items()}
         checkpoint["averaging_state"]["average"] = average
-        if checkpoint["state_dict"]:  # of sharded weights only rank 0 has one
+        if checkpoint["state_dict"]:  # with sharded weights it is empty on all ranks but 0
             checkpoint["current_model_state"] = current
             state = {name: average[name].to(tensor.dtype) for name, tensor in current.items()}
             checkpoint["state_dict"] = checkpoint["state_dict"] | state
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the weights back that go on training: those of ``state_dict`` are the average."""
+        """Restore the weights to continue from: those in ``state_dict`` are the average."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if "averaging_state" not in checkpoint:
-            rank_zero_warn("the checkpoint was written without AdapterEMA: averaging begins with its weights.")
+            rank_zero_warn("the checkpoint was written without AdapterEMA: the average starts with its weights.")
             return
         state = checkpoint["averaging_state"]
         if "average" not in state:
-            raise ConfigError("the checkpoint's average is not of AdapterEMA: go on with the callback that wrote it.")
+            raise ConfigError("the checkpoint's average was not written by AdapterEMA: resume with its own callback.")
         self._step, self._loaded = state["step"], state["average"]
         for name, parameter in _trained(pl_module).items():
             if name in self._loaded:
-                _put(parameter, _like(parameter, checkpoint["current_model_state"][name]))
+                _copy_into(parameter, _like(parameter, checkpoint["current_model_state"][name]))
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """A note in the checkpoint, by which Lightning warns where a run goes on without this callback."""
+        """The decay, so that Lightning warns when a run is resumed without this callback."""
         return {"decay": self.decay}
 
     @contextmanager
     def averaged(self, module: nn.Module) -> Iterator[None]:
-        """Let ``module`` hold the average within this context, if there is one yet. All ranks must enter."""
+        """Let ``module`` hold the average within this context, if there is one yet; all ranks must enter."""
         was_in = self._current is not None
         self._swap_in(module)
         try:
@@ -148,7 +149,7 @@ class AdapterEMA(Callback):
 
     def _forget(self) -> None:
         self._average: dict[str, Tensor] = {}
-        # The weights that are trained, while the module holds their average.
+        # The trained weights, while the module holds their average.
         self._current: dict[str, Tensor] | None = None
         self._loaded: dict[str, Tensor] = {}
         self._step = 0
@@ -164,9 +165,9 @@ class AdapterEMA(Callback):
         if not self._average:
             self._average = {name: _wide(parameter) for name, parameter in trained.items()}
             return
-        averages = [local_part(self._average[name]) for name in trained]
+        averages = [local_shard(self._average[name]) for name in trained]
         weights = [
-            local_part(p.detach()).to(average.dtype) for p, average in zip(trained.values(), averages, strict=True)
+            local_shard(p.detach()).to(average.dtype) for p, average in zip(trained.values(), averages, strict=True)
         ]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
@@ -177,31 +178,25 @@ class AdapterEMA(Callback):
         trained = _trained(module)
         self._current = {name: parameter.detach().clone() for name, parameter in trained.items()}
         for name, parameter in trained.items():
-            _put(parameter, self._average[name])
+            _copy_into(parameter, self._average[name])
 
     def _swap_out(self, module: nn.Module) -> None:
         if self._current is None:
             return
         reshard(module)
         for name, parameter in _trained(module).items():
-            _put(parameter, self._current[name])
+            _copy_into(parameter, self._current[name])
         self._current = None
 
 
-@contextmanager
-def averaged(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """Let ``module`` hold the average of the trainer's `AdapterEMA` within this context; nothing without one."""
-    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    found = [callback for callback in callbacks if isinstance(callback, AdapterEMA)]
-    if not found:
-        yield
-        return
-    with found[0].averaged(module):
-        yield
+def averaged(trainer: Trainer, module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which ``module`` holds the average of the trainer's `AdapterEMA`; without one nothing changes."""
+    ema = found(trainer, AdapterEMA)
+    return nullcontext() if ema is None else ema.averaged(module)
 
 
 def _refuse(trainer: Trainer) -> None:
-    strategy, callbacks = trainer.strategy, trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    strategy = trainer.strategy
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ConfigError(
             f"AdapterEMA cannot average the flattened weights of {type(strategy).__name__}: use DDP, or "
@@ -209,42 +204,41 @@ def _refuse(trainer: Trainer) -> None:
         )
     if in_shards(strategy):
         raise ConfigError(
-            "AdapterEMA keeps the average in whole checkpoints only: give the strategy "
+            "AdapterEMA cannot write its average into checkpoints in shards: give the strategy "
             "save_distributed_checkpoint=False."
         )
-    for callback in callbacks:
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            raise ConfigError(f"AdapterEMA and {type(callback).__name__} would both average the weights: drop one.")
-        if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
-            raise ConfigError(
-                "ModelCheckpoint(save_weights_only=True) asks no callback and would write the weights that are not "
-                "averaged: leave it false."
-            )
+    if other := found(trainer, WeightAveraging, StochasticWeightAveraging):
+        raise ConfigError(f"AdapterEMA and {type(other).__name__} would both average the weights: remove one of them.")
+    if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+        raise ConfigError(
+            "ModelCheckpoint(save_weights_only=True) writes without asking callbacks, so its files would not hold the "
+            "average: set it to False."
+        )
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, under every name that a state dict has for it."""
+    """Trained parameters, under every name that they have in a state dict."""
     return {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    # Of a step 1 - decay little is left in bfloat16.
+    # A small share 1 - decay of a weight would be rounded away in bfloat16.
     return tensor.detach().clone().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own; of a sharded tensor all ranks must ask."""
-    return whole_tensor(tensor).to("cpu", copy=True)
+    """A copy of the whole tensor on the CPU. For a sharded tensor a collective: all ranks must call."""
+    return full_tensor(tensor).to("cpu", copy=True)
 
 
 def _like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """``whole``, which every rank has, sharded and placed as ``tensor``."""
+    """``whole``, equal on all ranks, with the device, dtype and sharding of ``tensor``."""
     moved = whole.to(tensor.device, tensor.dtype)
     if isinstance(tensor, DTensor):
         return distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
     return moved.clone()
 
 
-def _put(parameter: Tensor, values: Tensor) -> None:
+def _copy_into(parameter: Tensor, values: Tensor) -> None:
     with torch.no_grad():
-        local_part(parameter).copy_(local_part(values))
+        local_shard(parameter).copy_(local_shard(values))

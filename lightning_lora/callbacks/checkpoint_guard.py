@@ -1,4 +1,4 @@
-"""Whether checkpoints can be written, before training takes the time that they are to keep."""
+"""Checks before training that checkpoints can be written, and makes each of them whole or absent."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ _MB = 1e6
 class CheckpointGuard(Callback):
     """Makes checkpoints atomic and verified, and tests their folder before training starts.
 
-    Gives the Trainer a `VerifiedCheckpointIO` where it has no CheckpointIO of its own; ``validate``, ``test`` and
-    ``predict`` then refuse a damaged checkpoint, ``fit`` may resume from the one before it. At the start of ``fit`` it
-    writes and removes a file in every folder of a checkpoint callback, clears away what killed writers have left
-    there, and compares the free space with the size of what will be kept: weights, buffers and optimizer state.
+    Gives the Trainer a `VerifiedCheckpointIO` unless it has a CheckpointIO already: ``validate``, ``test`` and
+    ``predict`` then refuse a damaged checkpoint, and ``fit`` may resume from the one before it. At the start of ``fit``
+    it writes and removes a file in every folder of a checkpoint callback, removes the temporary files of killed
+    writers, and compares the free space with the size of the checkpoints to be kept: weights, buffers and optimizer
+    state.
 
     Raises:
         ConfigError: If a folder cannot be written, or has no room for one checkpoint.
-        AdapterFileError: If the ranks have resumed from different files, or a sharded strategy from a damaged one.
+        AdapterFileError: If the ranks have loaded different checkpoints, or a sharded strategy loads a damaged one.
     """
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take over the files; only a run that goes on may go on from another checkpoint than the one named."""
+        """Install the verified CheckpointIO; only ``fit`` may take another checkpoint for a damaged one."""
         use_verified_checkpoints(trainer)
         if io := verified_io(trainer):
             io.is_resuming = stage == "fit"
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a test file where checkpoints will go, and compare their size with the free space."""
+        """Write a test file into each checkpoint folder, and compare the free space with the size of checkpoints."""
         if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         for callback in trainer.checkpoint_callbacks:
@@ -56,22 +57,22 @@ class CheckpointGuard(Callback):
             if folder is None or not is_local(folder):
                 continue
             problem = _unwritable(Path(folder)) if trainer.is_global_zero else None
-            # Every rank stops, not the one that writes alone.
+            # Only one rank writes, but all must stop.
             if problem := trainer.strategy.broadcast(problem):
                 raise ConfigError(problem)
             size = checkpoint_bytes(trainer, pl_module, getattr(callback, "save_weights_only", False))
-            self._compare(trainer, callback, Path(folder), size)
+            self._check_space(trainer, callback, Path(folder), size)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Verify the file of a strategy that reads it without a CheckpointIO."""
+        """Verify the file where the strategy reads it without the CheckpointIO."""
         path = trainer.ckpt_path
         if trainer.strategy.restore_checkpoint_after_setup and path and is_local(path) and Path(path).is_file():
             choose_checkpoint(Path(path), fall_back=False)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that all ranks continue from one checkpoint: each has read it for itself."""
+        """Check that all ranks have loaded the same checkpoint, since each reads it by itself."""
         io = verified_io(trainer)
         loaded = io.loaded if io else None
         first = trainer.strategy.broadcast(loaded)
@@ -81,10 +82,11 @@ class CheckpointGuard(Callback):
                 "the folder the same on all machines?"
             )
 
-    def _compare(self, trainer: Trainer, callback: Checkpoint, folder: Path, size: int) -> None:
-        kept = _kept(trainer, callback)
-        # The new one is written before the old one is removed. Only the rank that writes need see the folder.
+    def _check_space(self, trainer: Trainer, callback: Checkpoint, folder: Path, size: int) -> None:
+        kept = _num_kept(trainer, callback)
+        # A new checkpoint is written before the old one is removed.
         needed = (kept + 1) * size
+        # Only the rank that writes needs to see the folder.
         free = trainer.strategy.broadcast(shutil.disk_usage(folder).free if trainer.is_global_zero else 0)
         text = (
             f"{folder} has {free / _MB:,.1f} MB free; a checkpoint of this run needs about {size / _MB:,.1f} MB, and "
@@ -98,11 +100,12 @@ class CheckpointGuard(Callback):
 
 
 def checkpoint_bytes(trainer: Trainer, module: LightningModule, weights_only: bool) -> int:
-    """About how large a checkpoint will be: weights, buffers and, estimated from its kind, the optimizer's state.
+    """The approximate size of a checkpoint in bytes: weights, buffers and an estimate of the optimizer state.
 
     Args:
-        trainer: Its optimizers are asked what they keep for each parameter.
-        module: With adapters of a `LoRAMixin`, only what is trained counts, and buffers; in shards everything.
+        trainer: Holds the optimizers, whose kind tells how much state they keep.
+        module: The module of the checkpoint. With adapters of a `LoRAMixin` only trained weights and buffers count,
+            unless checkpoints are written in shards.
         weights_only: Whether optimizer state is left out.
     """
     adapters_only = isinstance(module, LoRAMixin) and bool(lora_layers(module)) and not in_shards(trainer.strategy)
@@ -117,15 +120,15 @@ def checkpoint_bytes(trainer: Trainer, module: LightningModule, weights_only: bo
 
 
 def _num_states(optimizer: Optimizer) -> int:
-    """Tensors of a parameter's size that the optimizer will keep for it; 2, as many as Adam's, where unknown."""
+    """The number of tensors of a parameter's size that the optimizer keeps for it; 2, as for Adam, where unknown."""
     settings = optimizer.defaults
     if "betas" not in settings and "momentum" in settings:
         return int(settings["momentum"] != 0)
     return 3 if settings.get("amsgrad") else 2
 
 
-def _kept(trainer: Trainer, callback: Checkpoint) -> int:
-    """How many checkpoints a callback leaves in its folder."""
+def _num_kept(trainer: Trainer, callback: Checkpoint) -> int:
+    """The number of checkpoints that a callback keeps in its folder."""
     if not isinstance(callback, ModelCheckpoint):
         return 1
     last = int(bool(callback.save_last) and callback.save_last != "link")
@@ -133,7 +136,7 @@ def _kept(trainer: Trainer, callback: Checkpoint) -> int:
         return callback.save_top_k + last
     epochs, every = trainer.max_epochs or 0, callback.every_n_epochs or 0
     steps, every_step = trainer.max_steps, callback._every_n_train_steps
-    # Unknown how many all will be: one at least.
+    # save_top_k=-1 keeps all of them: as many as the run will write, at least one.
     return max(1, epochs // every if every else 0, steps // every_step if every_step else 0) + last
 
 
@@ -142,7 +145,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Try to write a file as checkpoints are written; what the user must know where that fails."""
+    """Try to write a file as checkpoints are written; returns a message for the user where that fails, else None."""
     probe = folder / f"probe-{os.getpid()}"
     try:
         with atomic_file(probe) as file:

@@ -1,4 +1,4 @@
-"""No gradient that is not a number reaches the optimizer."""
+"""Keeps NaN and infinite gradients from the optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GradientError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 from lightning_lora.sharding.collectives import largest_of_ranks
 
 from .finite import may_be_infinite
@@ -22,18 +22,18 @@ from .finite import may_be_infinite
 class FiniteGradients(Callback):
     """Stops a run before the optimizer takes a NaN or infinite gradient, and names the first parameter that has one.
 
-    Weights, optimizer state and checkpoints stay what they were after the last good step. One norm over all gradients
-    is taken per optimizer step, after accumulation, averaging over ranks and unscaling, before clipping; all ranks
-    stop together. It waits for the device once per step.
+    Weights, optimizer state and checkpoints stay as they were after the last good step. Each optimizer step takes one
+    norm over all gradients, after accumulation, averaging over ranks and unscaling, and before clipping, and waits for
+    the device once. All ranks stop together.
 
-    With ``16-mixed`` the gradient scaler expects overflows: it skips such a step and halves its scale. Only when that
-    scale has fallen below 1, so that it is not the scale that overflows, does this callback stop the run.
+    With ``16-mixed`` overflows are part of the method: the gradient scaler skips such a step and halves its scale. The
+    run is stopped only when the scale has fallen below 1, as then it is not the scale that overflows.
 
-    Manual optimization is covered as far as it steps the optimizers of ``self.optimizers()``; where no step passes by,
-    as with raw optimizers and DeepSpeed, a warning says so.
+    Manual optimization is covered if it steps the optimizers of ``self.optimizers()``. Steps of raw optimizers and of
+    DeepSpeed cannot be seen; a warning says so.
 
     Raises:
-        GradientError: Naming the parameter, the optimizer step and the batches.
+        GradientError: With the names of the parameter, the optimizer step and the batches.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class FiniteGradients(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where gradients cannot be seen."""
+        """Warn under DeepSpeed, which keeps gradients to itself."""
         self._seen, self._step = False, -1
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             rank_zero_warn("FiniteGradients does nothing: DeepSpeed keeps gradients inside its engine.")
@@ -51,35 +51,35 @@ class FiniteGradients(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember which batches make up the step."""
+        """Remember the first and the last batch of the optimizer step."""
         if trainer.global_step != self._step or batch_idx == 0:
             self._step, self._first_batch = trainer.global_step, batch_idx
         self._last_batch = batch_idx
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at all gradients at once, and at each of them only if something is wrong."""
+        """Check all gradients by one norm, and each of them only if the norm is not finite."""
         self._seen = True
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-        # Sharded gradients differ between ranks, and all must stop together.
         if not may_be_infinite(trainer, gradients):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() >= 1:
             return
         names_by_id = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        place = {key: number for number, key in enumerate(names_by_id)}
-        parameters.sort(key=lambda parameter: place.get(id(parameter), len(place)))
+        order = {key: number for number, key in enumerate(names_by_id)}
+        parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
         wrong = torch.tensor([p.grad is not None and not _is_finite(_local(p.grad)) for p in parameters]).int()
-        names = [names_by_id.get(id(p), "(no parameter of the module)") for p in parameters]
+        names = [names_by_id.get(id(p), "(not a parameter of the module)") for p in parameters]
+        # Sharded gradients differ between ranks, and all ranks must stop together.
         wrong = largest_of_ranks(trainer, wrong)
-        if wrong.any():  # else all are finite, and only their norm overflowed
+        if wrong.any():  # otherwise only the norm overflowed
             raise GradientError(self._message(trainer, [name for name, bad in zip(names, wrong, strict=True) if bad]))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if no optimizer step came by."""
+        """Warn if no optimizer step was seen."""
         if not self._seen:
             rank_zero_warn(
                 "FiniteGradients saw no optimizer step in this epoch: with manual optimization, step the optimizers "
@@ -95,14 +95,14 @@ class FiniteGradients(Callback):
         return (
             f"the gradient of {names[0]!r}{others} is NaN or infinite in optimizer step {trainer.global_step + 1}, "
             f"made of {batches} of epoch {trainer.current_epoch}. The optimizer has not taken it: weights and "
-            f"checkpoints are those of step {trainer.global_step}. Look at these batches{clip} or lower the learning "
-            f"rate; trainer.detect_anomaly=true shows the operation it comes from."
+            f"checkpoints are those of step {trainer.global_step}. Check these batches{clip} or lower the learning "
+            f"rate; trainer.detect_anomaly=true shows the operation that the gradient comes from."
         )
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """The values of a gradient that this process holds, dense."""
-    gradient = local_part(gradient)
+    """The values of a gradient on this rank, as a dense tensor."""
+    gradient = local_shard(gradient)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 

@@ -1,4 +1,4 @@
-"""Proof of life: what is trained takes effect, and what is frozen stays as it was."""
+"""Checks that every adapter takes effect and that frozen weights stay as they were."""
 
 from __future__ import annotations
 
@@ -24,47 +24,51 @@ from lightning_lora.mixin.optim import check_optimizers
 from lightning_lora.sharding.collectives import on_no_rank
 
 from .finite import check_finite_weights
-from .layer_calls import Calls
+from .layer_calls import LayerCallRecorder
 
 
 class LoRAGuard(Callback):
-    """Stops a run in which an adapter would silently do nothing, and shows at the end that the base is untouched.
+    """Stops a run in which an adapter would silently do nothing, and checks at the end that the base is unchanged.
 
-    Checked: every adapter is in exactly one optimizer; its layer is called and it gets a gradient within ``patience``
-    optimizer steps; the first evaluation passes no adapted layer over (torch's fast paths do); every adapter has moved
-    by the end; base weights are bit for bit what they were (up to 65,536 sampled values a tensor), and buffers too, or
-    a warning names them. No trained weight is NaN or infinite, which fused attention can keep out of the loss: looked
-    at every ``patience`` optimizer steps, before each validation, and before each checkpoint is written. Without LoRA
-    in the module the guard does nothing.
+    - Every adapter is in exactly one optimizer.
+    - Its layer is called, and it gets a gradient, within ``patience`` optimizer steps.
+    - The first evaluation uses every adapted layer; torch's fast paths can bypass one.
+    - Every adapter has moved by the end, unless the learning rate was always 0.
+    - Base weights are bit for bit what they were (up to 65,536 sampled values per tensor). Buffers that have changed
+      give a warning.
+    - No trained weight is NaN or infinite, which the loss need not show, as fused attention can hide it. Checked every
+      ``patience`` optimizer steps, before each validation, and before each checkpoint is written.
+
+    Without adapters in the module the guard does nothing.
 
     Args:
-        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and after which
-            the weights are looked at again.
+        patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and between two
+            checks of the weights.
 
     Raises:
-        GuardError: Naming the layers concerned.
+        GuardError: With the names of the layers or weights.
     """
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
-        self._training: Calls | None = None
-        self._evaluation: Calls | None = None
+        self._training: LayerCallRecorder | None = None
+        self._evaluation: LayerCallRecorder | None = None
         self._without_gradient: set[str] = set()
         self._base: dict[str, str] = {}
         self._buffers: dict[str, str] = {}
-        self._first_step = self._looked_at_step = 0
+        self._first_step = self._checked_step = 0
         self._learning = False
-        self._is_new_to_ranks = False
+        self._must_ask_ranks = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the run before."""
+        """Forget the previous run."""
         self._training = self._evaluation = None
         self._base, self._without_gradient, self._learning = {}, set(), False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the base."""
+        """Take digests of base weights and buffers."""
         self._base = base_digests(pl_module, _trained(pl_module), exact=True) if lora_layers(pl_module) else {}
         self._buffers = _buffer_digests(pl_module) if self._base else {}
 
@@ -75,46 +79,46 @@ class LoRAGuard(Callback):
         if layers:
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
-        # DeepSpeed keeps gradients inside its engine; whether adapters have moved at the end tells enough.
+        # DeepSpeed keeps gradients inside its engine; at the end the move of each adapter is checked all the same.
         self._without_gradient = set() if isinstance(trainer.strategy, DeepSpeedStrategy) else set(layers)
-        self._first_step = self._looked_at_step = trainer.global_step
-        # Under FSDP1 a rank may hold no entry of an adapter at all, and sees neither its gradient nor its move.
-        self._is_new_to_ranks = isinstance(trainer.strategy, FSDPStrategy)
+        self._first_step = self._checked_step = trainer.global_step
+        # Under FSDP1 a rank may hold no part of an adapter, and then sees neither its gradient nor its move.
+        self._must_ask_ranks = isinstance(trainer.strategy, FSDPStrategy)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch which adapters run in training."""
-        self._training = self._training or Calls(pl_module)
-        self._training.watch(pl_module)
+        """Record which adapted layers run in training."""
+        self._training = self._training or LayerCallRecorder(pl_module)
+        self._training.start(pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which adapters have had a gradient."""
+        """Remember which adapters have had a gradient."""
         if self._without_gradient:
             layers = lora_layers(pl_module)
             self._without_gradient = {name for name in self._without_gradient if not _has_gradient(layers[name])}
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note whether anything can move: a warm-up starts at learning rate 0."""
+        """Remember whether any weight can move: a warm-up starts at learning rate 0."""
         self._learning = self._learning or any(group["lr"] > 0 for group in optimizer.param_groups)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report adapters that did not run, or have gone without a gradient, for too long."""
+        """Report adapters that did not run, or had no gradient, for ``patience`` optimizer steps."""
         assert self._training is not None
         self._training.stop()
-        if trainer.global_step >= self._looked_at_step + self.patience:
+        if trainer.global_step >= self._checked_step + self.patience:
             self._check_finite(trainer, pl_module)
         if trainer.global_step < self._first_step + self.patience:
             return
         period = f"{self.patience} optimizer steps"
-        if self._training.silent:
-            raise GuardError(_passed_over(self._training.silent, f"training for {period}"))
-        if self._is_new_to_ranks:
-            self._is_new_to_ranks = False
+        if self._training.not_called:
+            raise GuardError(_bypassed(self._training.not_called, f"training for {period}"))
+        if self._must_ask_ranks:
+            self._must_ask_ranks = False
             self._without_gradient = set(on_no_rank(trainer, lora_layers(pl_module), self._without_gradient))
         if self._without_gradient:
             raise GuardError(
@@ -125,13 +129,13 @@ class LoRAGuard(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate no weights that are not finite, though the loss may be."""
+        """Check before validation that all trained weights are finite."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_finite(trainer, pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let no weights that are not finite take the place of good ones."""
+        """Check before a checkpoint is written that all trained weights are finite."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_finite(trainer, pl_module)
 
@@ -139,9 +143,9 @@ class LoRAGuard(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch which adapters run in the first evaluation."""
-        self._evaluation = self._evaluation or Calls(pl_module)
-        self._evaluation.watch(pl_module)
+        """Record which adapted layers run in the first evaluation."""
+        self._evaluation = self._evaluation or LayerCallRecorder(pl_module)
+        self._evaluation.start(pl_module)
 
     @override
     def on_validation_batch_end(
@@ -153,72 +157,76 @@ class LoRAGuard(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Leave the layers as they were found."""
+        """Give the layers their own methods back."""
         assert self._evaluation is not None
         self._evaluation.stop()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report adapters that the first evaluation passed over."""
+        """Report adapters that the first evaluation did not use."""
         calls = self._evaluation
-        if calls is None or not calls.silent:
+        if calls is None or not calls.not_called:
             return
-        passed_over = calls.passed_over
-        if passed_over:
-            raise GuardError(_passed_over(passed_over, "evaluation"))
+        if calls.bypassed:
+            raise GuardError(_bypassed(calls.bypassed, "evaluation"))
         warnings.warn(
-            f"{len(calls.silent)} adapters took no part in evaluation: {first_five(calls.silent)}. That is right only "
-            f"if evaluation leaves their part of the module out.",
+            f"{len(calls.not_called)} adapters took no part in evaluation: {first_five(calls.not_called)}. That is "
+            f"right only if evaluation does not use their part of the module.",
             stacklevel=2,
         )
-        calls.silent.clear()
+        calls.not_called.clear()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the layers as they were found."""
-        self._stop_watching()
+        """Give the layers their own methods back."""
+        self._stop_recording()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that every adapter has moved and the base has not."""
-        self._stop_watching()
+        """Check that every adapter has moved and that the base has not."""
+        self._stop_recording()
         reshard(pl_module)
         layers = lora_layers(pl_module)
         if not self._base or not self._learning:
             return
-        still = [name for name, layer in layers.items() if not layer.lora_moved]
+        unmoved = [name for name, layer in layers.items() if not layer.lora_moved]
         if isinstance(trainer.strategy, FSDPStrategy):
-            still = on_no_rank(trainer, layers, still)
-        silent = [name for name in self._training.silent if name in still] if self._training else []
-        if silent:
-            raise GuardError(_passed_over(silent, "training"))
-        if still:
-            raise GuardError(f"{len(still)} of {len(layers)} adapters did not move in training: {first_five(still)}.")
-        changed = _changed(self._base, base_digests(pl_module, _trained(pl_module), exact=True))
+            unmoved = on_no_rank(trainer, layers, unmoved)
+        not_called = [name for name in self._training.not_called if name in unmoved] if self._training else []
+        if not_called:
+            raise GuardError(_bypassed(not_called, "training"))
+        if unmoved:
+            raise GuardError(
+                f"{len(unmoved)} of {len(layers)} adapters did not move in training: {first_five(unmoved)}."
+            )
+        self._check_base(pl_module)
+
+    def _check_base(self, module: LightningModule) -> None:
+        changed = _changed(self._base, base_digests(module, _trained(module), exact=True))
         if changed:
             raise GuardError(f"{len(changed)} frozen base weights were changed by training: {first_five(changed)}.")
-        buffers = _changed(self._buffers, _buffer_digests(pl_module))
+        buffers = _changed(self._buffers, _buffer_digests(module))
         if buffers:
             warnings.warn(
-                f"training changed {len(buffers)} buffers of the base: {first_five(buffers)}. An adapter alone does "
-                f"not carry them; put those layers in eval mode to keep them.",
+                f"training changed {len(buffers)} buffers of the base: {first_five(buffers)}. An adapter file does "
+                f"not hold them; keep those layers in eval mode to leave them unchanged.",
                 stacklevel=2,
             )
 
     def _check_finite(self, trainer: Trainer, module: LightningModule) -> None:
-        self._looked_at_step = trainer.global_step
+        self._checked_step = trainer.global_step
         check_finite_weights(trainer, module)
 
-    def _stop_watching(self) -> None:
+    def _stop_recording(self) -> None:
         for calls in (self._training, self._evaluation):
             if calls is not None:
                 calls.stop()
 
 
-def _passed_over(names: Sequence[str], period: str) -> str:
+def _bypassed(names: Sequence[str], period: str) -> str:
     return (
         f"{len(names)} adapters took no part in {period}: {first_five(names)}. Something computes with their weights "
-        f"without calling them (a fused path, F.linear(x, layer.weight)), or the layers are not in use: exclude them, "
+        f"without calling them (a fused path, F.linear(x, layer.weight)), or the layers are not used: exclude them, "
         f"or make the module call them."
     )
 

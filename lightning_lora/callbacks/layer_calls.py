@@ -1,4 +1,4 @@
-"""Which adapted layers run, seen without hooks."""
+"""Which adapted layers run, recorded without hooks."""
 
 from __future__ import annotations
 
@@ -11,53 +11,57 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 
 
-class Calls:
-    """Records which adapted layers are called, and which modules that hold one.
+class LayerCallRecorder:
+    """Records which adapted layers of a module run, and which of the modules around them.
 
-    Their ``forward`` is shadowed while a batch runs: hooks would switch torch's fast paths off. So is
-    ``effective_weights``, by which attention and encoder layers compute with adapters of layers they do not call.
+    While a batch runs, the ``forward`` of these modules is replaced by a function that records the call: hooks would
+    switch off torch's fast paths. So is ``effective_weights`` of the layers, by which attention and encoder layers
+    compute with adapters of layers that they do not call.
+
+    Args:
+        module: The module whose adapted layers are recorded.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.owner = {name: _owner(module, name) for name in lora_layers(module)}
-        self.silent = list(self.owner)
-        self._ran: set[str] = set()
-        self._shadowed: dict[tuple[nn.Module, str], Any] = {}
+        self._parents = {name: _parent(module, name) for name in lora_layers(module)}
+        self.not_called = list(self._parents)
+        self._called: set[str] = set()
+        self._replaced: dict[tuple[nn.Module, str], Any] = {}
 
     @property
-    def passed_over(self) -> list[str]:
-        """Layers that never ran though the module around them did."""
-        return [name for name in self.silent if self.owner[name] in self._ran]
+    def bypassed(self) -> list[str]:
+        """Names of layers that have never run though the module around them has."""
+        return [name for name in self.not_called if self._parents[name] in self._called]
 
-    def watch(self, module: nn.Module) -> None:
-        """Record from now on."""
+    def start(self, module: nn.Module) -> None:
+        """Record calls from now on, of layers that have not been called so far and of the modules around them."""
         self.stop()
-        for name in {*self.silent, *(self.owner[name] for name in self.silent)} - {*self._ran, ""}:
-            watched = module.get_submodule(name)
-            for method in ("forward", "effective_weights") if isinstance(watched, LoRALayer) else ("forward",):
-                self._shadowed[watched, method] = watched.__dict__.get(method)
-                watched.__dict__[method] = self._recording(name, getattr(watched, method))
+        for name in {*self.not_called, *(self._parents[name] for name in self.not_called)} - {*self._called, ""}:
+            recorded = module.get_submodule(name)
+            for method in ("forward", "effective_weights") if isinstance(recorded, LoRALayer) else ("forward",):
+                self._replaced[recorded, method] = recorded.__dict__.get(method)
+                recorded.__dict__[method] = self._recording(name, getattr(recorded, method))
 
     def stop(self) -> None:
-        """Give every module the methods it had."""
-        for (module, method), own in self._shadowed.items():
+        """Give every module its own methods back."""
+        for (module, method), own in self._replaced.items():
             del module.__dict__[method]
             if own is not None:
                 module.__dict__[method] = own
-        self._shadowed = {}
-        self.silent = [name for name in self.silent if name not in self._ran]
+        self._replaced = {}
+        self.not_called = [name for name in self.not_called if name not in self._called]
 
     def _recording(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            self._ran.add(name)
+            self._called.add(name)
             return method(*args, **kwargs)
 
         return record
 
 
-def _owner(module: nn.Module, name: str) -> str:
-    """The module whose ``forward`` should call ``name``: the nearest around it that is no mere list."""
-    owner = name.rpartition(".")[0]
-    while owner and isinstance(module.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
-        owner = owner.rpartition(".")[0]
-    return owner
+def _parent(module: nn.Module, name: str) -> str:
+    """Name of the module whose ``forward`` should call layer ``name``: the nearest around it that is not a list."""
+    parent = name.rpartition(".")[0]
+    while parent and isinstance(module.get_submodule(parent), (nn.ModuleList, nn.ModuleDict)):
+        parent = parent.rpartition(".")[0]
+    return parent

@@ -1,4 +1,4 @@
-"""LoRA for a LightningModule one cannot edit."""
+"""LoRA for a LightningModule that you cannot edit."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers.class_swap import mix_in
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.trainer_access import found
 
 
 class LoRA(Callback):
     """Adapts any LightningModule, as if it had been written with `LoRAMixin`.
 
-    The class of the module object is swapped for ``LoRAMixin`` in front of its own, so injection, adapter-only
-    checkpoints and checks are the mixin's. Optimizers keep the learning rates the module gives them: a rate meant for
-    full fine-tuning is about ten times too low for adapters.
+    The class of the module object is replaced by one with ``LoRAMixin`` in front of it, so injection, adapter-only
+    checkpoints and checks are those of the mixin. Optimizers keep the learning rates that the module gives them: a rate
+    meant for full fine-tuning is about ten times too low for adapters.
 
     Args:
-        config: What to adapt and how, a `LoRAConfig` or a mapping of its fields. None: the defaults, every layer.
+        config: Layers to adapt and how, as a `LoRAConfig` or a mapping of its fields. None: every layer, at rank 32.
         root: Dotted name of the submodule to adapt. None: the whole module.
-        allow_other_base: Load checkpoints though their adapters were trained on other base weights.
+        allow_other_base: Load checkpoints even if their adapters were trained on other base weights.
 
     Raises:
-        ConfigError: If the module is a LoRAMixin already, or weights are averaged by a callback in front of this one.
+        ConfigError: If the module is a LoRAMixin with other settings, or a callback before this one averages weights.
     """
 
     def __init__(
@@ -41,19 +43,17 @@ class LoRA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the mixin in front of the module's class, before ``configure_model`` runs."""
+        """Put the mixin in front of the module's class before ``configure_model`` runs."""
         if isinstance(pl_module, LoRAMixin):
             if pl_module.lora != self.config:
                 raise ConfigError(
-                    f"{type(pl_module).__name__} brings its own LoRA: give it its settings, or drop the callback."
+                    f"{type(pl_module).__name__} has LoRA settings of its own: change those, or drop the callback."
                 )
             return
-        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, WeightAveraging):
-                name = type(callback).__name__
-                raise ConfigError(f"{name} has copied the module without adapters: put LoRA before {name}.")
-        kind = type(pl_module)
-        pl_module.__class__ = type(kind.__name__, (LoRAMixin, kind), {"__module__": kind.__module__})
-        assert isinstance(pl_module, LoRAMixin)
-        pl_module.lora, pl_module.lora_root = self.config, self.root
-        pl_module.lora_allow_other_base = self.allow_other_base
+        first = found(trainer, LoRA, WeightAveraging)
+        if isinstance(first, WeightAveraging):
+            name = type(first).__name__
+            raise ConfigError(f"{name} copies the module before it has adapters: put LoRA before {name}.")
+        module = mix_in(pl_module, LoRAMixin)
+        module.lora, module.lora_root = self.config, self.root
+        module.lora_allow_other_base = self.allow_other_base

@@ -1,4 +1,4 @@
-"""A merged model at the end of a run."""
+"""A merged model, written at the end of a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.trainer_access import run_folder
 
 
 class MergeOnFitEnd(Callback):
     """Writes the model with its adapters folded in when ``fit`` ends; the module keeps its adapters.
 
     Args:
-        dirpath: The folder to write. None: ``merged`` in the run folder.
+        dirpath: Folder to write. None: ``merged`` in the run folder.
 
     Raises:
         ConfigError: If the strategy shards the weights, or nothing is adapted.
@@ -30,7 +31,7 @@ class MergeOnFitEnd(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse sharded weights before the run, not after it."""
+        """Refuse sharded weights before the run begins."""
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise ConfigError(
                 f"MergeOnFitEnd cannot merge the sharded weights of {type(trainer.strategy).__name__}; write adapters "
@@ -45,16 +46,15 @@ class MergeOnFitEnd(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the merged model."""
-        # Reading log_dir is a collective: every rank must do it.
-        root = Path(trainer.log_dir or trainer.default_root_dir)
+        """Write the merged model; only rank 0 writes, but all ranks must ask for the run folder."""
+        folder = self.dirpath or Path(run_folder(trainer), "merged")
         if trainer.is_global_zero:
-            path = save_merged(pl_module, self.dirpath or root / "merged", _tokenizer(pl_module))
+            path = save_merged(pl_module, folder, _tokenizer(pl_module))
             rank_zero_info(f"merged model written to {path}")
 
 
 def _tokenizer(module: LightningModule) -> Any:
-    """The module's tokenizer; the merged weights are worth having without one."""
+    """The module's tokenizer, or None where it has none or it cannot be loaded."""
     try:
         return getattr(module, "tokenizer", None)
     except ConfigError as error:

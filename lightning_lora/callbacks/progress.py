@@ -1,4 +1,4 @@
-"""Training progress as a bar on a terminal and as plain lines everywhere else."""
+"""Training progress: a bar on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lightning_lora.batch.counting import count_items
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import factor_parameters
 
-BAR_SECONDS = 0.5  # between two readings of the bar: often enough to watch, rare enough to cost nothing
+BAR_SECONDS = 0.5  # between two readings for the bar; each waits for the device
 
 
 class LoRAProgressBar(RichProgressBar):
-    """Shows loss, learning rate of the adapters, tokens per second and peak memory while training.
+    """Shows loss, learning rate of the adapters, tokens per second and peak memory during training.
 
     On a terminal or in a notebook it is a bar. Elsewhere (a log file, a pipe, a batch job, ``TERM=dumb``) it prints
-    plain lines without control characters: one per ``every_n_steps`` optimizer steps, one after the last step, and one
-    with the validation metrics after each validation. Only rank zero shows anything, and it counts its own tokens.
+    plain lines without control characters: one every ``every_n_steps`` optimizer steps, one after the last step, and
+    one with the validation metrics after each validation. Only rank 0 shows anything, and it counts its own tokens.
 
-    Tokens are those of ``attention_mask`` (padding left out), else all of ``input_ids``, else rows are counted. Time
-    spent in validation does not count. The loss is ``train_loss`` where the module logs it at every step, else what
-    ``training_step`` returns. Memory is the peak allocated on the GPU, else the peak resident size of this process,
-    in MB (10^6 bytes).
+    Tokens are counted by ``attention_mask``, without padding, else all of ``input_ids``; a batch without either is
+    counted in rows. Time spent in validation does not count. The loss is ``train_loss`` if the module logs it at every
+    step, else the one that ``training_step`` returns. Memory is the peak allocated on the GPU, else the peak resident
+    size of this process, in MB (10^6 bytes).
 
     Args:
-        every_n_steps: Optimizer steps between two plain lines, at least 1.
+        every_n_steps: Number of optimizer steps between two plain lines, at least 1.
 
     Raises:
         ConfigError: If ``every_n_steps`` is less than 1.
@@ -46,18 +46,18 @@ class LoRAProgressBar(RichProgressBar):
         super().__init__(refresh_rate=10)
         self.every_n_steps = every_n_steps
         self.plain = not _on_terminal()
-        self._pace = Pace()
+        self._throughput = Throughput()
         self._reset()
 
     @property
     @override
     def is_enabled(self) -> bool:
-        """Whether there is a bar; plain lines are printed where there is none."""
+        """Whether there is a bar; without one plain lines are printed."""
         return super().is_enabled and not self.plain
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look where the output goes now: it may have been redirected since the bar was made."""
+        """Check again where the output goes: it may have been redirected since the bar was made."""
         self.plain = not _on_terminal()
         super().setup(trainer, pl_module, stage)
 
@@ -67,16 +67,16 @@ class LoRAProgressBar(RichProgressBar):
         super().on_train_start(trainer, pl_module)
         self._reset()
         self._last_step = trainer.global_step
-        self._pace.restart()
+        self._throughput.restart()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and read all numbers when they are due."""
+        """Count the batch, and show all numbers when they are due."""
         if self._enabled:
             self._epoch = trainer.current_epoch
-            self._pace.add(batch)
+            self._throughput.add(batch)
             self._loss = self._current_loss(trainer, pl_module, outputs)
             if self._is_due(trainer.global_step):
                 self._report(trainer, pl_module)
@@ -84,34 +84,34 @@ class LoRAProgressBar(RichProgressBar):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the steps after the last full ``every_n_steps``, which may be all there were."""
+        """Print a line for the steps after the last full ``every_n_steps``."""
         super().on_train_end(trainer, pl_module)
         if self.plain and self._enabled and trainer.global_step > self._last_step:
             self._report(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock, and remember which metrics are not the validation's."""
-        self._pace.pause()
+        """Stop the clock, and remember which metrics are logged outside of validation."""
+        self._throughput.pause()
         self._other_metrics = trainer.callback_metrics.keys() - self._val_metrics
         super().on_validation_start(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the validation metrics, and let the clock run on."""
+        """Print the validation metrics, and let the clock run again."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             logged = trainer.callback_metrics
             self._val_metrics.update(logged.keys() - self._other_metrics)
             texts = {name: f"{float(logged[name]):.4g}" for name in logged if name in self._val_metrics}
             self._print_line(trainer, "validation at ", texts)
-        self._pace.resume()
+        self._throughput.resume()
 
     @override
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What the bar shows: our readings, then what the module logs with ``prog_bar=True``."""
+        """The numbers of the bar: loss, rate, speed and memory, then what the module logs with ``prog_bar=True``."""
         logged = super().get_metrics(trainer, pl_module)
         hidden = {"loss"} if "train_loss" in logged else set()
         return {name: text for name, text in self.readings.items() if name not in hidden} | logged
@@ -126,32 +126,32 @@ class LoRAProgressBar(RichProgressBar):
 
     def _is_due(self, step: int) -> bool:
         if not self.plain:
-            return not self.readings or self._pace.seconds >= BAR_SECONDS
-        # Division and not remainder: with manual optimization one batch can take several optimizer steps.
+            return not self.readings or self._throughput.seconds >= BAR_SECONDS
+        # Not by the remainder: with manual optimization one batch can take several optimizer steps.
         return step // self.every_n_steps > self._last_step // self.every_n_steps
 
     def _current_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
         logged, previous = trainer.callback_metrics.get("train_loss"), self._logged_loss
         self._logged_loss = logged
-        if logged is not None and logged is not previous:  # the same object again is last epoch's mean
+        if logged is not None and logged is not previous:  # the same object again is the mean of the last epoch
             return logged
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             return None
-        # Lightning has divided it, but only where it steps the optimizer itself.
+        # Lightning divides it by the accumulation, but not with manual optimization.
         return loss * trainer.accumulate_grad_batches if pl_module.automatic_optimization else loss
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read everything, once: this waits for the device."""
+        """Read all numbers and show them; this waits for the device."""
         self._last_step = trainer.global_step
         self.readings = {}
         if self._loss is not None:
             self.readings["loss"] = f"{float(self._loss):.4g}"
         if rates := _learning_rates(trainer, pl_module):
             self.readings["lr"] = "/".join(f"{rate:.3g}" for rate in rates)
-        if speed := self._pace.read():
+        if speed := self._throughput.read():
             self.readings[f"{speed[0]}/s"] = f"{speed[1]:,.0f}" if speed[1] >= 10 else f"{speed[1]:.2g}"
-        if (peak := _peak_bytes(pl_module.device)) is not None:
+        if (peak := peak_bytes(pl_module.device)) is not None:
             self.readings["memory"] = f"{peak / 1e6:,.0f} MB"
         self._print_line(trainer, "", self.readings)
 
@@ -162,34 +162,8 @@ class LoRAProgressBar(RichProgressBar):
             self.print("  ".join([where, *(f"{name} {text}" for name, text in texts.items())]), flush=True)
 
 
-def _on_terminal() -> bool:
-    """Whether the output can be drawn over. Colour settings do not matter: a coloured log file is still a file."""
-    console = Console()
-    return console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal)
-
-
-def _learning_rates(trainer: Trainer, pl_module: LightningModule) -> list[float]:
-    """The distinct rates of the groups that hold adapters, or of all groups where there are none."""
-    adapters = {id(factor) for factor in factor_parameters(pl_module).values()}
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    ours = [group for group in groups if any(id(parameter) in adapters for parameter in group["params"])]
-    return list(dict.fromkeys(float(group["lr"]) for group in ours or groups if "lr" in group))
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    """Peak memory so far: allocated on a CUDA device, else resident in this process; ``None`` where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class Pace:
-    """Counts what batches hold and divides by the time that passed, pauses left out.
+class Throughput:
+    """Tokens or rows per second, without the time of pauses.
 
     A count on an accelerator stays there until it is read, so counting never waits for the device.
     """
@@ -198,25 +172,25 @@ class Pace:
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything and start the clock."""
+        """Forget all counts and start the clock."""
         self.unit: str | None = None
         self._count: Tensor | int = 0
         self._start = time.perf_counter()
-        self._pause: float | None = None
+        self._paused_at: float | None = None
 
     def pause(self) -> None:
-        """Stop the clock, for what is not training."""
-        self._pause = time.perf_counter()
+        """Stop the clock."""
+        self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Let the clock run on after a pause."""
-        if self._pause is not None:
-            self._start += time.perf_counter() - self._pause
-            self._pause = None
+        """Let the clock run again after a pause."""
+        if self._paused_at is not None:
+            self._start += time.perf_counter() - self._paused_at
+            self._paused_at = None
 
     @property
     def seconds(self) -> float:
-        """Time since the last reading."""
+        """Seconds since the last reading."""
         return time.perf_counter() - self._start
 
     def add(self, batch: Any) -> None:
@@ -226,7 +200,33 @@ class Pace:
         self.unit = unit
 
     def read(self) -> tuple[str, float] | None:
-        """``("tokens", per second)`` or ``("rows", per second)`` since the last reading, which starts a new window."""
+        """``("tokens", per second)`` or ``("rows", per second)`` since the last reading; None without a count."""
         unit, count, seconds = self.unit, float(self._count), self.seconds
         self.restart()
         return (unit, count / seconds) if unit and count else None
+
+
+def _on_terminal() -> bool:
+    """Whether the output can be overwritten. Colour settings do not matter: a coloured log file is still a file."""
+    console = Console()
+    return console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal)
+
+
+def _learning_rates(trainer: Trainer, pl_module: LightningModule) -> list[float]:
+    """The distinct learning rates of the parameter groups with adapters, or of all groups if none has any."""
+    adapters = {id(factor) for factor in factor_parameters(pl_module).values()}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    ours = [group for group in groups if any(id(parameter) in adapters for parameter in group["params"])]
+    return list(dict.fromkeys(float(group["lr"]) for group in ours or groups if "lr" in group))
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory so far in bytes: allocated on a CUDA device, else resident in this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

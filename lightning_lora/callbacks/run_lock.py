@@ -1,4 +1,4 @@
-"""One run per folder."""
+"""A lock that keeps a second run out of a run folder."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from lightning_lora.files.folder_lock import release_lock, take_lock
 class RunLock(Callback):
     """Refuses a second ``fit`` that would write in the folder of a running one.
 
-    The lock is a file with process, host and start time: ``.run.lock`` in the run folder, or beside the folder of a
-    CSV or TensorBoard logger, ``.version_0.lock``. It goes when the run ends, by an error too. A lock whose process is
-    dead is taken over with a warning. Whether a process on another host lives cannot be known: its lock is respected
-    until somebody deletes the file.
+    The lock is a file with the process, the host and the start time: ``.run.lock`` in the run folder, or, with a CSV or
+    TensorBoard logger, ``.version_0.lock`` beside its folder. It is removed when the run ends, with an error too. A
+    lock whose process is dead is taken over with a warning. A process on another host cannot be checked: its lock is
+    respected until somebody deletes the file.
 
-    Before any callback runs, a CSV logger that is given the folder of another run deletes its ``metrics.csv``. The
-    command line therefore calls `acquire` before ``fit``, and so can you.
+    A CSV logger that is given the folder of another run deletes the ``metrics.csv`` in it before any callback runs. The
+    command line therefore calls `acquire` before ``fit``; a script can do the same.
 
     Raises:
-        RunFolderError: Naming process, host and age of the lock; on all ranks.
+        RunFolderError: On all ranks, with process, host and age of the lock.
     """
 
     def __init__(self) -> None:
         self._path: Path | None = None
 
     def acquire(self, trainer: Trainer) -> None:
-        """Take the lock on the first rank; the others, and a second call, do nothing."""
+        """Take the lock on the first rank; on other ranks, and in a second call, do nothing."""
         if self._path is not None or not trainer.is_global_zero or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         path, folder = _lock_and_folder(trainer)
         if ":/" in str(folder):
-            rank_zero_warn(f"RunLock does nothing: {folder} is no folder of a file system.")
+            rank_zero_warn(f"RunLock does nothing: {folder} is not a folder of a file system.")
             return
         remark = take_lock(path, folder)
         self._path = path
@@ -54,19 +54,19 @@ class RunLock(Callback):
             self.acquire(trainer)
         except RunFolderError as error:
             refusal = str(error)
-        # The others must not wait for a first rank that has left.
+        # All ranks must stop: the others would wait for the first one.
         refusal = trainer.strategy.broadcast(refusal)
         if refusal is not None:
             raise RunFolderError(refusal)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the folder free."""
+        """Remove the lock."""
         self._release()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the folder free."""
+        """Remove the lock."""
         self._release()
 
     def _release(self) -> None:
@@ -76,12 +76,13 @@ class RunLock(Callback):
 
 
 def _lock_and_folder(trainer: Trainer) -> tuple[Path, Path]:
-    # Not trainer.log_dir: that is a collective, and only the first rank is here.
+    """The file of the lock and the folder that it protects."""
+    # Not trainer.log_dir: that is a collective, and only the first rank calls this.
     logger = trainer.logger
     if isinstance(logger, (CSVLogger, TensorBoardLogger)):
         folder = Path(logger.log_dir)
-        # Beside the folder: these loggers warn of one that is not empty.
+        # Beside the folder: these loggers warn of a folder that is not empty.
         return folder.parent / f".{folder.name}.lock", folder
-    # Inside: this folder may be anything, somebody's home too.
+    # Inside: this folder may be any, even a home folder, whose parent cannot be written.
     folder = Path((logger.save_dir if logger is not None else None) or trainer.default_root_dir)
     return folder / ".run.lock", folder

@@ -1,4 +1,4 @@
-"""Data workers that outlive the signal by which their run is told to stop: its last step needs their batches."""
+"""Data workers that survive the signal that stops their run: its last step needs their batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch.utils.data import DataLoader
 
 
 def spare_workers(trainer: Trainer) -> None:
-    """Let workers of all loaders that ``trainer`` takes from now on leave the answer to signals to their parent.
+    """Let the data workers of ``trainer`` ignore SIGINT and SIGTERM, unless SIGTERM comes from their own parent.
 
-    Schedulers and terminals signal every process of a run, and torch ends a run whose worker dies by an error.
+    Schedulers and terminals send signals to every process of a run. Without this a worker would die of one, and torch
+    would end the run with an error. It applies to all loaders that the trainer sets up after the call.
     """
     strategy = trainer.strategy
     if "process_dataloader" in vars(strategy):
-        return  # by an earlier run
-    # Every loader passes here before it has workers.
+        return  # an earlier run did it
+    # Lightning passes every loader to this method before the loader has workers.
     process = strategy.process_dataloader
 
     def spared(dataloader: object) -> object:
         if isinstance(dataloader, DataLoader) and not isinstance(dataloader.worker_init_fn, _SparedWorker):
-            _auto_add_worker_init_fn(dataloader, trainer.global_rank)  # which Lightning does later, where there is none
+            # Lightning does this later, but only where the loader has no worker_init_fn.
+            _auto_add_worker_init_fn(dataloader, trainer.global_rank)
             dataloader.worker_init_fn = _SparedWorker(dataloader.worker_init_fn)
         return process(dataloader)
 
@@ -34,10 +36,10 @@ def spare_workers(trainer: Trainer) -> None:
 
 
 class _SparedWorker:
-    """A ``worker_init_fn``; a class, so that it reaches workers that are spawned.
+    """A ``worker_init_fn`` for data workers that leave signals to their parent; as a class it can be pickled.
 
     Args:
-        then: The loader's own ``worker_init_fn``.
+        then: The loader's own ``worker_init_fn``, called afterwards.
     """
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
@@ -48,15 +50,15 @@ class _SparedWorker:
             signals = {signal.SIGINT, signal.SIGTERM}
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             threading.Thread(target=_obey_parent, args=(signals,), name="signals", daemon=True).start()
-        else:  # macOS and Windows do not tell who sends a signal
+        else:  # macOS and Windows do not tell which process has sent a signal
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.then is not None:
             self.then(worker)
 
 
 def _obey_parent(signals: set[Any]) -> None:
-    """End by SIGTERM of the parent only: Python ends workers that are left over so, and waits for them."""
+    """End on a SIGTERM from the parent, by which Python ends workers that are left over; it waits for them."""
     while True:
-        told = signal.sigwaitinfo(signals)
-        if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+        received = signal.sigwaitinfo(signals)
+        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
             os._exit(0)

@@ -1,5 +1,25 @@
-"""The commands of ``lightning-lora``.
+"""The commands of ``lightning-lora``, and `LoRACLI` for a command line of your own.
 
-Read in this order: `main` (which command), `commands` (what each beside ``fit`` takes), `parser` and `probe` (on
-LightningCLI), `demo` and `demo_arm`, `export`, `inspection` and `inspection_table`, `quiet` (the libraries below us).
+Read in this order: `main` (which command), `commands` (those beside ``fit``), `lora_cli` (``fit`` and the others of
+LightningCLI) with `parser` and `probe`, `demo` and `demo_arm` on the `embedded` model and data, `export`, `inspection`
+and `inspection_table`, `quiet` (the libraries below us).
 """
+
+from typing import TYPE_CHECKING
+
+from lightning_lora.cli.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from lightning_lora.cli.lora_cli import LoRACLI
+
+__all__ = ["LoRACLI"]
+
+
+def __getattr__(name: str) -> object:
+    # Imported when first asked for: `lightning-lora --help` and `merge` start without Lightning.
+    if name != "LoRACLI":
+        raise AttributeError(f"module 'lightning_lora.cli' has no attribute {name!r}")
+    quiet_libraries()
+    from lightning_lora.cli.lora_cli import LoRACLI
+
+    return LoRACLI

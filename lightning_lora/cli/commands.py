@@ -1,4 +1,7 @@
-"""The commands beside ``fit``: what each takes, and the one call it makes."""
+"""The commands beside ``fit``: what each takes, and the one call it makes.
+
+Each imports what it needs when it runs, so that one command does not wait for the libraries of another.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_lora.cli.export import FORMATS, export
-from lightning_lora.cli.inspection import inspect_path, verify_hashes
-from lightning_lora.cli.inspection_table import show
-from lightning_lora.files.merge.merge_files import DTYPES, merge_files
+from lightning_lora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 
 
 def _demo(arguments: Namespace) -> None:
-    from lightning_lora.cli.demo import run_demo  # the only command that trains; the others start without its imports
+    from lightning_lora.cli.demo import run_demo
 
     run_demo(arguments.out, arguments.steps, arguments.seed)
 
@@ -47,13 +47,15 @@ def _merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", help="folder of a Hugging Face checkpoint in safetensors")
     parser.add_argument("adapter", help="an adapter folder, ours or PEFT's")
     parser.add_argument("out", help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of all weights; by default each keeps its own")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 for all weights; by default each keeps its own")
     parser.add_argument(
         "--allow-other-base", action="store_true", help="merge into weights the adapter was not trained on"
     )
 
 
 def _merge(arguments: Namespace) -> None:
+    from lightning_lora.files.merge.merge_files import merge_files
+
     certificate = merge_files(
         arguments.base, arguments.adapter, arguments.out, arguments.dtype, arguments.allow_other_base
     )
@@ -63,11 +65,13 @@ def _merge(arguments: Namespace) -> None:
 def _export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="a run folder, a Lightning checkpoint, or an adapter folder")
     parser.add_argument("out", help="the folder to write")
-    parser.add_argument("--format", choices=FORMATS, default="peft", help="adapter only, or the whole model")
-    parser.add_argument("--for", dest="target", choices=("vllm",), help="check that this software accepts the result")
+    parser.add_argument("--format", default="peft", help="peft (the adapter only) or merged (the whole model)")
+    parser.add_argument("--for", dest="target", help="vllm: check that vLLM accepts the result")
 
 
 def _export(arguments: Namespace) -> None:
+    from lightning_lora.cli.export import export
+
     print(export(arguments.run, arguments.out, arguments.format, arguments.target))
 
 
@@ -77,10 +81,27 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _inspect(arguments: Namespace) -> None:
+    from lightning_lora.cli.inspection import inspect_path, verify_hashes
+    from lightning_lora.cli.inspection_table import show
+
     inspection = inspect_path(arguments.path)
     show(inspection)
     if arguments.verify:
         print(verify_hashes(inspection))
+
+
+def _consolidate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="a folder of shards that a sharded strategy has written")
+    parser.add_argument("out", help="the checkpoint file to write")
+
+
+def _consolidate(arguments: Namespace) -> None:
+    from lightning_lora.checkpoints.consolidate import consolidate
+
+    try:
+        print(f"written: {consolidate(arguments.folder, arguments.out)}")
+    except FileExistsError as error:
+        raise ConfigError(str(error)) from error
 
 
 COMMANDS = {
@@ -107,5 +128,11 @@ COMMANDS = {
         "lightning-lora inspect runs/sft/version_0/adapters/last --verify",
         _inspect_arguments,
         _inspect,
+    ),
+    "consolidate": Command(
+        "Write a folder of shards as one checkpoint file, which every strategy reads.",
+        "lightning-lora consolidate runs/sft/version_0/checkpoints/last.ckpt whole.ckpt",
+        _consolidate_arguments,
+        _consolidate,
     ),
 }

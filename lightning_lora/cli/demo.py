@@ -1,4 +1,4 @@
-"""The main job on the embedded default: LoRA and full fine-tuning side by side, then the adapter merged and checked."""
+"""LoRA and full fine-tuning of the embedded model side by side; then the adapter is merged and checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_lora.cli.demo_arm import BATCH_SIZE, MODEL, ArmResult, train_arm
+from lightning_lora.cli.demo_arm import BATCH_SIZE, ArmResult, train_arm
+from lightning_lora.cli.embedded import MODEL
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.save_load import load_adapter
@@ -23,20 +24,20 @@ from lightning_lora.files.atomic import atomic_file
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.lora.config import LoRAConfig
 
-# Full fine-tuning's best rate of a sweep on this base and data; LoRA's best was three times as high, not ten
-# (see docs/results.md), which lr_multiplier says.
+# The best rate of full fine-tuning in a sweep on this base and data. The best rate of LoRA was three times as high, not
+# ten (docs/results.md), hence lr_multiplier.
 LEARNING_RATE = 1e-3
 LORA = LoRAConfig(rank=32, lr_multiplier=3.0)
-# Of the largest logit; float32 itself is about 1e-6 away from float64 over five layers.
+# As a share of the largest logit; over five layers float32 itself differs from float64 by about 1e-6.
 MERGE_TOLERANCE = 1e-5
 
 
 def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
-    """Train both ways on the same rows in the same order, and write curves, numbers, adapter and merged model.
+    """Train with LoRA and in full on the same rows in the same order; write curves, numbers, adapter and merged model.
 
     Args:
-        out: The folder to write: ``curves.png``, ``results.json``, ``adapter/``, ``merged/``.
-        steps: Optimizer steps of each run, at least 3.
+        out: Folder for ``curves.png``, ``results.json``, ``adapter/`` and ``merged/``.
+        steps: Number of optimizer steps of each run, at least 3.
         seed: Seed of data order and adapters.
 
     Raises:
@@ -64,7 +65,7 @@ def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
 
 
 def results_table(arms: list[ArmResult]) -> Table:
-    """One row for each run: learning rate, loss in nats per answer token before and after, cost."""
+    """A table with one row per run: learning rate, loss in nats per answer token before and after, and cost."""
     table = Table("method", "rate", "validation loss", "trained", "time", "peak memory")
     for arm in arms:
         table.add_row(
@@ -79,7 +80,7 @@ def results_table(arms: list[ArmResult]) -> Table:
 
 
 def draw_curves(arms: list[ArmResult], path: Path) -> None:
-    """Training loss of each step as a line, validation loss as marks."""
+    """Draw the training loss of each step as a line and the validation loss as marks."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for arm, colour in zip(arms, ("tab:blue", "tab:orange"), strict=True):
@@ -102,7 +103,7 @@ def _in_own_process(name: str, lora: LoRAConfig | None, steps: int, seed: int, a
 
 def _merge_and_check(out: Path) -> None:
     adapter, merged = out / "adapter", out / "merged"
-    certificate = merge_files(MODEL, adapter, merged, dtype="float32")
+    merge_report = merge_files(MODEL, adapter, merged, dtype="float32")
     adapted = _float32(MODEL)
     load_adapter(adapted, adapter)
     tokens = torch.randint(adapted.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -114,7 +115,7 @@ def _merge_and_check(out: Path) -> None:
             f"the merged model differs from the adapter by {difference:.1e} in logits up to {largest:.1f}."
         )
     print(f"adapter: {adapter}, {len(read_adapter_folder(adapter).ranks)} layers, files verified by hash")
-    print(f"merged: {merged}, {certificate}")
+    print(f"merged: {merged}, {merge_report}")
     print(f"checked: merged and adapter model agree in every logit within {difference:.1e}, of {largest:.1f} at most")
 
 

@@ -1,9 +1,7 @@
-"""One training run of the demo, measured; runs in a process of its own so that its peak memory is its own."""
+"""One training run of the demo and its measurements; each run has its own process, so peak memory is its own."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from typing_extensions import override
 
 from lightning_lora.callbacks import LoRAGuard, LoRAProgressBar
+from lightning_lora.callbacks.progress import peak_bytes
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.data import SFTDataModule
 from lightning_lora.files.adapter.save_load import save_adapter
@@ -22,26 +22,22 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.tasks import CausalLM
 
-ASSETS = Path(__file__).parents[1] / "assets"
-MODEL = ASSETS / "tiny-base"
-TRAIN = ASSETS / "gsm8k" / "train.jsonl"
-VALIDATION = ASSETS / "gsm8k" / "validation.jsonl"
 BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What one run measured.
+    """Measurements of one run.
 
     Args:
-        name: The method.
-        learning_rate: The rate its trained parameters had.
-        train_losses: Loss of each optimizer step, nats per supervised token.
-        val_losses: Optimizer step to validation loss, nats per supervised token.
+        name: The method, such as ``"LoRA rank 32"``.
+        learning_rate: Learning rate of the trained parameters.
+        train_losses: Loss of each optimizer step, in nats per supervised token.
+        val_losses: Validation loss by optimizer step, in nats per supervised token.
         trainable: Number of trained parameters.
-        seconds: Wall time of the training steps, validation excluded.
-        base_megabytes: Peak resident memory of the process before the first step.
-        peak_megabytes: Peak resident memory of the process at the end.
+        seconds: Wall time of the training steps, without validation.
+        base_megabytes: Peak resident memory of the process before the first step, in 2^20 bytes.
+        peak_megabytes: Peak resident memory of the process at the end, in 2^20 bytes.
     """
 
     name: str
@@ -57,7 +53,16 @@ class ArmResult:
 def train_arm(
     name: str, lora: LoRAConfig | None, learning_rate: float, steps: int, seed: int, adapter: Path | None
 ) -> ArmResult:
-    """Train the embedded model for ``steps`` steps on the embedded rows; write the adapter where one is asked for."""
+    """Train the embedded model on the embedded rows.
+
+    Args:
+        name: The method, for display.
+        lora: LoRA settings; None trains every weight.
+        learning_rate: The learning rate of full fine-tuning.
+        steps: Number of optimizer steps.
+        seed: Seed of data order and adapters.
+        adapter: Folder to write the adapter to. None: it is not written.
+    """
     _settle_process()
     seed_everything(seed, verbose=False)
     model = CausalLM(str(MODEL), learning_rate=learning_rate, lora=lora)
@@ -94,7 +99,7 @@ def train_arm(
 
 
 class _Record(Callback):
-    """Keeps losses and the time of the training steps."""
+    """Records losses and the time of the training steps."""
 
     def __init__(self) -> None:
         self.train_losses: list[float] = []
@@ -123,10 +128,9 @@ class _Record(Callback):
 def _settle_process() -> None:
     quiet_libraries()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # One process with two cores loads faster than it could tell workers what to do.
+    # These rows load faster in the main process than workers could pass them on.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def _peak_megabytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return (peak_bytes(torch.device("cpu")) or 0) / 2**20

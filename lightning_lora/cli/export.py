@@ -1,4 +1,4 @@
-"""From a run to files that other software loads."""
+"""Writes the adapter or the merged model of a run for other software."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from lightning_lora.errors import AdapterFileError, ConfigError
-from lightning_lora.files.adapter.folder import MANIFEST_FILE, read_adapter_folder
+from lightning_lora.files.adapter.folder import read_adapter_folder
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.files.adapter.vllm_rules import vllm_flags
@@ -29,21 +30,21 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
 
     Args:
         run: A run folder, a Lightning checkpoint, or an adapter folder.
-        out: The folder to write.
-        format: ``"peft"`` (adapter only) or ``"merged"`` (the whole model).
-        target: ``"vllm"`` also checks that vLLM accepts the result.
+        out: Folder to write.
+        format: ``"peft"`` (the adapter only) or ``"merged"`` (the whole model).
+        target: ``"vllm"`` also checks that vLLM accepts the result. None: no check.
 
     Returns:
-        What was done, in a sentence or two.
+        A sentence or two for the user about what was written.
 
     Raises:
-        ConfigError: If an argument is not one of those named.
-        AdapterFileError: If there is nothing to export, or vLLM would refuse it.
+        ConfigError: If ``format`` or ``target`` is unknown.
+        AdapterFileError: If there is nothing to export, or vLLM would refuse the result.
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if target not in (None, "vllm"):
-        raise ConfigError(f"--for knows vllm only, got {target!r}.")
+        raise ConfigError(f"--for must be vllm, got {target!r}.")
     source = find_source(Path(run))
     out = Path(out)
     if source.is_dir():
@@ -57,14 +58,14 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
 
 
 def find_source(run: Path) -> Path:
-    """The checkpoint or adapter folder that ``run`` stands for: itself, or the latest checkpoint in a run folder.
+    """The checkpoint or adapter folder to export: ``run`` itself, or the latest one in a run folder.
 
     Raises:
-        AdapterFileError: If there is none.
+        AdapterFileError: If a run folder holds neither.
     """
     if run.is_file() or (run / CONFIG_FILE).is_file():
         return run
-    # By optimizer step, not by file time: clocks jump, copies change times. Of two at one step, the checkpoint.
+    # The latest by optimizer step, as file times change with clocks and copies; at the same step the checkpoint.
     steps = {folder: _adapter_step(folder) for folder in run.rglob("adapters/last") if (folder / CONFIG_FILE).is_file()}
     steps |= {file: read_checkpoint(file)["global_step"] for file in sorted(run.rglob("*.ckpt"))}
     if not steps:
@@ -75,8 +76,7 @@ def find_source(run: Path) -> Path:
 
 
 def _adapter_step(folder: Path) -> int:
-    manifest = read_adapter_folder(folder).manifest
-    return -1 if manifest is None else manifest["summary"].get("step", -1)
+    return read_adapter_folder(folder).manifest.summary.get("step", -1)
 
 
 def _export_folder(source: Path, out: Path, format: str) -> None:
@@ -85,8 +85,8 @@ def _export_folder(source: Path, out: Path, format: str) -> None:
     if format == "merged":
         if not base or not Path(base).is_dir():
             raise AdapterFileError(
-                f"{source} was trained on {base!r}, which is no folder here: run `lightning-lora merge BASE {source} "
-                f"{out}`."
+                f"{source} was trained on {base!r}, which is not a folder on this machine: run `lightning-lora merge "
+                f"BASE {source} {out}`."
             )
         merge_files(base, source, out)
         return
@@ -109,11 +109,11 @@ def _export_checkpoint(source: Path, out: Path, format: str) -> None:
 def _load_task(source: Path) -> PretrainedTask:
     checkpoint = read_checkpoint(source)
     if CHECKPOINT_KEY not in checkpoint:
-        raise AdapterFileError(f"{source} is a full checkpoint, there is no adapter in it to export.")
+        raise AdapterFileError(f"{source} is a full checkpoint: it holds no adapter to export.")
     name = checkpoint[CHECKPOINT_KEY]["module"]
     if name not in _TASKS:
         raise AdapterFileError(
-            f"{source} was written by {name}, which only your code can build: load it there and call save_adapter()."
+            f"{source} was written by {name}, a class of yours: load it in your own code and call save_adapter()."
         )
     task = _TASKS[name].load_from_checkpoint(source, map_location="cpu", weights_only=True)
     assert isinstance(task, PretrainedTask)

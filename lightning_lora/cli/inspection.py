@@ -1,4 +1,4 @@
-"""What an adapter on disk is: base, ranks, roles, norms, spectra, health."""
+"""Reads an adapter on disk without its base: ranks, roles, norms, spectra, health."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.files.adapter.folder import MANIFEST_FILE, check_finite, read_adapter_folder
+from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.checkpoint_manifest import manifest_of
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
 from lightning_lora.lora.config import LoRAConfig
@@ -21,15 +22,15 @@ from lightning_lora.lora.layers.base import is_factor
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One adapted layer.
+    """Numbers of one adapted layer.
 
     Args:
-        name: Dotted name.
-        role: What the layer is in its model; ``"?"`` where the file does not say.
+        name: Dotted name of the layer.
+        role: Role of the layer in its model, such as ``"attention"``; ``"?"`` if the file does not say.
         rank: Inner dimension of the update.
         norm: Frobenius norm of the update, in weight units.
-        largest: Its largest singular value.
-        effective_rank: How many directions it really uses.
+        largest: Largest singular value of the update.
+        effective_rank: Number of directions that the update uses; see `lightning_lora.lora.functional.effective_rank`.
     """
 
     name: str
@@ -42,7 +43,7 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter folder or an adapter-only checkpoint, looked at without its base model."""
+    """Contents of an adapter folder or an adapter-only checkpoint."""
 
     path: Path
     kind: str
@@ -55,25 +56,25 @@ class Inspection:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Layers whose update is zero."""
+        """Names of the layers whose update is zero."""
         return tuple(layer.name for layer in self.layers if layer.norm == 0)
 
 
 def inspect_path(path: str | Path) -> Inspection:
-    """Read an adapter folder or an adapter-only Lightning checkpoint; hashes are verified where there are any.
+    """Read an adapter folder or an adapter-only Lightning checkpoint; hashes are verified if it has any.
 
     Raises:
-        AdapterFileError: If it is neither, or damaged.
+        AdapterFileError: If ``path`` is neither, or damaged.
     """
     path = Path(path)
     return _inspect_folder(path) if path.is_dir() or not path.exists() else _inspect_checkpoint(path)
 
 
 def verify_hashes(inspection: Inspection) -> str:
-    """A sentence saying that all files agree with their hashes, which reading has just compared.
+    """A sentence for the user that all files agree with their hashes, which `inspect_path` has compared.
 
     Raises:
-        AdapterFileError: If the path carries no hashes.
+        AdapterFileError: If the adapter has no hashes.
     """
     path = inspection.path
     manifest = path / MANIFEST_FILE if path.is_dir() else manifest_of(path)
@@ -84,18 +85,17 @@ def verify_hashes(inspection: Inspection) -> str:
 
 def _inspect_folder(path: Path) -> Inspection:
     folder = read_adapter_folder(path)
-    manifest = folder.manifest or {}
-    roles = {name: layer["role"] for name, layer in manifest.get("layers", {}).items()}
-    alphas = {name: layer["alpha"] for name, layer in manifest.get("layers", {}).items()}
+    manifest = folder.manifest
+    roles = {name: entry.role for name, entry in manifest.layers.items()}
     return Inspection(
         path=path,
-        kind="adapter folder" if folder.manifest else "PEFT adapter folder",
+        kind="adapter folder" if manifest.is_present else "PEFT adapter folder",
         base=folder.peft.get("base_model_name_or_path"),
-        fingerprint=manifest.get("base_fingerprint"),
+        fingerprint=manifest.base_fingerprint or None,
         config=folder.config,
-        layers=_layers(folder.factors, folder.config, roles, alphas or folder.config.alpha_pattern),
+        layers=_layers(folder.factors, folder.config, roles, manifest.alphas or folder.config.alpha_pattern),
         trained=tuple(folder.trained),
-        summary=manifest.get("summary", {}),
+        summary=manifest.summary,
     )
 
 

@@ -1,4 +1,4 @@
-"""An inspection as text for a terminal."""
+"""Prints an inspection on a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_lora.errors import first_five
 
 
 def show(inspection: Inspection) -> None:
-    """Print what the adapter is, a row for each role."""
+    """Print base, training and health of the adapter, and a table with one row per role."""
     console = Console(highlight=False, soft_wrap=True)
     summary = ", ".join(f"{name} {_short(value)}" for name, value in inspection.summary.items())
     console.print(f"{inspection.path}: {inspection.kind}, base {inspection.base or 'not recorded'}")

@@ -1,4 +1,4 @@
-"""``lightning-lora probe``: what ``fit`` would train, with other batches, and no trace of a run."""
+"""``lightning-lora probe``: trains as ``fit`` does, tries other batch sizes, and writes no run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from typing_extensions import override
 from lightning_lora.callbacks import AdapterCheckpoint, AdaptiveAccumulation, BatchSizeMonitor, MergeOnFitEnd
 from lightning_lora.errors import ConfigError, GuardError
 from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.trainer_access import found
 
 FOLDER = "batch_probe"
 AT = 100
-"""Optimizer steps before the probe, by default: the noise scale is measured from step 50 on."""
-_LEFT_OUT = (Checkpoint, AdapterCheckpoint, MergeOnFitEnd, AdaptiveAccumulation)
+"""Default number of optimizer steps before the probe; the noise scale is measured from step 50 on."""
+_REMOVED = (Checkpoint, AdapterCheckpoint, MergeOnFitEnd, AdaptiveAccumulation)
 
 
 class ProbingTrainer(Trainer):
-    """A Trainer that can also probe."""
+    """Lightning's Trainer with one more method, `probe`."""
 
     def probe(
         self,
@@ -33,50 +34,51 @@ class ProbingTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train for a while, then try other batches on the rows that come next, and say which do no harm.
+        """Train for a while, try other batch sizes on the rows that come next, and report which do no harm.
 
         Args:
-            model: To train.
-            train_dataloaders: As in ``fit``.
-            val_dataloaders: As in ``fit``.
-            datamodule: As in ``fit``.
-            ckpt_path: A checkpoint of ``fit`` to start from; the probe comes at step ``at``, or after the next one.
-            weights_only: As in ``fit``.
+            model: The module to train.
+            train_dataloaders: Training data, unless a data module is given.
+            val_dataloaders: Validation data, unless a data module is given.
+            datamodule: A data module with training data.
+            ckpt_path: A checkpoint of ``fit`` to start from; the probe runs at step ``at``, or after the next step.
+            weights_only: Load the checkpoint without unpickling. None: as Lightning decides.
 
         Raises:
-            GuardError: If the run ended before it came to the probe.
+            GuardError: If the run ended before the probe.
         """
-        (probe,) = (callback for callback in self.callbacks if isinstance(callback, BatchProbe))  # pyright: ignore[reportAttributeAccessIssue]
+        probe = found(self, BatchProbe)
+        assert probe is not None
         try:
             self.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         except SIGTERMException as stop:
-            raise SystemExit(143) from stop  # Lightning would say that all is well
+            raise SystemExit(143) from stop  # Lightning would exit with code 0
         if probe.result is None:
             raise GuardError(f"the run ended at step {self.global_step}, before the probe at {probe.at:g}.")
 
 
-def probing(config: dict[str, Any]) -> None:
-    """Change settings of a Trainer for `ProbingTrainer.probe`: it writes into a folder of its own, and no checkpoint.
+def prepare_probe(config: dict[str, Any]) -> None:
+    """Change the arguments of a Trainer for `ProbingTrainer.probe`: a folder of its own, no logger, no checkpoints.
 
     Args:
-        config: Arguments of a Trainer; changed.
+        config: Arguments of a Trainer; modified in place.
 
     Raises:
-        ConfigError: If there is a `BatchProbe` among its callbacks.
+        ConfigError: If the callbacks hold a `BatchProbe`.
     """
     given = config.get("callbacks") or []
     callbacks: list[Callback] = [each for each in (given if isinstance(given, list) else [given])]
     if any(isinstance(callback, BatchProbe) for callback in callbacks):
-        raise ConfigError("the config has a BatchProbe of its own: drop it, or run `fit`, which it works in.")
+        raise ConfigError("the config has a BatchProbe of its own: remove it, or run `fit`, where it works.")
     if not any(isinstance(callback, BatchSizeMonitor) for callback in callbacks):
         callbacks.append(BatchSizeMonitor())
-    config["callbacks"] = [*(each for each in callbacks if not isinstance(each, _LEFT_OUT)), _NoValidation()]
+    config["callbacks"] = [*(each for each in callbacks if not isinstance(each, _REMOVED)), _NoValidation()]
     config["default_root_dir"] = str(Path(config.get("default_root_dir") or ".") / FOLDER)
     config |= {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
 
 
 class _NoValidation(Callback):
-    """The probe scores by itself, and stopping a run validates it."""
+    """Switches validation off: the probe computes its own losses, and Lightning validates when a run stops."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Keeping the libraries below us from filling the output of a command."""
+"""Keeps the libraries below us from filling the output of a command."""
 
 from __future__ import annotations
 
@@ -6,21 +6,42 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 
-import datasets
-from transformers.utils.logging import disable_progress_bar
+# Logger and words of each message that is left out; nobody who trains a model can act on any of them.
+_NOISE = (
+    ("lightning.pytorch.utilities.rank_zero", "💡"),
+    # Kernels for other GPUs than this machine has; torchao works without them.
+    ("torchao", "Failed to load"),
+    ("torch.utils._pytree", "is an Enum subclass"),
+    ("bitsandbytes.backends.cpu.ops", "from kernels-community"),
+    # Every 8-bit layer says it in every batch of an evaluation.
+    ("bitsandbytes.autograd._functions", "inputs will be cast"),
+)
 
 
 def quiet_libraries() -> None:
-    """No advertisements, no deprecations between libraries, and no progress bars in log files."""
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(lambda record: "💡" not in record.getMessage())
-    # Said by every 8-bit layer in every batch of an evaluation.
-    once_is_enough = logging.getLogger("bitsandbytes.autograd._functions")
-    once_is_enough.addFilter(lambda record: "inputs will be cast" not in record.getMessage())
-    # Lightning 2.6 asks torch 2.13 in a way that torch will drop; nobody here can act on it.
+    """Leave out advertisements, notes of one library to another, and progress bars in log files.
+
+    Nothing is imported for it: it works for libraries that are imported later. A second call changes nothing.
+    """
+    for logger, words in _NOISE:
+        logging.getLogger(logger).addFilter(_LeaveOut(words))
+    # Lightning 2.6 asks torch 2.13 in a way that torch will drop.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
-        disable_progress_bar()
-        datasets.disable_progress_bars()
+        # transformers reads the variable when it is imported, here and in the processes that a strategy starts.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class _LeaveOut:
+    """A logging filter; equal ones are added to a logger once."""
+
+    words: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.words not in record.getMessage()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
+
+if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
+    from transformers import PreTrainedModel
 
 
 def read_config(name: str, **overrides: Any) -> PreTrainedConfig:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.sharding import parallelize_lora, shard_lora
+
+if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
+    from transformers import PreTrainedModel
 
 
 def check_loadable(trainer: Trainer | None) -> None:

@@ -6,19 +6,19 @@ import dataclasses
 import math
 import warnings
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric
-from transformers import AutoTokenizer, PreTrainedModel, get_scheduler
+from transformers import AutoTokenizer
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError, closest
+from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
@@ -29,6 +29,9 @@ from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.loading import head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, loading_arguments
+
+if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
+    from transformers import PreTrainedModel
 
 SCHEDULES = ("constant", "linear", "cosine")
 BASE_DTYPES = ("float32", "bfloat16", "float16")
@@ -149,6 +152,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         if self.warmup_steps >= steps:
             rank_zero_warn(f"warmup_steps={self.warmup_steps}, but the run has {steps} steps: it never leaves warm-up.")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        from transformers import get_scheduler  # imports torchao, bitsandbytes and peft: not for `fit --help`
+
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -238,4 +243,5 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{closest(str(value), choices)}")
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -18,9 +18,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lightning_lora import LoRAConfig, load_adapter
 from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoRA
 from lightning_lora.errors import ConfigError
-from tests.integration.scripts import ranks
 from tests.support import resuming, toys
-from tests.support.resuming import DiceyFull, DiceyLoRA, differences, unlike
+from tests.support.resuming import DiceyFull, DiceyLoRA, unlike
 from tests.support.toys import Plain, Toy
 
 pytestmark = [*toys.expected_warnings]
@@ -227,16 +226,16 @@ def test_an_exception_leaves_the_weights(tmp_path: Path) -> None:
 def test_a_checkpoint_without_an_average_begins_one_with_a_warning(tmp_path: Path) -> None:
     fit(Toy(), tmp_path).save_checkpoint(tmp_path / "a.ckpt")
     trainer = toys.trainer(tmp_path, callbacks=[AdapterEMA()], max_epochs=2)
-    with pytest.warns(UserWarning, match="written without AdapterEMA: averaging begins with its weights"):
+    with pytest.warns(UserWarning, match="written without AdapterEMA: the average starts with its weights"):
         trainer.fit(Toy(), toys.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": 1.0}, r"decay must be 0 or more and below 1, got 1\.0"),
+        ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1\.0"),
         ({"decay": float("nan")}, "decay must be"),
-        ({"update_every_n_steps": 0}, "update_every_n_steps must be 1 or more, got 0"),
+        ({"update_every_n_steps": 0}, "update_every_n_steps must be at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -247,7 +246,7 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="AdapterEMA and EMAWeightAveraging would both"):
         fit(Toy(), tmp_path, AdapterEMA(), EMAWeightAveraging())
-    with pytest.raises(ConfigError, match=r"ModelCheckpoint\(save_weights_only=True\) asks no callback"):
+    with pytest.raises(ConfigError, match=r"ModelCheckpoint\(save_weights_only=True\) writes without asking callbacks"):
         fit(Toy(), tmp_path, AdapterEMA(), ModelCheckpoint(tmp_path, save_weights_only=True), enable_checkpointing=True)
 
 
@@ -274,75 +273,5 @@ def test_a_checkpoint_of_another_average_is_refused(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer = toys.trainer(tmp_path, callbacks=[AdapterEMA()], max_epochs=2)
     told = pytest.warns(UserWarning, match=r"Please add the following callbacks: \['EMAWeightAveraging'\]")
-    with told, pytest.raises(ConfigError, match="average is not of AdapterEMA"):
+    with told, pytest.raises(ConfigError, match="was not written by AdapterEMA"):
         trainer.fit(Toy(), toys.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-
-
-SCRIPT = """
-import sys, warnings
-warnings.simplefilter("ignore")
-from pathlib import Path
-import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_lora.callbacks import AdapterCheckpoint, AdapterEMA
-from lightning_lora.sharding import shard_lora
-from tests import resuming, toys
-
-kind, folder = sys.argv[1], Path(sys.argv[2])
-
-class Ours(resuming.DiceyLoRA):
-    def configure_model(self):
-        torch.manual_seed(1)
-        self.apply_lora()
-        if kind == "fsdp2":
-            shard_lora(self.net, self.device_mesh)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
-
-def run(place=None):
-    torch.manual_seed(0)
-    settings = {"devices": 2, "strategy": "ddp"}
-    if kind == "fsdp2":
-        settings["strategy"] = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-    recorder = resuming.Recorder(folder if place is None else None)
-    ema = AdapterEMA(0.6)
-    callbacks = [recorder, ema, AdapterCheckpoint(str(folder / f"adapters{place}"))]
-    trainer = toys.trainer(folder, max_epochs=2, accumulate_grad_batches=2, callbacks=callbacks, **settings)
-    loader = torch.utils.data.DataLoader(toys.rows(4 * resuming.NUM_BATCHES), batch_size=2)
-    path = None if place is None else folder / f"{place}.ckpt"
-    trainer.fit(Ours(), loader, toys.loader(4), ckpt_path=path, weights_only=True)
-    trainer.save_checkpoint(folder / f"end{place}.ckpt")
-    return ema
-
-ema = run()
-if kind == "fsdp2":
-    held = sum(t.to_local().numel() for t in ema._average.values())
-    whole = sum(t.numel() for t in ema._average.values())
-    assert held < 0.7 * whole, (held, whole)
-run("batch-0-3")
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_average_what_each_holds(kind: str, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    ranks.run(script, kind, tmp_path)
-    ends = [torch.load(tmp_path / f"end{place}.ckpt", weights_only=True) for place in (None, "batch-0-3")]
-    assert not differences(*ends), differences(*ends)[:5]
-    steps = [
-        torch.load(tmp_path / f"batch-{epoch}-{batch}.ckpt", weights_only=True)["current_model_state"]
-        for epoch in (0, 1)
-        for batch in (2, 4, 6, 7)
-    ]
-    assert toys.same({name: ends[0]["state_dict"][name] for name in steps[0]}, torchs(steps))
-    other = DiceyLoRA()
-    other.apply_lora()
-    load_adapter(other, tmp_path / "adaptersNone" / "last", allow_other_base=True)
-    assert toys.same(
-        {name: tensor for name, tensor in trained(other).items() if "lora_" in name},
-        {name: tensor for name, tensor in ends[0]["state_dict"].items() if "lora_" in name},
-    )

@@ -68,12 +68,12 @@ def test_one_module_may_meet_equal_settings_again(tmp_path: Path) -> None:
     module = Plain()
     fit(module, tmp_path, LoRA(CONFIG))
     toys.trainer(tmp_path, callbacks=[LoRA(LoRAConfig(rank=2))]).test(module, toys.loader(), verbose=False)
-    with pytest.raises(ConfigError, match="Plain brings its own LoRA"):
+    with pytest.raises(ConfigError, match="Plain has LoRA settings of its own"):
         fit(module, tmp_path, LoRA(LoRAConfig(rank=1)))
 
 
 def test_a_module_with_the_mixin_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Toy brings its own LoRA: give it its settings, or drop the callback"):
+    with pytest.raises(ConfigError, match="Toy has LoRA settings of its own: change those, or drop the callback"):
         fit(Toy(), tmp_path, LoRA(LoRAConfig(rank=1)))
 
 

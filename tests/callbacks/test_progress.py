@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -17,8 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora.batch.counting import count_items
-from lightning_lora.callbacks.progress import LoRAProgressBar, Pace
+from lightning_lora.callbacks.progress import LoRAProgressBar, Throughput
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.adapter import inject_lora
 from lightning_lora.lora.config import LoRAConfig
@@ -225,48 +220,26 @@ def test_zero_steps_between_lines_are_refused() -> None:
         LoRAProgressBar(every_n_steps=0)
 
 
-IDS, MASK = torch.zeros(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
-
-
-@pytest.mark.parametrize(
-    ("batch", "expected"),
-    [
-        ({"input_ids": IDS, "attention_mask": MASK}, (7, "tokens")),
-        ({"input_ids": IDS, "attention_mask": MASK.bool()}, (7, "tokens")),
-        ({"input_ids": IDS, "attention_mask": torch.zeros(2, 1, 5, 5)}, (10, "tokens")),
-        ({"input_ids": IDS}, (10, "tokens")),
-        ({"names": ["x"], "images": torch.zeros(3, 8)}, (3, "rows")),
-        (torch.zeros(4, 8), (4, "rows")),
-        (["x", (None, torch.zeros(6, 8))], (6, "rows")),
-        (torch.tensor(1.0), (1, "rows")),
-        ("nothing to count", (0, None)),
-    ],
-)
-def test_what_a_batch_holds(batch: Any, expected: tuple[int, str | None]) -> None:
-    count, unit = count_items(batch)
-    assert (int(count), unit) == expected
-
-
 def test_tokens_per_second_are_shown_when_known(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(Tiny(), LoRAProgressBar(), data=DataLoader([{"input_ids": row} for row in IDS]))  # pyright: ignore[reportArgumentType]
+    fit(Tiny(), LoRAProgressBar(), data=DataLoader([{"input_ids": row} for row in torch.zeros(2, 5, dtype=torch.long)]))  # pyright: ignore[reportArgumentType]
     assert "  tokens/s " in printed(capsys)[0]
 
 
-def test_pace_leaves_pauses_out_and_starts_a_new_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_leaves_pauses_out_and_starts_a_new_window(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    pace = Pace()
+    throughput = Throughput()
     for second in (1.0, 2.0):
         now = second
-        pace.add({"input_ids": IDS})
-    pace.pause()
+        throughput.add({"input_ids": torch.zeros(2, 5)})
+    throughput.pause()
     now = 50.0
-    pace.resume()
-    assert pace.read() == ("tokens", 10.0)
-    assert pace.read() is None
+    throughput.resume()
+    assert throughput.read() == ("tokens", 10.0)
+    assert throughput.read() is None
     now = 54.0
-    pace.add(torch.zeros(2, 1))
-    assert pace.read() == ("rows", 0.5)
+    throughput.add(torch.zeros(2, 1))
+    assert throughput.read() == ("rows", 0.5)
 
 
 def test_validation_time_does_not_slow_the_shown_speed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,53 +257,3 @@ def test_validation_time_does_not_slow_the_shown_speed(capsys: pytest.CaptureFix
     speed = re.search(r"rows/s ([\d,.]+)", line)
     assert speed is not None
     assert float(speed[1].replace(",", "")) > 20  # 20 rows; 13 a second or fewer if 1.5 s of validation counted
-
-
-SCRIPT = """
-    import sys, time, warnings
-    warnings.simplefilter("ignore")
-    from tests.callbacks.test_progress import TinyWithValidation, batches, fit
-    from lightning_lora.callbacks.progress import LoRAProgressBar
-    class Slow(TinyWithValidation):
-        def training_step(self, batch, batch_idx):
-            time.sleep(0.1)
-            self.log("mine", 3.0, prog_bar=True)
-            return super().training_step(batch, batch_idx)
-    bar = LoRAProgressBar(every_n_steps=1)
-    fit(Slow(), bar, val=batches(1))
-    print("plain:", bar.plain)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
-@pytest.mark.parametrize("variable", ["", "NO_COLOR=1", "TERM=dumb"])
-def test_a_bar_on_a_terminal(variable: str) -> None:
-    import pty
-
-    name, _, value = variable.partition("=")
-    environment = {key: text for key, text in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-    environment |= {"TERM": "xterm-256color", "COLUMNS": "200"} | ({name: value} if name else {})
-    controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
-    process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, env=environment)
-    os.close(terminal)
-    chunks = []
-    while True:
-        try:
-            chunk = os.read(controller, 65536)
-        except OSError:  # Linux says "input/output error" where others say end of file
-            break
-        if not chunk:
-            break
-        chunks.append(chunk)
-    os.close(controller)
-    assert process.wait() == 0
-    out = b"".join(chunks).decode()
-    if name == "TERM":
-        assert "plain: True" in out
-        assert "\x1b" not in out
-        return
-    assert "plain: False" in out
-    assert "validation at" not in out
-    assert re.search(r"loss: \d+ lr: 0\.25 rows/s: [\d,.]+ memory: [\d,]+ MB mine: 3\.000", out)
-    assert ("\x1b[38;" in out or "\x1b[3;" in out) != (name == "NO_COLOR")

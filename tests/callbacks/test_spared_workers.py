@@ -21,7 +21,7 @@ SPARED = ("INT", "TERM")
 LEFT_OVER = """
 import sys
 from lightning_lora.callbacks.spared_workers import spare_workers
-from tests import toys
+from tests.support import toys
 from torch.utils.data import DataLoader
 
 trainer = toys.trainer(sys.argv[1])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora import load_adapter
 from lightning_lora.cli import main as cli
-from lightning_lora.cli.demo_arm import MODEL, TRAIN, VALIDATION
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.files.checkpoint_manifest import SUFFIX
 
 CONFIGS = Path(__file__).parents[2] / "cli_configs"

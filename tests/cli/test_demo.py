@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lightning_lora.cli.demo_arm import MODEL
+from lightning_lora.cli.embedded import MODEL
 from tests.cli.test_commands import assert_same_logits, lightning_lora
 
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_lora.cli.demo_arm import MODEL, TRAIN, VALIDATION
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from tests.cli.test_commands import configs, lightning_lora, tree
 from tests.support.quantised_models import difference
 

@@ -76,4 +76,4 @@ def test_every_setting_is_kept_as_a_hyperparameter(kind: type[PretrainedTask], l
 
 def test_an_unknown_setting_of_a_base_class_gets_its_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_lora.cli.parser._OURS", (SequenceClassifier,))
-    assert LoRAArgumentParser()._meant("Option 'quantisation' is not accepted") == "; did you mean 'quantization'?"
+    assert LoRAArgumentParser()._nearest("Option 'quantisation' is not accepted") == "; did you mean 'quantization'?"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_lora.errors import ConfigError
+
+Mixin = TypeVar("Mixin")
 
 _MADE: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
@@ -48,3 +50,11 @@ def _origin(swapped: type) -> tuple[type[nn.Module], type[nn.Module]]:
 def _rebuild(kind: type[nn.Module], module_type: type[nn.Module]) -> nn.Module:
     made = swapped_type(kind, module_type)
     return made.__new__(made)
+
+
+def mix_in(value: object, mixin: type[Mixin]) -> Mixin:
+    """Put ``mixin`` in front of the class of ``value``, which keeps the name of its class; returns ``value``."""
+    kind = type(value)
+    value.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
+    assert isinstance(value, mixin)
+    return value

@@ -1,0 +1,94 @@
+"""Draw the rooms of the package and who imports whom, from the imports themselves.
+
+    python -m docs.rooms
+
+Writes docs/images/rooms.svg. tests/test_docs.py fails where the picture no longer tells the truth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from tests.support.imports import MODULES, imports, room
+from tests.test_architecture import ROOMS
+
+PICTURE = Path(__file__).parent / "images" / "rooms.svg"
+ABOUT = {
+    "cli": "commands",
+    "study": "runs compared in pairs",
+    "tasks": "LightningModules ready to run",
+    "callbacks": "one callback a file",
+    "batch": "rows of a step, and their noise",
+    "mixin": "LoRA in a LightningModule",
+    "checkpoints": "what they hold, exact resume",
+    "sharding": "strategies, FSDP2, tensor parallel",
+    "files": "adapter folders, merging, safetensors",
+    "data": "files and datasets to batches",
+    "lora": "LoRA on any module",
+    "trainer_access": "callbacks and folder of a Trainer",
+    "effective_batch": "rows of an optimizer step",
+    "hub": "hub access",
+    "errors": "every error; all rooms import it, without an arc",
+}
+ROW, LEFT, WIDTH, TOP = 46, 16, 340, 16
+STYLE = """
+  text { font: 14px system-ui, sans-serif; fill: #1f2933 }
+  .about { font-size: 12px; fill: #52606d }
+  .box { fill: #f5f7fa; stroke: #9aa5b1 }
+  .ground { fill: #fff }
+  path { fill: none; stroke: #3e6fb0; stroke-opacity: .55 }
+  .page { fill: #fff }
+"""
+
+
+def edges() -> Counter[tuple[str, str]]:
+    """Number of imports from a room to another."""
+    found: Counter[tuple[str, str]] = Counter()
+    for name in MODULES:
+        for other in imports(name) & MODULES.keys():
+            pair = room(name), room(other)
+            if pair[0] != pair[1] and pair[1] != "errors" and set(pair) <= ABOUT.keys():
+                found[pair] += 1
+    return found
+
+
+def size(name: str) -> str:
+    count = sum(room(module) == name for module in MODULES)
+    return f"{count} files" if count > 1 else ""
+
+
+def picture() -> str:
+    """An SVG: rooms from the top to the ground, an arc for the imports between two, thicker for more."""
+    order = [name for name in reversed(ROOMS) if name in ABOUT]
+    middle = {name: TOP + ROW * row + ROW / 2 for row, name in enumerate(order)}
+    lines = []
+    for name in order:
+        y = middle[name]
+        kind = "box ground" if MODULES[f"lightning_lora.{name}"].stem == name else "box"
+        lines += [
+            f'<rect class="{kind}" x="{LEFT}" y="{y - 19:g}" width="{WIDTH}" height="38" rx="5"/>',
+            f'<text x="{LEFT + 10}" y="{y - 2:g}">{name}</text>',
+            f'<text class="about" x="{LEFT + 10}" y="{y + 13:g}">{ABOUT[name]}</text>',
+            f'<text class="about" x="{LEFT + WIDTH - 10}" y="{y - 2:g}" text-anchor="end">{size(name)}</text>',
+        ]
+    right = LEFT + WIDTH
+    for (importer, imported), count in sorted(edges().items()):
+        start, end = middle[importer], middle[imported]
+        # Arcs to the right run down; one to the left would run up.
+        out = right + (end - start) * 0.55 if end > start else LEFT + (end - start) * 0.55
+        side = right if end > start else LEFT
+        width = 1 + min(count, 24) / 6
+        lines.append(
+            f'<path d="M{side} {start + 6:g} C{out:g} {start + 6:g} {out:g} {end - 6:g} {side} {end - 6:g}" '
+            f'stroke-width="{width:.1f}"><title>{importer} imports {imported}: {count}</title></path>'
+        )
+    height, width = TOP * 2 + ROW * len(order), right + round(ROW * len(order) * 0.45)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    title = "<title>Rooms of lightning_lora: every import runs down</title>"
+    ground = f'<rect class="page" width="{width}" height="{height}"/>'
+    return "\n".join([head, title, f"<style>{STYLE}</style>", ground, *lines, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(picture())

@@ -1,0 +1,187 @@
+"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict`` and ``probe``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_lora.callbacks import (
+    AdapterCheckpoint,
+    CheckpointGuard,
+    FiniteGradients,
+    GracefulStop,
+    LoRA,
+    LoRAGuard,
+    LoRAProgressBar,
+    MemoryAdvice,
+    RankWatch,
+    RunLock,
+    SteadyLoggers,
+    TargetBatchSize,
+)
+from lightning_lora.checkpoints.fallback import choose_checkpoint
+from lightning_lora.cli.parser import LoRAArgumentParser
+from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
+from lightning_lora.cli.quiet import quiet_libraries
+from lightning_lora.errors import ConfigError
+from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.trainer_access import found
+
+# What a config may name: a class path imports and calls whatever it points at.
+ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
+ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
+# RunLock comes first: nothing may be written in a folder where another run writes.
+DEFAULTS = (
+    RunLock,
+    RankWatch,
+    GracefulStop,
+    FiniteGradients,
+    MemoryAdvice,
+    LoRAGuard,
+    CheckpointGuard,
+    AdapterCheckpoint,
+    SteadyLoggers,
+)
+# A probe leaves nothing behind that a run could go on from.
+PROBE_DEFAULTS = (RunLock, FiniteGradients, MemoryAdvice, LoRAGuard)
+
+
+class LoRACLI(LightningCLI):
+    """A LightningCLI for modules with LoRA, and what `lightning-lora fit` runs.
+
+    In a script of your own: ``from lightning_lora.cli import LoRACLI`` and ``LoRACLI(MyModule, MyData)``. Arguments are
+    those of LightningCLI; a model or data class that is not given is chosen by class path in the config. The optimizer
+    is the module's own: the one LightningCLI would build sees the parameters before the adapters exist, and trains
+    nothing. The callbacks of `DEFAULTS` and `LoRAProgressBar` are added unless the config brings its own.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        quiet_libraries()
+        kwargs.setdefault("seed_everything_default", 0)
+        kwargs.setdefault("parser_class", LoRAArgumentParser)
+        kwargs.setdefault("trainer_class", ProbingTrainer)
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        kwargs.setdefault("parser_kwargs", {name: {"epilog": _example(name)} for name in self.subcommands()})
+        super().__init__(*args, auto_configure_optimizers=False, **kwargs)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands, and ``probe``, which takes the arguments of ``fit``."""
+        subcommands = LightningCLI.subcommands()
+        return subcommands | {"probe": subcommands["fit"]}
+
+    def before_fit(self) -> None:
+        """Lock the run folder before loggers are used: a CSV logger deletes the metrics that it finds."""
+        if lock := found(self.trainer, RunLock):
+            lock.acquire(self.trainer)
+
+    def before_probe(self) -> None:
+        """Lock the folder of the probe."""
+        self.before_fit()
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings that belong to no class of the config."""
+        parser.add_argument(
+            "--allow_other_base",
+            type=bool,
+            default=False,
+            help="Load a checkpoint even if its adapter was trained on other base weights.",
+        )
+        parser.add_argument(
+            "--target_batch_size",
+            type=int | None,
+            default=None,
+            help="Rows per optimizer step on all devices: sets the accumulation, and lowers batch_size if it must.",
+        )
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "probe":
+            parser.add_lightning_class_args(BatchProbe, "batch_probe")
+            parser.set_defaults({"batch_probe.at": AT, "batch_probe.stop": True})
+        return parser
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Pass ``allow_other_base`` on to the module and the callback that load adapters."""
+        super().instantiate_classes()
+        if self._get(self.config_init, "allow_other_base"):
+            self.model.lora_allow_other_base = True  # pyright: ignore[reportAttributeAccessIssue]
+            if lora := found(self.trainer, LoRA):
+                lora.allow_other_base = True
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        defaults = DEFAULTS
+        if self.subcommand == "probe":
+            prepare_probe(config)
+            self.save_config_callback, defaults = None, PROBE_DEFAULTS
+        own = config.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        progress = () if config.get("enable_progress_bar") is False else ((LoRAProgressBar, ProgressBar),)
+        for default, kind in (*((default, default) for default in defaults), *progress):
+            if not any(isinstance(callback, kind) for callback in own):
+                callbacks.append(default())
+        if (rows := self._get(self.config_init, "target_batch_size")) is not None:
+            if any(isinstance(callback, TargetBatchSize) for callback in own):
+                raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
+            callbacks.append(TargetBatchSize(rows))
+        return super()._instantiate_trainer(config, callbacks)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Verify a checkpoint before its settings are read; ``fit`` may take the whole one beside a damaged one."""
+        subcommand = self.config.get("subcommand")
+        settings: Any = self.config[subcommand] if subcommand else {}
+        path = settings.get("ckpt_path")
+        if path and Path(path).is_file():
+            whole = choose_checkpoint(Path(path), fall_back=subcommand in ("fit", "probe")).path
+            if not os.path.samefile(whole, path):
+                settings["ckpt_path"] = str(whole)
+        super()._parse_ckpt_path()
+
+
+def _example(subcommand: str) -> str:
+    return f"example: lightning-lora {subcommand} --config cli_configs/sft.yaml --config cli_configs/lora.yaml"
+
+
+def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
+    """Run ``fit`` or another command of `LoRACLI`.
+
+    Args:
+        arguments: The command and what follows it.
+        allowed: Prefixes of class paths that a config may name beside `ALLOWED_PREFIXES`.
+    """
+    if allowed:
+        # In the environment, so that the processes a strategy starts see them too.
+        os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
+    _restrict_imports()
+    sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
+    LoRACLI()
+    if torch.distributed.is_initialized():
+        # Threads of gloo that are left at exit may abort a process whose work is done.
+        torch.distributed.destroy_process_group()
+
+
+def _restrict_imports() -> None:
+    """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*ALLOWED_PREFIXES, *os.environ.get(ALLOW_VARIABLE, "").split()],
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,
+        add_print_completion_argument=True,
+    )

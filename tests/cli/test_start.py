@@ -1,0 +1,112 @@
+"""What a command imports before it does anything, in fresh processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_lora import LoRAConfig, inject_lora, save_adapter
+from lightning_lora.cli import LoRACLI, main
+from tests.support import toys
+
+# Prints what main() prints, then its exit code and what is loaded of the libraries named after "--".
+START = """
+import sys
+from lightning_lora.cli.main import main
+
+place = sys.argv.index("--")
+arguments, libraries = sys.argv[1:place], sys.argv[place + 1:]
+try:
+    code = main(arguments)
+except SystemExit as exit:
+    code = exit.code
+print("loaded", code, *(name for name in libraries if name in sys.modules))
+"""
+MODELS = ("lightning", "transformers", "datasets", "torchmetrics", "peft", "bitsandbytes", "torchao")
+
+
+def start(*arguments: object, libraries: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Output of a command, and the exit code with the names of the libraries that it loaded."""
+    done = toys.run_python(START, *arguments, "--", *libraries)
+    printed, _, loaded = done.stdout.rpartition("loaded ")
+    return printed + done.stderr, loaded.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], "0", "usage: lightning-lora"),
+        ([], "2", "usage: lightning-lora"),
+        (["--version"], "0", "lightning-lora 0."),
+        (["mrege"], "2", "error: unknown command 'mrege'; did you mean 'merge'"),
+        (["fti"], "2", "error: unknown command 'fti'; did you mean 'fit'"),
+        (["merge", "--help"], "0", "example: lightning-lora merge"),
+        (["inspect"], "2", "the following arguments are required: path"),
+    ],
+)
+def test_help_version_and_typing_errors_need_no_torch(arguments: list[str], code: str, words: str) -> None:
+    printed, loaded = start(*arguments, libraries=("torch", "numpy", "rich", *MODELS))
+    assert words in printed
+    assert loaded == [code]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the weights of a module and an adapter for them."""
+    folder = tmp_path_factory.mktemp("net")
+    module = toys.Net()
+    (folder / "base").mkdir()
+    save_file(module.state_dict(), folder / "base" / "model.safetensors")
+    inject_lora(module, LoRAConfig(rank=2))
+    with torch.no_grad():
+        module.get_parameter("first.lora_B").fill_(0.5)
+    save_adapter(module, folder / "adapter")
+    return folder
+
+
+def test_inspect_and_merge_need_torch_alone(net: Path, tmp_path: Path) -> None:
+    printed, loaded = start("inspect", net / "adapter", "--verify", libraries=MODELS)
+    assert "verified: every file" in printed
+    assert loaded == ["0"]
+    printed, loaded = start("merge", net / "base", net / "adapter", tmp_path / "merged", libraries=MODELS)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert loaded == ["0"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "nowhere"],
+        ["merge", "nowhere", "nowhere", "out"],
+        ["merge", "nowhere", "nowhere", "out", "--dtype=float8"],
+        ["export", "nowhere", "out"],
+        ["export", "nowhere", "out", "--format=gguf"],
+        ["export", "nowhere", "out", "--for=ollama"],
+        ["consolidate", "nowhere", "out"],
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_fit_loads_no_model_and_no_library_of_quantisation() -> None:
+    libraries = ("torchao", "bitsandbytes", "peft", "accelerate", "transformers.modeling_utils")
+    printed, loaded = start("fit", "--help", libraries=libraries)
+    assert "lightning_lora.tasks.CausalLM" in printed
+    assert "lightning_lora.data.SFTDataModule" in printed
+    assert loaded == ["0"]
+
+
+def test_commands_of_the_trainer_are_those_of_the_cli() -> None:
+    assert set(main.TRAINER_COMMANDS) == set(LoRACLI.subcommands())
