@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
-from lightning_lora.files.adapter.peft_format import PREFIX, to_tensors
+from lightning_lora.files.adapter.peft_format import PREFIX
+from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 
 
@@ -47,7 +48,7 @@ def make_adapter(model: nn.Module, config: LoRAConfig, folder: Path, seed: int =
 
 def shared_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Factors of our adapted ``model``, or their gradients, by PEFT's names and in its layout."""
-    return to_tensors(model, tensors)
+    return PEFTLayout(model).tensors(tensors)
 
 
 def shared_name(layer: str, factor: str) -> str:

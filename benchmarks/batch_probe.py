@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig, LoRAMixin
-from lightning_lora.study import branch as branches
-from lightning_lora.study.batch_arms import Arms, compared
-from lightning_lora.study.batch_probe_result import Comparison
-from lightning_lora.study.branch import Branch
+from lightning_lora.study import branch
+from lightning_lora.study.batch_branches import BatchBranches
+from lightning_lora.study.branch import BranchPoint
+from lightning_lora.study.paired import Comparison, compared
 
 WIDTH, RANK = 48, 8
-ARMS = Arms(32, (32, 128, 512), 2048)
+BRANCHES = BatchBranches(32, (32, 128, 512), 2048)
 
 
 class Student(LoRAMixin):
@@ -70,11 +70,11 @@ def trial(seed: int) -> tuple[Comparison, Comparison, Comparison]:
         quiet |= {"enable_model_summary": False, "default_root_dir": folder}
         trainer = Trainer(accelerator="cpu", devices=1, max_epochs=1, **quiet)
         trainer.fit(student, rows(4096, 1000 + seed))
-    branch = Branch(student, trainer.optimizers[0].state_dict(), rows(4096, seed), micro_batch=512)
+    point = BranchPoint(student, trainer.optimizers[0].state_dict(), rows(4096, seed), micro_batch=512)
     held_out = rows(256, 7000 + seed), range(256)
-    losses = ARMS.train(branch, range(4096), held_out)
+    losses = BRANCHES.train(point, range(4096), held_out)
     four, sixteen, _ = compared(losses)
-    others = branch.losses_after(range(2048, 4096), 32, 1.0, held_out)
+    others = point.losses_after(range(2048, 4096), 32, 1.0, held_out)
     return four, sixteen, Comparison.of(32, 32, others[None] - losses[32])
 
 
@@ -86,7 +86,7 @@ def scaled_both_ways(group: dict[str, Any], before: float, after: float) -> None
 
 def row(rule: str, num_seeds: int) -> str:
     trials = [trial(seed) for seed in range(num_seeds)]
-    worse = [sum(each[arm].is_worse for each in trials) for arm in range(3)]
+    worse = [sum(each[place].is_worse for each in trials) for place in range(3)]
     deviations = torch.tensor([same.difference / same.error for _, _, same in trials])
     cells = [rule, *(f"{count} of {num_seeds}" for count in worse), f"{deviations.std():.2f}"]
     return f"| {' | '.join(cells)} |"
@@ -102,7 +102,7 @@ def main() -> None:
     print("| beta2 of larger batches | 4 x called worse | 16 x | same batch, other rows | standard errors apart, sd |")
     print("|---|---|---|---|---|")
     print(row("kept", num_seeds), flush=True)
-    branches.fit_to_batch = scaled_both_ways
+    branch.fit_to_batch = scaled_both_ways
     print(row("beta2 ** ratio", num_seeds))
 
 

@@ -61,7 +61,8 @@ def write_base(folder: Path, dtype: torch.dtype, largest: int, num_shards: int) 
 
 def write_adapter(folder: Path, base: Path, names: list[str], rank: int) -> None:
     """An adapter of all the matrices, as PEFT writes one."""
-    from lightning_lora.files.safetensors_file import read_header, safetensors_files
+    from lightning_lora.files.safetensors_file import safetensors_files
+    from lightning_lora.files.safetensors_header import read_header
 
     folder.mkdir()
     tensors, files = {}, safetensors_files(base)

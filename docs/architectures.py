@@ -1,8 +1,8 @@
-"""What `targets="all"` adapts in every architecture of the tests, and how exact merging is there.
+"""Write docs/architectures.md: what `targets="all"` adapts in each architecture of the tests, and the merge error.
 
     python -m docs.architectures
 
-Writes docs/architectures.md. All but the last column is checked by tests/architectures/test_architectures.py.
+tests/architectures/test_architectures.py checks all columns but the last.
 """
 
 from __future__ import annotations
@@ -15,53 +15,54 @@ import peft
 import torch
 import transformers
 
-from lightning_lora import merge_lora
+from lightning_lora import lora_layers, merge_lora
 from tests.architectures import ARCHITECTURES, Architecture
-from tests.architectures.laws import adapted, difference, output
+from tests.architectures.adapted_model import AdaptedModel, difference
 
 PAGE = Path(__file__).with_suffix(".md")
 HEADER = ("architecture", "family", "adapted weights", "left alone", "loads in PEFT", "merge error")
 INTRODUCTION = """# Architectures
 
-What `LoRAConfig(targets="all")` adapts, on tiny models with random weights. `tests/architectures/test_architectures.py` adapts each
-of them, trains it a step, saves, loads, merges and unmerges it; every parameter of two axes or more must be adapted
-there or be named under *left alone*. The *merge error* is the largest difference between the outputs of the adapted and
-of the merged model, relative to the largest output, in float32. `python -m docs.architectures` writes this page.
+`LoRAConfig(targets="all")` adapts these weights, on tiny models with random weights. For each architecture,
+`tests/architectures/test_architectures.py` adapts it, trains it for a step, saves, loads, merges and unmerges it. Every
+parameter with two axes or more must be adapted, or be named under *left alone*. The *merge error* is the largest
+difference between the outputs of the adapted and the merged model in float32, relative to the largest output.
+`python -m docs.architectures` writes this page.
 """
 
 
 def main() -> None:
-    lines = [line([*columns(entry), f"{merge_error(entry):.0e}"]) for entry in ARCHITECTURES]
+    models = [AdaptedModel(entry) for entry in ARCHITECTURES]
+    lines = [line([*columns(model), f"{merge_error(model):.0e}"]) for model in models]
     machine = f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
     table = [line(HEADER), line(["---"] * len(HEADER)), *lines]
     PAGE.write_text("\n".join([INTRODUCTION, *table, "", f"Measured on {machine}, peft {peft.__version__}.", ""]))
 
 
-def columns(entry: Architecture) -> list[str]:
+def columns(model: AdaptedModel) -> list[str]:
     """The cells of one line that do not depend on the machine."""
-    module, _ = adapted(entry)
-    weights = Counter(spec.role for layer in module.modules() for spec in getattr(layer, "lora_specs", {}).values())
+    layers = lora_layers(model.module).values()
+    weights = Counter(spec.role for layer in layers for spec in layer.lora_specs.values())
     adapts = ", ".join(f"{count} {role}" for role, count in weights.items())
-    return [entry.name, entry.family, adapts, left_alone(entry), entry.peft]
+    return [model.entry.name, model.entry.family, adapts, left_alone(model.entry), model.entry.peft]
 
 
 def left_alone(entry: Architecture) -> str:
-    """Reasons, each with the parameters it holds for."""
+    """Each reason with the parameters that it holds for."""
     reasons: dict[str, list[str]] = {}
     for pattern, reason in entry.left_out.items():
         reasons.setdefault(reason, []).append(f"`{pattern}`")
     return "; ".join(f"{reason} ({', '.join(patterns)})" for reason, patterns in reasons.items()) or "nothing"
 
 
-def merge_error(entry: Architecture) -> float:
-    """The last cell."""
-    module, _ = adapted(entry)
-    expected = output(entry, module)
-    merge_lora(module)
-    return difference(expected, output(entry, module))
+def merge_error(model: AdaptedModel) -> float:
+    """The last cell. Merges the model."""
+    merge_lora(model.module)
+    return difference(model.expected, model.output(model.module))
 
 
 def line(cells: list[str] | tuple[str, ...]) -> str:
+    """One line of the table."""
     return f"| {' | '.join(cells)} |"
 
 

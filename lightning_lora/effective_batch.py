@@ -1,4 +1,4 @@
-"""What one optimizer step learns from."""
+"""The effective batch: how many rows one optimizer step learns from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
 class EffectiveBatch:
-    """Rows of an optimizer step. Accumulation and devices *multiply* the micro-batch; neither divides it.
+    """Rows of an optimizer step: accumulation and devices *multiply* the micro-batch.
 
     Args:
         micro_batch: Rows of one forward and backward pass on one device.
-        accumulation: Passes of each device before a step.
-        num_ranks: Devices with data of their own.
+        accumulation: Forward and backward passes of each device per optimizer step.
+        num_ranks: Devices that see different rows.
     """
 
     micro_batch: int
     accumulation: int
     num_ranks: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Self:
+        """The effective batch of a running Trainer. A loader without a batch size counts as one row per batch."""
+        rows = loader_batch_size(trainer.train_dataloader) or 1
+        return cls(rows, trainer.accumulate_grad_batches, data_parallel_size(trainer))
 
     @property
     def rows(self) -> int:
@@ -36,20 +43,14 @@ class EffectiveBatch:
         )
 
 
-def data_parallel_ranks(trainer: Trainer) -> int:
-    """Processes that divide the data among themselves; those of tensor parallelism see the same rows."""
-    share = trainer.distributed_sampler_kwargs
-    return int(share["num_replicas"]) if share else 1
+def data_parallel_size(trainer: Trainer) -> int:
+    """The number of processes that see different rows. Ranks of tensor parallelism see the same rows."""
+    sampler = trainer.distributed_sampler_kwargs
+    return int(sampler["num_replicas"]) if sampler else 1
 
 
-def present_batch(trainer: Trainer) -> EffectiveBatch:
-    """That of a Trainer in training; a loader that does not say its rows is taken to have 1."""
-    rows = rows_at_once(trainer.train_dataloader) or 1
-    return EffectiveBatch(rows, trainer.accumulate_grad_batches, data_parallel_ranks(trainer))
-
-
-def rows_at_once(loaders: Any) -> int | None:
-    """Rows of a batch of one loader; None if it does not say, or if there are several."""
+def loader_batch_size(loaders: Any) -> int | None:
+    """Rows per batch of a single loader; None if it does not tell, or if there are several loaders."""
     found = loaders.flattened if isinstance(loaders, CombinedLoader) else [loaders]
     if len(found) != 1:
         return None

@@ -1,6 +1,6 @@
-"""Every error a user can cause: what was wrong, where, and what to do.
+"""Every error that a user can cause. A message says what was wrong, where, and what to do.
 
-Each class also inherits the built-in error a caller would expect, so ``except ValueError`` keeps working.
+Each class also inherits from a built-in error, so that ``except ValueError`` keeps working.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class LoRAError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """The base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(LoRAError, ValueError):
@@ -26,11 +26,11 @@ class AdapterFileError(LoRAError, ValueError):
 
 
 class BaseMismatchError(LoRAError, ValueError):
-    """An adapter was trained on other base weights than the ones at hand."""
+    """An adapter was trained on base weights that differ from the present ones."""
 
 
 class AlreadyShardedError(LoRAError, RuntimeError):
-    """Adapters were asked for after the parameters had been wrapped or sharded."""
+    """An operation needs full parameters, but a strategy has wrapped or sharded them already."""
 
 
 class DataError(LoRAError, ValueError):
@@ -38,7 +38,7 @@ class DataError(LoRAError, ValueError):
 
 
 class GuardError(LoRAError, RuntimeError):
-    """A run would train nothing, train the wrong thing, or has changed what must stay frozen."""
+    """A run trains nothing, trains the wrong parameters, or has changed frozen ones."""
 
 
 class GradientError(LoRAError, RuntimeError):
@@ -46,24 +46,39 @@ class GradientError(LoRAError, RuntimeError):
 
 
 class RunFolderError(LoRAError, ValueError):
-    """The folder of a run cannot be written, or another run writes there."""
+    """The folder of a run cannot be written, or another run is writing there."""
 
 
 def user_error(error: BaseException | None) -> LoRAError | None:
-    """The `LoRAError` at or behind ``error``, if there is one."""
+    """The first `LoRAError` in ``error`` and its chain of causes; None if there is none."""
     while error is not None and not isinstance(error, LoRAError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def closest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The end of a sentence: ``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, else ``"."``."""
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The end of an error message: a suggestion of known names similar to ``name``, or a full stop.
+
+    Args:
+        name: The unknown name that the user wrote.
+        known: The names to choose from.
+        count: The most names to suggest.
+
+    >>> did_you_mean("rnak", ["rank", "alpha"])
+    "; did you mean 'rank'?"
+    >>> did_you_mean("zzz", ["rank", "alpha"])
+    '.'
+    """
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else "."
 
 
 def first_five(names: Iterable[str]) -> str:
-    """The first five names and how many follow, for messages that must stay readable."""
+    """The first five names and the number of further ones, for messages that must stay short.
+
+    >>> first_five("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
     names = list(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

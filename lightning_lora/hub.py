@@ -1,4 +1,4 @@
-"""A hub that cannot be reached: told in seconds, and what is on this machine already is used."""
+"""Access to the Hugging Face hub: notice within seconds that it cannot be reached, then use local files only."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from huggingface_hub import constants
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 TIMEOUT = 4.0
-"""Seconds for finding and greeting the host; the hub's own client tries for half a minute, for every file."""
+"""Seconds to find the hub and connect to it. The hub's own client tries for half a minute, for every file."""
 
 
 def prepare_hub(name: str) -> None:
-    """Before ``name`` is looked up: go offline for the rest of the process if the hub cannot be reached.
+    """Go offline for the rest of the process if the hub cannot be reached. Call this before looking ``name`` up.
 
     Args:
-        name: A hub name; for a folder of this machine nothing is done.
+        name: A hub name. For a folder on this machine nothing is done.
     """
-    # Whoever has set the variable, to 0 too, has decided.
+    # A user who has set the variable, even to 0, has decided already.
     if not name or os.path.isdir(name) or constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE"):
         return
     if not _is_reachable(constants.ENDPOINT):
-        # For processes that this one starts; the others read it only once, when they are imported.
+        # The variable is for processes that this one starts. Libraries here read it only when they are imported.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
         rank_zero_warn(
-            f"{constants.ENDPOINT} cannot be reached: from here on only what is on this machine is used. Set "
-            f"HF_HUB_OFFLINE=1 to say so beforehand, or 0 to ask the hub all the same."
+            f"{constants.ENDPOINT} cannot be reached: from now on only files on this machine are used. Set "
+            f"HF_HUB_OFFLINE=1 to skip this check, or HF_HUB_OFFLINE=0 to try the hub anyway."
         )
 
 
 def offline_hint(name: str) -> str:
-    """What to add to an error about ``name``; nothing where the hub was asked, or it is a folder."""
+    """The end of an error message about the missing ``name``; empty if ``name`` is a folder or the hub was asked."""
     if os.path.isdir(name) or not constants.is_offline_mode():
         return ""
     return (
@@ -52,18 +52,18 @@ def offline_hint(name: str) -> str:
 def _is_reachable(endpoint: str) -> bool:
     address = urlsplit(endpoint)
     if {address.scheme, "all"} & urllib.request.getproxies().keys():
-        return True  # The proxy looks names up, and knows.
-    found: list[bool] = []
-    thread = threading.Thread(target=_greet, args=(address.hostname, address.port or 443, found), daemon=True)
+        return True  # Only the proxy can tell.
+    connected: list[bool] = []
+    thread = threading.Thread(target=_connect, args=(address.hostname, address.port or 443, connected), daemon=True)
     thread.start()
-    # A resolver that does not answer keeps no timeout of ours.
+    # A name server that does not answer ignores the timeout of the socket.
     thread.join(TIMEOUT)
-    return bool(found)
+    return bool(connected)
 
 
-def _greet(host: str, port: int, found: list[bool]) -> None:
+def _connect(host: str, port: int, connected: list[bool]) -> None:
     try:
         socket.create_connection((host, port), TIMEOUT).close()
     except OSError:
         return
-    found.append(True)
+    connected.append(True)

@@ -1,13 +1,11 @@
-"""Changing the gradient accumulation of a Trainer while it runs, without a stale gradient or a schedule gone astray."""
+"""Changes gradient accumulation during a run: where it is safe, and what learning rates and schedules need then."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_lora.errors import ConfigError
@@ -18,14 +16,14 @@ LRRule = Literal["sqrt", "none"]
 def may_switch(batch_idx: int, old: int, new: int) -> bool:
     """Whether accumulation may change from ``old`` to ``new`` before the batch ``batch_idx`` of an epoch.
 
-    Lightning empties gradients where ``batch_idx % accumulation == 0`` and steps ``accumulation`` batches on: a window
-    must have ended under the old number and begin under the new one, or gradients of the step before enter the next.
+    Lightning clears gradients where ``batch_idx % accumulation == 0`` and steps ``accumulation`` batches later. A
+    window must end under the old number and begin under the new one, or gradients of one step leak into the next.
     """
     return batch_idx % old == 0 and batch_idx % new == 0
 
 
 def steps_left(trainer: Trainer, batch_idx: int, accumulation: int) -> float:
-    """Optimizer steps from the batch ``batch_idx`` of this epoch to the end of the run; infinity without one."""
+    """Optimizer steps from the batch ``batch_idx`` of this epoch to the end of the run; infinity without an end."""
     batches = trainer.num_training_batches
     assert trainer.max_epochs is not None
     by_epochs = math.inf
@@ -37,17 +35,17 @@ def steps_left(trainer: Trainer, batch_idx: int, accumulation: int) -> float:
 
 
 def fit_to_batch(group: dict[str, Any], before: float, after: float) -> None:
-    r"""Change a group of Adam's parameters from one batch to another.
+    r"""Adjust a parameter group of Adam to another batch size.
 
     The learning rate is multiplied by ``sqrt(after / before)`` (Malladi et al. 2022, https://arxiv.org/abs/2205.10287).
     For a batch ``r < 1`` times the first, ``beta2 ** r`` keeps the half-life of the second moment in rows (Marek et al.
-    2025, https://arxiv.org/abs/2507.07101). For larger ones ``beta2`` stays: 0.95 would become 0.81 at four times the
-    batch, below ``beta1``, and steps would be noisy by that alone (measured in ``benchmarks/batch_probe.py``).
+    2025, https://arxiv.org/abs/2507.07101). For a larger batch ``beta2`` stays: at four times the batch, 0.95 would
+    become 0.81, below ``beta1``, which alone makes steps noisy (measured in ``benchmarks/batch_probe.py``).
 
     Args:
-        group: Of an optimizer; changed.
-        before: The batch it is set for, as a multiple of the one the run started with.
-        after: The batch it shall be set for, likewise.
+        group: One entry of ``optimizer.param_groups``; modified in place.
+        before: The batch that the group is set for, as a multiple of the run's first batch.
+        after: The batch to set it for, as a multiple of the run's first batch.
     """
     for key in ("lr", "initial_lr"):
         if key in group:
@@ -58,11 +56,12 @@ def fit_to_batch(group: dict[str, Any], before: float, after: float) -> None:
 
 
 def rescale_rates(trainer: Trainer, before: float, after: float, rule: LRRule) -> float:
-    """Fit all optimizers and their schedules to another batch by `fit_to_batch`; the factor of the learning rates."""
+    """Adjust all optimizers and their step schedules with `fit_to_batch`; returns the factor of the learning rates."""
     if rule == "none":
         return 1.0
-    for group in _groups(trainer.optimizers):
-        fit_to_batch(group, before, after)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            fit_to_batch(group, before, after)
     root = math.sqrt(after / before)
     for scheduler in step_schedulers(trainer):
         scheduler.base_lrs = [rate * root for rate in scheduler.base_lrs]
@@ -70,10 +69,10 @@ def rescale_rates(trainer: Trainer, before: float, after: float, rule: LRRule) -
 
 
 def step_schedulers(trainer: Trainer) -> list[LambdaLR]:
-    """Schedulers that count optimizer steps.
+    """The learning-rate schedulers that count optimizer steps.
 
     Raises:
-        ConfigError: If one of them cannot go on from a fraction of a step.
+        ConfigError: If one of them cannot continue from a fraction of a step.
     """
     found = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
     for config in found:
@@ -85,46 +84,46 @@ def step_schedulers(trainer: Trainer) -> list[LambdaLR]:
     return [config.scheduler for config in found]  # pyright: ignore[reportReturnType]
 
 
-class Horizon:
-    """Keeps schedules as long as the run: they were planned for another number of steps.
+class StretchedSchedule:
+    """Stretches step schedules that were planned for another number of steps, so that they end with the run.
 
     Args:
         planned: Optimizer steps of the whole run when the schedules were made.
+
+    Attributes:
+        planned_per_step: Planned steps that the schedules advance by in each optimizer step.
+        is_stale: Whether `stretch` is needed before the next step.
     """
 
     def __init__(self, planned: float) -> None:
         self.planned = planned
-        self.pace = 1.0
+        self.planned_per_step = 1.0
         self.is_stale = False
 
-    def go_on(self, trainer: Trainer, planned: float, pace: float, ratio: float) -> None:
-        """Continue schedules of an interrupted run, which were planned for ``planned`` steps.
+    def resume(self, trainer: Trainer, planned: float, planned_per_step: float, ratio: float) -> None:
+        """Continue the schedules of an interrupted run.
 
         Args:
-            trainer: Its schedules count as they did in that run.
-            planned: Steps of that run as planned.
-            pace: Its pace.
-            ratio: Rows of a planned step then over those now: a schedule made on half the devices is twice as long.
+            trainer: The Trainer, whose schedulers hold the counts of that run.
+            planned: Planned steps of that run.
+            planned_per_step: Planned steps per optimizer step of that run.
+            ratio: Rows of a planned step of that run over those of this run. A schedule made for half as many devices
+                is twice as long.
         """
-        self.pace = pace
+        self.planned_per_step = planned_per_step
         if self.planned != planned:
             for scheduler in step_schedulers(trainer):
                 scheduler.last_epoch *= ratio  # pyright: ignore[reportAttributeAccessIssue]
             self.is_stale = True
 
-    def follow(self, trainer: Trainer, left: float) -> None:
-        """Spread what the schedules have left over the ``left`` steps that will be done."""
+    def stretch(self, trainer: Trainer, steps: float) -> None:
+        """Spread the rest of the schedules over the ``steps`` that are left in the run."""
         schedulers = step_schedulers(trainer)
-        if schedulers and math.isfinite(self.planned) and math.isfinite(left) and left > 0:
-            self.pace = (self.planned - schedulers[0].last_epoch) / left
+        if schedulers and math.isfinite(self.planned) and math.isfinite(steps) and steps > 0:
+            self.planned_per_step = (self.planned - schedulers[0].last_epoch) / steps
         self.is_stale = False
 
-    def before_step(self, trainer: Trainer) -> None:
-        """Advance the schedules by what a step counts beyond the one they will count themselves."""
+    def advance(self, trainer: Trainer) -> None:
+        """Advance the schedules before an optimizer step, by all but the one step that they count themselves."""
         for scheduler in step_schedulers(trainer):
-            scheduler.last_epoch += self.pace - 1  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _groups(optimizers: list[Optimizer]) -> Iterator[dict[str, Any]]:
-    for optimizer in optimizers:
-        yield from optimizer.param_groups
+            scheduler.last_epoch += self.planned_per_step - 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""The calibration that a batch probe has measured: largest harmless batch over noise scale."""
+"""Reads the calibration from a batch probe's file: largest harmless batch over noise scale."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PROBE_FORMAT = "lightning-lora batch probe 1"
 
 
 def read_probe(path: str | PathLike[str]) -> dict[str, Any]:
-    """The content of a probe's result file.
+    """Read the result file of a probe as a dictionary.
 
     Raises:
-        DataError: If there is no such file, or it is not a result of this format.
+        DataError: If the file cannot be read, or is not a result of this format.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -32,15 +32,15 @@ def read_probe(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def damaged_probe(path: str | PathLike[str], reason: Exception) -> DataError:
-    """The error for a result file whose content makes no sense."""
-    return DataError(f"{path} is not a whole result of a batch probe ({reason!r}): probe again.")
+    """The error to raise for a result file with missing or wrong content."""
+    return DataError(f"{path} is not a complete result of a batch probe ({reason!r}): run the probe again.")
 
 
 def known_calibration(path: str | PathLike[str]) -> float:
-    """The calibration that a probe has written.
+    """Read the calibration that a probe has written.
 
     Raises:
-        DataError: If the file is not a whole result, or comes from a probe that did not know the noise scale.
+        DataError: If the file is damaged, or the noise scale was unknown when the run was probed.
     """
     try:
         calibration = read_probe(path)["calibration"]
@@ -52,7 +52,7 @@ def known_calibration(path: str | PathLike[str]) -> float:
         raise damaged_probe(path, error) from error
     if calibration is None:
         raise DataError(
-            f"the probe of {path} knew no noise scale to compare its batch with: probe in a run with a "
+            f"{path} has no calibration, because the noise scale was unknown: probe in a run with a "
             f"BatchSizeMonitor, late enough for its estimate to be conclusive."
         )
     return float(calibration)

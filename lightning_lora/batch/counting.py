@@ -1,4 +1,4 @@
-"""What a batch holds: rows, tokens, supervised tokens."""
+"""Counts what a batch holds: rows, tokens, supervised tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def count_items(batch: Any) -> tuple[Tensor | int, str | None]:
-    """How much a batch holds, and of what.
+    """Count the items of a batch, and name them: ``"tokens"``, ``"rows"``, or None if there is no tensor.
 
-    Tokens that are not padding where there is an ``attention_mask`` of one number per token, else all of
-    ``input_ids``, else rows: the first dimension of the first tensor.
+    With an ``attention_mask`` of one number per token, tokens that are not padding count; with ``input_ids`` alone, all
+    tokens; otherwise rows, the first dimension of the first tensor.
     """
     if isinstance(batch, Mapping):
         mask, tokens = batch.get("attention_mask"), batch.get("input_ids")
@@ -25,7 +25,7 @@ def count_items(batch: Any) -> tuple[Tensor | int, str | None]:
 
 
 def count_rows(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch; 0 where there is none. A packed row is one row."""
+    """The first dimension of the first tensor in a batch, or 0 without a tensor. A packed row is one row."""
     tensor = _first_tensor(batch)
     if tensor is None:
         return 0
@@ -40,9 +40,9 @@ def _first_tensor(batch: Any) -> Tensor | None:
 
 
 def count_supervised(batch: Any) -> Tensor | None:
-    """Tokens that a causal language model learns from, on the device of the batch; None where there are no labels.
+    """Count the tokens that a causal language model learns from, on the batch's device; None without labels.
 
-    The first label of a row is nobody's target.
+    The first label of a row does not count, because no position predicts it.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() < 2:

@@ -1,4 +1,4 @@
-"""How the rows of an optimizer step are divided: among ranks, and into micro-batches one after the other."""
+"""Divides the rows of an optimizer step among ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -11,55 +11,59 @@ from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
 
 
-def divide(rows: int, ranks: int, at_once: int) -> EffectiveBatch:
-    """A step of ``rows`` on ``ranks`` that take ``at_once`` rows at a time, or their whole share if it is less.
+def divide_rows(rows: int, num_ranks: int, micro_batch: int) -> EffectiveBatch:
+    """Divide ``rows`` among ranks and micro-batches. A rank whose share is less than ``micro_batch`` takes it at once.
 
     Raises:
-        ConfigError: If that cannot be; it names the nearest that can.
+        ConfigError: If the rows cannot be divided; the message names the nearest rows that can.
     """
-    share, rest = divmod(rows, ranks)
+    share, rest = divmod(rows, num_ranks)
     if not share:
         raise ConfigError(
-            f"target_batch_size={rows} is less than a row for each of {ranks} devices: give {ranks}, or fewer devices."
+            f"target_batch_size={rows} cannot give each of {num_ranks} devices a row: use at least {num_ranks}, or "
+            f"fewer devices."
         )
     if rest:
         raise ConfigError(
-            f"target_batch_size={rows} cannot be shared by {ranks} devices: the nearest that can are "
-            f"{_multiples(rows, ranks)}."
+            f"target_batch_size={rows} cannot be divided among {num_ranks} devices: the nearest that can are "
+            f"{_nearest_multiples(rows, num_ranks)}."
         )
-    micro_batch = min(at_once, share)
-    if share % micro_batch:
-        nearest = sorted(divisors(share), key=lambda divisor: abs(divisor - at_once))[:2]
+    fitting = min(micro_batch, share)
+    if share % fitting:
+        nearest = sorted(divisors(share), key=lambda divisor: abs(divisor - micro_batch))[:2]
         raise ConfigError(
-            f"target_batch_size={rows} is no multiple of {_rows_on(at_once, ranks)}: the nearest that are one are "
-            f"{_multiples(rows, at_once * ranks)}; or keep it with a batch_size of {' or '.join(map(str, nearest))}."
+            f"target_batch_size={rows} is not a multiple of {micro_batch} rows x {num_ranks} "
+            f"{'device' if num_ranks == 1 else 'devices'}: the nearest multiples are "
+            f"{_nearest_multiples(rows, micro_batch * num_ranks)}; or keep it with a batch_size of "
+            f"{' or '.join(map(str, nearest))}."
         )
-    return EffectiveBatch(micro_batch, share // micro_batch, ranks)
+    return EffectiveBatch(fitting, share // fitting, num_ranks)
 
 
 def divisors(number: int) -> Iterator[int]:
-    """From the largest to 1."""
+    """All divisors of ``number``, largest first."""
     return (divisor for divisor in range(number, 0, -1) if number % divisor == 0)
 
 
-def refuse_two_masters(trainer: Trainer, module: LightningModule, name: str) -> None:
-    """Accumulation has one master.
+def check_may_set_accumulation(trainer: Trainer, module: LightningModule, name: str) -> None:
+    """Check that nothing else sets ``accumulate_grad_batches`` or steps the optimizer.
+
+    Args:
+        trainer: The Trainer whose accumulation will be set.
+        module: The module it trains.
+        name: The setting or callback that will set it, for messages.
 
     Raises:
-        ConfigError: If ``name`` would not be the only one.
+        ConfigError: If optimization is manual, or a ``GradientAccumulationScheduler`` sets accumulation.
     """
     if not module.automatic_optimization:
         raise ConfigError(f"with manual optimization the module decides when to step: drop {name}.")
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
         raise ConfigError(
-            f"GradientAccumulationScheduler sets accumulation in every epoch, and {name} too: keep one of the two."
+            f"GradientAccumulationScheduler and {name} both set accumulate_grad_batches: keep one of the two."
         )
 
 
-def _rows_on(rows: int, ranks: int) -> str:
-    return f"{rows} rows x {ranks} {'device' if ranks == 1 else 'devices'}"
-
-
-def _multiples(number: int, of: int) -> str:
+def _nearest_multiples(number: int, of: int) -> str:
     below = number // of * of
     return f"{below} and {below + of}" if below else f"{of} and {2 * of}"

@@ -1,4 +1,4 @@
-"""The noise scale of a run as it goes: samples of single steps, older ones counting less."""
+"""The noise scale of a run over time, averaged over samples of single steps in which older samples count less."""
 
 from __future__ import annotations
 
@@ -8,53 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.batch.noise.noise_scale import NoiseScale, combine
+from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale_of_steps
 from lightning_lora.batch.noise.step_sample import StepSample
-from lightning_lora.batch.state import MIN_MEASURED
+from lightning_lora.batch.reading import MIN_MEASURED
 
-# Older samples count less than a thousandth.
+MIN_HALF_LIFE = 2000.0
+"""Least half-life of a sample, rows."""
+# After ten half-lives a sample counts less than a thousandth, and is dropped.
 _FORGOTTEN_HALF_LIVES = 10
+_OTHER_METRICS = ("adam", "weight")
 
 
 class NoiseHistory:
-    """Samples of measured steps, older ones counting less: signal falls early in training, and noise with it.
-
-    Args:
-        half_life: Rows after which a sample counts half, but never before ``min_samples`` later ones.
-        min_samples: Of fewer, no interval would be believed.
+    """Samples of measured steps in one metric. Signal and noise fall early in training, so older samples count less.
 
     Attributes:
-        num_measured: Samples that were ever added.
+        half_life: Rows after which a sample counts half. A sample never counts half before `MIN_MEASURED` later ones.
+        num_measured: Number of samples ever added.
     """
 
-    def __init__(self, half_life: float, min_samples: int) -> None:
-        self.half_life = half_life
-        self.min_samples = min_samples
-        self.num_measured = 0
-        self._samples: list[tuple[float, float, float]] = []
+    def __init__(self) -> None:
+        self.half_life = MIN_HALF_LIFE
+        self.clear()
 
     def clear(self) -> None:
         """Forget all samples."""
-        self.num_measured, self._samples = 0, []
+        self.num_measured = 0
+        self._samples: list[tuple[float, float, float]] = []
 
-    def add(self, signal: float, trace: float, rows_seen: int) -> None:
-        """Count a step that ended ``rows_seen`` rows into the run."""
+    def add(self, sample: StepSample, rows_seen: int) -> None:
+        """Add the sample of a step that ended ``rows_seen`` rows into the run."""
         self.num_measured += 1
-        self._samples.append((float(rows_seen), signal, trace))
+        self._samples.append((float(rows_seen), sample.signal, sample.trace))
         # Ages fall from the oldest sample to the latest.
         del self._samples[: int((self._ages() > _FORGOTTEN_HALF_LIVES).sum())]
 
     def estimate(self) -> NoiseScale:
-        """The noise scale now; at least one sample must be there."""
+        """The present noise scale. There must be a sample."""
         _, signals, traces = torch.tensor(self._samples, dtype=torch.float64).T
-        return combine(signals, traces, 0.5 ** self._ages())
+        return noise_scale_of_steps(signals, traces, 0.5 ** self._ages())
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """The samples, in plain types."""
         return {"num_measured": self.num_measured, "samples": [list(sample) for sample in self._samples]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.num_measured = state["num_measured"]
         self._samples = [tuple(sample) for sample in state["samples"]]
 
@@ -62,58 +61,52 @@ class NoiseHistory:
         """Half-lives since each sample."""
         rows = torch.tensor([sample[0] for sample in self._samples], dtype=torch.float64)
         by_rows = (rows[-1] - rows) / self.half_life
-        by_samples = torch.arange(len(rows) - 1, -1, -1, dtype=torch.float64) / self.min_samples
+        by_samples = torch.arange(len(rows) - 1, -1, -1, dtype=torch.float64) / MIN_MEASURED
         return torch.minimum(by_rows, by_samples)
 
 
-SPACES = ("adam", "weight")
+class OtherMetrics:
+    """Histories of the metrics beside the adapter gradient, and the numbers logged from them.
 
-
-class NoiseSpaces:
-    """Keeps a history of each, and names its estimates.
-
-    Unlike the noise scale of the adapter gradient two numbers can be compared between ranks of adapters: that in Adam's
-    metric, and ``lambda``, the frozen weights' over the adapters'. Neither says what a batch costs.
+    Unlike the noise scale of the adapter gradient, two numbers can be compared between ranks of adapters: the noise
+    scale in Adam's metric, and ``lambda``, the noise scale of the frozen weights over that of the adapters. Neither
+    tells what a batch costs.
     """
 
     def __init__(self) -> None:
-        self._histories: dict[str, NoiseHistory] = {}
-        self._fresh: tuple[str, ...] = ()
+        self.clear()
 
     def clear(self) -> None:
         """Forget all samples."""
-        self._histories, self._fresh = {}, ()
+        self._histories: dict[str, NoiseHistory] = {}
+        self._latest: tuple[str, ...] = ()
 
     def add(self, samples: Mapping[str, StepSample], rows_seen: int, half_life: float) -> None:
-        """Take in what a step that ended ``rows_seen`` rows into the run has of these spaces."""
-        self._fresh = tuple(space for space in SPACES if space in samples)
-        for space in self._fresh:
-            history = self._histories.setdefault(space, NoiseHistory(half_life, MIN_MEASURED))
+        """Add the samples of a step that ended ``rows_seen`` rows into the run; ``half_life`` is in rows."""
+        self._latest = tuple(metric for metric in _OTHER_METRICS if metric in samples)
+        for metric in self._latest:
+            history = self._histories.setdefault(metric, NoiseHistory())
             history.half_life = half_life
-            history.add(samples[space].signal, samples[space].trace, rows_seen)
-
-    def estimates(self) -> dict[str, NoiseScale]:
-        """The noise scale of each space that was measured, rows."""
-        return {space: history.estimate() for space, history in self._histories.items()}
+            history.add(samples[metric], rows_seen)
 
     def numbers(self, adapter: NoiseScale | None) -> dict[str, float]:
-        """What the latest step has changed, by the names it is logged under; 1 and 0 stand for yes and no."""
+        """The numbers that the latest step has changed, by their logged names; conclusive is 1 or 0."""
         found: dict[str, float] = {}
-        for space in self._fresh:
-            estimate = self._histories[space].estimate()
-            found |= {f"gns/{space}": estimate.value, f"gns/{space}_conclusive": float(estimate.conclusive)}
-            if space == "weight" and adapter is not None:
+        for metric in self._latest:
+            estimate = self._histories[metric].estimate()
+            found |= {f"gns/{metric}": estimate.value, f"gns/{metric}_conclusive": float(estimate.conclusive)}
+            if metric == "weight" and adapter is not None:
                 both = adapter.conclusive and estimate.conclusive
                 found |= {"gns/lambda": estimate.value / adapter.value, "gns/lambda_conclusive": float(both)}
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return {space: history.state_dict() for space, history in self._histories.items()}
+        """The samples of each metric, in plain types."""
+        return {metric: history.state_dict() for metric, history in self._histories.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any], half_life: float) -> None:
-        """Go on from what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.clear()
-        for space, history in state.items():
-            self._histories[space] = NoiseHistory(half_life, MIN_MEASURED)
-            self._histories[space].load_state_dict(history)
+        for metric, samples in state.items():
+            self._histories[metric] = NoiseHistory()
+            self._histories[metric].load_state_dict(samples)

@@ -1,4 +1,4 @@
-"""A picture of what the batch-size monitor saw, from ``events.jsonl`` alone."""
+"""Draws what the batch-size monitor measured, from ``events.jsonl`` alone."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_lora.batch.state import NOISE_LIMITED, SIGNAL_LIMITED
+from lightning_lora.batch.reading import NOISE_LIMITED, SIGNAL_LIMITED
 from lightning_lora.errors import DataError
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.files.events import NAME, read_events
+from lightning_lora.files.events import EVENTS_FILE, read_events
 
 
 def plot_noise_scale(folder: Path, path: Path) -> None:
-    """Draw the noise scale with its interval and the batch, what both mean, and signal and noise apart.
+    """Draw the noise scale with its interval and the batch, the progress per row, and signal and noise separately.
 
     Args:
-        folder: Of the run, with its ``events.jsonl``.
+        folder: The run folder, which holds ``events.jsonl``.
         path: The PNG file to write.
 
     Raises:
-        DataError: If the monitor has left no samples there.
+        DataError: If ``events.jsonl`` holds no samples.
     """
-    events = _of_last_run(folder)
+    events = _samples_of_last_run(folder)
     if not events:
-        raise DataError(f"{folder / NAME} holds no samples of a BatchSizeMonitor: was there one in the run?")
-    of_weights = [event for event in events if event.get("gns/lambda") is not None]
-    width = 4 if of_weights else 3
-    figure = Figure(figsize=(4 * width, 3.6), layout="constrained")
-    noise, progress, parts, *more = figure.subplots(1, width)
+        raise DataError(f"{folder / EVENTS_FILE} holds no samples of a BatchSizeMonitor: was there one in the run?")
+    with_lambda = [event for event in events if event.get("gns/lambda") is not None]
+    num_panels = 4 if with_lambda else 3
+    figure = Figure(figsize=(4 * num_panels, 3.6), layout="constrained")
+    noise, progress, parts, *more = figure.subplots(1, num_panels)
     _draw_noise(noise, events)
     _draw_progress(progress, events[-1])
     _draw_parts(parts, events)
     for axes in more:
-        _draw_lambda(axes, of_weights)
+        _draw_lambda(axes, with_lambda)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
-def _of_last_run(folder: Path) -> list[dict[str, Any]]:
-    """Samples since the last start from step 0, the latest of each step where an attempt went over it again."""
+def _samples_of_last_run(folder: Path) -> list[dict[str, Any]]:
+    """Samples since the last start from step 0. If a resumed run repeated a step, its latest sample counts."""
     samples: dict[int, dict[str, Any]] = {}
     for event in read_events(folder):
         if event["event"] == "batch" and event["step"] == 0:
@@ -61,7 +61,7 @@ def _column(events: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 def _draw_noise(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
     rows = _column(events, "rows_seen")
     value, low, high = (_column(events, f"gns/{name}") for name in ("value", "low", "high"))
-    known = np.isfinite(low) & (low > 0)  # a logarithm has no place for the others
+    known = np.isfinite(low) & (low > 0)  # others cannot be drawn on a logarithmic axis
     axes.fill_between(rows, low, high, where=known, alpha=0.25, linewidth=0, label="95 % interval")
     axes.plot(rows, np.where(known, value, math.nan), label="noise scale")
     axes.step(rows, _column(events, "batch/rows"), where="post", color="black", linestyle="--", label="batch")
@@ -96,7 +96,7 @@ def _draw_parts(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
         line = axes.plot(rows, samples, ".", markersize=3, alpha=0.35)[0]
         axes.plot(rows, _running_mean(samples), color=line.get_color(), label=label)
     axes.set(xlabel="rows seen", title="Signal and noise apart")
-    # Signals may be negative; a logarithm of both signs is linear about zero.
+    # Signals may be negative: symlog is linear around zero.
     typical = float(np.median(np.abs(_column(events, "gns/trace"))))
     axes.set_yscale("symlog", linthresh=max(typical / 100, 1e-30), linscale=0.5)
     axes.legend()

@@ -1,4 +1,4 @@
-"""A loss per supervised token of the whole optimizer step, exact under accumulation and data parallelism."""
+"""A loss per supervised token of the optimizer step, exact under accumulation and data parallelism."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing_extensions import override
 
 from lightning_lora.sharding.collectives import of_every_rank
 
-# Sums over thousands of tokens would overflow float16; a power of two divides out again without rounding.
+# Sums over thousands of tokens would overflow float16. Dividing by a power of two does not round.
 _SUM_SCALE = 1024.0
 _KEY = "lightning_lora_window_tokens"
 
 
 class TokenWeightedLoss(LightningModule):
-    r"""Makes every supervised token of an optimizer step count the same, wherever it stands.
+    r"""Gives every supervised token of an optimizer step the same weight.
 
-    Lightning averages the means of micro-batches, then of ranks: a token in a short micro-batch counts more. Here
-    ``training_step`` returns ``token_loss(sum, count)``, and before the step the gradients are divided by the number
-    of tokens in all micro-batches of all ranks, the short last window included. ``k`` micro-batches of ``b`` rows, or
-    ``k`` ranks, then give the gradient of one batch of ``k b`` rows.
+    Lightning averages the means of micro-batches, then of ranks, so a token in a short micro-batch weighs more. Here
+    ``training_step`` returns ``token_loss(sum, count)``, and before the step the gradients are divided by the number of
+    tokens in all micro-batches of all ranks, also in a shorter last window. ``k`` micro-batches of ``b`` rows, or ``k``
+    ranks, then give the gradient of one batch of ``k b`` rows.
 
     References:
         https://github.com/Lightning-AI/pytorch-lightning/issues/20350
@@ -34,11 +34,11 @@ class TokenWeightedLoss(LightningModule):
     _window_tokens: Tensor | int = 0
 
     def token_loss(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
-        """What ``training_step`` returns.
+        """The value that ``training_step`` must return.
 
         Args:
             loss_sum: Sum of the losses of the supervised tokens of this micro-batch, nats.
-            num_tokens: Their number.
+            num_tokens: Number of supervised tokens of this micro-batch.
         """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             if not self._window_tokens:
@@ -50,14 +50,14 @@ class TokenWeightedLoss(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the tokens of a window that is open, as every rank has counted them."""
+        """Save the tokens that each rank has counted in an open accumulation window."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self._window_tokens, Tensor):
             checkpoint[_KEY] = of_every_rank(int(self._window_tokens))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count on in the window."""
+        """Restore the tokens of an open accumulation window."""
         super().on_load_checkpoint(checkpoint)
         counted = checkpoint.get(_KEY, [])
         if self._trainer is not None and len(counted) == self.trainer.world_size:
@@ -65,7 +65,7 @@ class TokenWeightedLoss(LightningModule):
 
     @override
     def on_train_epoch_start(self) -> None:
-        """Forget a window that an interruption left open; none spans two epochs."""
+        """Forget a window that an interruption left open: no window spans two epochs."""
         super().on_train_epoch_start()
         self._window_tokens = 0
 
@@ -73,7 +73,7 @@ class TokenWeightedLoss(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the tokens of the step; runs after unscaling and before clipping."""
         super().on_before_optimizer_step(optimizer)
-        # A rank on which FSDP1 has put no entry of a trained parameter counts all the same.
+        # A collective: a rank that holds no trained entry under FSDP1 must call it too.
         factor = self.gradient_factor()
         self._window_tokens = 0
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -81,11 +81,11 @@ class TokenWeightedLoss(LightningModule):
             torch._foreach_mul_(gradients, factor)
 
     def gradient_factor(self) -> float:
-        """What makes the gradient of the window that is open a mean over its tokens; a collective."""
+        """The factor that makes the gradient of the open window a mean over its tokens; a collective."""
         if not isinstance(self._window_tokens, Tensor):
             return 1.0
         tokens, ranks = self._over_ranks(self._window_tokens)
-        # Lightning has divided by the accumulation steps and averaged over ranks; both are undone here.
+        # Lightning has divided by the accumulation and averaged over ranks: both are undone here.
         return _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
 
     def _over_ranks(self, tokens: Tensor) -> tuple[int, int]:

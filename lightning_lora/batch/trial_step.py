@@ -1,4 +1,4 @@
-"""Does a training step fit the device? Tried for real, and nothing is left of it."""
+"""Tries whether a training step fits into memory, and leaves no trace of the trial."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ from lightning_lora.checkpoints.loader_position import generators
 from lightning_lora.checkpoints.random_state import kept_random_state
 
 _NUM_ROWS = 1000
-"""Rows among which the longest are looked for."""
+"""Rows among which the longest are searched."""
 
 
-def can_take_rows(loader: object) -> bool:
-    """Whether `longest_batch` can choose rows of it."""
+def is_out_of_memory(exception: BaseException) -> bool:
+    """Whether an exception says that memory of a GPU or of the process ran out."""
+    return isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(exception)
+
+
+def can_choose_rows(loader: object) -> bool:
+    """Whether `longest_batch` can choose rows of this loader."""
     return (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
@@ -34,7 +39,7 @@ def can_take_rows(loader: object) -> bool:
 
 
 def longest_batch(trainer: Trainer, loader: DataLoader[Any], num_rows: int) -> Any:
-    """A batch on the device of the longest rows among the first 1,000 of an epoch; those take the most memory."""
+    """A batch, on the device, of the longest rows among the first 1,000 of an epoch, which need the most memory."""
     with kept_random_state(trainer.strategy.root_device, generators([loader])):
         batches: Any = loader.batch_sampler
         indices = islice((index for batch in batches for index in batch), _NUM_ROWS)
@@ -54,14 +59,14 @@ def row_size(row: Any) -> int:
         return sum(map(row_size, row.values()))
     if isinstance(row, (list, tuple)):
         return sum(map(row_size, row))
-    size = getattr(row, "size", 1)  # numpy's arrays
+    size = getattr(row, "size", 1)  # numpy arrays
     return size if isinstance(size, int) else 1
 
 
 def step_fits(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], num_rows: int) -> bool:
-    """Whether a step of the longest ``num_rows`` rows fits: forward, backward, and what the optimizer keeps.
+    """Whether a step of the longest ``num_rows`` rows fits: forward, backward, and the optimizer's state.
 
-    The module is called itself, not through its wrapper, so ranks need not agree while they try.
+    The module is called directly, not through its wrapper, so that ranks need not try the same.
     """
     try:
         with untouched(trainer, module):
@@ -70,7 +75,7 @@ def step_fits(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # Not more in here: the error holds every activation alive.
+        # Memory is freed after this block: until then the error keeps every activation alive.
         fits = False
     gc.collect()
     torch.cuda.empty_cache()
@@ -79,14 +84,14 @@ def step_fits(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]
 
 @contextmanager
 def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Weights, buffers, gradients, optimizers, attributes and random numbers are afterwards as they are now.
+    """Restore weights, buffers, gradients, optimizers, attributes and random numbers on exit; log nothing inside.
 
-    Attributes are those of every submodule, so counters, open loss windows and metrics too; what an attribute refers to
-    is kept if it is a tensor, list, dictionary or set. Nothing is logged inside.
+    Attributes of every submodule are restored, and so counters, open loss windows and metrics. The object that an
+    attribute refers to is restored too if it is a tensor, list, dictionary or set.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     tensors = [(tensor, _copy(tensor)) for tensor in (*trained, *module.buffers())]
-    attributes = [(child, _copied(child)) for child in module.modules()]
+    attributes = [(child, _attributes(child)) for child in module.modules()]
     optimizers = [(optimizer, _optimizer_state(optimizer)) for optimizer in trainer.optimizers]
     for child in module.modules():
         if isinstance(child, LightningModule):
@@ -98,7 +103,7 @@ def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         for parameter in trained:
             parameter.grad = None
         for child, values in attributes:
-            _put_back(child, values)
+            _restore_attributes(child, values)
         with torch.no_grad():
             for tensor, before in tensors:
                 if before is not None:
@@ -126,7 +131,7 @@ def _step(trainer: Trainer, module: LightningModule, batch: Any) -> None:
 
 
 def _no_log(*_: Any, **__: Any) -> None:
-    """In the place of ``LightningModule.log``: what a trial logs would stand in the loggers."""
+    """Replaces ``LightningModule.log``, so that the numbers of a trial do not reach the loggers."""
 
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
@@ -135,8 +140,8 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[st
     return state, copy.deepcopy(settings)
 
 
-def _copied(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Name to what an attribute refers to, and a copy of that if it can change without being replaced."""
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Name to the value of an attribute, and a copy of the value if it can change in place."""
     return {name: (value, _copy(value)) for name, value in module.__dict__.items()}
 
 
@@ -146,7 +151,7 @@ def _copy(value: Any) -> Any:
     return copy.copy(value) if type(value) in (list, dict, set) else None
 
 
-def _put_back(module: nn.Module, values: Mapping[str, tuple[Any, Any]]) -> None:
+def _restore_attributes(module: nn.Module, values: Mapping[str, tuple[Any, Any]]) -> None:
     for value, before in values.values():
         if isinstance(before, Tensor):
             value.detach().copy_(before)
@@ -155,8 +160,3 @@ def _put_back(module: nn.Module, values: Mapping[str, tuple[Any, Any]]) -> None:
             (value.extend if isinstance(before, list) else value.update)(before)
     module.__dict__.clear()
     module.__dict__.update({name: value for name, (value, _) in values.items()})
-
-
-def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether an allocator, of a GPU or the CPU, could not give what was asked of it."""
-    return isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(exception)

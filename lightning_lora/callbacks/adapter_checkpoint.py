@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, closest
+from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.shards import reshard, whole_parameters
+from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.trainer_access import run_folder
 
 from .adapter_ema import averaged
@@ -84,7 +84,7 @@ class AdapterCheckpoint(Callback):
         if self.monitor not in metrics:
             raise ConfigError(
                 f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged"
-                f"{closest(str(self.monitor), metrics)} Logged: {', '.join(metrics) or 'nothing'}."
+                f"{did_you_mean(str(self.monitor), metrics)} Logged: {', '.join(metrics) or 'nothing'}."
             )
         # Ranks may have measured different values, but writing is a collective: all must take the same decision.
         return float(trainer.strategy.broadcast(float(metrics[self.monitor])))
@@ -102,6 +102,6 @@ class AdapterCheckpoint(Callback):
         facts = {key: float(value) for key, value in trainer.callback_metrics.items()}
         summary = {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts
         # The metrics in the summary were measured with the average.
-        with averaged(trainer, pl_module), whole_parameters(trainer.strategy.model or pl_module):
+        with averaged(trainer, pl_module), full_parameters(trainer.strategy.model or pl_module):
             save_adapter(pl_module, folder / name, summary)
         trainer.strategy.barrier("adapter written")

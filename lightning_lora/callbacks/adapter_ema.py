@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoints.contents import in_shards
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part, reshard, whole_tensor
+from lightning_lora.lora.shards import full_tensor, local_shard, reshard
 from lightning_lora.trainer_access import found
 
 
@@ -165,9 +165,9 @@ class AdapterEMA(Callback):
         if not self._average:
             self._average = {name: _wide(parameter) for name, parameter in trained.items()}
             return
-        averages = [local_part(self._average[name]) for name in trained]
+        averages = [local_shard(self._average[name]) for name in trained]
         weights = [
-            local_part(p.detach()).to(average.dtype) for p, average in zip(trained.values(), averages, strict=True)
+            local_shard(p.detach()).to(average.dtype) for p, average in zip(trained.values(), averages, strict=True)
         ]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
@@ -228,7 +228,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     """A copy of the whole tensor on the CPU. For a sharded tensor a collective: all ranks must call."""
-    return whole_tensor(tensor).to("cpu", copy=True)
+    return full_tensor(tensor).to("cpu", copy=True)
 
 
 def _like(tensor: Tensor, whole: Tensor) -> Tensor:
@@ -241,4 +241,4 @@ def _like(tensor: Tensor, whole: Tensor) -> Tensor:
 
 def _copy_into(parameter: Tensor, values: Tensor) -> None:
     with torch.no_grad():
-        local_part(parameter).copy_(local_part(values))
+        local_shard(parameter).copy_(local_shard(values))

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 from lightning_lora.sharding.collectives import largest_of_ranks
 
 
@@ -37,7 +37,7 @@ def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
     """
     if not lora_layers(module):
         return
-    weights = {name: local_part(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    weights = {name: local_shard(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
     if not may_be_infinite(trainer, list(weights.values())):
         return
     names = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GradientError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 from lightning_lora.sharding.collectives import largest_of_ranks
 
 from .finite import may_be_infinite
@@ -102,7 +102,7 @@ class FiniteGradients(Callback):
 
 def _local(gradient: Tensor) -> Tensor:
     """The values of a gradient on this rank, as a dense tensor."""
-    gradient = local_part(gradient)
+    gradient = local_shard(gradient)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_lora.batch.trial_step import is_out_of_memory
-from lightning_lora.effective_batch import rows_at_once
+from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 
@@ -65,7 +65,7 @@ def _advice(trainer: Trainer, module: LightningModule) -> Iterator[str]:
 
 
 def _smaller_batches(trainer: Trainer) -> Iterator[str]:
-    rows = rows_at_once(trainer.val_dataloaders if trainer.validating else trainer.train_dataloader)
+    rows = loader_batch_size(trainer.val_dataloaders if trainer.validating else trainer.train_dataloader)
     if rows is not None and rows > 1:
         steps = trainer.accumulate_grad_batches
         yield (

@@ -1,4 +1,4 @@
-"""The rows of an optimizer step are given; micro-batch and accumulation follow, on whatever devices there are."""
+"""Chooses micro-batch and accumulation for a given number of rows per optimizer step, on any number of devices."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_has
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.batch.division import divide, divisors, refuse_two_masters
-from lightning_lora.batch.trial_step import can_take_rows, step_fits
+from lightning_lora.batch.division import check_may_set_accumulation, divide_rows, divisors
+from lightning_lora.batch.trial_step import can_choose_rows, step_fits
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.effective_batch import EffectiveBatch, data_parallel_ranks, rows_at_once
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
 from lightning_lora.sharding.collectives import largest_of_ranks
 
 
 class TargetBatchSize(Callback):
-    """Holds the rows of an optimizer step: sets ``accumulate_grad_batches`` to what the devices at hand need for it.
+    """Sets ``accumulate_grad_batches`` so that an optimizer step takes a given number of rows on the devices at hand.
 
-    ``rows = micro-batch x accumulation x data-parallel processes``: a checkpoint of two devices goes on on one with
-    steps of the same rows. It is set before optimizers and schedules are made, so they see the right number of steps.
+    ``rows = micro-batch x accumulation x data-parallel processes``. A checkpoint from two devices continues on one with
+    steps of the same rows. Accumulation is set before optimizers and schedules are made, so they see the right number
+    of steps.
 
-    The micro-batch is the ``batch_size`` of the data module or module, or less if a device's share of the step is less.
-    Where it does not fit into memory, the next smaller one is taken that divides the share: before training, a step of
-    the longest rows is tried, and leaves nothing behind. Ranks agree on the smallest.
+    The micro-batch is the ``batch_size`` of the data module or module, or a device's share of the step if that is less.
+    Before training, a step of the longest rows is tried, without leaving a trace. If it does not fit into memory, the
+    next smaller micro-batch that divides the share is tried. All ranks take the smallest.
 
     Args:
-        rows: Of an optimizer step, on all devices.
-        fit_memory: Try whether the micro-batch fits. Only on one device and under DDP, with a ``batch_size`` that can
-            be set; a step that communicates with other ranks by itself cannot be tried.
+        rows: Rows of an optimizer step on all devices.
+        fit_memory: Whether to try if the micro-batch fits. This needs one device or DDP, a ``batch_size`` that can be
+            set, and a ``training_step`` that does not communicate with other ranks itself.
 
     Attributes:
         batch: The `EffectiveBatch` that was chosen; None before.
 
     Raises:
-        ConfigError: Later: if devices and micro-batch do not divide the rows, or something else sets accumulation.
+        ConfigError: If ``rows`` is not a positive integer; at the start of a fit, if devices and micro-batch do not
+            divide the rows, or something else sets accumulation.
     """
 
     def __init__(self, rows: int = 32, fit_memory: bool = True) -> None:
@@ -53,21 +55,21 @@ class TargetBatchSize(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose accumulation; optimizers and schedules are made after this."""
+        """Choose accumulation, before optimizers and schedules are made."""
         if stage != "fit":
             return
-        refuse_two_masters(trainer, pl_module, "target_batch_size")
+        check_may_set_accumulation(trainer, pl_module, "target_batch_size")
         if trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"target_batch_size={self.rows} chooses trainer.accumulate_grad_batches, which is "
                 f"{trainer.accumulate_grad_batches} already: give one of the two."
             )
-        at_once = _asked_rows(trainer, pl_module)
-        self._set(trainer, pl_module, divide(self.rows, data_parallel_ranks(trainer), at_once), at_once)
+        asked = _asked_micro_batch(trainer, pl_module)
+        self._set(trainer, pl_module, divide_rows(self.rows, data_parallel_size(trainer), asked), asked)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lower the micro-batch until it fits; the optimizer is there, its state not yet loaded."""
+        """Lower the micro-batch until it fits. The optimizer exists by now, and its state is not yet loaded."""
         assert self.batch is not None
         if self.fit_memory:
             self._fit_memory(trainer, pl_module)
@@ -75,9 +77,9 @@ class TargetBatchSize(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the loader does as it was told."""
+        """Check that the loader makes batches of the chosen rows."""
         assert self.batch is not None
-        found = rows_at_once(trainer.train_dataloader)
+        found = loader_batch_size(trainer.train_dataloader)
         if found not in (None, self.batch.micro_batch):
             raise ConfigError(
                 f"batch_size is {self.batch.micro_batch}, but the training loader makes batches of {found} rows: let "
@@ -86,18 +88,19 @@ class TargetBatchSize(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer as it was found."""
+        """Restore the accumulation of the Trainer."""
         if stage == "fit":
             trainer.accumulate_grad_batches = 1
 
-    def _set(self, trainer: Trainer, module: LightningModule, batch: EffectiveBatch, at_once: int) -> None:
+    def _set(self, trainer: Trainer, module: LightningModule, batch: EffectiveBatch, asked: int) -> None:
+        """Set accumulation, and ``batch_size`` unless the micro-batch is the one that was asked for."""
         self.batch = batch
         trainer.accumulate_grad_batches = batch.accumulation
-        if batch.micro_batch == at_once:
+        if batch.micro_batch == asked:
             return
-        if not _can_set_rows(trainer, module):
+        if not _can_set_batch_size(trainer, module):
             raise ConfigError(
-                f"batches of {at_once} rows are more than the {batch.micro_batch} that a device has in a step of "
+                f"batches of {asked} rows are more than the {batch.micro_batch} that a device has in a step of "
                 f"{batch.rows}: make the loader with batch_size={batch.micro_batch}."
             )
         lightning_setattr(module, "batch_size", batch.micro_batch)
@@ -107,19 +110,19 @@ class TargetBatchSize(Callback):
         batch, reason = self.batch, None
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             reason = f"under {type(trainer.strategy).__name__} ranks would wait for one that runs out of memory"
-        elif not _can_set_rows(trainer, module):
+        elif not _can_set_batch_size(trainer, module):
             reason = "the loader was not made by a module with a batch_size that can be set"
         with kept_random_state(trainer.strategy.root_device):
             loader = None if reason else trainer.fit_loop._data_source.dataloader()
-            if reason is None and not can_take_rows(loader):
+            if reason is None and not can_choose_rows(loader):
                 reason = f"rows cannot be chosen from a {type(loader).__name__} of this kind"
             if reason is not None:
-                rank_zero_info(f"whether {batch.micro_batch} rows fit is not tried: {reason}; if not, set batch_size")
+                rank_zero_info(f"{batch.micro_batch} rows are not tried: {reason}; if they do not fit, set batch_size")
                 return
             found = self._largest_that_fits(trainer, module, loader)
             if found != batch.micro_batch:
                 with _loaders_made_again(trainer):
-                    self._set(trainer, module, divide(batch.rows, batch.num_ranks, found), batch.micro_batch)
+                    self._set(trainer, module, divide_rows(batch.rows, batch.num_ranks, found), batch.micro_batch)
 
     def _largest_that_fits(self, trainer: Trainer, module: LightningModule, loader: Any) -> int:
         assert self.batch is not None
@@ -131,20 +134,20 @@ class TargetBatchSize(Callback):
             if not largest_of_ranks(trainer, torch.tensor(int(fails))):
                 return rows
             rank_zero_info(f"a step of the {rows} longest rows does not fit into memory")
-        raise MemoryError("not even one row fits into memory in a training step.")
+        raise MemoryError("a training step does not fit into memory, not even with one row.")
 
 
-def _asked_rows(trainer: Trainer, module: LightningModule) -> int:
-    """The ``batch_size`` of whoever makes the loader, or the loader's own."""
+def _asked_micro_batch(trainer: Trainer, module: LightningModule) -> int:
+    """The ``batch_size`` of the module or data module that makes the loader, or of the loader itself."""
     source = trainer.fit_loop._data_source
     if source.is_module() and lightning_hasattr(module, "batch_size"):
         rows: Any = lightning_getattr(module, "batch_size")
     elif source.instance is module and is_overridden("setup", module):
-        # Its loader may need what its setup makes, which comes later.
+        # Its loader may need what its setup makes, and setup has not run yet.
         rows = None
     else:
         with kept_random_state(trainer.strategy.root_device):
-            rows = rows_at_once(source.dataloader())
+            rows = loader_batch_size(source.dataloader())
     if not isinstance(rows, int) or rows < 1:
         raise ConfigError(
             f"target_batch_size needs the rows of a micro-batch: give {type(source.instance).__name__} an attribute "
@@ -153,13 +156,13 @@ def _asked_rows(trainer: Trainer, module: LightningModule) -> int:
     return rows
 
 
-def _can_set_rows(trainer: Trainer, module: LightningModule) -> bool:
+def _can_set_batch_size(trainer: Trainer, module: LightningModule) -> bool:
     return trainer.fit_loop._data_source.is_module() and lightning_hasattr(module, "batch_size")
 
 
 @contextmanager
 def _loaders_made_again(trainer: Trainer) -> Iterator[None]:
-    """Loaders, and schedules for the steps they make, are those of what is set inside, if they were made already."""
+    """Make loaders again, and schedules for their number of steps, if they were made before what is set inside."""
     loop = trainer.fit_loop
     if loop._combined_loader is None:
         yield
@@ -168,6 +171,6 @@ def _loaders_made_again(trainer: Trainer) -> Iterator[None]:
     yield
     loop._combined_loader = None
     loop.setup_data()
-    # With drop_last, smaller batches may make one step more.
+    # With drop_last, smaller batches may make one more step.
     if trainer.estimated_stepping_batches != planned:
         trainer.strategy.setup_optimizers(trainer)

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from lightning_lora.checkpoints.optimizer_state_names import saved_name
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
@@ -18,7 +17,8 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
-from lightning_lora.lora.shards import is_flat
+from lightning_lora.lora.patterns import state_dict_name
+from lightning_lora.lora.shards import is_flattened
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
@@ -92,7 +92,7 @@ def verify_and_complete(
         raise AdapterFileError(f"checkpoint format {manifest['format']} is newer than {FORMAT}: update lightning-lora.")
     # The shape of what FSDP1 has flattened was checked by FSDP1.
     expected = {
-        name: _shaped(manifest["tensors"].get(name, ())) if is_flat(parameter) else parameter
+        name: _shaped(manifest["tensors"].get(name, ())) if is_flattened(parameter) else parameter
         for name, parameter in _kept(module).items()
     }
     check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
@@ -132,12 +132,12 @@ def _shaped(shape: Sequence[int]) -> Tensor:
 
 
 def _kept(module: LightningModule) -> dict[str, Tensor]:
-    return {saved_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {state_dict_name(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _frozen(module: LightningModule) -> set[str]:
     named = module.named_parameters(remove_duplicate=False)
-    return {saved_name(name) for name, p in named if not p.requires_grad} | _scales(module)
+    return {state_dict_name(name) for name, p in named if not p.requires_grad} | _scales(module)
 
 
 def _scales(module: LightningModule) -> set[str]:

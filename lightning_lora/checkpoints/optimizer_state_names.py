@@ -16,17 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import AdapterFileError, first_five
-
-_SILENT_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def saved_name(name: str) -> str:
-    """Name in the state dict of a parameter: some wrappers around modules leave themselves out of it.
-
-    >>> saved_name("net._fsdp_wrapped_module.up._orig_mod.weight")
-    'net.up._orig_mod.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in _SILENT_WRAPPERS)
+from lightning_lora.lora.patterns import state_dict_name
 
 
 def reads_by_name(strategy: Strategy) -> bool:
@@ -110,7 +100,7 @@ def _named(
 
 def _names(module: LightningModule) -> dict[int, str]:
     """Name in the state dict of each parameter, by its id."""
-    return {id(parameter): saved_name(name) for name, parameter in module.named_parameters()}
+    return {id(parameter): state_dict_name(name) for name, parameter in module.named_parameters()}
 
 
 def _in_order(names: Mapping[int, str], parameters: Iterable[nn.Parameter]) -> list[Any]:

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from lightning_lora.checkpoints.loader_position import generators, keeps_position, obstacle, starting_at
 from lightning_lora.checkpoints.loop_position import Point, begin_epoch, go_to, position
 from lightning_lora.checkpoints.random_state import random_state, set_random_state
-from lightning_lora.effective_batch import EffectiveBatch, present_batch, rows_at_once
-from lightning_lora.lora.shards import local_part
+from lightning_lora.effective_batch import EffectiveBatch, loader_batch_size
+from lightning_lora.lora.shards import local_shard
 from lightning_lora.sharding.collectives import of_every_rank
 
 KEY = "lightning_lora_resume"
@@ -88,7 +88,7 @@ class RunMemory:
             "format": FORMAT,
             "position": position(trainer).to_dict(),
             "is_first_epoch": self.num_epochs <= 1,
-            "batch": list(astuple(present_batch(trainer))) if rows_at_once(trainer.train_dataloader) else None,
+            "batch": list(astuple(EffectiveBatch.of(trainer))) if loader_batch_size(trainer.train_dataloader) else None,
             "is_window_open": _is_window_open(trainer),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "ranks": of_every_rank(own),
@@ -111,10 +111,10 @@ class RunMemory:
         if loaded is None or not trainer.fit_loop.is_resuming:
             return
         point, own = Point.from_dict(loaded["position"]), {}
-        saved, now = len(loaded["ranks"]), present_batch(trainer)
+        saved, now = len(loaded["ranks"]), EffectiveBatch.of(trainer)
         # A loader that did not say its rows is taken to have had as many as the present one.
         before = replace(now, num_ranks=saved) if loaded["batch"] is None else EffectiveBatch(*loaded["batch"])
-        if not rows_at_once(trainer.train_dataloader):
+        if not loader_batch_size(trainer.train_dataloader):
             now = replace(now, micro_batch=before.micro_batch)
         reasons = [] if point.is_between_batches else ["the file was written in the middle of a batch"]
         if saved == trainer.world_size and before.micro_batch == now.micro_batch:
@@ -237,7 +237,7 @@ def _open_window(module: LightningModule) -> dict[str, Tensor]:
     if module.automatic_optimization and not _is_window_open(module.trainer):
         return {}
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {name: local_part(g).detach().to("cpu", copy=True) for name, g in gradients.items()}
+    return {name: local_shard(g).detach().to("cpu", copy=True) for name, g in gradients.items()}
 
 
 def _put_window(module: LightningModule, gradients: Mapping[str, Tensor]) -> None:

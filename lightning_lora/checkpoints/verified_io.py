@@ -25,7 +25,7 @@ from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.checkpoints.shards import is_folder_of_shards, read_shards
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.files.checkpoint_manifest import (
-    Version,
+    CheckpointVersion,
     manifest_of,
     other_libraries,
     present_versions,
@@ -129,9 +129,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if is_local(path):
             manifest_of(_local(path)).unlink(missing_ok=True)
 
-    def _version(self, checkpoint: dict[str, Any], writer: HashingWriter) -> Version:
+    def _version(self, checkpoint: dict[str, Any], writer: HashingWriter) -> CheckpointVersion:
         # What is no checkpoint (the weights that spawned processes hand back) has no step.
-        return Version(
+        return CheckpointVersion(
             sha256=writer.digest.hexdigest(),
             size=writer.size,
             step=int(checkpoint.get("global_step", 0)),

@@ -103,7 +103,7 @@ def _in_own_process(name: str, lora: LoRAConfig | None, steps: int, seed: int, a
 
 def _merge_and_check(out: Path) -> None:
     adapter, merged = out / "adapter", out / "merged"
-    certificate = merge_files(MODEL, adapter, merged, dtype="float32")
+    merge_report = merge_files(MODEL, adapter, merged, dtype="float32")
     adapted = _float32(MODEL)
     load_adapter(adapted, adapter)
     tokens = torch.randint(adapted.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def _merge_and_check(out: Path) -> None:
             f"the merged model differs from the adapter by {difference:.1e} in logits up to {largest:.1f}."
         )
     print(f"adapter: {adapter}, {len(read_adapter_folder(adapter).ranks)} layers, files verified by hash")
-    print(f"merged: {merged}, {certificate}")
+    print(f"merged: {merged}, {merge_report}")
     print(f"checked: merged and adapter model agree in every logit within {difference:.1e}, of {largest:.1f} at most")
 
 

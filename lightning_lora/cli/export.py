@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from lightning_lora.errors import AdapterFileError, ConfigError
-from lightning_lora.files.adapter.folder import MANIFEST_FILE, read_adapter_folder
+from lightning_lora.files.adapter.folder import read_adapter_folder
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.files.adapter.vllm_rules import vllm_flags
@@ -75,8 +76,7 @@ def find_source(run: Path) -> Path:
 
 
 def _adapter_step(folder: Path) -> int:
-    manifest = read_adapter_folder(folder).manifest
-    return -1 if manifest is None else manifest["summary"].get("step", -1)
+    return read_adapter_folder(folder).manifest.summary.get("step", -1)
 
 
 def _export_folder(source: Path, out: Path, format: str) -> None:

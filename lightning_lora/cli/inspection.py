@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.files.adapter.folder import MANIFEST_FILE, check_finite, read_adapter_folder
+from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.checkpoint_manifest import manifest_of
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
 from lightning_lora.lora.config import LoRAConfig
@@ -84,18 +85,17 @@ def verify_hashes(inspection: Inspection) -> str:
 
 def _inspect_folder(path: Path) -> Inspection:
     folder = read_adapter_folder(path)
-    manifest = folder.manifest or {}
-    roles = {name: layer["role"] for name, layer in manifest.get("layers", {}).items()}
-    alphas = {name: layer["alpha"] for name, layer in manifest.get("layers", {}).items()}
+    manifest = folder.manifest
+    roles = {name: entry.role for name, entry in manifest.layers.items()}
     return Inspection(
         path=path,
-        kind="adapter folder" if folder.manifest else "PEFT adapter folder",
+        kind="adapter folder" if manifest.is_present else "PEFT adapter folder",
         base=folder.peft.get("base_model_name_or_path"),
-        fingerprint=manifest.get("base_fingerprint"),
+        fingerprint=manifest.base_fingerprint or None,
         config=folder.config,
-        layers=_layers(folder.factors, folder.config, roles, alphas or folder.config.alpha_pattern),
+        layers=_layers(folder.factors, folder.config, roles, manifest.alphas or folder.config.alpha_pattern),
         trained=tuple(folder.trained),
-        summary=manifest.get("summary", {}),
+        summary=manifest.summary,
     )
 
 

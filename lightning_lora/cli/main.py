@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.errors import GradientError, GuardError, closest, user_error
+from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe")
 _USAGE = """\
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _exit_code(lambda: run_command(command, arguments[1:]))
     if command in TRAINER_COMMANDS:
         return _exit_code(lambda: _run_trainer_command(arguments, allowed))
-    nearest = closest(command, [*TRAINER_COMMANDS, *COMMANDS])
+    nearest = did_you_mean(command, [*TRAINER_COMMANDS, *COMMANDS])
     print(f"error: unknown command {command!r}{nearest}\n\n{_usage()}", file=sys.stderr, end="")
     return 2
 

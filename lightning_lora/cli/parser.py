@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from lightning_lora.data import SFTDataModule
-from lightning_lora.errors import closest
+from lightning_lora.errors import did_you_mean
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.tasks import CausalLM, SequenceClassifier
 
@@ -53,7 +53,7 @@ class LoRAArgumentParser(LightningArgumentParser):
         parsers = [self, *getattr(self._subcommands_action, "choices", {}).values()]
         options = {action.dest for parser in parsers for action in parser._actions}
         options |= {name for kind in _OURS for name in inspect.signature(kind).parameters}
-        return closest(names[0], sorted(options)) if names else ""
+        return did_you_mean(names[0], sorted(options)) if names else ""
 
 
 def _advice(cause: str) -> str:

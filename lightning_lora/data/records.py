@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from lightning_lora.errors import DataError, closest, first_five
+from lightning_lora.errors import DataError, did_you_mean, first_five
 
 from .reading import Row
 
@@ -72,7 +72,7 @@ def _turns(column: str, role_key: str, text_key: str, roles: dict[str, str]) -> 
             role = _text(turn, role_key, place)
             if role not in roles:
                 known = ", ".join(roles)
-                raise DataError(f"{place}: unknown role {role!r}{closest(role, roles)} Known are {known}.")
+                raise DataError(f"{place}: unknown role {role!r}{did_you_mean(role, roles)} Known are {known}.")
             # An empty system prompt is common and means what it says.
             content = _text(turn, text_key, place, empty=roles[role] == "system")
             messages.append({"role": roles[role], "content": content})

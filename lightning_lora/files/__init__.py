@@ -1,6 +1,7 @@
-"""What is written and read back: old or new, never a mix, never unpickled; knows torch only.
+"""Files that are written and read back: old or new, never a mix, and never unpickled. This room knows torch only.
 
-Read in this order: `atomic` (every write), `safetensors_file` and `safetensors_header`, `checkpoint_manifest`,
-`whole_checkpoint` and `lightning_checkpoint` (reading a ``.ckpt`` safely), `events` (a log by lines), `folder_lock`,
-`scratch`; then the rooms `adapter` (PEFT folders) and `merge` (folding adapters in, on disk and in memory).
+Read in this order: `atomic` (every write), `json_object`, `safetensors_file` and `safetensors_header`,
+`checkpoint_manifest`, `whole_checkpoint` and `lightning_checkpoint` (reading a ``.ckpt`` safely), `events` (a log in
+lines), `folder_lock`, `scratch`; then the rooms `adapter` (PEFT folders) and `merge` (folding adapters in, on disk and
+in memory).
 """

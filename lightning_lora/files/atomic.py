@@ -1,8 +1,8 @@
 """Files and folders that appear on disk whole or not at all.
 
-Everything is written under a temporary name beside its target, pushed to the disk (``fsync``) and then renamed. A
-reader, a crash, a kill or a full disk at any moment finds the old version or the new one, never a mix. Temporary names
-read ``.{name}.{pid}.{random}.tmp``; the next write of the same target removes those that dead processes left behind.
+Everything is written under a temporary name beside its target, pushed to the disk (``fsync``) and then renamed. After
+a crash, a kill or a full disk at any moment, a reader finds the old version or the new one, never a mix. Temporary
+names are ``.{name}.{pid}.{random}.tmp``; the next write of the same target removes those that dead processes left.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import BinaryIO
 
 from lightning_lora.errors import AdapterFileError
 
-# The random part of a temporary name starts with the host and the process, so that a process number seen on another
-# machine of a shared disk, or reused after a container restart, is not taken for a live or a dead writer here.
+# The random part of a temporary name starts with host and process. So a process number from another machine of a shared
+# disk, or one used again after a container restart, is not taken for a live or a dead writer here.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _PROCESS = secrets.token_hex(4)
-# Target, process, host, random part of the process.
+# Target, process number, host, process, suffix.
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{8}\.(tmp|old)")
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
@@ -38,16 +38,16 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Generator[BinaryIO, None, None]:
     """Open a file for writing that replaces ``path`` in one step when the block ends without an error.
 
-    If the block raises, the old file stays as it was and nothing is left behind. Missing parent folders are created,
-    and permissions are those a plain ``open(path, "wb")`` would give.
+    If the block raises, the old file stays as it was and nothing is left behind. Missing parent folders are created.
+    A new file has the permissions that a plain ``open(path, "wb")`` gives; a replaced one keeps its own.
 
     Args:
         path: The file to create or replace.
-        keep_link: Whether a symbolic link at ``path`` keeps pointing where it did, and the file there is replaced.
-            False: the link is replaced, and the file it points to stays as it was.
+        keep_link: What to replace if ``path`` is a symbolic link. True: the file it points to. False: the link itself;
+            the file it points to stays as it was.
 
     Yields:
-        The temporary file, open for writing bytes. It may seek; it must not be closed by the caller.
+        The temporary file, open for writing bytes. The caller may seek in it, and must not close it.
 
     Raises:
         OSError: If the folder is not writable or the disk is full; the old file is untouched.
@@ -71,13 +71,14 @@ def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Gene
 def atomic_folder(path: str | os.PathLike[str], *, replaces: str) -> Generator[Path, None, None]:
     """Make a folder that replaces ``path`` in one step when the block ends without an error.
 
-    The old folder is exchanged as a whole: files in it that the block does not write again are gone. If the block
-    raises, the old folder stays as it was. Where the file system cannot exchange two folders, ``path`` is absent for
-    an instant; a process killed in that instant leaves the old folder aside, and the next write puts it back first.
+    The old folder is replaced as a whole: files in it that the block does not write again are gone. If the block
+    raises, the old folder stays as it was. On a file system that cannot exchange two folders, ``path`` is absent for
+    an instant. A process killed in that instant leaves the old folder under another name, and the next write restores
+    it first.
 
     Args:
         path: The folder to create or replace. Missing parent folders are created.
-        replaces: Name of the file that marks a folder as one of ours. A non-empty folder without it is never replaced.
+        replaces: Name of a file that every folder of this kind holds. A non-empty folder without it is never replaced.
 
     Yields:
         An empty temporary folder beside ``path`` to write into.
@@ -111,13 +112,13 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that dead writers have left in ``folder``; a warning for each target."""
+    """Remove the temporary files and folders that dead writers have left in ``folder``, with a warning per target."""
     for name in sorted({match[1] for entry in folder.iterdir() if (match := _LEFTOVER.fullmatch(entry.name))}):
         _remove_leftovers(folder / name)
 
 
 def _prepare(path: str | os.PathLike[str], keep_link: bool = True) -> Path:
-    """The real path, with its parent folders made and what dead writers left removed."""
+    """The real path of a target, after making its parent folders and removing temporary copies of dead writers."""
     path = Path(path)
     path = Path(os.path.realpath(path)) if keep_link else Path(os.path.realpath(path.parent)) / path.name
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -129,6 +130,7 @@ def _prepare(path: str | os.PathLike[str], keep_link: bool = True) -> Path:
 
 
 def _temporary(path: Path, suffix: str = "tmp") -> Path:
+    """A new temporary name beside ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.{_HOST}{_PROCESS}{secrets.token_hex(4)}.{suffix}")
 
 
@@ -176,7 +178,7 @@ def _check_replaceable(path: Path, replaces: str) -> None:
 
 
 def _swap_in(new: Path, path: Path) -> None:
-    """Put ``new`` at ``path``; afterwards ``new`` is the old folder, or gone."""
+    """Move ``new`` to ``path``; afterwards ``new`` is the old folder, or gone."""
     if not path.exists():
         os.rename(new, path)
     elif not _exchange(new, path):
@@ -191,7 +193,7 @@ def _swap_in(new: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one system call; false where the system or the file system cannot."""
+    """Swap two paths in one system call; False if the system or the file system cannot."""
     if sys.platform != "linux":
         return False
     try:
@@ -208,7 +210,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _keep_mode(path: Path, new: Path) -> None:
-    """A replaced file or folder keeps its permissions: a private one must not become readable by others."""
+    """Give ``new`` the permissions of ``path``: a private file or folder must not become readable by others."""
     with suppress(FileNotFoundError):
         os.chmod(new, stat.S_IMODE(os.stat(path).st_mode))
 

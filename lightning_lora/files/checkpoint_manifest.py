@@ -1,8 +1,8 @@
-"""What a checkpoint file must be, in a small file beside it: ``last.ckpt`` and ``last.ckpt.manifest.json``.
+"""The manifest of a checkpoint: a small file beside it, ``last.ckpt.manifest.json``, with size and SHA-256.
 
-The manifest names every version that the file may be: one, or two while the second is about to replace the first. It
-is written, with both, before the file is renamed into place, and once more, with the new one only, after it. So a file
-that can be seen agrees with its manifest at every moment: a kill between the two renames leaves no file in doubt.
+The manifest names every version that the checkpoint file may be: one, or two while the second is about to replace the
+first. It is written with both versions before the file is renamed into place, and with the new one only after that. So
+the file agrees with its manifest at every moment, even if the process is killed between the two renames.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from packaging.version import InvalidVersion
-from packaging.version import Version as Release
+from packaging.version import InvalidVersion, Version
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.atomic import atomic_file, sha256
@@ -29,20 +28,20 @@ _ZIP, _OLD_PICKLE = b"PK\x03\x04", b"\x80\x02"
 
 
 class DamagedManifestError(AdapterFileError):
-    """A manifest that is none; the text is the end of a sentence."""
+    """A manifest cannot be read; the message is the end of a sentence about the checkpoint."""
 
 
 @dataclass(frozen=True)
-class Version:
+class CheckpointVersion:
     """One content of a checkpoint file.
 
     Args:
-        sha256: Of the whole file, 64 hexadecimal digits.
-        size: Bytes.
-        step: Optimizer steps taken when it was written; orders checkpoints, whatever clocks say.
-        epoch: Epochs begun.
-        run: Name of the run that wrote it, the same for the runs resumed from it.
-        is_resumable: Whether it holds optimizer states, not weights only.
+        sha256: SHA-256 of the whole file, 64 hexadecimal digits.
+        size: Size of the file in bytes.
+        step: Optimizer steps taken when it was written. Checkpoints are ordered by it, as clocks may jump.
+        epoch: Number of the epoch in which it was written.
+        run: Name of the run that wrote it; runs resumed from it have the same name.
+        is_resumable: Whether it holds optimizer states, not only weights.
     """
 
     sha256: str
@@ -55,36 +54,36 @@ class Version:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a look at a checkpoint file has shown.
+    """The result of `examine`.
 
     Args:
-        damage: What is wrong with it, the end of a sentence; None where it is whole.
-        version: The version it is, or, damaged, should be. None: it has no (readable) manifest.
+        damage: What is wrong with the file, the end of a sentence; None if the file is whole.
+        version: The version that a whole file is, or that a damaged file should be; None without a readable manifest.
     """
 
     damage: str | None
-    version: Version | None
+    version: CheckpointVersion | None
 
 
 def manifest_of(path: Path) -> Path:
-    """Where the manifest of a checkpoint is."""
+    """The path of the manifest of a checkpoint."""
     return path.with_name(path.name + SUFFIX)
 
 
-def write_manifest(path: Path, versions: Sequence[Version]) -> None:
-    """Say what the checkpoint at ``path`` may be."""
+def write_manifest(path: Path, versions: Sequence[CheckpointVersion]) -> None:
+    """Write the manifest of the checkpoint at ``path``: the versions that the file may be, the newest last."""
     libraries = {name: version(name) for name in LIBRARIES}
     content = {"format": FORMAT, "versions": [asdict(one) for one in versions], "libraries": libraries}
     with atomic_file(manifest_of(path)) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
-def read_manifest(path: Path) -> list[Version]:
-    """The versions that the checkpoint at ``path`` may be, the newest last; empty where it has no manifest.
+def read_manifest(path: Path) -> list[CheckpointVersion]:
+    """The versions that the checkpoint at ``path`` may be, the newest last; empty if it has no manifest.
 
     Raises:
-        DamagedManifestError: If the manifest is none.
-        AdapterFileError: If it is of a newer format.
+        DamagedManifestError: If the manifest cannot be read.
+        AdapterFileError: If the manifest has a newer format.
     """
     manifest = manifest_of(path)
     if not manifest.is_file():
@@ -99,24 +98,24 @@ def read_manifest(path: Path) -> list[Version]:
 
 
 def other_libraries(path: Path) -> list[str]:
-    """Libraries of another minor release than those that wrote ``path``, as ``torch 2.12.1 (now 2.13.0)``."""
+    """Libraries that are now at another minor release than when ``path`` was written: ``torch 2.12.1 (now 2.13.0)``."""
     try:
         written = json.loads(manifest_of(path).read_bytes())["libraries"]
         present = {name: version(name) for name in LIBRARIES if name in written}
         return [
             f"{name} {written[name]} (now {now})"
             for name, now in present.items()
-            if Release(written[name]).release[:2] != Release(now).release[:2]
+            if Version(written[name]).release[:2] != Version(now).release[:2]
         ]
     except (OSError, ValueError, KeyError, TypeError, InvalidVersion):
-        return []  # no manifest, or one that says nothing of them
+        return []  # there is no manifest, or it does not name them
 
 
 def examine(path: Path) -> Finding:
-    """Compare a file with its manifest; without one, with the checksums that every file of ``torch.save`` holds.
+    """Compare a checkpoint with its manifest, or without one with the checksums inside every file of ``torch.save``.
 
     Raises:
-        AdapterFileError: If the manifest is of a newer format: nothing is known of the file then.
+        AdapterFileError: If the manifest has a newer format, so that nothing is known of the file.
     """
     try:
         versions = read_manifest(path)
@@ -137,52 +136,53 @@ def examine(path: Path) -> Finding:
     return Finding(f"its SHA-256 is {digest[:12]}..., its manifest says {newest.sha256[:12]}...", newest)
 
 
-def present_versions(path: Path) -> list[Version]:
-    """What a checkpoint that is about to be replaced may be until then."""
+def present_versions(path: Path) -> list[CheckpointVersion]:
+    """The versions that a checkpoint may be which is about to be replaced; empty if it does not exist or is damaged."""
     if not path.is_file():
-        return []  # a manifest alone is what a killed writer has left
+        return []  # a killed writer left a manifest without a checkpoint
     try:
         versions = read_manifest(path)
     except AdapterFileError:
-        return []  # damaged it is, and damaged it stays until it is replaced
+        return []  # the old manifest is damaged; it will be overwritten
     if versions or _damage_by_itself(path):
         return versions
-    return [Version(sha256(path), path.stat().st_size)]
+    return [CheckpointVersion(sha256(path), path.stat().st_size)]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The files of a folder that have a readable manifest, by the step it gives, the latest first."""
+    """The checkpoints of a folder that have a readable manifest, ordered by step, the latest first."""
     found = []
     for manifest in folder.glob(f"*{SUFFIX}"):
         path = manifest.with_name(manifest.name.removesuffix(SUFFIX))
         try:
             versions = read_manifest(path)
         except AdapterFileError:
-            continue  # no candidate; whoever names it is told what is wrong
+            continue  # its name asked for directly gives the error
         if versions and path.is_file():
             found.append(((versions[-1].step, path.name), path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def remove_orphans(folder: Path) -> None:
-    """Remove the manifests whose checkpoint was never put in place, or was removed by something else."""
+    """Remove the manifests in ``folder`` whose checkpoint does not exist."""
     for manifest in folder.glob(f"*{SUFFIX}"):
         if not os.path.lexists(manifest.with_name(manifest.name.removesuffix(SUFFIX))):
             manifest.unlink(missing_ok=True)
 
 
-def _versions(entries: list[dict[str, Any]]) -> list[Version]:
-    versions = [Version(**entry) for entry in entries]
+def _versions(entries: list[dict[str, Any]]) -> list[CheckpointVersion]:
+    versions = [CheckpointVersion(**entry) for entry in entries]
     if not versions or any(type(number) is not int for one in versions for number in (one.size, one.step)):
         raise ValueError(entries)
     return versions
 
 
 def _damage_by_itself(path: Path) -> str | None:
+    """What is wrong with a checkpoint by its own checksums; None if nothing is found."""
     with open(path, "rb") as file:
         start = file.read(4)
     if start != _ZIP:
-        # The format of torch before 1.6 holds no checksums; loading it is the only test.
+        # The format of torch before 1.6 holds no checksums; only loading would test it.
         return None if start.startswith(_OLD_PICKLE) else "it does not begin like a checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:

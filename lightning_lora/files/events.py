@@ -1,4 +1,4 @@
-"""``events.jsonl``: what monitors saw, one JSON object a line, in the folder of the run."""
+"""``events.jsonl``: the log of the monitors in the folder of a run, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-NAME = "events.jsonl"
+EVENTS_FILE = "events.jsonl"
 
 
 def write_event(folder: Path, event: Mapping[str, Any]) -> None:
-    """Append one event; numbers that JSON does not know become null."""
-    plain = {name: None if _is_no_number(value) else value for name, value in event.items()}
+    """Append one event to the log in ``folder``; NaN and infinity, which JSON does not have, become null."""
+    plain = {name: None if _is_not_finite(value) else value for name, value in event.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / NAME).open("ab+") as file:
+    with (folder / EVENTS_FILE).open("ab+") as file:
         _drop_cut_line(file)
         file.write(json.dumps(plain).encode() + b"\n")
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run, of all its attempts; a last line that was cut off is left out."""
-    lines = (folder / NAME).read_text(encoding="utf-8").split("\n")
-    # What follows the last line break is no whole line.
+    """The events of all attempts of a run, in order; a last line that was cut off is left out."""
+    lines = (folder / EVENTS_FILE).read_text(encoding="utf-8").split("\n")
+    # The text after the last line break is not a whole line.
     yield from (json.loads(line) for line in lines[:-1])
 
 
 def _drop_cut_line(file: BinaryIO) -> None:
-    """What a killed process wrote of its last line must not become the beginning of the next."""
+    """Remove a last line that a killed process wrote in part, and move to the end."""
     size = file.seek(0, 2)
     if not size:
         return
@@ -39,5 +39,5 @@ def _drop_cut_line(file: BinaryIO) -> None:
         file.seek(0, 2)
 
 
-def _is_no_number(value: Any) -> bool:
+def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

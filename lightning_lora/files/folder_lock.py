@@ -1,7 +1,7 @@
-"""A file that says which process writes in a folder, so that no second one does.
+"""A lock file that names the process which writes in a folder, so that no second process writes there.
 
-The file names process, host and start. Reading, judging and replacing it happen under a short ``flock``: of two
-processes that start at the same moment, or find the same stale lock, one wins.
+The file holds process number, host and start. It is read, judged and replaced under a short ``flock``, so only one of
+two processes wins that start at the same moment, or find the same stale lock.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 
 from lightning_lora.errors import RunFolderError
 
-if sys.platform == "win32":  # there is no flock; the file alone must do
+if sys.platform == "win32":  # there is no flock, only the file
     fcntl: Any = None
 else:
     import fcntl
 
 
 @dataclass(frozen=True)
-class Holder:
-    """Who holds a lock.
+class LockHolder:
+    """The process that holds a lock.
 
     Args:
         pid: Process number on its host.
         host: Name of the machine.
-        born: When the process started, in the system's own ticks; tells a process from another that got its number.
-        started: When the lock was taken, ISO 8601 in UTC.
-        job: Number of the SLURM job, empty outside of one.
-        restart: How often SLURM had started that job again.
+        born: Start of the process in the system's own ticks, to tell it from a later process with the same number.
+        started: Time when the lock was taken, ISO 8601 in UTC.
+        job: Number of the SLURM job; empty outside SLURM.
+        restart: Number of times SLURM had restarted the job.
     """
 
     pid: int
@@ -49,18 +49,22 @@ class Holder:
         age = datetime.now(timezone.utc) - datetime.fromisoformat(self.started)
         return f"process {self.pid} on {self.host}, started {timedelta(seconds=round(age.total_seconds()))} ago"
 
-    def is_dead(self, me: Holder) -> bool:
-        """Whether it is known to have ended: of another host's processes only those that SLURM has started anew."""
+    def is_dead(self, me: LockHolder) -> bool:
+        """Whether the process has surely ended. On another host this is known only if SLURM restarted its job here."""
         if me.job and me.job == self.job and me.restart > self.restart:
             return True
-        return me.host == self.host and _born(self.pid) != self.born
+        return me.host == self.host and _start_ticks(self.pid) != self.born
 
 
 def take_lock(path: Path, folder: Path) -> str | None:
-    """Lock ``folder`` by the file ``path`` for this process until `release_lock`; folders on the way are made.
+    """Lock ``folder`` for this process until `release_lock`.
+
+    Args:
+        path: The lock file; missing parent folders are made.
+        folder: The folder that is locked, for messages.
 
     Returns:
-        A remark if the lock of a dead process was taken over, else None.
+        A sentence for the user if the lock of a dead process was taken over, else None.
 
     Raises:
         RunFolderError: If a live process, or one on another host, holds the lock; or if it cannot be written.
@@ -68,7 +72,7 @@ def take_lock(path: Path, folder: Path) -> str | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _opened(path) as file:
-            holder, me = _read(file), _me()
+            holder, me = _read(file), _this_process()
             if holder is not None and not holder.is_dead(me) and not _is_same(holder, me):
                 raise RunFolderError(
                     f"another run writes in {folder}: {holder}. Wait for it, or choose another folder "
@@ -87,24 +91,24 @@ def take_lock(path: Path, folder: Path) -> str | None:
 
 
 def release_lock(path: Path) -> None:
-    """Remove the lock of this process, if it is there; another's stays."""
+    """Remove the lock file if this process holds it; the lock of another process stays."""
     if not path.exists():
         return
     with _opened(path) as file:
         holder = _read(file)
-        if holder is None or _is_same(holder, _me()):
+        if holder is None or _is_same(holder, _this_process()):
             path.unlink()
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """The lock file, open, while nobody else reads or changes it."""
+    """Open the lock file and keep others from reading or changing it, within the context."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file, path):  # else its holder removed it while we waited
+            if _is_at(file, path):  # otherwise its holder removed it while we waited
                 yield file
                 return
         finally:
@@ -112,40 +116,42 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _is_at(file: int, path: Path) -> bool:
+    """Whether the open file is the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _read(file: int) -> Holder | None:
-    """Who holds the lock; nobody if the file is new, or was cut off by a crash while it was written."""
+def _read(file: int) -> LockHolder | None:
+    """The holder of the lock; None if the file is new, or was cut off by a crash while it was written."""
     try:
-        return Holder(**json.loads(os.read(file, 4096)))
+        return LockHolder(**json.loads(os.read(file, 4096)))
     except (ValueError, TypeError):
         return None
 
 
-def _me() -> Holder:
+def _this_process() -> LockHolder:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return Holder(os.getpid(), socket.gethostname(), _born(os.getpid()) or "", now, job, restart)
+    return LockHolder(os.getpid(), socket.gethostname(), _start_ticks(os.getpid()) or "", now, job, restart)
 
 
-def _is_same(one: Holder, other: Holder) -> bool:
+def _is_same(one: LockHolder, other: LockHolder) -> bool:
+    """Whether both are the same process, whenever it took the lock."""
     return replace(one, started="") == replace(other, started="")
 
 
-def _born(pid: int) -> str | None:
-    """When a process of this host started, empty where the system does not tell; None if there is none."""
+def _start_ticks(pid: int) -> str | None:
+    """The start of a process on this host, empty if the system does not tell; None if there is no such process."""
     if sys.platform == "linux":
         try:
-            # After the name, which may hold anything but ends with the last parenthesis: field 3, the state, and so on.
+            # The name may hold anything, but ends with the last parenthesis. Field 3, the state, follows.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        # A zombie has ended; it only waits for its parent to look.
-        return None if fields[0] in "ZX" else f"{_boot()}:{fields[19]}"
+        # A zombie has ended; it only waits for its parent to ask for its exit code.
+        return None if fields[0] in "ZX" else f"{_boot_id()}:{fields[19]}"
     if sys.platform == "win32":  # there, signal 0 is Ctrl-C
         return ""
     try:
@@ -153,12 +159,12 @@ def _born(pid: int) -> str | None:
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # it lives, and is somebody else's
+        pass  # it is alive, and belongs to another user
     return ""
 
 
-def _boot() -> str:
-    """Which start of the machine this is: ticks and process numbers begin anew with each."""
+def _boot_id() -> str:
+    """The id of this start of the machine. Ticks and process numbers begin again with every start."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

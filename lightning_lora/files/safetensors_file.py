@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files, whole, one tensor at a time, or in blocks of one.
+"""Reading and writing safetensors files: whole, one tensor at a time, or a tensor in blocks.
 
 Nothing here can run code from a file: pickled weights are never opened.
 """
@@ -19,36 +19,25 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.files.safetensors_header import DTYPES, Header, TensorSpan, check_spans, parse_json, read_header
+from lightning_lora.files.json_object import parse_json
+from lightning_lora.files.safetensors_header import TENSOR_DTYPES, Header, TensorSpan, check_spans, read_header
 from lightning_lora.files.scratch import Scratch
-
-__all__ = [
-    "Header",
-    "TensorFile",
-    "TensorSpan",
-    "open_tensors",
-    "read_header",
-    "read_tensors",
-    "safetensors_files",
-    "write_blocks",
-    "write_tensors",
-]
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-_LAYOUT_RANK = {name: rank for rank, name in enumerate(reversed(DTYPES))}
+_NAME_OF = {dtype: name for name, dtype in TENSOR_DTYPES.items()}
+_LAYOUT_RANK = {name: rank for rank, name in enumerate(reversed(TENSOR_DTYPES))}
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU, in memory of their own.
+    """Read all tensors of a safetensors file into memory, on the CPU.
 
     Raises:
         AdapterFileError: If the file is missing, cut or damaged. Nothing else is raised.
     """
     read_header(path)
     try:
-        # Not mapped: a file overwritten in place later would change, or kill, the process that holds the tensors.
+        # Not mapped: overwriting the file later would change the tensors, or kill the process that holds them.
         return load_file(path, backend="pread")
     except Exception as error:  # the library raises its own class, OSError, RuntimeError and more
         raise AdapterFileError(f"{path} cannot be read: {error}") from error
@@ -57,8 +46,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 class TensorFile:
     """A safetensors file open for reading a few elements at a time.
 
-    It is read, not mapped: mapped pages count as memory of the process for as long as the system likes, and a mapped
-    file that is cut meanwhile kills the process.
+    The file is read, not mapped. Mapped pages count as memory of the process until the system drops them, and a mapped
+    file that is cut short kills the process.
 
     Args:
         file: The open file.
@@ -70,17 +59,17 @@ class TensorFile:
         self.header = header
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor."""
-        return DTYPES[self.header.tensors[name].dtype]
+        """The type of the tensor ``name``."""
+        return TENSOR_DTYPES[self.header.tensors[name].dtype]
 
     def read(self, name: str, start: int, stop: int, scratch: Scratch | None = None) -> Tensor:
-        """Elements ``start`` to ``stop`` of a tensor, counted row by row; one axis.
+        """Read elements ``start`` to ``stop`` of a tensor, counted row by row, as a tensor of one axis.
 
         Args:
-            name: Of the tensor.
+            name: Name of the tensor.
             start: Number of the first element.
-            stop: One past the last.
-            scratch: Whose memory to use, until the next call with it; None: fresh memory.
+            stop: Number of the last element plus one.
+            scratch: Memory to use; the result is lost at the next call with it. None: fresh memory.
 
         Raises:
             AdapterFileError: If the file has become shorter since it was opened.
@@ -95,7 +84,7 @@ class TensorFile:
 
 @contextmanager
 def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
-    """A safetensors file to read in blocks, closed when the context ends.
+    """Open a safetensors file to read it in blocks; it is closed when the context ends.
 
     Raises:
         AdapterFileError: If the file is missing, cut or damaged.
@@ -110,14 +99,14 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file with one tensor in memory at a time; ``path`` is replaced in one step at the end.
 
-    The header comes from ``layout``, so tensors may arrive in any order. Bytes are laid out as the library does, by
-    alignment and then by name: equal tensors and metadata give equal files.
+    The header comes from ``layout``, so tensors may arrive in any order. Bytes are in the order of the safetensors
+    library, by alignment and then by name: equal tensors and metadata give equal files.
 
     Args:
         path: The file to create or replace.
         tensors: Each name of ``layout`` once, with its tensor, on any device.
-        layout: Tensor name -> dtype and shape.
-        metadata: Texts to keep in the header; ``{"format": "pt"}`` is what transformers expects.
+        layout: Tensor name to type and shape.
+        metadata: Texts to keep in the header; transformers expects ``{"format": "pt"}``.
 
     Raises:
         ValueError: If a tensor disagrees with ``layout``, comes twice or is missing, or ``layout`` cannot be written.
@@ -130,7 +119,7 @@ def write_tensors(
                 found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{layout[name][0]} {tuple(layout[name][1])}"
                 raise ValueError(f"tensor {name!r} is {found}, the layout says {wanted}.")
             yield name, tensor
-            del tensor  # else this one lives on while the iterable makes the next
+            del tensor  # otherwise it stays in memory while the iterable makes the next
 
     write_blocks(path, whole(), layout, metadata)
 
@@ -138,17 +127,17 @@ def write_tensors(
 def write_blocks(
     path: str | os.PathLike[str], blocks: Iterable[tuple[str, Tensor]], layout: Layout, metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file as `write_tensors` does, of tensors that come in blocks.
+    """Write a safetensors file as `write_tensors` does, from tensors that come in blocks.
 
     Args:
         path: The file to create or replace.
-        blocks: Name and next elements of a tensor, row by row, in any shape and size; blocks of several tensors may
-            alternate. A block is written before the next is asked for.
-        layout: Tensor name -> dtype and shape.
+        blocks: Pairs of a tensor's name and its next elements, row by row, in any shape and size. Blocks of several
+            tensors may alternate. A block is written before the next is asked for.
+        layout: Tensor name to type and shape.
         metadata: Texts to keep in the header.
 
     Raises:
-        ValueError: If a block is of another type, tensors have more or fewer elements than ``layout`` says, or
+        ValueError: If a block has another type, a tensor has more or fewer elements than ``layout`` says, or
             ``layout`` cannot be written.
         OSError: If the disk is full or not writable. After any error the old file is untouched.
     """
@@ -168,16 +157,16 @@ def write_blocks(
             waiting[name] -= len(raw)
             if not waiting[name]:
                 del waiting[name]
-            del block, raw  # else this one lives on while the iterable makes the next
+            del block, raw  # otherwise they stay in memory while the iterable makes the next
         if waiting:
             raise ValueError(f"{len(waiting)} of {len(spans)} tensors never came: {first_five(waiting)}.")
 
 
 def safetensors_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Tensor name -> file, for a checkpoint folder in Hugging Face layout, single file or shards.
+    """Tensor name to file, for a checkpoint folder in Hugging Face layout, whether one file or shards.
 
-    As in transformers, ``model.safetensors`` wins over an index, and a tensor that the index does not list is not
-    part of the model. Every file named is checked (:func:`read_header`).
+    As in transformers, ``model.safetensors`` is used before an index, and a tensor that the index does not list is not
+    part of the model. The header of every file is checked with `read_header`.
 
     Raises:
         AdapterFileError: If there are no safetensors files, the index is damaged or names a file outside the folder,
@@ -199,7 +188,7 @@ def safetensors_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def _spans(layout: Layout) -> dict[str, TensorSpan]:
-    """Where each tensor goes, in file order."""
+    """The place of each tensor in the file, in file order."""
     if unknown := sorted(name for name, (dtype, _) in layout.items() if dtype not in _NAME_OF):
         raise ValueError(f"safetensors cannot hold {layout[unknown[0]][0]} of tensor {unknown[0]!r}.")
     spans: dict[str, TensorSpan] = {}
@@ -225,7 +214,7 @@ def _header_bytes(spans: Mapping[str, TensorSpan], metadata: Mapping[str, str]) 
 
 
 def _raw_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    """The bytes of a tensor as the format wants them, without a copy where it lies that way already."""
+    """The bytes of a tensor in the format's order, without a copy if memory has this order already."""
     if tensor.dtype != dtype:
         raise ValueError(f"tensor {name!r} is {tensor.dtype}, the layout says {dtype}.")
     if tensor.is_meta or tensor.layout is not torch.strided or sys.byteorder != "little":

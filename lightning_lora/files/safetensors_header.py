@@ -1,32 +1,32 @@
-"""The header of a safetensors file, checked by hand before anything else looks at the file.
+"""The header of a safetensors file, checked before anything else reads the file.
 
 The library accepts duplicate names, ``../../x`` as a name and unknown fields, and its messages do not name the file.
-Here every byte a stranger controls is checked first, and every failure says which file and what is wrong.
+Here the whole header is checked first, and every error says which file and what is wrong.
 
-Format: 8 bytes, little endian, the length of the header; the header, a JSON object; then the tensors without gaps.
+Format: the length of the header, 8 bytes, little endian; the header, a JSON object; then the tensors without gaps.
 Reference: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.files.json_object import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_NAME_LENGTH = 1_000
 MAX_NUM_DIMS = 64
 
-# By increasing alignment, then in the library's order: the order in which it lays tensors out, from last to first.
-DTYPES: dict[str, torch.dtype] = {
+# Ordered by alignment, then as in the library. Files hold the tensors in the reverse of this order.
+TENSOR_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -50,7 +50,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class TensorSpan(NamedTuple):
-    """What one tensor is and where its bytes are, counted from the end of the header."""
+    """Type and shape of a tensor, and the place of its bytes, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -63,8 +63,8 @@ class Header:
     """A checked header.
 
     Args:
-        tensors: Tensor name -> dtype name of the format (``"BF16"``), shape, first byte, byte after the last.
-        metadata: The file's own texts, often ``{"format": "pt"}``.
+        tensors: Tensor name to its type in the format's words (``"BF16"``), shape, first byte, and byte after the last.
+        metadata: Texts that the writer added, often ``{"format": "pt"}``.
         data_start: Position in the file of the first tensor byte, in bytes.
         size: Size of the whole file, in bytes.
     """
@@ -94,25 +94,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise AdapterFileError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged: {error}") from error
-
-
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes, refusing duplicate keys.
-
-    Raises:
-        ValueError: If it is anything else, with the reason.
-    """
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"its JSON is not UTF-8 ({error.reason} at byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"its JSON cannot be parsed ({error}).") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"its JSON is a {type(parsed).__name__}, not an object.")
-    return parsed
 
 
 def check_spans(tensors: Mapping[str, TensorSpan]) -> int:
@@ -157,15 +138,6 @@ def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
     return Header(tensors, metadata, data_start, size)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise ValueError(f"its JSON has the key {key[:80]!r} twice.")
-        entries[key] = value
-    return entries
-
-
 def _parse_metadata(metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ is not an object of strings.")
@@ -196,11 +168,11 @@ def _check_name(name: str) -> None:
 
 
 def _check_span(name: str, span: TensorSpan) -> None:
-    if not isinstance(span.dtype, str) or span.dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {str(span.dtype)[:80]!r}; known are {', '.join(DTYPES)}.")
+    if not isinstance(span.dtype, str) or span.dtype not in TENSOR_DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {str(span.dtype)[:80]!r}; known are {', '.join(TENSOR_DTYPES)}.")
     if 0 in span.shape:
         raise ValueError(f"tensor {name!r} is empty, shape {span.shape}; was it saved from sharded parameters?")
-    expected = math.prod(span.shape) * DTYPES[span.dtype].itemsize
+    expected = math.prod(span.shape) * TENSOR_DTYPES[span.dtype].itemsize
     if span.end - span.start != expected:
         found = span.end - span.start
         raise ValueError(

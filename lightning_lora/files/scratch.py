@@ -1,4 +1,4 @@
-"""Memory used again for block after block."""
+"""Memory that is used again for every block."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 
 class Scratch:
-    """Tensors to write into, one for each use and type; what one held is lost when it is asked for again.
+    """Tensors to write into, one for each use and type.
 
-    The system hands out fresh memory page by page, zeroed: for a block, that can take four times as long as its sum.
+    The contents of a tensor are lost when the same use and type is asked for again. Fresh memory comes from the system
+    page by page, zeroed; for a block, this can take four times as long as computing its sum.
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def empty(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor for ``use``, of any content."""
+        """The tensor for ``use``, with arbitrary contents."""
         num_elements = torch.Size(shape).numel()
         held = self._held.get((use, dtype))
         if held is None or held.numel() < num_elements:

@@ -1,4 +1,4 @@
-"""Which checkpoint to load: the one that was named, or where it is damaged the last whole one beside it."""
+"""The checkpoint to load: the one that was named, or if it is damaged the last whole one beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.files.checkpoint_manifest import Version, checkpoints_in, examine
+from lightning_lora.files.checkpoint_manifest import CheckpointVersion, checkpoints_in, examine
 
 
 @dataclass(frozen=True)
@@ -15,18 +15,18 @@ class WholeCheckpoint:
     """A checkpoint file that is whole.
 
     Args:
-        path: The file, links resolved.
-        version: The version that its manifest says it is; None if it has no manifest.
-        stands_for: The damaged file that was asked for, and what is wrong with it; None if this is that file.
+        path: The file, with links resolved.
+        version: The version in its manifest; None if it has no manifest.
+        stands_for: A sentence about the damaged file that was asked for; None if this is the file asked for.
     """
 
     path: Path
-    version: Version | None
+    version: CheckpointVersion | None
     stands_for: str | None = None
 
     @property
     def remark(self) -> str | None:
-        """What a user should know of the choice; None if the file is the one named, verified by its manifest."""
+        """What a user should know about the choice; None if the file is the one named, verified by its manifest."""
         if self.stands_for is not None:
             step = self.version.step if self.version else 0
             return f"{self.stands_for} Loading {self.path} (step {step}) instead, the last whole checkpoint beside it."
@@ -39,8 +39,8 @@ def whole_checkpoint(path: Path, fall_back: bool = True) -> WholeCheckpoint:
     """The file at ``path`` if it is whole, else the last whole checkpoint beside it.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        AdapterFileError: If it is damaged, and nothing whole is beside it or ``fall_back`` is false.
+        FileNotFoundError: If there is no file at ``path``.
+        AdapterFileError: If it is damaged, and there is no whole checkpoint beside it or ``fall_back`` is False.
     """
     if not os.path.lexists(path):
         raise FileNotFoundError(f"Checkpoint file not found: {path}")
@@ -63,8 +63,8 @@ def whole_checkpoint(path: Path, fall_back: bool = True) -> WholeCheckpoint:
     return WholeCheckpoint(*other, stands_for=damage)
 
 
-def _last_whole(damaged: Path, expected: Version | None) -> tuple[Path, Version] | None:
-    """The latest whole checkpoint of the folder that may stand for ``damaged``: of its run, and not ahead of it."""
+def _last_whole(damaged: Path, expected: CheckpointVersion | None) -> tuple[Path, CheckpointVersion] | None:
+    """The latest whole checkpoint of the folder that is of the same run as ``damaged``, and not ahead of it."""
     for path in checkpoints_in(damaged.parent):
         if path == damaged:
             continue
@@ -72,14 +72,13 @@ def _last_whole(damaged: Path, expected: Version | None) -> tuple[Path, Version]
         if finding.damage is not None or finding.version is None:
             continue
         version = finding.version
-        if expected is None and version.is_resumable:
-            return path, version
-        if expected is not None and _stands_for(version, expected):
+        is_fit = version.is_resumable if expected is None else _stands_for(version, expected)
+        if is_fit:
             return path, version
     return None
 
 
-def _stands_for(version: Version, expected: Version) -> bool:
+def _stands_for(version: CheckpointVersion, expected: CheckpointVersion) -> bool:
     return (
         version.run == expected.run and version.step <= expected.step and version.is_resumable >= expected.is_resumable
     )

@@ -1,6 +1,7 @@
 """LoRA on any ``nn.Module``; knows torch only.
 
-Read in this order: `config` (all settings), `adapter` (inject, merge, remove, state), `reports` (what was done,
-counts), `patterns` (names of modules), `matched_rank`, `shards` (tensors in pieces), `fingerprint` (which base this
-is); then the rooms `targets` (which weights, at which rank), `layers` (adapted modules) and `functional` (tensors).
+Read in this order: `config` (all settings), `adapter` (inject, merge, remove, state dict), `reports` (what was done,
+parameter counts), `patterns` (names of modules), `matched_rank` (comparisons at equal size), `shards` (sharded
+tensors), `fingerprint` (digests of the base); then the rooms `targets` (which weights, at which rank), `layers`
+(adapted modules) and `functional` (tensors).
 """

@@ -1,4 +1,4 @@
-"""Adapter operations on any module: put adapters in, fold them in, take them off, count them."""
+"""Operations on the adapters of any module: inject, merge, unmerge, remove, disable, and their state dict."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ from lightning_lora.lora.layers.quantised_weights import keep_stored_values
 from lightning_lora.lora.layers.shared_factors import attach_tied
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.reports import InjectionReport, MergeReport, count_parameters
-from lightning_lora.lora.shards import check_whole, is_flat, reshard, whole_parameters, whole_tensor
+from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor, is_flattened, reshard
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
-from lightning_lora.lora.targets.shared_weights import Tied, untie
+from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
-    """Adapt ``module`` in place: chosen layers get ``lora_A`` and ``lora_B``, everything else is frozen.
+    """Adapt ``module`` in place: the chosen layers get ``lora_A`` and ``lora_B``, everything else is frozen.
 
-    Names, hooks, module identities and base state-dict keys stay as they were. Works on the meta device, without
-    memory.
+    Names, hooks, module identities and base state-dict keys stay as they were. On the meta device this takes no
+    memory. If an error is raised, nothing has been changed.
 
     Args:
-        module: Any module, before it is wrapped, sharded, or its optimizer is built.
+        module: Any module, before it is wrapped or sharded and before its optimizer is built.
         config: What to adapt and how.
+
+    Returns:
+        The adapted layers, the layers left alone with reasons, and numbers of parameters.
 
     Raises:
         TargetNotFoundError: If a pattern matches nothing.
-        ConfigError: If ``module`` is adapted already or a target cannot be adapted. Nothing is changed then.
+        ConfigError: If ``module`` is adapted already, or a target cannot be adapted.
         AlreadyShardedError: If the parameters are sharded already.
     """
     config = LoRAConfig.from_dict(config)
     check_not_sharded(module)
     targets = resolve_targets(module, config)
     apply_targets(module, targets)
-    count = count_parameters(module)
-    adapter_bytes = sum(p.numel() * p.element_size() for p in factor_parameters(module).values())
     return InjectionReport(
         layers={target.name: target.spec for target in targets.layers},
         trainable=tuple(targets.trainable),
         skipped=targets.skipped,
-        parameters=count,
-        adapter_bytes=adapter_bytes,
+        parameters=count_parameters(module),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in factor_parameters(module).values()),
     )
 
 
 def apply_targets(module: nn.Module, targets: Targets) -> None:
-    """Freeze ``module``, attach the resolved adapters, and let the fully trained modules learn."""
+    """Freeze ``module``, attach the resolved adapters, and unfreeze the modules trained in full."""
     freeze(module)
     attach_targets(module, targets.layers, targets.tied)
     for trained in targets.trainable.values():
@@ -64,13 +65,13 @@ def apply_targets(module: nn.Module, targets: Targets) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Let nothing in ``module`` change: neither by gradients nor by what quantised layers do to themselves."""
+    """Freeze every parameter of ``module``, and keep quantised layers from changing their stored values."""
     module.requires_grad_(False)
     keep_stored_values(module)
 
 
-def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> None:
-    """Adapt resolved layers of ``module``, and do with shared weights what was decided."""
+def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeights) -> None:
+    """Adapt the resolved layers of ``module``, and untie or share their weights as resolved."""
     for owner, parameter in tied.untied:
         untie(module, owner, parameter)
     adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
@@ -81,9 +82,9 @@ def attach_targets(module: nn.Module, layers: Iterable[Target], tied: Tied) -> N
 
 
 def check_not_sharded(module: nn.Module) -> None:
-    """Raise `AlreadyShardedError` if adapters added now would be missed by the strategy."""
+    """Raise `AlreadyShardedError` if a parameter of ``module`` is sharded."""
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter" or is_flat(parameter):
+        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter" or is_flattened(parameter):
             raise AlreadyShardedError(
                 f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
                 f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."
@@ -91,34 +92,33 @@ def check_not_sharded(module: nn.Module) -> None:
 
 
 def merge_lora(module: nn.Module) -> MergeReport:
-    """Fold every update into its base weight, summed in float32 and rounded once; the originals are kept aside.
+    """Add every update to its base weight, computed in float32 and rounded once. `unmerge_lora` restores the weights.
 
-    A quantised layer then holds a plain weight of the type it had before it was quantised; a warning says so. Another
-    warns where rounding took more than a tenth of an update.
+    A quantised layer then holds a plain weight of the type it had before it was quantised, and a warning says so.
+    Another warning says where rounding took more than a tenth of an update.
 
     Returns:
-        What rounding took of each update.
+        The share of each update that rounding took.
 
     Raises:
-        ConfigError: If nothing is adapted, or the updates are folded in already.
+        ConfigError: If nothing is adapted, or the updates are merged already.
         AlreadyShardedError: If the weights are sharded.
     """
     report = merge_layers(module)
-    layers = lora_layers(module)
-    plain = [layer.weight for layer in layers.values() if isinstance(layer, LoRAQuantisedLinear)]
+    plain = [layer.weight for layer in lora_layers(module).values() if isinstance(layer, LoRAQuantisedLinear)]
     if plain:
         types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
         size = sum(weight.numel() * weight.element_size() for weight in plain)
         warnings.warn(
-            f"{len(plain)} merged layers are quantised no longer: their weights are {types} and take {size / 1e6:,.1f} "
-            f"MB. unmerge_lora(module) brings the quantised ones back.",
+            f"{len(plain)} merged layers are no longer quantised: their weights are {types} and take {size / 1e6:,.1f} "
+            f"MB. unmerge_lora(module) restores the quantised weights.",
             stacklevel=2,
         )
     return report
 
 
 def merge_layers(module: nn.Module) -> MergeReport:
-    """Fold every update in, as `merge_lora` does, without a word about quantised layers."""
+    """Merge as `merge_lora` does, without the warning about quantised layers."""
     layers = _adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "merge twice")
@@ -131,7 +131,7 @@ def unmerge_lora(module: nn.Module) -> None:
     """Restore the base weights as they were before `merge_lora`, bit for bit.
 
     Raises:
-        ConfigError: If nothing is adapted or nothing is folded in.
+        ConfigError: If nothing is adapted, or nothing is merged.
     """
     merged = [layer for layer in _adapted(module).values() if layer.lora_merged]
     if not merged:
@@ -141,9 +141,9 @@ def unmerge_lora(module: nn.Module) -> None:
 
 
 def remove_lora(module: nn.Module) -> None:
-    """Take the adapters off; every layer gets its old class back. A merged module keeps the merged weights.
+    """Remove the adapters; every layer gets its old class back. A merged module keeps the merged weights.
 
-    Frozen parameters stay frozen: what should train next is the caller's to say.
+    Frozen parameters stay frozen. Call ``module.requires_grad_()`` to train the module further.
 
     Raises:
         ConfigError: If nothing is adapted.
@@ -158,10 +158,10 @@ def remove_lora(module: nn.Module) -> None:
 
 @contextmanager
 def disable_lora(module: nn.Module) -> Iterator[None]:
-    """Within the context ``module`` computes what the base computes; the state before is restored on leaving.
+    """Within the context, ``module`` computes what its base computes. The previous state is restored on exit.
 
     Raises:
-        ConfigError: If nothing is adapted, or the updates are folded in.
+        ConfigError: If nothing is adapted, or the updates are merged.
     """
     layers = _adapted(module)
     check_not_merged(module, "disable adapters")
@@ -176,25 +176,25 @@ def disable_lora(module: nn.Module) -> Iterator[None]:
 
 
 def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Adapter tensors by dotted name, detached, whole under sharding (then every rank must call this).
+    """Dotted name to adapter tensor, detached and with its full value. A collective if ``module`` is sharded.
 
     Raises:
         ConfigError: If nothing is adapted.
-        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
+        AlreadyShardedError: If FSDP1 has flattened the factors and ``module`` is not its outermost wrapper.
     """
     reshard(module)
     _adapted(module)
-    with whole_parameters(module):
-        check_whole(module, "read the adapter")
-        return {name: whole_tensor(factor) for name, factor in factor_parameters(module).items()}
+    with full_parameters(module):
+        check_not_flattened(module, "read the adapter")
+        return {name: full_tensor(factor) for name, factor in factor_parameters(module).items()}
 
 
 def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy adapter tensors into an adapted module; every name and shape must agree, else nothing is changed.
+    """Copy adapter tensors into an adapted module. If any name or shape differs, nothing is changed.
 
     Raises:
-        AdapterFileError: If tensors are missing, unknown or of another shape; the first five are named.
-        ConfigError: If nothing is adapted, or the updates are folded in.
+        AdapterFileError: If tensors are missing, unknown or of another shape. The message names the first five.
+        ConfigError: If nothing is adapted, or the updates are merged.
         AlreadyShardedError: If the weights are sharded.
     """
     _adapted(module)
@@ -208,7 +208,7 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise `AdapterFileError` unless both hold the same names and shapes."""
+    """Raise `AdapterFileError` unless ``found`` holds the names and shapes of ``expected``."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unknown {name}" for name in found if name not in expected]
     problems += [
@@ -224,7 +224,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 
 
 def check_not_merged(module: nn.Module, action: str) -> None:
-    """Raise `ConfigError` if any update is folded in: the adapter would then count twice or not at all."""
+    """Raise `ConfigError` if any update is merged: the adapter would count twice or not at all."""
     merged = [name for name, layer in lora_layers(module).items() if layer.lora_merged]
     if merged:
         raise ConfigError(

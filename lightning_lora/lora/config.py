@@ -4,51 +4,56 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_lora.errors import ConfigError, closest
+from lightning_lora.errors import ConfigError, did_you_mean
 
-ROLE_TARGETS = ("all", "attention", "mlp", "experts")
-SCALINGS = ("standard", "rslora")
-INITS = ("default", "gaussian")
-TIED = ("refuse", "untie", "both")
-ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
+_TARGETS = ("all", "attention", "mlp", "experts")
+_SCALINGS = ("standard", "rslora")
+_INITS = ("default", "gaussian")
+_TIED_WEIGHTS = ("refuse", "untie", "both")
+_ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    r"""Settings of a low-rank update ``W + scale * B A`` on the chosen layers; the base stays frozen.
+    r"""LoRA settings: each chosen weight ``W`` becomes ``W + scale * B A`` with ``W`` frozen, ``A`` and ``B`` trained.
 
-    A *name pattern* matches a module's dotted name when it is equal, a dotted suffix (``q_proj``), or a glob
-    (``*.mlp.*``). In mappings the first pattern that matches wins.
+    ``A`` has shape ``(rank, in)``, ``B`` has shape ``(out, rank)``. ``B`` starts at zero (``A`` in embeddings), so a
+    fresh adapter does not change the model. The defaults follow *LoRA Without Regret*.
+
+    A *name pattern* selects modules by their dotted name. It is the whole name (``model.layers.0.mlp.up_proj``), a
+    dotted suffix (``up_proj``) or a glob (``*.mlp.*``). A pattern that matches nothing is an error.
 
     Args:
-        rank: Inner dimension of every update, at least 1. A smaller layer is adapted at its own full rank, with a
-            warning.
-        alpha: Numerator of the scale. Kept at 32 for every rank, early learning does not depend on the rank.
-        targets: ``"all"`` (every weight matrix of attention, MLP and MoE experts), ``"attention"``, ``"mlp"``,
-            ``"experts"``, or a list of name patterns.
-        exclude: Name patterns of layers to leave alone.
-        rank_pattern: Name pattern to rank, for layers that differ.
-        alpha_pattern: Name pattern to alpha, for layers that differ.
-        dropout: Probability of dropping an input of the update while training, in ``[0, 1)``.
-        scaling: ``"standard"`` (alpha / rank) or ``"rslora"`` (alpha / sqrt(rank)).
-        init: How A starts; B starts at zero. ``"default"``: uniform within 1/sqrt(d_in), whatever the rank.
-            ``"gaussian"``: normal with standard deviation 1/rank.
-        lr_multiplier: Adapters learn at this many times the full fine-tuning learning rate.
+        rank: Inner dimension of the update, at least 1. A higher rank has room for more training data. A layer smaller
+            than the rank is adapted at its full rank, with a warning.
+        alpha: Numerator of the scale. Keep 32 at every rank: the best learning rate then hardly depends on the rank.
+        targets: Layers to adapt: ``"all"`` (every weight matrix of attention, MLP and MoE experts), ``"attention"``,
+            ``"mlp"``, ``"experts"``, or a list of name patterns such as ``["q_proj", "v_proj"]``.
+        exclude: Name patterns of layers not to adapt, even if ``targets`` selects them.
+        rank_pattern: Ranks of single layers, as a mapping from name pattern to rank. The first match wins.
+        alpha_pattern: Alphas of single layers, as a mapping from name pattern to alpha. The first match wins.
+        dropout: Probability of dropping each input of the update during training, in ``[0, 1)``.
+        scaling: Scale of the update: ``"standard"`` (alpha / rank) or ``"rslora"`` (alpha / sqrt(rank)).
+        init: Initial values of A. ``"default"``: uniform in ``[-1/sqrt(in), 1/sqrt(in)]``. ``"gaussian"``: normal with
+            standard deviation 1/rank.
+        lr_multiplier: Factor on the learning rate of the adapters. Give the task the learning rate of full fine-tuning;
+            the adapters train at this many times it.
         adapt_head: Also adapt the output head.
         adapt_embeddings: Also adapt the embeddings.
-        trainable: Name patterns of modules trained in full beside the adapters, such as a classification head.
-        adapter_dtype: Type of A and B: ``"float32"``, ``"bfloat16"`` or ``"float64"``. None: float32 when the base is
-            lower, else the base's.
-        share_expert_factors: In layers of fused experts, let all experts share the factor that touches the hidden
-            dimension (A on the way in, B on the way out); each then has the whole rank. Otherwise every expert has
-            factors of its own, of rank / active experts and at least 1.
-        tied_weights: What to do where a weight to adapt is shared with another layer, as an output head's with the
-            embedding. ``"refuse"`` raises an error; ``"untie"`` gives each adapted layer a weight of its own;
-            ``"both"`` adapts the shared weight, so one update serves all layers that share it.
+        trainable: Name patterns of modules to train in full beside the adapters, such as a new classification head.
+        adapter_dtype: Type of A and B: ``"float32"``, ``"bfloat16"`` or ``"float64"``. None: the type of the base
+            weight, but at least float32.
+        share_expert_factors: For mixtures of experts stored in one parameter. True: all experts share the factor on
+            the side of the hidden dimension (A of the first matrix, B of the last), and have the full rank. False:
+            every expert has its own A and B, of rank ``rank // active experts`` and at least 1.
+        tied_weights: What to do when a weight to adapt is shared with another layer, as an output head often shares
+            the embedding. ``"refuse"``: raise an error. ``"untie"``: give each adapted layer its own copy of the
+            weight. ``"both"``: adapt the shared weight, with one update for all layers that share it.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -57,6 +62,11 @@ class LoRAConfig:
         Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685;
         Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/ (defaults);
         Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732.
+
+    Example:
+        >>> config = LoRAConfig(rank=16, targets=["q_proj", "*.mlp.*"], rank_pattern={"down_proj": 4})
+        >>> config.scale(rank=16, alpha=32.0)
+        2.0
     """
 
     rank: int = 32
@@ -83,43 +93,26 @@ class LoRAConfig:
         _check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
-        _check_choice("scaling", self.scaling, SCALINGS)
-        _check_choice("init", self.init, INITS)
-        _check_choice("tied_weights", self.tied_weights, TIED)
-        if self.adapter_dtype is not None:
-            # torch.dtype prints as "torch.float32"; only its name is kept, so that a config stays plain data.
-            object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
-            if self.adapter_dtype == "float16":
-                raise ConfigError(
-                    "adapters cannot be trained in float16: AdamW's eps of 1e-12 is zero there, and so are most of its "
-                    "second moments. Leave adapter_dtype out (float32 beside a float16 base), or use bfloat16."
-                )
-            _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        _check_choice("scaling", self.scaling, _SCALINGS)
+        _check_choice("init", self.init, _INITS)
+        _check_choice("tied_weights", self.tied_weights, _TIED_WEIGHTS)
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        self._check_targets()
-        for name in ("exclude", "trainable"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_positive)):
-            object.__setattr__(self, name, _pattern_values(name, getattr(self, name), check))
+        if self.adapter_dtype is not None:
+            self._set("adapter_dtype", _dtype_name(self.adapter_dtype))
+        self._set("targets", _checked_targets(self.targets))
+        self._set("exclude", _checked_patterns("exclude", self.exclude))
+        self._set("trainable", _checked_patterns("trainable", self.trainable))
+        self._set("rank_pattern", _checked_table("rank_pattern", self.rank_pattern, _check_rank))
+        self._set("alpha_pattern", _checked_table("alpha_pattern", self.alpha_pattern, _check_positive))
 
-    def _check_targets(self) -> None:
-        if isinstance(self.targets, str):
-            if self.targets not in ROLE_TARGETS:
-                raise ConfigError(
-                    f"targets must be one of {', '.join(ROLE_TARGETS)} or a list of name patterns, got "
-                    f"{self.targets!r}{closest(self.targets, ROLE_TARGETS)} For a single pattern write "
-                    f"[{self.targets!r}]."
-                )
-            return
-        patterns = _patterns("targets", self.targets)
-        if not patterns:
-            raise ConfigError("targets is an empty list: name at least one pattern, or use 'all'.")
-        object.__setattr__(self, "targets", patterns)
+    def _set(self, name: str, value: object) -> None:
+        """Set a field of the frozen config while it is built."""
+        object.__setattr__(self, name, value)
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The factor of ``B A`` for a layer of this rank and alpha (dimensionless)."""
+        """The dimensionless factor of ``B A`` in a layer with this rank and alpha."""
         return alpha / rank if self.scaling == "standard" else alpha / math.sqrt(rank)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,10 +121,10 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | LoRAConfig) -> LoRAConfig:
-        """Settings from a mapping of field names; a config is returned as it is.
+        """Build a config from a mapping of field names to values; a `LoRAConfig` is returned unchanged.
 
         Raises:
-            ConfigError: If a name is not a field, or a value is refused.
+            ConfigError: If a name is not a field, or a value is out of range.
         """
         if isinstance(settings, LoRAConfig):
             return settings
@@ -140,7 +133,8 @@ class LoRAConfig:
         known = [item.name for item in fields(cls)]
         for name in settings:
             if name not in known:
-                raise ConfigError(f"lora has no setting {name!r}{closest(str(name), known)} Known: {', '.join(known)}.")
+                hint = did_you_mean(str(name), known)
+                raise ConfigError(f"lora has no setting {name!r}{hint} Known: {', '.join(known)}.")
         return cls(**settings)
 
 
@@ -166,25 +160,53 @@ def _check_positive(name: str, value: Any) -> None:
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{closest(str(value), choices)}")
+        raise ConfigError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
+        )
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{name} must be a list of name patterns, got {value!r}.")
-    for pattern in value:
+def _dtype_name(dtype: Any) -> str:
+    # torch.dtype prints as "torch.float32". Only its name is kept, so that a config stays plain data.
+    name = str(dtype).removeprefix("torch.")
+    if name == "float16":
+        raise ConfigError(
+            "adapters cannot be trained in float16: AdamW's eps of 1e-12 is zero there, and so are most of its "
+            "second moments. Leave adapter_dtype out (float32 beside a float16 base), or use bfloat16."
+        )
+    _check_choice("adapter_dtype", name, _ADAPTER_DTYPES)
+    return name
+
+
+def _checked_targets(targets: Any) -> str | tuple[str, ...]:
+    if isinstance(targets, str):
+        if targets not in _TARGETS:
+            raise ConfigError(
+                f"targets must be one of {', '.join(_TARGETS)} or a list of name patterns, got {targets!r}"
+                f"{did_you_mean(targets, _TARGETS)} For a single pattern write [{targets!r}]."
+            )
+        return targets
+    patterns = _checked_patterns("targets", targets)
+    if not patterns:
+        raise ConfigError("targets is an empty list: name at least one pattern, or use 'all'.")
+    return patterns
+
+
+def _checked_patterns(name: str, patterns: Any) -> tuple[str, ...]:
+    if isinstance(patterns, str) or not isinstance(patterns, (list, tuple)):
+        raise ConfigError(f"{name} must be a list of name patterns, got {patterns!r}.")
+    for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip():
             raise ConfigError(f"{name} holds {pattern!r}: every entry must be a non-empty name pattern.")
-    if len(set(value)) < len(value):
-        repeated = sorted({pattern for pattern in value if list(value).count(pattern) > 1})
+    repeated = sorted(pattern for pattern, count in Counter(patterns).items() if count > 1)
+    if repeated:
         warnings.warn(f"{name} names {', '.join(map(repr, repeated))} more than once.", stacklevel=5)
-    return tuple(dict.fromkeys(value))
+    return tuple(dict.fromkeys(patterns))
 
 
-def _pattern_values(name: str, value: Any, check: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must map name patterns to values, got {value!r}.")
-    _patterns(name, list(value))
-    for pattern, number in value.items():
-        check(f"{name}[{pattern!r}]", number)
-    return dict(value)
+def _checked_table(name: str, table: Any, check_value: Callable[[str, Any], None]) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{name} must map name patterns to values, got {table!r}.")
+    _checked_patterns(name, list(table))
+    for pattern, value in table.items():
+        check_value(f"{name}[{pattern!r}]", value)
+    return dict(table)

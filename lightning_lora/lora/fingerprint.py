@@ -1,4 +1,4 @@
-"""Digests of base weights: is this the model the adapter was trained on, and did training leave it alone?"""
+"""Digests of base weights: is this the model the adapter was trained on, and did training leave it unchanged?"""
 
 from __future__ import annotations
 
@@ -15,69 +15,76 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.shards import every_nth
 
 SAMPLE = 65_536
+"""The most elements of a tensor that a digest reads."""
 
 
 def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
     """A digest of shape and values, 16 hexadecimal digits.
 
-    At most 65,536 evenly spaced entries are read, and of a sharded tensor exchanged, so that a 70B model takes seconds.
-    A quantised weight counts with its codes and scales as they are stored.
+    At most 65,536 evenly spaced elements are read (and exchanged between ranks, if the tensor is sharded), so that a
+    70B model takes seconds. The digest of a quantised weight reads its codes and scales as they are stored.
 
     Args:
-        tensor: Any tensor with memory; of a sharded one all ranks must ask, and get the digest of the whole.
-        exact: False rounds to bfloat16 first, so that one base loaded in float32 and in bfloat16 agree. True compares
-            the bits as they are.
+        tensor: Any tensor with memory. If it is sharded, every rank must call this and gets the digest of the full
+            tensor.
+        exact: False rounds to bfloat16 first, so that one base has the same digest in float32 and in bfloat16. True
+            compares the bits as they are.
     """
     samples = _samples(tensor)
     return _digest(tensor.shape, [sample if exact else _rounded(sample) for sample in samples])
 
 
 def _samples(tensor: Tensor) -> list[Tensor]:
-    """The entries that count."""
+    """The elements that a digest reads, for each stored part of ``tensor``."""
     if isinstance(tensor, DTensor):
-        entries = every_nth(tensor, sample_step(tensor.numel()))
-        if entries is not None:
-            return [entries]
+        elements = every_nth(tensor, _sample_step(tensor.numel()))
+        if elements is not None:
+            return [elements]
         tensor = tensor.full_tensor()
-    return [part.detach().reshape(-1)[:: sample_step(part.numel())] for part in stored_parts(tensor)]
+    return [part.detach().reshape(-1)[:: _sample_step(part.numel())] for part in stored_parts(tensor)]
 
 
-def sample_step(num_elements: int) -> int:
-    """Distance of the entries that a digest reads of a tensor."""
+def _sample_step(num_elements: int) -> int:
+    """Distance of the elements that a digest reads."""
     return -(-num_elements // SAMPLE) or 1
 
 
 class PiecewiseDigest:
-    """`tensor_digest` of a plain tensor of which only a few entries are at hand at a time, in any order.
+    """The `tensor_digest` of a plain tensor whose elements arrive a few at a time, in any order.
 
     Args:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         num_elements = torch.Size(shape).numel()
-        self.step = sample_step(num_elements)
+        self.step = _sample_step(num_elements)
         self.missing = -(-num_elements // self.step)
         self._sample: Tensor | None = None
 
-    def add(self, numbers: Tensor, entries: Tensor) -> None:
-        """Count the ``numbers``-th ones of every `step`-th entry, each of which comes once."""
+    def add(self, numbers: Tensor, elements: Tensor) -> None:
+        """Read some of the elements that count, each exactly once.
+
+        Args:
+            numbers: Number ``i`` stands for element ``i * step`` of the flattened tensor.
+            elements: Their values.
+        """
         if self._sample is None:
-            like = torch.bfloat16 if entries.is_floating_point() else entries.dtype
-            self._sample = torch.empty(self.missing, dtype=like)
-        self._sample[numbers] = _rounded(entries)
+            dtype = torch.bfloat16 if elements.is_floating_point() else elements.dtype
+            self._sample = torch.empty(self.missing, dtype=dtype)
+        self._sample[numbers] = _rounded(elements)
         self.missing -= len(numbers)
 
     def hexdigest(self) -> str:
-        """The digest, once nothing is missing."""
+        """The digest, once no element is missing."""
         assert self.missing == 0
         assert self._sample is not None
         return _digest(self.shape, [self._sample])
 
 
-def _rounded(entries: Tensor) -> Tensor:
-    return entries.to(torch.bfloat16) if entries.is_floating_point() else entries
+def _rounded(elements: Tensor) -> Tensor:
+    return elements.to(torch.bfloat16) if elements.is_floating_point() else elements
 
 
 def _digest(shape: tuple[int, ...], samples: Iterable[Tensor]) -> str:
@@ -88,9 +95,14 @@ def _digest(shape: tuple[int, ...], samples: Iterable[Tensor]) -> str:
 
 
 def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool = False) -> dict[str, str]:
-    """Parameter name to digest of the base: all parameters but the adapters and those named in ``trained``.
+    """Parameter name to digest, for all parameters of the base: neither adapters nor those named in ``trained``.
 
-    A merged layer counts with the weight it had before.
+    The digest of a merged layer is the one of its weight before merging.
+
+    Args:
+        module: A module, adapted or not.
+        trained: Names of parameters that are trained in full.
+        exact: Compare bits instead of values rounded to bfloat16 (see `tensor_digest`).
     """
     layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer)]
     adapters = {id(factor) for layer in layers for factor in layer.lora_factors().values()}
@@ -99,7 +111,7 @@ def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool =
     }
     digests: dict[int, str] = {}
     named = {}
-    # Shared weights count under each name, so that a base is the same before and after its weights are untied.
+    # A shared weight counts under each of its names, so that untying weights does not change the digests.
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in adapters or plain_name(name) in trained or name in trained:
             continue
@@ -110,5 +122,5 @@ def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool =
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """One digest of a whole base, from the digests of its parameters in any order."""
+    """One digest of a whole base from the digests of its parameters, in any order; 32 hexadecimal digits."""
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:32]

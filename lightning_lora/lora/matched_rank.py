@@ -15,15 +15,16 @@ from lightning_lora.lora.targets.resolve import resolve_targets
 
 
 def matched_rank(module: nn.Module, targets: str | Sequence[str], like: LoRAConfig) -> int:
-    """The rank at which ``targets`` get as many adapter parameters as ``like`` gives ``module``, as near as can be.
+    """The rank at which ``targets`` have as nearly as possible the number of adapter parameters that ``like`` has.
 
-    Nothing is changed; a module on the meta device will do. Layers too small for the rank count at their full rank, as
-    `inject_lora` would adapt them. Of two ranks equally near the smaller is returned.
+    ``module`` is not changed, and may be on the meta device. Layers too small for the rank count at their full rank,
+    as `inject_lora` would adapt them. Of two ranks equally near, the smaller one is returned.
 
     Args:
-        module: The unadapted module.
-        targets: What else to adapt: as `LoRAConfig.targets`.
-        like: The settings to match. All of them but ``targets``, ``rank`` and ``rank_pattern`` hold for the result too.
+        module: The module without adapters.
+        targets: The other targets: a role or name patterns, as in `LoRAConfig.targets`.
+        like: The settings to match. All of them except ``targets``, ``rank`` and ``rank_pattern`` also apply to the
+            result.
 
     Raises:
         TargetNotFoundError: If either selects nothing.
@@ -54,8 +55,9 @@ def matched_rank(module: nn.Module, targets: str | Sequence[str], like: LoRAConf
 
 
 def _num_parameters(module: nn.Module, config: LoRAConfig) -> int:
+    """Adapter parameters that ``config`` gives ``module``."""
     with warnings.catch_warnings():
-        # Layers at their full rank are nothing to warn of before anything is adapted.
+        # Ranks beyond a layer's full rank are only tried here.
         warnings.filterwarnings("ignore", message="rank .* is more than")
         layers = resolve_targets(module, config).layers
     return sum(

@@ -1,4 +1,4 @@
-"""Name patterns: how settings point at modules."""
+"""Name patterns, by which settings select modules, and the names that wrappers around modules change."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-
-# Segments that torch.compile, activation checkpointing and FSDP put into the names of what they wrap.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# Wrappers put these segments into module names. The state dict leaves the first two out.
+_SILENT_WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_WRAPPERS = _SILENT_WRAPPERS | {"_orig_mod"}
 
 
 def plain_name(name: str) -> str:
-    """A dotted name as it is without wrappers around modules.
+    """The dotted name without the segments of torch.compile, activation checkpointing and FSDP.
 
     >>> plain_name("layers.0._orig_mod.mlp.up_proj")
     'layers.0.mlp.up_proj'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+
+
+def state_dict_name(name: str) -> str:
+    """The name that a parameter has in the state dict: FSDP and activation checkpointing leave their segments out.
+
+    >>> state_dict_name("net._fsdp_wrapped_module.up._orig_mod.weight")
+    'net.up._orig_mod.weight'
+    """
+    return ".".join(segment for segment in name.split(".") if segment not in _SILENT_WRAPPERS)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` is the dotted name itself, a dotted suffix of it, or a glob for it.
+    """Whether ``pattern`` is the dotted name itself, a dotted suffix of it, or a glob that fits it.
 
     >>> matches("layers.0.mlp.up_proj", "up_proj"), matches("layers.0.mlp.up_proj", "*.mlp.*")
     (True, True)
@@ -35,10 +44,10 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether any of the patterns matches."""
+    """Whether at least one of the patterns matches ``name``."""
     return any(matches(name, pattern) for pattern in patterns)
 
 
 def first_match(name: str, table: Mapping[str, Value], default: Value) -> Value:
-    """The value of the first pattern in ``table`` that matches, else ``default``."""
+    """The value of the first pattern in ``table`` that matches ``name``, or ``default``."""
     return next((value for pattern, value in table.items() if matches(name, pattern)), default)

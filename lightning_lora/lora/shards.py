@@ -1,4 +1,8 @@
-"""Local shard, full value and single entries of a sharded tensor: DTensor (FSDP2), flat parameters (FSDP1)."""
+"""Sharded tensors: the local shard, the full value, and evenly spaced elements.
+
+FSDP2 and tensor parallelism shard every parameter by itself, as a ``DTensor``. FSDP1 flattens the parameters of a
+wrapper into one and shards that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -16,118 +19,118 @@ from lightning_lora.errors import AlreadyShardedError
 from lightning_lora.lora.layers.adapted import factor_parameters
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The part that this process holds; of a tensor that is not in shards the tensor itself."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """The shard of ``tensor`` on this rank, or ``tensor`` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole without gradient; of a tensor in shards all ranks must ask."""
-    if is_flat(tensor):
-        # The memory behind a flat parameter is given back.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full value of ``tensor``, without gradient. A collective if ``tensor`` is sharded."""
+    if is_flattened(tensor):
+        # FSDP1 frees the memory behind a flattened parameter.
         return tensor.detach().clone()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def reshard(module: nn.Module) -> None:
-    """Give every FSDP2 parameter back its shard.
+    """Give every FSDP2 parameter its shard back.
 
-    After a forward without gradients the outermost parameters stay whole: other objects than the optimizer's, in
-    memory that FSDP2 will free and nobody else may hold on to.
+    After a forward pass without gradients the outermost parameters stay unsharded. They are then other objects than
+    the optimizer's, in memory that FSDP2 will free.
     """
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
 
 
-def is_flat(parameter: Tensor) -> bool:
-    """Whether FSDP1 keeps ``parameter`` as a view of a flat one: of other shape, and of a part of the values."""
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 keeps ``parameter`` as a view of a flat one, with another shape and only some of the values."""
     return getattr(parameter, "_fsdp_flattened", False)
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within, parameters that FSDP1 has flattened are whole, for reading; a collective. Others are as they were.
+def full_parameters(module: nn.Module) -> Iterator[None]:
+    """Within the context, parameters that FSDP1 has flattened have their full value, for reading only.
 
-    Every process then holds the whole of ``module``, in the memory of the CPU where it trains on another device.
+    A collective. Every rank then holds all of ``module``, in CPU memory where it trains on another device. Without
+    FSDP1 nothing happens.
 
     Args:
-        module: The outermost FSDP1 wrapper (``trainer.model``): parameters outside of all inner ones are its own.
+        module: The outermost FSDP1 wrapper (``trainer.model``), which owns the parameters outside all inner wrappers.
     """
-    units = [child for child in module.modules() if isinstance(child, FullyShardedDataParallel)]
-    # A second context inside of the first is an error of torch's.
-    if not units or any(unit.training_state.name == "SUMMON_FULL_PARAMS" for unit in units):
+    wrappers = [child for child in module.modules() if isinstance(child, FullyShardedDataParallel)]
+    # torch raises an error if this context is entered twice.
+    if not wrappers or any(wrapper.training_state.name == "SUMMON_FULL_PARAMS" for wrapper in wrappers):
         yield
         return
-    device = units[0].compute_device
-    is_elsewhere = device is not None and device.type != "cpu"
+    device = wrappers[0].compute_device
+    to_cpu = device is not None and device.type != "cpu"
     with (
-        FullyShardedDataParallel.summon_full_params(module, writeback=False, offload_to_cpu=is_elsewhere),
+        FullyShardedDataParallel.summon_full_params(module, writeback=False, offload_to_cpu=to_cpu),
         torch.no_grad(),
     ):
         yield
 
 
-def check_whole(module: nn.Module, action: str) -> None:
-    """Raise `AlreadyShardedError` if a factor of ``module`` is in pieces and its values cannot be read."""
-    # A factor has two axes at least, a piece of a flat parameter one.
-    pieces = [name for name, factor in factor_parameters(module).items() if is_flat(factor) and factor.dim() < 2]
-    if pieces:
+def check_not_flattened(module: nn.Module, action: str) -> None:
+    """Raise `AlreadyShardedError` if FSDP1 has flattened a factor of ``module``, so that it cannot be read."""
+    # A factor has at least two axes, a shard of a flat parameter one.
+    shards = [name for name, factor in factor_parameters(module).items() if is_flattened(factor) and factor.dim() < 2]
+    if shards:
         raise AlreadyShardedError(
-            f"cannot {action}: FSDP1 has flattened {len(pieces)} factors ({pieces[0]}, ...), and only its outermost "
+            f"cannot {action}: FSDP1 has flattened {len(shards)} factors ({shards[0]}, ...), and only its outermost "
             "wrapper can put them together. Give trainer.model instead of the module (on every rank), or use "
             "AdapterCheckpoint."
         )
 
 
 def every_nth(tensor: DTensor, step: int) -> Tensor | None:
-    """``tensor.full_tensor().reshape(-1)[::step]``, where ranks exchange no more than that. All of them must call.
+    """``tensor.full_tensor().reshape(-1)[::step]``, where ranks exchange only these elements. A collective.
 
     Args:
-        tensor: Of any type and shape.
-        step: Distance of the entries in the whole tensor.
+        tensor: A sharded tensor of any type and shape.
+        step: Distance of the elements in the full tensor.
 
     Returns:
-        The entries, on every rank and its device; None, on every rank alike, where the parts are no plain blocks:
-        summands, strides of two meshes along one dimension, tensors of a type of their own.
+        The elements, on every rank and its device. None on every rank if the shards are not plain blocks: partial
+        sums, two mesh dimensions along one axis, or tensors of a special type.
     """
-    local, mesh, offsets = tensor.to_local().detach(), tensor.device_mesh, _offsets(tensor)
+    local, offsets = tensor.to_local().detach(), _block_offsets(tensor)
     if offsets is None or type(local) not in (Tensor, torch.nn.Parameter):
         return None
-    places = torch.arange(0, tensor.numel(), step, device=local.device)
-    indices = list(torch.unravel_index(places, tensor.shape)) if tensor.ndim else []
+    positions = torch.arange(0, tensor.numel(), step, device=local.device)
+    indices = list(torch.unravel_index(positions, tensor.shape)) if tensor.ndim else []
     indices = [index - offset for index, offset in zip(indices, offsets, strict=True)]
-    inside = torch.full_like(places, _is_first(mesh, tensor), dtype=torch.bool)
+    is_local = torch.full_like(positions, _is_first_replica(tensor), dtype=torch.bool)
     for index, size in zip(indices, local.shape, strict=True):
-        inside &= (index >= 0) & (index < size)
-    entries = local.new_zeros(len(places))
-    # Where there is one, an index into a scalar is no index at all.
-    entries[inside] = local[tuple(index[inside] for index in indices)] if indices else local
-    # Every entry is some rank's and zero at the others, so that the sum of the bytes is the bytes.
-    as_bytes = entries.view(torch.uint8)
-    for dimension in range(mesh.ndim):
-        dist.all_reduce(as_bytes, group=mesh.get_group(dimension))
-    return entries
+        is_local &= (index >= 0) & (index < size)
+    elements = local.new_zeros(len(positions))
+    # A scalar has no index.
+    elements[is_local] = local[tuple(index[is_local] for index in indices)] if indices else local
+    # One rank holds each element and the others zero, so the sum of the bytes is its bytes.
+    as_bytes = elements.view(torch.uint8)
+    for dimension in range(tensor.device_mesh.ndim):
+        dist.all_reduce(as_bytes, group=tensor.device_mesh.get_group(dimension))
+    return elements
 
 
-def _offsets(tensor: DTensor) -> list[int] | None:
-    """Where this rank's block begins, for each dimension; None where it is no block."""
+def _block_offsets(tensor: DTensor) -> list[int] | None:
+    """The first index of this rank's block along every axis; None if its shard is not one plain block."""
     coordinate = tensor.device_mesh.get_coordinate()
-    sharded = [place.dim for place in tensor.placements if type(place) is Shard]
-    is_block = all(type(place) in (Shard, Replicate) for place in tensor.placements)
-    if coordinate is None or not is_block or len(set(sharded)) < len(sharded):
+    axes = [placement.dim for placement in tensor.placements if type(placement) is Shard]
+    is_block = all(type(placement) in (Shard, Replicate) for placement in tensor.placements)
+    if coordinate is None or not is_block or len(set(axes)) < len(axes):
         return None
     offsets = [0] * tensor.ndim
-    for place, rank, num_ranks in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
-        if isinstance(place, Shard):
-            # As torch.chunk cuts: all blocks are of one size but the last ones.
-            offsets[place.dim] = rank * -(-tensor.shape[place.dim] // num_ranks)
+    for placement, rank, num_ranks in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
+        if isinstance(placement, Shard):
+            # As torch.chunk splits: all blocks have one size, except the last ones.
+            offsets[placement.dim] = rank * -(-tensor.shape[placement.dim] // num_ranks)
     return offsets
 
 
-def _is_first(mesh: DeviceMesh, tensor: DTensor) -> bool:
-    """Whether this rank speaks for those that hold the same block."""
-    coordinate = mesh.get_coordinate() or []
-    return all(
-        rank == 0 for rank, place in zip(coordinate, tensor.placements, strict=True) if isinstance(place, Replicate)
-    )
+def _is_first_replica(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same block."""
+    coordinate = tensor.device_mesh.get_coordinate() or []
+    replicated = (isinstance(placement, Replicate) for placement in tensor.placements)
+    return all(rank == 0 for rank, is_replica in zip(coordinate, replicated, strict=True) if is_replica)

@@ -20,14 +20,14 @@ from typing_extensions import Self, override
 from lightning_lora.checkpoints import contents as checkpointing
 from lightning_lora.checkpoints import optimizer_state_names as named_states
 from lightning_lora.checkpoints.resume import RunMemory
-from lightning_lora.errors import ConfigError, TargetNotFoundError, closest
+from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load as adapter_io
 from lightning_lora.lora import adapter
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.reports import MergeReport
-from lightning_lora.lora.shards import reshard, whole_parameters
+from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.mixin import optim
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first
@@ -160,7 +160,7 @@ class LoRAMixin(LightningModule):
     def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
         """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""
         reshard(self)
-        with whole_parameters(self._outermost_wrapper()):
+        with full_parameters(self._outermost_wrapper()):
             return adapter_io.save_adapter(self, path, summary)
 
     @property
@@ -205,7 +205,7 @@ class LoRAMixin(LightningModule):
             return self
         modules = dict(self.named_modules())
         if self.lora_root not in modules:
-            hint = closest(self.lora_root, modules)
+            hint = did_you_mean(self.lora_root, modules)
             raise TargetNotFoundError(f"lora_root {self.lora_root!r} is no submodule of {type(self).__name__}{hint}")
         return modules[self.lora_root]
 

@@ -1,5 +1,6 @@
-"""Runs compared in pairs, from one snapshot.
+"""Compares runs in pairs, from one snapshot.
 
-Read in this order: `batch_probe` (tries other batches), `batch_arms` and `branch` (what is run), `snapshot` (from
-what), `row_order` (on which rows), `row_losses` (how it is scored), `batch_probe_result` and `batch_probe_plot`.
+Read in this order: `batch_probe` (tries other batches), `batch_branches` (a branch for each batch), `branch` (one short
+run), `snapshot` (what it starts from), `row_order` (which rows it trains on), `row_losses` (how it is scored), `paired`
+(statistics of differences), `batch_probe_result` and `batch_probe_plot`.
 """

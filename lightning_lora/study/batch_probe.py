@@ -1,11 +1,11 @@
-"""Which batch learns less from the same rows? Short branches from one snapshot, compared row by row.
+"""Finds the batches that learn less from the same rows, by short branches from one snapshot.
 
-A noise scale says what a batch should cost by a model of stochastic gradients; this trains with each batch and looks.
+A noise scale predicts the cost of a batch from a model of stochastic gradients. A probe measures it, by training.
 
 References:
-    Merrill et al., *Critical Batch Size Revisited*, 2025, https://arxiv.org/abs/2505.23971, for branched training
+    Merrill et al., *Critical Batch Size Revisited*, 2025, https://arxiv.org/abs/2505.23971 (branched training)
     Malladi et al., *On the SDEs and Scaling Rules for Adaptive Gradient Algorithms*, 2022,
-    https://arxiv.org/abs/2205.10287, for the square-root rule
+    https://arxiv.org/abs/2205.10287 (the square-root rule)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,52 +24,51 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.batch.calibration import PROBE_FILE
+from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.errors import ConfigError, DataError
-from lightning_lora.files.events import write_event
-from lightning_lora.study.batch_arms import Arms, HeldOut, probe_arms
+from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from lightning_lora.study.branch import Branch, check_one_optimizer
-from lightning_lora.study.row_losses import check_gives_losses
-from lightning_lora.study.row_order import check_rows, next_rows, rows_of_batch
-from lightning_lora.study.snapshot import apart, copied
+from lightning_lora.study.branch import BranchPoint, check_one_optimizer
+from lightning_lora.study.row_losses import HeldOut, check_gives_losses
+from lightning_lora.study.row_order import check_loader, next_rows, rows_per_batch
+from lightning_lora.study.snapshot import copy_module, isolated
 
 
 class BatchProbe(Callback):
-    """Trains short branches with several batches from one snapshot, and says which batch does no measurable harm.
+    """Trains short branches with several batches from one snapshot, and finds the largest harmless batch.
 
-    All branches train on the same rows in the same order: those the run would see next, where its sampler can tell
-    (`next_rows`). Their learning rates follow the batch by the square-root rule, and for smaller batches the second
-    decay of Adam keeps its half-life in rows (`fit_to_batch`). In the last fifth of its steps each branch cools down.
-    They are compared by the losses of single held-out rows, in pairs. A batch is worse if its mean loss is higher by
-    more than 0.005 nats and two standard errors.
+    All branches train on the same rows in the same order: the rows that the run would see next, if its sampler can tell
+    (`next_rows`). Learning rates follow the batch by the square-root rule, and for smaller batches the second decay of
+    Adam keeps its half-life in rows (`fit_to_batch`). The learning rate falls to zero in the last fifth of a branch.
+    Branches are compared in pairs, by the losses of single held-out rows. A batch is worse if its mean loss is higher
+    by more than 0.005 nats and two standard errors.
 
     Model, optimizer, schedules, random numbers and the place in the data stay as they are. Use it in a run, as a
-    callback; by `lightning-lora probe`; or outside of a run, by `run`.
+    callback; on the command line, by `lightning-lora probe`; or outside of a run, by `run`.
 
-    In a run it prints what it finds, writes ``batch_probe.json`` and a line of ``events.jsonl`` into the run folder,
-    and calibrates a `BatchSizeMonitor` among the callbacks. If it fails, it says so and the run goes on, unless it was
-    to ``stop`` there.
+    In a run it prints the result, writes ``batch_probe.json`` and a line of ``events.jsonl`` into the run folder, and
+    calibrates a `BatchSizeMonitor` among the callbacks. If it fails, one warning says so and the run continues, unless
+    ``stop`` is set.
 
     Args:
-        at: When to probe: a fraction of the planned optimizer steps if below 1, else their number. A run that goes on
-            from a later step probes after its first one.
+        at: The step to probe after: a fraction of the planned optimizer steps if below 1, else a number of steps. A run
+            resumed from a later step probes after its first step.
         ratios: Batches to try, as multiples of the run's effective batch.
-        min_steps: Optimizer steps of the branch with the largest batch, at least.
-        min_epoch: Fraction of the training rows that each branch trains on, at least.
-        held_out_rows: Validation rows to compare on, spread evenly; all if there are fewer. 256 at least are of use.
-        num_seeds: Orders of the data to repeat every branch with. The run's own, then orders of all rows by fixed
-            seeds.
-        full_ft: Train branches of full fine-tuning too: adapters folded in and taken off, every weight trained at the
-            present rate over ``lr_multiplier``. All branches then start with fresh moments, so that they are alike.
-        stop: End the run after the probe.
+        min_steps: Least number of optimizer steps of the branch with the largest batch.
+        min_epoch: Least fraction of the training rows that each branch trains on.
+        held_out_rows: Validation rows to compare on, spread evenly; all if there are fewer. Use at least 256.
+        num_seeds: Number of orders of the data to repeat every branch with: the run's own order, then shuffled ones.
+        full_ft: Whether to train branches of full fine-tuning too: adapters are merged and removed, and every weight is
+            trained at the present learning rate over ``lr_multiplier``. All branches then start with fresh moments.
+        stop: Whether to end the run after the probe.
 
     Attributes:
         result: The latest `BatchProbeResult`, or None.
 
     Raises:
-        ConfigError: If a setting is outside its range, or the run is none that a branch can be taken of.
-        DataError: If there are no validation rows, or too few to train on.
+        ConfigError: If a setting is outside its range, or the run cannot be probed.
+        DataError: If there are no validation rows, or too few training rows.
     """
 
     def __init__(
@@ -85,12 +83,12 @@ class BatchProbe(Callback):
         stop: bool = False,
     ) -> None:
         if not 0 < at < math.inf or (at >= 1 and at != int(at)):
-            raise ConfigError(f"at must be a fraction of the steps below 1, or a whole number of them, got {at}.")
+            raise ConfigError(f"at must be a fraction of the steps below 1, or a whole number of steps, got {at}.")
         if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios):
-            raise ConfigError(f"ratios must be two positive numbers or more, got {list(ratios)}.")
+            raise ConfigError(f"ratios must be at least two positive numbers, got {list(ratios)}.")
         if min_steps < 1 or held_out_rows < 2 or num_seeds < 1 or not 0 <= min_epoch <= 1:
             raise ConfigError(
-                f"min_steps and num_seeds must be 1 at least, held_out_rows 2 and min_epoch in [0, 1], got "
+                f"min_steps and num_seeds must be at least 1, held_out_rows at least 2 and min_epoch in [0, 1], got "
                 f"min_steps={min_steps}, num_seeds={num_seeds}, held_out_rows={held_out_rows}, min_epoch={min_epoch}."
             )
         self.at = at
@@ -104,7 +102,6 @@ class BatchProbe(Callback):
         self.result: BatchProbeResult | None = None
         self._is_due = True
         self._step = 0
-        self._folder = Path()
 
     def run(
         self,
@@ -118,45 +115,45 @@ class BatchProbe(Callback):
         """Probe outside of a run.
 
         Args:
-            module: Trained or fresh, on the device to use; it stays as it is. Its ``predict_step`` must return a
-                mapping with the ``"loss"`` of each row, in nats.
-            train_loader: What the branches train on; its batches are the most the device is given at once.
-            held_out_loader: What they are compared on.
+            module: The module, trained or fresh, on the device to use; it stays as it is. Its ``predict_step`` must
+                return a mapping with the ``"loss"`` of each row, in nats.
+            train_loader: The rows to train on. Its batches are the largest micro-batches.
+            held_out_loader: The rows to compare on.
             batch_rows: Rows of an optimizer step that ratios are multiples of. None: a batch of ``train_loader``.
             optimizer_state: ``state_dict()`` of the module's optimizer. None: the learning rates of
                 ``configure_optimizers`` without a warm-up, and fresh moments.
-            trainer_options: For the Trainer of the branches, such as ``precision`` and ``gradient_clip_val``.
+            trainer_options: Options for the Trainer of the branches, such as ``precision`` and ``gradient_clip_val``.
 
         Raises:
-            ConfigError: If a ratio makes no whole row, or the module cannot be probed.
+            ConfigError: If a batch would be less than a row, or the module cannot be probed.
             DataError: If there are too few rows.
             GradientError: If a branch diverges.
         """
         check_gives_losses(module)
         held_out = self._held_out(held_out_loader)
-        with apart(module.device, 0):
-            start = copied(module)
+        with isolated(module.device, 0):
+            start = copy_module(module)
             start.configure_model()  # a fresh module has no layers yet
-        micro_batch = rows_of_batch(check_rows(train_loader, "training"))
-        branch = Branch(start, optimizer_state, train_loader, micro_batch, trainer_options)
+        micro_batch = rows_per_batch(check_loader(train_loader, "training"))
+        point = BranchPoint(start, optimizer_state, train_loader, micro_batch, trainer_options)
         rows = next_rows(train_loader)
-        return self._probe(branch, self._arms(batch_rows or micro_batch, len(rows)), rows, held_out)
+        return self._probe(point, self._branches(batch_rows or micro_batch, len(rows)), rows, held_out)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several devices; go behind the other callbacks, which may watch the layers until a batch ends."""
+        """Refuse several devices, and move behind the other callbacks, which may watch layers until a batch ends."""
         if stage != "fit":
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size != 1:
             raise ConfigError(
-                f"BatchProbe branches on one device, this is {type(trainer.strategy).__name__} with "
+                f"BatchProbe works on one device, and this run has {type(trainer.strategy).__name__} with "
                 f"{trainer.world_size}: drop it, and run lightning-lora probe on one device."
             )
         trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # pyright: ignore[reportAttributeAccessIssue]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what could not be probed then."""
+        """Refuse runs that cannot be probed, before the first step."""
         check_one_optimizer(trainer, pl_module)
         check_gives_losses(pl_module)
         planned = trainer.estimated_stepping_batches
@@ -171,88 +168,94 @@ class BatchProbe(Callback):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             trainer.training = True
         self._held_out(trainer.val_dataloaders)
-        self._arms_of(trainer)
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._branches_of_run(trainer)
+        self._events = RunEvents(trainer, "BatchProbe")
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Probe when the step is reached: just after it, no accumulation window is open."""
+        """Probe after the step is done, when no accumulation window is open."""
         if not self._is_due or trainer.global_step < self._step or trainer.fit_loop._should_accumulate():
             return
         self._is_due = False
         try:
             self._probe_run(trainer, pl_module)
         except SIGTERMException:
-            rank_zero_warn("the batch probe was cut short by SIGTERM.")  # which the run answers itself
+            rank_zero_warn("the batch probe was cut short by SIGTERM.")  # the run itself answers the signal
         except Exception as error:
             if self.stop:
-                raise  # there is nothing else to go on for
-            rank_zero_warn(f"the batch probe failed at step {trainer.global_step}, and the run goes on: {error}")
+                raise  # the run was only for the probe
+            rank_zero_warn(f"the batch probe failed at step {trainer.global_step}, and the run continues: {error}")
         trainer.should_stop = trainer.should_stop or self.stop
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Whether the run has been probed."""
+        """Whether the run is still to be probed."""
         return {"is_due": self._is_due}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Probe a run once, though it is interrupted; one that only probes, always."""
+        """Probe a resumed run only if it was not probed before; with ``stop``, always."""
         self._is_due = self.stop or state_dict["is_due"]
 
     def _probe_run(self, trainer: Trainer, module: LightningModule) -> None:
-        loader, arms = self._arms_of(trainer)
+        loader, branches = self._branches_of_run(trainer)
         options = {
             "plugins": [trainer.precision_plugin],
             "gradient_clip_val": trainer.gradient_clip_val,
             "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
         }
-        branch = Branch(module, trainer.optimizers[0].state_dict(), loader, rows_of_batch(loader), options)
+        point = BranchPoint(module, trainer.optimizers[0].state_dict(), loader, rows_per_batch(loader), options)
         rows = next_rows(loader, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         held_out = self._held_out(trainer.val_dataloaders)
         monitor = BatchSizeMonitor.of(trainer)
         estimate = monitor.estimate if monitor is not None else None
         scale = estimate.value if estimate is not None and estimate.conclusive else None
-        found = self._probe(branch, arms, rows, held_out)
+        found = self._probe(point, branches, rows, held_out)
         result = self.result = replace(found, step=trainer.global_step, noise_scale=scale)
         lines = [str(result)]
         if monitor is not None and result.calibration is not None:
             factor = result.calibration
             monitor.calibrate(trainer, factor)
-            lines.append(f"  noise scale {scale:.3g} rows: the monitor goes on with calibration {factor:.3g}")
+            lines.append(f"  noise scale {scale:.3g} rows: the monitor continues with calibration {factor:.3g}")
         elif monitor is not None:
             lines.append("  the noise scale was inconclusive, so the monitor could not be calibrated.")
         rank_zero_info("\n".join(lines))
-        result.save(self._folder / PROBE_FILE)
-        event = {"event": "batch_probe", "step": result.step, "largest_harmless": result.largest_harmless}
-        losses = {f"loss/{batch}": loss for batch, loss in result.losses.items()}
-        write_event(self._folder, event | losses | {"bound": result.bound, "calibration": result.calibration})
+        self._write(result, trainer.global_step)
 
-    def _probe(self, branch: Branch, arms: Arms, rows: Sequence[Any], held_out: HeldOut) -> BatchProbeResult:
+    def _write(self, result: BatchProbeResult, step: int) -> None:
+        if self._events.folder is not None:
+            result.save(self._events.folder / PROBE_FILE)
+        losses = {f"loss/{batch}": loss for batch, loss in result.losses.items()}
+        found = {"largest_harmless": result.largest_harmless, **losses}
+        self._events.write("batch_probe", step, found | {"bound": result.bound, "calibration": result.calibration})
+
+    def _probe(
+        self, point: BranchPoint, branches: BatchBranches, rows: Sequence[Any], held_out: HeldOut
+    ) -> BatchProbeResult:
         started = time.perf_counter()
-        result = probe_arms(arms, branch, rows, held_out, self.full_ft)
+        result = compare_batches(branches, point, rows, held_out, self.full_ft)
         self.result = replace(result, seconds=time.perf_counter() - started)
         return self.result
 
-    def _arms(self, batch_rows: int, available: int) -> Arms:
-        return Arms.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available, self.num_seeds)
+    def _branches(self, batch_rows: int, available: int) -> BatchBranches:
+        return BatchBranches.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available, self.num_seeds)
 
-    def _arms_of(self, trainer: Trainer) -> tuple[DataLoader[Any], Arms]:
-        loader = check_rows(trainer.train_dataloader, "training")
-        batch_rows = rows_of_batch(loader) * trainer.accumulate_grad_batches
-        return loader, self._arms(batch_rows, len(next_rows(loader)))
+    def _branches_of_run(self, trainer: Trainer) -> tuple[DataLoader[Any], BatchBranches]:
+        loader = check_loader(trainer.train_dataloader, "training")
+        batch_rows = rows_per_batch(loader) * trainer.accumulate_grad_batches
+        return loader, self._branches(batch_rows, len(next_rows(loader)))
 
     def _held_out(self, loader: object) -> HeldOut:
-        """Rows spread over the whole, which may be sorted."""
+        """Held-out rows spread evenly over the dataset, which may be sorted."""
         if isinstance(loader, (list, tuple)) and len(loader) == 1:
             loader = loader[0]
         if loader is None or (isinstance(loader, list) and not loader):
             raise DataError("a probe compares batches on held-out rows: give the run validation data.")
-        loader = check_rows(loader, "validation")
+        loader = check_loader(loader, "validation")
         count = len(loader.dataset)  # pyright: ignore[reportArgumentType]
         if count < 2:
-            raise DataError(f"a probe compares batches on held-out rows, {count} of which are there: 256 are of use.")
+            raise DataError(f"a probe compares batches on held-out rows, got {count}: give at least 256 of them.")
         number = min(count, self.held_out_rows)
         return loader, [place * count // number for place in range(number)]

@@ -1,4 +1,4 @@
-"""The picture of a batch probe: held-out loss against batch."""
+"""Draws the result of a batch probe: held-out loss against batch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def draw_probe(result: BatchProbeResult, path: Path) -> None:
     """Draw held-out loss against batch, with the intervals of the paired differences to the smallest batch.
 
     Args:
-        result: Of a probe.
-        path: The file to write, PNG.
+        result: The result to draw.
+        path: The PNG file to write.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     batches = list(result.losses)
     errors = {pair.large: pair.error for pair in result.comparisons if pair.small == batches[0]}
-    # The smallest is what the others are compared with: its own interval is zero.
+    # The smallest batch is the reference of the others, so it has no interval.
     spread = [2 * errors.get(batch, 0.0) for batch in batches]
     spread = [width if math.isfinite(width) else 0.0 for width in spread]
     label = "LoRA" if result.full_losses else "held-out loss"

@@ -1,4 +1,4 @@
-"""What the branches of a `BatchProbe` show: losses, paired differences, and the largest batch without harm."""
+"""The result of a `BatchProbe`: losses, paired differences, and the largest harmless batch."""
 
 from __future__ import annotations
 
@@ -9,75 +9,28 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, Literal
 
-from torch import Tensor
-
 from lightning_lora.batch.calibration import PROBE_FORMAT, damaged_probe, read_probe
 from lightning_lora.files.atomic import atomic_file
-
-TOLERANCE = 0.005
-"""Nats below which a difference is no harm."""
-ENOUGH_ROWS = 256
-"""Held-out rows from which on an interval is worth something."""
-ENOUGH_SEEDS = 3
-"""Orders of the data from which on a difference of differences may be called a penalty."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A larger batch against a smaller one on the same held-out rows.
-
-    Args:
-        small: Rows of a step.
-        large: Rows of a step.
-        difference: Mean of large minus small, nats; positive where the large batch has learnt less.
-        error: Its standard error, nats.
-    """
-
-    small: int
-    large: int
-    difference: float
-    error: float
-
-    @classmethod
-    def of(cls, small: int, large: int, differences: Tensor) -> Comparison:
-        r"""From the differences ``(seeds, rows)``, as of crossed random effects.
-
-        ``error^2 = var_rows(mean over seeds) / rows + var_seeds(mean over rows) / seeds``. Each term holds what is left
-        of neither alone, so with several seeds the interval is a little too wide rather than too narrow. With one
-        seed the second term is unknown and left out: what another order of the data would have given is then not in it.
-        """
-        num_seeds, num_rows = differences.shape
-        variance = float(differences.mean(0).var() / num_rows) if num_rows > 1 else math.inf
-        if num_seeds > 1:
-            variance += float(differences.mean(1).var() / num_seeds)
-        return cls(small, large, float(differences.mean()), math.sqrt(variance))
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether the large batch is worse by more than the tolerance and two standard errors."""
-        return self.difference > max(TOLERANCE, 2 * self.error)
-
-    def __str__(self) -> str:
-        return f"{self.difference:+.4f} +- {2 * self.error:.4f} nats"
+from lightning_lora.study.paired import ENOUGH_ROWS, ENOUGH_SEEDS, Comparison
 
 
 @dataclass(frozen=True)
 class BatchProbeResult:
-    """What the branches show.
+    """Losses of all branches, and their comparisons in pairs.
 
     Args:
-        batch_rows: Rows of a step in the run that was branched from.
+        batch_rows: Rows per step of the run.
         num_rows: Rows that each branch trained on.
-        num_held_out: Rows that it was scored on.
+        num_held_out: Held-out rows that each branch was scored on.
         num_seeds: Orders of the data.
         start_loss: Mean held-out loss before the branches, nats.
-        losses: Rows of a step to the mean held-out loss after its branches, nats, ascending.
-        comparisons: Of every pair.
-        full_losses: The same of full fine-tuning, where that was asked for.
-        extra_cost: What the largest batch costs LoRA against the smallest, less what it costs full fine-tuning.
-        noise_scale: Of the run when it was probed, rows; None if that was not known.
-        step: Optimizer step of the run; None outside of one.
-        seconds: That the probe took.
+        losses: Mean held-out loss after the branches of each batch, nats; keys are rows per step, ascending.
+        comparisons: Comparisons of every pair of batches.
+        full_losses: ``losses`` of full fine-tuning; None if it was not asked for.
+        extra_cost: Cost of the largest batch against the smallest for LoRA, minus the same for full fine-tuning.
+        noise_scale: Noise scale of the run when it was probed, rows; None if unknown.
+        step: Optimizer step of the run; None outside of a run.
+        seconds: Duration of the probe.
     """
 
     batch_rows: int
@@ -95,7 +48,7 @@ class BatchProbeResult:
 
     @property
     def largest_harmless(self) -> int:
-        """The largest batch that is not worse than any smaller one, nor is one between; rows of a step."""
+        """The largest batch, in rows per step, such that no batch up to it is worse than a smaller one."""
         harmless = min(self.losses)
         for batch in self.losses:
             if any(pair.is_worse for pair in self.comparisons if pair.large == batch):
@@ -105,18 +58,18 @@ class BatchProbeResult:
 
     @property
     def bound(self) -> Literal["", "at least", "at most"]:
-        """What `largest_harmless` is where it lies at an edge of the batches that were tried."""
+        """Whether `largest_harmless` is only a bound, because it is the largest or smallest batch that was tried."""
         if self.largest_harmless == max(self.losses):
             return "at least"
         return "at most" if self.largest_harmless == min(self.losses) else ""
 
     @property
     def calibration(self) -> float | None:
-        """`largest_harmless` over the noise scale: what a `BatchSizeMonitor` takes; None if that is not known."""
+        """`largest_harmless` over the noise scale, for a `BatchSizeMonitor`; None if the noise scale is unknown."""
         return None if self.noise_scale is None else self.largest_harmless / self.noise_scale
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON, old or new and never a mix."""
+        """Write the result as JSON. An interrupted write leaves the old file."""
         found = {"largest_harmless": self.largest_harmless, "bound": self.bound, "calibration": self.calibration}
         text = json.dumps({"format": PROBE_FORMAT} | asdict(self) | found, indent=2)
         with atomic_file(path) as file:
@@ -124,10 +77,10 @@ class BatchProbeResult:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BatchProbeResult:
-        """What `save` wrote.
+        """Read a result that `save` wrote.
 
         Raises:
-            DataError: If there is no such file, or it is damaged.
+            DataError: If the file cannot be read, or is damaged.
         """
         found = read_probe(path)
         try:
@@ -150,7 +103,9 @@ class BatchProbeResult:
         if self.extra_cost is not None:
             lines.append(self._extra_cost(self.extra_cost))
         if self.num_held_out < ENOUGH_ROWS:
-            lines.append(f"  {self.num_held_out} held-out rows are few: {ENOUGH_ROWS} or more make an interval useful.")
+            lines.append(
+                f"  {self.num_held_out} held-out rows are few: use {ENOUGH_ROWS} or more for a useful interval."
+            )
         bound = f"{self.bound} " if self.bound else ""
         lines.append(f"  largest batch without measurable loss: {bound}{self.largest_harmless} rows a step")
         return "\n".join(lines)
@@ -163,7 +118,7 @@ class BatchProbeResult:
     def _extra_cost(self, pair: Comparison) -> str:
         text = f"  [LoRA - full]({pair.large}) - [LoRA - full]({pair.small}): {pair}, "
         if self.num_seeds < ENOUGH_SEEDS:
-            return f"{text}from {self.num_seeds} order(s) of the data: too few to say what LoRA pays."
+            return f"{text}from {self.num_seeds} order(s) of the data: too few to tell an extra cost of LoRA."
         return text + ("a penalty of LoRA for the large batch" if pair.is_worse else "no penalty of LoRA seen")
 
 

@@ -1,8 +1,8 @@
-"""Short runs from one snapshot of a module in training, which itself is not touched.
+"""Trains short branches from one point of a run, without changing the run.
 
-A branch trains a copy: of what is trained, with what it needs of the optimizer; frozen weights are shared. So weights,
-gradients, optimizer, schedules and the place in the data of the run that is branched from stay as they are by
-construction, and random numbers are put back.
+A branch trains a copy of the module, which shares the frozen weights, with a copy of the optimizer's state. So weights,
+gradients, optimizer, schedules and the place in the data of the run stay as they are by construction. Random numbers
+are restored.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from typing_extensions import override
 
 from lightning_lora.batch.accumulation import fit_to_batch
 from lightning_lora.errors import ConfigError
-from lightning_lora.study.row_losses import row_losses
-from lightning_lora.study.snapshot import apart, copied
+from lightning_lora.study.row_losses import HeldOut, row_losses
+from lightning_lora.study.snapshot import copy_module, isolated
 
 COOLDOWN = 0.2
 """Fraction of a branch's steps, at its end, over which the learning rate falls to zero."""
 
 
-class Branch:
-    """What a short run starts from.
+class BranchPoint:
+    """The point of a run that branches start from.
 
     Args:
-        module: On its device, trained or fresh, its layers built; not changed.
-        optimizer_state: ``state_dict()`` of its optimizer: its learning rates are the present ones, and its moments are
-            gone on with. None: the rates that ``configure_optimizers`` gives, without a warm-up, and fresh moments.
-        loader: Rows are taken from its dataset, and made batches by its ``collate_fn``.
-        micro_batch: Rows that the device is given at once.
-        trainer_options: Of the Trainer of each run, such as ``precision`` and ``gradient_clip_val``.
-        rate_factor: Of the rates, where they are fresh.
+        module: The module, trained or fresh, with its layers built, on its device; it is not changed.
+        optimizer_state: ``state_dict()`` of its optimizer, whose learning rates and moments branches continue with.
+            None: the learning rates of ``configure_optimizers`` without a warm-up, and fresh moments.
+        loader: The training loader, whose dataset and ``collate_fn`` branches use.
+        micro_batch: Most rows of one forward and backward pass.
+        trainer_options: Options for the Trainer of a branch, such as ``precision`` and ``gradient_clip_val``.
+        rate_factor: Multiplies the initial learning rates; used only without ``optimizer_state``.
     """
 
     def __init__(
@@ -64,56 +64,56 @@ class Branch:
         rows: Sequence[Any],
         batch_rows: int,
         ratio: float,
-        held_out: tuple[DataLoader[Any], Sequence[int]],
+        held_out: HeldOut,
         seed: int = 0,
     ) -> Tensor:
-        """Train a copy of the module on ``rows`` in their order, once, and give its loss on each held-out row.
+        """Train a copy of the module on ``rows`` in their order, once, and score it on held-out rows.
 
         Args:
-            rows: What the dataset is asked for.
-            batch_rows: Rows of an optimizer step; what is left over of ``rows`` is not used.
-            ratio: ``batch_rows`` over that of the run, which rates follow by `fit_to_batch`.
-            held_out: A loader, and the rows of its dataset.
-            seed: Of what the branch draws at random, such as dropout.
+            rows: Indices of the dataset.
+            batch_rows: Rows of an optimizer step; rows that do not fill a last step are not used.
+            ratio: ``batch_rows`` over the batch of the run; `fit_to_batch` adjusts learning rates to it.
+            held_out: The rows to score on.
+            seed: Seeds dropout and other random draws of the branch.
 
         Returns:
-            ``(rows,)`` float64, nats.
+            The loss of each held-out row, ``(rows,)`` float64, nats.
 
         Raises:
-            ConfigError: If there are fewer rows than a step takes, or the module gives no losses of rows.
+            ConfigError: If there are fewer rows than a step takes, or the module returns no losses of rows.
         """
         num_steps = len(rows) // batch_rows
         if not num_steps:
-            raise ConfigError(f"{len(rows)} rows make no step of {batch_rows}.")
+            raise ConfigError(f"a branch needs at least {batch_rows} training rows, got {len(rows)}: lower the ratio.")
         micro_batch = max(size for size in range(1, self.micro_batch + 1) if batch_rows % size == 0)
         batches = DataLoader(
             Subset(self.loader.dataset, rows[: num_steps * batch_rows]), micro_batch, collate_fn=self.loader.collate_fn
         )
         rates = _Rates(self.optimizer_state, num_steps, ratio, self.rate_factor)
-        with apart(self.module.device, seed):
-            arm = copied(self.module)
+        with isolated(self.module.device, seed):
+            branch = copy_module(self.module)
             trainer = self._trainer(batch_rows // micro_batch, [rates])
-            trainer.fit(arm, batches)
-            losses = row_losses(trainer, arm, *held_out, self.micro_batch)
-            _forget(trainer, arm)
+            trainer.fit(branch, batches)
+            losses = row_losses(trainer, branch, held_out, self.micro_batch)
+            _free(trainer, branch)
         return losses
 
-    def losses_now(self, held_out: tuple[DataLoader[Any], Sequence[int]]) -> Tensor:
-        """The loss of the module as it is on each held-out row, ``(rows,)`` float64, nats.
+    def losses_now(self, held_out: HeldOut) -> Tensor:
+        """The loss of the untrained copy on each held-out row, ``(rows,)`` float64, nats.
 
         Raises:
-            ConfigError: If the module gives none.
+            ConfigError: If the module returns no losses of rows.
         """
-        with apart(self.module.device, 0):
-            arm = copied(self.module)
+        with isolated(self.module.device, 0):
+            branch = copy_module(self.module)
             trainer = self._trainer(1, [])
-            losses = row_losses(trainer, arm, *held_out, self.micro_batch)
-            _forget(trainer, arm)
+            losses = row_losses(trainer, branch, held_out, self.micro_batch)
+            _free(trainer, branch)
         return losses
 
     def _trainer(self, accumulation: int, callbacks: list[Callback]) -> Trainer:
         device = self.module.device
-        # A precision plugin has a state, and belongs to one Trainer.
+        # Copied, because a precision plugin has a state and belongs to one Trainer.
         plugins = copy.deepcopy(list(self.trainer_options.get("plugins", [])))
         options: dict[str, Any] = self.trainer_options | {"plugins": [LightningEnvironment(), *plugins]}
         return Trainer(
@@ -135,8 +135,25 @@ class Branch:
         )
 
 
+def present_phase(optimizer_state: Mapping[str, Any]) -> float:
+    """The present learning rate over the initial one, as the schedule has changed it."""
+    group = optimizer_state["param_groups"][0]
+    initial = group.get("initial_lr", group["lr"])
+    return float(group["lr"] / initial) if initial and math.isfinite(initial) else 1.0
+
+
+def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
+    """Raise `ConfigError` unless Lightning steps a single optimizer, whose state branches can continue with."""
+    if not module.automatic_optimization or len(trainer.optimizers) != 1:
+        by_hand = "" if module.automatic_optimization else " and steps them itself"
+        raise ConfigError(
+            f"a probe needs a single optimizer that Lightning steps: {type(module).__name__} has "
+            f"{len(trainer.optimizers)}{by_hand}."
+        )
+
+
 class _InPlace(SingleDeviceStrategy):
-    """Leaves weights where they are at the end: the frozen ones are also those of the run that is branched from."""
+    """Does not move weights to the CPU at the end, because the run uses the same frozen weights."""
 
     @override
     def teardown(self) -> None:
@@ -145,7 +162,7 @@ class _InPlace(SingleDeviceStrategy):
 
 
 class _Rates(Callback):
-    """Goes on at a constant rate that fits the batch, and cools down at the end."""
+    """Keeps a constant learning rate that fits the batch, and lowers it to zero at the end."""
 
     def __init__(self, state: Mapping[str, Any] | None, num_steps: int, ratio: float, factor: float) -> None:
         self.state = state
@@ -169,7 +186,7 @@ class _Rates(Callback):
             fit_to_batch(group, 1.0, self.ratio)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if not any(self._rates):
-            raise ConfigError("the learning rate is 0 here, and a branch would learn nothing: probe at another step.")
+            raise ConfigError("the learning rate is 0 at this step, so branches learn nothing: probe at another step.")
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -178,27 +195,10 @@ class _Rates(Callback):
             group["lr"] = rate * min(1.0, left)
 
 
-def _forget(trainer: Trainer, arm: LightningModule) -> None:
-    """Free the copy: a Trainer is a ring of references, which Python may keep for long."""
-    arm._trainer = None
+def _free(trainer: Trainer, branch: LightningModule) -> None:
+    """Free the memory of a branch: a Trainer refers to itself, so Python alone would free it late."""
+    branch._trainer = None
     trainer.strategy.optimizers = []
     trainer.strategy._lightning_module = trainer.strategy._model = None
-    if arm.device.type == "cuda":
+    if branch.device.type == "cuda":
         gc.collect()
-
-
-def present_phase(optimizer_state: Mapping[str, Any]) -> float:
-    """Where a schedule is now: the present learning rate over that without a schedule."""
-    group = optimizer_state["param_groups"][0]
-    initial = group.get("initial_lr", group["lr"])
-    return float(group["lr"] / initial) if initial and math.isfinite(initial) else 1.0
-
-
-def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
-    """Raise `ConfigError` unless Lightning steps one optimizer, whose state a branch can go on with."""
-    if not module.automatic_optimization or len(trainer.optimizers) != 1:
-        by_itself = "" if module.automatic_optimization else " and steps by itself"
-        raise ConfigError(
-            f"a probe needs one optimizer that Lightning steps: {type(module).__name__} has "
-            f"{len(trainer.optimizers)}{by_itself}."
-        )

@@ -1,4 +1,4 @@
-"""The loss of single rows, by which two modules are compared in pairs."""
+"""Scores a module by its loss on single rows, so that two modules can be compared in pairs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_lora.errors import ConfigError
 
+HeldOut = tuple[DataLoader[Any], Sequence[int]]
+"""A loader, and the rows of its dataset that modules are scored on."""
 
-def row_losses(
-    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], rows: Sequence[int], batch_rows: int
-) -> Tensor:
-    """What ``predict_step`` gives: a batch at a time if it has a loss for each row, else row by row.
+
+def row_losses(trainer: Trainer, module: LightningModule, held_out: HeldOut, batch_rows: int) -> Tensor:
+    """The loss of each row by ``predict_step``: of whole batches if it returns a loss for each row, else row by row.
 
     Args:
-        trainer: Predicts; its precision and device are used.
-        module: Whose losses.
-        loader: Rows are taken of its dataset, and made batches by its ``collate_fn``.
-        rows: Of the dataset.
-        batch_rows: Rows of a batch at most.
+        trainer: The Trainer that predicts, with its precision and device.
+        module: The module to score.
+        held_out: The rows to score it on; the loader's ``collate_fn`` makes their batches.
+        batch_rows: Most rows of a batch.
 
     Returns:
         ``(rows,)`` float64, nats.
 
     Raises:
-        ConfigError: If it gives no losses.
+        ConfigError: If ``predict_step`` returns no losses.
     """
+    loader, rows = held_out
     subset = Subset(loader.dataset, rows)
 
     def predict(size: int) -> list[Any]:
@@ -42,6 +43,12 @@ def row_losses(
     return torch.cat([loss.detach().double().cpu().reshape(-1) for loss in losses])
 
 
+def check_gives_losses(module: LightningModule) -> None:
+    """Raise `ConfigError` if ``module`` does not define ``predict_step``, which must return losses."""
+    if type(module).predict_step is LightningModule.predict_step:
+        raise _no_losses(module)
+
+
 def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
     loss = predicted.get("loss") if isinstance(predicted, Mapping) else None
     if not isinstance(loss, Tensor):
@@ -49,14 +56,8 @@ def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
     return loss
 
 
-def check_gives_losses(module: LightningModule) -> None:
-    """Raise `ConfigError` if ``module`` has no ``predict_step`` of its own, which would give losses of rows."""
-    if type(module).predict_step is LightningModule.predict_step:
-        raise _no_losses(module)
-
-
 def _no_losses(module: LightningModule) -> ConfigError:
     return ConfigError(
-        f"a probe compares losses of single rows: let {type(module).__name__}.predict_step return a mapping with their "
-        f'"loss" in nats, a tensor of shape (rows,).'
+        f"a probe compares losses of single rows: {type(module).__name__}.predict_step must return a mapping with the "
+        f'"loss" of each row in nats, a tensor of shape (rows,).'
     )

@@ -1,4 +1,4 @@
-"""Which rows a run would train on next."""
+"""Finds the rows that a run would train on next, in their order."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from lightning_lora.effective_batch import rows_at_once
+from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.errors import DataError
 
 
-def check_rows(loader: object, what: str) -> DataLoader[Any]:
-    """``loader`` itself, if single rows can be taken of its dataset.
+def check_loader(loader: object, kind: str) -> DataLoader[Any]:
+    """Return ``loader`` if single rows can be taken from its dataset.
+
+    Args:
+        loader: The loader of a Trainer, or what stands in its place.
+        kind: ``"training"`` or ``"validation"``, for messages.
 
     Raises:
-        DataError: If not.
+        DataError: If single rows cannot be taken.
     """
     advice = "a probe takes single rows: give one DataLoader over a dataset with a length."
     if not isinstance(loader, DataLoader):
-        raise DataError(f"the {what} data are a {type(loader).__name__}; {advice}")
+        raise DataError(f"the {kind} data are a {type(loader).__name__}; {advice}")
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
-        raise DataError(f"the {what} data are an iterable dataset ({type(loader.dataset).__name__}); {advice}")
+        raise DataError(f"the {kind} data are an iterable dataset ({type(loader.dataset).__name__}); {advice}")
     if loader.batch_size is None and type(loader.batch_sampler) is not BatchSampler:
-        kind = type(loader.batch_sampler).__name__ if loader.batch_sampler is not None else "a dataset of batches"
-        raise DataError(f"the {what} batches are made by {kind}; {advice}")
+        maker = type(loader.batch_sampler).__name__ if loader.batch_sampler is not None else "a dataset of batches"
+        raise DataError(f"the {kind} batches are made by {maker}; {advice}")
     return loader
 
 
-def rows_of_batch(loader: DataLoader[Any]) -> int:
-    """Rows of a batch of a loader that `check_rows` has passed."""
-    rows = rows_at_once(loader)
+def rows_per_batch(loader: DataLoader[Any]) -> int:
+    """Rows of a batch of a loader that passed `check_loader`."""
+    rows = loader_batch_size(loader)
     assert rows is not None
     return rows
 
 
 def next_rows(loader: DataLoader[Any], epoch: int = 0, num_batches: int = 0) -> list[Any]:
-    """What the dataset of ``loader`` will be asked for from here on, once each; what this epoch has used comes last.
+    """All indices of the dataset, starting with those the run would train on next; those used in this epoch come last.
 
-    That is known of samplers that draw from nothing but their seed and the epoch, as `SFTDataModule` has. The order of
-    others is drawn when an epoch begins, and cannot be asked for again: then it is one of a fixed seed.
+    The order is known for samplers that depend on their seed and the epoch only, as that of `SFTDataModule` does. Other
+    samplers draw the order when an epoch begins and cannot draw it again; they are replaced by a fixed random order.
 
     Args:
-        loader: Of the run, as `check_rows` has passed it.
-        epoch: The one it is in, from 0.
+        loader: The training loader, which passed `check_loader`.
+        epoch: The present epoch, from 0.
         num_batches: Batches of this epoch that were trained on.
     """
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
@@ -56,5 +60,5 @@ def next_rows(loader: DataLoader[Any], epoch: int = 0, num_batches: int = 0) -> 
         sampler = copy.copy(sampler)
         sampler.set_epoch(epoch)
     order = list(sampler)
-    place = min(num_batches * rows_of_batch(loader), len(order))
+    place = min(num_batches * rows_per_batch(loader), len(order))
     return [*order[place:], *order[:place]]

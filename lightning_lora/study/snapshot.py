@@ -1,4 +1,4 @@
-"""A copy of a module in training that shares what is frozen, and a place apart to run it."""
+"""Copies a module in training, sharing frozen weights, and isolates code that runs the copy."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 
 
-def copied(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
-    """A deep copy that knows no Trainer; frozen weights are shared unless they are to be trained.
+def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
+    """A deep copy without a Trainer.
+
+    Args:
+        module: The module to copy; it stays as it is.
+        shares_frozen: Whether the copy uses the same memory for frozen weights. False if they will be trained.
 
     Raises:
-        ConfigError: If something has replaced a layer's ``forward`` by a function that would call the original.
+        ConfigError: If the ``forward`` of a layer was replaced by a function, which would call the original layer.
     """
     for name, child in module.named_modules():
         own = child.__dict__.get("forward")
         if inspect.isfunction(own) and own.__closure__:
             raise ConfigError(
-                f"the forward of {name or type(module).__name__!r} is replaced by a function of its own, which a copy "
-                f"would share: take {own.__qualname__} off before probing."
+                f"the forward of {name or type(module).__name__!r} was replaced by {own.__qualname__}, which a copy "
+                f"would share with the original: remove it before probing."
             )
     frozen = [p for p in module.parameters() if shares_frozen and not p.requires_grad]
-    memo: dict[int, Any] = {id(p): _other_name(p) for p in frozen}
+    memo: dict[int, Any] = {id(p): _same_memory(p) for p in frozen}
     trainer, module._trainer = module._trainer, None
     try:
         if trainer is not None:
@@ -44,16 +48,16 @@ def copied(module: LightningModule, *, shares_frozen: bool = True) -> LightningM
         module._trainer = trainer
 
 
-def _other_name(parameter: nn.Parameter) -> nn.Parameter:
-    """The same values in memory as a parameter of its own, which can be moved without the first."""
+def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter over the same memory. Moving it to a device leaves the first where it is."""
     if type(parameter) is not nn.Parameter:
-        return parameter  # quantised ones carry more than their values
+        return parameter  # quantised parameters carry more than their values
     return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 @contextmanager
-def apart(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw from generators of its own, and say nothing: a branch would repeat what the run has said."""
+def isolated(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from seeded generators, restore those of the run on exit, and silence logs and warnings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]
     with kept_random_state(device), warnings.catch_warnings():

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError, closest, first_five
+from lightning_lora.errors import ConfigError, did_you_mean, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches_any
@@ -87,10 +87,10 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
         if schedule not in SCHEDULES:
             raise ConfigError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{closest(schedule, SCHEDULES)}"
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{did_you_mean(schedule, SCHEDULES)}"
             )
         if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}")
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from transformers import BitsAndBytesConfig
 
-from lightning_lora.errors import ConfigError, closest
+from lightning_lora.errors import ConfigError, did_you_mean
 
 QUANTIZATIONS = ("nf4", "int8")
 # transformers loads through both; neither is needed for anything else here.
@@ -32,7 +32,7 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization must be one of {', '.join(QUANTIZATIONS)} or null, got {quantization!r}"
-            f"{closest(str(quantization), QUANTIZATIONS)}"
+            f"{did_you_mean(str(quantization), QUANTIZATIONS)}"
         )
     if quantization is not None and stored is not None:
         raise ConfigError(f"quantization is {quantization!r}, but the model is stored quantised: leave it null.")

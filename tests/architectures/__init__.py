@@ -1,4 +1,4 @@
-"""The architectures on which LoRA must hold its laws, each tiny and random."""
+"""The architectures on which LoRA must keep its laws, as tiny models with random weights."""
 
 from tests.architectures.decoders import DECODERS
 from tests.architectures.encoders import ENCODERS

@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders of text."""
+"""Text encoders and encoder-decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One architecture of the table: how it is built, what it is fed, and what LoRA must leave alone in it."""
+"""One architecture of the table: how to build it, its inputs, and what LoRA must leave alone in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 VOCAB = 64
 PEFT_LOADS = "yes"
 
-# What `left_out` says, in one wording each.
+# The reasons in `left_out`.
 TABLE = "embedding table"
 POSITIONS = "position table"
 PATCHES = "embeds patches of the input"
@@ -22,7 +22,7 @@ TIED = "output head, tied to the embedding"
 ROUTER = "router"
 UNCALLED = "read without being called"
 
-# What `save_adapter` warns of.
+# Warnings of `save_adapter`.
 NO_EQUAL = "PEFT cannot load this adapter"
 HALVED = "adds the update of .* twice .* so it is written halved"
 
@@ -43,19 +43,19 @@ def called(model: Any, **inputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of milliseconds with random weights.
+    """A tiny model with random weights.
 
     Args:
-        name: As people call it.
+        name: Common name of the architecture.
         family: Dense decoder, mixture of experts, encoder, ...
-        build: Makes the same weights each time, in eval mode and float32.
-        inputs: Keyword arguments of ``output``, enough rows that every expert is chosen.
-        output: Model and inputs to the tensor that must not change under saving and merging.
-        left_out: Glob over parameter names -> why ``targets="all"`` leaves these weights alone.
-        exclude: Name pattern of a layer that cannot be adapted -> why; passed to the config.
-        trainable: Name patterns of what is trained in full beside the adapters, as new heads are.
-        peft: ``"yes"`` where `peft.PeftModel.from_pretrained` loads the saved folder, else why it cannot.
-        save_warns: What `save_adapter` warns of, a regular expression; None where it says nothing.
+        build: Builds the model, with the same weights each time, in eval mode and float32.
+        inputs: Builds the keyword arguments of ``output``, with enough rows that every expert is chosen.
+        output: Computes the tensor that saving and merging must not change, from the model and the inputs.
+        left_out: Glob over parameter names to the reason why ``targets="all"`` leaves these weights alone.
+        exclude: Name pattern of a layer that cannot be adapted to the reason; passed to the config.
+        trainable: Name patterns of modules trained in full beside the adapters, such as new heads.
+        peft: ``"yes"`` if `peft.PeftModel.from_pretrained` loads the saved folder, or else why it cannot.
+        save_warns: Regular expression of the warning of `save_adapter`; None if it does not warn.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Architecture:
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """``build`` from a fixed seed, in eval mode, with the caller's random state left alone."""
+    """Wrap ``build`` so that it starts from a fixed seed, gives eval mode and keeps the caller's random state."""
 
     def made() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -82,12 +82,12 @@ def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def hugging_face(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    """A transformers model of this class and settings."""
+    """A builder of a transformers model with this class, config class and settings."""
     return seeded(lambda: getattr(transformers, model)(getattr(transformers, config)(**settings)))
 
 
 def tokens(name: str = "input_ids", rows: int = 3, length: int = 10, **others: Callable[[], Tensor]) -> Any:
-    """Token ids that avoid the special ones, the same each time."""
+    """A builder of token ids without special ones, the same each time."""
 
     def made() -> dict[str, Tensor]:
         ids = 4 + (torch.arange(rows * length).reshape(rows, length) * 7) % (VOCAB - 4)
@@ -97,7 +97,7 @@ def tokens(name: str = "input_ids", rows: int = 3, length: int = 10, **others: C
 
 
 def noise(*shape: int, name: str = "x", seed: int = 0) -> Callable[[], dict[str, Tensor]]:
-    """Normal numbers of this shape, the same each time."""
+    """A builder of normally distributed numbers of this shape, the same each time."""
 
     def made() -> dict[str, Tensor]:
         return {name: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))}

@@ -8,7 +8,7 @@ from tests.architectures.decoders import GROUPED, LLAMA_LIKE
 from tests.architectures.entry import ROUTER, UNCALLED, Architecture, hugging_face, tokens
 
 FAMILY = "mixture of experts"
-# Many rows, so that every expert is chosen by one.
+# Enough rows that every expert is chosen.
 ROWS = tokens(rows=6, length=16)
 FUSED: dict[str, Any] = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 HYBRID: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Modules of plain torch, as users write them: no library tells what is what in them."""
+"""Modules of plain torch, as users write them, without hints of a library about their layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FAMILY = "plain torch"
 
 
 class Residual(nn.Module):
-    """Two convolutions with batch norm, and a way around them."""
+    """Two convolutions with batch norm, and a shortcut around them."""
 
     def __init__(self, num_in: int, num_out: int, stride: int = 1) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ConvNet(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down by a strided convolution, up by a transposed one, with a skip connection."""
+    """A strided convolution down, a transposed one up, and a skip connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded tokens through torch's decoder, looking at a memory."""
+    """An embedding, torch's decoder with a memory, and an output layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM reads, a linear layer decides."""
+    """An embedding, an LSTM and a linear classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Recurrent(nn.Module):
 
 
 class GAN(nn.Module):
-    """A generator and the discriminator that gives what it makes a logit of real and one of fake."""
+    """A generator and a discriminator, which gives a generated sample two logits: real and fake."""
 
     def __init__(self, num_latent: int = 8, num_pixels: int = 16) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class GAN(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each row through its best two of four MLPs, weighed by the router."""
+    """A mixture of four MLPs; the router chooses and weighs two for each row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Experts(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Users and items in one space; the output is every user's score of every item."""
+    """Users and items embedded in one space; the output is the score of every user and item."""
 
     def __init__(self) -> None:
         super().__init__()

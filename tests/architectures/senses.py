@@ -1,4 +1,4 @@
-"""Models of images, of sound, and of several of them with text."""
+"""Models of images, of sound, and of both with text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def images() -> Tensor:
 
 
 def both_embeddings(model: Any, **inputs: Tensor) -> Tensor:
-    """Of text and of image, as CLIP gives them."""
+    """The embeddings of text and image that CLIP computes."""
     output = model(**inputs)
     return torch.cat([output.text_embeds, output.image_embeds])
 
@@ -53,7 +53,7 @@ def question_about_an_image() -> dict[str, Tensor]:
 
 
 def question_about_patches() -> dict[str, Tensor]:
-    """One picture of 4 x 4 patches, merged two by two, in a row of text."""
+    """One picture of 4 x 4 patches, merged in blocks of 2 x 2, in a row of text."""
     start, end = 5, 6
     row = torch.tensor([[1, start, *[IMAGE_TOKEN] * 4, end, 17, 25, 33]])
     pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))

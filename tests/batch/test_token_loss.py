@@ -41,12 +41,12 @@ class Weighted(TokenWeightedLoss):
         self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]))
 
     def configure_optimizers(self) -> Any:
-        # A rate that small leaves the weights as they are, so that every step's gradient is of the same function.
+        # A rate this small leaves the weights unchanged, so every step has the gradient of the same function.
         return torch.optim.SGD(self.parameters(), lr=1e-12)
 
 
 class MeanOfMeans(Weighted):
-    """What Lightning does by itself."""
+    """Averages means, as Lightning does by itself."""
 
     on_before_optimizer_step = LightningModule.on_before_optimizer_step
 

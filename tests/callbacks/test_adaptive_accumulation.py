@@ -55,7 +55,7 @@ class Ones(LightningModule):
         assert self.weight.grad is not None
         self.steps.append(round(float(self.weight.grad) * self.trainer.accumulate_grad_batches, 9))
         self.rates.append(optimizer.param_groups[0]["lr"])
-        # Were a gradient of the step before still there, these would differ.
+        # They would differ if a gradient of the step before were left over.
         self.sums_agree.append(bool(self.hooked == self.weight.grad))
         self.hooked = 0.0
 
@@ -77,7 +77,7 @@ def fit(tmp_path: Path, callbacks: list[Callback], start: int, module: Ones | No
 
 
 def tour() -> tuple[dict[int, int], list[int]]:
-    """A schedule that wishes for every change at every window between two places where it may happen; the windows."""
+    """A schedule that asks for every change at every window between two places where it may happen; and the windows."""
     pairs = [(old, new) for old, new in itertools.product(range(1, 9), repeat=2) if old != new]
     # The windows of ``old``, counted from the last place where a window of ``new`` might begin too.
     left = {(old, new): set(range(math.lcm(old, new) // old)) for old, new in pairs}
@@ -102,13 +102,13 @@ def tour() -> tuple[dict[int, int], list[int]]:
 
 
 def test_every_change_at_every_step_keeps_windows_whole(tmp_path: Path) -> None:
-    """V12: all pairs of 1 to 8, wished for at all places, each granted at the first where nothing is left over."""
+    """V12: all pairs of 1 to 8, asked for at all places, each made at the first place where nothing is left over."""
     schedule, windows = tour()
     assert len(schedule) > 200
     module = fit(tmp_path, [AdaptiveAccumulation(schedule)], 1, rows=sum(windows) + 1)
     assert module.steps == [*windows, 1.0]
     assert module.sums_agree == [True] * len(module.steps)
-    # As many steps as were planned by the schedule, though fewer were done.
+    # The schedule has counted all planned steps, though fewer were done.
     assert float(module.scheduler.last_epoch) == pytest.approx(sum(windows) + 1)
 
 
@@ -132,7 +132,7 @@ def test_rates_and_decays_follow_the_batch(tmp_path: Path) -> None:
     trainer.fit(module, DataLoader(torch.zeros(48, 1)))  # pyright: ignore[reportArgumentType]
     (group,) = trainer.optimizers[0].param_groups
     assert group["betas"] == (0.9, pytest.approx(0.99**0.5))
-    # 12 steps were planned; after 6 the rest is walked through in 12 halves.
+    # 12 steps were planned; the last 6 are spread over 12 steps.
     expected = [1 - step / 12 for step in range(6)]
     expected += [(1 - (6 + step / 2) / 12) / math.sqrt(2) for step in range(12)]
     # The first rate after the change was set by the scheduler's step before it.
@@ -219,7 +219,7 @@ class Resumable(LoRAMixin, Ones):
 
 
 class Keep(Callback):
-    """Saves after so many steps, when it comes to it."""
+    """Saves after a number of steps."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -279,9 +279,9 @@ REFUSED: dict[str, tuple[list[Callback], type[Ones], str]] = {
     "two schedules": (
         [AdaptiveAccumulation({0: 2}), GradientAccumulationScheduler({0: 1})],
         Ones,
-        "in every epoch, and AdaptiveAccumulation too: keep one of the two",
+        "GradientAccumulationScheduler and AdaptiveAccumulation both set .*: keep one of the two",
     ),
-    "a target": ([AdaptiveAccumulation({0: 2}), TargetBatchSize(8)], Ones, "a schedule sets accumulation, and target_"),
+    "a target": ([AdaptiveAccumulation({0: 2}), TargetBatchSize(8)], Ones, "the schedule of Adaptive.* and target_"),
     "StepLR": ([AdaptiveAccumulation({0: 2})], Steps, "StepLR cannot be stretched"),
     "by hand": ([AdaptiveAccumulation({0: 2})], ByHand, "with manual optimization the module decides when to step"),
 }

@@ -9,55 +9,23 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig
 from lightning_lora.batch.noise.noise_scale import signal_and_trace
+from lightning_lora.batch.reading import advice
 from lightning_lora.batch.remarks import RepeatedRows
-from lightning_lora.batch.state import advice
-from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import BatchSizeMonitor
 from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
 from lightning_lora.effective_batch import EffectiveBatch
+from lightning_lora.errors import ConfigError
 from lightning_lora.files.events import read_events
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
+from tests.support.monitored import Double, EveryStep, FrozenRate, Samples, Tokens, fit
 
 pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
-
-
-class Double(toys.Toy):
-    """In float64, so that sums in another order agree to 1e-12."""
-
-    def configure_model(self) -> None:
-        torch.manual_seed(0)
-        self.apply_lora()
-        self.double()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return super().training_step([part.double() for part in batch], batch_idx)
-
-
-class Samples(BatchSizeMonitor):
-    """Keeps every sample."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(warmup_steps=0, every_n_steps=1, **options)
-        self.samples: list[Any] = []
-
-    def _take(self, trainer: Trainer, sample: Any, tokens: int | None) -> None:
-        self.samples.append(sample)
-        super()._take(trainer, sample, tokens)
-
-
-def fit(tmp_path: Path, rows: int, batch: int, accumulate: int, module: Any = None, **options: Any) -> Samples:
-    monitor = Samples()
-    callbacks = [monitor, *options.pop("callbacks", [])]
-    trainer = toys.trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=callbacks, **options)
-    trainer.fit(module or Double(), toys.loader(rows, batch))
-    return monitor
 
 
 def by_hand(rows: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -90,22 +58,15 @@ def test_clipping_comes_after_the_measurement(tmp_path: Path) -> None:
 
 def test_a_short_last_window_is_scaled_like_a_full_one(tmp_path: Path) -> None:
     """24 rows in micro-batches of 4: windows of 4 and of 2, which Lightning divides by 4 as well."""
-    module: Any = Double()
-    module.learning_rate = 0.0
     first, last = fit(tmp_path, 24, 4, 4, FrozenRate()).samples
     assert (first.num_micro_batches, last.num_micro_batches) == (4, 2)
     squares, _ = by_hand(24, 4)
     assert last.signal + last.trace / 4 == pytest.approx(float(squares[4:].mean()), rel=1e-12)
 
 
-class FrozenRate(Double):
-    def configure_optimizers(self) -> Optimizer:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
-
-
 def test_a_run_with_the_monitor_is_bit_equal_to_one_without(tmp_path: Path) -> None:
     modules = [toys.Toy(), toys.Toy()]
-    for module, callbacks in zip(modules, ([BatchSizeMonitor(warmup_steps=0)], []), strict=True):
+    for module, callbacks in zip(modules, ([EveryStep()], []), strict=True):
         torch.manual_seed(0)
         toys.trainer(tmp_path, accumulate_grad_batches=2, max_epochs=3, callbacks=callbacks).fit(
             module, toys.loader(16, 2)
@@ -128,7 +89,7 @@ def test_a_monitor_that_fails_is_taken_off_and_the_run_goes_on(tmp_path: Path) -
 
 
 class Wrapped:
-    """A batch in which nobody finds a tensor."""
+    """A batch that hides its tensors."""
 
     def __init__(self, parts: list[Tensor]) -> None:
         self.parts = parts
@@ -143,7 +104,7 @@ class Countless(toys.Toy):
 
 
 class Breaking(Samples):
-    """Fails when a sample is there, as a full disk under ``events.jsonl`` would make it."""
+    """Fails when it writes its third sample, as with a full disk."""
 
     def _take(self, trainer: Trainer, sample: Any, tokens: int | None) -> None:
         super()._take(trainer, sample, tokens)
@@ -218,11 +179,14 @@ def test_rows_that_a_step_has_twice_are_warned_of(tmp_path: Path) -> None:
         ({"pixels": [[5, 6, 0], [5, 6, 0]], "label": [1, 2]}, 0),
     ],
 )
-def test_rows_are_the_same_if_all_but_their_padding_is(rows: dict[str, Any], repeated: int) -> None:
+def test_rows_are_the_same_if_all_but_their_padding_is(
+    rows: dict[str, Any], repeated: int, recwarn: pytest.WarningsRecorder
+) -> None:
     check = RepeatedRows()
     check.start()
     check.add({name: torch.tensor(values) for name, values in rows.items()})
-    assert (check.finding() is not None) == bool(repeated)
+    check.warn()
+    assert sum("were in their optimizer step before" in str(warning.message) for warning in recwarn) == repeated
 
 
 def test_a_change_of_accumulation_begins_anew(tmp_path: Path) -> None:
@@ -248,16 +212,6 @@ def test_a_run_that_goes_on_measures_on(tmp_path: Path) -> None:
     )
     assert len(second.samples) == 16
     assert second.estimate == whole.estimate
-
-
-class Tokens(TokenWeightedLoss, Double):
-    """A loss summed over as many tokens as each row says."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        inputs, wanted = (part.double() for part in batch)
-        mask = inputs > 0
-        losses = (self.net(inputs) - wanted).square().sum(1) * mask.sum(1)
-        return self.token_loss(losses.sum(), mask.sum())
 
 
 def test_a_loss_summed_over_tokens_counts_rows_by_what_they_add(tmp_path: Path) -> None:
@@ -290,3 +244,16 @@ def test_the_batch_is_counted_in_supervised_tokens_too(tmp_path: Path) -> None:
     steps = [event["batch/tokens"] for event in read_events(tmp_path) if event["event"] == "noise_scale"]
     assert len(steps) == 4
     assert sum(steps) == data.statistics["train"].supervised_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"calibration": 0.0}, r"calibration must be a positive number, got 0\.0"),
+        ({"calibration": float("inf")}, "calibration must be a positive number, got inf"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BatchSizeMonitor(**settings)

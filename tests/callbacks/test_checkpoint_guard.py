@@ -20,8 +20,8 @@ from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO, verifie
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.checkpoint_manifest import SUFFIX
 from lightning_lora.lora.config import LoRAConfig
-from tests.files.test_atomic import dead_pid, leftover
 from tests.support import toys
+from tests.support.adapter_files import dead_pid, leftover
 from tests.support.toys import Plain, Toy
 
 pytestmark = toys.expected_warnings

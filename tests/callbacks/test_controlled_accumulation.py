@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, *toys.expected_warnings, *toys.monitor_warnings]
 
 SIZE = 64
 BEFORE, AFTER = 64.0, 4.0
-"""Noise scales, rows: 16 times less."""
+"""Noise scales in rows; the second is a sixteenth of the first."""
 BATCH, ACCUMULATE = 4, 8
 NUM_STEPS, FALLS_AT, COOLDOWN = 450, 120, 0.1
 
@@ -60,7 +60,7 @@ class Fall(Callback):
 def changes(
     folder: Path, seed: int, num_steps: int, batch: int = BATCH, k: int = ACCUMULATE, more: tuple[Callback, ...] = ()
 ) -> list[dict[str, Any]]:
-    """What a controlled run has changed."""
+    """The changes of accumulation in a controlled run."""
     generator = torch.Generator().manual_seed(seed)
     rows: Any = torch.randn(num_steps * k * batch, SIZE, generator=generator)
     monitor = BatchSizeMonitor(every_n_steps=1, calibration=1.0)
@@ -75,7 +75,7 @@ def changes(
 def test_accumulation_follows_a_noise_scale_that_falls(
     seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From 32 rows to the 4 of the noise scale, in halves."""
+    """The batch is halved from 32 rows to 4, the noise scale."""
     with caplog.at_level(logging.INFO):
         found = changes(tmp_path / "run", seed, NUM_STEPS, more=(Fall(),))
     assert [(change["old"], change["new"]) for change in found] == [(8, 4), (4, 2), (2, 1)]
@@ -87,5 +87,5 @@ def test_accumulation_follows_a_noise_scale_that_falls(
 
 @pytest.mark.parametrize("seed", range(20))
 def test_accumulation_stays_where_the_noise_scale_stays(seed: int, tmp_path: Path) -> None:
-    """A batch of half the noise scale: nothing to gain by halving it."""
+    """The batch is half the noise scale, so halving it gains nothing."""
     assert changes(tmp_path / "run", seed, 160, batch=8, k=4) == []

@@ -23,7 +23,7 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.atomic import sha256
 from lightning_lora.files.checkpoint_manifest import (
     SUFFIX,
-    Version,
+    CheckpointVersion,
     examine,
     manifest_of,
     read_manifest,
@@ -114,7 +114,7 @@ DAMAGES = {
     "empty": (lambda path: path.write_bytes(b""), "it has 0 bytes"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "it has .* bytes"),
     "manifest of another file": (
-        lambda path: write_manifest(path, [Version("0" * 64, path.stat().st_size)]),
+        lambda path: write_manifest(path, [CheckpointVersion("0" * 64, path.stat().st_size)]),
         "its SHA-256",
     ),
     "manifest no JSON": (

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import re
-import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,30 +17,9 @@ import pytest
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.files import atomic
+from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.atomic import atomic_file, atomic_folder, sha256
-
-MARKER = "adapter_config.json"
-
-
-def write_folder(path: Path, text: str) -> None:
-    with atomic_folder(path, replaces=MARKER) as folder:
-        (folder / MARKER).write_text(text)
-        (folder / "sub").mkdir()
-        (folder / "sub" / "weights").write_text(text)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
-
-
-def dead_pid() -> int:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
-def leftover(target: Path, pid: int, suffix: str = "tmp", host: str = atomic._HOST) -> Path:
-    return target.with_name(f".{target.name}.{pid}.{host}{'0' * 16}.{suffix}")
+from tests.support.adapter_files import read_texts, write_folder
 
 
 def exchange_refused(first: Path, second: Path) -> bool:
@@ -100,7 +76,7 @@ def test_a_symbolic_link_keeps_pointing_where_it_did(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     write_folder(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / MARKER).read_text() == "new"
+    assert (tmp_path / "real" / CONFIG_FILE).read_text() == "new"
 
 
 @pytest.fixture
@@ -132,7 +108,7 @@ def test_the_disk_is_told_in_the_right_order(tmp_path: Path, calls: list[str]) -
     with atomic_file(tmp_path / "a"):
         pass
     assert calls == ["fsync tmp-of-a", "replace a", f"fsync {home}"]
-    inside = [f"fsync {name}" for name in ("weights", "sub", MARKER, "tmp-of-b")]
+    inside = [f"fsync {name}" for name in ("weights", "sub", CONFIG_FILE, "tmp-of-b")]
     for step in ("rename", "exchange"):
         calls.clear()
         write_folder(tmp_path / "b", "x")
@@ -152,7 +128,7 @@ def test_folder_is_replaced_as_a_whole(tmp_path: Path, exchange: bool, monkeypat
     write_folder(tmp_path / "a", "old")
     (tmp_path / "a" / "extra").write_text("old")
     write_folder(tmp_path / "a", "new")
-    assert tree(tmp_path / "a") == {MARKER: "new", "sub/weights": "new"}
+    assert read_texts(tmp_path / "a") == {CONFIG_FILE: "new", "sub/weights": "new"}
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -171,13 +147,13 @@ def test_folder_is_untouched_by_an_error_in_the_middle(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", "old")
 
     def write_half() -> None:
-        with atomic_folder(tmp_path / "a", replaces=MARKER) as folder:
-            (folder / MARKER).write_text("half")
+        with atomic_folder(tmp_path / "a", replaces=CONFIG_FILE) as folder:
+            (folder / CONFIG_FILE).write_text("half")
             raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
         write_half()
-    assert tree(tmp_path / "a") == {MARKER: "old", "sub/weights": "old"}
+    assert read_texts(tmp_path / "a") == {CONFIG_FILE: "old", "sub/weights": "old"}
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -194,7 +170,7 @@ def test_folder_comes_back_if_the_second_rename_fails(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="injected"):
         write_folder(tmp_path / "a", "new")
-    assert tree(tmp_path / "a") == {MARKER: "old", "sub/weights": "old"}
+    assert read_texts(tmp_path / "a") == {CONFIG_FILE: "old", "sub/weights": "old"}
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -207,9 +183,9 @@ def test_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_folder(tmp_path / "a", "new")
-    with pytest.raises(OSError, match="No space left"), atomic_file(tmp_path / "a" / MARKER) as file:
+    with pytest.raises(OSError, match="No space left"), atomic_file(tmp_path / "a" / CONFIG_FILE) as file:
         file.write(b"new")
-    assert tree(tmp_path / "a") == {MARKER: "old", "sub/weights": "old"}
+    assert read_texts(tmp_path / "a") == {CONFIG_FILE: "old", "sub/weights": "old"}
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -217,16 +193,16 @@ def test_folders_that_are_not_ours_are_refused_before_any_work(tmp_path: Path) -
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "file").write_text("x")
-    thesis = rf"thesis is not empty and holds no {MARKER}.*choose a new path"
+    thesis = rf"thesis is not empty and holds no {CONFIG_FILE}.*choose a new path"
     for name, message in (("thesis", thesis), ("file", "is a file")):
-        with pytest.raises(AdapterFileError, match=message), atomic_folder(tmp_path / name, replaces=MARKER):
+        with pytest.raises(AdapterFileError, match=message), atomic_folder(tmp_path / name, replaces=CONFIG_FILE):
             pytest.fail("the block must not run")
-    assert tree(tmp_path) == {"thesis/chapter1.tex": "years of work", "file": "x"}
+    assert read_texts(tmp_path) == {"thesis/chapter1.tex": "years of work", "file": "x"}
 
 
 def test_a_foreign_folder_made_meanwhile_is_refused_too(tmp_path: Path) -> None:
     def write_while_another_makes_the_folder() -> None:
-        with atomic_folder(tmp_path / "a", replaces=MARKER):
+        with atomic_folder(tmp_path / "a", replaces=CONFIG_FILE):
             (tmp_path / "a").mkdir()
             (tmp_path / "a" / "foreign").touch()
 
@@ -238,92 +214,7 @@ def test_a_foreign_folder_made_meanwhile_is_refused_too(tmp_path: Path) -> None:
 def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_folder(tmp_path / "a", "new")
-    assert (tmp_path / "a" / MARKER).read_text() == "new"
-
-
-def test_what_killed_writers_left_is_removed_and_counted_once(tmp_path: Path) -> None:
-    pid, target = dead_pid(), tmp_path / "a"
-    leftover(target, pid).mkdir()
-    (leftover(target, pid) / "half").touch()
-    leftover(target, os.getpid()).touch()  # this process number in an earlier life, as in a restarted container
-    kept = [
-        leftover(target, os.getppid()),  # alive
-        leftover(target, pid, host="0" * 8),  # on another machine
-        leftover(tmp_path / "a.b", pid),  # of another target
-        tmp_path / f".a.{pid}.tmp",  # not our pattern
-    ]
-    for path in kept:
-        path.touch()
-    with pytest.warns(UserWarning, match=r"removed 2 unfinished temporary copies of .*a left") as warned:
-        write_folder(target, "new")
-    assert len(warned) == 1
-    assert warned[0].filename == __file__
-    assert sorted(tmp_path.iterdir()) == sorted([target, *kept])
-
-
-def test_the_old_folder_is_put_back_if_the_writer_died_between_two_renames(tmp_path: Path) -> None:
-    aside = leftover(tmp_path / "a", dead_pid(), "old")
-    write_folder(aside, "old")
-    with (
-        pytest.warns(UserWarning, match="put .*a back"),
-        pytest.raises(RuntimeError),
-        atomic_folder(tmp_path / "a", replaces=MARKER),
-    ):
-        raise RuntimeError
-    assert (tmp_path / "a" / MARKER).read_text() == "old"
-    assert os.listdir(tmp_path) == ["a"]
-
-
-# One process imports the package and forks a writer per line it reads: an import per trial would take seconds.
-WRITERS = """
-    import os, sys
-    from lightning_lora.files.atomic import atomic_folder
-    for line in sys.stdin:
-        if pid := os.fork():
-            print(pid, flush=True)
-            os.waitpid(pid, 0)
-            print("dead", flush=True)
-            continue
-        number = int(line)
-        while True:
-            with atomic_folder(sys.argv[1], replaces="adapter_config.json") as folder:
-                for name in ("adapter_config.json", "weights", "manifest"):
-                    (folder / name).write_bytes(number.to_bytes(4, "little") * 50_000)
-            number += 1
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:removed . unfinished:UserWarning")
-def test_killed_at_any_moment_the_folder_is_wholly_old_or_wholly_new(tmp_path: Path) -> None:
-    target, moments = tmp_path / "adapter", random.Random(0)
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WRITERS), str(target)]
-    killed_in_the_middle = 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        for trial in range(10):
-            print(trial * 10_000 + 1, file=server.stdin, flush=True)
-            pid = int(server.stdout.readline())
-            time.sleep(moments.uniform(0.02, 0.15))
-            os.kill(pid, signal.SIGKILL)
-            assert server.stdout.readline() == "dead\n"
-            if target.exists():  # the first may die before its first folder is whole
-                check_whole(target)
-            killed_in_the_middle += len(os.listdir(tmp_path)) > target.exists()
-        server.stdin.close()
-    assert target.exists()
-    assert killed_in_the_middle
-    write_folder(target, "last")
-    assert os.listdir(tmp_path) == ["adapter"]
-
-
-def check_whole(folder: Path) -> None:
-    assert sorted(os.listdir(folder)) == [MARKER, "manifest", "weights"]
-    contents = {file.read_bytes() for file in folder.iterdir()}
-    assert len(contents) == 1
-    content = contents.pop()
-    assert content == content[:4] * 50_000
+    assert (tmp_path / "a" / CONFIG_FILE).read_text() == "new"
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")
@@ -348,7 +239,7 @@ def test_a_folder_without_write_permission_raises_and_stays_as_it_was() -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         home.chmod(0o755)
         assert done.returncode == 0, done.stderr
-        assert tree(home) == {f"a/{MARKER}": "old", "a/sub/weights": "old"}
+        assert read_texts(home) == {f"a/{CONFIG_FILE}": "old", "a/sub/weights": "old"}
 
 
 def test_sha256_is_that_of_the_whole_file(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_lora.batch.noise.noise_scale import signal_and_trace
-from tests.callbacks.test_batch_size_monitor import Double
 from tests.integration.scripts import monitored_ranks as script
 from tests.integration.scripts.ranks import run
 from tests.support import toys
+from tests.support.monitored import Double
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -58,7 +58,7 @@ def test_a_step_of_two_ranks_is_measured_as_if_by_hand(
     else:
         assert "weight" not in first
         assert found["said"].count("frozen weights is not measured: layers are sharded") == 1
-        assert found["refused"].startswith("under FSDP2 a step needs accumulate_grad_batches of 2 at least")
+        assert found["refused"].startswith("under FSDP2 all ranks together are one micro-batch")
 
 
 def by_hand(gradients: Tensor, tolerance: float) -> Any:

@@ -32,7 +32,7 @@ for name, arguments in settings.items():
     runs[name] = {"code": code, "seconds": time.perf_counter() - start, "error": printed.getvalue()}
 print(json.dumps(runs))
 """
-FIRST = "https://huggingface.co cannot be reached: from here on only what is on this machine is used"
+FIRST = "https://huggingface.co cannot be reached: from now on only files on this machine are used"
 
 
 def cached(home: Path, name: str, files: Path) -> None:

@@ -1,4 +1,4 @@
-"""Digests tell bases apart, whatever the precision they were loaded in."""
+"""Digests tell different bases apart, and are equal for one base in different precisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equal size for other targets, against counts made by hand and by injecting."""
+"""The matched rank against parameter counts, made by hand and by injecting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny_models import llama, portrait
 def test_attention_at_matched_rank_has_as_many_parameters() -> None:
     like = LoRAConfig(rank=4)
     rank = matched_rank(llama(), "attention", like)
-    # A layer: q and o (32, 32), k and v (16, 32); gate, up and down (48, 32).
+    # One layer: q and o (32, 32), k and v (16, 32); gate, up and down (48, 32).
     attention, every = 2 * (32 + 32) + 2 * (32 + 16), 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
     assert rank == round(4 * every / attention)
     model, other = llama(), llama()
@@ -27,7 +27,7 @@ def test_attention_at_matched_rank_has_as_many_parameters() -> None:
 
 
 def test_the_tables_of_lora_without_regret_are_matched_on_a_model_without_memory() -> None:
-    # Llama 3.1 8B: attention at rank 256 has about as many parameters as MLP at rank 128 (lora_facts.md, section 4).
+    # Llama 3.1 8B: attention at rank 256 has about as many parameters as MLP at rank 128.
     sizes: dict[str, Any] = {
         "hidden_size": 4096,
         "intermediate_size": 14336,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import doctest
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lora.lora import patterns
+from lightning_lora import errors
+from lightning_lora.lora import config, patterns
+from lightning_lora.lora.layers import adapted
 from lightning_lora.lora.patterns import first_match, matches, matches_any
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -68,5 +71,8 @@ def test_any_of_the_patterns_is_enough() -> None:
     assert not matches_any(NAME, [])
 
 
-def test_the_documented_examples_hold() -> None:
-    assert doctest.testmod(patterns).failed == 0
+@pytest.mark.parametrize("module", [patterns, config, errors, adapted], ids=lambda module: module.__name__)
+def test_the_documented_examples_hold(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert tried > 0
+    assert failed == 0

@@ -1,4 +1,4 @@
-"""Twice as many layers take twice as many steps to set up: what is counted is function calls, not time."""
+"""The cost of every operation grows linearly with the number of layers, measured in function calls instead of time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_lora,
 )
-from lightning_lora.files.adapter.folder import MANIFEST_FILE
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.merge.merged_model import save_merged
 from tests.support.moe_models import moe
 from tests.support.tiny_models import llama, wake
@@ -34,7 +34,7 @@ pytestmark = [
 
 
 class Block(nn.Module):
-    """Layers of the other kinds."""
+    """A recurrent layer, a convolution and a transformer layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.layer = nn.TransformerEncoderLayer(4, 2, 4)
 
 
-# A model of so many blocks, and settings that name layers in every way there is.
+# Number of blocks to model, and settings that name layers in every possible way.
 CASES: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
     "llama": (lambda n: llama(num_hidden_layers=n), {}),
     "patterns": (
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
 
 
 def calls(step: Callable[[], object]) -> dict[Any, int]:
-    """Every function to the number of its calls, those of C among them."""
+    """Function to number of calls during ``step``, C functions included."""
     profile = cProfile.Profile()
     profile.runcall(step)
     stats: Any = pstats.Stats(profile)
@@ -70,7 +70,7 @@ def calls(step: Callable[[], object]) -> dict[Any, int]:
 
 
 def set_up(case: str, num_blocks: int, folder: Path) -> dict[str, dict[Any, int]]:
-    """The calls of every operation."""
+    """Operation to its function calls, on a model with ``num_blocks`` blocks."""
     build, settings = CASES[case]
     model, again, foreign = build(num_blocks), build(num_blocks), build(num_blocks)
     config = LoRAConfig.from_dict({"rank": 2, **settings})
@@ -79,7 +79,7 @@ def set_up(case: str, num_blocks: int, folder: Path) -> dict[str, dict[Any, int]
     found["save"] = calls(lambda: save_adapter(model, folder / "adapter"))
     found["load"] = calls(lambda: load_adapter(model, folder / "adapter"))
     found["load into a plain model"] = calls(lambda: load_adapter(again, folder / "adapter", allow_other_base=True))
-    if case != "other layers":  # parts of these are written in a shape that is no PEFT's
+    if case != "other layers":  # PEFT has no format for some of these
         (folder / "adapter" / MANIFEST_FILE).unlink()
         found["load a folder of PEFT"] = calls(lambda: load_adapter(foreign, folder / "adapter"))
     found["merge"] = calls(lambda: merge_lora(model))
@@ -97,7 +97,7 @@ def test_set_up_is_linear_in_the_number_of_layers(case: str, tmp_path: Path) -> 
         many = twice[operation]
         ratio = sum(many.values()) / sum(few.values())
         assert ratio < 2.3, f"{operation}: {ratio:.2f} times the calls for twice the blocks"
-        # What grows faster hides in a sum for long.
+        # A single quadratic function would hide in the sum.
         grown = {function: (few[function], number) for function, number in many.items() if function in few}
         quadratic = {function: pair for function, pair in grown.items() if pair[1] > max(200, 2.5 * pair[0])}
         assert not quadratic, f"{operation}: {quadratic}"

@@ -1,7 +1,7 @@
 """Exact facts of the LoRA parametrisation, against closed forms and counted operations.
 
-Shared notation: scale = alpha / r, W' = W + scale * B A, A (r, in) random, B (out, r) zero. Merging, fresh adapters
-and tied heads are laws of `tests/lora/test_adapter.py`.
+Shared notation: scale = alpha / r, W' = W + scale * B A, A (r, in) random, B (out, r) zero. The laws of
+merging, fresh adapters and tied heads are in `tests/lora`.
 
 Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/
 """

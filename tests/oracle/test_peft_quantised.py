@@ -23,6 +23,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.files.merge.merged_model import save_merged
+from tests.oracle.peft_models import without_manifest
 from tests.support.quantised_models import difference, torchao
 from tests.support.tiny_models import TOKENS, gpt2, llama, wake
 
@@ -48,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def load(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """In training mode: evaluating, bitsandbytes rounds more."""
+    """A quantised model in training mode; in eval mode bitsandbytes rounds more."""
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=LOADING[kind](), dtype=dtype).train()
 
 
@@ -97,7 +98,7 @@ def test_an_adapter_of_pefts_is_loaded(kind: str, folder: Path, tmp_path: Path) 
             torch.nn.init.normal_(parameter, std=0.05)
     theirs.save_pretrained(str(tmp_path))
     ours = load(folder, kind)
-    with pytest.warns(UserWarning, match=r"has no lightning_lora\.json"):
+    with without_manifest():
         load_adapter(ours, tmp_path)
     assert difference(logits(ours), logits(theirs.train())) < 1e-5
 
@@ -121,7 +122,7 @@ def test_the_merged_folder_loads_without_quantisation_and_is_the_merged_model(
     assert torch.equal(logits(model), before)
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").train()
-    with pytest.warns(UserWarning, match="merged layers are quantised no longer"):
+    with pytest.warns(UserWarning, match="merged layers are no longer quantised"):
         merge_lora(model)
     assert torch.equal(logits(plain), logits(model))
     # The same numbers, dequantised and summed: only their rounding differs.

@@ -1,4 +1,4 @@
-"""A callback that measures every step and keeps the samples, and what autograd gives for them by hand."""
+"""A callback that measures every step and keeps the samples, and gradients by autograd to compare them with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support import toys
 
 
 class Metered(Callback):
-    """Drives a `StepMeter` and lets what goes wrong reach the test."""
+    """Drives a `StepMeter`, and lets its errors reach the test."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -67,7 +67,7 @@ def gradients_of(module: Any, batches: Sequence[list[Tensor]]) -> Tensor:
 
 
 def expected(gradients: Tensor, num_rows: int) -> Any:
-    """What a sample of these micro-batches of ``num_rows`` rows each must be, to rounding."""
+    """The sample, up to rounding, of micro-batches of ``num_rows`` rows each."""
     import pytest
 
     signal, trace = signal_and_trace(gradients.square().sum(1), gradients.mean(0).square().sum(), num_rows)

@@ -257,7 +257,7 @@ class Regression(LightningModule):
 
 def test_rows_and_frozen_weights_are_measured_on_a_quantised_base(tmp_path: Path) -> None:
     module = Regression()
-    (samples,) = measure(tmp_path, module, DataLoader(TensorDataset(ROWS), len(ROWS)), weight_space_every=1)
+    (samples,) = measure(tmp_path, module, DataLoader(TensorDataset(ROWS), len(ROWS)), frozen_weights_every=1)
     gradients = gradients_of(module, [[row[None]] for row in ROWS])
     signal, trace = signal_and_trace(gradients.square().sum(1), gradients.mean(0).square().sum(), 1)
     assert samples["adapter"][:2] == pytest.approx((float(signal), float(trace)), rel=1e-4)

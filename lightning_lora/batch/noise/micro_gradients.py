@@ -1,12 +1,13 @@
-r"""Square norms of the gradients of a step's micro-batches, which accumulation and data parallelism make anyway.
+r"""Square norms of the gradients of a step's micro-batches, which accumulation and data parallelism compute anyway.
 
-What arrives in ``p.grad`` is the sum over the micro-batches of a step, averaged over ranks. Where each rank holds whole
-parameters a hook on the leaf sees every summand before any rank's is averaged in (``num_ranks * accumulation``
-micro-batches); under FSDP2 leaf hooks are never called, and the growth of ``p.grad`` from one backward pass to the next
-is a micro-batch of all ranks. At most one adapter-sized copy of gradients is kept, on one device until a pass is over.
+``p.grad`` holds the sum over the micro-batches of a step, averaged over ranks. Where each rank holds whole parameters,
+a hook on each parameter sees the gradient of a micro-batch before it is added and before ranks are averaged:
+``num_ranks * accumulation`` samples. FSDP2 never calls such hooks; there the growth of ``p.grad`` from one backward
+pass to the next is a sample of all ranks together. At most one copy of the adapters' gradients is kept: on one device,
+until the pass is over.
 
-Gradients are scaled by loss scalers, by accumulation and by losses that are sums over tokens. All three are undone, so
-that steps of different sizes can be averaged.
+Gradients are scaled by gradient scalers, by accumulation and by losses that are sums over tokens. All three factors are
+divided out, so that steps of different sizes can be averaged.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from typing_extensions import override
 
 from lightning_lora.batch.noise.step_sample import StepSample, step_samples
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
-"""Another measure of a gradient than itself, such as `OptimizerMetric`; linear, and standing still within a step."""
+"""A linear map of gradients whose square norm is measured, such as `AdamMetric`; it must not change within a step."""
 
 
 class MicroGradients(ABC):
     """Measures one optimizer step at a time: `start`, then `add` after each backward pass, then `finish`.
 
     Args:
-        parameters: What is trained.
+        parameters: The trained parameters.
         group: The data-parallel ranks; None on one device.
-        metrics: Measures to take beside the gradient itself, by name.
+        metrics: Metrics to measure beside the gradient itself, by name.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class MicroGradients(ABC):
         self.parameters = list(parameters)
         self.group = group
         self.metrics = dict(metrics or {})
-        # Of each micro-batch (spaces, samples): most are one sample.
+        # Square norms (metrics, samples) of each micro-batch, which is one sample unless its rows are compared.
         self._squares: list[Tensor] = []
         self._rows: list[float] = []
 
     @property
     def num_ranks(self) -> int:
-        """Data-parallel ranks."""
+        """Number of data-parallel ranks."""
         return torch.distributed.get_world_size(self.group) if self.group is not None else 1
 
     @property
@@ -67,14 +68,14 @@ class MicroGradients(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Take off what `start` has put on."""
+        """Remove the hooks of `start`."""
 
     def add(self, num_rows: int, loss_scale: float = 1.0) -> None:
-        """Note the micro-batch whose backward pass is over.
+        """Measure the micro-batch whose backward pass is over.
 
         Args:
-            num_rows: Rows of this rank in it.
-            loss_scale: By which a scaler has multiplied its gradients.
+            num_rows: Rows of the micro-batch on this rank.
+            loss_scale: Factor of the gradient scaler.
         """
         squares = self._latest(num_rows)
         num_samples = squares.shape[1]
@@ -82,18 +83,17 @@ class MicroGradients(ABC):
         self._rows += [num_rows / num_samples] * num_samples
 
     def share_rows(self, num_passes: Sequence[int]) -> None:
-        """Say of each micro-batch among how many backward passes its rows were divided."""
+        """Divide the rows of each added micro-batch by the number of backward passes that shared them."""
         self._rows = [rows / passes for rows, passes in zip(self._rows, num_passes, strict=True)]
 
-    def finish(self, weighted_by_rows: bool, unit: float) -> dict[str, StepSample]:
-        """The sample of the step by space, at the latest before gradients are clipped.
+    def finish(self, weighted_by_rows: bool) -> dict[str, StepSample]:
+        """The samples of the step by metric, after gradients are unscaled and before they are clipped; a collective.
 
-        Left out is what is not finite, and everything if fewer than two micro-batches are independent.
+        A metric that is not finite is left out, and all are if fewer than two samples are independent.
 
         Args:
             weighted_by_rows: Whether the loss of a micro-batch is a sum (over rows, or their tokens), so that large
-                micro-batches count more. False: means, which count the same.
-            unit: What the gradient of the step is multiplied by to be a mean, the same on all ranks.
+                micro-batches weigh more. False: a mean, so that all weigh the same.
         """
         self.stop()
         squares, rows = self._gather(torch.cat(self._squares, 1), torch.tensor(self._rows, dtype=torch.float64))
@@ -101,65 +101,62 @@ class MicroGradients(ABC):
         if len(rows) < 2:
             return {}
         weights = rows / rows.sum() if weighted_by_rows else torch.full_like(rows, 1 / len(rows))
-        spaces = ("adapter", *self.metrics)
-        return step_samples(spaces, squares, mean_squares, rows, weights, self._averaged_ranks, unit)
+        return step_samples(
+            ("adapter", *self.metrics), squares, mean_squares, rows, shares=weights * self._averaged_ranks
+        )
 
     @property
     def _averaged_ranks(self) -> int:
-        """Ranks over which ``p.grad`` averages summands that are noted one by one."""
+        """Ranks that are averaged in ``p.grad`` after their samples were taken."""
         return 1
 
     @abstractmethod
     def _latest(self, num_rows: int) -> Tensor:
-        """Square norms ``(spaces, samples)`` of what the latest micro-batch has added."""
+        """Square norms ``(metrics, samples)`` of what the latest micro-batch has added to the gradient."""
 
     def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Both for every independent sample of the step, which may be on other ranks."""
+        """Square norms and rows of the samples of all ranks."""
         return squares, rows
 
     def _sum_over_shards(self, squares: Tensor) -> Tensor:
         return squares
 
     def _square(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
-        """``(spaces,)``: sums of squares, float64; of shards the own part."""
-        own = [(parameter, local_part(gradient).detach()) for parameter, gradient in gradients]
-        spaces = [[gradient for _, gradient in own]]
-        spaces += [[metric(*pair) for pair in own] for metric in self.metrics.values()]
-        return torch.stack([_sum_of_squares(space) for space in spaces])
+        """Sums of squares ``(metrics,)`` in float64, of this rank's shards."""
+        own = [(parameter, local_shard(gradient).detach()) for parameter, gradient in gradients]
+        scaled = [[gradient for _, gradient in own]]
+        scaled += [[metric(*pair) for pair in own] for metric in self.metrics.values()]
+        return torch.stack([_sum_of_squares(parts) for parts in scaled])
 
 
 class LeafGradients(MicroGradients):
-    """Where every rank holds whole parameters: one device, DDP."""
+    """Samples are the micro-batches of every rank, where each rank holds whole parameters: one device, DDP."""
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        group: ProcessGroup | None,
-        metrics: Mapping[str, Metric] | None = None,
-    ) -> None:
-        super().__init__(parameters, group, metrics)
-        self._handles: list[RemovableHandle] = []
-        self._parts: list[Tensor] = []
-        self._whole: list[tuple[nn.Parameter, Tensor]] = []
+    _handles: Sequence[RemovableHandle] = ()
 
     @override
     def start(self) -> None:
         super().start()
-        self._parts, self._whole = [], []
+        self._clear()
         self._handles = [parameter.register_hook(partial(self._note, parameter)) for parameter in self.parameters]
 
     @override
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._parts, self._whole = [], [], []
+        self._handles = ()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._parts: list[Tensor] = []
+        self._whole: list[tuple[nn.Parameter, Tensor]] = []
 
     def _note(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self.group is None:
-            # All at once after the pass: one by one, small tensors cost their launches.
+            # All at once after the pass: for small tensors, one launch each is slow.
             self._whole.append((parameter, gradient))
         else:
-            # Averaging over ranks may overwrite it.
+            # At once: averaging over ranks may overwrite the gradient.
             self._parts.append(self._square([(parameter, gradient)]))
 
     @override
@@ -168,12 +165,12 @@ class LeafGradients(MicroGradients):
         if count > len(self.parameters):
             raise ConfigError(
                 f"{count} gradients of {len(self.parameters)} parameters came in one backward pass: "
-                "activation checkpointing is reentrant; set use_reentrant=False, or take the batch-size monitor off."
+                "activation checkpointing is reentrant; set use_reentrant=False, or remove the batch-size monitor."
             )
         if not count:
             raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
         parts = [*self._parts, *([self._square(self._whole)] if self._whole else [])]
-        self._parts, self._whole = [], []
+        self._clear()
         return torch.stack(parts).sum(0)[:, None]
 
     @property
@@ -186,9 +183,9 @@ class LeafGradients(MicroGradients):
         if self.group is None:
             return squares, rows
         own = torch.cat([squares, rows.to(squares.device)[None]])
-        everyone = [torch.empty_like(own) for _ in range(self.num_ranks)]
-        torch.distributed.all_gather(everyone, own, group=self.group)
-        together = torch.cat(everyone, 1)
+        of_ranks = [torch.empty_like(own) for _ in range(self.num_ranks)]
+        torch.distributed.all_gather(of_ranks, own, group=self.group)
+        together = torch.cat(of_ranks, 1)
         return together[:-1], together[-1].cpu()
 
 

@@ -1,15 +1,15 @@
-r"""How much of a gradient is noise: ``B_simple = tr(Sigma) / |G|^2`` in rows, from micro-batches, with an interval.
+r"""The gradient noise scale ``B_simple = tr(Sigma) / |G|^2`` in rows, estimated from micro-batches, with an interval.
 
 ``G`` is the gradient over all data, ``Sigma`` the covariance of the gradient of one row. A mean over ``b`` rows has
-covariance ``Sigma / b``, so its expected square norm is ``|G|^2 + tr(Sigma) / b``: two batch sizes tell both terms.
-A step of ``K`` independent micro-batches holds two, one of them and all of them.
+covariance ``Sigma / b``, so its expected square norm is ``|G|^2 + tr(Sigma) / b``. Gradients of two batch sizes give
+both terms. A step of ``K`` independent micro-batches has two: a single micro-batch, and all of them.
 
-Averages over steps are taken of numerator and denominator, never of their ratio, and negative values stay in: both
-estimates are unbiased only so. Whoever clamps or divides first finds a noise scale of the wrong size and sign.
+Numerator and denominator are averaged over steps separately and divided last, and negative values are kept. Both are
+needed for unbiased estimates: clamping, or averaging ratios, gives a noise scale of the wrong size.
 
 References:
     McCandlish et al., *An Empirical Model of Large-Batch Training*, 2018, appendix A, https://arxiv.org/abs/1812.06162
-    Efron and Stein, *The Jackknife Estimate of Variance*, 1981, for the interval of a single step.
+    Efron and Stein, *The Jackknife Estimate of Variance*, 1981 (the interval of a single step)
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _MIN_SIGNAL = 2.0
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """An estimate of the noise scale, or the statement that there is none.
+    """An estimate of the gradient noise scale.
 
     Args:
-        value: ``trace / signal``, rows. Meaningless, and possibly negative, while not ``conclusive``.
-        low: Lower end of the 95 % interval, rows; minus infinity where there is none.
-        high: Upper end; infinity where there is none.
+        value: ``trace / signal``, rows. Meaningless, and possibly negative, unless ``conclusive``.
+        low: Lower end of the 95 % interval, rows; minus infinity if unknown.
+        high: Upper end of the 95 % interval, rows; infinity if unknown.
         signal: Estimate of ``|G|^2``, squared units of the gradient; may be negative.
-        trace: Estimate of ``tr(Sigma)`` of one row, the same units; may be negative.
-        conclusive: Whether the signal is two standard errors above zero.
+        trace: Estimate of ``tr(Sigma)`` of one row, in the units of ``signal``; may be negative.
+        conclusive: Whether the signal is at least two standard errors above zero.
     """
 
     value: float
@@ -51,14 +51,14 @@ class NoiseScale:
 
 
 def noise_scale(gradients: Tensor | Sequence[Tensor], batch_sizes: int | Sequence[int] | Tensor) -> NoiseScale:
-    """The noise scale that one step shows: ``K`` gradients of independent micro-batches, each a mean over its rows.
+    """Estimate the noise scale from one step: ``K`` gradients of independent micro-batches, each a mean over its rows.
 
-    The interval is the delta method over jackknife pseudo-values, which assumes no distribution; with two
-    micro-batches there is none, and the result is inconclusive. Many steps are combined by `combine`.
+    The interval comes from the delta method over jackknife pseudo-values, which assumes no distribution. Two
+    micro-batches give no interval, and the result is inconclusive. `noise_scale_of_steps` averages over many steps.
 
     Args:
         gradients: ``K`` vectors of ``D`` entries, or a ``(K, D)`` tensor.
-        batch_sizes: Rows in each micro-batch: one number, or ``K``.
+        batch_sizes: Rows of each micro-batch: one number, or ``K`` numbers.
 
     Raises:
         DataError: If there are fewer than two micro-batches, shapes differ, or a batch size is not positive.
@@ -84,7 +84,7 @@ def noise_scale(gradients: Tensor | Sequence[Tensor], batch_sizes: int | Sequenc
     count = len(rows)
     if count == 2:
         return _estimate(float(signal), float(trace), math.nan, math.nan)
-    # Everything without the i-th micro-batch follows from the same Gram matrix.
+    # The estimates without the i-th micro-batch follow from the same Gram matrix.
     kept = ~torch.eye(count, dtype=torch.bool, device=rows.device)
     fewer = torch.stack([squares[keep] for keep in kept])
     mean_squares = (mean_square - 2 * weights * inner + weights.square() * squares) / (1 - weights).square()
@@ -104,18 +104,17 @@ def signal_and_trace(
 
     With weights ``w_k`` that sum to one, ``S = sum w_k |g_k|^2`` and ``M = |sum w_k g_k|^2``:
     ``tr(Sigma) = (S - M) / (sum w_k / b_k - sum w_k^2 / b_k)`` and ``|G|^2 = S - tr(Sigma) sum w_k / b_k``. For equal
-    sizes this is McCandlish's estimator; a mean of the sizes in their place would be biased. No distribution is
-    assumed, only independence. Any quadratic form may take the place of the square norm (`adam_metric`,
-    `curvature_along`).
+    sizes this is McCandlish's estimator; using the mean size for unequal ones would be biased. Micro-batches must be
+    independent; no distribution is assumed. Any quadratic form may replace the square norm (see `adam_metric`).
 
     Args:
         squares: ``(*, K)``, ``|g_k|^2`` of each micro-batch.
         mean_square: ``(*)``, ``M``, the square norm of the weighted mean.
-        batch_sizes: Rows in each micro-batch: one number, or ``(*, K)``.
-        weights: ``(*, K)``, ``w_k`` up to a factor. None: by rows, the mean over all rows of the step.
+        batch_sizes: Rows of each micro-batch: one number, or ``(*, K)``.
+        weights: ``(*, K)``, ``w_k`` up to a factor. None weighs by rows: the mean over all rows of the step.
 
     Returns:
-        ``(*)`` each.
+        Signal and trace, each of shape ``(*)``.
 
     Raises:
         DataError: If ``K < 2`` or a batch size is not positive.
@@ -129,25 +128,25 @@ def signal_and_trace(
     return mean_of_squares - trace * one, trace
 
 
-def combine(signals: Tensor, traces: Tensor, weights: Tensor | None = None) -> NoiseScale:
-    """The noise scale of many steps: weighted mean of the traces over that of the signals.
+def noise_scale_of_steps(signals: Tensor, traces: Tensor, weights: Tensor | None = None) -> NoiseScale:
+    """Estimate the noise scale from many steps: weighted mean of the traces over weighted mean of the signals.
 
-    The interval is that of the delta method, ``se(R) = sd(trace_t - R signal_t) / (|mean signal| sqrt(n))`` with
-    ``n = (sum w)^2 / sum w^2``; steps are taken as independent.
+    The interval comes from the delta method, ``se(R) = sd(trace_t - R signal_t) / (|mean signal| sqrt(n))`` with
+    ``n = (sum w)^2 / sum w^2``. Steps are assumed independent.
 
     Args:
-        signals: ``(n,)``, from `signal_and_trace` of each step, negative ones too.
-        traces: ``(n,)``.
-        weights: ``(n,)``, how much each step counts, such as a power of a half-life. None: all the same.
+        signals: ``(n,)``, the signal of each step from `signal_and_trace`, negative ones included.
+        traces: ``(n,)``, the trace of each step.
+        weights: ``(n,)``, the weight of each step, such as ``0.5 ** age``. None weighs all steps equally.
 
     Raises:
-        DataError: If there is no step, or the numbers differ.
+        DataError: If there is no step, or the three shapes differ.
     """
     weights = torch.ones_like(signals) if weights is None else weights
     if not signals.shape == traces.shape == weights.shape or signals.dim() != 1 or not len(signals):
         raise DataError(
-            f"a noise scale needs one signal, one trace and one weight of every step, got {tuple(signals.shape)}, "
-            f"{tuple(traces.shape)} and {tuple(weights.shape)}."
+            f"a noise scale needs one signal, one trace and one weight for every step, got shapes "
+            f"{tuple(signals.shape)}, {tuple(traces.shape)} and {tuple(weights.shape)}."
         )
     signals, traces, weights = signals.double(), traces.double(), weights.double() / weights.sum()
     signal, trace = weights @ signals, weights @ traces
@@ -155,7 +154,7 @@ def combine(signals: Tensor, traces: Tensor, weights: Tensor | None = None) -> N
 
 
 def _errors(signals: Tensor, traces: Tensor, weights: Tensor, signal: Tensor, trace: Tensor) -> tuple[float, float]:
-    """Standard errors of the mean signal and of the ratio."""
+    """Standard errors of the mean signal and of the noise scale; NaN for a single sample."""
     count = 1 / weights.square().sum()
     if len(signals) < 2:
         return math.nan, math.nan
@@ -168,7 +167,7 @@ def _errors(signals: Tensor, traces: Tensor, weights: Tensor, signal: Tensor, tr
 
 def _estimate(signal: float, trace: float, signal_error: float, ratio_error: float) -> NoiseScale:
     value = trace / signal if signal else math.nan
-    # Comparisons with NaN, an unknown error, are False.
+    # A comparison with NaN, the unknown error, is False.
     if not signal >= _MIN_SIGNAL * signal_error:
         return NoiseScale(value, -math.inf, math.inf, signal, trace, conclusive=False)
     return NoiseScale(value, value - _Z * ratio_error, value + _Z * ratio_error, signal, trace, conclusive=True)
@@ -178,7 +177,7 @@ def _sizes(batch_sizes: int | Sequence[int] | Tensor, count: int) -> Tensor:
     sizes = torch.as_tensor(batch_sizes, dtype=torch.float64)
     sizes = sizes.expand(count) if sizes.dim() == 0 else sizes
     if count < 2:
-        raise DataError(f"a noise scale needs two micro-batches at least, got {count}.")
+        raise DataError(f"a noise scale needs at least two micro-batches, got {count}.")
     if sizes.shape[-1] != count:
         raise DataError(f"got {count} micro-batches and {sizes.shape[-1]} batch sizes.")
     if not bool((sizes > 0).all()):

@@ -1,65 +1,103 @@
-r"""Gradients of single rows, from what a layer is given and the gradient of what it returns.
-
-Nothing here needs the weight, so quantised and sharded ones are no obstacle.
-
-Shape legend: ``n`` rows, ``t`` positions of each (tokens), ``r`` rank, ``k`` side of a sketch.
-
-References:
-    Goodfellow, *Efficient Per-Example Gradient Computations*, 2015, https://arxiv.org/abs/1510.01799
-    Gray et al., *Normalization Layer Per-Example Gradients...*, 2024, https://arxiv.org/abs/2411.00999
-"""
+"""Measures a step of a single micro-batch by the gradients of its rows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.batch.noise.micro_gradients import Metric, MicroGradients
+from lightning_lora.batch.noise.per_example_gradients import adapter_row_gradients
+from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowCollector
+from lightning_lora.batch.noise.row_layers import row_layers
+from lightning_lora.errors import ConfigError
+from lightning_lora.lora.patterns import plain_name
+
+# Largest distance between the sum of the row gradients and the gradient itself, relative to their norm. Rounding is far
+# below it, and a layer call that hooks did not see is far above.
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 0.01, 0.1
 
 
-def adapter_row_gradients(x: Tensor, d_y: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients of both factors of ``y += scale * x A^T B^T``, for each row alone.
+class RowGradients(MicroGradients):
+    """Samples are the rows of a step's only micro-batch, on one device.
 
-    ``d_A = scale * (d_y B)^T x`` and ``d_B = scale * d_y^T (x A^T)``, summed over the positions of a row.
-
-    Args:
-        x: ``(n, t, in)``, what the update was computed from (after dropout).
-        d_y: ``(n, t, out)``, gradient of the *sum* of the losses of the rows.
-        A: ``(r, in)``.
-        B: ``(out, r)``.
-        scale: Alpha over rank.
-
-    Returns:
-        ``(n, r, in)`` and ``(n, out, r)``.
-    """
-    d_A = torch.einsum("ntr,nti->nri", d_y @ B, x)
-    d_B = torch.einsum("nto,ntr->nor", d_y, x @ A.T)
-    return scale * d_A, scale * d_B
-
-
-def weight_row_sketches(x: Tensor, d_y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``left G_i right`` of the gradient ``G_i = d_y^T x`` of a frozen weight, for each row, without ever holding it.
-
-    With matrices of `sketch_matrix` inner products between rows, and so square norms, are kept in expectation.
+    Rows must be independent. They are not where they meet in a batch norm or a contrastive loss.
 
     Args:
-        x: ``(n, t, in)``.
-        d_y: ``(n, t, out)``, gradient of the sum of the losses of the rows.
-        left: ``(k, out)``.
-        right: ``(in, k)``.
+        module: The module being trained.
+        parameters: Its trained parameters.
+        metrics: Further metrics by name, see `MicroGradients`.
 
-    Returns:
-        ``(n, k, k)``.
+    Raises:
+        ConfigError: If a parameter has no per-row gradients.
     """
-    return torch.einsum("ntk,ntl->nkl", d_y @ left.T, x @ right)
 
+    def __init__(
+        self, module: nn.Module, parameters: Sequence[nn.Parameter], metrics: Mapping[str, Metric] | None = None
+    ) -> None:
+        super().__init__(parameters, None, metrics)
+        self._layers = row_layers(module, self.parameters)
+        self._names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
+        self._collector = RowCollector(self._layers, self._rows_of, self._take, after_dropout=True)
+        self._clear()
 
-def sketch_matrix(num_rows: int, num_columns: int, side: int, generator: torch.Generator) -> Tensor:
-    """Normal entries of variance ``1 / side``, on the device of ``generator``: ``E |R v|^2 = |v|^2``.
+    @override
+    def start(self) -> None:
+        super().start()
+        self._clear()
+        self._collector.start()
 
-    Args:
-        num_rows: ``side`` of a left matrix, ``in`` of a right one.
-        num_columns: ``out`` of a left matrix, ``side`` of a right one.
-        side: ``k``; the error of a square norm falls as ``1 / k``.
-        generator: Of the random numbers, so that training's are left alone.
-    """
-    entries = torch.randn(num_rows, num_columns, generator=generator, device=generator.device)
-    return entries / side**0.5
+    @override
+    def stop(self) -> None:
+        self._collector.stop()
+        self._clear()
+
+    @override
+    def _latest(self, num_rows: int) -> Tensor:
+        self._collector.finish(num_rows)
+        self._check_sum()
+        squares = torch.stack(self._squares_of_layers).sum(0)
+        self._clear()
+        return squares
+
+    def _clear(self) -> None:
+        self._squares_of_layers: list[Tensor] = []
+        # The sum over rows of each parameter's gradients, and the sum of their square norms.
+        self._sums: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        self._is_low_precision = False
+
+    def _rows_of(self, name: str, call: LayerCall) -> PerRow:
+        self._is_low_precision |= call.is_low_precision
+        A, B = (factor.detach().to(call.x.dtype) for factor in self._layers[name][0].lora_pair())
+        return adapter_row_gradients(call.x, call.d_y, A, B, call.scale)
+
+    def _take(self, name: str, rows: PerRow) -> None:
+        factors = zip(self._layers[name][0].lora_pair(), rows, strict=True)
+        trained = [(factor, part) for factor, part in factors if factor.requires_grad]
+        scaled = [trained] + [[(p, metric(p, part)) for p, part in trained] for metric in self.metrics.values()]
+        squares = [[part.flatten(1).norm(dim=1).double().square() for _, part in parts] for parts in scaled]
+        self._squares_of_layers.append(torch.stack([torch.stack(of_metric).sum(0) for of_metric in squares]))
+        for (factor, part), square in zip(trained, squares[0], strict=True):
+            self._sums[factor] = part.sum(0), square.sum()
+
+    def _check_sum(self) -> None:
+        """Check that the row gradients add up to the gradient; if they do not, hooks did not see all of them."""
+        distances: list[Tensor] = []
+        graded = [p for p in self.parameters if p.grad is not None]
+        for parameter in graded:
+            assert parameter.grad is not None
+            nothing = torch.zeros_like(parameter), parameter.new_zeros((), dtype=torch.float64)
+            total, squares = self._sums.get(parameter, nothing)
+            norm = torch.maximum(squares.sqrt(), parameter.grad.norm().double())
+            distances.append((total - parameter.grad).norm().double() / norm)
+        # NaN is zero over zero, which agrees; infinite gradients are left to the gradient scaler.
+        relative = torch.stack(distances).nan_to_num(0.0, 0.0)
+        tolerance = _LOW_PRECISION_TOLERANCE if self._is_low_precision else _TOLERANCE
+        if (largest := float(relative.max())) > tolerance:
+            name = self._names.get(id(graded[int(relative.argmax())]), "a parameter")
+            raise ConfigError(
+                f"the row gradients of {name} miss its gradient by {largest:.1%} (tolerance {tolerance:.0%}): it is "
+                "used in a way that hooks do not see. Set accumulate_grad_batches=2 with half the batch."
+            )

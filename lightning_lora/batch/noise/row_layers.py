@@ -1,4 +1,4 @@
-"""Which parameters have gradients that can be told apart by rows, and why others have not."""
+"""Finds the layers whose per-row gradients can be computed, or says why there are none."""
 
 from __future__ import annotations
 
@@ -17,46 +17,48 @@ from lightning_lora.lora.patterns import plain_name
 
 
 def row_layers(module: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, list[LoRALayer]]:
-    """The adapted linear layers that hold ``parameters``, by name; layers that share factors go by one name.
+    """The adapted linear layers that hold ``parameters``, by name. Layers that share factors are one entry.
 
     Args:
-        module: Whose layers these are; its batches have rows in the first dimension.
-        parameters: What is trained.
+        module: The module being trained; rows are the first dimension of its batches.
+        parameters: The parameters being trained.
 
     Raises:
-        ConfigError: If a parameter is trained elsewhere, or the module computes in a way that hooks do not see.
+        ConfigError: If a parameter is trained outside of adapted linear layers, or hooks do not see the computation.
     """
-    if (reason := _hidden(module)) is not None:
+    if (reason := _hidden_from_hooks(module)) is not None:
         raise ConfigError(reason)
-    users: dict[int, dict[str, LoRALayer]] = defaultdict(dict)
+    holders_of: dict[int, dict[str, LoRALayer]] = defaultdict(dict)
     for name, layer in lora_layers(module).items():
         for factor in layer.lora_factors().values():
-            users[id(factor)][name] = layer
-    unseen = read_projections(module).keys()
+            holders_of[id(factor)][name] = layer
+    # Attention reads these weights without calling their layers.
+    uncalled = read_projections(module).keys()
     names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     found: dict[str, list[LoRALayer]] = {}
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
-        holders = users[id(parameter)]
-        if not holders or not all(_is_seen(layer) and name not in unseen for name, layer in holders.items()):
+        holders = holders_of[id(parameter)]
+        if not holders or not all(_is_linear(layer) and name not in uncalled for name, layer in holders.items()):
             name = names.get(id(parameter), "a parameter of the optimizer")
-            raise ConfigError(f"{name} has no gradient by rows: only those of adapted linear layers are known.")
+            raise ConfigError(f"per-row gradients exist for adapted linear layers only, and {name} is trained too.")
         found[next(iter(holders))] = list(holders.values())
     return found
 
 
-def _is_seen(layer: LoRALayer) -> bool:
+def _is_linear(layer: LoRALayer) -> bool:
     return isinstance(layer, (LoRALinear, LoRAConv1D)) and not isinstance(layer, LoRATiedHead)
 
 
-def _hidden(module: nn.Module) -> str | None:
-    """Why hooks would see nothing or something else, or None."""
+def _hidden_from_hooks(module: nn.Module) -> str | None:
+    """Why forward hooks would not see each row of a layer once, or None."""
     for name, child in module.named_modules():
+        name = name or type(child).__name__
         if getattr(child, "_orig_mod", None) is not None or child._compiled_call_impl is not None:
-            return f"{name or type(child).__name__} is compiled, which passes hooks over."
+            return f"{name} is compiled, which skips forward hooks."
         if getattr(child, "gradient_checkpointing", False) is True and child.training:
-            return f"{name or type(child).__name__} computes again in the backward pass (gradient_checkpointing)."
+            return f"{name} runs its forward pass again in the backward pass (gradient_checkpointing)."
         if getattr(child, "batch_first", True) is False:
-            return f"{name or type(child).__name__} has batch_first=False, so rows are not the first dimension."
-    return "the module is compiled, which passes hooks over." if getattr(module, "_compiler_ctx", None) else None
+            return f"{name} has batch_first=False, so rows are not the first dimension."
+    return "the module is compiled, which skips forward hooks." if getattr(module, "_compiler_ctx", None) else None

@@ -1,4 +1,4 @@
-"""Where the samples of a measured step come from, by strategy and accumulation, or why there are none."""
+"""Chooses how a step is measured, by strategy and accumulation, or says why it cannot be measured."""
 
 from __future__ import annotations
 
@@ -20,40 +20,36 @@ from torch.distributed import ProcessGroup
 
 from lightning_lora.batch.noise.frozen_weights import WeightSketches
 from lightning_lora.batch.noise.micro_gradients import LeafGradients, Metric, MicroGradients
-from lightning_lora.batch.noise.row_samples import RowGradients
+from lightning_lora.batch.noise.row_gradients import RowGradients
 from lightning_lora.batch.noise.sharded_gradients import ShardedGradients
 from lightning_lora.errors import ConfigError
 
 
 def sample_source(trainer: Trainer, module: LightningModule, metrics: Mapping[str, Metric]) -> MicroGradients:
-    """What measures the steps of this run.
+    """The measurement that suits a run.
 
     Args:
-        trainer: With its one optimizer.
+        trainer: The Trainer, with its one optimizer.
         module: The module it trains.
-        metrics: Measures to take beside the gradient itself.
+        metrics: Metrics to measure beside the gradient itself, by name.
 
     Raises:
-        ConfigError: If nothing can, saying what to change.
+        ConfigError: If steps of this run cannot be measured; the message says what to change.
     """
-    if (reason := refusal(trainer.strategy)) is not None:
-        raise ConfigError(reason)
     optimizer, strategy = trainer.optimizers[0], trainer.strategy
+    if (reason := unsupported_strategy(strategy)) is not None:
+        raise ConfigError(reason)
     if getattr(trainer.precision_plugin, "scaler", None) is not None and _optimizer_handles_unscaling(optimizer):
         raise ConfigError(
-            f"{type(optimizer).__name__} unscales the gradients inside its step, after anybody could measure them: "
-            "build it with fused=False, or train in bf16-mixed."
+            f"{type(optimizer).__name__} unscales the gradients inside its step, where they cannot be measured: build "
+            "it with fused=False, or train in bf16-mixed."
         )
-    parameters = _trained(trainer)
+    parameters = _trained_parameters(trainer)
     if isinstance(strategy, ModelParallelStrategy):
-        if trainer.accumulate_grad_batches < 2:
-            raise ConfigError(
-                "under FSDP2 a step needs accumulate_grad_batches of 2 at least: its ranks are one micro-batch."
-            )
+        _check_sharded(trainer, parameters)
         assert strategy.device_mesh is not None
         return ShardedGradients(parameters, strategy.device_mesh["data_parallel"].get_group(), metrics)
-    is_counted = module.automatic_optimization
-    if is_counted and trainer.accumulate_grad_batches * trainer.world_size < 2:
+    if module.automatic_optimization and trainer.accumulate_grad_batches * trainer.world_size < 2:
         try:
             return RowGradients(module, parameters, metrics)
         except ConfigError as reason:
@@ -61,26 +57,26 @@ def sample_source(trainer: Trainer, module: LightningModule, metrics: Mapping[st
                 f"a step is one micro-batch, and its rows cannot be compared: {reason} Set accumulate_grad_batches=2 "
                 "with half the batch."
             ) from None
-    return LeafGradients(parameters, _ranks(trainer), metrics)
+    return LeafGradients(parameters, _all_ranks(trainer), metrics)
 
 
 def weight_source(trainer: Trainer, module: LightningModule) -> WeightSketches:
-    """What measures the frozen weights of this run.
+    """The measurement of the frozen weights that suits a run.
 
     Raises:
-        ConfigError: If nothing can.
+        ConfigError: If they cannot be measured in this run.
     """
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        raise ConfigError("layers are sharded, and the rows of a micro-batch on several ranks; use DDP or one device.")
+        raise ConfigError("layers are sharded, and so are the rows of a micro-batch: use DDP or one device.")
     if not module.automatic_optimization:
-        raise ConfigError("with manual optimisation nobody knows which rows a backward pass is about.")
-    return WeightSketches(module, _trained(trainer), _ranks(trainer))
+        raise ConfigError("with manual optimization it is unknown which rows a backward pass belongs to.")
+    return WeightSketches(module, _trained_parameters(trainer), _all_ranks(trainer))
 
 
-def refusal(strategy: Strategy) -> str | None:
+def unsupported_strategy(strategy: Strategy) -> str | None:
     """Why steps cannot be measured under a strategy, or None."""
     if isinstance(strategy, FSDPStrategy):
-        return "FSDP1 shards gradients before anybody sees those of a micro-batch: use FSDP2Strategy or 'ddp'."
+        return "FSDP1 shards gradients before those of a micro-batch can be seen: use FSDP2Strategy or 'ddp'."
     if isinstance(strategy, DeepSpeedStrategy):
         return "DeepSpeed accumulates inside its engine and shows no gradient of a micro-batch: use strategy='ddp'."
     if isinstance(strategy, ModelParallelStrategy):
@@ -93,9 +89,21 @@ def refusal(strategy: Strategy) -> str | None:
     return f"{type(strategy).__name__} is not known to show gradients of micro-batches: use one device or 'ddp'."
 
 
-def _trained(trainer: Trainer) -> list[nn.Parameter]:
+def _check_sharded(trainer: Trainer, parameters: list[nn.Parameter]) -> None:
+    if trainer.accumulate_grad_batches < 2:
+        raise ConfigError(
+            "under FSDP2 all ranks together are one micro-batch, so a step needs accumulate_grad_batches >= 2."
+        )
+    if narrow := {str(p.dtype) for p in parameters if p.dtype not in (torch.float32, torch.float64)}:
+        raise ConfigError(
+            f"trained parameters are {', '.join(sorted(narrow))}: what a micro-batch adds to such gradients is "
+            "mostly rounding. Train adapters in float32 (adapter_dtype), or remove the batch-size monitor."
+        )
+
+
+def _trained_parameters(trainer: Trainer) -> list[nn.Parameter]:
     return [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
 
 
-def _ranks(trainer: Trainer) -> ProcessGroup | None:
+def _all_ranks(trainer: Trainer) -> ProcessGroup | None:
     return torch.distributed.group.WORLD if trainer.world_size > 1 else None

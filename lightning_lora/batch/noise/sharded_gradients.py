@@ -1,38 +1,25 @@
-"""Square norms of the gradients of micro-batches where every rank holds a part of each parameter.
+"""Measures micro-batches where each rank holds a shard of each parameter: FSDP2.
 
-Every backward pass ends in a reduction, so a micro-batch is one of all ranks together.
+Each backward pass ends in a reduction over ranks, so the micro-batches of all ranks together are one sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.batch.noise.micro_gradients import Metric, MicroGradients
+from lightning_lora.batch.noise.micro_gradients import MicroGradients
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.shards import local_part
+from lightning_lora.lora.shards import local_shard
 
 
 class ShardedGradients(MicroGradients):
-    """Where parameters are in shards and every backward pass ends in their reduction: FSDP2."""
+    """Samples are what each backward pass adds to ``p.grad``, which must be in float32 or float64."""
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        group: ProcessGroup | None,
-        metrics: Mapping[str, Metric] | None = None,
-    ) -> None:
-        super().__init__(parameters, group, metrics)
-        if narrow := {str(p.dtype) for p in parameters if p.dtype not in (torch.float32, torch.float64)}:
-            raise ConfigError(
-                f"trained parameters are {', '.join(sorted(narrow))}: what a micro-batch adds to such gradients is "
-                "mostly rounding. Train adapters in float32 (adapter_dtype), or take the batch-size monitor off."
-            )
-        self._before: list[Tensor | None] = []
+    _before: Sequence[Tensor | None] = ()
 
     @override
     def start(self) -> None:
@@ -41,17 +28,17 @@ class ShardedGradients(MicroGradients):
 
     @override
     def stop(self) -> None:
-        self._before = []
+        self._before = ()
 
     @override
     def _latest(self, num_rows: int) -> Tensor:
-        now = [None if p.grad is None else local_part(p.grad).clone() for p in self.parameters]
+        now = [None if p.grad is None else local_shard(p.grad).clone() for p in self.parameters]
         growth = [
             (parameter, after if before is None else after - before)
             for parameter, after, before in zip(self.parameters, now, self._before, strict=True)
             if after is not None
         ]
-        self._before = [*now]
+        self._before = now
         if not growth:
             raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
         return self._square(growth)[:, None]

@@ -1,4 +1,4 @@
-"""What a measured step says about the noise scale."""
+"""The result of one measured step: signal and trace."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_lora.batch.noise.noise_scale import signal_and_trace
 
 
 class StepSample(NamedTuple):
-    """What one step says.
+    """Signal and trace of one optimizer step.
 
     Args:
-        signal: Unbiased ``|G|^2``.
-        trace: Unbiased ``tr(Sigma)`` of a row.
-        num_rows: Rows of the step, all ranks.
-        num_micro_batches: Independent ones among them.
+        signal: Unbiased estimate of ``|G|^2``.
+        trace: Unbiased estimate of ``tr(Sigma)`` of a row.
+        num_rows: Rows of the step on all ranks.
+        num_micro_batches: Independent samples in the step: micro-batches, or rows where rows are compared.
     """
 
     signal: float
@@ -26,32 +26,30 @@ class StepSample(NamedTuple):
     num_rows: int
     num_micro_batches: int
 
+    def scaled(self, mean_factor: float) -> StepSample:
+        """The sample of gradients that are ``mean_factor`` times as large."""
+        return self._replace(signal=self.signal * mean_factor**2, trace=self.trace * mean_factor**2)
+
 
 def step_samples(
-    spaces: Sequence[str],
-    squares: Tensor,
-    mean_squares: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    averaged_ranks: int,
-    unit: float,
+    metrics: Sequence[str], squares: Tensor, mean_squares: Tensor, rows: Tensor, shares: Tensor
 ) -> dict[str, StepSample]:
-    """Samples from what has been added to the gradient of a step, each part scaled by its weight.
+    """Samples by metric, from the parts that were added up to the gradient of a step.
+
+    A part is the gradient of one micro-batch or row times its share. Samples that are not finite are left out.
 
     Args:
-        spaces: Names of the measures.
-        squares: ``(spaces, K)``, square norms of the parts.
-        mean_squares: ``(spaces,)``, of their sum, averaged over ranks.
-        rows: ``(K,)``, in each part.
-        weights: ``(K,)``, of each part in the mean over the step; they sum to one.
-        averaged_ranks: Ranks over which the sum was averaged, as the parts were not.
-        unit: What the sum is multiplied by to be a mean.
+        metrics: Names of the metrics.
+        squares: ``(metrics, K)``, square norms of the parts.
+        mean_squares: ``(metrics,)``, square norms of the gradient that the optimizer gets.
+        rows: ``(K,)``, rows of each part.
+        shares: ``(K,)``, the factor of each part's own gradient. The weights of the mean are proportional to it.
     """
-    # The weighted mean of the parts' own gradients is what the optimizer gets.
-    factor = 1 / (weights * averaged_ranks)
-    signals, traces = signal_and_trace(squares.cpu() * factor.square(), mean_squares.cpu(), rows, weights)
+    # The optimizer gets the weighted mean of the parts' own gradients.
+    factor = 1 / shares
+    signals, traces = signal_and_trace(squares.cpu() * factor.square(), mean_squares.cpu(), rows, shares)
     return {
-        space: StepSample(signal * unit**2, trace * unit**2, round(float(rows.sum())), len(rows))
-        for space, signal, trace in zip(spaces, signals.tolist(), traces.tolist(), strict=True)
+        metric: StepSample(signal, trace, round(float(rows.sum())), len(rows))
+        for metric, signal, trace in zip(metrics, signals.tolist(), traces.tolist(), strict=True)
         if math.isfinite(signal) and math.isfinite(trace)
     }

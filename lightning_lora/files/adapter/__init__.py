@@ -1,6 +1,6 @@
 """Adapter folders: PEFT's format and our manifest beside it.
 
-Read in this order: `save_load` (the functions users call), `folder` (the files), `fit` (an adapter against a model),
-`peft_format` (names and config), `peft_patterns` (PEFT's rules for names), `peft_layers` and `peft_experts` (layouts),
-`vllm_rules`, `model_card`.
+Read in this order: `save_load` (the functions users call), `folder` (a folder as read), `manifest` (our file), `fit`
+(checks against a model), `peft_format` (file and tensor names), `peft_config` (settings), `peft_patterns` (PEFT's rules
+for names), `peft_layers` and `peft_experts` (layouts of factors), `vllm_rules`, `model_card`.
 """

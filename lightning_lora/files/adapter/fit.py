@@ -1,4 +1,4 @@
-"""Whether an adapter folder fits a module: layers, shapes, scales, and the base weights; nothing is changed."""
+"""Checks that an adapter folder fits a module: layers, shapes, scales and base weights. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.adapter import peft_experts, peft_layers
-from lightning_lora.files.adapter.folder import MANIFEST_FILE, AdapterFolder
+from lightning_lora.files.adapter.folder import AdapterFolder
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
@@ -23,11 +24,11 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
 from lightning_lora.lora.targets.roles import module_roles
-from lightning_lora.lora.targets.shared_weights import Tied, weight_owners
+from lightning_lora.lora.targets.shared_weights import TiedWeights, weight_owners
 
 
-def own_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and every buffer that is saved, shared ones under each of their names."""
+def model_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers by name, without adapter factors; shared ones come under each of their names."""
     for prefix, module in root.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not is_factor(name) and name not in module._non_persistent_buffers_set:
@@ -40,77 +41,55 @@ def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
     Raises:
         AdapterFileError: If they fit no experts layer of ``root``.
     """
-    if not folder.packed:
+    if not folder.stacked:
         return folder
+    stacked: dict[str, list[str]] = {}
+    for name in folder.stacked:
+        stacked.setdefault(name.partition(".base_layer")[0], []).append(name)
     factors: dict[str, Tensor] = {}
     found: set[str] = set()
-    packed: dict[str, list[str]] = {}
-    for name in folder.packed:
-        packed.setdefault(name.partition(".base_layer")[0], []).append(name)
     for name, module in root.named_modules():
         kind, name = adapter_kind(module), plain_name(name)
-        if name not in folder.packed or kind is None:
+        if name not in folder.stacked or kind is None:
             continue
         if issubclass(kind, LoRAFusedExperts):
-            factors |= peft_experts.unpack_by_model(folder.packed, folder.peft, name, module, kind)
-            found.update(packed[name])
+            factors |= peft_experts.unstack_by_model(folder.stacked, folder.peft, name, module, kind)
+            found.update(stacked[name])
         elif issubclass(kind, LoRALinear):
-            # The weight of a linear layer, targeted as a parameter: the same update as of the layer.
-            factors |= {join(name, factor): tensor for factor, tensor in zip(FACTORS, folder.packed[name], strict=True)}
+            # The weight of a linear layer, targeted as a parameter: the same update as that of the layer.
+            factors |= zip([join(name, factor) for factor in FACTORS], folder.stacked[name], strict=True)
             found.add(name)
-    lost = sorted(folder.packed.keys() - found)
+    lost = sorted(folder.stacked.keys() - found)
     if lost:
         raise AdapterFileError(
-            f"{folder.path} does not fit this module: {first_five(lost)} are no fused experts in {type(root).__name__}."
+            f"{folder.path} does not fit this module: {first_five(lost)} are not fused experts in "
+            f"{type(root).__name__}."
         )
     return folder.with_factors(factors)
 
 
-def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target], Tied]:
-    """The layers of ``root`` the folder adapts, after checking that each exists and has the right shape.
+def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target], TiedWeights]:
+    """Find the layers of ``root`` that the folder adapts, and check that each of them exists and has the right shape.
 
-    Weights they share with other layers come apart, unless the folder says that those use the update too.
+    Weights that they share with other layers are untied, unless the folder says that the others use the update too.
+
+    Returns:
+        The layers to adapt, none if they are adapted already, and what to do with shared weights.
+
+    Raises:
+        AdapterFileError: If the folder does not fit.
     """
     modules = {plain_name(name): module for name, module in root.named_modules()}
-    owners = {name: _owner(modules, name) for name in folder.ranks}
-    missing = [name for name, owner in owners.items() if owner is None]
-    if missing:
-        raise AdapterFileError(
-            f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not "
-            f"exist in {type(root).__name__}: {first_five(missing)}."
-        )
-    if folder.manifest is None:
-        _check_same_function({name: modules[owner[0]] for name, owner in owners.items() if owner}, folder)
+    owners = _owners(root, modules, folder)
+    if not folder.manifest.is_present:
+        _check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
-        return [], Tied()
-    roles = {plain_name(name): role for name, role in module_roles(root).items()}
-    refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
-    shapes = folder.shapes
-    targets: dict[str, Target] = {}
-    problems = []
-    for name, (layer, parameter) in ((name, owner) for name, owner in owners.items() if owner is not None):
-        kind = adapter_kind(modules[layer])
-        if kind is None:
-            problems.append(f"{name} is a {type(modules[layer]).__name__}, which cannot be adapted")
-            continue
-        if layer in refused:
-            problems.append(f"{name} cannot be adapted: {refused[layer]}")
-            continue
-        shape = kind.weights(modules[layer])[parameter]
-        if shapes[name] != shape:
-            problems.append(f"{name} maps {shape[:2]}, the adapter {shapes[name][:2]}")
-            continue
-        target = targets.setdefault(layer, Target(layer, modules[layer], kind, {}))
-        target.specs[parameter] = _spec(folder, name, folder.ranks[name], roles[layer])
-    if problems:
-        raise AdapterFileError(
-            f"{folder.path} does not fit this module: {len(problems)} of {len(folder.ranks)} layers disagree: "
-            f"{first_five(problems)}."
-        )
-    if folder.manifest is None:
+        return [], TiedWeights()
+    targets = _targets(root, modules, owners, folder)
+    if not folder.manifest.is_present:
         _check_complete(modules, folder)
     undropped = without_dropout(root, targets.values()) if folder.config.dropout else []
     if undropped:
@@ -123,23 +102,77 @@ def matching_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Targe
     return list(targets.values()), _tied(root, targets, folder)
 
 
-def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder) -> Tied:
-    untied, followers, following = [], {}, frozenset(folder.following)
+def _owners(root: nn.Module, modules: Mapping[str, nn.Module], folder: AdapterFolder) -> dict[str, tuple[str, str]]:
+    """Adapted weight to the names of its layer and of its parameter there."""
+    found = {name: _owner(modules, name) for name in folder.ranks}
+    owners = {name: owner for name, owner in found.items() if owner is not None}
+    missing = [name for name in found if name not in owners]
+    if missing:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not "
+            f"exist in {type(root).__name__}: {first_five(missing)}."
+        )
+    return owners
+
+
+def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:
+    """The names of layer and parameter that the name of an adapted weight stands for; None if they do not exist."""
+    if name in modules:
+        kind = adapter_kind(modules[name])
+        weights = kind.weights(modules[name]) if kind is not None else {"weight": None}
+        return (name, next(iter(weights))) if len(weights) == 1 else None
+    layer, _, parameter = name.rpartition(".")
+    kind = adapter_kind(modules[layer]) if layer in modules else None
+    return (layer, parameter) if kind is not None and parameter in kind.weights(modules[layer]) else None
+
+
+def _targets(
+    root: nn.Module, modules: Mapping[str, nn.Module], owners: Mapping[str, tuple[str, str]], folder: AdapterFolder
+) -> dict[str, Target]:
+    """Layer to what is adapted there, after checking that the layers can be adapted and have the right shapes."""
+    roles = {plain_name(name): role for name, role in module_roles(root).items()}
+    refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
+    shapes = folder.shapes
+    targets: dict[str, Target] = {}
+    problems = []
+    for name, (layer, parameter) in owners.items():
+        module = modules[layer]
+        kind = adapter_kind(module)
+        if kind is None:
+            problems.append(f"{name} is a {type(module).__name__}, which cannot be adapted")
+        elif layer in refused:
+            problems.append(f"{name} cannot be adapted: {refused[layer]}")
+        elif shapes[name] != (shape := kind.weights(module)[parameter]):
+            problems.append(f"{name} maps {shape[:2]}, the adapter {shapes[name][:2]}")
+        else:
+            target = targets.setdefault(layer, Target(layer, module, kind, {}))
+            target.specs[parameter] = folder.spec(name, roles[layer])
+    if problems:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: {len(problems)} of {len(folder.ranks)} layers disagree: "
+            f"{first_five(problems)}."
+        )
+    return targets
+
+
+def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder) -> TiedWeights:
+    """Which shared weights to untie, and which layers follow the update of another one."""
+    untied, followers, following = [], {}, frozenset(folder.manifest.following)
     owners = weight_owners(root)
     for name, target in targets.items():
         for parameter in target.specs:
-            shared = owners[id(getattr(target.module, parameter))]
-            others = [layer for owner in shared if (layer := owner.rpartition(".")[0]) != name]
+            sharing = owners[id(getattr(target.module, parameter))]
+            others = [layer for owner in sharing if (layer := owner.rpartition(".")[0]) != name]
             if others and following.issuperset(others):
                 followers |= dict.fromkeys(others, name)
             elif others:
                 untied.append((target.module, parameter))
-                shared.remove(join(name, parameter))
-    return Tied(tuple(untied), followers)
+                sharing.remove(join(name, parameter))
+    return TiedWeights(tuple(untied), followers)
 
 
 def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
-    """PEFT trains other functions of some convolutions than their weights and its factors say."""
+    """Refuse convolutions of which PEFT trained another function than an update of their weights."""
     convolutions = {name: module for name, module in modules.items() if adapter_kind(module) is LoRAConv}
     other = [
         f"{name} ({reason})" for name, module in convolutions.items() if (reason := peft_layers.difference(module))
@@ -152,23 +185,12 @@ def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder
         )
 
 
-def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:
-    """The layer and the parameter that an adapted weight's name stands for; None where there is no such thing."""
-    if name in modules:
-        kind = adapter_kind(modules[name])
-        weights = kind.weights(modules[name]) if kind is not None else {"weight": None}
-        return (name, next(iter(weights))) if len(weights) == 1 else None
-    layer, _, parameter = name.rpartition(".")
-    kind = adapter_kind(modules[layer]) if layer in modules else None
-    return (layer, parameter) if kind is not None and parameter in kind.weights(modules[layer]) else None
-
-
 def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> None:
-    """The tensors mean another function under another alpha or scaling."""
+    """Refuse a module adapted with another alpha or scaling, where the tensors would be another function."""
     wrong = [
-        f"{name} has {spec.scale:g}, the adapter {_spec(folder, name, spec.rank, '').scale:g}"
+        f"{name} has {spec.scale:g}, the adapter {folder.spec(name).scale:g}"
         for name, spec in present.items()
-        if spec.scale != _spec(folder, name, spec.rank, "").scale
+        if spec.scale != folder.spec(name).scale
     ]
     if wrong:
         raise AdapterFileError(
@@ -179,7 +201,7 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
 
 
 def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
-    """Without a manifest only the config tells which layers the file must hold."""
+    """Refuse a folder without a manifest whose config targets layers that its tensors leave out."""
     targeted = TargetedNames(folder.peft)
     lost = [
         name
@@ -194,25 +216,22 @@ def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> 
 
 
 def check_copies(root: nn.Module, folder: AdapterFolder) -> None:
-    """PEFT stores a copy of embeddings it adapts; it must be the base's, for only adapters are loaded."""
-    own = dict(own_tensors(root))
+    """Raise `BaseMismatchError` if the copies of base weights that PEFT stores beside embeddings are not the base's.
+
+    Only adapters are loaded, so other weights would be lost.
+    """
+    own = dict(model_tensors(root))
     for name, tensor in folder.base_copies.items():
         if name not in own or tensor_digest(own[name]) != tensor_digest(tensor):
             raise BaseMismatchError(
-                f"{folder.path} holds base weights of its own for {name}, shape {tuple(tensor.shape)}, and this base "
-                f"has others: its vocabulary was resized or retrained. Change the base alike first."
+                f"{folder.path} holds a copy of {name}, shape {tuple(tensor.shape)}, that differs from the base: its "
+                f"vocabulary was resized or retrained. Change the base in the same way first."
             )
 
 
-def _spec(folder: AdapterFolder, name: str, rank: int, role: str) -> AdapterSpec:
-    if folder.manifest is None:
-        return AdapterSpec(rank, folder.config.alpha_pattern.get(name, folder.config.alpha), role, folder.config)
-    return AdapterSpec(rank, folder.manifest["layers"][name]["alpha"], role, folder.config)
-
-
 def check_base(root: nn.Module, folder: AdapterFolder) -> None:
-    """Raise `BaseMismatchError` if the adapter was trained on other weights; warn where the folder does not say."""
-    if folder.manifest is None:
+    """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say."""
+    if not folder.manifest.is_present:
         warnings.warn(
             f"{folder.path} has no {MANIFEST_FILE}: names and shapes fit, but whether it was trained on these base "
             f"weights cannot be checked.",
@@ -220,12 +239,12 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
         )
         return
     digests = base_digests(root, folder.trained)
-    if fingerprint(digests) != folder.manifest["base_fingerprint"]:
-        layers = folder.manifest["layers"]
-        other = [name for name in layers if digests.get(layers[name]["parameter"]) != layers[name]["base"]]
+    expected, found = folder.manifest.base_fingerprint, fingerprint(digests)
+    if found != expected:
+        layers = folder.manifest.layers
+        other = [name for name, entry in layers.items() if digests.get(entry.parameter) != entry.base]
         where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
         raise BaseMismatchError(
-            f"{folder.path} was trained on a base with fingerprint {folder.manifest['base_fingerprint']}, this one "
-            f"has {fingerprint(digests)}: {where}{f' ({first_five(other)})' if other else ''}. Load the right base, "
-            f"or pass allow_other_base=True."
+            f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
+            f"{where}{f' ({first_five(other)})' if other else ''}. Load the right base, or pass allow_other_base=True."
         )

@@ -1,4 +1,4 @@
-"""The README.md of an adapter folder: measured facts only."""
+"""The ``README.md`` of an adapter folder: a model card with measured facts only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment
+
+from lightning_lora.files.adapter.manifest import Manifest
 
 _CARD = """\
 ---
@@ -33,24 +35,19 @@ Load it with `lightning_lora.load_adapter(model, folder)`, or with PEFT's
 """
 
 
-def model_card(peft: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def model_card(peft: Mapping[str, Any], manifest: Manifest) -> str:
     """Markdown for an adapter, from its PEFT config and its manifest."""
-    layers = manifest["layers"]
-    roles = [layer["role"] for layer in layers.values()]
-    ranks = sorted({layer["rank"] for layer in layers.values()})
+    roles = [entry.role for entry in manifest.layers.values()]
+    ranks = sorted(set(manifest.ranks.values()))
     template = Environment(autoescape=False, trim_blocks=True).from_string(_CARD)  # Markdown, from our own template
     return template.render(
         base=peft["base_model_name_or_path"],
-        layers=layers,
+        layers=manifest.layers,
         roles=", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles)),
         ranks=ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        config=manifest["config"],
-        parameters=sum(_size(shape) for name, shape in manifest["tensors"].items() if ".lora_" in name),
-        fingerprint=manifest["base_fingerprint"],
-        summary=manifest["summary"],
-        versions=", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
+        config=manifest.config,
+        parameters=sum(shape[0] * shape[1] for name, shape in manifest.tensors.items() if ".lora_" in name),
+        fingerprint=manifest.base_fingerprint,
+        summary=manifest.summary,
+        versions=", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     )
-
-
-def _size(shape: list[int]) -> int:
-    return shape[0] * shape[1]

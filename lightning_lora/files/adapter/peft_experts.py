@@ -1,9 +1,9 @@
 """PEFT's layout of fused experts: one pair of matrices for all experts of a parameter.
 
-``lora_A.weight`` is ``(experts * rank, in)``, expert after expert; ``lora_B.weight`` is ``(out, rank * experts)``, rank
-after rank. Several parameters of one layer nest: the one registered first lies under the most ``base_layer``. What PEFT
-calls ``in`` and ``out`` follows how it believes the parameter to be stored, a belief that changed between versions and
-is wrong for layers that store ``(experts, in, out)`` without an attribute ``is_transposed``.
+``lora_A.weight`` is ``(experts * rank, in)``, expert by expert; ``lora_B.weight`` is ``(out, rank * experts)``, rank by
+rank. Several parameters of one layer are nested: the one registered first lies under the most ``base_layer``. What PEFT
+calls ``in`` and ``out`` depends on how it takes the parameter to be stored. This changed between versions, and is wrong
+for layers that store ``(experts, in, out)`` without an attribute ``is_transposed``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.files.adapter.manifest import Manifest, WeightEntry
+from lightning_lora.files.adapter.peft_format import FactorPair
 from lightning_lora.files.adapter.peft_patterns import TargetedNames, is_listed
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.base import LoRALayer, WeightShape
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 
-Pair = tuple[Tensor, Tensor]
-
 
 def module_names(layer: str, num_weights: int) -> list[str]:
-    """PEFT's module names for the adapted weights of one layer, in order of registration.
+    """PEFT's module names of the adapted weights of one layer, in order of registration.
 
     >>> module_names("mlp.experts", 2)
     ['mlp.experts.base_layer', 'mlp.experts']
@@ -45,10 +45,8 @@ def modules_of(weights: Mapping[str, tuple[LoRALayer, str]]) -> dict[str, str]:
     }
 
 
-def layout(layer: LoRALayer, weight: str) -> dict[str, Any]:
-    """What the manifest says of a weight of fused experts, to read its tensors back; nothing for others."""
-    if not isinstance(layer, LoRAFusedExperts):
-        return {}
+def storage(layer: LoRAFusedExperts, weight: str) -> dict[str, Any]:
+    """The fields of the manifest's entry that tell how the factors of a weight are stored."""
     A, B = layer.lora_pair(weight)
     num_experts = layer.weights(layer)[weight].num_experts
     shared = "lora_A" if len(A) < num_experts else "lora_B" if len(B) < num_experts else None
@@ -60,8 +58,8 @@ def _is_swapped(layer: LoRAFusedExperts) -> bool:
     return layer.transposed(layer) != getattr(layer, "is_transposed", False)
 
 
-def pack(A: Tensor, B: Tensor, layer: LoRAFusedExperts, weight: str) -> Pair:
-    """``A`` ``(E or 1, r, in)`` and ``B`` ``(E or 1, out, r)`` as PEFT's two matrices."""
+def stack(A: Tensor, B: Tensor, layer: LoRAFusedExperts, weight: str) -> FactorPair:
+    """Stack ``A`` ``(E or 1, r, in)`` and ``B`` ``(E or 1, out, r)`` into PEFT's two matrices."""
     num_experts = layer.weights(layer)[weight].num_experts
     A, B = A.expand(num_experts, -1, -1), B.expand(num_experts, -1, -1)
     if _is_swapped(layer):
@@ -69,86 +67,103 @@ def pack(A: Tensor, B: Tensor, layer: LoRAFusedExperts, weight: str) -> Pair:
     return A.reshape(-1, A.shape[-1]), B.permute(1, 2, 0).reshape(B.shape[1], -1)
 
 
-def unpack(A: Tensor, B: Tensor, num_experts: int, swapped: bool) -> Pair:
-    """The inverse of `pack`: ``(E, r, in)`` and ``(E, out, r)``."""
+def unstack(A: Tensor, B: Tensor, num_experts: int, swapped: bool) -> FactorPair:
+    """Take PEFT's two matrices apart into ``(E, r, in)`` and ``(E, out, r)``: the inverse of `stack`."""
     A = A.reshape(num_experts, -1, A.shape[-1])
     B = B.reshape(B.shape[0], -1, num_experts).permute(2, 0, 1)
     return (B.mT.contiguous(), A.mT.contiguous()) if swapped else (A, B.contiguous())
 
 
-def take_packed(
-    factors: dict[str, Tensor], manifest: Mapping[str, Any] | None, targeted: TargetedNames
-) -> dict[str, Pair]:
-    """Remove the factors of fused experts from ``factors``, by PEFT's module name.
+def split_stacked(
+    factors: Mapping[str, Tensor], manifest: Manifest, peft: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, FactorPair]]:
+    """Split factors into those of single matrices and those of fused experts, the latter by PEFT's module name.
 
-    The manifest names those layers. Without one they are among the modules that ``target_modules`` does not explain.
+    The manifest names the fused experts. Without one they are among the modules that ``target_modules`` does not
+    explain.
     """
+    if not peft.get("target_parameters"):
+        return dict(factors), {}
     names = {name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")}
-    if manifest is not None:
-        fused = {name.rpartition(".")[0] for name, entry in manifest["layers"].items() if entry.get("experts")}
-        packed = {name for name in names if name.partition(".base_layer")[0] in fused}
+    if manifest.is_present:
+        fused = _fused(manifest)
+        stacked = {name for name in names if name.partition(".base_layer")[0] in fused}
     else:
-        packed = {name for name in names if name.endswith(".base_layer") or name not in targeted}
-    return {
-        name: (factors.pop(f"{name}.lora_A"), factors.pop(f"{name}.lora_B"))
-        for name in sorted(packed)
+        targeted = TargetedNames(peft)
+        stacked = {name for name in names if name.endswith(".base_layer") or name not in targeted}
+    single = dict(factors)
+    return single, {
+        name: (single.pop(f"{name}.lora_A"), single.pop(f"{name}.lora_B"))
+        for name in sorted(stacked)
         if f"{name}.lora_B" in factors
     }
 
 
-def unpack_by_manifest(packed: Mapping[str, Pair], manifest: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Factors by our names, as the manifest describes them."""
-    layers: dict[str, dict[str, Any]] = {}
-    for name, entry in manifest["layers"].items():
-        if entry.get("experts"):
-            layer, _, weight = name.rpartition(".")
-            layers.setdefault(layer, {})[weight] = entry
+def unstack_by_manifest(stacked: Mapping[str, FactorPair], manifest: Manifest, where: str) -> dict[str, Tensor]:
+    """Factors of fused experts by our names, as the manifest describes them; empty without a manifest."""
     factors = {}
-    for layer, weights in layers.items():
+    for layer, weights in _fused(manifest).items():
         for module, (weight, entry) in zip(module_names(layer, len(weights)), weights.items(), strict=True):
-            if module not in packed:
+            if module not in stacked:
                 raise AdapterFileError(f"{where} lacks the factors of {layer}.{weight}, which the manifest lists.")
-            A, B = unpack(*packed[module], entry["experts"], entry["swapped"])
-            shared = entry["shared"]
-            factors[join(layer, f"{weight}_lora_A")] = _first(A, where, weight) if shared == "lora_A" else A
-            factors[join(layer, f"{weight}_lora_B")] = _first(B, where, weight) if shared == "lora_B" else B
+            A, B = unstack(*stacked[module], entry.experts, entry.swapped)
+            factors[join(layer, f"{weight}_lora_A")] = _first(A, where, weight) if entry.shared == "lora_A" else A
+            factors[join(layer, f"{weight}_lora_B")] = _first(B, where, weight) if entry.shared == "lora_B" else B
     return factors
 
 
-def unpack_by_model(
-    packed: Mapping[str, Pair], peft: Mapping[str, Any], layer: str, module: nn.Module, kind: type[LoRAFusedExperts]
+def _fused(manifest: Manifest) -> dict[str, dict[str, WeightEntry]]:
+    """Layer of fused experts to the entries of its weights."""
+    layers: dict[str, dict[str, WeightEntry]] = {}
+    for name, entry in manifest.layers.items():
+        if entry.experts:
+            layer, _, weight = name.rpartition(".")
+            layers.setdefault(layer, {})[weight] = entry
+    return layers
+
+
+def unstack_by_model(
+    stacked: Mapping[str, FactorPair],
+    peft: Mapping[str, Any],
+    layer: str,
+    module: nn.Module,
+    kind: type[LoRAFusedExperts],
 ) -> dict[str, Tensor]:
-    """Factors of one experts layer by our names, from a folder that PEFT wrote."""
+    """Factors of one layer of fused experts by our names, from a folder that PEFT wrote.
+
+    Raises:
+        AdapterFileError: If factors are missing, or their shapes do not fit the layer.
+    """
     listed = peft["target_parameters"]
     weights = [name for name in kind.weights(module) if is_listed(f"{layer}.{name}", listed)]
     factors = {}
     for name, weight in zip(module_names(layer, len(weights)), weights, strict=True):
-        if name not in packed:
+        if name not in stacked:
             raise AdapterFileError(
                 f"the adapter targets {layer}.{weight}, but has no tensors {name}.lora_A and lora_B."
             )
-        A, B = packed[name]
+        A, B = stacked[name]
         shape = kind.weights(module)[weight]
         swapped = _found_swapped(A, B, shape, module, kind, str(peft.get("peft_version", "")))
-        unpacked = unpack(A, B, shape.num_experts, swapped)
-        factors[join(layer, f"{weight}_lora_A")], factors[join(layer, f"{weight}_lora_B")] = unpacked
+        unstacked = unstack(A, B, shape.num_experts, swapped)
+        factors[join(layer, f"{weight}_lora_A")], factors[join(layer, f"{weight}_lora_B")] = unstacked
     return factors
 
 
 def _found_swapped(
     A: Tensor, B: Tensor, shape: WeightShape, module: nn.Module, kind: type[LoRAFusedExperts], version: str
 ) -> bool:
-    """Which way round a file is: its shapes tell, or, where both fit, the version that wrote it."""
-    found, whole = (A.shape[1], B.shape[0]), A.shape[0] % shape.num_experts == 0 and A.shape[0] == B.shape[1]
+    """Whether a file takes inputs for outputs: its shapes tell, or, where both fit, the version that wrote it."""
+    found, is_whole = (A.shape[1], B.shape[0]), A.shape[0] % shape.num_experts == 0 and A.shape[0] == B.shape[1]
     straight, crossed = (shape.num_in, shape.num_out), (shape.num_out, shape.num_in)
-    ways = [swapped for swapped, wanted in ((False, straight), (True, crossed)) if whole and found == wanted]
-    if not ways:
+    fitting = [swapped for swapped, wanted in ((False, straight), (True, crossed)) if is_whole and found == wanted]
+    if not fitting:
         raise AdapterFileError(
             f"the factors {tuple(A.shape)} and {tuple(B.shape)} do not fit {shape.num_experts} experts that map "
             f"{shape.num_in} to {shape.num_out}."
         )
-    if len(ways) == 1:
-        return ways[0]
+    if len(fitting) == 1:
+        return fitting[0]
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     marked, transposed = getattr(module, "is_transposed", False), kind.transposed(module)
     if numbers >= (0, 19, 1):
@@ -162,6 +177,7 @@ def _found_swapped(
 
 
 def _first(factor: Tensor, where: str, weight: str) -> Tensor:
+    """The factor of the first expert, which all experts must share."""
     if not bool((factor == factor[:1]).all()):
-        raise AdapterFileError(f"{where}: the experts of {weight} should share a factor, and differ.")
+        raise AdapterFileError(f"{where}: the experts of {weight} should share a factor, but theirs differ.")
     return factor[:1].clone()

@@ -1,4 +1,4 @@
-"""PEFT's rules for what a name in its settings means: lists of names, and tables of regular expressions."""
+"""PEFT's rules for names in its settings: lists of names, and tables of regular expressions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-# Letters, points that stand for any character, and escaped characters that stand for themselves.
+from lightning_lora.errors import AdapterFileError
+
+# Letters, dots that match any character, and escaped characters that match themselves.
 _SIMPLE = re.compile(r"(\^?)((?:[\w-]|\.|\\\W)+?)(\(\\\.weight\)\?)?", re.ASCII)
 _PIECE = re.compile(r"\\(.)|(\.)|(.)")
 
 
 class PatternTable:
-    """``rank_pattern`` or ``alpha_pattern``: a key is a regular expression for the end of a name, the first one wins.
+    """The table ``rank_pattern`` or ``alpha_pattern``. A key is a regular expression for the end of a name.
 
-    Most keys are the names of single layers, one for each of them; those are looked up and not tried in turn, which
-    would take time quadratic in the number of layers.
+    The first key that matches counts. Most keys are names of single layers. These are looked up, as trying one after
+    the other would take time quadratic in the number of layers.
 
     Args:
         patterns: Key to value.
@@ -28,7 +30,7 @@ class PatternTable:
     def __init__(self, patterns: Mapping[str, Any]) -> None:
         self._values = list(patterns.values())
         self._others: list[tuple[int, re.Pattern[str]]] = []
-        # Anchored or not, length and positions of points that match anything -> the rest -> number of the first key.
+        # (is anchored, length, positions of dots) -> text of the key -> number of the first such key.
         self._simple: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]] = {}
         for number, key in enumerate(patterns):
             parsed = _SIMPLE.fullmatch(key)
@@ -41,7 +43,7 @@ class PatternTable:
                 self._simple.setdefault(kind, {}).setdefault(text + ending, number)
 
     def value(self, name: str, default: Any) -> Any:
-        """The value of the first key that matches ``name``, else ``default``."""
+        """The value of the first key that matches ``name``, or ``default``."""
         numbers = [
             table[masked]
             for (anchored, length, free), table in self._simple.items()
@@ -54,10 +56,13 @@ class PatternTable:
 
 
 class TargetedNames:
-    """The names that PEFT's settings surely mean by ``target_modules``; none where they depend on more than names.
+    """The names that PEFT's settings mean by ``target_modules``; empty if the settings depend on more than names.
 
     Args:
         peft: Contents of ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: If a setting is not a regular expression.
     """
 
     def __init__(self, peft: Mapping[str, Any]) -> None:
@@ -70,7 +75,7 @@ class TargetedNames:
         return _is_meant(name, self._targets) and not _is_meant(name, self._excluded) and not self._is_saved(name)
 
     def _is_saved(self, name: str) -> bool:
-        """Whether the layer is in a module stored whole: one of these ends its name, or is some parts of it."""
+        """Whether the layer is in a module trained in full, whose name ends the layer's name or is some parts of it."""
         parts = name.split(".")
         runs = (".".join(parts[start:stop]) for stop in range(len(parts) + 1) for start in range(stop))
         ends = (name[start:] for start in range(len(name) + 1))
@@ -78,7 +83,11 @@ class TargetedNames:
 
 
 def _entries(setting: str | list[str] | None) -> re.Pattern[str] | frozenset[str]:
-    return re.compile(setting) if isinstance(setting, str) and setting else frozenset(setting or ())
+    """A setting as a regular expression or as a list of names."""
+    try:
+        return re.compile(setting) if isinstance(setting, str) and setting else frozenset(setting or ())
+    except re.error as error:
+        raise AdapterFileError(f"{setting!r} is not a regular expression for names: {error}.") from error
 
 
 def _is_meant(name: str, entries: re.Pattern[str] | frozenset[str]) -> bool:
@@ -88,12 +97,12 @@ def _is_meant(name: str, entries: re.Pattern[str] | frozenset[str]) -> bool:
 
 
 def is_listed(name: str, entries: Collection[str]) -> bool:
-    """PEFT's rule for lists of names: an entry means what it equals and what it ends, after a dot."""
+    """Whether a list of names means ``name``. An entry means the name it equals, and names it ends after a dot."""
     return any(ending in entries for ending in endings(name))
 
 
 def endings(name: str) -> Iterator[str]:
-    """A dotted name and what is left of it without its first part, its first two, and so on.
+    """A dotted name, then the same without its first part, without its first two, and so on.
 
     >>> list(endings("layers.0.up_proj"))
     ['layers.0.up_proj', '0.up_proj', 'up_proj']
@@ -105,7 +114,7 @@ def endings(name: str) -> Iterator[str]:
 
 
 def _literal(key: str) -> tuple[str, tuple[int, ...]]:
-    """The text of a simple key, points that match anything as points, and their positions."""
+    """The text of a simple key, and the positions of the dots in it that match any character."""
     text, free = "", []
     for escaped, point, character in _PIECE.findall(key):
         if point:

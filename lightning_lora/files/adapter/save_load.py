@@ -1,9 +1,10 @@
-"""Adapter folders on disk: PEFT's two files, our manifest, and a model card, written and read as one."""
+"""Saving and loading adapters as folders: PEFT's two files, our manifest, and a model card."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, first_five
-from lightning_lora.files.adapter import peft_experts, peft_format, peft_layers
-from lightning_lora.files.adapter.fit import check_base, check_copies, matching_targets, own_tensors, with_experts
-from lightning_lora.files.adapter.folder import FORMAT, MANIFEST_FILE, check_finite, read_adapter_folder
+from lightning_lora.files.adapter.fit import adapter_targets, check_base, check_copies, model_tensors, with_experts
+from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
+from lightning_lora.files.adapter.peft_config import to_peft
+from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
+from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
@@ -27,10 +31,10 @@ from lightning_lora.lora.adapter import (
     lora_state_dict,
 )
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
-from lightning_lora.lora.layers.adapted import adapted_weights, base_parameter, following_layers, lora_layers
+from lightning_lora.lora.layers.adapted import base_parameter, following_layers, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers
 from lightning_lora.lora.patterns import matches_any, plain_name
-from lightning_lora.lora.shards import check_whole, whole_parameters, whole_tensor
+from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
 
@@ -40,15 +44,15 @@ def save_adapter(
 ) -> Path:
     """Write the adapters of ``module`` as a folder that PEFT and vLLM load, with our manifest and a model card.
 
-    Names are relative to the Hugging Face model inside ``module`` where there is one, as PEFT expects. The folder
+    Names are relative to the Hugging Face model inside ``module`` if there is one, as PEFT expects. The folder
     appears whole or not at all; an adapter already there is replaced in one step. Under sharding every rank must
-    call this, and rank 0 writes; under FSDP1 ``module`` is its outermost wrapper, ``trainer.model``.
+    call this, and rank 0 writes; under FSDP1 ``module`` is the outermost wrapper, ``trainer.model``.
 
     Args:
-        module: An adapted module, its updates not merged.
+        module: An adapted module whose updates are not merged.
         path: The folder to write.
         summary: Facts of the training run for manifest and card: name to number or text.
-        tokenizer: Written beside the adapter if given.
+        tokenizer: A tokenizer to write beside the adapter, if given.
 
     Returns:
         The folder.
@@ -56,10 +60,10 @@ def save_adapter(
     Raises:
         ConfigError: If nothing is adapted, or the updates are merged.
         AdapterFileError: If a value is not finite, or ``path`` holds something else.
-        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not its outermost wrapper.
+        AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not the outermost wrapper.
     """
-    with whole_parameters(module):
-        check_whole(module, "save the adapter")
+    with full_parameters(module):
+        check_not_flattened(module, "save the adapter")
         return _save(module, path, summary, tokenizer)
 
 
@@ -67,30 +71,28 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     check_not_merged(module, "save the adapter")
     _check_memory(module)
     root = _root_to_save(module)
-    weights = adapted_weights(root)
+    layout = PEFTLayout(root)
     factors = lora_state_dict(root)
-    trained = {name: whole_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
+    trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
-    manifest = _manifest(root, trained, summary or {})
-    peft = peft_format.to_peft(root, weights, {name.rpartition(".")[0] for name in trained})
-    tensors = peft_format.to_tensors(root, factors) | {
-        peft_format.PREFIX + name: tensor for name, tensor in trained.items()
-    }
-    peft_layers.warn_of_differences(weights, peft_layers.packed_attentions(root))
+    manifest = _manifest(layout, trained, summary or {})
+    peft = to_peft(layout, {name.rpartition(".")[0] for name in trained})
+    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in trained.items()}
+    layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
     return Path(path)
 
 
 def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = False) -> None:
-    """Load an adapter folder, ours or PEFT's, into ``module``, adapting its layers first where needed.
+    """Load an adapter folder, ours or PEFT's, into ``module``, and adapt its layers first if they are not.
 
-    Everything is checked before anything changes: files, names, shapes, and the base weights.
+    Files, names, shapes and the base weights are all checked before anything changes.
 
     Args:
         module: The base model the adapter belongs to, plain or adapted in the same layers.
         path: The folder.
-        allow_other_base: Load even though the base weights are not those the adapter was trained on.
+        allow_other_base: Load even if the base weights are not those the adapter was trained on.
 
     Raises:
         AdapterFileError: If the folder is damaged, of an unsupported kind, or does not fit ``module``.
@@ -100,10 +102,10 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     folder = read_adapter_folder(path)
     check_not_sharded(module)
     check_not_merged(module, "load an adapter")
-    root = _root_to_load(module, [*folder.ranks, *folder.packed])
+    root = _root_to_load(module, [*folder.ranks, *folder.stacked])
     folder = with_experts(root, folder)
-    layers, tied = matching_targets(root, folder)
-    trained = {name: tensor for name, tensor in own_tensors(root) if name in folder.trained}
+    layers, tied = adapter_targets(root, folder)
+    trained = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
     check_tensors(trained, folder.trained)
     check_copies(root, folder)
     if not allow_other_base:
@@ -111,7 +113,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     if not lora_layers(root):
         freeze(module)
         attach_targets(root, layers, tied)
-        # What reads the adapted weights may lie outside of the model that the adapter names.
+        # The layers that read adapted weights may lie outside the model that the adapter names.
         attach_readers(module)
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
@@ -122,7 +124,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
 
 
 def _root_to_save(module: nn.Module) -> nn.Module:
-    """The Hugging Face model that holds all that was trained, so that names fit PEFT's; else ``module`` itself."""
+    """The Hugging Face model that holds everything trained, so that names are those of PEFT; else ``module`` itself."""
     for _, model in hugging_face_models(module):
         if lora_layers(model).keys() and len(lora_layers(model)) == len(lora_layers(module)):
             inner = {id(tensor) for tensor in _trained_tensors(model).values()}
@@ -131,7 +133,7 @@ def _root_to_save(module: nn.Module) -> nn.Module:
 
 
 def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
-    """The model in ``module`` that has layers of these names, one that is adapted first; else ``module`` itself."""
+    """The model in ``module`` that has layers of these names, an adapted one first; else ``module`` itself."""
     models = [model for _, model in hugging_face_models(module)]
     for model in sorted(models, key=lambda model: not lora_layers(model)):
         parts = (*model.named_modules(), *model.named_parameters())
@@ -141,11 +143,11 @@ def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
 
 
 def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """What learns beside the adapters: parameters with gradients, the buffers next to them, and what was asked for.
+    """The tensors that learn beside the adapters: parameters with gradients, and the buffers next to them.
 
-    The last because a module may be frozen as a whole once training is over.
+    Modules named in ``trainable`` count even without gradients, as a module may be frozen after training.
     """
-    tensors = dict(own_tensors(root))
+    tensors = dict(model_tensors(root))
     configs = {id(config): config for layer in lora_layers(root).values() for config in (layer.lora_spec.config,)}
     patterns = {pattern for config in configs.values() for pattern in config.trainable}
     asked = {plain_name(name) for name, _ in root.named_modules() if name and matches_any(name, patterns)}
@@ -168,45 +170,43 @@ def _check_memory(module: nn.Module) -> None:
         )
 
 
-def _manifest(root: nn.Module, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> dict[str, Any]:
-    digests = base_digests(root, trained)
-    weights, attentions = adapted_weights(root), peft_layers.packed_attentions(root)
-    parameters = {name: base_parameter(name, layer, weight) for name, (layer, weight) in weights.items()}
-    return {
-        "format": FORMAT,
-        "versions": {name: version(name) for name in ("lightning-lora", "lightning", "torch")},
-        "config": next(iter(weights.values()))[0].lora_spec.config.to_dict(),
-        "layers": {
-            name: {
-                "rank": layer.lora_specs[weight].rank,
-                "alpha": layer.lora_specs[weight].alpha,
-                "role": layer.lora_specs[weight].role,
-                "parameter": parameters[name],
-                "base": digests.get(parameters[name]),
-                **peft_experts.layout(layer, weight),
-                **peft_layers.layout(name, layer, weights, attentions),
-            }
-            for name, (layer, weight) in weights.items()
-        },
-        "following": sorted(following_layers(root)),
-        "base_fingerprint": fingerprint(digests),
-        "summary": dict(summary),
-    }
+def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> Manifest:
+    digests = base_digests(layout.root, trained)
+    layers = {}
+    for name, (layer, weight) in layout.weights.items():
+        spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
+        layers[name] = WeightEntry(
+            rank=spec.rank,
+            alpha=spec.alpha,
+            role=spec.role,
+            parameter=parameter,
+            base=digests.get(parameter),
+            **layout.storage(name),
+        )
+    return Manifest(
+        versions={name: version(name) for name in ("lightning-lora", "lightning", "torch")},
+        config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
+        layers=layers,
+        following=tuple(sorted(following_layers(layout.root))),
+        base_fingerprint=fingerprint(digests),
+        summary=dict(summary),
+    )
 
 
-def _write(
-    path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifest: dict[str, Any], tokenizer: Any
-) -> None:
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with atomic_folder(path, replaces=peft_format.CONFIG_FILE) as folder:
-        (folder / peft_format.CONFIG_FILE).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n")
-        write_tensors(folder / peft_format.TENSOR_FILE, tensors.items(), layout, {"format": "pt"})
-        manifest["tensors"] = {name: list(shape) for name, (_, shape) in layout.items()}
-        manifest["files"] = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-            for name in (peft_format.CONFIG_FILE, peft_format.TENSOR_FILE)
-        }
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+def _write(path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifest: Manifest, tokenizer: Any) -> None:
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with atomic_folder(path, replaces=CONFIG_FILE) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n")
+        write_tensors(folder / TENSOR_FILE, tensors.items(), shapes, {"format": "pt"})
+        manifest = replace(
+            manifest,
+            tensors={name: list(shape) for name, (_, shape) in shapes.items()},
+            files={
+                name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+                for name in (CONFIG_FILE, TENSOR_FILE)
+            },
+        )
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
         (folder / "README.md").write_text(model_card(peft, manifest))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

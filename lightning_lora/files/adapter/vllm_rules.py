@@ -1,14 +1,11 @@
-"""What vLLM accepts of an adapter, as a check that needs no vLLM.
-
-Rules as read in vLLM 0.33.0 on 2026-11-23.
-"""
+"""A check that vLLM accepts an adapter. It does not need vLLM: the rules were read in vLLM 0.33.0 on 2026-11-23."""
 
 from __future__ import annotations
 
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.adapter.folder import AdapterFolder
 
-MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _FULL_MODULES = ("score", "classifier")
 
 
@@ -19,8 +16,8 @@ def vllm_flags(folder: AdapterFolder) -> str:
         AdapterFileError: If vLLM would refuse the adapter.
     """
     rank = max(folder.ranks.values())
-    if rank > MAX_RANKS[-1]:
-        raise AdapterFileError(f"vLLM serves adapters up to rank {MAX_RANKS[-1]}, this one has rank {rank}.")
+    if rank > _MAX_RANKS[-1]:
+        raise AdapterFileError(f"vLLM serves adapters up to rank {_MAX_RANKS[-1]}, this one has rank {rank}.")
     modules = {name.rpartition(".")[0].rpartition(".")[2] for name in folder.trained}
     refused = sorted(modules - set(_FULL_MODULES))
     if refused or len(modules) > 1:
@@ -28,4 +25,4 @@ def vllm_flags(folder: AdapterFolder) -> str:
             f"vLLM loads at most one module trained in full, {' or '.join(_FULL_MODULES)}; this adapter has "
             f"{first_five(sorted(modules))}. Export it merged instead."
         )
-    return f"--enable-lora --max-lora-rank {next(limit for limit in MAX_RANKS if limit >= rank)}"
+    return f"--enable-lora --max-lora-rank {next(limit for limit in _MAX_RANKS if limit >= rank)}"

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the weights an adapter was trained on, told while they are read for merging."""
+"""The check that a checkpoint holds the weights an adapter was trained on, made while they are read for merging."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from lightning_lora.errors import BaseMismatchError
 from lightning_lora.files.merge.plan import MergePlan
 from lightning_lora.lora.fingerprint import PiecewiseDigest
 
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
 
 class BaseCheck:
-    """Compares the digest of every adapted weight, whole or in parts of several files, with the manifest's.
+    """Compares the digest of every adapted weight with the manifest, even if several files hold parts of the weight.
 
     Args:
         plan: What is merged.
-        active: False lets every base pass, as does an adapter without a manifest.
+        active: False lets every base pass. A base also passes if the adapter has no manifest.
     """
 
     def __init__(self, plan: MergePlan, active: bool) -> None:
         self._plan = plan
-        self._manifest = plan.folder.manifest if active else None
-        # Weights of which some parts were read.
+        self._entries = plan.folder.manifest.layers if active else {}
+        # The weights that were read in part.
         self._digests: dict[str, PiecewiseDigest] = {}
 
     def part(self, name: str, shape: tuple[int, ...]) -> PartCheck:
-        """The check of the stored tensor ``name``, to be fed with its elements in order."""
+        """The check of the stored tensor ``name``, which must be given all its elements in order."""
         weight = self._plan.weight(name)
-        if self._manifest is None or weight is None:
+        if weight is None or weight not in self._entries:
             return PartCheck()
         part = self._plan.experts.get(name)
         if weight not in self._digests:
@@ -37,16 +39,16 @@ class BaseCheck:
         positions, numbers = (numbers * digest.step, numbers) if part is None else part.sampled(digest.step)
         return PartCheck(digest, positions, numbers)
 
-    def close(self, name: str) -> None:
-        """Say that ``name`` was read.
+    def finish(self, name: str) -> None:
+        """Finish the check of the stored tensor ``name`` once all its elements were read.
 
         Raises:
-            BaseMismatchError: If that completes a weight, and it is another than the adapter was trained on.
+            BaseMismatchError: If this completes a weight, and the adapter was trained on another one.
         """
         weight = self._plan.weight(name)
-        if self._manifest is None or weight is None or self._digests[weight].missing:
+        if weight is None or weight not in self._entries or self._digests[weight].missing:
             return
-        found, expected = self._digests.pop(weight).hexdigest(), self._manifest["layers"][weight]["base"]
+        found, expected = self._digests.pop(weight).hexdigest(), self._entries[weight].base
         if found != expected:
             raise BaseMismatchError(
                 f"{name if name in self._plan.matrices else weight} is not the weight the adapter was trained on "
@@ -55,19 +57,22 @@ class BaseCheck:
 
 
 class PartCheck:
-    """Takes from the elements of one stored tensor those that count for a digest."""
+    """Adds to a digest those elements of one stored tensor that it samples; without a digest it does nothing.
+
+    Args:
+        digest: The digest of the weight.
+        positions: Positions of the sampled elements in the stored tensor, ascending.
+        numbers: Their numbers among the sampled elements of the whole weight.
+    """
 
     def __init__(
-        self, digest: PiecewiseDigest | None = None, positions: Tensor | None = None, numbers: Tensor | None = None
+        self, digest: PiecewiseDigest | None = None, positions: Tensor = _NOTHING, numbers: Tensor = _NOTHING
     ) -> None:
-        none = torch.empty(0, dtype=torch.int64)
-        self._digest = digest
-        self._positions = none if positions is None else positions
-        self._numbers = none if numbers is None else numbers
+        self._digest, self._positions, self._numbers = digest, positions, numbers
         self._num_read = 0
 
     def add(self, elements: Tensor) -> None:
-        """Take what counts of the next elements of the tensor, ``(elements)``."""
+        """Add the next elements of the tensor, ``(elements)``."""
         start, self._num_read = self._num_read, self._num_read + len(elements)
         if self._digest is not None:
             count = int(torch.searchsorted(self._positions, self._num_read))

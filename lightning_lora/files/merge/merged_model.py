@@ -1,4 +1,4 @@
-"""A merged model as a folder that other software loads without knowing of adapters."""
+"""Writing a merged model as a folder that other software loads without knowing of adapters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_lora.lora.layers.quantised_weights import (
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.roles import hugging_face_models
 
-WEIGHT_FILE = "model.safetensors"
+_WEIGHT_FILE = "model.safetensors"
 
 
 def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
@@ -38,18 +38,18 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     ``from_pretrained`` loads the folder. Any other module is written as one safetensors file of its state dict. An
     older merged model at ``path`` is replaced in one step.
 
-    A quantised model is written in plain weights, those without an adapter too, and loads without the library that
-    quantised it: a Hugging Face model in its own type, any other in the types its weights had before.
+    All weights of a quantised model are written as plain weights, so that it loads without the library that quantised
+    it: a Hugging Face model in its own type, any other in the types its weights had before.
 
     Args:
         module: An adapted module, not merged, not sharded.
         path: The folder to write.
-        tokenizer: Written beside the weights if given.
+        tokenizer: A tokenizer to write beside the weights, if given.
 
     Raises:
         ConfigError: If nothing is adapted, the updates are merged already, or ``path`` is the base's own folder.
         AlreadyShardedError: If the weights are sharded.
-        AdapterFileError: If ``path`` holds something that is no merged model.
+        AdapterFileError: If ``path`` holds something other than a merged model.
     """
     check_not_merged(module, "write the merged model")
     model = _model_with_all_adapters(module)
@@ -57,14 +57,8 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     num_quantised = len(quantised_layers(module))
     merge_layers(module)
     try:
-        with atomic_folder(path, replaces="config.json" if model is not None else WEIGHT_FILE) as folder:
-            if model is None:
-                state = plain_state(module)
-                layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-                write_tensors(folder / WEIGHT_FILE, state.items(), layout, {"format": "pt"})
-            else:
-                with _not_quantised(model):
-                    model.save_pretrained(folder, state_dict=plain_state(model, model.dtype))
+        with atomic_folder(path, replaces="config.json" if model is not None else _WEIGHT_FILE) as folder:
+            _write_weights(folder, module, model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     finally:
@@ -79,6 +73,16 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     return Path(path)
 
 
+def _write_weights(folder: Path, module: nn.Module, model: Any) -> None:
+    if model is not None:
+        with _not_quantised(model):
+            model.save_pretrained(folder, state_dict=_plain_state(model, model.dtype))
+        return
+    state = _plain_state(module)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    write_tensors(folder / _WEIGHT_FILE, state.items(), layout, {"format": "pt"})
+
+
 def _check_not_the_base(model: Any, path: Path) -> None:
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if base and Path(base).is_dir() and Path(base).resolve() == path.resolve():
@@ -86,16 +90,17 @@ def _check_not_the_base(model: Any, path: Path) -> None:
 
 
 def _model_with_all_adapters(module: nn.Module) -> Any:
+    """The Hugging Face model inside ``module`` that holds all its adapters, or None."""
     count = len(lora_layers(module))
     return next((model for _, model in hugging_face_models(module) if len(lora_layers(model)) == count), None)
 
 
-def plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def _plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The state dict of a merged ``module`` without adapters, and without anything quantised.
 
     Args:
-        module: The module, its updates folded in.
-        dtype: Type of what is or was quantised. None: the type it had before.
+        module: The module, with its updates folded in.
+        dtype: Type of the weights that are or were quantised. None: the type each had before.
     """
     state = {plain_name(name): value for name, value in module.state_dict().items()}
     state = {name: value for name, value in state.items() if not is_factor(name)}
@@ -109,7 +114,7 @@ def plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
             value = weight.detach().to(dtype or weight.dtype)
         else:
             continue
-        # transformers quantises GPT-2's transposed linears as ordinary ones, and notes what they were.
+        # transformers quantises GPT-2's transposed linears as ordinary ones, and keeps their old class.
         was_transposed = getattr(getattr(layer, "source_cls", None), "__name__", "") == "Conv1D"
         state[plain_name(join(name, "weight"))] = value.T.contiguous() if was_transposed else value
     return state
@@ -117,7 +122,7 @@ def plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str
 
 @contextmanager
 def _not_quantised(model: Any) -> Iterator[None]:
-    """Within the context transformers takes ``model`` for one that was never quantised."""
+    """Let transformers take ``model`` for a model that was never quantised, within the context."""
     holders = {"hf_quantizer": model, "quantization_config": model.config}
     taken = {name: holder.__dict__.pop(name) for name, holder in holders.items() if name in holder.__dict__}
     try:

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint an adapter changes, and how: decided from names and shapes, before any is read."""
+"""Which tensors of a checkpoint an adapter changes, and how: decided from names and shapes before any is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What becomes of the tensors of a checkpoint; those named nowhere stay as they are.
+    """What a merge does to the tensors of a checkpoint; tensors that are not named stay as they are.
 
     Args:
         folder: The adapter.
-        matrices: Stored tensor to the adapted weight that it is.
-        experts: Stored tensor to its part of an adapted weight of fused experts.
+        matrices: Stored tensor to the adapted weight it holds.
+        experts: Stored tensor to the part of an adapted weight of fused experts it holds.
         trained: Stored tensor to the tensor of the adapter that replaces it.
     """
 
@@ -38,7 +38,7 @@ class MergePlan:
     trained: dict[str, str]
 
     def weight(self, name: str) -> str | None:
-        """The adapted weight that a stored tensor is, or is a part of; None where it has no update."""
+        """The adapted weight that a stored tensor holds, whole or in part; None if the tensor has no update."""
         return self.experts[name].fused.name if name in self.experts else self.matrices.get(name)
 
     def update(self, name: str, shape: tuple[int, ...]) -> StoredUpdate:
@@ -49,21 +49,15 @@ class MergePlan:
         """
         weight = self.weight(name)
         assert weight is not None
-        (A, B), scale = self.folder.pairs[weight], self._scale(weight)
+        (A, B), scale = self.folder.pairs[weight], self.folder.spec(weight).scale
         if name in self.experts:
             return self.experts[name].update(name, A, B, scale, shape)
-        entry = {} if self.folder.manifest is None else self.folder.manifest["layers"][weight]
-        # Embeddings and GPT-2's Conv1D store the transpose; where the weight is square the config tells the latter.
+        entry = self.folder.manifest.layers.get(weight)
+        # Embeddings and GPT-2's Conv1D store the transpose. Of a square weight only the config tells the latter.
         square = A.shape[1] == B.shape[0]
-        transposed = weight in self.folder.tables or bool(square and self.folder.peft.get("fan_in_fan_out"))
-        kernel_transposed = entry.get("stored") == "transposed kernel matrix"
+        transposed = weight in self.folder.embeddings or bool(square and self.folder.peft.get("fan_in_fan_out"))
+        kernel_transposed = entry is not None and entry.stored == "transposed kernel matrix"
         return matrix_update(weight, A, B, scale, shape, transposed, kernel_transposed)
-
-    def _scale(self, weight: str) -> float:
-        config, manifest = self.folder.config, self.folder.manifest
-        if manifest is None:
-            return config.scale(self.folder.ranks[weight], config.alpha_pattern.get(weight, config.alpha))
-        return config.scale(self.folder.ranks[weight], manifest["layers"][weight]["alpha"])
 
 
 def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
@@ -75,26 +69,19 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
         shapes: Name of every stored tensor to its shape.
 
     Raises:
-        AdapterFileError: If some of what was adapted is not in the checkpoint.
+        AdapterFileError: If something that was adapted is not in the checkpoint.
     """
     experts: dict[str, ExpertPart] = {}
     missing: list[str] = []
-    if folder.packed or any(A.ndim == 3 for A, _ in folder.pairs.values()):
+    if folder.stacked or any(A.ndim == 3 for A, _ in folder.pairs.values()):
         model = CheckpointModel(base)
         folder = with_experts(model.module, folder)
-        fused = {_parameters(folder, name)[0]: name for name, (A, _) in folder.pairs.items() if A.ndim == 3}
-        experts, missing = _experts(model, folder, fused, shapes)
+        experts, missing = _experts(model, folder, shapes)
     candidates = {name: _parameters(folder, name) for name, (A, _) in folder.pairs.items() if A.ndim == 2}
     matrices = _found(candidates, shapes)
     trained = _found({name: (name,) for name in folder.trained}, shapes)
-    # A checkpoint holds tied weights once, an adapter that trained them under each name.
-    kept = [folder.trained[name] for name in trained]
-    untied = [
-        name
-        for name, tensor in folder.trained.items()
-        if name not in trained and not any(torch.equal(tensor, other) for other in kept)
-    ]
-    lost = {name: names for name, names in candidates.items() if name not in matrices} | {n: (n,) for n in untied}
+    lost = {name: names for name, names in candidates.items() if name not in matrices}
+    lost |= {name: (name,) for name in _not_stored(folder, trained)}
     if lost:
         renamed = _renamed(base, lost, shapes)
         matrices |= {name: stored for name, stored in renamed.items() if name in candidates}
@@ -108,16 +95,27 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
     return MergePlan(folder, _inverted(matrices), experts, _inverted(trained))
 
 
+def _not_stored(folder: AdapterFolder, stored: Collection[str]) -> list[str]:
+    """Tensors trained in full that are not ``stored``. Of tied weights, a checkpoint stores only one."""
+    kept = [folder.trained[name] for name in stored]
+    return [
+        name
+        for name, tensor in folder.trained.items()
+        if name not in stored and not any(torch.equal(tensor, other) for other in kept)
+    ]
+
+
 def _parameters(folder: AdapterFolder, weight: str) -> tuple[str, ...]:
-    """What the parameter of an adapted weight may be called in the model."""
-    if folder.manifest is not None:
-        return (folder.manifest["layers"][weight]["parameter"],)
-    fused = folder.pairs[weight][0].ndim == 3
-    return (weight,) if fused else (f"{weight}.weight", f"{weight}.in_proj_weight")
+    """The names that the parameter of an adapted weight may have in the model."""
+    entry = folder.manifest.layers.get(weight)
+    if entry is not None:
+        return (entry.parameter,)
+    is_fused = folder.pairs[weight][0].ndim == 3
+    return (weight,) if is_fused else (f"{weight}.weight", f"{weight}.in_proj_weight")
 
 
 def _found(candidates: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[str, str]:
-    """Adapted weight to stored tensor, for those that are stored under one of the names they may have."""
+    """Adapted weight to stored tensor, for the weights that are stored under one of the names they may have."""
     found = {
         name: next((stored for parameter in names if (stored := _in_base(parameter, shapes)) is not None), None)
         for name, names in candidates.items()
@@ -126,12 +124,12 @@ def _found(candidates: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[st
 
 
 def _in_base(name: str, shapes: Shapes) -> str | None:
-    """The name in the checkpoint, which may leave out the first part of the names a model uses."""
+    """The name in the checkpoint, which may leave out the first part of the model's name; None if there is none."""
     return next((candidate for candidate in (name, name.partition(".")[2]) if candidate in shapes), None)
 
 
 def _renamed(base: Path, lost: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[str, str]:
-    """Adapted weight to stored tensor, for those that transformers stores under another name."""
+    """Adapted weight to stored tensor, for the weights that transformers stores under another name."""
     if not (base / "config.json").is_file():
         return {}
     model = CheckpointModel(base)
@@ -142,10 +140,9 @@ def _renamed(base: Path, lost: Mapping[str, tuple[str, ...]], shapes: Shapes) ->
     return _found(names, shapes)
 
 
-def _experts(
-    model: CheckpointModel, folder: AdapterFolder, fused: Mapping[str, str], shapes: Shapes
-) -> tuple[dict[str, ExpertPart], list[str]]:
-    """Stored tensor to its part of the weights in ``fused``, parameter to adapted weight; and what is missing."""
+def _experts(model: CheckpointModel, folder: AdapterFolder, shapes: Shapes) -> tuple[dict[str, ExpertPart], list[str]]:
+    """Stored tensor to the part of a weight of fused experts it holds, and the names of missing tensors."""
+    fused = {_parameters(folder, name)[0]: name for name, (A, _) in folder.pairs.items() if A.ndim == 3}
     parts: dict[str, ExpertPart] = {}
     missing: list[str] = []
     seen: dict[bytes, Tensor] = {}
@@ -153,7 +150,7 @@ def _experts(
         weight = _fused_weight(model, folder, parameter, name)
         stored = _in_base(parameter, shapes)
         if stored is not None:
-            # As transformers does: turned only if it does not fit otherwise.
+            # As in transformers, it is turned only if it does not fit otherwise.
             turned = shapes[stored] != weight.shape
             rows = torch.arange(weight.num_out)
             parts[stored] = ExpertPart(weight, 0, weight.shape[0], rows, weight.transposed != turned)
@@ -166,6 +163,7 @@ def _experts(
 
 
 def _fused_weight(model: CheckpointModel, folder: AdapterFolder, parameter: str, name: str) -> FusedWeight:
+    """The weight of fused experts as the model has it, after checking that the adapter fits it."""
     layer = model.module.get_submodule(parameter.rpartition(".")[0]) if model.has(parameter) else None
     kind = adapter_kind(layer) if layer is not None else None
     if layer is None or kind is None or not issubclass(kind, LoRAFusedExperts):

@@ -1,4 +1,4 @@
-"""The update of a tensor as a checkpoint stores it, computed a few rows at a time."""
+"""The update of a stored tensor, computed a few rows at a time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
 
-# Elements of a block. In fewer rows the product of the factors is slow, and more no longer fit a cache.
+# Elements of a block. With fewer the product of the factors is slow, and more do not fit a cache.
 BLOCK = 2**18
 
 
 @dataclass(frozen=True)
 class StoredUpdate:
-    """``scale * left @ right``, for each of the matrices a stored tensor consists of.
+    """The update of a stored tensor, which consists of one or more matrices: ``scale * left @ right`` for each.
 
     Shape:
-        - ``left``: ``(matrices, rows, rank)``, ``right``: ``(matrices, rank, columns)``; 1 for ``matrices`` where all
-          have the same factor.
+        - ``left``: ``(matrices, rows, rank)``, ``right``: ``(matrices, rank, columns)``. ``matrices`` is 1 if all
+          matrices share the factor.
         - The stored tensor has ``matrices * rows * columns`` elements, in that order.
     """
 
@@ -34,7 +34,7 @@ class StoredUpdate:
         return max(len(self.left), len(self.right)), self.left.shape[1], self.right.shape[2]
 
     def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[RowBlock]:
-        """The update in blocks of whole rows, in the order of the stored tensor, to be computed in ``dtype``."""
+        """Blocks of whole rows in the order of the stored tensor, to be computed in ``dtype``."""
         num_matrices, _, num_columns = self.shape
         left, right = self.left.expand(num_matrices, -1, -1), self.right.expand(num_matrices, -1, -1)
         step = max(1, BLOCK // num_columns)
@@ -49,7 +49,7 @@ class RowBlock:
     """Some rows of an update, not yet computed.
 
     Shape:
-        - ``left``: ``(rows, rank)``, ``right``: ``(rank, columns)``, scaled, in the type of the update.
+        - ``left``: ``(rows, rank)``. ``right``: ``(rank, columns)``, scaled, in the type of the update.
     """
 
     left: Tensor
@@ -72,12 +72,12 @@ def matrix_update(
 
     Args:
         layer: Name of the adapted weight, for errors.
-        A: ``(rank, in)``.
-        B: ``(out, rank)``.
-        scale: alpha / rank.
-        shape: Of the stored tensor: a matrix either way round, or a kernel.
-        transposed: Whether a matrix is stored ``(in, out)`` although its shape does not tell.
-        kernel_transposed: Whether a kernel starts with its inputs.
+        A: The first factor, ``(rank, in)``.
+        B: The second factor, ``(out, rank)``.
+        scale: Factor of the update, ``alpha / rank`` or ``alpha / sqrt(rank)``.
+        shape: Shape of the stored tensor: ``(out, in)``, ``(in, out)``, or that of a kernel.
+        transposed: Whether a matrix is stored ``(in, out)``. If False, this is still found where the shape tells it.
+        kernel_transposed: Whether the first axis of a kernel is that of its inputs.
 
     Raises:
         AdapterFileError: If the update does not fit the shape.

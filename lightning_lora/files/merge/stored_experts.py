@@ -1,8 +1,8 @@
-"""Which part of a weight of fused experts a stored tensor holds: checkpoints split what the model fuses.
+"""Which part of a weight of fused experts each stored tensor holds, as checkpoints split what the model fuses.
 
-A checkpoint may store every expert by itself, gate and up apart, either way round. How, transformers knows; here row
-numbers are sent the way it sends weights (`row_numbers`), and where they arrive tells what each tensor holds
-(`expert_parts`). So no layout is written down twice.
+A checkpoint may store every expert by itself, gate and up apart, and either transposed or not. Only transformers knows
+the layout. Row numbers are therefore converted as transformers converts weights (`row_numbers`), and the places where
+they arrive tell what each tensor holds (`expert_parts`). No layout is written down a second time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class FusedWeight:
     """A weight of fused experts as the model has it.
 
     Args:
-        name: The adapted weight.
-        shape: Of the parameter, ``(experts, out, in)`` or ``(experts, in, out)``.
-        transposed: Whether it is the latter.
+        name: Name of the adapted weight.
+        shape: Shape of the parameter, ``(experts, out, in)`` or ``(experts, in, out)``.
+        transposed: Whether the shape is ``(experts, in, out)``.
     """
 
     name: str
@@ -44,14 +44,14 @@ class FusedWeight:
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """What a stored tensor holds of a weight of fused experts.
+    """The part of a weight of fused experts that a stored tensor holds.
 
     Args:
-        fused: That weight.
-        first: Number of the first expert.
-        num_experts: How many experts follow each other in it.
-        rows: Outputs of each expert it holds, ``(rows)``, in order.
-        transposed: Whether it is stored ``(in, rows)``.
+        fused: The weight.
+        first: Number of the first expert in the tensor.
+        num_experts: Number of consecutive experts in the tensor.
+        rows: The outputs of each expert in the tensor, ``(rows)``, in order.
+        transposed: Whether an expert is stored ``(in, rows)``.
     """
 
     fused: FusedWeight
@@ -64,11 +64,11 @@ class ExpertPart:
         """The update of the stored tensor ``name``.
 
         Args:
-            name: For errors.
-            A: ``(experts or 1, rank, in)`` of all experts.
-            B: ``(experts or 1, out, rank)``.
-            scale: alpha / rank.
-            shape: Of the stored tensor.
+            name: Name of the stored tensor, for errors.
+            A: The first factors of all experts, ``(experts or 1, rank, in)``.
+            B: The second factors of all experts, ``(experts or 1, out, rank)``.
+            scale: Factor of the update, ``alpha / rank`` or ``alpha / sqrt(rank)``.
+            shape: Shape of the stored tensor.
 
         Raises:
             AdapterFileError: If the update does not fit the shape.
@@ -82,10 +82,10 @@ class ExpertPart:
         return StoredUpdate(A.mT, B.mT, scale) if self.transposed else StoredUpdate(B, A, scale)
 
     def sampled(self, step: int) -> tuple[Tensor, Tensor]:
-        """Where the stored tensor holds every ``step``-th element of the fused weight.
+        """Find where the stored tensor holds every ``step``-th element of the fused weight.
 
         Returns:
-            Their positions in the stored tensor, ascending, and their numbers among those of the whole weight.
+            The positions of these elements in the stored tensor, ascending, and their numbers among all of them.
         """
         size = self.fused.num_out * self.fused.num_in
         first, stop = (-(-expert * size // step) for expert in (self.first, self.first + self.num_experts))
@@ -104,22 +104,22 @@ class ExpertPart:
 
 
 def row_numbers(fused: FusedWeight) -> Tensor:
-    """The fused weight with a single input, each row holding its number: ``expert * outputs + output``."""
+    """A weight like ``fused`` but with a single input, whose rows hold their number: ``expert * outputs + output``."""
     num_experts = fused.shape[0]
     numbers = torch.arange(num_experts * fused.num_out, dtype=torch.int32).reshape(num_experts, fused.num_out, 1)
     return numbers.mT if fused.transposed else numbers
 
 
 def expert_parts(fused: FusedWeight, stored: Mapping[str, Tensor], seen: dict[bytes, Tensor]) -> dict[str, ExpertPart]:
-    """What each stored tensor holds, by the `row_numbers` that arrived there.
+    """Find what each stored tensor holds, by the `row_numbers` that arrived there.
 
     Args:
         fused: The weight.
         stored: Name of the stored tensor to its row numbers.
-        seen: Lists of rows met before: the experts of a model share a few, which need not be kept for each.
+        seen: Lists of rows met before, extended here. The experts of a model share few lists, so one copy is kept.
 
     Raises:
-        AdapterFileError: If the checkpoint mixes experts in a way not known here.
+        AdapterFileError: If the checkpoint mixes experts in an unknown way.
     """
     parts = {}
     for name, numbers in stored.items():
@@ -134,5 +134,7 @@ def expert_parts(fused: FusedWeight, stored: Mapping[str, Tensor], seen: dict[by
         parts[name] = ExpertPart(fused, int(experts[0, 0]), len(lists), rows, transposed)
     held = sum(part.num_experts * len(part.rows) for part in parts.values())
     if held != fused.shape[0] * fused.num_out:
-        raise AdapterFileError(f"{next(iter(stored))} and others hold {held} rows of {fused.name}, not all.")
+        raise AdapterFileError(
+            f"{next(iter(stored))} and others hold {held} of the {fused.shape[0] * fused.num_out} rows of {fused.name}."
+        )
     return parts

@@ -1,4 +1,4 @@
-"""The model of a checkpoint without its weights: how transformers names and cuts them on disk."""
+"""The names and layouts that transformers gives the weights of a model on disk, found without reading any weight."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_lora.errors import AdapterFileError
 
 
 class CheckpointModel:
-    """What transformers would build of a checkpoint folder, on the meta device.
+    """The model that transformers builds from a checkpoint folder, on the meta device.
 
     Args:
-        folder: A folder with ``config.json``; no code of it is run.
+        folder: A folder with ``config.json``; no code in it is run.
 
     Raises:
-        AdapterFileError: If the folder does not say what model it is, or transformers does not know it.
+        AdapterFileError: If the folder does not say what model it is, or transformers does not know the model.
     """
 
     def __init__(self, folder: Path) -> None:
-        import transformers  # a merge of linear layers alone needs nothing of it
+        import transformers  # imported here, as a merge of linear layers alone does not need it
 
         try:
             config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -48,12 +48,12 @@ class CheckpointModel:
         return revert_weight_conversion(self.module, dict(tensors))  # pyright: ignore[reportArgumentType]
 
     def stored_name(self, name: str) -> str | None:
-        """What checkpoints call a parameter that they store as it is; None for one they cut or turn, or without."""
+        """The name of a parameter in checkpoints; None if there is no such parameter, or it is stored cut or turned."""
         parameter = self._parameters.get(name)
         if parameter is None:
             return None
         try:
             stored = self.stored({name: parameter})
-        except ValueError:  # it is stored together with others
+        except ValueError:  # it is stored in one tensor with others
             return None
         return next((other for other, tensor in stored.items() if tensor is parameter), None)

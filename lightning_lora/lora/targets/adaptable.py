@@ -1,4 +1,4 @@
-"""Which weights of a module can be adapted, what each is in its model, and why others cannot."""
+"""The weights of a module that targets can select: which can be adapted, their roles, and why others cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.lora.layers.adapted import join
-from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.base import LoRALayer, WeightShape
 from lightning_lora.lora.layers.registry import adapter_kind, refusal
 from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.roles import module_roles
@@ -21,52 +21,67 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class AdaptableWeight:
-    """One weight that is adaptable, or would be but for a reason (then ``parameter`` is empty)."""
+class Candidate:
+    """A weight that targets can select: adaptable, or refused for a reason.
 
+    Args:
+        name: The name of the layer, or layer and parameter where a layer has several weights (see `layers.adapted`).
+        layer: Dotted name of the layer that holds the weight.
+        parameter: Name of the weight in its layer; empty if the layer is refused.
+        role: What the layer is in its model: ``attention``, ``mlp``, ``head``, ...
+        refusal: Why the layer cannot be adapted; empty if it can.
+    """
+
+    name: str
     layer: str
     parameter: str
     role: str
+    refusal: str = ""
 
     def kind(self, root: nn.Module) -> type[LoRALayer]:
-        """What its layer becomes."""
+        """The class of adapted layer that the layer becomes."""
         kind = adapter_kind(root.get_submodule(self.layer))
         assert kind is not None
         return kind
 
-    def is_hit(self, name: str, pattern: str) -> bool:
-        """Whether a pattern means this weight: by its own name or by that of its layer."""
-        return matches(name, pattern) or matches(self.layer, pattern)
+    def shape(self, root: nn.Module) -> WeightShape:
+        """The weight as the matrix that its update is added to."""
+        return self.kind(root).weights(root.get_submodule(self.layer))[self.parameter]
 
-    def is_hit_by_any(self, name: str, patterns: Iterable[str]) -> bool:
-        """Whether one of the patterns does."""
-        return any(self.is_hit(name, pattern) for pattern in patterns)
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern matches the name of this weight or of its layer."""
+        return matches(self.name, pattern) or matches(self.layer, pattern)
 
-    def first_hit(self, name: str, table: Mapping[str, Value], default: Value) -> Value:
-        """The value of the first pattern in ``table`` that does, else ``default``."""
-        return next((value for pattern, value in table.items() if self.is_hit(name, pattern)), default)
+    def matches_any(self, patterns: Iterable[str]) -> bool:
+        """Whether any of the patterns matches this weight."""
+        return any(self.matches(pattern) for pattern in patterns)
+
+    def first_match(self, table: Mapping[str, Value], default: Value) -> Value:
+        """The value of the first pattern in ``table`` that matches this weight, or ``default``."""
+        return next((value for pattern, value in table.items() if self.matches(pattern)), default)
 
 
-Weights = dict[str, AdaptableWeight]
+Candidates = dict[str, Candidate]
 
 
-def adaptable_weights(root: nn.Module, refused: Mapping[str, str]) -> Weights:
-    """Every weight below ``root`` by name (see `layers.walk`); a layer in ``refused`` is one without parameter."""
-    found: Weights = {}
-    for name, role in module_roles(root).items():
-        module = root.get_submodule(name)
+def find_candidates(root: nn.Module) -> Candidates:
+    """Name to candidate for every weight below ``root``; a refused layer is one candidate."""
+    refused = refused_layers(root)
+    found: Candidates = {}
+    for layer, role in module_roles(root).items():
+        module = root.get_submodule(layer)
         kind = adapter_kind(module)
-        if kind is None or name in refused:
-            found[name] = AdaptableWeight(name, "", role)
+        if kind is None or layer in refused:
+            found[layer] = Candidate(layer, layer, "", role, refused[layer])
             continue
         for parameter in kind.weights(module):
-            own_name = join(name, parameter) if kind.prefix(module, parameter) else name
-            found[own_name] = AdaptableWeight(name, parameter, role)
+            name = join(layer, parameter) if kind.prefix(module, parameter) else layer
+            found[name] = Candidate(name, layer, parameter, role)
     return found
 
 
 def refused_layers(root: nn.Module) -> dict[str, str]:
-    """Layers with weights that have no adapter here, and why: they must be named, not passed over in silence."""
+    """Name to reason for every layer with weights that cannot be adapted."""
     refused = {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
     for name, module in root.named_modules():
         for child in sorted(uncalled_children(module)):
@@ -76,8 +91,8 @@ def refused_layers(root: nn.Module) -> dict[str, str]:
 
 
 def check_built(root: nn.Module) -> None:
-    """Raise `ConfigError` if a parameter has no shape yet."""
-    # Freezing, counting and hashing all need shapes, so one unbuilt layer anywhere is one too many.
+    """Raise `ConfigError` if any parameter has no shape yet."""
+    # Freezing, counting and hashing all need shapes, so a single lazy layer is refused wherever it is.
     lazy = [name for name, parameter in root.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How each chosen weight is adapted: its rank, its alpha, and what is refused about them."""
+"""The rank and alpha of each selected weight."""
 
 from __future__ import annotations
 
@@ -7,39 +7,36 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError, TargetNotFoundError, closest, first_five
+from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.base import AdapterSpec
-from lightning_lora.lora.targets.adaptable import AdaptableWeight, Weights
+from lightning_lora.lora.targets.adaptable import Candidate, Candidates
 
 
-def adapter_specs(root: nn.Module, selected: Weights, config: LoRAConfig) -> dict[str, AdapterSpec]:
-    """Name of every selected weight to how it is adapted.
+def adapter_specs(root: nn.Module, selected: Candidates, config: LoRAConfig) -> dict[str, AdapterSpec]:
+    """Name to rank, alpha and role for every selected weight.
 
     Raises:
-        TargetNotFoundError: If a pattern of ranks or alphas matches none of them.
-        ConfigError: If a weight is too small for the rank it was given by name.
+        TargetNotFoundError: If a pattern of ``rank_pattern`` or ``alpha_pattern`` matches none of the weights.
+        ConfigError: If a weight is too small for its rank from ``rank_pattern``.
     """
-    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            if not any(weight.is_hit(name, pattern) for name, weight in selected.items()):
-                hint = closest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in selected), count=5)
-                raise TargetNotFoundError(
-                    f"{option} {pattern!r} matches none of the {len(selected)} adapted layers{hint}"
-                )
+    _check_patterns(selected, config)
     specs, capped = {}, []
     for name, weight in selected.items():
-        num_in, num_out, _ = weight.kind(root).weights(root.get_submodule(weight.layer))[weight.parameter]
-        given, usual = weight.first_hit(name, config.rank_pattern, 0), _usual_rank(root, weight, config)
-        if given > min(num_in, num_out):
+        shape = weight.shape(root)
+        full_rank = min(shape.num_in, shape.num_out)
+        rank = weight.first_match(config.rank_pattern, 0)
+        if rank > full_rank:
             raise ConfigError(
-                f"rank must be in [1, {min(num_in, num_out)}] for {name!r}, a ({num_out}, {num_in}) weight, "
-                f"got rank={given} from rank_pattern."
+                f"rank must be in [1, {full_rank}] for {name!r}, a ({shape.num_out}, {shape.num_in}) weight, got "
+                f"rank={rank} from rank_pattern."
             )
-        if not given and usual > min(num_in, num_out):
-            capped.append(f"{name} ({min(num_in, num_out)})")
-        alpha = weight.first_hit(name, config.alpha_pattern, config.alpha)
-        specs[name] = AdapterSpec(given or min(usual, num_in, num_out), alpha, weight.role, config)
+        if not rank:
+            rank = _default_rank(root, weight, config)
+            if rank > full_rank:
+                capped.append(f"{name} ({full_rank})")
+                rank = full_rank
+        specs[name] = AdapterSpec(rank, weight.first_match(config.alpha_pattern, config.alpha), weight.role, config)
     if capped:
         warnings.warn(
             f"rank {config.rank} is more than {len(capped)} of {len(selected)} adapted layers can hold; they get their "
@@ -49,15 +46,25 @@ def adapter_specs(root: nn.Module, selected: Weights, config: LoRAConfig) -> dic
     return specs
 
 
-def _usual_rank(root: nn.Module, weight: AdaptableWeight, config: LoRAConfig) -> int:
-    """The rank a weight gets without a pattern: experts share it among those that are active for a token."""
+def _check_patterns(selected: Candidates, config: LoRAConfig) -> None:
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(weight.matches(pattern) for weight in selected.values()):
+                hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in selected), count=5)
+                raise TargetNotFoundError(
+                    f"{option} {pattern!r} matches none of the {len(selected)} adapted layers{hint}"
+                )
+
+
+def _default_rank(root: nn.Module, weight: Candidate, config: LoRAConfig) -> int:
+    """The rank of a weight without a pattern of its own: the active experts of a mixture share it."""
     if weight.role != "experts" or config.share_expert_factors:
         return config.rank
     return max(1, config.rank // active_experts(root, weight.layer))
 
 
-# Attributes of a mixture, its router or its config; transformers and others have found no single name.
-_NAMES = (
+# Names that libraries give the number of active experts, in a mixture, its router or its config.
+_ACTIVE_EXPERTS = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "top_k",
@@ -70,33 +77,33 @@ _NAMES = (
 )
 
 
-def active_experts(root: nn.Module, name: str) -> int:
-    """Experts per token of the mixture that the expert layer ``name`` is in, read from the modules around it.
+def active_experts(root: nn.Module, layer: str) -> int:
+    """The number of experts per token in the mixture around an expert layer, read from the modules around it.
 
-    1, with a warning, where nothing says: every expert then gets the whole rank.
+    If nothing tells the number, it is 1, with a warning: every expert then gets the full rank.
 
     References:
         *LoRA Without Regret*, 2025: rank / active experts keeps the ratio of adapter to base parameters that dense
         layers have.
     """
-    path = name
+    path = layer
     while True:
         module = root.get_submodule(path)
-        for holder in (module, *(getattr(module, part, None) for part in ("config", "gate", "router"))):
-            number = _number(holder)
-            if number:
+        for holder in (module, *(getattr(module, name, None) for name in ("config", "gate", "router"))):
+            if number := _number_of_active_experts(holder):
                 return number
         if not path:
             break
         path = path.rpartition(".")[0]
     warnings.warn(
         f"nothing in {type(root).__name__} says how many experts are active for a token (looked for "
-        f"{', '.join(_NAMES)}): each expert gets the whole rank. Set rank_pattern for the experts.",
+        f"{', '.join(_ACTIVE_EXPERTS)}): each expert gets the full rank. Set rank_pattern for the experts.",
         stacklevel=2,
     )
     return 1
 
 
-def _number(holder: Any) -> int:
-    values = (getattr(holder, name, None) for name in _NAMES)
+def _number_of_active_experts(holder: Any) -> int:
+    """The number that ``holder`` has under one of the known names; 0 if it has none."""
+    values = (getattr(holder, name, None) for name in _ACTIVE_EXPERTS)
     return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), 0)

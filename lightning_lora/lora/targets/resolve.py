@@ -1,9 +1,9 @@
-"""What a config selects in a module, decided before anything is changed."""
+"""From settings to targets: everything that an injection will do, decided before anything is changed."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,15 +13,22 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.attention import read_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.patterns import matches_any
-from lightning_lora.lora.targets.adaptable import Weights, adaptable_weights, check_built, refused_layers
+from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
 from lightning_lora.lora.targets.ranks import adapter_specs
-from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules, wanted_weights
-from lightning_lora.lora.targets.shared_weights import Tied, resolve_tied
+from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
+from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
 
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: the module, the kind of adapted layer it becomes, and how each of its weights is adapted."""
+    """One layer to adapt.
+
+    Args:
+        name: Dotted name of the layer.
+        module: The layer.
+        kind: The class of adapted layer that it becomes.
+        specs: Name of each weight in the layer to its rank, alpha and role.
+    """
 
     name: str
     module: nn.Module
@@ -30,63 +37,60 @@ class Target:
 
     @property
     def spec(self) -> AdapterSpec:
-        """How the first of its weights is adapted."""
+        """The spec of the first weight."""
         return next(iter(self.specs.values()))
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a config selects in a module: layers to adapt, modules to train in full, and what was left out and why."""
+    """All that a config selects in a module.
+
+    Args:
+        layers: The layers to adapt.
+        trainable: Name to module for every module to train in full.
+        skipped: Name of every other layer with weights to the reason why it is left alone.
+        tied: What happens to weights that several layers share.
+    """
 
     layers: tuple[Target, ...]
     trainable: dict[str, nn.Module]
     skipped: dict[str, str]
-    tied: Tied
+    tied: TiedWeights
 
 
 def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
-    """Find the layers ``config`` means in ``root`` without changing anything.
+    """Find what ``config`` selects in ``root``, without changing anything.
 
     Raises:
         TargetNotFoundError: If a pattern matches nothing, or nothing is left to adapt.
         ConfigError: If ``root`` is adapted already, a target shares its weight with another module, a layer named in
-            ``rank_pattern`` is too small for its rank, or dropout is asked for where it cannot act.
+            ``rank_pattern`` is too small for its rank, or dropout is set for a layer where it cannot act.
     """
     if any(isinstance(module, LoRALayer) for module in root.modules()):
         raise ConfigError("the module is adapted already; call remove_lora(module) before adapting it again.")
     check_built(root)
-    refused = refused_layers(root)
-    every = adaptable_weights(root, refused)
-    weights = {name: weight for name, weight in every.items() if weight.parameter}
-    if not weights:
-        found = ", ".join(sorted({type(module).__name__ for module in root.modules()})[:8])
-        reasons = "".join(f" {name}: {reason}." for name, reason in list(refused.items())[:3])
-        raise TargetNotFoundError(f"{type(root).__name__} has no layer that can be adapted; it holds {found}.{reasons}")
+    candidates = find_candidates(root)
+    refused = {name: weight.refusal for name, weight in candidates.items() if weight.refusal}
+    if len(refused) == len(candidates):
+        raise TargetNotFoundError(_nothing_adaptable(root, refused))
     trainable = trainable_modules(root, config)
-    wanted = wanted_weights(root, every, refused, config)
-    selected, skipped = select(root, weights, refused, wanted, config, trainable)
-    tied = resolve_tied(root, selected, config)
+    selected, skipped = select(root, candidates, trainable, config)
+    tied = resolve_tied_weights(root, selected, config)
     layers = _layers(root, selected, config)
     _check_dropout(root, layers, config)
-    passed_over = [
-        f"{name} ({reason})"
-        for name, reason in refused.items()
-        if is_targeted(name, every[name], config)
-        and not matches_any(name, config.exclude)
-        and not is_inside(name, trainable)
-    ]
-    if passed_over:
-        warnings.warn(
-            f"{len(passed_over)} targeted layers cannot be adapted and stay frozen: {first_five(passed_over)}. Name "
-            f"them in exclude if that is meant.",
-            stacklevel=3,
-        )
+    _warn_of_refused_targets(candidates, trainable, config)
     adapted = {*selected, *tied.followers}
     left_alone = {name: reason for name, reason in (skipped | refused).items() if name not in adapted}
     return Targets(layers, trainable, left_alone, tied)
 
 
-def _layers(root: nn.Module, selected: Weights, config: LoRAConfig) -> tuple[Target, ...]:
+def _nothing_adaptable(root: nn.Module, refused: dict[str, str]) -> str:
+    kinds = ", ".join(sorted({type(module).__name__ for module in root.modules()})[:8])
+    reasons = "".join(f" {name}: {reason}." for name, reason in list(refused.items())[:3])
+    return f"{type(root).__name__} has no layer that can be adapted; it holds {kinds}.{reasons}"
+
+
+def _layers(root: nn.Module, selected: Candidates, config: LoRAConfig) -> tuple[Target, ...]:
     layers: dict[str, Target] = {}
     for name, spec in adapter_specs(root, selected, config).items():
         weight = selected[name]
@@ -96,7 +100,7 @@ def _layers(root: nn.Module, selected: Weights, config: LoRAConfig) -> tuple[Tar
 
 
 def without_dropout(root: nn.Module, layers: Iterable[Target]) -> list[str]:
-    """Names of the layers whose update has no input of its own for dropout to act on."""
+    """Names of the layers whose update has no input of its own that dropout could act on."""
     read = read_projections(root)
     return [target.name for target in layers if target.name in read or not target.kind.takes_dropout(target.module)]
 
@@ -108,4 +112,21 @@ def _check_dropout(root: nn.Module, layers: Iterable[Target], config: LoRAConfig
             f"dropout={config.dropout:g} cannot act on {len(names)} of the targeted layers ({first_five(names)}): "
             f"attention, recurrent layers and convolutions with a forward of their own compute with the sum of weight "
             f"and update. Set dropout to 0, or exclude them."
+        )
+
+
+def _warn_of_refused_targets(candidates: Candidates, trainable: Collection[str], config: LoRAConfig) -> None:
+    passed_over = [
+        f"{name} ({weight.refusal})"
+        for name, weight in candidates.items()
+        if weight.refusal
+        and is_targeted(weight, config)
+        and not matches_any(name, config.exclude)
+        and not is_inside(name, trainable)
+    ]
+    if passed_over:
+        warnings.warn(
+            f"{len(passed_over)} targeted layers cannot be adapted and stay frozen: {first_five(passed_over)}. Name "
+            f"them in exclude if that is meant.",
+            stacklevel=4,
         )

@@ -1,7 +1,7 @@
-"""What each layer is in its model: attention, mlp, experts, router, embedding, head, filter, or other.
+"""The role of each layer in its model: attention, mlp, experts, router, embedding, head, filter, or other.
 
-Roles are read from structure (types, sibling names, weight tying, the Hugging Face base model), not from a list of
-model names.
+Roles are read from structure (types, sibling names, shared weights, the base model of a Hugging Face model), not from
+a list of model names.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _REGISTERED: dict[str, str] = {}
 
 
 def register_role(pattern: str, role: str) -> None:
-    """Say what the modules matching a name pattern are, ahead of what their structure tells.
+    """Set the role of all modules that match a name pattern; it comes before the role that their structure tells.
 
     Args:
-        pattern: A name pattern (see `LoRAConfig`).
+        pattern: A dotted name, a dotted suffix or a glob (see `LoRAConfig`).
         role: One of ``attention, mlp, experts, router, embedding, head, filter, other``.
 
     Raises:
@@ -53,9 +53,9 @@ def register_role(pattern: str, role: str) -> None:
 
 
 def module_roles(root: nn.Module) -> dict[str, str]:
-    """Dotted name to role of every module with weights below ``root`` (itself included, under the empty name).
+    """Dotted name to role for every layer with weights in ``root``; the name of ``root`` itself is empty.
 
-    Layers that would be adapted but for a `refusal` have their role too.
+    Layers that cannot be adapted have a role too.
     """
     modules = dict(root.named_modules())
     heads, patches, containers = _heads(root), _patch_embeddings(root), _Containers()
@@ -71,7 +71,7 @@ def module_roles(root: nn.Module) -> dict[str, str]:
         elif isinstance(module, nn.Conv1d) and _is_uncalled(name, modules):
             roles[name] = "filter"
         elif id(module) in heads and id(module) not in patches:
-            # A model without a head calls its patch embedding its output, by transformers' fallback.
+            # For a model without a head, transformers may return the patch embedding as output embedding.
             roles[name] = "head"
         else:
             role = _role_by_place(name, modules, containers)
@@ -80,35 +80,36 @@ def module_roles(root: nn.Module) -> dict[str, str]:
 
 
 def _is_uncalled(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the parent of a module reads its weight without calling it."""
     parent, _, leaf = name.rpartition(".")
     return leaf in uncalled_children(modules[parent])
 
 
 def hugging_face_models(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every transformers model in ``root`` that is not inside another one, with its dotted name."""
-    # Where the library was never imported no module can be one of its models, and the core need not import it.
+    """Name and module of every transformers model in ``root`` that is not inside another one."""
+    # If transformers was never imported, no module is one of its models, and it need not be imported here.
     library = sys.modules.get("transformers.modeling_utils")
     if library is None:
         return
     outer: list[str] = []
     for name, module in root.named_modules():
-        if isinstance(module, library.PreTrainedModel) and not any(_inside(name, prefix) for prefix in outer):
+        if isinstance(module, library.PreTrainedModel) and not any(_is_below(name, prefix) for prefix in outer):
             outer.append(name)
             yield name, module
 
 
-def _inside(name: str, prefix: str) -> bool:
+def _is_below(name: str, prefix: str) -> bool:
     return prefix == "" or name.startswith(f"{prefix}.")
 
 
 def _heads(root: nn.Module) -> set[int]:
-    """Identities of output layers: what lies outside a model's base, or shares its weight with an embedding."""
+    """The ``id`` of every output layer: outside the base of a model, or sharing its weight with an embedding."""
     heads = {id(module) for name, module in root.named_modules() if name.rpartition(".")[2] == "lm_head"}
     tables = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
     heads |= {id(module) for module in root.modules() if isinstance(module, nn.Linear) and id(module.weight) in tables}
     for _, model in hugging_face_models(root):
         heads.add(id(model.get_output_embeddings()))  # pyright: ignore[reportCallIssue]
-        # Where the base cannot be told, as in WhisperForAudioClassification, the names of its heads can.
+        # Some models name no base (WhisperForAudioClassification); their heads have known names.
         heads |= {id(layer) for name, child in model.named_children() if name in _HEADS for layer in child.modules()}
         base = model.base_model
         if isinstance(base, nn.Module) and base is not model:
@@ -118,40 +119,38 @@ def _heads(root: nn.Module) -> set[int]:
 
 
 def _patch_embeddings(root: nn.Module) -> set[int]:
-    """Identities of what embeds pixels or sound in transformers models: convolutions and linears, but no tables.
+    """The ``id`` of every layer that embeds pixels or sound, in transformers models only.
 
-    Elsewhere a class that has "embedding" in its name may be anything, a whole network included; in transformers, a
-    network with attention in it.
+    Elsewhere a class with "embedding" in its name may be anything, even a whole network. In transformers it may be a
+    network too, but then it contains attention.
     """
     return {
         id(layer)
         for _, model in hugging_face_models(root)
         for module in model.modules()
         if type(module).__name__.endswith(("Embedding", "Embeddings", "PatchEmbed", "PatchEmbedder"))
-        and not any(_role_of_container(name, child) == "attention" for name, child in _named_by_leaf(module))
+        and not any(
+            _role_of_container(name.rpartition(".")[2], child) == "attention" for name, child in module.named_modules()
+        )
         for layer in module.modules()
     }
 
 
-def _named_by_leaf(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name.rpartition(".")[2], child) for name, child in module.named_modules())
-
-
 class _Containers:
-    """What modules are as surroundings of layers, each told once: a list of blocks is around every layer in them."""
+    """Roles of the modules around layers. Cached, because a list of blocks is around every layer in them."""
 
     def __init__(self) -> None:
         self._roles: dict[tuple[str, nn.Module], str | None] = {}
         self._attentions: dict[nn.Module, bool] = {}
 
     def role(self, leaf: str, module: nn.Module) -> str | None:
-        """The role of a module called ``leaf``, if it has one."""
+        """The role of ``module``, whose name ends in ``leaf``; None if it has none."""
         if (leaf, module) not in self._roles:
             self._roles[leaf, module] = _role_of_container(leaf, module)
         return self._roles[leaf, module]
 
     def holds_attention(self, module: nn.Module) -> bool:
-        """Whether one of its children is an attention."""
+        """Whether a child of ``module`` is an attention module."""
         if module not in self._attentions:
             children = module.named_children()
             self._attentions[module] = any(self.role(name, child) == "attention" for name, child in children)
@@ -159,11 +158,12 @@ class _Containers:
 
 
 def _role_by_place(name: str, modules: dict[str, nn.Module], containers: _Containers) -> str:
-    """The role of the nearest ancestor that has one; the rest of a block with attention in it is its MLP.
+    """The role of the nearest module around a layer that has one.
 
-    Routers and experts are made of MLPs: what is around those tells first.
+    Routers and experts are checked first, since both contain MLPs. In a block that contains attention, all other
+    layers are its MLP.
     """
-    around = _ancestors(name, modules)
+    around = _with_ancestors(name, modules)
     for leaf, _, parent in around:
         if leaf in ("router", "gate", "shared_expert_gate") and hasattr(parent, "experts"):
             return "router"
@@ -180,8 +180,8 @@ def _role_by_place(name: str, modules: dict[str, nn.Module], containers: _Contai
     return "other"
 
 
-def _ancestors(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module, nn.Module | None]]:
-    """Of the module called ``name`` and all around it, outwards: last part of the name, the module, its parent."""
+def _with_ancestors(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module, nn.Module | None]]:
+    """Last part of the name, module and parent, for the module called ``name`` and all modules around it, outwards."""
     found = []
     while name:
         path, _, leaf = name.rpartition(".")
@@ -191,14 +191,15 @@ def _ancestors(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, nn.M
 
 
 def _role_of_container(leaf: str, module: nn.Module) -> str | None:
+    """The role of all layers inside ``module``, whose name ends in ``leaf``; None if it does not tell one."""
     kind = type(module).__name__.lower()
     children = {name for name, _ in module.named_children()}
     if leaf == "experts" or kind.endswith("experts"):
         return "experts"
-    # MemoryAttentionMLP is an MLP; a mixer may be one.
+    # Before attention: MemoryAttentionMLP is an MLP, and so may be a module called "mixer".
     if leaf in _MLP_NAMES or kind.endswith("mlp"):
         return "mlp"
-    # State-space mixers and gated delta nets stand where attention does; they hold their decay rates.
+    # State-space mixers and gated delta nets take the place of attention; A_log holds their decay rates.
     if leaf.lower().endswith(_ATTENTION_ENDINGS) or "A_log" in module._parameters:
         return "attention"
     if "attention" in kind and not _holds_attention_and_more(module):
@@ -209,7 +210,7 @@ def _role_of_container(leaf: str, module: nn.Module) -> str | None:
 
 
 def _holds_attention_and_more(module: nn.Module) -> bool:
-    """Whether it is a block: a MaskedAttentionDecoderLayer has attention beside the linears of its MLP."""
+    """Whether ``module`` is a whole block: a MaskedAttentionDecoderLayer holds attention and the linears of an MLP."""
     children = dict(module.named_children())
     has_attention = any(name.lower().endswith(_ATTENTION_ENDINGS) for name in children)
     return has_attention and any(isinstance(child, nn.Linear) for child in children.values())

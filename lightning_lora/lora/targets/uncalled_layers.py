@@ -1,7 +1,7 @@
-"""Layers whose weight the module around them reads without calling them: an adapter would silently do nothing.
+"""Layers whose weight is read by the module around them, which never calls them: an adapter would have no effect.
 
-`LoRAGuard` finds such layers in a run. Most can be told before it, from the code of the class: it says
-``self.proj.weight`` and never ``self.proj`` alone, as WavLM's attention and the mixers of state-space models do.
+WavLM's attention and the mixers of state-space models read weights so. Most such layers are found in the source of the
+class, which contains ``self.proj.weight`` but never ``self.proj`` alone. `LoRAGuard` finds the others during a run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Asking a weight what it is, is not computing with it; ``data`` is how it is initialised.
-_ASKED = frozenset({"data", "device", "dtype", "grad", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
-# torch's own layers that read weights are known one by one; the other classes hold no layers of their own.
-_KNOWN = (
+# Reading these attributes of a weight is not computing with it; ``data`` is used to initialise it.
+_METADATA = frozenset({"data", "device", "dtype", "grad", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
+# Classes of these modules are not analysed: torch's layers are known one by one, the others hold no layers.
+_NOT_ANALYSED = (
     "builtins",
     "lightning.",
     "torch.",
@@ -28,9 +28,9 @@ _KNOWN = (
 
 
 def uncalled_children(module: nn.Module) -> frozenset[str]:
-    """Names of the children whose weight the code of ``type(module)`` reads, without ever calling or passing them on.
+    """Names of the children whose weight the code of ``type(module)`` reads without ever calling or passing them on.
 
-    Empty where the source of the class cannot be read.
+    Empty if the source of the class cannot be read.
     """
     if not any("weight" in child._parameters for child in module.children()):
         return frozenset()
@@ -42,13 +42,14 @@ def _uncalled(kind: type) -> frozenset[str]:
     read: set[str] = set()
     used: set[str] = set()
     for ancestor in kind.__mro__:
-        if not ancestor.__module__.startswith(_KNOWN):
+        if not ancestor.__module__.startswith(_NOT_ANALYSED):
             for function in _methods(ancestor):
-                _sort(function, read, used)
+                _collect_uses(function, read, used)
     return frozenset(read - used)
 
 
 def _methods(kind: type) -> Iterator[ast.FunctionDef]:
+    """The parsed methods of a class, nested functions included."""
     found = _classes(kind.__module__).get(kind.__qualname__)
     if found is not None:
         yield from (node for node in ast.walk(found) if isinstance(node, ast.FunctionDef) and node.args.args)
@@ -56,10 +57,10 @@ def _methods(kind: type) -> Iterator[ast.FunctionDef]:
 
 @functools.cache
 def _classes(module_name: str) -> dict[str, ast.ClassDef]:
-    """The classes of a source file by qualified name; `inspect` would read the file anew for each of them."""
+    """Qualified name to parsed class for a source file; `inspect` would read the file again for each class."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module_name]))
-    except (KeyError, OSError, TypeError, SyntaxError):  # a prompt, a notebook, a compiled module: LoRAGuard remains
+    except (KeyError, OSError, TypeError, SyntaxError):  # a prompt, a notebook or a compiled module
         return {}
     return dict(_named_classes(tree, ""))
 
@@ -73,10 +74,10 @@ def _named_classes(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassD
             yield from _named_classes(node, f"{prefix}{node.name}.<locals>.")
 
 
-def _sort(function: ast.FunctionDef, read: set[str], used: set[str]) -> None:
-    """Put every ``self.name`` of a method where it belongs."""
+def _collect_uses(function: ast.FunctionDef, read: set[str], used: set[str]) -> None:
+    """Add every ``self.name`` of a method to ``read`` if only its weight is read, to ``used`` if it is used itself."""
     parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
-    # What builds, initialises or ties a weight reads it too, and computes nothing.
+    # Methods that build, initialise or tie a weight also read it, without computing anything.
     computes = not any(word in function.name for word in ("init", "reset", "tie"))
     for node in _attributes_of(function.args.args[0].arg, function):
         around = parents[node]
@@ -84,13 +85,14 @@ def _sort(function: ast.FunctionDef, read: set[str], used: set[str]) -> None:
             if isinstance(node.ctx, ast.Load):
                 used.add(node.attr)
         elif around.attr == "weight":
-            if computes and not _is_aside(around, parents[around]):
+            if computes and not _is_metadata(around, parents[around]):
                 read.add(node.attr)
         elif _is_called(around, parents[around]):
             used.add(node.attr)
 
 
 def _attributes_of(this: str, function: ast.FunctionDef) -> Iterator[ast.Attribute]:
+    """Every ``this.name`` in a function."""
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == this:
             yield node
@@ -100,10 +102,10 @@ def _is_called(attribute: ast.Attribute, around: ast.AST) -> bool:
     return isinstance(around, ast.Call) and around.func is attribute
 
 
-def _is_aside(weight: ast.Attribute, around: ast.AST) -> bool:
-    """Whether a weight is only set, compared, or asked what it is."""
+def _is_metadata(weight: ast.Attribute, around: ast.AST) -> bool:
+    """Whether a weight is only set, compared, or asked for its type, shape or the like."""
     if not isinstance(weight.ctx, ast.Load) or isinstance(around, ast.Compare):
         return True
     if isinstance(around, ast.Attribute):
-        return around.attr in _ASKED
+        return around.attr in _METADATA
     return isinstance(around, ast.Call) and isinstance(around.func, ast.Name) and around.func.id == "isinstance"

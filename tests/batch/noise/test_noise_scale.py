@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.batch.noise.noise_scale import NoiseScale, combine, noise_scale, signal_and_trace
-from lightning_lora.batch.noise.row_gradients import adapter_row_gradients
+from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale, noise_scale_of_steps, signal_and_trace
+from lightning_lora.batch.noise.per_example_gradients import adapter_row_gradients
 from lightning_lora.errors import DataError
 from tests.batch.noise.linear_teacher import LinearTeacher
 
@@ -32,17 +32,17 @@ def of_micro_batches(gradients: Tensor, sizes: int | Tensor) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 64), (4, 8), (4, 2), (8, 4)])
-@pytest.mark.parametrize("space", ["weight", "adapter"])
-def test_every_split_of_the_rows_gives_the_noise_scale_of_the_teacher(rows: int, count: int, space: str) -> None:
+@pytest.mark.parametrize("metric", ["weight", "adapter"])
+def test_every_split_of_the_rows_gives_the_noise_scale_of_the_teacher(rows: int, count: int, metric: str) -> None:
     num_rows = 64 * 400
     x, d_y = (part[:, None] for part in TEACHER.rows(num_rows, generator()))
-    if space == "weight":
+    if metric == "weight":
         gradients, expected = torch.einsum("nto,nti->noi", d_y, x).flatten(1), TEACHER.weight_noise_scale
     else:
         factors = adapter_row_gradients(x, d_y, TEACHER.A, TEACHER.B, TEACHER.scale)
         gradients, expected = torch.cat([factor.flatten(1) for factor in factors], 1), TEACHER.adapter_noise_scale
     micro_batches = gradients.view(-1, count, rows, gradients.shape[1]).mean(2)
-    estimate = combine(*of_micro_batches(micro_batches, rows))
+    estimate = noise_scale_of_steps(*of_micro_batches(micro_batches, rows))
     assert estimate.conclusive
     assert estimate.value == pytest.approx(expected, rel=0.1)
 
@@ -83,11 +83,25 @@ def coverage(estimates: list[NoiseScale], truth: float) -> tuple[float, float]:
     return len(conclusive) / len(estimates), hits / max(len(conclusive), 1)
 
 
+def test_the_noise_scale_of_a_quadratic_form_is_that_of_the_form() -> None:
+    """V7: a diagonal form in the place of the square norm, as Adam's metric and curvature are."""
+    form = torch.logspace(-1, 1, 16, dtype=torch.float64) * torch.linspace(0.5, 1.5, 16, dtype=torch.float64).square()
+    mean = torch.linspace(0.2, 1, 16, dtype=torch.float64)
+    deviations = torch.linspace(1, 3, 16, dtype=torch.float64).flip(0)
+    gradients = mean + deviations * normal(1500, 4, 16) / 4**0.5
+    squares = (form * gradients.square()).sum(-1), (form * gradients.mean(1).square()).sum(-1)
+    estimate = noise_scale_of_steps(*signal_and_trace(*squares, 4))
+    truth = float((form * deviations.square()).sum() / (form * mean.square()).sum())
+    simple = float(deviations.square().sum() / mean.square().sum())
+    assert estimate.value == pytest.approx(truth, rel=0.03)
+    assert abs(simple / truth - 1) > 0.15
+
+
 @pytest.mark.parametrize("num_steps", [25, 100, 400])
 def test_intervals_of_many_steps_hold_the_truth_as_often_as_they_say(num_steps: int) -> None:
     gradients = 1 + normal(300 * num_steps, 4, 20) * 2  # signal 20, trace 4 * 20 * 4 rows
     signals, traces = (part.view(300, num_steps) for part in of_micro_batches(gradients, 4))
-    share, hits = coverage([combine(*step) for step in zip(signals, traces, strict=True)], 16)
+    share, hits = coverage([noise_scale_of_steps(*step) for step in zip(signals, traces, strict=True)], 16)
     assert share > 0.9
     assert 0.9 <= hits <= 0.98
 
@@ -103,7 +117,7 @@ def test_intervals_of_one_step_hold_the_truth_as_often_as_they_say(count: int) -
 def test_a_signal_below_the_noise_is_called_inconclusive() -> None:
     gradients = 0.003 + normal(300 * 25, 2, 20)
     signals, traces = (part.view(300, 25) for part in of_micro_batches(gradients, 4))
-    estimates = [combine(*step) for step in zip(signals, traces, strict=True)]
+    estimates = [noise_scale_of_steps(*step) for step in zip(signals, traces, strict=True)]
     assert sum(not estimate.conclusive for estimate in estimates) >= 0.8 * 300
     assert all(math.isinf(estimate.high) for estimate in estimates if not estimate.conclusive)
     # Nothing is clamped: about half of such signals are negative.
@@ -113,10 +127,10 @@ def test_a_signal_below_the_noise_is_called_inconclusive() -> None:
 def test_unequal_micro_batches_are_unbiased_where_a_mean_size_is_not() -> None:
     sizes = torch.tensor([1.0, 2, 4, 16], dtype=torch.float64)
     gradients = 1 + 10 * normal(20_000, 4, 50) / sizes.sqrt()[:, None]  # signal 50, trace 5000
-    assert combine(*of_micro_batches(gradients, sizes)).value == pytest.approx(100, rel=0.1)
+    assert noise_scale_of_steps(*of_micro_batches(gradients, sizes)).value == pytest.approx(100, rel=0.1)
     weights = (sizes / sizes.sum())[:, None]
     naive = signal_and_trace(gradients.square().sum(-1), (weights * gradients).sum(1).square().sum(-1), sizes.mean())
-    assert not 50 < combine(*naive).value < 200
+    assert not 50 < noise_scale_of_steps(*naive).value < 200
 
 
 def test_a_mean_over_unequal_micro_batches_has_weights_of_its_own() -> None:
@@ -124,8 +138,8 @@ def test_a_mean_over_unequal_micro_batches_has_weights_of_its_own() -> None:
     sizes = torch.tensor([1.0, 2, 4, 16], dtype=torch.float64)
     gradients = 1 + 3 * normal(20_000, 4, 50) / sizes.sqrt()[:, None]  # signal 50, trace 450
     norms = gradients.square().sum(-1), gradients.mean(1).square().sum(-1)
-    assert combine(*signal_and_trace(*norms, sizes, torch.ones(4))).value == pytest.approx(9, rel=0.02)
-    assert combine(*signal_and_trace(*norms, sizes)).value != pytest.approx(9, rel=0.1)
+    assert noise_scale_of_steps(*signal_and_trace(*norms, sizes, torch.ones(4))).value == pytest.approx(9, rel=0.02)
+    assert noise_scale_of_steps(*signal_and_trace(*norms, sizes)).value != pytest.approx(9, rel=0.1)
 
 
 def test_one_step_and_its_norms_give_the_same_estimate() -> None:
@@ -150,8 +164,8 @@ def test_gradients_in_bfloat16_are_compared_in_double_precision() -> None:
 @pytest.mark.parametrize(
     ("gradients", "sizes", "message"),
     [
-        (torch.ones(1, 3), 4, "two micro-batches at least, got 1"),
-        ([], 4, "two micro-batches at least, got 0"),
+        (torch.ones(1, 3), 4, "at least two micro-batches, got 1"),
+        ([], 4, "at least two micro-batches, got 0"),
         (torch.ones(3, 3), [1, 2], "got 3 micro-batches and 2 batch sizes"),
         (torch.ones(2, 3), [1, 0], r"batch sizes must be positive, got \[1.0, 0.0\]"),
         ([torch.ones(3), torch.ones(4)], 1, "differ in shape"),
@@ -163,5 +177,5 @@ def test_what_gives_no_estimate_is_refused(gradients: Tensor, sizes: int, messag
 
 
 def test_steps_without_their_traces_are_refused() -> None:
-    with pytest.raises(DataError, match="one signal, one trace and one weight"):
-        combine(torch.ones(3), torch.ones(2))
+    with pytest.raises(DataError, match="one signal, one trace and one weight for every step"):
+        noise_scale_of_steps(torch.ones(3), torch.ones(2))

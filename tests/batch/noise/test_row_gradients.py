@@ -1,88 +1,171 @@
-"""Gradients of single rows are those that autograd gives row by row (V5), and sketches keep their norms (V6)."""
+"""A step of one micro-batch is measured by its rows, as autograd gives them row by row (V5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRAConfig, inject_lora, lora_layers
-from lightning_lora.batch.noise.noise_scale import combine, signal_and_trace
-from lightning_lora.batch.noise.row_gradients import adapter_row_gradients, sketch_matrix, weight_row_sketches
-from tests.batch.noise.linear_teacher import LinearTeacher
+from lightning_lora.batch.noise.noise_scale import signal_and_trace
+from lightning_lora.batch.noise.row_gradients import RowGradients
+from lightning_lora.callbacks import BatchSizeMonitor
+from lightning_lora.files.events import read_events
+from tests.batch.noise.row_modules import MODELS, Language, Own, squared_errors
+from tests.support import tiny_models, toys
+from tests.support.monitored import EveryStep, Samples, Tokens, fit
+
+pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
-class Block(torch.nn.Module):
-    """Attention over positions, an MLP, and a readout."""
+class SquaresOfRows(Callback):
+    """Keeps the square norms of the rows before the monitor turns them into a sample."""
+
+    squares: Tensor
+
+    def __init__(self, monitor: BatchSizeMonitor) -> None:
+        self.monitor = monitor
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert self.monitor._meter is not None
+        source = self.monitor._meter.source
+        assert isinstance(source, RowGradients)
+        (found,) = source._squares
+        self.squares = found[0]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_each_row_of_a_transformer_has_the_gradient_that_autograd_gives_it_alone(
+    kind: str, dropout: float, dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    tokens = torch.randint(3, tiny_models.VOCAB, (8, 9), generator=torch.Generator().manual_seed(3))
+    module, monitor = Language(kind, dtype, dropout), Samples()
+    seen = SquaresOfRows(monitor)
+    trainer = toys.trainer(tmp_path, callbacks=[seen, monitor])
+    trainer.fit(module, DataLoader(TensorDataset(tokens), batch_size=8))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    losses = module.row_losses(tokens)
+    gradients = [torch.autograd.grad(loss, trained, retain_graph=True) for loss in losses]
+    expected = torch.stack([torch.cat([part.flatten() for part in row]).square().sum() for row in gradients])
+    # The step's own gradient is a mean, so a row adds an eighth of its own.
+    assert torch.allclose(64 * seen.squares, expected.double(), rtol=tolerance, atol=0)
+    (sample,) = monitor.samples
+    assert (sample.num_rows, sample.num_micro_batches) == (8, 8)
+
+
+def by_hand(module: Any, batch: list[Tensor], row_losses: Callable[[Any, list[Tensor]], Tensor]) -> tuple[float, float]:
+    """Signal and trace of one step, from the gradient of each row's own loss and of their mean."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    torch.manual_seed(7)
+    losses = row_losses(module, batch)
+    rows = [torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True) for loss in losses]
+    gradients = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).double()
+    signal, trace = signal_and_trace(gradients.square().sum(1), gradients.mean(0).square().sum(), 1)
+    return float(signal), float(trace)
+
+
+class Twice(nn.Module):
+    """Its middle layer is called twice, and a third one holds the same weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v = (torch.nn.Linear(6, 6) for _ in range(3))
-        self.up, self.down = torch.nn.Linear(6, 10), torch.nn.Linear(10, 6)
+        self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.shares = nn.Linear(6, 6)
+        self.shares.weight = self.middle.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = (self.q(x) @ self.k(x).mT / 6**0.5).softmax(-1)
-        x = x + scores @ self.v(x)
-        return x + self.down(torch.tanh(self.up(x)))
+        return self.last(torch.tanh(self.shares(torch.tanh(self.middle(torch.tanh(self.middle(self.first(x))))))))
 
 
-def model(dtype: torch.dtype) -> torch.nn.Sequential:
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(Block(), Block()).to(dtype)
-    inject_lora(net, LoRAConfig(rank=3, targets=["q", "k", "v", "up", "down"], dropout=0.2))
-    for layer in lora_layers(net).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.05)
-    return net
+class Halving(nn.Linear):
+    """Overrides ``forward``, so that its update is not fused and its dropout is torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_the_gradient_of_each_row_is_that_of_autograd(dtype: torch.dtype, tolerance: float) -> None:
-    net, x = model(dtype), torch.randn(5, 4, 6, dtype=dtype, generator=torch.Generator().manual_seed(2))
-    # Dropout draws anew in each call: off here, its place in the formula is tested below.
-    net.eval()
-    layers = lora_layers(net)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in layers.items():
+class InPlace(nn.Module):
+    """Changes the outputs of its layers in place."""
 
-        def keep(module: object, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
-            output.register_hook(lambda d_y: seen.__setitem__(name, (inputs[0].detach(), d_y)))
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
 
-        layer.register_forward_hook(keep)
-    net(x).square().sum().backward()
-    whole = dict(seen)
-    for name, layer in layers.items():
-        spec = layer.lora_specs["weight"]
-        found = adapter_row_gradients(*whole[name], layer.lora_A.detach(), layer.lora_B.detach(), spec.scale)
-        squares = torch.cat([factor.flatten(1) for factor in found], 1).square().sum(1)
-        for row in range(len(x)):
-            net.zero_grad()
-            net(x[row : row + 1]).square().sum().backward()
-            gradients = [factor.grad for factor in layer.lora_factors().values()]
-            expected = sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None)
-            assert float(squares[row]) == pytest.approx(expected, rel=tolerance)
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y += x
+        return self.last(y.mul_(2).tanh_())
 
 
-def sketches(x: Tensor, d_y: Tensor, side: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    left = sketch_matrix(side, d_y.shape[-1], side, generator).double()
-    return weight_row_sketches(x, d_y, left, sketch_matrix(x.shape[-1], side, side, generator).double())
+NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "called twice and tied": (Twice, {"tied_weights": "both"}),
+    "written out, with dropout": (lambda: nn.Sequential(Halving(4, 6), nn.Tanh(), Halving(6, 2)), {"dropout": 0.3}),
+    "changed in place": (InPlace, {}),
+    "several axes": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 1, 2)), nn.Linear(2, 3), nn.Linear(3, 1), nn.Flatten(1, 3), nn.Flatten(0, 0)
+        ),
+        {"rank": 1},
+    ),
+}
 
 
-def test_sketches_keep_square_norms_and_with_them_the_noise_scale() -> None:
-    teacher = LinearTeacher.make(48, 48)
-    x, d_y = (part[:, None] for part in teacher.rows(64, torch.Generator().manual_seed(0)))
-    exact = torch.einsum("nto,nti->noi", d_y, x).square().sum((1, 2))
-    ratios = torch.stack([sketches(x, d_y, 32, seed).square().sum((1, 2)) / exact for seed in range(8)]).mean(1)
-    assert float(ratios.mean()) == pytest.approx(1, abs=0.05)
-    assert ratios.sub(1).abs().max() < 0.25
+@pytest.mark.parametrize("name", NETS)
+def test_a_step_of_one_micro_batch_is_what_autograd_gives_by_hand(name: str, tmp_path: Path) -> None:
+    net, settings = NETS[name]
+    module = Own(net, **settings)
+    (sample,) = fit(tmp_path, 8, 8, 1, module).samples
+    signal, trace = by_hand(module, next(iter(toys.loader(8, 8))), squared_errors)
+    assert sample.signal == pytest.approx(signal, rel=1e-12)
+    assert sample.trace == pytest.approx(trace, rel=1e-12)
+    assert (sample.num_rows, sample.num_micro_batches) == (8, 8)
 
 
-def test_the_noise_scale_of_sketched_rows_is_that_of_the_weight() -> None:
-    teacher = LinearTeacher.make()
-    x, d_y = (part[:, None] for part in teacher.rows(25_600, torch.Generator().manual_seed(0)))
-    values = []
-    for seed in range(8):
-        rows = sketches(x, d_y, 32, seed).view(-1, 64, 32 * 32)
-        estimate = combine(*signal_and_trace(rows.square().sum(-1), rows.mean(1).square().sum(-1), 1))
-        values.append(estimate.value)
-    assert sum(values) / 8 == pytest.approx(teacher.weight_noise_scale, rel=0.1)
+def test_a_loss_summed_over_tokens_gives_each_row_its_sum_over_the_mean_number_of_tokens(tmp_path: Path) -> None:
+    (sample,) = fit(tmp_path, 8, 8, 1, Tokens()).samples
+    module: Any = Tokens()
+    module.configure_model()
+
+    def losses(module: Any, batch: list[Tensor]) -> Tensor:
+        mask = batch[0] > 0
+        return squared_errors(module, batch) * 2 * mask.sum(1) / mask.sum() * 8
+
+    signal, trace = by_hand(module, next(iter(toys.loader(8, 8))), losses)
+    assert sample.signal == pytest.approx(signal, rel=1e-12)
+    assert sample.trace == pytest.approx(trace, rel=1e-12)
+
+
+def test_two_micro_batches_of_one_row_need_no_rows_by_themselves(tmp_path: Path) -> None:
+    (by_rows,) = fit(tmp_path, 2, 2, 1).samples
+    (by_micro_batches,) = fit(tmp_path, 2, 1, 2).samples
+    assert by_rows[:2] == pytest.approx(by_micro_batches[:2], rel=1e-12)
+
+
+class AllMetrics(EveryStep):
+    measures_adam, frozen_weights_every = True, 1
+
+
+def test_measuring_rows_changes_no_weight_and_draws_no_random_number(tmp_path: Path) -> None:
+    """F24 in all metrics, with dropout, which would show an additional draw."""
+    finals, states = [], []
+    for callbacks in ([AllMetrics()], []):
+        torch.manual_seed(0)
+        module = Language("llama", torch.float32, 0.25)
+        tokens = torch.randint(3, tiny_models.VOCAB, (24, 9), generator=torch.Generator().manual_seed(3))
+        module.configure_optimizers = lambda module=module: torch.optim.AdamW(  # pyright: ignore
+            [p for p in module.parameters() if p.requires_grad], lr=0.01, betas=(0.9, 0.5)
+        )
+        toys.trainer(tmp_path, callbacks=callbacks).fit(module, DataLoader(TensorDataset(tokens), batch_size=4))
+        finals.append(toys.snapshot(module))
+        states.append(torch.get_rng_state())
+    assert toys.same(*finals)
+    assert torch.equal(*states)
+    assert {"gns/adam", "gns/weight"} <= list(read_events(tmp_path))[-1].keys()

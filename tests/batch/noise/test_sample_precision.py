@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig
-from lightning_lora.batch.noise.noise_scale import NoiseScale, combine
+from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale_of_steps
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from tests.support import tiny_models, toys
 from tests.support.metered import measure
@@ -67,12 +67,12 @@ def found(
     scaled = [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device, init_scale=loss_scale))]  # pyright: ignore
     trainer = {"plugins": scaled} if precision == "16-mixed" else {"precision": precision}
     loader = DataLoader(rows(), batch_size=BATCH // accumulate)
-    options = {"weight_space_every": 1, "trainer": trainer | {"accelerator": device}}
+    options = {"frozen_weights_every": 1, "trainer": trainer | {"accelerator": device}}
     return measure(folder, Student(dropout, infinite), loader, accumulate, **options)
 
 
-def noise_scale(samples: list[Any], space: str) -> NoiseScale:
-    return combine(*torch.tensor([sample[space][:2] for sample in samples], dtype=torch.float64).T)
+def noise_scale(samples: list[Any], metric: str) -> NoiseScale:
+    return noise_scale_of_steps(*torch.tensor([sample[metric][:2] for sample in samples], dtype=torch.float64).T)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -83,17 +83,17 @@ def test_the_noise_scale_in_16_bits_is_that_in_32(precision: str, accumulate: in
     wide = found(tmp_path, "32-true", accumulate, device, 0.0)
     narrow = found(tmp_path, precision, accumulate, device, 0.0)
     assert len(narrow) == len(wide) == NUM_ROWS // BATCH
-    for space in ("adapter", "weight"):
-        exact, estimate = noise_scale(wide, space), noise_scale(narrow, space)
+    for metric in ("adapter", "weight"):
+        exact, estimate = noise_scale(wide, metric), noise_scale(narrow, metric)
         assert exact.conclusive
         assert estimate.value == pytest.approx(exact.value, rel=0.05)
-        # A scale that is not taken out again cancels in the quotient.
+        # A loss scale that is not divided out would cancel in the quotient.
         assert estimate.signal == pytest.approx(exact.signal, rel=0.05)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_rows_whose_dropout_is_torchs_own_are_seen_in_16_bits(device: str, tmp_path: Path) -> None:
-    """Autocast has the update written out: were the input before dropout taken, rows would not add up."""
+    """Under autocast the update is not fused. With the input before dropout, rows would not add up."""
     (sample, *_) = found(tmp_path, "bf16-mixed", 1, device, 0.5)
     assert sample["adapter"].num_micro_batches == BATCH
 
@@ -105,7 +105,7 @@ def test_a_step_with_an_infinite_gradient_leaves_no_sample(accumulate: int, tmp_
 
 
 def test_weights_leave_no_sample_where_the_adapters_gradient_is_infinite(tmp_path: Path) -> None:
-    """A loss scaled so high that products of finite numbers are not: the skipped steps that a scaler begins with."""
+    """The loss scale overflows products of finite numbers, as in the skipped steps that a scaler begins with."""
     samples = found(tmp_path, "16-mixed", 1, "cpu", 0.0, loss_scale=2.0**16)
     assert not samples[0]
     assert set(samples[-1]) == {"adapter", "weight"}

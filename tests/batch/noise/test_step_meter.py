@@ -15,19 +15,17 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_lora.batch.noise.sample_source import refusal
-from lightning_lora.callbacks import BatchSizeMonitor
-from lightning_lora.errors import ConfigError
+from lightning_lora.batch.noise.sample_source import unsupported_strategy
 from lightning_lora.files.events import read_events
-from tests.callbacks.test_batch_size_monitor import Double, Samples, fit
 from tests.support import tiny_models, toys
 from tests.support.metered import expected, gradients_of, measure
+from tests.support.monitored import Double, Samples, fit
 
 pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
 
 
 class Still(Double):
-    """Its weights do not move, so that every step can be done by hand; what ``optimizer`` makes of it is."""
+    """Trains with any optimizer at rate zero, so that every step can be computed by hand."""
 
     optimizer: Any = SGD
     options: dict[str, Any] = {}
@@ -42,16 +40,16 @@ class Still(Double):
 
 class Adaptive(Still):
     optimizer = Adam
-    # Two steps make the second moment one to go by.
+    # With beta2 = 0.5 the second moment counts after two steps.
     options = {"betas": (0.9, 0.5), "eps": 1e-3}
 
 
 @pytest.mark.parametrize("accumulate", [2, 1])
 def test_adams_metric_is_that_of_the_moment_before_the_step(accumulate: int, tmp_path: Path) -> None:
-    """With accumulation the samples are micro-batches, without it rows."""
+    """Samples are micro-batches with accumulation, and rows without."""
     batch_size = 8 // accumulate
     module, loader = Adaptive(), toys.loader(24, batch_size)
-    samples = measure(tmp_path, module, loader, accumulate, spaces=("adapter", "adam"))
+    samples = measure(tmp_path, module, loader, accumulate, measures_adam=True)
     assert [set(sample) for sample in samples] == [{"adapter"}, {"adapter"}, {"adapter", "adam"}]
     parts = list(toys.loader(24, batch_size if accumulate > 1 else 1))
     gradients = gradients_of(module, parts).unflatten(0, (3, -1))
@@ -63,7 +61,7 @@ def test_adams_metric_is_that_of_the_moment_before_the_step(accumulate: int, tmp
 
 
 class SteepestDescent(SGD):
-    """Has betas, and keeps nothing that Adam keeps."""
+    """Has betas, but no second moment."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr, momentum=0.9)
@@ -72,7 +70,7 @@ class SteepestDescent(SGD):
 
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
-    [(SGD, "SGD has no betas: Adam's metric"), (SteepestDescent, "SteepestDescent keeps no exp_avg_sq: Adam's metric")],
+    [(SGD, "SGD has no betas: use Adam"), (SteepestDescent, "SteepestDescent keeps no exp_avg_sq: use Adam")],
 )
 def test_an_optimizer_unlike_adam_is_measured_without_its_metric(
     optimizer: type[Optimizer], reason: str, tmp_path: Path
@@ -80,13 +78,13 @@ def test_an_optimizer_unlike_adam_is_measured_without_its_metric(
     module: Any = Still()
     module.optimizer = optimizer
     with pytest.warns(UserWarning, match=f"the noise scale is not measured as Adam scales it: {reason}") as warned:
-        samples = measure(tmp_path, module, toys.loader(24, 4), 2, spaces=("adapter", "adam"))
+        samples = measure(tmp_path, module, toys.loader(24, 4), 2, measures_adam=True)
     assert [set(sample) for sample in samples] == [{"adapter"}] * 3
     assert sum("as Adam scales it" in str(warning.message) for warning in warned) == 1
 
 
 def of_weights(module: Any) -> Any:
-    """The sample of all 16 rows in the space of the frozen weights."""
+    """The sample of all 16 rows in the frozen weights."""
     weights = [module.net.first.weight, module.net.second.weight]
     for parameter in module.parameters():
         parameter.requires_grad_(any(parameter is weight for weight in weights))
@@ -96,7 +94,7 @@ def of_weights(module: Any) -> Any:
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_small_frozen_weights_are_measured_exactly(accumulate: int, tmp_path: Path) -> None:
     module = Still()
-    (sample,) = measure(tmp_path, module, toys.loader(16, 16 // accumulate), accumulate, weight_space_every=1)
+    (sample,) = measure(tmp_path, module, toys.loader(16, 16 // accumulate), accumulate, frozen_weights_every=1)
     assert sample["weight"] == of_weights(module)
 
 
@@ -109,14 +107,14 @@ class Wide(Still):
 def test_sketches_of_large_frozen_weights_keep_their_noise_scale_on_average(tmp_path: Path) -> None:
     """The same rows in every step, so only the sketches differ from one to the next."""
     module, trainer = Wide(), {"max_epochs": 60}
-    samples = measure(tmp_path, module, toys.loader(16, 16), 1, trainer, weight_space_every=1)
+    samples = measure(tmp_path, module, toys.loader(16, 16), 1, trainer, frozen_weights_every=1)
     found = torch.tensor([sample["weight"][:2] for sample in samples], dtype=torch.float64)
     assert len(found.unique(dim=0)) == 60
     assert found.mean(0).tolist() == pytest.approx(of_weights(module).expected[:2], rel=0.1)
 
 
 def test_the_frozen_weights_are_measured_as_seldom_as_asked(tmp_path: Path) -> None:
-    samples = measure(tmp_path, Still(), toys.loader(32, 4), 1, weight_space_every=3)
+    samples = measure(tmp_path, Still(), toys.loader(32, 4), 1, frozen_weights_every=3)
     assert ["weight" in sample for sample in samples] == [True, False, False] * 2 + [True, False]
 
 
@@ -124,9 +122,9 @@ def test_frozen_weights_that_hooks_do_not_see_are_left_out_and_the_rest_is_measu
     module: Any = Still()
     module.lora = {"rank": 1, "targets": ["first"], "trainable": ["second"]}
     with pytest.warns(
-        UserWarning, match=r"frozen weights is not measured: net\.second\.weight has no gradient by rows"
+        UserWarning, match=r"frozen weights is not measured: per-row gradients .* net\.second\.weight is trained too"
     ):
-        samples = measure(tmp_path, module, toys.loader(16, 4), 2, weight_space_every=1)
+        samples = measure(tmp_path, module, toys.loader(16, 4), 2, frozen_weights_every=1)
     assert [set(sample) for sample in samples] == [{"adapter"}] * 2
 
 
@@ -156,22 +154,22 @@ def test_manual_optimisation_needs_no_help(tmp_path: Path) -> None:
 
 
 def test_manual_optimisation_leaves_the_frozen_weights_out(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="frozen weights is not measured: with manual optimisation nobody knows"):
-        samples = measure(tmp_path, Manual(), toys.loader(16, 8), weight_space_every=1)
+    with pytest.warns(UserWarning, match="frozen weights is not measured: with manual optimization it is unknown"):
+        samples = measure(tmp_path, Manual(), toys.loader(16, 8), frozen_weights_every=1)
     assert [set(sample) for sample in samples] == [{"adapter"}] * 2
 
 
 def test_one_backward_pass_by_hand_is_said_to_be_too_few(tmp_path: Path) -> None:
     module = Manual()
     module.num_passes = 1
-    with pytest.warns(UserWarning, match="one backward pass in a step of manual optimisation") as warned:
+    with pytest.warns(UserWarning, match="one backward pass in a step of manual optimization") as warned:
         assert measure(tmp_path, module, toys.loader(16, 8)) == [{}, {}]
     assert sum("one backward pass" in str(warning.message) for warning in warned) == 1
 
 
 @pytest.fixture
 def tensor_parallel() -> Iterator[ModelParallelStrategy]:
-    """The strategy of a process among two that split the layers; the other is not needed to build the mesh."""
+    """The strategy of one of two processes that split the layers; the mesh can be built without the other."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     strategy = ModelParallelStrategy(1, 2)
     names = ("data_parallel", "tensor_parallel")
@@ -181,10 +179,12 @@ def tensor_parallel() -> Iterator[ModelParallelStrategy]:
 
 
 def test_strategies_that_show_no_micro_batch_are_named(tensor_parallel: ModelParallelStrategy) -> None:
-    assert "tensor_parallel_size=1" in str(refusal(tensor_parallel))
-    assert "FSDP1 shards gradients" in str(refusal(FSDPStrategy()))
-    # Building one needs the library; that it is one is all that counts.
-    assert "DeepSpeed accumulates inside its engine" in str(refusal(DeepSpeedStrategy.__new__(DeepSpeedStrategy)))
+    assert "tensor_parallel_size=1" in str(unsupported_strategy(tensor_parallel))
+    assert "FSDP1 shards gradients" in str(unsupported_strategy(FSDPStrategy()))
+    # Constructing the strategy needs the library; only its type matters here.
+    assert "DeepSpeed accumulates inside its engine" in str(
+        unsupported_strategy(DeepSpeedStrategy.__new__(DeepSpeedStrategy))
+    )
 
 
 class TwoOptimizers(Manual):
@@ -193,7 +193,7 @@ class TwoOptimizers(Manual):
         return [SGD(trained[:2], lr=0.0), SGD(trained[2:], lr=0.0)]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Nothing: no step is taken."""
+        """Takes no step."""
 
 
 class Fused(toys.Toy):
@@ -208,7 +208,7 @@ def scaled() -> MixedPrecision:
 @pytest.mark.parametrize(
     ("module", "options", "reason"),
     [
-        (TwoOptimizers, {}, "one optimizer is needed to know what belongs to a step, there are 2"),
+        (TwoOptimizers, {}, "gradients of a step are known for one optimizer only, and the module has 2"),
         (Fused, {"plugins": [scaled()]}, "Adam unscales the gradients inside its step"),
     ],
 )
@@ -220,12 +220,15 @@ def test_what_cannot_be_measured_is_said_once_and_the_run_goes_on(
     assert sum("monitor measures nothing" in str(warning.message) for warning in warned) == 1
 
 
-def test_the_monitor_logs_all_spaces_and_goes_on_with_them(tmp_path: Path) -> None:
-    """With what was measured before: lambda is the frozen weights' noise scale over the adapters'."""
-    options: dict[str, Any] = {"spaces": ("adapter", "adam"), "weight_space_every": 3}
+class AllMetrics(Samples):
+    measures_adam, frozen_weights_every = True, 3
+
+
+def test_the_monitor_logs_all_metrics_and_goes_on_with_them(tmp_path: Path) -> None:
+    """A resumed run keeps its samples; lambda is the noise scale of the frozen weights over that of the adapters."""
 
     def run(epochs: int, path: Path | None = None) -> Trainer:
-        trainer = toys.trainer(tmp_path, max_epochs=epochs, callbacks=[Samples(**options)])
+        trainer = toys.trainer(tmp_path, max_epochs=epochs, callbacks=[AllMetrics()])
         trainer.fit(Adaptive(), toys.loader(32, 8), ckpt_path=None if path is None else str(path))
         return trainer
 
@@ -242,9 +245,3 @@ def test_the_monitor_logs_all_spaces_and_goes_on_with_them(tmp_path: Path) -> No
     (tmp_path / "events.jsonl").unlink()
     run(4, tmp_path / "half.ckpt")
     assert list(read_events(tmp_path))[-1]["gns/adam"] == whole[-1]["gns/adam"]
-
-
-@pytest.mark.parametrize("wrong", [{"spaces": ("weights",)}, {"weight_space_every": -1}])
-def test_spaces_that_do_not_exist_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r'spaces are "adapter" and "adam" and weight_space_every is 0 at least'):
-        BatchSizeMonitor(**wrong)

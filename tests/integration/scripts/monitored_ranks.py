@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_lora.batch.noise.step_meter import StepMeter
 from lightning_lora.errors import ConfigError
 from lightning_lora.sharding import FSDP2Strategy, shard_lora
-from tests.callbacks.test_batch_size_monitor import Double
 from tests.support import toys
 from tests.support.metered import Metered
+from tests.support.monitored import Double
 
 NUM_ROWS, BATCH, ACCUMULATE = 32, 4, 4
 EPS = 1e-3
@@ -65,7 +65,7 @@ def sampler(rank: int) -> DistributedSampler[Any]:
 
 
 def run(strategy: str, folder: Path) -> None:
-    monitor = Told(spaces=("adapter", "adam"), weight_space_every=1)
+    monitor = Told(measures_adam=True, frozen_weights_every=1)
     strategies: dict[str, Any] = {
         "ddp": "ddp",
         "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),

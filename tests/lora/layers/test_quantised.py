@@ -49,7 +49,7 @@ from tests.support.quantised_models import (
 from tests.support.tiny_models import wake
 
 ON_TWO = LoRAConfig(rank=4, targets=["first", "second"])
-TELLS = "2 merged layers are quantised no longer: their weights are float32"
+TELLS = "2 merged layers are no longer quantised: their weights are float32"
 # Sums of 128 products in float32, in another order.
 ROUNDING = 2e-6
 

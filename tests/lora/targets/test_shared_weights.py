@@ -1,4 +1,4 @@
-"""Weights that two layers share: taken apart or adapted as one, never changed behind the other's back."""
+"""Weights that two layers share are untied or adapted as one, never changed for one layer alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.tiny_models import TOKENS, gpt2, llama, logits, state_bytes, 
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT shares no factors, and says that it will not while it loads copies.
+    # PEFT warns that it does not share factors while it loads copies of them.
     pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings=True:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
 ]
@@ -106,6 +106,17 @@ def test_the_adapter_loads_into_a_tied_base_here_and_in_peft(
     assert_near(logits(again), wanted_logits)
     theirs = peft.PeftModel.from_pretrained(tied(name), str(tmp_path / "adapter")).eval()
     assert_near(logits(theirs), wanted_logits)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_config_of_an_untied_model_says_so(name: str, tmp_path: Path) -> None:
+    model = adapted(name, tied_weights="untie", adapt_head=True)
+    assert model.config.tie_word_embeddings is False
+    remove_lora(model)
+    model.tie_weights()
+    assert not is_tied(model)
+    model.save_pretrained(tmp_path / "untied")
+    assert not is_tied(AutoModelForCausalLM.from_pretrained(tmp_path / "untied"))
 
 
 def test_one_update_serves_both_and_counts_once() -> None:

@@ -1,4 +1,4 @@
-"""What a class reads without calling it is told from its code, and nothing else is."""
+"""Layers whose weight is read but which are never called are found in the source of the class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.tiny_models import Net, llama
 
 
 class Reader(nn.Module):
-    """Reads some weights, calls some layers, and does both with others."""
+    """A module that reads some weights, calls some layers, and does both with others."""
 
     read: nn.Linear
     sliced: nn.Linear

@@ -1,7 +1,7 @@
-"""What linear layers are given in a training pass, and the gradients of what they return, put together row by row.
+"""Collects per-row quantities of layers from a training pass: each layer's input and the gradient of its output.
 
-Both are there in any pass that trains: nothing is computed twice and no random number drawn. Forward hooks see inputs
-and outputs; hooks before the forward pass would part layers that are computed together (`siblings`).
+Forward hooks see both in any pass that trains, so nothing is computed twice and no random number is drawn. Hooks before
+the forward pass are not used: they would separate layers that are computed together (`siblings`).
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from lightning_lora.lora.functional.linear_group import Settings
 from lightning_lora.lora.functional.seeded_dropout import drop
 from lightning_lora.lora.layers.base import LoRALayer
 
-Rows = tuple[Tensor, ...]
+PerRow = tuple[Tensor, ...]
+"""Tensors whose first dimension is the rows of a micro-batch."""
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer, in float32 at least.
+    """One call of a layer, in float32 or float64.
 
     Args:
-        x: ``(n, t, in)``: ``n`` rows of ``t`` positions.
-        d_y: ``(n, t, out)``, the gradient of what the layer returned.
-        scale: Of the update ``scale * x A^T B^T``.
-        is_narrow: Whether the layer computed in less than float32.
+        x: ``(n, t, in)``, the input: ``n`` rows of ``t`` positions.
+        d_y: ``(n, t, out)``, the gradient of the output.
+        scale: Factor of the update ``scale * x A^T B^T``.
+        is_low_precision: Whether the layer computed in less than float32.
     """
 
     x: Tensor
     d_y: Tensor
     scale: float
-    is_narrow: bool
+    is_low_precision: bool
 
 
 @dataclass
-class _Open:
-    """A call whose gradient has not come yet."""
+class _PendingCall:
+    """A call of a layer whose output has no gradient yet."""
 
     name: str
     x: Tensor | None
@@ -50,23 +51,23 @@ class _Open:
     dropout: tuple[float, int] = (0.0, 0)
 
 
-class LayerRows:
-    """Hands over what rows of a micro-batch add, each layer once: at once, or where it is called again, their sum.
+class RowCollector:
+    """Collects per-row tensors of each layer. A layer called several times in one pass contributes the sum.
 
-    What goes wrong in a hook does not reach the training pass: `finish` raises it.
+    An error in a hook does not disturb the training pass; `finish` raises it.
 
     Args:
-        layers: Name to the layers that share what it stands for; mostly one.
-        rows_of: What the rows of one call add, by name: tensors ``(n, ...)``.
-        take: Is given the sum over the calls of a name.
-        after_dropout: Whether ``x`` is what the update was computed from. False: what the layer was given.
+        layers: The layers to watch by name. Layers that share a weight are in one entry.
+        rows_of: Computes the per-row tensors of one call, from the name and the `LayerCall`.
+        take: Receives the name and the per-row tensors, summed over the calls of that name.
+        after_dropout: Whether `LayerCall.x` is the input of the update, after dropout, or the input of the layer.
     """
 
     def __init__(
         self,
         layers: Mapping[str, Sequence[LoRALayer]],
-        rows_of: Callable[[str, LayerCall], Rows],
-        take: Callable[[str, Rows], None],
+        rows_of: Callable[[str, LayerCall], PerRow],
+        take: Callable[[str, PerRow], None],
         after_dropout: bool,
     ) -> None:
         self.layers, self.after_dropout = layers, after_dropout
@@ -85,7 +86,7 @@ class LayerRows:
                     layer.lora_watcher = self._note_dropped
 
     def stop(self) -> None:
-        """Leave the layers as they were."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -99,17 +100,18 @@ class LayerRows:
         """End a micro-batch of ``num_rows`` rows, after its backward pass.
 
         Raises:
-            ConfigError: If a layer's rows are not those of the batch, or no gradient came.
+            ConfigError: If the rows of a layer are not those of the batch, or no gradient arrived.
         """
         try:
             if self._error is not None:
                 raise self._error
             if not self._sizes:
-                raise ConfigError("no gradient of an adapted layer's output came in a backward pass.")
+                raise ConfigError("no output of an adapted layer received a gradient in a backward pass.")
             for name, size in self._sizes.items():
                 if size != num_rows:
                     raise ConfigError(
-                        f"{name} is given {size} rows where the batch has {num_rows}: the rows cannot be told apart."
+                        f"{name} receives {size} rows where the batch has {num_rows}: rows are not the first "
+                        f"dimension of its input."
                     )
             for name, rows in self._sums.items():
                 self._take(name, rows)
@@ -118,7 +120,7 @@ class LayerRows:
 
     def _reset(self) -> None:
         self._calls: Counter[str] = Counter()
-        self._sums: dict[str, Rows] = {}
+        self._sums: dict[str, PerRow] = {}
         self._sizes: dict[str, int] = {}
         self._dropped: Tensor | None = None
         self._error: Exception | None = None
@@ -132,28 +134,30 @@ class LayerRows:
             return
         try:
             x = args[0] if args else next(iter(kwargs.values()))
-            call = self._call(name, layer, x, dropped, output)
+            call = self._pending_call(name, layer, x, dropped, output)
             self._calls[name] += 1
             output.register_hook(partial(self._on_gradient, call))
         except Exception as error:
             self._error = error
 
-    def _call(self, name: str, layer: LoRALayer, x: Tensor, dropped: Tensor | None, output: Tensor) -> _Open:
+    def _pending_call(
+        self, name: str, layer: LoRALayer, x: Tensor, dropped: Tensor | None, output: Tensor
+    ) -> _PendingCall:
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportAttributeAccessIssue]
-            raise ConfigError(f"{name} is computed again in the backward pass (activation checkpointing).")
+            raise ConfigError(f"{name} runs its forward pass again in the backward pass (activation checkpointing).")
         scale = layer.lora_spec.scale
         if not self.after_dropout:
-            return _Open(name, x, x._version, scale)
+            return _PendingCall(name, x, x._version, scale)
         settings = getattr(output.grad_fn, "settings", None)
         if isinstance(settings, Settings):
             scale = settings.scales[output.output_nr]
-            return _Open(name, x, x._version, scale, (settings.dropout, settings.seed))
+            return _PendingCall(name, x, x._version, scale, (settings.dropout, settings.seed))
         if dropped is None:
-            raise ConfigError(f"{name} ({type(layer).__name__}) does not show what its update is computed from.")
-        return _Open(name, dropped, dropped._version, scale)
+            raise ConfigError(f"the input of the update of {name} ({type(layer).__name__}) could not be observed.")
+        return _PendingCall(name, dropped, dropped._version, scale)
 
     @torch.no_grad()
-    def _on_gradient(self, call: _Open, d_y: Tensor | None) -> None:
+    def _on_gradient(self, call: _PendingCall, d_y: Tensor | None) -> None:
         x, call.x = call.x, None
         if d_y is None or self._error is not None:
             return
@@ -165,12 +169,12 @@ class LayerRows:
         except Exception as error:
             self._error = error
 
-    def _add(self, call: _Open, x: Tensor, d_y: Tensor) -> None:
-        name, is_narrow = call.name, d_y.element_size() < 4
+    def _add(self, call: _PendingCall, x: Tensor, d_y: Tensor) -> None:
+        name, is_low_precision = call.name, d_y.element_size() < 4
         x = _by_row(drop(x, *call.dropout))
-        rows = self._rows_of(name, LayerCall(x, _by_row(d_y), call.scale, is_narrow))
+        rows = self._rows_of(name, LayerCall(x, _by_row(d_y), call.scale, is_low_precision))
         if self._sizes.setdefault(name, len(x)) != len(x):
-            raise ConfigError(f"{name} is called with {self._sizes[name]} rows and with {len(x)}.")
+            raise ConfigError(f"{name} is called with {self._sizes[name]} rows and with {len(x)} in one pass.")
         if self._calls[name] == 1:
             self._take(name, rows)
         else:
@@ -180,7 +184,8 @@ class LayerRows:
 
 
 def _by_row(tensor: Tensor) -> Tensor:
+    """``(n, t, features)`` in float32 or float64."""
     if tensor.dim() < 2:
-        raise ConfigError("a layer is given a single vector, so there are no rows to tell apart.")
+        raise ConfigError("a layer receives a single vector, which has no dimension of rows.")
     rows = tensor.detach().reshape(len(tensor), -1, tensor.shape[-1])
     return rows.float() if rows.element_size() < 4 else rows

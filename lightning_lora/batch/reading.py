@@ -1,8 +1,8 @@
-"""What a noise scale says about the batch of a run, in one of five words.
+"""The meaning of a noise scale for the batch of a run, in one of five words.
 
 With ``fill = B / (c B_simple)``, a batch of ``B`` rows makes ``1 / (1 + fill)`` of the progress per row that single
 rows would make (McCandlish et al. 2018, section 2.2). ``c`` maps the noise scale to the batch that a `BatchProbe` found
-harmless; without one it is 1 and the words are a trend, not a verdict: under Adam the noise scale was far below the
+harmless. Without a probe ``c`` is 1, and the words show a trend only: under Adam the noise scale was far below the
 critical batch (Merrill et al. 2025, https://arxiv.org/abs/2505.23971).
 """
 
@@ -15,10 +15,10 @@ from typing import Literal
 from lightning_lora.batch.noise.noise_scale import NoiseScale
 from lightning_lora.effective_batch import EffectiveBatch
 
-State = Literal["inconclusive", "noise-limited", "transition", "signal-limited", "step-starved"]
+BatchState = Literal["inconclusive", "noise-limited", "transition", "signal-limited", "step-starved"]
 
 MIN_MEASURED = 25
-"""Measured steps below which no interval is believed."""
+"""Measured steps needed before an interval is used; also the length of a window."""
 NOISE_LIMITED = 0.2
 """Fill that costs 20 % more rows than tiny batches: the convention of Zhang et al. 2024, arXiv 2410.21676."""
 SIGNAL_LIMITED = 1.0
@@ -26,30 +26,30 @@ SIGNAL_LIMITED = 1.0
 PATIENCE = 3
 """Windows in a row that must agree before a run is called signal-limited."""
 MIN_STEPS, GOOD_STEPS = 100, 1000
-"""Optimizer steps a run needs, and should have: tinker-cookbook's hyperparameter guide."""
+"""Optimizer steps that a run needs, and should have: tinker-cookbook's hyperparameter guide."""
 LARGEST_SWEPT = 128
-"""Rows per step up to which the published sweeps of fine-tuning go: tinker-cookbook."""
+"""Largest batch, in rows, of published sweeps of fine-tuning: tinker-cookbook."""
 
 
 @dataclass(frozen=True)
 class BatchReading:
-    """The numbers behind a state.
+    """The state of a batch and the numbers behind it.
 
     Args:
-        state: One of the five words.
+        state: One of five words, see ``docs/batch_size.md``.
         fill: Batch over calibrated noise scale; NaN while inconclusive.
-        fill_low: Lower end of its interval.
-        fill_high: Upper end; infinity where the noise scale may be zero.
+        fill_low: Lower end of the interval of ``fill``.
+        fill_high: Upper end of the interval of ``fill``; infinity where the noise scale may be zero.
     """
 
-    state: State
+    state: BatchState
     fill: float
     fill_low: float
     fill_high: float
 
     @property
     def efficiency(self) -> float:
-        """Modelled progress per row, relative to tiny batches; NaN while inconclusive."""
+        """Progress per row by the model, relative to tiny batches; NaN while inconclusive."""
         return 1 / (1 + self.fill)
 
 
@@ -61,18 +61,18 @@ def read_batch(
     calibration: float = 1.0,
     full_windows: int = 0,
 ) -> BatchReading:
-    """Judge a batch.
+    """Read what an estimate means for a batch.
 
     Args:
-        estimate: The noise scale of the adapter gradient; None before there is one.
-        num_measured: Optimizer steps it was measured in.
+        estimate: The noise scale of the adapter gradient; None before the first sample.
+        num_measured: Optimizer steps that were measured.
         batch_rows: Rows per optimizer step.
-        num_steps: Optimizer steps of the whole run; infinity if it has no end.
+        num_steps: Optimizer steps of the whole run; infinity if the run has no end.
         calibration: ``c``, from a probe.
-        full_windows: Windows in a row, before this one, whose fill was above 1 for sure.
+        full_windows: Preceding windows in a row whose fill was above 1 with certainty.
     """
     if estimate is None or not estimate.conclusive or num_measured < MIN_MEASURED:
-        state: State = "step-starved" if num_steps < MIN_STEPS else "inconclusive"
+        state: BatchState = "step-starved" if num_steps < MIN_STEPS else "inconclusive"
         return BatchReading(state, math.nan, 0.0, math.inf)
     scaled = [calibration * scale for scale in (estimate.value, estimate.low, estimate.high)]
     fill, high, low = (batch_rows / scale if scale > 0 else math.inf for scale in scaled)
@@ -88,18 +88,24 @@ def read_batch(
 
 
 def advice(reading: BatchReading, batch: EffectiveBatch, num_steps: float) -> str:
-    """What a state means for the batch of a run, in one sentence that names what to change."""
+    """One sentence that says what a reading means for the batch of a run, and what to change."""
     match reading.state:
         case "inconclusive":
-            return "the noise hides the signal so far: more steps, or more micro-batches a step, would show it."
+            return (
+                "no verdict yet: the noise of the gradient hides its mean. Train longer, or raise "
+                "accumulate_grad_batches."
+            )
         case "noise-limited":
-            return "larger batches would learn as much from every row, if the device has room."
+            return "a larger batch would learn as much from every row, if the device has room for it."
         case "transition" if reading.fill_low > SIGNAL_LIMITED:
-            return f"fill {reading.fill:.2g}, surely above 1: too large a batch, if {PATIENCE} windows in a row say so."
+            return (
+                f"fill {reading.fill:.2g}, certainly above 1: the batch is too large if {PATIENCE} windows in a row "
+                f"agree."
+            )
         case "transition":
-            return f"fill {reading.fill:.2g}: neither clearly too large nor clearly small."
+            return f"fill {reading.fill:.2g}: the batch is neither clearly too large nor clearly too small."
         case "signal-limited":
-            return f"each row teaches {reading.efficiency:.0%} of what it could, by the model: {_smaller(batch, 2)}."
+            return f"by the model each row teaches {reading.efficiency:.0%} of what it could: {_smaller(batch, 2)}."
         case "step-starved":
             needed = math.ceil(MIN_STEPS / max(num_steps, 1))
             return (
@@ -109,7 +115,7 @@ def advice(reading: BatchReading, batch: EffectiveBatch, num_steps: float) -> st
 
 
 def _smaller(batch: EffectiveBatch, divisor: int) -> str:
-    """How to make a batch that much smaller."""
+    """The setting that makes a batch smaller by ``divisor``."""
     if batch.accumulation >= divisor:
         fewer = batch.accumulation // divisor
         rows = batch.micro_batch * fewer * batch.num_ranks

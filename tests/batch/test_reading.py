@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.batch.noise.noise_scale import NoiseScale, combine, signal_and_trace
-from lightning_lora.batch.state import MIN_MEASURED, BatchReading, advice, read_batch
+from lightning_lora.batch.noise.noise_scale import NoiseScale, noise_scale_of_steps, signal_and_trace
+from lightning_lora.batch.reading import MIN_MEASURED, BatchReading, advice, read_batch
 from lightning_lora.effective_batch import EffectiveBatch
 
 NUM_ROWS, NUM_MICRO_BATCHES, DIMENSIONS = 8, 4, 40
@@ -27,7 +27,8 @@ def readings(fill: float, seed: int) -> list[BatchReading]:
     signals, traces = signal_and_trace(*norms, NUM_ROWS)
     found, full = [], 0
     for end in range(MIN_MEASURED, len(signals) + 1, MIN_MEASURED):
-        found.append(read_batch(combine(signals[:end], traces[:end]), end, batch, math.inf, full_windows=full))
+        estimate = noise_scale_of_steps(signals[:end], traces[:end])
+        found.append(read_batch(estimate, end, batch, math.inf, full_windows=full))
         full = full + 1 if found[-1].fill_low > 1 else 0
     return found
 
@@ -82,15 +83,30 @@ def test_few_measured_steps_and_weak_signals_are_inconclusive() -> None:
 @pytest.mark.parametrize(
     ("batch", "num_steps", "full_windows", "told"),
     [
-        (EffectiveBatch(8, 4, 1), math.inf, 0, "fill 0.5: neither clearly too large nor clearly small."),
+        (
+            EffectiveBatch(8, 4, 1),
+            math.inf,
+            0,
+            "fill 0.5: the batch is neither clearly too large nor clearly too small.",
+        ),
         (
             EffectiveBatch(8, 40, 1),
             math.inf,
             0,
-            "fill 5, surely above 1: too large a batch, if 3 windows in a",
+            "fill 5, certainly above 1: the batch is too large if 3 windows in a row agree.",
         ),
-        (EffectiveBatch(8, 40, 1), math.inf, 2, "by the model: set accumulate_grad_batches=20 for 160 rows a step."),
-        (EffectiveBatch(320, 1, 1), math.inf, 2, "by the model: set a batch of 160 rows a step (now 320)."),
+        (
+            EffectiveBatch(8, 40, 1),
+            math.inf,
+            2,
+            "by the model each row teaches 17% of what it could: set accumulate_grad_batches=20 for 160 rows a step.",
+        ),
+        (
+            EffectiveBatch(320, 1, 1),
+            math.inf,
+            2,
+            "by the model each row teaches 17% of what it could: set a batch of 160 rows a step (now 320).",
+        ),
         (
             EffectiveBatch(8, 4, 2),
             25,

@@ -1,0 +1,66 @@
+r"""Per-example gradients of linear layers, from the input of a layer and the gradient of its output.
+
+The weight itself is not needed, so the formulas hold for quantised and sharded weights too.
+
+Shape legend: ``n`` rows, ``t`` positions (tokens) of a row, ``r`` rank, ``k`` side of a sketch.
+
+References:
+    Goodfellow, *Efficient Per-Example Gradient Computations*, 2015, https://arxiv.org/abs/1510.01799
+    Gray et al., *Normalization Layer Per-Example Gradients...*, 2024, https://arxiv.org/abs/2411.00999
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adapter_row_gradients(x: Tensor, d_y: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of both factors of ``y += scale * x A^T B^T`` for each row.
+
+    ``d_A = scale * (d_y B)^T x`` and ``d_B = scale * d_y^T (x A^T)``, summed over the positions of a row.
+
+    Args:
+        x: ``(n, t, in)``, the input of the update, after dropout.
+        d_y: ``(n, t, out)``, gradient of the *sum* of the losses of the rows.
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        scale: Factor of the update, such as alpha over rank.
+
+    Returns:
+        ``d_A`` ``(n, r, in)`` and ``d_B`` ``(n, out, r)``.
+    """
+    d_A = torch.einsum("ntr,nti->nri", d_y @ B, x)
+    d_B = torch.einsum("nto,ntr->nor", d_y, x @ A.T)
+    return scale * d_A, scale * d_B
+
+
+def weight_row_sketches(x: Tensor, d_y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Sketches ``left G_i right`` of the gradient ``G_i = d_y^T x`` of a frozen weight, for each row.
+
+    ``G_i`` is never formed. With matrices from `sketch_matrix`, inner products between rows, and so square norms, are
+    kept in expectation.
+
+    Args:
+        x: ``(n, t, in)``, the input of the layer.
+        d_y: ``(n, t, out)``, gradient of the sum of the losses of the rows.
+        left: ``(k, out)``.
+        right: ``(in, k)``.
+
+    Returns:
+        ``(n, k, k)``.
+    """
+    return torch.einsum("ntk,ntl->nkl", d_y @ left.T, x @ right)
+
+
+def sketch_matrix(num_rows: int, num_columns: int, side: int, generator: torch.Generator) -> Tensor:
+    """A random matrix ``R`` with normal entries of variance ``1 / side``, so that ``E |R v|^2 = |v|^2``.
+
+    Args:
+        num_rows: ``side`` for a left matrix, ``in`` for a right one.
+        num_columns: ``out`` for a left matrix, ``side`` for a right one.
+        side: ``k``; the relative error of a square norm falls as ``1 / k``.
+        generator: Source of the random numbers, apart from that of training; its device is that of the result.
+    """
+    entries = torch.randn(num_rows, num_columns, generator=generator, device=generator.device)
+    return entries / side**0.5

@@ -1,0 +1,90 @@
+"""The largest harmless batch, the report about it, and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lora.errors import DataError
+from lightning_lora.study.batch_probe_plot import draw_probe
+from lightning_lora.study.batch_probe_result import BatchProbeResult
+from lightning_lora.study.paired import Comparison
+
+
+def result(*worse: tuple[int, int], **changes: Any) -> BatchProbeResult:
+    pairs = [(8, 16), (8, 32), (16, 32)]
+    comparisons = tuple(Comparison(s, b, 1.0 if (s, b) in worse else 0.0, 0.1) for s, b in pairs)
+    losses = {8: 1.0, 16: 1.0, 32: 1.0}
+    return BatchProbeResult(
+        **(
+            {"start_loss": 2.0, "num_seeds": 1}
+            | {"batch_rows": 16, "num_rows": 64, "num_held_out": 512, "losses": losses, "comparisons": comparisons}
+            | changes
+        )
+    )
+
+
+def test_the_largest_harmless_batch_is_below_the_first_that_is_worse() -> None:
+    assert (result().largest_harmless, result().bound) == (32, "at least")
+    assert (result((16, 32)).largest_harmless, result((16, 32)).bound) == (16, "")
+    assert (result((8, 16)).largest_harmless, result((8, 16)).bound) == (8, "at most")
+    assert result((8, 32)).largest_harmless == 16
+    assert result((8, 32), noise_scale=4.0).calibration == 4.0
+    assert result((8, 32)).calibration is None
+
+
+def test_the_table_says_what_was_found_and_on_how_little() -> None:
+    text = str(result((16, 32), num_held_out=54, step=100))
+    assert "batch probe after step 100: 64 rows to each of 3 batches, loss on 54 held-out rows (2.0000 before)" in text
+    assert "      16 rows a step,    4 steps: 1.0000  (the run's own)" in text
+    assert "  32 against 16: +1.0000 +- 0.2000 nats, worse" in text
+    assert "  16 against 8: +0.0000 +- 0.2000 nats, no difference seen" in text
+    assert "54 held-out rows are few: use 256 or more" in text
+    assert text.endswith("largest batch without measurable loss: 16 rows a step")
+    assert str(result()).endswith("largest batch without measurable loss: at least 32 rows a step")
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_nothing_is_called_a_penalty_before_the_third_order_of_the_data(num_seeds: int) -> None:
+    text = str(
+        result(num_seeds=num_seeds, full_losses={8: 1.0, 16: 1.0, 32: 1.0}, extra_cost=Comparison(8, 32, 1, 0.1))
+    )
+    assert "[LoRA - full](32) - [LoRA - full](8): +1.0000 +- 0.2000 nats" in text
+    assert ("a penalty of LoRA for the large batch" in text) == (num_seeds == 3)
+    assert ("penalty" in text) == (num_seeds == 3)
+
+
+def test_a_result_is_read_back_as_it_was_and_drawn(tmp_path: Path) -> None:
+    found = result((16, 32), noise_scale=3.5, step=7, full_losses={8: 1.0, 16: 1.1, 32: 1.2}, seconds=1.5)
+    found.save(tmp_path / "batch_probe.json")
+    assert BatchProbeResult.load(tmp_path / "batch_probe.json") == found
+    assert json.loads((tmp_path / "batch_probe.json").read_text())["calibration"] == 16 / 3.5
+    draw_probe(found, tmp_path / "probe.png")
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found | {"format": "other"},
+        lambda found: {name: value for name, value in found.items() if name != "losses"},
+        lambda found: found | {"comparisons": found["comparisons"][:1]},
+        lambda found: found | {"noise_scale": -1.0},
+        lambda found: found | {"losses": 3},
+        lambda found: [found],
+    ],
+)
+def test_a_damaged_result_is_refused(damage: Any, tmp_path: Path) -> None:
+    path = tmp_path / "batch_probe.json"
+    result().save(path)
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(DataError, match=r"batch_probe\.json is not a complete result of a batch probe"):
+        BatchProbeResult.load(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="is not a complete result"):
+        BatchProbeResult.load(path)
+    with pytest.raises(DataError, match=r"none\.json cannot be read: No such file"):
+        BatchProbeResult.load(tmp_path / "none.json")
