@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
@@ -13,11 +12,6 @@ from lightning_lora.tasks import CausalLM
 from tests.support import toys
 
 LORA = LoRAConfig(rank=2)
-
-
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toys.save_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 def token_loader(batch_size: int = 2, count: int = 8) -> Any:
