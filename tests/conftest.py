@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_lora.lora.layers import registry
 from lightning_lora.lora.targets import roles
+from tests.support import toys
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +23,12 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten afterwards."""
     monkeypatch.setattr(roles, "_REGISTERED", dict(roles._REGISTERED))
     monkeypatch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with its tokenizer on disk."""
+    return toys.save_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(autouse=True)

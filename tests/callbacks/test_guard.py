@@ -1,4 +1,4 @@
-"""The guard stops what would silently train nothing, and is silent itself where all is well."""
+"""The guard stops a run that would silently train nothing, and says nothing of a good run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_without_lora_it_does_nothing(tmp_path: Path) -> None:
 def test_optimizer_without_the_adapters_is_refused(tmp_path: Path) -> None:
     class Injected(Plain):
         def configure_optimizers(self) -> Any:
-            # As the stock LightningCLI does it: the optimizer is older than the adapters.
+            # As the stock LightningCLI does it: the optimizer is made before the adapters.
             return torch.optim.Adam([p for name, p in self.named_parameters() if "lora_" not in name])
 
         def configure_model(self) -> None:

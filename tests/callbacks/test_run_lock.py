@@ -1,4 +1,4 @@
-"""One run per folder: locks of the living hold, locks of the dead are taken over."""
+"""A lock of a living process holds, a lock of a dead one is taken over."""
 
 from __future__ import annotations
 

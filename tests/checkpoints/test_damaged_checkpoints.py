@@ -11,7 +11,7 @@ import torch
 
 from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.files.checkpoint_manifest import examine, manifest_of, write_manifest
+from lightning_lora.files.checkpoint_manifest import CheckpointVersion, examine, manifest_of, write_manifest
 from tests.support import toys
 from tests.support.verified_files import cut, flip, saved
 
