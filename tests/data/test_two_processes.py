@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
 from tests.data.conftest import QUIET, examples
+from tests.support import toys
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [
@@ -79,14 +78,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each of two processes has read, with each packing."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "run.py").write_text(SCRIPT)
-    subprocess.run(
-        [sys.executable, folder / "run.py", path, folder],
-        check=True,
-        timeout=300,
-        capture_output=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"},
-    )
+    toys.run_python(SCRIPT, path, folder, ranks=2)
     return folder
 
 
