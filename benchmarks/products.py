@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from benchmarks.machine import load, machine
 from benchmarks.timing import interleave, paired_ratio, seconds
-from lightning_lora.lora.functional.linear_group import Parts, Settings
-from lightning_lora.lora.functional.linear_products import MergedLinears, SplitLinears
+from lightning_lora.lora.functional.fused_linear import FusedLinears
+from lightning_lora.lora.functional.linear_group import GroupTensors, Settings
 from lightning_lora.lora.functional.narrow_products import times_narrow, transposed_times_narrow
 
 SHAPES = ((64, 64), (64, 256), (128, 128), (128, 512), (512, 128), (256, 256), (256, 1024), (512, 512), (512, 1408))
@@ -32,14 +32,17 @@ def layer(tokens: int, num_in: int, num_out: int, rank: int) -> dict[str, Callab
     W = torch.randn(num_out, num_in) / num_in**0.5
     A, B = torch.randn(rank, num_in, requires_grad=True), torch.randn(num_out, rank, requires_grad=True)
 
-    def adapted(way: Any) -> object:
-        (y,) = way.apply(Settings((0.5,), 0.0, 0, None), None, *Parts([None], [W], [A], [B], [x]).flat())
+    def adapted(merges: bool) -> object:
+        outputs: Any = FusedLinears.apply(
+            Settings((0.5,), merges=merges), x.detach(), *GroupTensors([None], [W], [A], [B], [x]).flat()
+        )
+        (y,) = outputs
         return torch.autograd.grad(y, (x, A, B), d_y)
 
     return {
         "frozen": lambda: torch.autograd.grad(F.linear(x, W), x, d_y),
-        "split": partial(adapted, SplitLinears),
-        "merged": partial(adapted, MergedLinears),
+        "split": partial(adapted, merges=False),
+        "merged": partial(adapted, merges=True),
     }
 
 

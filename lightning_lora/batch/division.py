@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.errors import ConfigError
+from lightning_lora.trainer_access import found
 
 
 def divide_rows(rows: int, num_ranks: int, micro_batch: int) -> EffectiveBatch:
@@ -58,7 +59,7 @@ def check_may_set_accumulation(trainer: Trainer, module: LightningModule, name: 
     """
     if not module.automatic_optimization:
         raise ConfigError(f"with manual optimization the module decides when to step: drop {name}.")
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+    if found(trainer, GradientAccumulationScheduler) is not None:
         raise ConfigError(
             f"GradientAccumulationScheduler and {name} both set accumulate_grad_batches: keep one of the two."
         )

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.files.events import EVENTS_FILE, write_event
+from lightning_lora.trainer_access import run_folder
 
 
 class RunEvents:
@@ -28,8 +29,7 @@ class RunEvents:
     """
 
     def __init__(self, trainer: Trainer, writer: str) -> None:
-        # log_dir is a collective, so every rank reads it.
-        folder = trainer.log_dir or trainer.default_root_dir
+        folder = run_folder(trainer)
         # Without default_root_dir a Trainer takes the working directory.
         has_folder = bool(trainer.loggers) or trainer.default_root_dir != os.getcwd()
         if not has_folder:

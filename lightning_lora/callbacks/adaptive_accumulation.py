@@ -25,6 +25,8 @@ from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_private import training_loader_source
+from lightning_lora.trainer_access import found
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize
@@ -92,7 +94,7 @@ class AdaptiveAccumulation(Callback):
         loaded = checkpoint["callbacks"].get(self.state_key)
         if loaded is not None and not trainer.strategy.restore_checkpoint_after_setup:
             with kept_random_state(trainer.strategy.root_device):
-                loaders = trainer.fit_loop._data_source.dataloader()
+                loaders = training_loader_source(trainer).dataloader()
             at_once = (loader_batch_size(loaders) or 1) * data_parallel_size(trainer)
             if loaded["planned_rows"] % at_once == 0:
                 trainer.accumulate_grad_batches = loaded["planned_rows"] // at_once
@@ -175,7 +177,7 @@ class AdaptiveAccumulation(Callback):
         )
         self._num_changes += 1
         self._last_change = trainer.global_step
-        if (monitor := BatchSizeMonitor.of(trainer)) is not None:
+        if (monitor := found(trainer, BatchSizeMonitor)) is not None:
             monitor.restart()
         self._log(trainer)
         self._events.write("accumulation", trainer.global_step, {"old": old, "new": new, "lr_factor": factor})
@@ -201,7 +203,7 @@ class AdaptiveAccumulation(Callback):
                 self._has_told_least = True
                 rank_zero_info("accumulation is 1: only fewer devices or a smaller micro-batch make the batch smaller.")
             return now
-        monitor = BatchSizeMonitor.of(trainer)
+        monitor = found(trainer, BatchSizeMonitor)
         assert monitor is not None
         is_resting = self._num_changes > 0 and (
             trainer.global_step - self._last_change < self.cooldown * stretched.planned
@@ -216,14 +218,13 @@ class AdaptiveAccumulation(Callback):
                 "DeepSpeed accumulates inside its engine, which cannot change during a run: drop AdaptiveAccumulation."
             )
         check_may_set_accumulation(trainer, module, "AdaptiveAccumulation")
-        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if self.schedule is not None and any(isinstance(callback, TargetBatchSize) for callback in callbacks):
+        if self.schedule is not None and found(trainer, TargetBatchSize) is not None:
             raise ConfigError(
                 "the schedule of AdaptiveAccumulation and target_batch_size both set accumulation: keep one of the "
                 "two. Without a schedule, AdaptiveAccumulation starts from the target."
             )
         if self.schedule is None:
-            monitor = BatchSizeMonitor.of(trainer)
+            monitor = found(trainer, BatchSizeMonitor)
             if monitor is None or monitor.calibration is None:
                 raise ConfigError(
                     "without a schedule AdaptiveAccumulation needs a BatchSizeMonitor with a calibration, because a "

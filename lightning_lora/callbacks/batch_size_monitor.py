@@ -82,12 +82,6 @@ class BatchSizeMonitor(Callback):
         self._meter: StepMeter | None = None
         self._error: Exception | None = None
 
-    @classmethod
-    def of(cls, trainer: Trainer) -> BatchSizeMonitor | None:
-        """The first monitor among the callbacks of ``trainer``, or None."""
-        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
-
     @property
     def estimate(self) -> NoiseScale | None:
         """The latest noise scale; None before the first sample."""

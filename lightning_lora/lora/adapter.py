@@ -16,7 +16,7 @@ from lightning_lora.lora.layers.attention import attach_readers, detach_readers
 from lightning_lora.lora.layers.base import LoRALayer, attach, detach
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.lora.layers.quantised_weights import keep_stored_values
-from lightning_lora.lora.layers.shared_factors import attach_tied
+from lightning_lora.lora.layers.shared_factors import share_factors
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.reports import InjectionReport, MergeReport, count_parameters
 from lightning_lora.lora.shards import (
@@ -83,7 +83,7 @@ def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeight
     adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
     modules = {plain_name(name): child for name, child in module.named_modules()}
     for follower, source in tied.followers.items():
-        attach_tied(modules[follower], adapted[source])
+        share_factors(modules[follower], adapted[source])
     attach_readers(module)
 
 

@@ -27,12 +27,14 @@ from lightning_lora.batch.calibration import PROBE_FILE
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint, check_one_optimizer
 from lightning_lora.study.row_losses import HeldOut, check_gives_losses
 from lightning_lora.study.row_order import check_loader, next_rows, rows_per_batch
 from lightning_lora.study.snapshot import copy_module, isolated
+from lightning_lora.trainer_access import found, move_last
 
 
 class BatchProbe(Callback):
@@ -149,7 +151,7 @@ class BatchProbe(Callback):
                 f"BatchProbe works on one device, and this run has {type(trainer.strategy).__name__} with "
                 f"{trainer.world_size}: drop it, and run lightning-lora probe on one device."
             )
-        trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # pyright: ignore[reportAttributeAccessIssue]
+        move_last(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,7 +178,7 @@ class BatchProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe after the step is done, when no accumulation window is open."""
-        if not self._is_due or trainer.global_step < self._step or trainer.fit_loop._should_accumulate():
+        if not self._is_due or trainer.global_step < self._step or is_accumulating(trainer):
             return
         self._is_due = False
         try:
@@ -209,11 +211,11 @@ class BatchProbe(Callback):
         point = BranchPoint(module, trainer.optimizers[0].state_dict(), loader, rows_per_batch(loader), options)
         rows = next_rows(loader, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         held_out = self._held_out(trainer.val_dataloaders)
-        monitor = BatchSizeMonitor.of(trainer)
+        monitor = found(trainer, BatchSizeMonitor)
         estimate = monitor.estimate if monitor is not None else None
         scale = estimate.value if estimate is not None and estimate.conclusive else None
-        found = self._probe(point, branches, rows, held_out)
-        result = self.result = replace(found, step=trainer.global_step, noise_scale=scale)
+        outcome = self._probe(point, branches, rows, held_out)
+        result = self.result = replace(outcome, step=trainer.global_step, noise_scale=scale)
         lines = [str(result)]
         if monitor is not None and result.calibration is not None:
             factor = result.calibration
@@ -228,8 +230,8 @@ class BatchProbe(Callback):
         if self._events.folder is not None:
             result.save(self._events.folder / PROBE_FILE)
         losses = {f"loss/{batch}": loss for batch, loss in result.losses.items()}
-        found = {"largest_harmless": result.largest_harmless, **losses}
-        self._events.write("batch_probe", step, found | {"bound": result.bound, "calibration": result.calibration})
+        answer = {"largest_harmless": result.largest_harmless, **losses}
+        self._events.write("batch_probe", step, answer | {"bound": result.bound, "calibration": result.calibration})
 
     def _probe(
         self, point: BranchPoint, branches: BatchBranches, rows: Sequence[Any], held_out: HeldOut

@@ -75,7 +75,9 @@ def test_adapter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
             groups = [p for p in self.parameters() if p.requires_grad]
             return [torch.optim.SGD(groups), torch.optim.SGD(groups)]
 
-    with pytest.raises(GuardError, match=r"4 parameters are in more than one optimizer: net.first.lora_A"):
+    with pytest.raises(
+        GuardError, match=r"4 parameters are in more than one optimizer and would be updated twice: net.first.lora_A"
+    ):
         fit(Twice(), tmp_path)
 
 

@@ -85,7 +85,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.sharding import shard_lora
-from tests import toys
+from tests.support import toys
 
 folder = Path(sys.argv[1])
 

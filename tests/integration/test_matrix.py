@@ -262,7 +262,7 @@ def test_a_damaged_folder_of_shards_is_an_error(folder: Path, kind: str) -> None
 
 def test_nothing_is_run_that_a_checkpoint_may_hold(folder: Path) -> None:
     assert "Weights only load failed" in seen(folder, "payload-to-fsdp1")["error"]
-    assert "which is no plain type" in seen(folder, "payload-index-to-single")["error"]
+    assert "which is not a plain type" in seen(folder, "payload-index-to-single")["error"]
     assert not (folder / "was-run").exists()
 
 

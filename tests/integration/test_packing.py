@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora import LoRAConfig, lora_state_dict
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
-from tests import toys
+from tests.support import toys
 
 model, rows, out, strategy = sys.argv[1:]
 datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"

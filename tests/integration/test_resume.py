@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora.sharding import shard_lora
 from lightning_lora.batch.token_loss import TokenWeightedLoss
-from tests import resuming, toys
+from tests.support import resuming, toys
 
 kind, folder, place = sys.argv[1:]
 

@@ -25,6 +25,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from lightning_lora import LoRAConfig, inject_lora
+from tests.support.tiny_models import wake
+
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -52,8 +55,8 @@ def _qwen3_next(**settings: Any) -> PreTrainedModel:
     return Qwen3NextForCausalLM(Qwen3NextConfig(**{**COMMON, **QWEN3, **linear, **layers, **shared, **settings}))
 
 
-# What each stands for: experts without gate layout quirks, with a shared expert, transposed with bias and interleaved
-# gate, behind a dense layer, transposed without saying so.
+# Among them: experts with an ordinary gate, with a shared expert, transposed with bias and interleaved gate, behind a
+# dense layer, and transposed without a mark that says so.
 BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
     "mixtral": lambda **s: MixtralForCausalLM(MixtralConfig(**{**COMMON, "num_local_experts": 4, **s})),
     "qwen3_moe": lambda **s: Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**COMMON, **QWEN3, **s})),
@@ -77,10 +80,18 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 
 
 def moe(name: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A model with experts large enough to matter; ``num_experts_per_tok`` and the like may be set."""
+    """A model of `BUILDERS` with weights of experts large enough to matter; ``settings`` go to its config."""
     torch.manual_seed(seed)
     model = BUILDERS[name](**settings).eval()
     for parameter in model.parameters():
         if parameter.ndim == 3:
             nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def adapted(name: str, **settings: Any) -> Any:
+    """`moe` with adapters of rank 4 that look trained."""
+    model = moe(name)
+    inject_lora(model, LoRAConfig(**{"rank": 4, **settings}))
+    wake(model, size=0.1)
     return model

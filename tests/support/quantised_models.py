@@ -1,4 +1,4 @@
-"""The same small network in every quantised format that can be adapted; needs bitsandbytes and torchao."""
+"""A small network in every quantised format that can be adapted; needs bitsandbytes and torchao."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject_lora
-from tests.support.tiny_models import wake
+from lightning_lora import LoRAConfig, inject_lora, merge_lora
+from lightning_lora.lora.layers.quantised_weights import stored_parts
+from tests.support.tiny_models import raw, wake
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
 KINDS = ("nf4", "nf4-dq", "fp4", "int8", "torchao-int8", "torchao-int4")
 BITSANDBYTES = KINDS[:4]
-CONFIG = LoRAConfig(rank=4)
+CONFIG = LoRAConfig(rank=4, targets=["first", "second"])
+# Sums of 128 products in float32, in another order.
+ROUNDING = 2e-6
 # Sixty-four columns are one block of scales, 128 are two.
 ROWS = torch.randn(6, 128, generator=torch.Generator().manual_seed(5))
+every_kind = pytest.mark.parametrize("kind", KINDS)
 REPACKS = bnb.functional.has_avx512bf16()
 
 
@@ -75,7 +79,7 @@ def _of_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Linear:
 def adapted(kind: str, dtype: torch.dtype = torch.float32) -> Net:
     """`quantised` with trained-looking adapters on both layers."""
     net = quantised(kind, dtype)
-    inject_lora(net, LoRAConfig(rank=4, targets=["first", "second"]))
+    inject_lora(net, CONFIG)
     wake(net)
     return net
 
@@ -93,3 +97,25 @@ def weights_seen(layer: nn.Module) -> Tensor:
 def difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest value."""
     return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+def stored(net: nn.Module) -> dict[str, bytes]:
+    """Codes and scales of every parameter but the adapters, bit for bit."""
+    parts = {}
+    for name, parameter in net.named_parameters():
+        for index, part in enumerate(stored_parts(parameter)):
+            if "lora_" not in name:
+                parts[f"{name}/{index}"] = raw(part)
+    return parts
+
+
+def merge(net: nn.Module) -> None:
+    """Merge, with the warning that two layers are plain afterwards."""
+    with pytest.warns(UserWarning, match="2 merged layers are no longer quantised: their weights are float32"):
+        merge_lora(net)
+
+
+def answer(net: nn.Module) -> Tensor:
+    """Output for `ROWS`, without gradients."""
+    with torch.no_grad():
+        return net(ROWS)

@@ -111,6 +111,13 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(**(QUIET | settings | options))
 
 
+def fit(module: LightningModule, folder: Path, ckpt_path: Path | None = None, **options: Any) -> Trainer:
+    """Train ``module`` on the rows of `loader`; returns the finished trainer."""
+    runner = trainer(folder, **options)
+    runner.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
+    return runner
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.layers.attention import read_projections
+from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.lora.layers.shared_factors import LoRATiedHead
@@ -33,7 +33,7 @@ def row_layers(module: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[st
         for factor in layer.lora_factors().values():
             holders_of[id(factor)][name] = layer
     # Attention reads these weights without calling their layers.
-    uncalled = read_projections(module).keys()
+    uncalled = output_projections(module).keys()
     names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     found: dict[str, list[LoRALayer]] = {}
     for parameter in parameters:

@@ -34,7 +34,7 @@ from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvolution, LoRAConvTranspose
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.layers.recurrent import LoRARecurrent
-from lightning_lora.lora.layers.shared_factors import tied_tensors
+from lightning_lora.lora.layers.shared_factors import own_factors
 from lightning_lora.lora.patterns import plain_name
 
 # The last PEFT known to add the update of an output projection twice.
@@ -75,7 +75,7 @@ class PEFTLayout:
         tensors = {
             join(name, leaf): tensor.contiguous()
             for name, layer in following_layers(self.root).items()
-            for leaf, tensor in zip(factor_leaves(layer), tied_tensors(layer), strict=True)
+            for leaf, tensor in zip(factor_leaves(layer), own_factors(layer), strict=True)
         }
         expert_modules = peft_experts.modules_of(self.weights)
         for name, (layer, weight) in self.weights.items():

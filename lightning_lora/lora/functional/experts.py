@@ -1,6 +1,6 @@
 """Sorting tokens by expert and back, and products of experts on rows so sorted.
 
-Shape legend: ``T`` tokens, ``k`` active experts a token, ``rows`` pairs of a token and an expert, at most ``T * k``,
+Shape legend: ``T`` tokens, ``k`` active experts of a token, ``rows`` pairs of a token and an expert, at most ``T * k``,
 ``E`` experts, ``r`` rank, ``in``/``out`` features.
 """
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """Pairs of token and expert, sorted by expert.
+    """Pairs of a token and an expert, sorted by expert.
 
     Args:
         order: ``(rows,)``, position of each pair in the flattened ``(T, k)`` table of experts.
-        token: ``(rows,)``, its token.
-        places: ``(T, k)``, the row of each pair; ``rows``, one past the last, for a pair without an expert.
+        token: ``(rows,)``, token of each pair.
+        row: ``(T, k)``, row of each pair; ``rows``, one past the last, for a pair without an expert.
         counts: Rows of each expert, ``E`` numbers.
     """
 
     order: Tensor
     token: Tensor
-    places: Tensor
+    row: Tensor
     counts: list[int]
 
 
@@ -33,24 +33,24 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> Routing:
     """Sort the pairs of a routing table by expert.
 
     Args:
-        experts: ``(T, k)`` expert of each pair; ``num_experts`` and above means none (expert parallelism).
+        experts: ``(T, k)``, expert of each pair; ``num_experts`` and above means none (expert parallelism).
         num_experts: ``E``.
     """
     flat = experts.reshape(-1)
     counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1).tolist()[:num_experts]
     order = flat.argsort(stable=True)[: sum(counts)]
     rows = torch.arange(len(order), device=order.device)
-    places = torch.full_like(flat, len(order), dtype=order.dtype).index_copy(0, order, rows)
-    return Routing(order, order // experts.shape[-1], places.view_as(experts), counts)
+    row = torch.full_like(flat, len(order), dtype=order.dtype).index_copy(0, order, rows)
+    return Routing(order, order // experts.shape[-1], row.view_as(experts), counts)
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
     """The token of each pair: ``(T, in)`` to ``(rows, in)``."""
-    return _Dispatch.apply(x, routing.token, routing.places)
+    return _Dispatch.apply(x, routing.token, routing.row)
 
 
 def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """Each run of rows times the matrix of its expert, ``x_e W_e^T``.
+    """Rows of each expert times the matrix of the expert, ``x_e W_e^T``.
 
     Args:
         x: ``(rows, in)``, sorted by expert.
@@ -62,8 +62,8 @@ def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """
     if weights.shape[0] == 1:
         return F.linear(x, weights[0])
-    runs = zip(x.split(counts), weights.unbind(0), strict=True)
-    products = [F.linear(run, weight) for run, weight in runs if run.shape[0]]
+    by_expert = zip(x.split(counts), weights.unbind(0), strict=True)
+    products = [F.linear(rows, weight) for rows, weight in by_expert if rows.shape[0]]
     return torch.cat(products) if products else F.linear(x, weights[0])
 
 
@@ -86,51 +86,52 @@ def expert_update(x: Tensor, A: Tensor, B: Tensor, scale: float, counts: list[in
     return expert_linear(expert_linear(x, A.to(x.dtype), counts) * scale, B.to(x.dtype), counts)
 
 
-def combine(y: Tensor, routing: Routing, weights: Tensor) -> Tensor:
+def combine_experts(y: Tensor, routing: Routing, weights: Tensor) -> Tensor:
     """The weighted sum over the experts of each token.
 
     Args:
         y: ``(rows, out)``, sorted by expert.
         routing: How the rows were sorted.
-        weights: ``(T, k)`` routing weights.
+        weights: ``(T, k)``, routing weights.
 
     Returns:
-        ``(T, out)`` in the type that ``y`` times ``weights`` has.
+        ``(T, out)`` in the type of ``y`` times ``weights``.
     """
-    return _Combine.apply(y, weights, *routing[:3])
+    return _CombineExperts.apply(y, weights, *routing[:3])
 
 
-# Every token fetches its rows, forward and backward: several times faster than rows adding themselves into tokens, and
-# the same result whatever the order of threads.
+def _rows_of_tokens(rows: Tensor, row: Tensor) -> Tensor:
+    """``(rows, *)`` to ``(T, k, *)``, zero for pairs without an expert.
 
-
-def _of_tokens(rows: Tensor, places: Tensor) -> Tensor:
-    """``(rows, *)`` to ``(T, k, *)``, zero for pairs without an expert."""
-    if len(rows) < places.numel():
+    Every token fetches its rows, forward and backward: several times faster than adding rows to tokens, and the same
+    result whatever the order of threads.
+    """
+    if len(rows) < row.numel():
         rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])
+    return rows.index_select(0, row.flatten()).view(*row.shape, *rows.shape[1:])
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
         return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx: Any, *d_rows: Tensor) -> Any:
-        return _of_tokens(d_rows[0], *ctx.saved_tensors).sum(1), None, None
+        (row,) = ctx.saved_tensors
+        return _rows_of_tokens(d_rows[0], row).sum(1), None, None
 
 
-class _Combine(torch.autograd.Function):
+class _CombineExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, token: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, order, token, places)
-        return (_of_tokens(y, places) * weights[..., None]).sum(1)
+    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, order, token, row)
+        return (_rows_of_tokens(y, row) * weights[..., None]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *d_tokens: Tensor) -> Any:
-        y, weights, order, token, places = ctx.saved_tensors
+        y, weights, order, token, row = ctx.saved_tensors
         d_rows = d_tokens[0].index_select(0, token)
-        d_weights = _of_tokens((d_rows * y).sum(-1), places).to(weights.dtype)
+        d_weights = _rows_of_tokens((d_rows * y).sum(-1), row).to(weights.dtype)
         return (d_rows * weights.flatten()[order, None]).to(y.dtype), d_weights, None, None, None

@@ -1,6 +1,6 @@
 r"""The product of each expert and its low-rank update as one differentiable function, on rows sorted by expert.
 
-No expert's ``B A`` is formed, nothing is concatenated: every expert writes its rows of the output, the small product
+No expert's ``B A`` is formed and nothing is concatenated: every expert writes its rows of the output, the small product
 first and the large one added to it, forward and backward.
 
 Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``r`` rank, ``in``/``out`` features.
@@ -8,89 +8,77 @@ Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``r`` rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
-from lightning_lora.lora.functional.gated_input import Origin, origin, remade, source_gradients
-from lightning_lora.lora.functional.linear_group import affine_into, gradients_of
-from lightning_lora.lora.functional.narrow_products import laid_out, transposed_times_narrow
+from lightning_lora.lora.functional.gated_input import gated_input, recomputed, source_gradients
+from lightning_lora.lora.functional.linear_group import AdaptedWeight
+from lightning_lora.lora.functional.linear_products import affine_into, gradients_of
+from lightning_lora.lora.functional.narrow_products import fast_layout, transposed_times_narrow
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
+from lightning_lora.lora.functional.torch_internals import uninitialised
 
 
-def fused_expert_linear(
-    x: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    counts: list[int],
-    dropout: float = 0.0,
-) -> Tensor:
+def fused_expert_linear(x: Tensor, adapted: AdaptedWeight, counts: list[int], dropout: float = 0.0) -> Tensor:
     r"""``x_e W_e^T + b_e + scale * drop(x_e) A_e^T B_e^T``, with gradients for ``x``, ``A`` and ``B``.
 
-    What is kept for the backward pass, and what dropout does, is as in `fused_lora_linears`; so is when it may be used
-    (`can_fuse`). The gradient can be differentiated again.
+    What it keeps for the backward pass, what dropout does and when it may be used (`can_fuse`) is as in
+    `fused_lora_linears`. The gradient can be differentiated again.
 
     Args:
         x: ``(rows, in)``, sorted by expert.
-        weights: ``(E, out, in)``, frozen.
-        bias: ``(E, out)`` or None, frozen.
-        A: ``(E, r, in)``, or ``(1, r, in)`` shared by all experts.
-        B: ``(E, out, r)``, or ``(1, out, r)``.
-        scale: alpha / r, dimensionless.
+        adapted: Weights and factors of all experts.
         counts: Rows of each expert.
         dropout: Probability of zeroing an entry of ``x`` on its way to ``A``.
 
     Returns:
         ``(rows, out)``.
     """
-    seed = shared_seed(x, A) if dropout else 0
-    made = origin(x)
-    value, sources = (None, (x,)) if made is None else (x.detach(), made.tensors)
-    kind = None if made is None else made._replace(tensors=())
-    settings = _Settings(scale / kept_share(dropout), counts, dropout, seed, kind)
-    return _FusedExpertLinear.apply(settings, value, weights, bias, A, B, *sources)
+    weights, bias, A, B, scale, caller = adapted
+    seed = shared_seed(x, [caller]) if dropout else 0
+    activation, sources = gated_input(x) or (None, (x,))
+    settings = _Settings(scale / kept_share(dropout), counts, dropout, seed, activation)
+    return _FusedExperts.apply(settings, x.detach(), weights, bias, A, B, *sources)
 
 
 class _Settings(NamedTuple):
-    """What is no tensor; how the input came about is without its tensors."""
+    """What the computation depends on besides tensors, as in `Settings`, and the rows of each expert."""
 
     scale: float
     counts: list[int]
     dropout: float
     seed: int
-    origin: Origin | None
+    activation: str | None
+
+    def drop(self, x: Tensor) -> Tensor:
+        """``x`` as the update sees it, but for the scale."""
+        return drop(x, self.dropout, self.seed)
 
 
-class _FusedExpertLinear(torch.autograd.Function):
+class _FusedExperts(torch.autograd.Function):
+    """``(rows, out)`` from settings and tensors; the input comes detached, for gradients go to its sources."""
+
     @staticmethod
     def forward(
         ctx: Any,
         settings: _Settings,
-        value: Tensor | None,
+        x: Tensor,
         weights: Tensor,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
         *sources: Tensor,
     ) -> Tensor:
-        x = sources[0] if value is None else value
-        counts, scaled = settings.counts, _each(A * settings.scale, settings.counts)
-        inner, y = x.new_empty(len(x), A.shape[1]), x.new_empty(len(x), B.shape[1])
-        rows = [t.split(counts) for t in (x, drop(x, settings.dropout, settings.seed), inner, y)]
-        biases = [None] * len(counts) if bias is None else bias.unbind()
-        for x_e, dropped, inner_e, y_e, W, b, A_e, B_e in zip(
-            *rows, weights.unbind(), biases, scaled, _each(B, counts), strict=True
-        ):
-            if len(x_e):
-                torch.mm(dropped, A_e.T, out=inner_e)
-                affine_into(y_e, inner_e, B_e.T, b)
-                torch.addmm(y_e, x_e, W.T, out=y_e)
+        inner, y = uninitialised(x, (len(x), A.shape[1])), uninitialised(x, (len(x), B.shape[1]))
+        rows, factors = (x, settings.drop(x), inner, y), (weights, bias, A * settings.scale, B)
+        for x_e, dropped, inner_e, y_e, W, b, A_e, B_e in _by_expert(settings.counts, rows, factors):
+            torch.mm(dropped, A_e.T, out=inner_e)
+            affine_into(y_e, inner_e, B_e.T, b)
+            torch.addmm(y_e, x_e, W.T, out=y_e)
         ctx.settings = settings
         ctx.save_for_backward(inner, weights, A, B, *sources)
         return y
@@ -101,43 +89,71 @@ class _FusedExpertLinear(torch.autograd.Function):
         inner, weights, A, B, *sources = ctx.saved_tensors
         _, _, _, _, needs_A, needs_B, *needs_sources = ctx.needs_input_grad
         (d_y,) = d_outputs
-        x, activated = remade(settings.origin, sources)
+        x, activated = recomputed(settings.activation, sources)
         assert x is not None
-        dropped = drop(x, settings.dropout, settings.seed)
+        dropped = settings.drop(x)
         if torch.is_grad_enabled():
-            y = expert_linear(x, weights, settings.counts) + expert_update(
-                dropped, A, B, settings.scale, settings.counts
-            )
-            d_A, d_B, *d_sources = gradients_of([(y, d_y)], [A, B, *sources], [needs_A, needs_B, *needs_sources])
-            return None, None, None, None, d_A, d_B, *d_sources
-        counts, d_inner, nothing = settings.counts, torch.empty_like(inner), [None] * len(weights)
-        d_A, d_B = (torch.zeros_like(factor) if needs else None for factor, needs in ((A, needs_A), (B, needs_B)))
-        rows = [t.split(counts) for t in (d_y, dropped, inner, d_inner)]
-        factors = (nothing if factor is None else _each(factor, counts) for factor in (d_A, d_B))
-        for d_y_e, dropped_e, inner_e, d_inner_e, B_e, d_A_e, d_B_e in zip(
-            *rows, _each(laid_out(B), counts), *factors, strict=True
-        ):
-            if len(d_y_e):
-                torch.mm(d_y_e, B_e, out=d_inner_e)
-                if d_A_e is not None:
-                    d_A_e.addmm_(d_inner_e.T, dropped_e, alpha=settings.scale)
-                if d_B_e is not None:
-                    d_B_e += transposed_times_narrow(d_y_e, inner_e)
+            y = expert_linear(x, weights, settings.counts)
+            y = y + expert_update(dropped, A, B, settings.scale, settings.counts)
+            gradients = gradients_of([(y, d_y)], [A, B, *sources], [needs_A, needs_B, *needs_sources])
+            return None, None, None, None, *gradients
+        d_inner, d_A, d_B = _factor_gradients(settings, (A, B, dropped, inner), d_y, (needs_A, needs_B))
         d_sources: Sequence[Tensor | None] = [None] * len(sources)
         if any(needs_sources):
-            d_x = torch.empty_like(x)
-            for d_x_e, d_inner_e, A_e in zip(
-                d_x.split(counts), rows[-1], _each(A * settings.scale, counts), strict=True
-            ):
-                torch.mm(d_inner_e, A_e, out=d_x_e)
-            d_x = drop(d_x, settings.dropout, settings.seed)
-            for d_x_e, d_y_e, W in zip(d_x.split(counts), rows[0], weights.unbind(), strict=True):
-                if len(d_x_e):
-                    torch.addmm(d_x_e, d_y_e, W, out=d_x_e)
-            d_sources = source_gradients(settings.origin, sources, d_x, activated)
+            d_x = _input_gradient(settings, weights, A, d_inner, d_y)
+            d_sources = source_gradients(settings.activation, sources, d_x, activated)
         return None, None, None, None, d_A, d_B, *d_sources
 
 
-def _each(factors: Tensor, counts: list[int]) -> Sequence[Tensor]:
-    """The factor of each expert, which may be one that all share."""
-    return factors.unbind() if factors.shape[0] > 1 else [factors[0]] * len(counts)
+def _factor_gradients(
+    settings: _Settings, tensors: tuple[Tensor, Tensor, Tensor, Tensor], d_y: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of ``scale A_e x_e``, ``(rows, r)``, of ``A`` and of ``B``.
+
+    Args:
+        settings: Settings of the product.
+        tensors: ``A``, ``B``, the dropped input ``(rows, in)``, and ``scale A_e x_e``.
+        d_y: Gradient of the output, ``(rows, out)``.
+        needs: Whether ``A`` and ``B`` need a gradient; None is returned for the one that does not.
+    """
+    A, B, dropped, inner = tensors
+    d_inner = uninitialised(inner, inner.shape)
+    d_A, d_B = (torch.zeros_like(factor) if needed else None for factor, needed in zip((A, B), needs, strict=True))
+    rows, factors = (d_y, dropped, inner, d_inner), (fast_layout(B), d_A, d_B)
+    for d_y_e, dropped_e, inner_e, d_inner_e, B_e, d_A_e, d_B_e in _by_expert(settings.counts, rows, factors):
+        torch.mm(d_y_e, B_e, out=d_inner_e)
+        if d_A_e is not None:
+            d_A_e.addmm_(d_inner_e.T, dropped_e, alpha=settings.scale)
+        if d_B_e is not None:
+            d_B_e += transposed_times_narrow(d_y_e, inner_e)
+    return d_inner, d_A, d_B
+
+
+def _input_gradient(settings: _Settings, weights: Tensor, A: Tensor, d_inner: Tensor, d_y: Tensor) -> Tensor:
+    """Gradient of ``x``, ``(rows, in)``."""
+    d_x = uninitialised(d_y, (len(d_y), A.shape[2]))
+    for d_x_e, d_inner_e, A_e in _by_expert(settings.counts, (d_x, d_inner), (A * settings.scale,)):
+        torch.mm(d_inner_e, A_e, out=d_x_e)
+    d_x = settings.drop(d_x)
+    for d_x_e, d_y_e, W in _by_expert(settings.counts, (d_x, d_y), (weights,)):
+        torch.addmm(d_x_e, d_y_e, W, out=d_x_e)
+    return d_x
+
+
+def _by_expert(
+    counts: list[int], rows: Sequence[Tensor], factors: Sequence[Tensor | None]
+) -> Iterator[tuple[Any, ...]]:
+    """The rows and factors of each expert that has rows.
+
+    Args:
+        counts: Rows of each expert.
+        rows: Tensors ``(rows, *)``, sorted by expert.
+        factors: Tensors ``(E, *)``, or ``(1, *)`` where all experts share one; None for each expert where None.
+    """
+    by_expert: list[Sequence[Any]] = [tensor.split(counts) for tensor in rows]
+    for factor in factors:
+        if factor is None or len(factor) == 1:
+            by_expert.append([None if factor is None else factor[0]] * len(counts))
+        else:
+            by_expert.append(factor.unbind())
+    return (items for items in zip(*by_expert, strict=True) if len(items[0]))

@@ -2,9 +2,9 @@ r"""Linear layers with one input, and their low-rank updates, as one differentia
 
 The updates cost little arithmetic; what makes LoRA slow is everything around it. Written out, ``W x + s B A x`` walks
 over the output twice more than ``W x`` does, over the gradient of the input twice more, and with dropout over the input
-four times more. Here the small product comes first and the large one adds itself to it (``beta = 1`` in BLAS), forward
-and backward; layers with one input (query, key and value; gate and up) share the small products with it and its
-gradient; dropout keeps no mask but the seed of one; and the product of a gate is computed again instead of kept.
+four times more. Here the small product comes first and the large one is added to it, forward and backward; layers with
+one input (query, key and value; gate and up) share the small product with it and its gradient; dropout keeps a seed
+instead of a mask; and the product of a gate is computed again instead of kept.
 
 Shape legend: ``T`` rows of input (all leading axes together), ``r`` rank, ``R`` sum of ranks, ``in``/``out`` features.
 """
@@ -16,12 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from lightning_lora.lora.functional.gated_input import origin
-from lightning_lora.lora.functional.linear_group import AdaptedWeight, Parts, Settings
-from lightning_lora.lora.functional.linear_products import MergedLinears, SplitLinears
-from lightning_lora.lora.functional.seeded_dropout import kept_share, shared_seed
+from lightning_lora.lora.functional.gated_input import gated_input, recomputed, source_gradients
+from lightning_lora.lora.functional.linear_group import AdaptedWeight, GroupTensors, Settings
+from lightning_lora.lora.functional.linear_products import (
+    differentiable_gradients,
+    factor_gradients,
+    inner_gradient,
+    input_gradient,
+    merged_outputs,
+    split_outputs,
+)
+from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
+from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
 
 # Tokens, as a multiple of a layer's longer side, above which the sum is cheaper (benchmarks/products.py).
 _MERGED_TOKENS = 2
@@ -32,15 +39,15 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
 
     ``W`` and ``b`` are frozen. For the backward pass it keeps ``x``, by reference, and ``A x``, ``(T, R)``, or where
     `merging_pays` each ``W + scale B A``; with dropout a seed instead of a mask. If ``x`` is an activation times a
-    second tensor (`origin`), it keeps these two instead, and the gradient goes there past ``x``. If no ``A`` needs a
-    gradient, it keeps no input at all. The gradient can be differentiated again. All tensors have one type.
+    second tensor (`gated_input`), it keeps these two instead, and the gradient goes to them past ``x``. If no ``A``
+    needs a gradient, it keeps no input at all. The gradient can be differentiated again. All tensors have one type.
 
     Args:
         x: ``(*, in)``.
-        layers: Those that are given ``x``, one or more.
+        layers: One or more layers with the input ``x``.
         dropout: Probability of zeroing an entry of ``x`` on its way to ``A``, rounded to a multiple of 1/256, at least
-            one; what is kept is scaled by the exact probability of keeping it. Calls with the same ``x``, one after the
-            other, drop the same entries.
+            one; what is kept is scaled by the exact probability of keeping it. Layers called one after the other with
+            the same ``x`` drop the same entries.
 
     Returns:
         ``(*, out)`` for each layer.
@@ -48,29 +55,24 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
     References:
         Zhu et al., *LoRAFusion*, 2025, https://arxiv.org/abs/2510.00206 (fusing, seeded dropout).
     """
-    seed = shared_seed(x, layers[0].A) if dropout else 0
-    weights, biases, As, Bs, scales = zip(*layers, strict=True)
-    made = origin(x)
-    value, sources = (None, (x,)) if made is None else (x.detach(), made.tensors)
-    kind = None if made is None else made._replace(tensors=())
-    settings = Settings(tuple(scale / kept_share(dropout) for scale in scales), dropout, seed, kind)
-    compute = MergedLinears if not dropout and merging_pays(x, layers) else SplitLinears
-    outputs: Any = compute.apply(settings, value, *Parts(biases, weights, As, Bs, sources).flat())
+    weights, biases, As, Bs, scales, callers = zip(*layers, strict=True)
+    activation, sources = gated_input(x) or (None, (x,))
+    settings = Settings(
+        scales=tuple(scale / kept_share(dropout) for scale in scales),
+        dropout=dropout,
+        seed=shared_seed(x, callers) if dropout else 0,
+        activation=activation,
+        merges=not dropout and merging_pays(x, layers),
+    )
+    outputs: Any = FusedLinears.apply(settings, x.detach(), *GroupTensors(biases, weights, As, Bs, sources).flat())
     return outputs
-
-
-def fused_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """`fused_lora_linears` of a single layer, ``(*, in)`` to ``(*, out)``."""
-    return fused_lora_linears(x, [AdaptedWeight(weight, bias, A, B, scale)], dropout)[0]
 
 
 def merging_pays(x: Tensor, layers: Sequence[AdaptedWeight]) -> bool:
     """Whether forming ``W + scale B A`` costs less than applying both: for many tokens through small layers on a CPU.
 
-    Below float32 never, for rounding the sum would take a small update away; nor where every A is frozen, for it needs
-    the input then, which the other way does not keep.
+    Never below float32, where rounding the sum would lose a small update. Never where every ``A`` is frozen: merging
+    needs the input then, which the other way does not keep.
     """
     longest = max(x.shape[-1], *(len(layer.weight) for layer in layers))
     is_many = x.numel() > _MERGED_TOKENS * longest * x.shape[-1]
@@ -80,8 +82,8 @@ def merging_pays(x: Tensor, layers: Sequence[AdaptedWeight]) -> bool:
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `fused_lora_linears` computes what the written-out formula does for these tensors, here and now.
 
-    Not where types or devices differ or autocast chooses types, where base weights learn, in quantised or sharded ones,
-    and where ``torch.compile`` or a transform of ``torch.func`` must see through: those take the formula.
+    It does not where types or devices differ, where autocast chooses the types, where base weights are trained,
+    quantised or sharded, and where every operation must be visible (`is_traced`).
     """
     frozen = [weight] if bias is None else [weight, bias]
     return (
@@ -89,7 +91,59 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in frozen)
         and type(x) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_traced()
     )
+
+
+class FusedLinears(torch.autograd.Function):
+    """Outputs ``(*, out)`` of a group from its settings, its input and its `GroupTensors`.
+
+    The input comes detached, for gradients go to its sources. The node in the graph has ``settings``, and ``is_done``:
+    whether its backward pass has run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        """``(*, out)`` of each layer."""
+        group, needs = GroupTensors.of(tensors, settings), GroupTensors.of(ctx.needs_input_grad[2:], settings)
+        # Made whole and written through views: an output that is a view itself could not be changed in place.
+        outputs = [uninitialised(x, (*x.shape[:-1], len(W))) for W in group.weights]
+        ys = [output.view(-1, output.shape[-1]) for output in outputs]
+        rows = x.reshape(-1, x.shape[-1])
+        if settings.merges:
+            products = merged_outputs(ys, rows, group, settings)
+        else:
+            products = [split_outputs(ys, rows, group, settings)]
+            if not any(needs.As) and settings.activation is None:
+                group = group._replace(sources=[None])
+        ctx.settings, ctx.shape, ctx.is_done = settings, x.shape, False
+        ctx.save_for_backward(*products, *group.flat())
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> Any:
+        """Gradients of the tensors that need one."""
+        ctx.is_done = True
+        settings: Settings = ctx.settings
+        num_products = len(settings.scales) if settings.merges else 1
+        # Read once: activation checkpointing hands out what was saved a single time.
+        saved = ctx.saved_tensors
+        products, group = saved[:num_products], GroupTensors.of(saved[num_products:], settings)
+        needs = GroupTensors.of(ctx.needs_input_grad[2:], settings)
+        if all(d is None for d in d_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        d_ys = [None if d is None else d.reshape(-1, d.shape[-1]) for d in d_outputs]
+        if torch.is_grad_enabled():
+            return None, None, *differentiable_gradients(group, settings, needs, d_ys)
+        inner, sums = (None, products) if settings.merges else (products[0], ())
+        x, activated = recomputed(settings.activation, group.sources)
+        dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
+        d_inner = inner_gradient(group, d_ys)
+        d_As, d_Bs = factor_gradients(group, settings, needs, dropped, inner, d_inner, d_ys)
+        d_sources: Sequence[Tensor | None] = [None] * len(group.sources)
+        if any(needs.sources):
+            d_x = input_gradient(group, settings, sums, d_inner, d_ys).view(ctx.shape)
+            d_sources = source_gradients(settings.activation, group.sources, d_x, activated)
+        frozen = [None] * len(settings.scales)
+        return None, None, *GroupTensors(frozen, frozen, d_As, d_Bs, d_sources).flat()

@@ -1,7 +1,7 @@
-"""Products with one narrow side, of width ``r``, in the order that BLAS does them best.
+"""Products with a narrow side, of width ``r``, in the order that BLAS computes fastest.
 
-On a CPU a matrix of fewer than 16 columns is read poorly when it stands on the right: at rank 8 the products below take
-two to five times longer as they are usually written (``benchmarks/products.py``). On a GPU the usual order is kept.
+On a CPU, a matrix of fewer than 16 columns is slow to read on the right of a product: at rank 8 the products below take
+two to five times longer in their usual order (``benchmarks/products.py``). On a GPU the usual order is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NARROW = 16
 
 def times_narrow(y: Tensor, B: Tensor) -> Tensor:
     """``y B``: ``(T, out)`` times ``(out, r)``."""
-    return y @ laid_out(B)
+    return y @ fast_layout(B)
 
 
 def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
     return (inner.T @ y).T if _is_slow(inner) else y.T @ inner
 
 
-def laid_out(B: Tensor) -> Tensor:
-    """``B``, ``(*, out, r)``, as it is best read on the right of a product: perhaps column after column."""
+def fast_layout(B: Tensor) -> Tensor:
+    """``B``, ``(*, out, r)``, in the layout that is fastest on the right of a product: column by column if narrow."""
     return B.mT.contiguous().mT if _is_slow(B) else B
 
 

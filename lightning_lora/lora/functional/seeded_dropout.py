@@ -1,61 +1,84 @@
-"""Dropout that keeps a seed instead of a mask, and that layers with one input share.
+"""Dropout that keeps a seed instead of a mask; layers with the same input share both.
 
-A random byte decides each entry, so the probability is a multiple of 1/256; drawing the bytes eight at a time is what
-makes this cheap. Layers called one after the other with the very same tensor (query, key and value; gate and up) get
-one seed, and the mask made for the first serves the others, forward and backward.
+A random byte decides each entry, so the probability is a multiple of 1/256. The bytes are drawn eight at a time, which
+is what makes this cheap. Layers called one after the other with the very same tensor (query, key and value; gate and
+up) get one seed, and the mask made for the first of them serves the others, forward and backward.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_lora.lora.functional.torch_internals import saved_tensor_hooks, uninitialised
 
-class _Last(threading.local):
-    """What was drawn last in this thread: for which tensor, and the mask, of its type."""
+
+class _Latest(threading.local):
+    """The latest seed of this thread with what it was drawn for, and the latest mask with what it depends on."""
 
     x: weakref.ref[Tensor] | None = None
     version = -1
-    users: set[int] = set()
+    is_grad_enabled = True
+    pack_hook: weakref.ref[object] | None = None
+    callers: set[int] = set()
     seed = -1
-    made: object = None
-    kept: Tensor | None = None
+    mask_key: object = None
+    mask: Tensor | None = None
 
 
-_last = _Last()
+_latest = _Latest()
 
 
-def shared_seed(x: Tensor, user: object) -> int:
-    """A new seed from torch's random numbers, or the last one if others drew it for this tensor.
+def shared_seed(x: Tensor, callers: Sequence[object]) -> int:
+    """A seed for the dropout of ``x``: the latest one if other callers drew it for this tensor, else a new one.
+
+    New seeds come from torch's CPU generator. A seed is not shared across the border of activation checkpointing,
+    whose second run must find the mask of the first wherever the border lies.
 
     Args:
-        x: What will be dropped.
-        user: Who asks; the same one asking again, as when a model runs twice on one batch, gets a new seed.
+        x: The tensor whose entries are dropped.
+        callers: The layers that use the seed, told apart by identity. A layer that asks again, as when a model runs
+            twice on one batch, gets a new seed.
     """
-    if _last.x is None or _last.x() is not x or _last.version != x._version or id(user) in _last.users:
-        _last.x, _last.version, _last.users = weakref.ref(x), x._version, set()
-        _last.seed = int(torch.randint(2**62, ()))
-    _last.users.add(id(user))
-    return _last.seed
+    ids = set(map(id, callers))
+    if not _is_latest(x) or ids & _latest.callers:
+        _latest.x, _latest.version, _latest.callers = weakref.ref(x), x._version, set()
+        hooks = saved_tensor_hooks()
+        _latest.is_grad_enabled = torch.is_grad_enabled()
+        _latest.pack_hook = None if hooks is None else weakref.ref(hooks[0])
+        _latest.seed = int(torch.randint(2**62, ()))
+    _latest.callers |= ids
+    return _latest.seed
+
+
+def _is_latest(x: Tensor) -> bool:
+    """Whether the latest seed was drawn for ``x`` as it is, on this side of activation checkpointing."""
+    if _latest.x is None or _latest.x() is not x or _latest.version != x._version:
+        return False
+    # One kind of checkpointing switches gradients off in its first run, the other sets hooks of its own in each run.
+    pack_hook = _latest.pack_hook and _latest.pack_hook()
+    hooks = saved_tensor_hooks()
+    return _latest.is_grad_enabled == torch.is_grad_enabled() and pack_hook is (hooks and hooks[0])
 
 
 def drop(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """``x`` with entries zeroed, the same ones for the same seed; divide by `kept_share` to keep the expectation.
+    """``x`` with entries set to zero, the same ones for the same seed; divide by `kept_share` to keep the expectation.
 
     Args:
-        x: Any tensor, in any shape of the same number of entries for the same seed.
-        dropout: Probability, rounded to a multiple of 1/256; 0 returns ``x`` itself.
-        seed: What decides the entries, from `shared_seed`.
+        x: Any tensor; tensors with as many entries, in any shape, lose the same ones for the same seed.
+        dropout: Probability of zeroing an entry, rounded to a multiple of 1/256, at least one; 0 returns ``x`` itself.
+        seed: Decides which entries are zeroed, from `shared_seed`.
     """
     if not dropout:
         return x
-    wanted = seed, _threshold(dropout), x.numel(), x.dtype, x.device
-    if _last.made != wanted or _last.kept is None:
-        _last.kept, _last.made = _kept(x, dropout, seed), wanted
-    return x * _last.kept.view(x.shape)
+    key = seed, _threshold(dropout), x.numel(), x.dtype, x.device
+    if _latest.mask_key != key or _latest.mask is None:
+        _latest.mask, _latest.mask_key = _mask(x, dropout, seed), key
+    return x * _latest.mask.view(x.shape)
 
 
 def kept_share(dropout: float) -> float:
@@ -67,9 +90,10 @@ def _threshold(dropout: float) -> int:
     return max(1, round(256 * dropout))
 
 
-def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """1 for each entry of ``x`` that is kept, 0 for the others: ``(entries,)``."""
+    words = uninitialised(x, (-(-x.numel() // 8),), torch.int64)
     words.random_(-(2**63), None, generator=torch.Generator(x.device).manual_seed(seed))
     # Written as numbers of x's type at once: on a CPU, torch multiplies by booleans six times more slowly.
-    kept = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
-    return torch.ge(words.view(torch.uint8)[: x.numel()], _threshold(dropout), out=kept)
+    mask = uninitialised(x, (x.numel(),))
+    return torch.ge(words.view(torch.uint8)[: x.numel()], _threshold(dropout), out=mask)

@@ -9,7 +9,7 @@ from torch import Tensor
 def singular_values(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Singular values of ``scale * B A``, descending, ``(*, rank)``, in float64.
 
-    ``B A`` is never formed: with ``B = Q_B R_B`` and ``A^T = Q_A R_A`` they are those of ``R_B R_A^T``.
+    ``B A`` is never formed: with ``B = Q_B R_B`` and ``A^T = Q_A R_A`` it has the singular values of ``R_B R_A^T``.
 
     Args:
         A: ``(*, rank, in)``, where ``*`` may be experts.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    r"""``scale * drop(x) A^T B^T``, what LoRA adds to a linear layer's output.
+    r"""``scale * drop(x) A^T B^T``, what LoRA adds to the output of a linear layer.
 
-    The factors are cast to the type of ``x`` (a few thousand numbers) rather than ``x`` to theirs (the activations):
-    float32 factors on a bfloat16 base act as master weights and no wide copy of the activations is kept.
+    The factors are cast to the type of ``x`` (a few thousand numbers), not ``x`` to theirs (the activations): float32
+    factors on a bfloat16 base act as master weights, and no wide copy of the activations is kept.
 
     Args:
         x: ``(*, in)``.
@@ -33,12 +33,12 @@ def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float 
     """
     if dropout:
         x = F.dropout(x, dropout)
-    # The scale goes onto the product of width r, the smallest tensor of the three.
+    # The scale multiplies the product of width r, the smallest of the three tensors.
     return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 
 def embedding_update(rows: Tensor, A: Tensor, B: Tensor, scale: float, padding_idx: int | None = None) -> Tensor:
-    r"""``scale * (B A)^T[rows]``, what LoRA adds to the looked-up rows of an embedding table.
+    r"""``scale * (B A)^T[rows]``, what LoRA adds to the rows looked up in an embedding table.
 
     Args:
         rows: Integer indices ``(*)``.
@@ -66,10 +66,10 @@ def merged_weight(weight: Tensor, update: Tensor) -> Tensor:
 
 
 def rounding_loss(weight: Tensor, merged: Tensor, update: Tensor) -> float:
-    """``|stored change - update| / |update|``: what rounding to the type of ``merged`` took of an update, 0 for none.
+    """Share of an update that rounding to the type of ``merged`` lost: ``|stored change - update| / |update|``.
 
-    Small updates of bfloat16 weights can vanish: an entry changes only if its update exceeds half a step, about 2^-9 of
-    the entry.
+    0 for an update of zero. Small updates of bfloat16 weights can vanish: an entry changes only if its update exceeds
+    half a step, about 2^-9 of the entry.
     """
     norm = update.norm()
     lost = ((merged.to(update.dtype) - weight.to(update.dtype)) - update).norm()

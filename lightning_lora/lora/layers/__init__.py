@@ -1,10 +1,10 @@
 """Adapted layer kinds, and the registry that chooses among them.
 
 Read in this order: `base` (what every adapted layer does), `class_swap` (how a module becomes one), `linear`,
-`embedding`, `conv`, `attention`, `recurrent`, `experts`, `quantised_linear` and `quantised_weights`,
-`effective_weights` (layers that compute with ``W + s B A``), `siblings` (layers that share an input), `shared_factors`
-(layers that share a weight), `registry` (from a module to its adapted kind), `adapted` (finding adapted layers and
-their factors).
+`siblings` (layers with one input, computed together), `embedding`, `conv`, `effective_weights` (layers that compute
+with ``W + scale * B A``), `attention`, `recurrent`, `experts`, `quantised_linear` and `quantised_weights`,
+`shared_factors` (layers that share a weight), `registry` (the adapted layer for a module), `adapted` (finding adapted
+layers and their factors).
 """
 
 from lightning_lora.lora.layers.attention import LoRAMultiheadAttention

@@ -1,7 +1,7 @@
 """Finding the adapted layers of a module, and the names of adapted weights.
 
-An adapted weight goes by the name of its layer (``layers.0.up_proj``), or, where the layer holds several, by that of
-its parameter (``layers.0.experts.down_proj``); its factors are called ``layers.0.up_proj.lora_A`` and
+An adapted weight has the name of its layer (``layers.0.up_proj``), or, where the layer holds several weights, the name
+of its parameter (``layers.0.experts.down_proj``). Its factors are called ``layers.0.up_proj.lora_A`` and
 ``layers.0.experts.down_proj_lora_A``.
 """
 
@@ -16,15 +16,15 @@ from lightning_lora.lora.patterns import plain_name
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Dotted name to adapted layer, in module order; empty if nothing is adapted.
 
-    Names are those of the plain module, whatever ``torch.compile`` and other wrappers add.
+    Names leave out what ``torch.compile`` and other wrappers add.
     """
     return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
 
 
 def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
-    """Name of every adapted weight to its layer and the name of its parameter there, in module order.
+    """Name of every adapted weight to its layer and the name of its parameter in the layer, in module order.
 
-    A weight that several layers share has the name of the one that owns its factors.
+    A weight that several layers share has the name of the layer that owns its factors.
     """
     return {
         join(name, weight) if layer.lora_prefix(weight) else name: (layer, weight)
@@ -35,22 +35,28 @@ def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
 
 
 def following_layers(module: nn.Module) -> dict[str, LoRALayer]:
-    """Name of every layer that uses the factors of another one whose weight it shares."""
+    """Dotted name to every layer that shares the weight and the factors of another layer."""
     return {name: layer for name, layer in lora_layers(module).items() if layer.lora_follows}
 
 
 def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
-    """Dotted name of the parameter that an adapted weight's name stands for."""
+    """Dotted name of the parameter that holds an adapted weight.
+
+    Args:
+        name: Name of the adapted weight, from `adapted_weights`.
+        layer: Its layer.
+        weight: Name of the parameter in the layer.
+    """
     return name if layer.lora_prefix(weight) else join(name, weight)
 
 
 def factor_name(name: str, layer: LoRALayer, weight: str, factor: str) -> str:
-    """Dotted name of ``lora_A`` or ``lora_B`` of an adapted weight."""
+    """Dotted name of a factor of an adapted weight; ``factor`` is ``lora_A`` or ``lora_B``."""
     return f"{name}_{factor}" if layer.lora_prefix(weight) else join(name, factor)
 
 
 def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Dotted name to every factor of ``module``."""
+    """Dotted name to every factor in ``module``; factors that several layers share appear once."""
     return {
         join(name, factor): parameter
         for name, layer in lora_layers(module).items()
@@ -60,7 +66,7 @@ def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def factor_owner(name: str) -> tuple[str, str]:
-    """``(adapted weight, "lora_A" | "lora_B")`` of a factor's dotted name.
+    """``(name of the adapted weight, "lora_A" or "lora_B")`` from the dotted name of a factor.
 
     >>> factor_owner("layers.0.up_proj.lora_A"), factor_owner("layers.0.experts.down_proj_lora_B")
     (('layers.0.up_proj', 'lora_A'), ('layers.0.experts.down_proj', 'lora_B'))
@@ -72,5 +78,5 @@ def factor_owner(name: str) -> tuple[str, str]:
 
 
 def join(prefix: str, name: str) -> str:
-    """A dotted name below ``prefix``, which may be empty for the root."""
+    """The dotted name of ``name`` below ``prefix``; the prefix of the root is empty."""
     return f"{prefix}.{name}" if prefix else name

@@ -1,8 +1,9 @@
 """Adapted ``nn.MultiheadAttention``, and torch's transformer layers around it.
 
-These modules read weights of their children without calling them: attention its output projection always, an encoder
-layer everything in eval mode (torch's fast path). A child's own update would then do nothing. So the class of such a
-module is swapped too, for one that has no factors of its own and sees to it that its adapted children take effect.
+These modules read weights of their children without calling them: attention always reads its output projection, an
+encoder layer reads everything in eval mode (torch's fast path). An update that a child adds when called would then do
+nothing. So the class of such a module is swapped too, for one without factors that makes its adapted children take
+effect.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.lora.layers.base import LoRALayer, WeightShape
-from lightning_lora.lora.layers.class_swap import base_type, reduce, swapped_type
+from lightning_lora.lora.layers.class_swap import base_type, reduce_swapped, swapped_type
 from lightning_lora.lora.layers.effective_weights import LoRAEffective, effective_weights
 from lightning_lora.lora.layers.quantised_weights import is_quantised
 
@@ -24,8 +25,8 @@ from lightning_lora.lora.layers.quantised_weights import is_quantised
 class LoRAMultiheadAttention(LoRAEffective, nn.MultiheadAttention):
     r"""``nn.MultiheadAttention`` with a low-rank update of its input projections: ``W + scale * B A``.
 
-    The packed projection is one weight with one update, as in PEFT. The output projection is an adapted layer of its
-    own, whose effective weight this layer computes with.
+    The packed projection is one weight with one update, as in PEFT. The output projection is another adapted layer;
+    this one computes with its effective weight.
 
     Shape:
         - ``in_proj_weight`` ``(3 E, E)``: ``lora_A`` ``(rank, E)``, ``lora_B`` ``(3 E, rank)``.
@@ -44,7 +45,7 @@ class LoRAMultiheadAttention(LoRAEffective, nn.MultiheadAttention):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        with _projection(self):
+        with _effective_output_projection(self):
             return super().forward(*args, **kwargs)
 
 
@@ -52,39 +53,39 @@ class LoRAReader(nn.Module):
     """Base of modules without factors that make the adapters of their children take effect."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduce(self)
+        return reduce_swapped(self)
 
 
 class AttentionReader(LoRAReader, nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` of which only the output projection is adapted."""
+    """``nn.MultiheadAttention`` with only its output projection adapted."""
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        with _projection(self):
+        with _effective_output_projection(self):
             return super().forward(*args, **kwargs)
 
 
 class EncoderLayerReader(LoRAReader, nn.TransformerEncoderLayer):
     """``nn.TransformerEncoderLayer`` with adapted children.
 
-    In training its children are called. In eval torch may compute the whole layer from the weights, and does so from
-    effective ones here, so that what evaluation returns (zeros where the input is padding, for one) is what the base
-    returns. Where adapters need gradients in eval, the children are called.
+    In training, its children are called. In eval, torch may compute the whole layer from the weights of its children;
+    here it uses their effective weights, so evaluation behaves as in the base (it returns zeros for padding, for one).
+    Where adapters need gradients in eval, the children are called.
     """
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        layers = [layer for layer in self._read() if layer.lora_active]
+        layers = [layer for layer in self._adapted_children() if layer.lora_active]
         if self.training or not layers:
             return super().forward(*args, **kwargs)
-        if _need_gradients(layers) or not all(map(_is_plain, layers)):
-            # Torch takes the fast path for two activations alone; called children compute the same.
+        if _need_gradients(layers) or not all(map(_allows_addition, layers)):
+            # Torch takes the fast path for two activations only; without one of them it calls the children.
             with _attribute(self, "activation_relu_or_gelu", 0):
                 return super().forward(*args, **kwargs)
         with effective_weights(layers):
             return super().forward(*args, **kwargs)
 
-    def _read(self) -> list[LoRALayer]:
+    def _adapted_children(self) -> list[LoRALayer]:
         """The adapted children whose weights the fast path reads."""
         children = (self.self_attn, self.self_attn.out_proj, self.linear1, self.linear2)
         return [child for child in children if isinstance(child, LoRALayer)]
@@ -93,8 +94,8 @@ class EncoderLayerReader(LoRAReader, nn.TransformerEncoderLayer):
 class EncoderReader(LoRAReader, nn.TransformerEncoder):
     """``nn.TransformerEncoder`` with adapted layers.
 
-    In eval torch may pack padded input into a nested tensor, which the fast path alone understands. It decides by the
-    weights of the first layer, which are frozen; so where adapters need gradients it must not.
+    In eval, torch may pack padded input into a nested tensor, which only the fast path understands. It decides by the
+    weights of the first layer, which are frozen; where adapters need gradients, packing is switched off.
     """
 
     @override
@@ -124,14 +125,14 @@ def attach_readers(root: nn.Module) -> None:
 
 
 def detach_readers(root: nn.Module) -> None:
-    """Give every such module without adapted children its old class back."""
+    """Undo `attach_readers` for every module in ``root`` that has no adapted children any more."""
     for module in root.modules():
         if isinstance(module, LoRAReader) and not any(isinstance(child, LoRALayer) for child in module.modules()):
             module.__class__ = base_type(type(module))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def read_projections(root: nn.Module) -> dict[str, str]:
-    """Dotted name of every output projection of ``nn.MultiheadAttention`` in ``root``, to that of its attention."""
+def output_projections(root: nn.Module) -> dict[str, str]:
+    """Dotted name of the output projection of every ``nn.MultiheadAttention`` to the name of the attention itself."""
     return {
         f"{name}.out_proj" if name else "out_proj": name
         for name, module in root.named_modules()
@@ -140,8 +141,8 @@ def read_projections(root: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _projection(attention: nn.MultiheadAttention) -> Iterator[None]:
-    """The output projection, if it is adapted, with its effective weight."""
+def _effective_output_projection(attention: nn.MultiheadAttention) -> Iterator[None]:
+    """Give the output projection its effective weight within the context, if it is adapted."""
     projection = attention.out_proj
     with effective_weights([projection] if isinstance(projection, LoRALayer) else []):
         yield
@@ -157,8 +158,8 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def _is_plain(layer: LoRALayer) -> bool:
-    """Whether updates can be added to the weights here: to quantised or sharded ones only their layer can."""
+def _allows_addition(layer: LoRALayer) -> bool:
+    """Whether updates can be added to the weights: not if they are quantised or sharded, when only their layer can."""
     weights = [getattr(layer, name) for name in layer.lora_specs]
     return all(type(weight) is nn.Parameter and not is_quantised(weight) for weight in weights)
 

@@ -1,4 +1,4 @@
-"""What every adapted layer has in common: two factors beside each adapted weight, and how they come and go."""
+"""Base of every adapted layer: two factors beside each adapted weight, and how they are added and removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.functional import merged_weight, rounding_loss, uniform_bound, weight_update
-from lightning_lora.lora.layers.class_swap import base_type, reduce, swapped_type
+from lightning_lora.lora.layers.class_swap import base_type, reduce_swapped, swapped_type
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -25,7 +25,7 @@ class AdapterSpec:
     Args:
         rank: Inner dimension of the update.
         alpha: Numerator of the scale.
-        role: What the layer is in its model: ``attention``, ``mlp``, ``head``, ...
+        role: Role of the layer in its model: ``attention``, ``mlp``, ``head``, ...
         config: The settings this layer was adapted with.
     """
 
@@ -41,7 +41,7 @@ class AdapterSpec:
 
 
 class WeightShape(NamedTuple):
-    """A weight as the matrix its update is added to, or as many of them as there are experts (0: a single matrix)."""
+    """Shape of the matrix that an update is added to; fused experts have ``num_experts`` matrices, other weights 0."""
 
     num_in: int
     num_out: int
@@ -59,26 +59,26 @@ class LoRALayer(nn.Module):
     ``<weight>_lora_A`` and ``<weight>_lora_B``; experts have one factor each, ``(experts, rank, in)`` and
     ``(experts, out, rank)``.
 
-    Subclasses say what ``in`` and ``out`` are (`dimensions`, or `weights` where ``weight`` is not the only one), add
-    the update in ``forward``, and may lay the update out differently (`weight_delta`).
+    A subclass returns ``in`` and ``out`` (`dimensions`, or `weights` where ``weight`` is not the only one) and adds the
+    update in ``forward``. It overrides `weight_delta` where the parameter is laid out in another way.
     """
 
     weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    # Adapted weight, by the name of its parameter, to how it is adapted.
+    # Name of each adapted parameter to how it is adapted.
     lora_specs: dict[str, AdapterSpec]
     lora_enabled: bool
-    # Whether weight and factors are another layer's, which merges them and counts them.
+    # Whether weight and factors belong to another layer, which merges and counts them.
     lora_follows: bool
-    # The base weights as they were, kept while updates are folded in: subtracting would not restore them bit for bit.
+    # Copies of the base weights while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
-    # Is shown what the written-out update is computed from: dropout leaves no other trace of it (`layer_rows`).
+    # Called with the input of the written-out update, after dropout, of which there is no other trace.
     lora_watcher: Callable[[Tensor], None] | None = None
 
     @staticmethod
     def dimensions(module: Any) -> tuple[int, int]:
-        """``(in, out)`` of an unadapted module. Read from its attributes: a sharded or quantised weight has others."""
+        """``(in, out)`` of an unadapted module, from its attributes: sharded or quantised weights have other shapes."""
         raise NotImplementedError
 
     @classmethod
@@ -93,7 +93,7 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def prefix(cls, module: Any, weight: str) -> str:
-        """What the names of the factors of ``weight`` start with: nothing where it is the only one."""
+        """Prefix of the names of the factors of ``weight``; empty where it is the only weight."""
         return f"{weight}_" if len(cls.weights(module)) > 1 else ""
 
     @classmethod
@@ -105,7 +105,7 @@ class LoRALayer(nn.Module):
 
     @property
     def lora_spec(self) -> AdapterSpec:
-        """How the layer is adapted; where it holds several weights, how the first is."""
+        """How the layer is adapted; where it holds several weights, how the first one is."""
         return next(iter(self.lora_specs.values()))
 
     @property
@@ -120,11 +120,11 @@ class LoRALayer(nn.Module):
 
     @property
     def lora_dropout(self) -> float:
-        """Dropout probability in force now."""
+        """Current dropout probability: 0 outside training."""
         return self.lora_spec.config.dropout if self.training else 0.0
 
     def lora_prefix(self, weight: str) -> str:
-        """`prefix` of an adapted weight, told from the factors: naming all weights of a layer takes longer."""
+        """`prefix` of an adapted weight, from the names of the factors, which is faster than naming all weights."""
         return "" if hasattr(self, "lora_A") else f"{weight}_"
 
     def lora_pair(self, weight: str = "weight") -> tuple[nn.Parameter, nn.Parameter]:
@@ -133,16 +133,16 @@ class LoRALayer(nn.Module):
         return getattr(self, f"{prefix}lora_A"), getattr(self, f"{prefix}lora_B")
 
     def lora_factors(self) -> dict[str, nn.Parameter]:
-        """All factors, by the name of their attribute: ``lora_A`` and ``lora_B``, or those of several weights."""
+        """Attribute name to factor: ``lora_A`` and ``lora_B``, or the factors of several weights."""
         prefixes = [self.lora_prefix(weight) for weight in self.lora_specs]
         return {f"{prefix}{end}": getattr(self, f"{prefix}{end}") for prefix in prefixes for end in FACTORS}
 
     def weight_delta(self, weight: str = "weight") -> Tensor:
-        """``scale * B A`` in the layout of the parameter, at least float32; gradients reach the factors."""
+        """``scale * B A`` in the layout of the parameter and at least float32, differentiable by the factors."""
         return weight_update(*self.lora_pair(weight), self.lora_specs[weight].scale)
 
     def effective_weights(self) -> dict[str, Tensor]:
-        """Adapted weight to ``W + scale * B A``, for whoever computes with a weight without calling its layer."""
+        """Name of each adapted weight to ``W + scale * B A``, for code that reads weights without calling the layer."""
         return {name: merged_weight(getattr(self, name), self.weight_delta(name)) for name in self.lora_specs}
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class LoRALayer(nn.Module):
         """Fold the updates into the weights; the parameter objects stay.
 
         Returns:
-            The largest `rounding_loss` of its weights; 0 for those in float32 or wider.
+            The largest `rounding_loss` of the weights; 0 for weights in float32 or wider.
         """
         kept, losses = {}, [0.0]
         for name in () if self.lora_follows else self.lora_specs:
@@ -171,15 +171,15 @@ class LoRALayer(nn.Module):
         self.lora_base_weights = None
 
     def reset_parameters(self) -> None:
-        """Initialise the factors only; the base weight comes from elsewhere.
+        """Initialise the factors only; the base weight is loaded.
 
-        Sharding strategies call this on layers built without memory.
+        Sharding strategies call this method on layers built without memory.
         """
         self.reset_factors()
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """A random, B zero: the adapted layer computes what the base computes."""
+        """Set A to random values and B to zero, so the adapted layer computes what the base computes."""
         for weight, spec in self.lora_specs.items():
             A, B = self.lora_pair(weight)
             if spec.config.init == "gaussian":
@@ -191,29 +191,29 @@ class LoRALayer(nn.Module):
 
     @property
     def type_without_adapter(self) -> type[nn.Module]:
-        """The class the layer gets when its adapter is taken off: the one it had before."""
+        """The class that the layer gets when its adapter is removed: the one it had before."""
         return base_type(type(self))
 
     def before_detach(self) -> None:
-        """Called when the adapter is taken off, before the class changes."""
+        """Prepare the removal of the adapter; called before the class changes."""
 
     @property
     def lora_moved(self) -> bool:
-        """Whether training has moved the factors that started at zero."""
+        """Whether training has changed the factors that started at zero."""
         return all(bool(self.lora_pair(weight)[1].detach().any()) for weight in self.lora_specs)
 
     @override
     def extra_repr(self) -> str:
-        """The base layer's, with rank and alpha."""
+        """Add rank and alpha to the base layer's."""
         own = f"rank={self.lora_spec.rank}, alpha={self.lora_spec.alpha:g}"
         return f"{base}, {own}" if (base := super().extra_repr()) else own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduce(self)
+        return reduce_swapped(self)
 
 
 def is_factor(name: str) -> bool:
-    """Whether a dotted parameter name is that of a factor.
+    """Whether a dotted parameter name belongs to a factor.
 
     >>> is_factor("layers.0.up_proj.lora_A"), is_factor("experts.down_proj_lora_B"), is_factor("layers.0.weight")
     (True, True, False)
@@ -223,12 +223,12 @@ def is_factor(name: str) -> bool:
 
 
 def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
-    """Swap the class of ``module`` and add its factors, on its device; everything else of it is frozen by the caller.
+    """Swap the class of ``module`` and add its factors, on its device; the caller freezes its other parameters.
 
     Args:
         module: The layer to adapt.
-        kind: What it becomes.
-        specs: Parameter name to how that weight is adapted.
+        kind: The adapted layer that it becomes.
+        specs: Name of each parameter to adapt, and how it is adapted.
 
     Raises:
         ConfigError: If the rank is outside ``[1, min(in, out)]``.
@@ -240,7 +240,7 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
                 f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got "
                 f"rank={specs[name].rank}."
             )
-    layer = adapt(module, kind, specs)
+    layer = swap_class(module, kind, specs)
     for name in specs:
         _add_factors(layer, name)
     if not any(factor.is_meta for factor in layer.lora_factors().values()):
@@ -248,8 +248,8 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
     return layer
 
 
-def adapt(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
-    """Swap the class of ``module``; its factors are the caller's to add."""
+def swap_class(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
+    """Swap the class of ``module`` as `attach` does; the caller adds the factors."""
     module.__class__ = swapped_type(kind, type(module))
     assert isinstance(module, LoRALayer)
     module.lora_specs = dict(specs)
@@ -267,7 +267,7 @@ def _add_factors(layer: LoRALayer, name: str) -> None:
 
 
 def detach(layer: LoRALayer) -> None:
-    """Take the factors off and give the layer its old class back; a merged layer keeps the merged weight."""
+    """Remove the factors and give the layer its old class back; a merged layer keeps the merged weight."""
     original = layer.type_without_adapter
     layer.before_detach()
     for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_base_weights"):

@@ -13,15 +13,15 @@ from typing_extensions import override
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.effective_weights import effective_weights
 
-_PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class LoRAConvolution(LoRALayer):
-    """What adapted convolutions share: factors are matrices over the unfolded kernel.
+    """Base of adapted convolutions, whose factors are matrices over the unfolded kernel.
 
-    A subclass with a ``forward`` of its own (weight standardisation, padding that follows the input) runs as it is,
-    with the effective weight ``W + scale * B A`` in place; dropout cannot act there and is refused.
+    A subclass with a ``forward`` of its own (weight standardisation, padding that depends on the input) runs unchanged
+    with the effective weight ``W + scale * B A`` in place of ``W``; dropout cannot act there and is refused.
     """
 
     in_channels: int
@@ -33,8 +33,8 @@ class LoRAConvolution(LoRALayer):
     groups: int
 
     @staticmethod
-    def is_plain(module: Any) -> bool:
-        """Whether an unadapted module computes as torch's own convolutions do."""
+    def computes_as_torch(module: Any) -> bool:
+        """Whether an unadapted module computes as torch's own convolutions do, not by a ``forward`` of its own."""
         for name in ("forward", "_conv_forward"):
             owners = (kind for kind in type(module).__mro__ if name in vars(kind) and not issubclass(kind, LoRALayer))
             owner = next(owners, None)
@@ -45,7 +45,7 @@ class LoRAConvolution(LoRALayer):
     @classmethod
     @override
     def takes_dropout(cls, module: Any) -> bool:
-        return cls.is_plain(module)
+        return cls.computes_as_torch(module)
 
     @override
     def weight_delta(self, weight: str = "weight") -> Tensor:
@@ -55,7 +55,7 @@ class LoRAConvolution(LoRALayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
             return super().forward(input, *args, **kwargs)
-        if not self.is_plain(self):
+        if not self.computes_as_torch(self):
             with effective_weights([self]):
                 return super().forward(input, *args, **kwargs)
         y = super().forward(input, *args, **kwargs)
@@ -67,21 +67,21 @@ class LoRAConvolution(LoRALayer):
 
     @property
     def _forms_delta(self) -> bool:
-        """Whether ``rank`` channels for every group would be more than the layer itself has, as in depthwise ones."""
+        """Whether ``rank`` channels for every group are no fewer than the layer's own, as in depthwise convolutions."""
         return self.groups > 1 and self.groups * self.lora_spec.rank >= max(self.in_channels, self.out_channels)
 
     def _pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
         """A grouped convolution with kernel 1; ``weight`` is ``(out, in / groups)``."""
         ones = (1,) * len(self.kernel_size)
-        return _PLAIN[len(ones)](x, weight.reshape(*weight.shape, *ones).to(x.dtype), groups=self.groups)
+        return _CONVOLUTIONS[len(ones)](x, weight.reshape(*weight.shape, *ones).to(x.dtype), groups=self.groups)
 
 
 class LoRAConv(LoRAConvolution):
     r"""A frozen convolution plus a low-rank update: ``W * x + b + scale * B (A * x)``.
 
-    First a convolution to ``rank`` channels with the stride, padding and dilation of the layer (in every group, from
-    the same ``A``), then one with kernel 1. The update of the kernel, ``B A`` reshaped, is formed only for merging, and
-    where the layer has so many groups that it is smaller than the way through ``rank`` channels.
+    A convolution to ``rank`` channels with the stride, padding and dilation of the layer comes first (in every group,
+    from the same ``A``), then one with kernel 1. The update of the kernel, ``B A`` reshaped, is formed for merging, and
+    in layers with so many groups that forming it is cheaper than ``rank`` channels for each.
 
     Shape:
         - ``W``: ``(out, in / groups, *kernel)``.
@@ -105,7 +105,7 @@ class LoRAConv(LoRAConvolution):
 
 
 class LoRAConvTranspose(LoRAConvolution):
-    r"""A frozen transposed convolution plus a low-rank update: first a kernel of 1 to ``rank`` channels.
+    r"""A frozen transposed convolution plus a low-rank update, which starts with a kernel of 1 to ``rank`` channels.
 
     Shape:
         - ``W``: ``(in, out / groups, *kernel)``.

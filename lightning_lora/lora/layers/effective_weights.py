@@ -14,10 +14,10 @@ from lightning_lora.lora.layers.base import LoRALayer
 
 @contextmanager
 def effective_weights(layers: Iterable[LoRALayer]) -> Iterator[None]:
-    """Within the context the adapted parameters of the active ``layers`` are their effective weights.
+    """Replace the adapted parameters of the active ``layers`` by their effective weights within the context.
 
-    The sum is rounded once to the type of the weight, as merging rounds it. Meanwhile the layers add no update of
-    their own; on leaving, the parameters are the very objects they were.
+    The sum is rounded once to the type of the weight, as merging rounds it. Within the context the layers add no
+    update; on leaving, the parameters are the very objects they were.
     """
     active = [layer for layer in layers if layer.lora_active]
     base: dict[LoRALayer, dict[str, nn.Parameter | None]] = {}
@@ -35,9 +35,9 @@ def effective_weights(layers: Iterable[LoRALayer]) -> Iterator[None]:
 
 
 class LoRAEffective(LoRALayer):
-    """Base of layers whose computation cannot be split: they run as they are, with effective weights.
+    """Base of layers whose computation cannot be split: they run unchanged, with effective weights.
 
-    An update of their *input* does not exist then, so dropout cannot act on it and is refused.
+    The update has no input of its own then, so dropout cannot act on it and is refused.
     """
 
     @classmethod

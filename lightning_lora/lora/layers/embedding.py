@@ -15,9 +15,9 @@ from lightning_lora.lora.layers.base import LoRALayer
 class LoRAEmbedding(LoRALayer, nn.Embedding):
     r"""A frozen embedding table plus a trainable low-rank update: ``row(i) = W_i + scale * (B A)_i``.
 
-    Here ``A`` starts at zero and ``B`` random, the other way round than in `LoRALinear`: a row that training never
-    looks up must stay exactly the base's, and it would not with a random ``A`` and a trained ``B`` shared by all rows
-    (Hu et al.'s code and PEFT do the same). Dropout does not apply to indices.
+    ``A`` starts at zero and ``B`` random, the opposite of `LoRALinear`: a row that training never looks up must stay
+    exactly as in the base, which a random ``A`` and a trained ``B`` shared by all rows would change (Hu et al.'s code
+    and PEFT do the same). Dropout does not apply to indices.
 
     Shape:
         - ``W``: ``(vocab, dim)``, ``A``: ``(rank, vocab)``, ``B``: ``(dim, rank)``.
@@ -39,7 +39,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     @property
     def _embed_scale(self) -> float | Tensor:
-        # Gemma's tables multiply what they look up; the update must be multiplied alike, or merging would differ.
+        # Gemma's tables multiply the rows they look up; the update must be multiplied too, or merging would differ.
         return getattr(self, "embed_scale", 1.0)
 
     @override

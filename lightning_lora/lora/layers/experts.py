@@ -1,4 +1,4 @@
-"""Adapted experts: the weights of a mixture of experts that are fused into three-dimensional parameters."""
+"""Adapted experts whose weights a mixture of experts fuses into three-dimensional parameters."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.lora.functional import can_fuse
-from lightning_lora.lora.functional.experts import combine, dispatch, expert_linear, expert_update, sort_by_expert
+from lightning_lora.lora.functional import AdaptedWeight, can_fuse
+from lightning_lora.lora.functional.experts import (
+    combine_experts,
+    dispatch,
+    expert_linear,
+    expert_update,
+    sort_by_expert,
+)
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer, WeightShape
 
 
 class LoRAFusedExperts(LoRALayer):
-    """What layers of fused experts share: two weights, each with a low-rank update for every expert.
+    """Base of layers of fused experts: two weights, each with a low-rank update for every expert.
 
-    With ``share_expert_factors`` the factor that touches the hidden dimension (``A`` of the first weight, ``B`` of the
-    second) is one for all experts.
+    With ``share_expert_factors`` all experts share the factor that touches the hidden dimension (``A`` of the first
+    weight, ``B`` of the second).
 
     Shape:
-        - Weights: ``(experts, out, in)``, or ``(experts, in, out)`` where `transposed` says so.
+        - Weights: ``(experts, out, in)``, or ``(experts, in, out)`` where `transposed` is true.
         - ``<weight>_lora_A``: ``(experts, rank, in)``, ``<weight>_lora_B``: ``(experts, out, rank)``; a shared factor
           has 1 for ``experts``.
     """
@@ -36,7 +42,7 @@ class LoRAFusedExperts(LoRALayer):
 
     @staticmethod
     def parameter_names(module: Any) -> tuple[str, str]:
-        """The parameter that maps hidden states to the experts' inner dimension, and the one that maps back."""
+        """Names of the weight that maps hidden states to the inner dimension, and of the one that maps back."""
         raise NotImplementedError
 
     @classmethod
@@ -65,12 +71,12 @@ class LoRAFusedExperts(LoRALayer):
         return delta.transpose(1, 2) if self.transposed(self) else delta
 
     def expert_matrices(self, weight: str) -> Tensor:
-        """A weight as ``(experts, out, in)``."""
+        """The parameter called ``weight`` as ``(experts, out, in)``."""
         stored = getattr(self, weight)
         return stored.transpose(1, 2) if self.transposed(self) else stored
 
-    def product(self, x: Tensor, weight: str, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, ``(rows, in)``, times a weight and its update, plus the bias: ``(rows, out)``."""
+    def adapted_product(self, x: Tensor, weight: str, counts: list[int]) -> Tensor:
+        """Rows sorted by expert times a weight and its update, plus the bias: ``(rows, in)`` to ``(rows, out)``."""
         matrices = self.expert_matrices(weight)
         bias = getattr(self, f"{weight}_bias") if self.has_bias else None
         if weight not in self.lora_specs:
@@ -78,7 +84,8 @@ class LoRAFusedExperts(LoRALayer):
         A, B = self.lora_pair(weight)
         scale, dropout = self.lora_specs[weight].scale, self.lora_dropout
         if can_fuse(x, matrices, bias):
-            return fused_expert_linear(x, matrices, bias, A.to(x.dtype), B.to(x.dtype), scale, counts, dropout)
+            adapted = AdaptedWeight(matrices, bias, A.to(x.dtype), B.to(x.dtype), scale, self)
+            return fused_expert_linear(x, adapted, counts, dropout)
         y = _with_bias(expert_linear(x, matrices, counts), bias, counts)
         return y + expert_update(x, A, B, scale, counts, dropout)
 
@@ -88,7 +95,7 @@ class LoRAExperts(LoRAFusedExperts):
 
     Both weights take part: ``gate_up_proj`` (``up_proj`` where there is no gate) and ``down_proj``. Tokens are sorted
     by expert once, and only products of width ``rank`` are added: no expert's ``B A`` is ever formed. Gate, bias and
-    norm are the layer's own. Where no adapter is active, the layer computes as transformers does.
+    norm are those of the layer. Where no adapter is active, the layer computes as transformers does.
 
     Shape:
         - Input: hidden states ``(tokens, hidden)``, experts ``(tokens, k)``, their weights ``(tokens, k)``.
@@ -118,20 +125,20 @@ class LoRAExperts(LoRAFusedExperts):
     def _adapted(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         up, down = self.parameter_names(self)
         routing = sort_by_expert(top_k_index, getattr(self, down).shape[0])
-        inner = self.product(dispatch(hidden_states, routing), up, routing.counts)
+        inner = self.adapted_product(dispatch(hidden_states, routing), up, routing.counts)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        y = self.product(inner, down, routing.counts)
+        y = self.adapted_product(inner, down, routing.counts)
         if self.has_post_expert_norm:
             y = self.post_expert_norm(y)
-        return combine(y, routing, top_k_weights).to(hidden_states.dtype)
+        return combine_experts(y, routing, top_k_weights).to(hidden_states.dtype)
 
 
 class LoRADenseExperts(LoRAFusedExperts):
-    """Fused experts that each see all tokens, as in Llama 4: the router's weights are in the input already.
+    """Fused experts that each see all tokens, as in Llama 4; their input is multiplied by the router's weights already.
 
     Shape:
         - Weights: ``(experts, in, out)``.
-        - Input: ``(experts * tokens, hidden)``, expert after expert; output likewise.
+        - Input and output: ``(experts * tokens, hidden)``, expert after expert.
     """
 
     has_bias = False
@@ -153,12 +160,12 @@ class LoRADenseExperts(LoRAFusedExperts):
             return super().forward(hidden_states)
         num_experts = self.weights(self)["down_proj"].num_experts
         counts = [len(hidden_states) // num_experts] * num_experts
-        gate, up = self.product(hidden_states, "gate_up_proj", counts).chunk(2, dim=-1)
-        return self.product(up * self.act_fn(gate), "down_proj", counts)
+        gate, up = self.adapted_product(hidden_states, "gate_up_proj", counts).chunk(2, dim=-1)
+        return self.adapted_product(up * self.act_fn(gate), "down_proj", counts)
 
 
 def _with_bias(y: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
-    """``y`` ``(rows, out)``, sorted by expert, plus the bias ``(experts, out)`` of each."""
+    """Add the bias of each expert, ``(experts, out)``, to its rows of ``y``, ``(rows, out)`` sorted by expert."""
     if bias is None:
         return y
     return y + bias.repeat_interleave(torch.tensor(counts, device=bias.device), dim=0, output_size=len(y))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.lora.functional import AdaptedWeight, can_fuse, fused_lora_linear, linear_update
+from lightning_lora.lora.functional import AdaptedWeight, can_fuse, fused_lora_linears, linear_update
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.siblings import sibling_output
@@ -37,16 +37,16 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.lora_active:
             return super().forward(input)
-        if (own := self.adapted_weight(input)) is not None:
-            return sibling_output(self, input, own)
+        if (adapted := self.adapted_weight(input)) is not None:
+            return sibling_output(self, input, adapted)
         return super().forward(input) + _update(self, input, *self.linear_factors())
 
     def adapted_weight(self, x: Tensor) -> AdaptedWeight | None:
-        """Weights and factors for ``x`` where the update is active and can be fused, None elsewhere."""
-        if not (self.lora_active and can_fuse(x, self.weight, self.bias) and _is_plain(type(self))):
+        """Weight and factors for an input ``x``; None where the update is not active or cannot be fused."""
+        if not (self.lora_active and can_fuse(x, self.weight, self.bias) and _computes_as_linear(type(self))):
             return None
         A, B = self.linear_factors()
-        return AdaptedWeight(self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.lora_spec.scale)
+        return AdaptedWeight(self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.lora_spec.scale, self)
 
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
@@ -61,7 +61,7 @@ def _update(layer: LoRALayer, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 @functools.cache
-def _is_plain(kind: type[LoRALinear]) -> bool:
+def _computes_as_linear(kind: type[LoRALinear]) -> bool:
     """Whether the unadapted layer computes as ``nn.Linear`` does, not by a ``forward`` of its own."""
     return base_type(kind).forward is nn.Linear.forward
 
@@ -87,10 +87,11 @@ class LoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.lora_active:
             return super().forward(x)
-        if can_fuse(x, self.weight, self.bias):
-            A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-            return fused_lora_linear(x, self.weight.T, self.bias, A, B, self.lora_spec.scale, self.lora_dropout)
-        return super().forward(x) + _update(self, x, *self.lora_pair())
+        if not can_fuse(x, self.weight, self.bias):
+            return super().forward(x) + _update(self, x, *self.lora_pair())
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        adapted = AdaptedWeight(self.weight.T, self.bias, A, B, self.lora_spec.scale, self)
+        return fused_lora_linears(x, [adapted], self.lora_dropout)[0]
 
     @override
     def weight_delta(self, weight: str = "weight") -> Tensor:

@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_lora.lora.functional import merged_weight, rounding_loss
 from lightning_lora.lora.layers.linear import LoRALinear
-from lightning_lora.lora.layers.quantised_weights import dequantised, dtype_before, is_quantised
+from lightning_lora.lora.layers.quantised_weights import dequantised, dtype_before, hook_module, is_quantised
 
-# What the layers of bitsandbytes, transformers and torchao hold that a plain linear does not.
-_OF_QUANTISED = (
+# Attributes of layers of bitsandbytes, transformers and torchao that a plain linear layer does not have.
+_QUANTISED_ATTRIBUTES = (
     "compute_dtype",
     "compute_type_is_set",
     "quant_state",
@@ -30,9 +30,9 @@ _OF_QUANTISED = (
 class LoRAQuantisedLinear(LoRALinear):
     r"""A frozen quantised linear layer plus a low-rank update in full precision: ``y = deq(W) x + b + scale * B A x``.
 
-    The base is computed by the library that quantised it; its codes and scales are never written to. A merged layer
-    holds ``deq(W) + scale * B A``, summed in float32 and rounded once to the type the weight had before it was
-    quantised, and is a plain linear layer in all but name.
+    The library that quantised the base computes it; its codes and scales are never written to. A merged layer holds
+    ``deq(W) + scale * B A``, summed in float32 and rounded once to the type that the weight had before it was
+    quantised, and computes as a plain linear layer.
 
     Shape:
         - ``W``: ``(out, in)``, ``A``: ``(rank, in)``, ``B``: ``(out, rank)``.
@@ -49,7 +49,7 @@ class LoRAQuantisedLinear(LoRALinear):
             return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
         kept = None if bias is None else bias.data
         y = super().forward(input)
-        # bitsandbytes casts the bias to the type of the input for good.
+        # bitsandbytes casts the bias to the type of the input and leaves it so.
         if bias is not None and bias.dtype != kept.dtype:  # pyright: ignore[reportOptionalMemberAccess]
             bias.data = kept  # pyright: ignore[reportAttributeAccessIssue]
         return y
@@ -57,9 +57,9 @@ class LoRAQuantisedLinear(LoRALinear):
     @override
     @torch.no_grad()
     def merge(self) -> float:
-        """Put a plain weight with the update folded in where the quantised one is, which is kept aside.
+        """Replace the quantised weight, which is kept aside, by a plain weight with the update folded in.
 
-        A layer that follows another does so too: it holds the quantised weight itself, and the same factors.
+        A layer that shares the weight of another does so too, since it holds the quantised weight and the same factors.
         """
         base = self.weight
         value = dequantised(self) if is_quantised(base) else base.detach()
@@ -71,7 +71,7 @@ class LoRAQuantisedLinear(LoRALinear):
 
     @override
     def unmerge(self) -> None:
-        """Put the quantised weight back, the very object."""
+        """Restore the quantised weight, the very object."""
         assert self.lora_base_weights is not None
         base = self.lora_base_weights["weight"]
         assert isinstance(base, nn.Parameter)
@@ -81,25 +81,25 @@ class LoRAQuantisedLinear(LoRALinear):
     @property
     @override
     def type_without_adapter(self) -> type[nn.Module]:
-        """The quantised class, or ``nn.Linear`` once a merged weight has taken its place."""
+        """The quantised class, or ``nn.Linear`` while the weight is merged."""
         return nn.modules.linear.Linear if self.lora_merged else super().type_without_adapter
 
     @override
     def before_detach(self) -> None:
-        """Strip a merged layer of what only its quantised class used."""
+        """Remove what only the quantised class used from a merged layer."""
         if not self.lora_merged:
             return
-        for name in _OF_QUANTISED:
+        for name in _QUANTISED_ATTRIBUTES:
             self.__dict__.pop(name, None)
         hooks = self._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):
-            if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("bitsandbytes."):
+            if hook_module(hook).startswith("bitsandbytes."):
                 del hooks[key]
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.lora_merged:
-            # Linear8bitLt would add the scales of a weight that is not there.
+            # Linear8bitLt would add scales that a merged weight does not have.
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,7 +1,7 @@
-"""Weights kept in 4 or 8 bits by bitsandbytes or torchao: which these are, and what numbers they stand for.
+"""Weights that bitsandbytes or torchao hold in 4 or 8 bits: recognising them, and the numbers they stand for.
 
-Neither library is imported unless one of its weights is at hand; types are told by their path. Formats that are not
-named here (GPTQ, AWQ, fp8, quantised activations) are refused, for nobody has checked that merging them is right.
+Neither library is imported before one of its weights is met; types are recognised by their path. Formats that are not
+named here (GPTQ, AWQ, fp8, quantised activations) are refused: merging them is untested.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ _LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 _PARAMS_4BIT = "bitsandbytes.nn.modules.Params4bit"
 _PARAMS_8BIT = "bitsandbytes.nn.modules.Int8Params"
 _TORCHAO_INT8 = "torchao.quantization.Int8Tensor"
-# Each with the attribute that says whether activations are quantised too, which a merged weight would not do.
+# Type to its attribute that says whether activations are quantised too, which a merged weight would not do.
 _TORCHAO = {
     _TORCHAO_INT8: "act_quant_kwargs",
     "torchao.quantization.IntxUnpackedToInt8Tensor": "activation_quantization",
 }
-# How GPTQ, AWQ and HQQ layers name what they hold instead of a weight.
+# What GPTQ, AWQ and HQQ layers hold instead of a weight.
 _PACKED_NAMES = ("qweight", "W_q")
 _LIGHTNING_PLUGIN = "lightning.fabric.plugins.precision.bitsandbytes"
 
 
 def is_quantised(weight: Any) -> bool:
-    """Whether ``weight`` holds quantised numbers in a format known here."""
+    """Whether ``weight`` is quantised in a format that is supported here."""
     if _is_4bit(weight):
         return getattr(weight, "quant_state", None) is not None
     if _is_8bit(weight):
         return weight.dtype == torch.int8
-    kind = _path(type(weight))
+    kind = type_path(type(weight))
     return kind in _TORCHAO and getattr(weight, _TORCHAO[kind]) is None
 
 
@@ -44,72 +44,71 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
 
 
 def dequantised(layer: Any) -> Tensor:
-    """The numbers the quantised weight of ``layer`` stands for, ``(out, in)`` in float32.
+    """The numbers that the quantised weight of ``layer`` stands for, ``(out, in)`` in float32.
 
-    Computed by the library's own public function from the stored codes and scales; nothing is rounded to a narrower
-    type on the way.
+    The library's own public function computes them from codes and scales; nothing is rounded to a narrower type.
     """
     weight: Any = layer.weight
     if _is_4bit(weight):
         from bitsandbytes.functional import dequantize_4bit
 
-        # The state's type is that of the weight before it was quantised; bfloat16 would round once more.
+        # The type of the state is the type before quantisation; bfloat16 would round once more.
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32
-        return dequantize_4bit(_plain(weight), state)
+        return dequantize_4bit(_without_subclass(weight), state)
     if _is_8bit(weight):
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         # The first forward moves the scales of the rows from the weight to the layer.
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
-        return int8_vectorwise_dequant(_plain(weight), scales)
-    if _path(type(weight)) == _TORCHAO_INT8:
+        return int8_vectorwise_dequant(_without_subclass(weight), scales)
+    if type_path(type(weight)) == _TORCHAO_INT8:
         return weight.dequantize(output_dtype=torch.float32)
-    # The other kind has no such option, and computes with what is rounded to its own type.
+    # The other type has no such option, and itself computes with numbers rounded to its own type.
     return weight.dequantize().to(torch.float32)
 
 
 def dtype_before(weight: Any) -> torch.dtype:
-    """The type of the weight before it was quantised; float32 for bitsandbytes' int8, which does not record it."""
+    """Type of the weight before it was quantised; float32 for bitsandbytes' int8, which does not record it."""
     if _is_4bit(weight):
         return weight.quant_state.dtype
     return torch.float32 if _is_8bit(weight) else weight.dtype
 
 
 def num_elements(parameter: Tensor) -> int:
-    """Numbers in ``parameter``, where two 4-bit ones may share a byte."""
+    """Count of the numbers that ``parameter`` holds; two 4-bit numbers may share a byte."""
     if _is_4bit(parameter) and is_quantised(parameter):
         return math.prod(parameter.quant_state.shape)  # pyright: ignore[reportAttributeAccessIssue]
     return parameter.numel()
 
 
 def stored_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The plain tensors that ``tensor`` is made of: itself, or codes and scales."""
+    """The plain tensors that ``tensor`` consists of: itself, or codes and scales."""
     if _is_4bit(tensor) and is_quantised(tensor):
         state: Any = tensor.quant_state  # pyright: ignore[reportAttributeAccessIssue]
         nested = (state.offset, state.state2.absmax) if state.nested else ()
-        return _plain(tensor), state.absmax, *nested
+        return _without_subclass(tensor), state.absmax, *nested
     if _is_8bit(tensor):
-        return (_plain(tensor),)
+        return (_without_subclass(tensor),)
     if is_quantised(tensor):
         return tuple(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # pyright: ignore[reportAttributeAccessIssue]
     return (tensor,)
 
 
 def quantised_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name to every layer below ``module`` whose weight is quantised, adapted or not."""
+    """Dotted name to every layer in ``module`` with a quantised weight, adapted or not."""
     return {name: layer for name, layer in module.named_modules() if is_quantised(layer._parameters.get("weight"))}
 
 
 def scale_keys(layer: nn.Module) -> set[str]:
-    """What a quantised layer writes into a state dict beside its codes: scales, and marks of the format."""
+    """Keys that a quantised layer adds to a state dict beside its codes: scales, and marks of the format."""
     return {key for key in layer.state_dict() if key.startswith("weight.") or key in ("SCB", "weight_format")}
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why the quantised weight of ``module`` cannot be adapted; None also where nothing is quantised."""
+def quantised_refusal(module: nn.Module) -> str | None:
+    """Why the quantised weight of ``module`` cannot be adapted; None if it can be, or is not quantised."""
     weight: Any = module._parameters.get("weight")
-    kind = _path(type(weight))
+    kind = type_path(type(weight))
     if kind in _TORCHAO and getattr(weight, _TORCHAO[kind]) is not None:
         return "torchao quantises its activations too; only weight-only formats are supported"
     if not kind.startswith("torch.") and hasattr(type(weight), "__tensor_flatten__") and not is_quantised(weight):
@@ -126,32 +125,33 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def keep_stored_values(module: nn.Module) -> None:
-    """Switch off what would change the quantised weights below ``module`` behind the adapters' back.
+    """Switch off what would change the quantised weights in ``module`` while adapters train.
 
-    On CPUs with bfloat16 instructions bitsandbytes 0.50 repacks a 4-bit weight in its first evaluation: the scales are
-    rounded to bfloat16 for good, a width that is no multiple of 32 fails, and the next ``state_dict()`` leaves them
-    transposed. The layers of Lightning's plugin load a state dict by taking the first entry that ends in "weight",
-    whichever layer's it is.
+    On CPUs with bfloat16 instructions, bitsandbytes 0.50 repacks a 4-bit weight in its first evaluation: the scales
+    are rounded to bfloat16 for good, a width that is not a multiple of 32 fails, and the next ``state_dict()`` leaves
+    the scales transposed. Layers of Lightning's plugin load the first entry of a state dict that ends in "weight", even
+    if it belongs to another layer.
     """
     for layer in module.modules():
         if _has_type(layer, _LINEAR_4BIT):
             layer.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
         for hooks in (layer._load_state_dict_pre_hooks, layer._load_state_dict_post_hooks):
             for key, hook in list(hooks.items()):
-                if _hook_module(hook) == _LIGHTNING_PLUGIN:
+                if hook_module(hook) == _LIGHTNING_PLUGIN:
                     del hooks[key]
 
 
-def _hook_module(hook: Any) -> str:
-    function = getattr(hook, "hook", hook)  # torch wraps those that want the module
+def hook_module(hook: Any) -> str:
+    """Path of the module that defines a hook on loading a state dict."""
+    function = getattr(hook, "hook", hook)  # torch wraps hooks that receive the module
     return getattr(getattr(function, "func", function), "__module__", "")
 
 
-def _plain(weight: Tensor) -> Tensor:
+def _without_subclass(weight: Tensor) -> Tensor:
     return weight.detach().as_subclass(Tensor)
 
 
-# Pickling leaves the attributes of these parameters and loses their class.
+# Pickling keeps the attributes of these parameters and loses their class.
 def _is_4bit(weight: Any) -> bool:
     return _has_type(weight, _PARAMS_4BIT) or hasattr(weight, "quant_state")
 
@@ -161,8 +161,9 @@ def _is_8bit(weight: Any) -> bool:
 
 
 def _has_type(thing: object, path: str) -> bool:
-    return any(_path(kind) == path for kind in type(thing).__mro__)
+    return any(type_path(kind) == path for kind in type(thing).__mro__)
 
 
-def _path(kind: type) -> str:
+def type_path(kind: type) -> str:
+    """Path of a class, by which types of libraries are recognised that may not be imported."""
     return f"{kind.__module__}.{kind.__qualname__}"

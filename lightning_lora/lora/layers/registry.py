@@ -1,4 +1,4 @@
-"""Which adapted layer a module type gets, and why some get none."""
+"""The adapted layer for each module type, and why some types have none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.layers import quantised_weights as quantised
 from lightning_lora.lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvTranspose
@@ -18,11 +17,12 @@ from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
+from lightning_lora.lora.layers.quantised_weights import is_quantised, quantised_refusal, type_path
 from lightning_lora.lora.layers.recurrent import LoRARecurrent
 
-Entry = TypeVar("Entry")
+Value = TypeVar("Value")
 
-# Types of libraries the core must not import are named by their path.
+# Types of libraries that the core must not import are named by their path.
 _ADAPTERS: dict[type | str, type[LoRALayer]] = {
     nn.Linear: LoRALinear,
     nn.Embedding: LoRAEmbedding,
@@ -43,14 +43,14 @@ _REFUSED: dict[type | str, str] = {
 
 
 def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) -> None:
-    """Adapt modules of ``module_type`` (and of its subclasses without an entry of their own) by ``adapter_type``.
+    """Adapt modules of ``module_type``, and of subclasses that are not registered themselves, by ``adapter_type``.
 
     Args:
         module_type: The class of the layer as users build it.
-        adapter_type: A subclass of `LoRALayer` that gives `dimensions` and adds the update in ``forward``.
+        adapter_type: A subclass of `LoRALayer` that returns `dimensions` and adds the update in ``forward``.
 
     Raises:
-        ConfigError: If either is not a class of the right kind.
+        ConfigError: If ``module_type`` is not a module class, or ``adapter_type`` not a subclass of `LoRALayer`.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise ConfigError(f"register_layer needs a module class, got {module_type!r}.")
@@ -60,37 +60,37 @@ def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) 
 
 
 def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
-    """The adapted layer for ``module``; None for containers, norms and whatever else has no weight matrix to adapt."""
+    """The adapted layer for ``module``; None for modules without a weight matrix to adapt, as containers and norms."""
     for candidate in type(module).__mro__:
-        if _entry(_REFUSED, candidate) is not None:
+        if _value(_REFUSED, candidate) is not None:
             return None
-        kind = _entry(_ADAPTERS, candidate)
+        kind = _value(_ADAPTERS, candidate)
         if kind is not None:
             if refusal(module) is not None:
                 return None
             # torchao quantises the weight of a plain nn.Linear.
             weight = module._parameters.get("weight")
-            return LoRAQuantisedLinear if kind is LoRALinear and quantised.is_quantised(weight) else kind
+            return LoRAQuantisedLinear if kind is LoRALinear and is_quantised(weight) else kind
     return LoRAExperts if _follows_experts_interface(module) else None
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a module that looks adaptable is not, or None."""
+    """Why a module that looks adaptable is not; None for adaptable modules and those without a weight matrix."""
     for candidate in type(module).__mro__:
-        reason = _entry(_REFUSED, candidate)
+        reason = _value(_REFUSED, candidate)
         if reason is not None:
             return reason
-        kind = _entry(_ADAPTERS, candidate)
+        kind = _value(_ADAPTERS, candidate)
         if kind is not None:
             return None if issubclass(kind, LoRAFusedExperts) else _weights_refusal(module, kind)
     if _follows_experts_interface(module) or isinstance(module, parametrize.ParametrizationList):
-        # The layer whose weight a list of parametrizations computes is refused itself.
+        # The layer is refused, not the list of parametrizations that compute its weight.
         return None
-    reason = quantised.refusal(module)
+    reason = quantised_refusal(module)
     if reason is not None:
         return reason
     if any(parameter is not None and parameter.ndim == 3 for parameter in module._parameters.values()):
-        # Experts fused into one parameter; positional tables have a leading 1 and are no weights.
+        # Experts fused into one parameter. Positional tables, which have a leading 1, are not weights.
         largest = max(module._parameters.values(), key=lambda p: 0 if p is None else p.numel())
         if largest is not None and largest.ndim == 3 and min(largest.shape) > 1:
             return f"{type(module).__name__} holds {largest.shape[0]} fused weights, which have no adapter"
@@ -98,7 +98,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def _follows_experts_interface(module: nn.Module) -> bool:
-    """Whether transformers' ``use_experts_implementation`` has marked the module: its weights mean what that says."""
+    """Whether transformers' ``use_experts_implementation`` marked the module; the marks say what its weights mean."""
     marks = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
     return all(hasattr(module, mark) for mark in marks) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
@@ -106,14 +106,14 @@ def _follows_experts_interface(module: nn.Module) -> bool:
 def _weights_refusal(module: nn.Module, kind: type[LoRALayer]) -> str | None:
     if any(isinstance(weight, (UninitializedParameter, UninitializedBuffer)) for weight in module._parameters.values()):
         return "it is lazy and has no shape yet: run one batch through the model first"
-    reason = quantised.refusal(module)
+    reason = quantised_refusal(module)
     if reason is not None:
         return reason
     for name in kind.weights(module):
         if name not in module._parameters:
-            return _computed(module, name)
+            return _computed_weight_refusal(module, name)
         weight = module._parameters[name]
-        if not isinstance(module, nn.Embedding) and quantised.is_quantised(weight):
+        if not isinstance(module, nn.Embedding) and is_quantised(weight):
             continue
         reason = _weight_refusal(weight)
         if reason is not None:
@@ -121,8 +121,8 @@ def _weights_refusal(module: nn.Module, kind: type[LoRALayer]) -> str | None:
     return _lookup_refusal(module) if isinstance(module, nn.Embedding) else None
 
 
-def _computed(module: nn.Module, name: str) -> str:
-    """Why a weight that is no parameter is refused, and what makes it one."""
+def _computed_weight_refusal(module: nn.Module, name: str) -> str:
+    """Why a weight that is not a parameter is refused, and how to make it one."""
     if parametrize.is_parametrized(module, name):
         way_out = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) makes it plain"
     else:
@@ -143,12 +143,13 @@ def _weight_refusal(weight: nn.Parameter | None) -> str | None:
 def _lookup_refusal(table: nn.Embedding) -> str | None:
     if table.max_norm is not None:
         return "max_norm rewrites its weight at every lookup"
-    # Positional tables of BART, OPT and Whisper look up other rows than their input names; a scale alone is known.
+    # Positional tables of BART, OPT and Whisper look up other rows than their input says; only a scale is supported.
     if type(table).forward is not nn.Embedding.forward and not hasattr(table, "embed_scale"):
         return f"{type(table).__name__} looks rows up in its own way"
     return None
 
 
-def _entry(table: dict[type | str, Entry], candidate: type) -> Entry | None:
-    entry = table.get(candidate)
-    return entry if entry is not None else table.get(f"{candidate.__module__}.{candidate.__qualname__}")
+def _value(table: dict[type | str, Value], kind: type) -> Value | None:
+    """The value in ``table`` for a class, which may be named by its path."""
+    value = table.get(kind)
+    return value if value is not None else table.get(type_path(kind))

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, first_five
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers.attention import read_projections
+from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
@@ -101,7 +101,7 @@ def _layers(root: nn.Module, selected: Candidates, config: LoRAConfig) -> tuple[
 
 def without_dropout(root: nn.Module, layers: Iterable[Target]) -> list[str]:
     """Names of the layers whose update has no input of its own that dropout could act on."""
-    read = read_projections(root)
+    read = output_projections(root)
     return [target.name for target in layers if target.name in read or not target.kind.takes_dropout(target.module)]
 
 

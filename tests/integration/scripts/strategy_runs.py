@@ -25,7 +25,7 @@ from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.lora.shards import reshard
 from lightning_lora.sharding import FSDP2Strategy
-from lightning_lora.sharding.collectives import of_every_rank
+from lightning_lora.sharding.collectives import gather_on_rank_zero
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts import two_processes
 from tests.support import toys
@@ -146,7 +146,7 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     assert trainer.global_step == NUM_STEPS
     reshard(module)
     weights = {name: whole(parameter) for name, parameter in module.named_parameters()}
-    counts = of_every_rank(module.counts)
+    counts = gather_on_rank_zero(module.counts)
     if trainer.is_global_zero:
         found = {"losses": module.losses, "norms": module.norms, "weights": weights, "counts": counts}
         torch.save(found, folder / strategy / f"{task}.pt")

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.lora.functional.experts import combine, dispatch, expert_linear, expert_update, sort_by_expert
+from lightning_lora.lora.functional.experts import (
+    combine_experts,
+    dispatch,
+    expert_linear,
+    expert_update,
+    sort_by_expert,
+)
 
 T, K, E, IN, OUT, R = 7, 2, 4, 6, 5, 3
 
@@ -24,7 +30,7 @@ def routed() -> tuple[Tensor, Tensor]:
 def test_a_mixture_is_the_weighted_sum_over_each_tokens_experts() -> None:
     (experts, weights), x, W = routed(), numbers(T, IN), numbers(E, OUT, IN)
     routing = sort_by_expert(experts, E)
-    y = combine(expert_linear(dispatch(x, routing), W, routing.counts), routing, weights)
+    y = combine_experts(expert_linear(dispatch(x, routing), W, routing.counts), routing, weights)
     expected = torch.stack(
         [sum(weights[t, j] * W[experts[t, j]] @ x[t] for j in range(K)) for t in range(T)]  # type: ignore[misc]
     )
@@ -36,10 +42,12 @@ def test_pairs_with_no_expert_here_add_nothing() -> None:
     (experts, weights), x, W = routed(), numbers(T, IN), numbers(E, OUT, IN)
     elsewhere = experts.where(experts != 3, E)
     routing = sort_by_expert(elsewhere, E)
-    y = combine(expert_linear(dispatch(x, routing), W, routing.counts), routing, weights)
+    y = combine_experts(expert_linear(dispatch(x, routing), W, routing.counts), routing, weights)
     W[3] = 0
     routing = sort_by_expert(experts, E)
-    torch.testing.assert_close(y, combine(expert_linear(dispatch(x, routing), W, routing.counts), routing, weights))
+    torch.testing.assert_close(
+        y, combine_experts(expert_linear(dispatch(x, routing), W, routing.counts), routing, weights)
+    )
 
 
 @pytest.mark.parametrize(("num_A", "num_B"), [(E, E), (1, E), (E, 1)], ids=["own", "shared A", "shared B"])
@@ -69,7 +77,7 @@ def test_gradients_find_their_way_to_tokens_and_weights(num_experts: int) -> Non
 
     def ours(x: Tensor, weights: Tensor) -> Tensor:
         by_row = scale.repeat_interleave(torch.tensor(routing.counts))[:, None]
-        return combine(dispatch(x, routing) * by_row, routing, weights)
+        return combine_experts(dispatch(x, routing) * by_row, routing, weights)
 
     here = torch.cat([scale, torch.zeros(E - num_experts, dtype=torch.float64)])[experts]
     wanted = (here * weights).sum(1, keepdim=True) * x

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.lora.functional import AdaptedWeight
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
-from lightning_lora.lora.functional.gated_input import origin
+from lightning_lora.lora.functional.gated_input import gated_input
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share
 
 IN, OUT, R, SCALE = 8, 6, 3, 1.7
@@ -19,6 +20,12 @@ ROWS, E = sum(COUNTS), len(COUNTS)
 
 def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
+
+
+def fused(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, counts: list[int], dropout: float = 0.0
+) -> Tensor:
+    return fused_expert_linear(x, AdaptedWeight(W, b, A, B, SCALE), counts, dropout)
 
 
 def formula(x: Tensor, dropped: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -35,7 +42,7 @@ def test_values_and_gradients_are_the_formulas(bias: bool, shared_A: bool, share
     for leaf in (x, A, B):
         leaf.requires_grad_()
     torch.manual_seed(3)
-    ours = fused_expert_linear(x, W, b, A, B, SCALE, COUNTS, dropout)
+    ours = fused(x, W, b, A, B, COUNTS, dropout)
     torch.manual_seed(3)
     dropped = drop(x, dropout, int(torch.randint(2**62, ()))) / kept_share(dropout)
     wanted = formula(x, dropped, W, b, A, B)
@@ -52,9 +59,9 @@ def test_an_input_that_came_of_halves_sends_its_gradient_there() -> None:
     gate_up = numbers(ROWS, 2 * IN).requires_grad_()
     gate, up = (gate_up * 1).chunk(2, -1)
     x = F.silu(gate) * up
-    assert origin(x) is not None
+    assert gated_input(x) is not None
     d_y = numbers(ROWS, OUT)
-    ours = torch.autograd.grad(fused_expert_linear(x, W, None, A, B, SCALE, COUNTS), (gate_up, A, B), d_y, True)
+    ours = torch.autograd.grad(fused(x, W, None, A, B, COUNTS), (gate_up, A, B), d_y, True)
     for found, expected in zip(
         ours, torch.autograd.grad(formula(x, x, W, None, A, B), (gate_up, A, B), d_y), strict=True
     ):
@@ -68,7 +75,7 @@ def test_gradients_can_be_differentiated_again(dropout: float) -> None:
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return fused_expert_linear(x, W, None, A, B, SCALE, COUNTS, dropout)
+        return fused(x, W, None, A, B, COUNTS, dropout)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
@@ -78,13 +85,13 @@ def test_gradients_can_be_differentiated_again(dropout: float) -> None:
 def test_only_the_gradients_asked_for_are_computed(learning: tuple[bool, ...]) -> None:
     leaves = numbers(ROWS, IN), numbers(E, R, IN), numbers(E, OUT, R)
     x, A, B = (leaf.requires_grad_(learns) for leaf, learns in zip(leaves, learning, strict=True))
-    fused_expert_linear(x, numbers(E, OUT, IN), None, A, B, SCALE, COUNTS).sum().backward()
+    fused(x, numbers(E, OUT, IN), None, A, B, COUNTS).sum().backward()
     assert tuple(leaf.grad is not None for leaf in (x, A, B)) == learning
 
 
 def test_no_rows_at_all_have_gradients_of_zero() -> None:
     x, A, B = (t.requires_grad_() for t in (numbers(0, IN), numbers(E, R, IN), numbers(E, OUT, R)))
-    y = fused_expert_linear(x, numbers(E, OUT, IN), None, A, B, SCALE, [0] * E)
+    y = fused(x, numbers(E, OUT, IN), None, A, B, [0] * E)
     assert y.shape == (0, OUT)
     y.sum().backward()
     assert A.grad is not None

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.lora.functional import fused_lora_linear
-from lightning_lora.lora.functional.gated_input import origin
+from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
+from lightning_lora.lora.functional.gated_input import gated_input
 
 T, FF, OUT, R = 6, 10, 7, 3
 
@@ -35,11 +35,15 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
 
 
+def fused(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    return fused_lora_linears(x, [AdaptedWeight(W, None, A, B, scale)])[0]
+
+
 def layer(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A fused layer and its formula, of a frozen weight and two factors."""
     W = torch.randn(OUT, FF, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     A, B = leaves((R, FF), (OUT, R))
-    return fused_lora_linear(x, W, None, A, B, 1.5), [A, B, F.linear(x, W) + 1.5 * x @ A.T @ B.T]
+    return fused(x, W, A, B, 1.5), [A, B, F.linear(x, W) + 1.5 * x @ A.T @ B.T]
 
 
 @pytest.mark.parametrize("halves", [False, True], ids=["two tensors", "halves of one"])
@@ -48,9 +52,9 @@ def test_gradients_are_those_of_the_graph(made: str, halves: bool) -> None:
     gate, up, both = leaves((2, T, FF), (2, T, FF), (2, T, 2 * FF))
     inputs = [both] if halves else [gate, up]
     x = MADE[made](*((both * 1).chunk(2, -1) if halves else (gate * 1, up * 1)))
-    found = origin(x)
+    found = gated_input(x)
     assert found is not None
-    assert len(found.tensors) == (1 if halves else 2)
+    assert len(found.sources) == (1 if halves else 2)
     y, (A, B, formula) = layer(x)
     d_y = torch.randn_like(y)
     ours = torch.autograd.grad(y, [A, B, *inputs], d_y, retain_graph=True, allow_unused=True)
@@ -61,13 +65,37 @@ def test_gradients_are_those_of_the_graph(made: str, halves: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("change", [None, "before", "by half"])
+def test_halves_of_an_adapted_layers_output_are_known_as_such(change: str | None) -> None:
+    W = torch.randn(2 * FF, R, dtype=torch.float64)
+    x, A_before, B_before = leaves((2, T, R), (1, R), (2 * FF, 1))
+    both = fused(x, W, A_before, B_before, 1.0)
+    if change == "before":
+        both.mul_(2)
+    gate, up = both.chunk(2, -1)
+    if change == "by half":
+        # Chunks of views may not be changed in place, but half of the whole may.
+        both[..., :FF].mul_(2)
+        gate, up = both.chunk(2, -1)
+    activated = F.silu(gate) * up
+    found = gated_input(activated)
+    assert found is not None
+    assert len(found.sources) == 1
+    assert found.sources[0] is both
+    y, (A, B, formula) = layer(activated)
+    needed, d_y = [x, A_before, B_before, A, B], torch.randn_like(y)
+    ours = torch.autograd.grad(y, needed, d_y, retain_graph=True)
+    for a, b in zip(ours, torch.autograd.grad(formula, needed, d_y), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("made", MADE)
 def test_they_can_be_differentiated_again(made: str) -> None:
     gate, up, A, B = leaves((T, FF), (T, FF), (R, FF), (OUT, R))
     W = torch.randn(OUT, FF, dtype=torch.float64)
 
     def function(gate: Tensor, up: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return fused_lora_linear(MADE[made](gate * 1, up * 1), W, None, A, B, 1.5)
+        return fused(MADE[made](gate * 1, up * 1), W, A, B, 1.5)
 
     assert torch.autograd.gradcheck(function, (gate, up, A, B))
     assert torch.autograd.gradgradcheck(function, (gate, up, A, B))
@@ -79,7 +107,7 @@ def test_the_input_itself_is_not_kept() -> None:
     x = activated * up
     W = torch.randn(OUT, FF, dtype=torch.float64)
     A, B = leaves((R, FF), (OUT, R))
-    y = fused_lora_linear(x, W, None, A, B, 1.0)
+    y = fused(x, W, A, B, 1.0)
     alive = weakref.ref(x), weakref.ref(activated)
     del x, activated
     assert [tensor() for tensor in alive] == [None, None]
@@ -100,7 +128,7 @@ def test_an_input_without_a_known_origin_is_kept_as_it_is() -> None:
         F.silu(x).view(-1),
         F.silu(x.detach()),
     ):
-        assert origin(unknown) is None
+        assert gated_input(unknown) is None
 
 
 def watched(how: str, hook: list[Tensor]) -> tuple[Tensor, Any]:
@@ -123,7 +151,7 @@ def watched(how: str, hook: list[Tensor]) -> tuple[Tensor, Any]:
 @pytest.mark.parametrize("how", ["hook on the activation", "gradient of the input", "hook on the input"])
 def test_who_asks_for_gradients_on_the_way_gets_them(how: str) -> None:
     x, got = watched(how, [])
-    assert origin(x) is None
+    assert gated_input(x) is None
     layer(x)[0].sum().backward()
     assert got() is not None
     assert len(got())
@@ -146,7 +174,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
     W = torch.randn(OUT, FF, dtype=torch.float64)
 
     def block(gate: Tensor, up: Tensor) -> Tensor:
-        return fused_lora_linear(F.silu(gate * 1) * up, W, None, A, B, 1.0)
+        return fused(F.silu(gate * 1) * up, W, A, B, 1.0)
 
     plain = torch.autograd.grad(block(gate, up).sum(), [gate, up, A, B])
     block_again: Any = checkpoint(block, gate, up, use_reentrant=reentrant)
@@ -159,4 +187,4 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
 def test_hooks_on_saved_tensors_see_the_input() -> None:
     gate, up = leaves((T, FF), (T, FF))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        assert origin(F.silu(gate) * up) is None
+        assert gated_input(F.silu(gate) * up) is None

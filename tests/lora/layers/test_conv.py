@@ -43,6 +43,7 @@ def transposed(delta: Tensor, weight: Tensor) -> Tensor:
 
 
 class TestConvolutions(Laws):
+    kinds = ("all at once", "depthwise", "another weight")
     cases = {
         "1d": Case(lambda: nn.Conv1d(4, 6, 3), lambda: (numbers(2, 4, 9),), 1),
         "2d": plain(),
@@ -69,6 +70,7 @@ class TestConvolutions(Laws):
 
 
 class TestTransposedConvolutions(Laws):
+    kinds = ("all at once", "depthwise")
     cases = {
         "1d": Case(lambda: nn.ConvTranspose1d(4, 6, 3), lambda: (numbers(2, 4, 9),), 1, {}, transposed),
         "2d": Case(lambda: nn.ConvTranspose2d(4, 6, (3, 2)), image, 1, {}, transposed),

@@ -33,6 +33,7 @@ def states() -> tuple[Any, ...]:
 
 
 class TestRecurrentLayers(Laws):
+    kinds = ("projection", "packed")
     cases = {
         "rnn": Case(lambda: nn.RNN(4, 6), steps, 2),
         "rnn with relu": Case(lambda: nn.RNN(4, 6, nonlinearity="relu"), steps, 2),
@@ -51,6 +52,7 @@ class TestRecurrentLayers(Laws):
 
 
 class TestCells(Laws):
+    kinds = ("lstm",)
     cases = {
         "rnn": Case(lambda: nn.RNNCell(4, 6), lambda: (numbers(3, 4), numbers(3, 6)), 2),
         "gru": Case(lambda: nn.GRUCell(4, 6), lambda: (numbers(3, 4), numbers(3, 6)), 2),

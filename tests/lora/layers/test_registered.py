@@ -70,6 +70,7 @@ class LoRARecursive(LoRAEffective):
 
 @pytest.mark.usefixtures("registries")
 class TestOwnLayers(Laws):
+    kinds = ("several weights", "as a whole")
     cases = {
         "several weights": Case(Gated, lambda: (numbers(3, 4),), 2),
         "one of several": Case(Gated, lambda: (numbers(3, 4),), 1, {"targets": ["layer.gate"]}),

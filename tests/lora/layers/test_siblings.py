@@ -61,7 +61,7 @@ def num_nodes(y: Tensor) -> int:
         if node is not None and node not in found:
             found.add(node)
             todo += [following for following, _ in node.next_functions]
-    return sum(node.name().startswith("SplitLinears") for node in found)
+    return sum(node.name().startswith("FusedLinears") for node in found)
 
 
 def gradients(module: nn.Module, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
@@ -73,7 +73,7 @@ def gradients(module: nn.Module, x: Tensor, y: Tensor | None = None) -> list[Ten
 def alone(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients with every layer by itself."""
     with monkeypatch.context() as patch:
-        patch.setattr(siblings, "_ready_followers", lambda group, leader, x: {})
+        patch.setattr(siblings, "_ready_siblings", lambda group, first, x: {})
         torch.manual_seed(4)
         y = module(x)
         assert num_nodes(y) in (2, 3)
@@ -243,7 +243,7 @@ def test_training_goes_the_same_way_with_and_without(reentrant: bool | None, mon
 
     together = train()
     with monkeypatch.context() as patch:
-        patch.setattr(siblings, "_ready_followers", lambda group, leader, x: {})
+        patch.setattr(siblings, "_ready_siblings", lambda group, first, x: {})
         apart = train()
     assert together == pytest.approx(apart, rel=1e-5)
     assert together[-1] < together[0]

@@ -1,0 +1,47 @@
+"""What the arithmetic of this room asks of torch without a public function for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def saved_tensor_hooks() -> tuple[Any, Any] | None:
+    """Innermost pair of hooks on saved tensors in force, or None; activation checkpointing and offloading set them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_traced() -> bool:
+    """Whether every operation must be visible: to ``torch.compile``, ``torch.func`` or forward-mode differentiation."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def uninitialised(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor on the device of ``like`` for the caller to write in full.
+
+    It is ``like.new_empty(shape)``, but stays unfilled under ``torch.use_deterministic_algorithms``, which fills what
+    ``new_empty`` returns: one more pass over every output.
+
+    Args:
+        like: Decides the device, and the type where ``dtype`` is None.
+        shape: Shape of the tensor.
+        dtype: Type of the tensor.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return like.new_empty(shape, dtype=dtype)
+    # Memory by way of a storage: switching torch's global option off and on would race with other threads.
+    tensor = like.new_empty(0, dtype=dtype)
+    storage = torch.UntypedStorage(math.prod(shape) * tensor.element_size(), device=like.device)
+    return tensor.set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue]
