@@ -6,19 +6,24 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test fast lint bench
+.PHONY: demo test fast pytest lint bench
 
 demo: $(VENV)/.installed
 	$(BIN)/lightning-lora demo
 
-# One process for each core, each with one thread: tiny models gain nothing from more.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# One process for each core, each with one thread: tiny models gain nothing from more. Idle processes take over tests of
+# busy ones. Compiled files are kept, also where Python is told not to write them.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test: lint
-	$(PYTEST)
+# The linters run beside the tests, which wait for processes now and then.
+test: $(VENV)/.developing
+	$(MAKE) --jobs 2 lint pytest
 
-fast: lint
-	$(PYTEST) -m "not slow"
+pytest:
+	$(PYTEST) $(if $(FAST),-m "not slow")
+
+fast: $(VENV)/.developing
+	$(MAKE) --jobs 2 lint pytest FAST=1
 
 # A look at the training step in seconds; real measurements: python -m benchmarks.step --help
 bench: $(VENV)/.developing

@@ -28,6 +28,7 @@ ABOUT = {
     "lora": "LoRA on any module",
     "trainer_access": "callbacks and folder of a Trainer",
     "effective_batch": "rows of an optimizer step",
+    "lightning_private": "private attributes of Lightning",
     "hub": "hub access",
     "errors": "every error; all rooms import it, without an arc",
 }

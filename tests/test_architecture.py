@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning
 import pytest
 
-from tests.support import toys
+from tests.support import toys, warm
 from tests.support.imports import MODULES, PACKAGE, imports, room
 
 ROOT = toys.ROOT
@@ -23,6 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
+    "lightning_private": LIGHTNING,
     "trainer_access": LIGHTNING,
     "lora": (),
     "data": MODELS,
@@ -67,6 +70,31 @@ def test_no_imports_run_in_a_circle() -> None:
         for others in below.values():
             others.difference_update(free)
     assert not below, f"each of these imports another of them: {', '.join(sorted(below))}"
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private names used on other objects than ``self``, or given as strings."""
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            used.add(node.attr)
+        elif isinstance(node, ast.Constant):
+            used.add(str(node.value))
+    return {name for name in used if re.fullmatch(r"_[a-z]\w+", name)}
+
+
+def test_a_private_attribute_of_lightning_is_used_in_one_file() -> None:
+    pattern = re.compile(r"(?:\bself\.|\bdef )(_[a-z]\w+)")
+    folders = [Path(lightning.__file__).parent / name for name in ("pytorch", "fabric")]
+    theirs = {name for folder in folders for path in folder.rglob("*.py") for name in pattern.findall(path.read_text())}
+    ours = {name for path in MODULES.values() for name in pattern.findall(path.read_text())}
+    files: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for name in private_names(ast.parse(path.read_text())) & (theirs - ours):
+            files.setdefault(name, []).append(module)
+    assert "_combined_loader" in files
+    shared = [f"{name}: {', '.join(modules)}" for name, modules in files.items() if len(modules) > 1]
+    assert not shared, "\n".join(shared)
 
 
 def test_functional_knows_tensors_only() -> None:
@@ -131,7 +159,7 @@ except AttributeError as error:
 
 
 def test_importing_the_core_loads_no_framework() -> None:
-    nothing, core, mixin, missing = toys.run_python(LIGHT).stdout.splitlines()
+    nothing, core, mixin, missing = warm.run_cold("-c", LIGHT).stdout.splitlines()
     assert (nothing, core) == ("[]", "['torch']")
     assert mixin.startswith("True")
     assert missing == "module 'lightning_lora' has no attribute 'LoRAMixing'"

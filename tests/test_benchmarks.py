@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +36,8 @@ from benchmarks.step import check_all, measure
 from benchmarks.timing import Phases, interleave, paired_ratio, train_step
 from benchmarks.workloads import IGNORED, WORKLOADS, Batch, Workload, next_token_loss
 from lightning_lora import LoRAConfig
-from tests.support import moe_models
+from tests.support import moe_models, warm
 
-ROOT = Path(__file__).parents[1]
 ROWS, WIDTH = 16, 32
 BATCH = Batch(torch.randn(ROWS, WIDTH), torch.zeros(ROWS))
 
@@ -222,10 +218,7 @@ def test_all_ways_to_update_give_the_same_factors() -> None:
 
 def command(module: str, *more: str) -> str:
     arguments = ["--workload", "tiny", "--repetitions", "2", "--threads", "1", *more]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    (done,) = warm.run_ranks(1, "-m", module, *arguments, cwd=warm.ROOT)
     return done.stdout
 
 

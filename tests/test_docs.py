@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from docs import rooms
+from tests.support import warm
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_lora"
@@ -23,9 +22,7 @@ def python_blocks(page: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", python_blocks(page)], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = warm.run("-W", "ignore", "-c", python_blocks(page), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

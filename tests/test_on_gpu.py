@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from benchmarks.on_gpu import PARTS
-from tests.support import toys
+from tests.support import warm
 
 
 @pytest.mark.slow
 def test_every_part_runs_dry_and_fused_arithmetic_is_right(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.on_gpu", "--dry", "--seconds", "300", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=toys.ROOT, capture_output=True, text=True, check=False, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.run_ranks(1, "-m", "benchmarks.on_gpu", "--dry", "--seconds", "300", "--out", tmp_path, cwd=warm.ROOT)
     summary = (tmp_path / "summary.md").read_text()
     assert "failed" not in summary, summary
     titles = [line.split(":")[0] for line in summary.splitlines() if line.startswith("## ")]
@@ -30,7 +26,6 @@ def test_every_part_runs_dry_and_fused_arithmetic_is_right(tmp_path: Path) -> No
 
 
 def test_a_run_without_a_place_for_its_results_is_refused() -> None:
-    command = [sys.executable, "-m", "benchmarks.on_gpu", "--dry"]
-    done = subprocess.run(command, cwd=toys.ROOT, capture_output=True, text=True, check=False, timeout=100)
+    done = warm.run("-m", "benchmarks.on_gpu", "--dry", cwd=warm.ROOT)
     assert done.returncode == 2
     assert "--out is needed: the folder for the results" in done.stderr

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 from lightning_lora.batch.counting import count_rows
 from lightning_lora.batch.reading import GOOD_STEPS, LARGEST_SWEPT, BatchReading, advice
 from lightning_lora.effective_batch import EffectiveBatch
+from lightning_lora.lightning_private import training_loaders
 
 _CHECKED_STEPS = 10
 """Measured steps whose rows are compared: each comparison copies rows from the device."""
@@ -44,8 +45,8 @@ def warn_of_stored_order(trainer: Trainer) -> None:
     if any(
         isinstance(sampler := loader.sampler, SequentialSampler)
         or (isinstance(sampler, DistributedSampler) and not sampler.shuffle)
-        for loader in trainer.fit_loop._combined_loader.flattened  # pyright: ignore[reportOptionalMemberAccess]
-        # An iterable dataset sets the order itself, whatever its sampler says.
+        for loader in training_loaders(trainer)
+        # An iterable dataset has an order of its own, whatever its sampler says.
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     ):
         rank_zero_warn(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.sharding.collectives import of_every_rank
+from lightning_lora.sharding.collectives import gather_on_rank_zero
 
 # Sums over thousands of tokens would overflow float16. Dividing by a power of two does not round.
 _SUM_SCALE = 1024.0
@@ -53,7 +53,7 @@ class TokenWeightedLoss(LightningModule):
         """Save the tokens that each rank has counted in an open accumulation window."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self._window_tokens, Tensor):
-            checkpoint[_KEY] = of_every_rank(int(self._window_tokens))
+            checkpoint[_KEY] = gather_on_rank_zero(int(self._window_tokens))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

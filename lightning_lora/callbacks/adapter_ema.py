@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
-from lightning_lora.checkpoints.contents import in_shards
+from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.shards import full_tensor, local_shard, reshard
 from lightning_lora.trainer_access import found
@@ -202,7 +202,7 @@ def _refuse(trainer: Trainer) -> None:
             f"AdapterEMA cannot average the flattened weights of {type(strategy).__name__}: use DDP, or "
             f"ModelParallelStrategy with shard_lora."
         )
-    if in_shards(strategy):
+    if writes_shards(strategy):
         raise ConfigError(
             "AdapterEMA cannot write its average into checkpoints in shards: give the strategy "
             "save_distributed_checkpoint=False."

@@ -25,6 +25,7 @@ from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_private import training_loader_source
 from lightning_lora.trainer_access import found
 
 from .batch_size_monitor import BatchSizeMonitor
@@ -93,7 +94,7 @@ class AdaptiveAccumulation(Callback):
         loaded = checkpoint["callbacks"].get(self.state_key)
         if loaded is not None and not trainer.strategy.restore_checkpoint_after_setup:
             with kept_random_state(trainer.strategy.root_device):
-                loaders = trainer.fit_loop._data_source.dataloader()
+                loaders = training_loader_source(trainer).dataloader()
             at_once = (loader_batch_size(loaders) or 1) * data_parallel_size(trainer)
             if loaded["planned_rows"] % at_once == 0:
                 trainer.accumulate_grad_batches = loaded["planned_rows"] // at_once

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoints.contents import in_shards
 from lightning_lora.checkpoints.fallback import choose_checkpoint
+from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.checkpoints.verified_io import is_local, use_verified_checkpoints, verified_io
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.files.atomic import atomic_file, remove_leftovers
@@ -108,7 +108,7 @@ def checkpoint_bytes(trainer: Trainer, module: LightningModule, weights_only: bo
             unless checkpoints are written in shards.
         weights_only: Whether optimizer state is left out.
     """
-    adapters_only = isinstance(module, LoRAMixin) and bool(lora_layers(module)) and not in_shards(trainer.strategy)
+    adapters_only = isinstance(module, LoRAMixin) and bool(lora_layers(module)) and not writes_shards(trainer.strategy)
     held = [p for p in module.parameters() if p.requires_grad or not adapters_only]
     weights = sum(map(_bytes, [*held, *module.buffers()]))
     if weights_only:

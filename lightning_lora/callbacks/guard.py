@@ -21,7 +21,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
 from lightning_lora.mixin.optim import check_optimizers
-from lightning_lora.sharding.collectives import on_no_rank
+from lightning_lora.sharding.collectives import missing_on_all_ranks
 
 from .finite import check_finite_weights
 from .layer_calls import LayerCallRecorder
@@ -119,7 +119,7 @@ class LoRAGuard(Callback):
             raise GuardError(_bypassed(self._training.not_called, f"training for {period}"))
         if self._must_ask_ranks:
             self._must_ask_ranks = False
-            self._without_gradient = set(on_no_rank(trainer, lora_layers(pl_module), self._without_gradient))
+            self._without_gradient = set(missing_on_all_ranks(trainer, lora_layers(pl_module), self._without_gradient))
         if self._without_gradient:
             raise GuardError(
                 f"{len(self._without_gradient)} adapters got no gradient in {period}: "
@@ -191,7 +191,7 @@ class LoRAGuard(Callback):
             return
         unmoved = [name for name, layer in layers.items() if not layer.lora_moved]
         if isinstance(trainer.strategy, FSDPStrategy):
-            unmoved = on_no_rank(trainer, layers, unmoved)
+            unmoved = missing_on_all_ranks(trainer, layers, unmoved)
         not_called = [name for name in self._training.not_called if name in unmoved] if self._training else []
         if not_called:
             raise GuardError(_bypassed(not_called, "training"))

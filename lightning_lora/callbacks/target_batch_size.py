@@ -19,6 +19,7 @@ from lightning_lora.batch.trial_step import can_choose_rows, step_fits
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_private import remake_training_loaders, training_loader_source, training_loaders
 from lightning_lora.sharding.collectives import largest_of_ranks
 
 
@@ -113,7 +114,7 @@ class TargetBatchSize(Callback):
         elif not _can_set_batch_size(trainer, module):
             reason = "the loader was not made by a module with a batch_size that can be set"
         with kept_random_state(trainer.strategy.root_device):
-            loader = None if reason else trainer.fit_loop._data_source.dataloader()
+            loader = None if reason else training_loader_source(trainer).dataloader()
             if reason is None and not can_choose_rows(loader):
                 reason = f"rows cannot be chosen from a {type(loader).__name__} of this kind"
             if reason is not None:
@@ -139,7 +140,7 @@ class TargetBatchSize(Callback):
 
 def _asked_micro_batch(trainer: Trainer, module: LightningModule) -> int:
     """The ``batch_size`` of the module or data module that makes the loader, or of the loader itself."""
-    source = trainer.fit_loop._data_source
+    source = training_loader_source(trainer)
     if source.is_module() and lightning_hasattr(module, "batch_size"):
         rows: Any = lightning_getattr(module, "batch_size")
     elif source.instance is module and is_overridden("setup", module):
@@ -157,20 +158,18 @@ def _asked_micro_batch(trainer: Trainer, module: LightningModule) -> int:
 
 
 def _can_set_batch_size(trainer: Trainer, module: LightningModule) -> bool:
-    return trainer.fit_loop._data_source.is_module() and lightning_hasattr(module, "batch_size")
+    return training_loader_source(trainer).is_module() and lightning_hasattr(module, "batch_size")
 
 
 @contextmanager
 def _loaders_made_again(trainer: Trainer) -> Iterator[None]:
     """Make loaders again, and schedules for their number of steps, if they were made before what is set inside."""
-    loop = trainer.fit_loop
-    if loop._combined_loader is None:
+    if not training_loaders(trainer):
         yield
         return
     planned = trainer.estimated_stepping_batches
     yield
-    loop._combined_loader = None
-    loop.setup_data()
+    remake_training_loaders(trainer)
     # With drop_last, smaller batches may make one more step.
     if trainer.estimated_stepping_batches != planned:
         trainer.strategy.setup_optimizers(trainer)

@@ -1,6 +1,8 @@
-"""Lightning checkpoints: what they hold, how they are written and verified, exact resume.
+"""Lightning checkpoints: what they hold, how they are written and verified, and exact resume.
 
-Read in this order: `contents` (adapters only), `optimizer_state_names` (state by parameter name), `resume` (everything
-a run needs to go on bit for bit), `loop_position`, `loader_position`, `random_state`, `verified_io` (writing and
-reading a file), `fallback` (from a damaged file to the last whole one), `shards` and `consolidate` (folders of shards).
+Read in this order. Contents: `contents` (adapters only) and `optimizer_state_names` (state keyed by parameter name).
+Files: `verified_io` (writing and verifying), `fallback` (the last whole checkpoint instead of a damaged one), `shards`
+(folders of shards) and `consolidate` (one file from such a folder). Exact resume: `resume` (what is saved and
+restored), and its parts `loop_position` (Lightning's loops), `epoch_start` (the order of the data), `loader_position`
+(skipping used indices), `random_state` and `window_gradients` (an open accumulation window).
 """

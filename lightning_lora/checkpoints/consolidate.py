@@ -1,44 +1,38 @@
-"""One checkpoint file from a folder of shards: ``python -m lightning_lora.checkpoints.consolidate FOLDER FILE``."""
+"""One checkpoint file made from a folder of shards."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards, read_shards
 from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
-from lightning_lora.errors import AdapterFileError, LoRAError
+from lightning_lora.errors import AdapterFileError
 
 
-def consolidate(folder: str | Path, file: str | Path) -> Path:
-    """Write the checkpoint that sharded strategies have left in ``folder`` as one file, which every strategy reads.
+def consolidate(folder: str | Path, out: str | Path) -> Path:
+    """Write the checkpoint in a folder of shards as one file, from which every strategy can resume.
 
-    The whole checkpoint passes through the memory of this process.
+    The whole checkpoint is held in the memory of this process. Nothing in the folder is unpickled.
 
     Args:
-        folder: Written by ``ModelParallelStrategy`` or ``FSDPStrategy(state_dict_type="sharded")``.
-        file: Written whole or not at all, with its manifest.
+        folder: A checkpoint of ``ModelParallelStrategy`` or ``FSDPStrategy(state_dict_type="sharded")``.
+        out: The file to write, whole or not at all, with its manifest ``OUT.manifest.json`` beside it.
 
     Returns:
-        The file.
+        The path ``out``.
 
     Raises:
-        AdapterFileError: If ``folder`` is no such folder, or damaged.
-        FileExistsError: If ``file`` is there already.
+        AdapterFileError: If ``folder`` is not a folder of shards, or is damaged.
+        FileExistsError: If ``out`` already exists.
+        OSError: If ``out`` cannot be written.
     """
-    folder, file = Path(folder), Path(file)
+    folder, out = Path(folder), Path(out)
     if not is_folder_of_shards(folder):
-        raise AdapterFileError(f"{folder} is no folder of shards that Lightning has written.")
-    if file.exists():
-        raise FileExistsError(f"{file} exists already.")
-    VerifiedCheckpointIO().save_checkpoint(read_shards(folder), file)
-    return file
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m lightning_lora.checkpoints.consolidate FOLDER FILE")
-    try:
-        print(f"written: {consolidate(*sys.argv[1:])}")
-    except (LoRAError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+        raise AdapterFileError(
+            f"{folder} is not a folder of shards: give the folder that FSDPStrategy or ModelParallelStrategy has "
+            "written as a checkpoint."
+        )
+    if out.exists():
+        raise FileExistsError(f"{out} already exists: remove it, or choose another name.")
+    VerifiedCheckpointIO().save_checkpoint(read_shards(folder), out)
+    return out

@@ -1,4 +1,4 @@
-"""Falling back to the last whole checkpoint, and saying so."""
+"""Choose the last whole checkpoint instead of a damaged one, and tell the user."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_lora.files.whole_checkpoint import WholeCheckpoint, whole_checkpo
 
 
 def choose_checkpoint(path: Path, fall_back: bool = True) -> WholeCheckpoint:
-    """`whole_checkpoint`, with a warning if another file stands for ``path``.
+    """Choose as `whole_checkpoint` does, with a warning if another file replaces ``path``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        AdapterFileError: If it is damaged, and nothing whole is beside it or ``fall_back`` is false.
+        FileNotFoundError: If the file does not exist.
+        AdapterFileError: If it is damaged, and no whole checkpoint is beside it or ``fall_back`` is False.
     """
     chosen = whole_checkpoint(path, fall_back)
     if chosen.remark is not None:

@@ -1,4 +1,4 @@
-"""Going on in the middle of an epoch by passing over indices, without reading the rows behind them again."""
+"""Start loaders in the middle of an epoch: skip the indices already used, without reading their rows again."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 
-class _Skipping:
-    """What a sampler draws, without its first ``skip`` draws the first time."""
+class _SkippingSampler:
+    """Draws from ``sampler``; the first iterator that is used drops the first ``skip`` draws."""
 
-    def __init__(self, indices: Any, skip: int) -> None:
-        self.indices = indices
+    def __init__(self, sampler: Any, skip: int) -> None:
+        self.sampler = sampler
         self.skip = skip
-        self.latest: _Late | None = None
+        self.latest: _SkippingIterator | None = None
 
-    def __iter__(self) -> _Late:
-        self.latest = _Late(self)
+    def __iter__(self) -> _SkippingIterator:
+        self.latest = _SkippingIterator(self)
         return self.latest
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.sampler)
 
 
-class _Late(Iterator[Any]):
-    """Passes over indices not before it is started: most samplers are generators and draw their seed there."""
+class _SkippingIterator(Iterator[Any]):
+    """Skips as late as possible: most samplers are generators, which draw their seed at the first ``next``."""
 
-    def __init__(self, source: _Skipping) -> None:
-        self.source = source
-        self.indices: Iterator[Any] = iter(source.indices)
+    def __init__(self, owner: _SkippingSampler) -> None:
+        self.owner = owner
+        self.indices: Iterator[Any] = iter(owner.sampler)
         self.is_started = False
 
     def start(self) -> None:
         if not self.is_started:
-            # Iterators with workers that persist keep their sampler and ask it again in the next epoch.
-            skip, self.source.skip, self.is_started = self.source.skip, 0, True
+            # An iterator with persistent workers keeps its sampler and iterates over it again in the next epoch.
+            skip, self.owner.skip, self.is_started = self.owner.skip, 0, True
             for _ in islice(self.indices, skip):
                 pass
 
@@ -48,12 +48,12 @@ class _Late(Iterator[Any]):
 
 
 def keeps_position(loader: object) -> bool:
-    """Whether ``loader`` saves its own position, as torchdata's ``StatefulDataLoader``; Lightning then asks it."""
+    """Whether ``loader`` saves its own position, as torchdata's ``StatefulDataLoader`` does; Lightning then asks it."""
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
 def generators(loaders: Iterable[object]) -> list[torch.Generator]:
-    """Generators that ``loaders`` and their samplers draw from instead of the global one, each once."""
+    """Generators that ``loaders`` and their samplers use instead of torch's global one, without duplicates."""
     found: dict[int, torch.Generator] = {}
     for loader in loaders:
         batches = getattr(loader, "batch_sampler", None)
@@ -64,37 +64,38 @@ def generators(loaders: Iterable[object]) -> list[torch.Generator]:
     return list(found.values())
 
 
-def obstacle(loader: object, skip: int) -> str | None:
-    """Why `starting_at` cannot place ``loader`` behind its first ``skip`` batches; None if it can."""
+def obstacle(loader: object, num_batches: int) -> str | None:
+    """Reason why `starting_after` cannot skip ``num_batches`` batches of ``loader``; None if it can."""
     kind = type(loader).__name__
     if not isinstance(loader, DataLoader):
         return f"a {kind} starts from its beginning"
     if isinstance(loader.dataset, IterableDataset):
         return f"the rows of an iterable dataset ({type(loader.dataset).__name__}) start from their beginning"
-    if skip > len(loader):
+    if num_batches > len(loader):
         return f"a {kind} of {len(loader)} batches has begun again within the epoch"
     return None
 
 
 @contextmanager
-def starting_at(loaders: Sequence[DataLoader[Any]], skip: int) -> Iterator[Callable[[], None]]:
-    """Within this context, iterators made of ``loaders`` begin behind their first ``skip`` batches.
+def starting_after(num_batches: int, loaders: Sequence[DataLoader[Any]]) -> Iterator[Callable[[], None]]:
+    """Inside this context, new iterators of ``loaders`` start after the first ``num_batches`` batches.
 
-    A sampler of a user's own is asked for the skipped indices too, so that it draws what it would have drawn.
+    A user's own sampler still draws the skipped indices, so that its random numbers stay the same.
 
     Args:
+        num_batches: Batches of the epoch that were trained on.
         loaders: Loaders without an `obstacle`.
-        skip: Batches of the epoch that have been trained on.
 
     Yields:
-        Passes over the indices now, where nothing has asked for the next one yet.
+        A function that skips the indices now, for iterators from which no batch was requested yet.
     """
-    # torch refuses to assign these, lest an iterator in use and its loader disagree; here none outlives the context.
+    # torch refuses to assign a sampler, because an iterator in use would disagree with its loader. Here no iterator
+    # is in use, and the old samplers are back when the context ends.
     names = ["sampler" if loader.batch_sampler is None else "batch_sampler" for loader in loaders]
     samplers = [getattr(loader, name) for loader, name in zip(loaders, names, strict=True)]
-    skipping = [_Skipping(sampler, skip) for sampler in samplers]
+    skipping = [_SkippingSampler(sampler, num_batches) for sampler in samplers]
 
-    def start() -> None:
+    def skip_now() -> None:
         for each in skipping:
             if each.latest is not None:
                 each.latest.start()
@@ -103,9 +104,9 @@ def starting_at(loaders: Sequence[DataLoader[Any]], skip: int) -> Iterator[Calla
         for loader, name, each in zip(loaders, names, skipping, strict=True):
             loader.__dict__[name] = each
             if loader._iterator is not None:
-                # Workers that persist belong to an iterator with a sampler of its own, which is begun again.
+                # The iterator of persistent workers has its own reference to the sampler and is reused.
                 loader._iterator._index_sampler = each
-        yield start
+        yield skip_now
     finally:
         for loader, name, sampler in zip(loaders, names, samplers, strict=True):
             loader.__dict__[name] = sampler

@@ -1,8 +1,8 @@
-"""Optimizer state keyed by parameter name, so that one checkpoint means the same to every strategy.
+"""Optimizer state keyed by parameter name, so that one checkpoint has the same meaning under every strategy.
 
-Lightning keys it by position: in the optimizer's own list where a strategy leaves parameters whole, among *all*
-parameters of the module where it shards them. A file of the one kind read by the other fails, or gives some parameters
-no state and others that of their neighbours. Names mean the same in both.
+Lightning keys it by position: in the optimizer's list if a strategy leaves parameters whole, among *all* parameters of
+the module if it shards them. A file of one kind read under the other fails, or gives parameters no state or the state
+of others. Names have the same meaning in both.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ def reads_by_name(strategy: Strategy) -> bool:
 
 
 def name_optimizer_states(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Key the optimizer state in a ``checkpoint`` of one file by name, in the order of the optimizer's own list."""
+    """Key the optimizer states of a ``checkpoint`` in one file by name, in the order of the optimizer's own list."""
     strategy, states = module.trainer.strategy, checkpoint.get("optimizer_states")
     if states is None:
         return
-    name_of = _names(module)
-    everything = _in_order(name_of, (strategy.model or module).parameters()) if reads_by_name(strategy) else None
+    name_by_id = _name_by_id(module)
+    names = _names(name_by_id, (strategy.model or module).parameters()) if reads_by_name(strategy) else None
     checkpoint["optimizer_states"] = [
-        _named(name_of, optimizer, state, everything)
+        _keyed_by_name(state, optimizer, name_by_id, names)
         for optimizer, state in zip(module.trainer.optimizers, states, strict=True)
     ]
 
 
-def follow_optimizers(module: LightningModule, states: Sequence[Mapping[str, Any]]) -> None:
-    """Bring named states into the order of the optimizers that will read them: torch goes by order alone.
+def match_optimizer_order(module: LightningModule, states: Sequence[Mapping[str, Any]]) -> None:
+    """Reorder named ``states`` like the optimizers that will load them, because torch matches state by order only.
 
     Raises:
-        AdapterFileError: If a group of an optimizer holds other parameters than it did.
+        AdapterFileError: If a group of an optimizer holds other parameters than in the checkpoint.
     """
-    name_of = _names(module)
+    name_by_id = _name_by_id(module)
     for optimizer, state in zip(module.trainer.optimizers, states, strict=False):
         for number, (group, saved) in enumerate(
             zip(optimizer.param_groups, state.get("param_groups", ()), strict=False)
         ):
             if not all(isinstance(name, str) for name in saved["params"]):
                 continue
-            own = _in_order(name_of, group["params"])
+            own = _names(name_by_id, group["params"])
             if sorted(map(str, own)) != sorted(saved["params"]):
                 odd = first_five(sorted({*map(str, own)} ^ {*saved["params"]}))
                 raise AdapterFileError(
                     f"group {number} of the optimizer holds other parameters than in the checkpoint ({odd}), and would "
-                    "go on with another's state. Build the optimizer as it was, or load the weights alone."
+                    "continue with their state. Build the optimizer as it was, or load the weights alone."
                 )
             saved["params"] = own
 
 
-def refuse_misread_positions(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a file of positions in an optimizer's list that a sharded strategy has taken for another's.
+def refuse_states_by_position(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse optimizer state keyed by position under a sharded strategy, which counts positions differently.
 
     Raises:
-        AdapterFileError: If it is one, unless the optimizer holds all parameters in their order.
+        AdapterFileError: If it is keyed by position, unless the optimizer holds all parameters in the module's order.
     """
     strategy = module.trainer.strategy
     if not reads_by_name(strategy) or strategy.model is None:
@@ -76,33 +76,41 @@ def refuse_misread_positions(module: LightningModule, checkpoint: Mapping[str, A
             raise AdapterFileError(
                 "the optimizer state of this checkpoint is keyed by position, as plain Lightning writes it, and "
                 f"{type(strategy).__name__} would give it to other parameters. Resume on one device or DDP first, with "
-                "lightning-lora, and save there: that file goes anywhere."
+                "lightning-lora, and save there: every strategy can resume from that file."
             )
 
 
-def _named(
-    names: Mapping[int, str], optimizer: Optimizer, state: dict[str, Any], everything: list[Any] | None
+def _keyed_by_name(
+    state: dict[str, Any], optimizer: Optimizer, name_by_id: Mapping[int, str], names: list[Any] | None
 ) -> dict[str, Any]:
-    # Sharded strategies give the state to rank 0 only, or by name already.
+    """Key the ``state`` of one optimizer by name.
+
+    Args:
+        state: The state as Lightning has collected it.
+        optimizer: The optimizer it belongs to.
+        name_by_id: Result of `_name_by_id`.
+        names: Names of all parameters if positions in ``state`` count these; None if they count the optimizer's list.
+    """
+    # Sharded strategies give the state to rank 0 only, or already by name.
     if not any(isinstance(key, int) for group in state.get("param_groups", ()) for key in group["params"]):
         return state
-    groups = [_in_order(names, group["params"]) for group in optimizer.param_groups]
-    if everything is None:
+    groups = [_names(name_by_id, group["params"]) for group in optimizer.param_groups]
+    if names is None:
         pairs = zip(groups, state["param_groups"], strict=True)
         name_of = {key: name for own, saved in pairs for key, name in zip(saved["params"], own, strict=True)}
     else:
-        name_of = dict(enumerate(everything))
+        name_of = dict(enumerate(names))
     return state | {
         "state": {name_of[key]: value for key, value in state["state"].items()},
         "param_groups": [group | {"params": own} for group, own in zip(state["param_groups"], groups, strict=True)],
     }
 
 
-def _names(module: LightningModule) -> dict[int, str]:
-    """Name in the state dict of each parameter, by its id."""
+def _name_by_id(module: LightningModule) -> dict[int, str]:
+    """Name in the state dict of each parameter, by its ``id()``."""
     return {id(parameter): state_dict_name(name) for name, parameter in module.named_parameters()}
 
 
-def _in_order(names: Mapping[int, str], parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """Names of ``parameters``; a number for one that the module has not."""
-    return [names.get(id(parameter), number) for number, parameter in enumerate(parameters)]
+def _names(name_by_id: Mapping[int, str], parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Names of ``parameters``; a parameter unknown to the module is named by its index."""
+    return [name_by_id.get(id(parameter), index) for index, parameter in enumerate(parameters)]

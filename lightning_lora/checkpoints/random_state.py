@@ -1,4 +1,4 @@
-"""The state of every random generator of a process, as plain types that load under ``weights_only=True``."""
+"""The state of all random generators of a process, as plain types that load under ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy
 import torch
+from lightning.pytorch import Trainer
+
+from lightning_lora.checkpoints.loader_position import generators
+from lightning_lora.lightning_private import training_loaders
 
 
 def random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """States of python's, numpy's and torch's global generators, and of the one on ``device`` if that is a GPU.
+    """Get the states of the global generators of python, numpy and torch, and of ``device`` if it is a GPU.
 
     Args:
-        device: Where the module of this process is.
-        own: Further generators, as loaders may have.
+        device: Device of this process.
+        own: Further generators, such as those of loaders.
     """
     version, words, gauss = random.getstate()
     legacy: Any = numpy.random.get_state(legacy=False)
@@ -37,12 +41,12 @@ def random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> d
 
 
 def set_random_state(state: dict[str, Any], device: torch.device, own: Sequence[torch.Generator] = ()) -> None:
-    """Put back what `random_state` gave; a GPU's state is passed over on a CPU.
+    """Restore what `random_state` returned; the state of a GPU is ignored on a CPU.
 
     Args:
-        state: From `random_state`, of this or another process.
-        device: Where the module of this process is.
-        own: As many further generators; if the state has not that many they start anew from their seeds.
+        state: Result of `random_state`, in this or another process.
+        device: Device of this process.
+        own: The same further generators. If ``state`` holds another number of them, all start again from their seeds.
     """
     python, legacy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
@@ -61,9 +65,19 @@ def set_random_state(state: dict[str, Any], device: torch.device, own: Sequence[
 
 @contextmanager
 def kept_random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Whatever draws random numbers inside has drawn none afterwards; arguments as those of `random_state`."""
+    """Restore all random generators at the end of the block; arguments as in `random_state`."""
     before = random_state(device, own)
     try:
         yield
     finally:
         set_random_state(before, device, own)
+
+
+def run_random_state(trainer: Trainer) -> dict[str, Any]:
+    """Get the `random_state` of a run: the generators of its process and those of its training loaders."""
+    return random_state(trainer.strategy.root_device, generators(training_loaders(trainer)))
+
+
+def set_run_random_state(state: dict[str, Any], trainer: Trainer) -> None:
+    """Restore what `run_random_state` returned."""
+    set_random_state(state, trainer.strategy.root_device, generators(training_loaders(trainer)))

@@ -1,10 +1,10 @@
-"""Folders of shards read as one checkpoint, without running what they may hold.
+"""Folders of shards, read as one checkpoint without running code that they may hold.
 
-``FSDPStrategy(state_dict_type="sharded")`` and ``ModelParallelStrategy`` (by default) write a folder that each reads
-back on any number of ranks; no other strategy does. Read here, it is a checkpoint like any other: one device and DDP
-resume from it, and `lightning_lora.checkpoints.consolidate` makes a file of it that goes everywhere.
+``FSDPStrategy(state_dict_type="sharded")`` and ``ModelParallelStrategy`` (by default) write a folder that each of them
+reads on any number of ranks; no other strategy reads it. This file reads it as an ordinary checkpoint: one device and
+DDP resume from it, and `consolidate` writes it as one file for all strategies.
 
-torch reads the folder's index and small values with ``pickle``; here both are limited to plain types.
+torch reads the index of the folder, and small values in it, with ``pickle``; here both are limited to plain types.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME as META
+from lightning.pytorch.strategies import Strategy
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -40,26 +41,32 @@ _PLAIN = {
 }
 
 
+def writes_shards(strategy: Strategy) -> bool:
+    """Whether ``strategy`` writes a checkpoint as a folder of shards."""
+    # Lightning has two private settings for it, one in each strategy.
+    return getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "full") == "sharded")
+
+
 def is_folder_of_shards(path: Path) -> bool:
-    """Whether Lightning's sharded strategies have written ``path``."""
+    """Whether ``path`` is a checkpoint that one of Lightning's sharded strategies has written."""
     return path.is_dir() and (path / META).is_file()
 
 
 def read_shards(folder: Path) -> dict[str, Any]:
-    """The checkpoint in ``folder`` as one device would have written it, all of it in memory.
+    """Read ``folder`` into memory as the checkpoint that one device would have written.
 
-    Of an adapter's checkpoint only what was trained is kept: the base is the module's own.
+    From a checkpoint with adapters only trained parameters are kept; frozen weights come from the module.
 
     Raises:
-        AdapterFileError: If a part is damaged or missing, or holds other than plain types.
+        AdapterFileError: If a part is damaged or missing, or holds anything but plain types.
     """
     try:
         checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
         parts: dict[str, Any] = {}
         _load_state_dict(parts, _PlainReader(folder), planner=_PlainPlanner(), no_dist=True)
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
         raise AdapterFileError(f"{folder} cannot be read as a folder of shards: {error}") from error
-    # FSDP1 calls it "model".
+    # FSDP1 names the state dict "model".
     state = parts["state_dict"] if "state_dict" in parts else parts["model"]
     if CHECKPOINT_KEY in checkpoint:
         frozen = checkpoint[CHECKPOINT_KEY].get("frozen", ())
@@ -78,9 +85,9 @@ class _PlainUnpickler(pickle.Unpickler):
         if is_dtype or (module_name, global_name) in _PLAIN:
             return super().find_class(module_name, global_name)
         found = super().find_class(module_name, global_name) if is_index else None
-        # What that module has imported is not its own.
+        # The module also holds names that it has imported from elsewhere.
         if getattr(found, "__module__", "") != Metadata.__module__:
-            raise pickle.UnpicklingError(f"its index names {module_name}.{global_name}, which is no plain type")
+            raise pickle.UnpicklingError(f"its index names {module_name}.{global_name}, which is not a plain type")
         return found
 
 
@@ -94,7 +101,7 @@ class _PlainReader(FileSystemReader):
         return metadata
 
     def _check(self, place: _StorageInfo) -> None:
-        """Compare the checksums that torch writes and does not read."""
+        """Compare checksums, which torch writes but does not read."""
         with open(Path(self.path) / place.relative_path, "rb") as file:
             file.seek(place.offset)
             with zipfile.ZipFile(io.BytesIO(file.read(place.length))) as archive:
@@ -105,7 +112,7 @@ class _PlainReader(FileSystemReader):
 class _PlainPlanner(_EmptyStateDictLoadPlanner):
     @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # Torch loads it without limits; what has passed these holds nothing else.
+        # torch loads the value again without limits; this load raises if it holds anything but plain types.
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)

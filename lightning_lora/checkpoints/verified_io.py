@@ -1,4 +1,4 @@
-"""Lightning checkpoints that are old or new, never a mix, and are looked at before they are used."""
+"""Lightning checkpoints that are written whole or not at all, and verified before they are loaded."""
 
 from __future__ import annotations
 
@@ -32,35 +32,41 @@ from lightning_lora.files.checkpoint_manifest import (
     write_manifest,
 )
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StrPath = str | Path
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, says beside it what it must be, and verifies that before loading.
+    """Writes a checkpoint atomically with a manifest beside it, and verifies it against the manifest before loading.
 
-    Written to a temporary file in the same folder, synced to the disk, then renamed; a crash, a kill or a full disk
-    leaves the old file as it was. The manifest ``NAME.manifest.json`` holds size, SHA-256, step and library versions.
+    A checkpoint is written to a temporary file in the same folder, synced to the disk and then renamed. After a crash,
+    a kill or a full disk the old file is unchanged. The manifest ``NAME.manifest.json`` holds size, SHA-256, step and
+    library versions.
 
-    A damaged file is not loaded. Where the folder holds a whole checkpoint of the same run, of the same step or an
-    earlier one, the latest of these is loaded instead, with a warning that names both; otherwise it is an error. A file
-    without manifest (of plain Lightning) is checked by its own checksums and loaded with a remark.
+    A damaged file is not loaded. If the folder holds whole checkpoints of the same run, of the same step or an earlier
+    one, the latest of them is loaded instead, with a warning that names both files; otherwise it is an error. A file
+    without a manifest (of plain Lightning) is checked by its own checksums and loaded with a remark.
 
-    Use it as ``Trainer(plugins=[VerifiedCheckpointIO()])``, or around a thread of Lightning's
-    ``AsyncCheckpointIO(VerifiedCheckpointIO())``, which may remove the previous checkpoint before the new one is whole.
-    `CheckpointGuard`, our tasks and the command line use it unless told otherwise. Folders of shards (``FSDPStrategy``
-    and ``ModelParallelStrategy`` in that mode, DeepSpeed) and remote addresses stay Lightning's own: neither atomic nor
-    verified. Those of the first two are read here for the strategies that cannot (one device, DDP).
+    Use it as ``Trainer(plugins=[VerifiedCheckpointIO()])``. Inside ``AsyncCheckpointIO(VerifiedCheckpointIO())`` it
+    writes in a thread, and Lightning may remove the previous checkpoint before the new one is complete.
+    `CheckpointGuard`, our tasks and the command line use it by default.
+
+    Lightning itself writes folders of shards (``FSDPStrategy`` and ``ModelParallelStrategy`` in that mode, DeepSpeed)
+    and remote addresses; these are neither atomic nor verified. Folders of the first two are read here for strategies
+    that cannot read them (one device, DDP).
 
     Args:
-        fall_back: Whether another checkpoint may be loaded in place of a damaged one. False: always an error.
+        fall_back: Whether another checkpoint may be loaded instead of a damaged one. False: always an error.
+
+    Attributes:
+        is_resuming: Whether a run resumes from what is loaded. False forbids falling back as well: a test of other
+            weights would not answer the question. `CheckpointGuard` sets it.
+        loaded: Name and SHA-256 of the file that was loaded last; None before that.
     """
 
     def __init__(self, fall_back: bool = True) -> None:
         self.fall_back = fall_back
-        # Other weights than asked for are no answer of a test; only who knows the stage can tell.
         self.is_resuming = True
-        # Name and SHA-256 of the file that was loaded last.
         self.loaded: tuple[str, str | None] | None = None
         self._run = secrets.token_hex(8)
 
@@ -69,19 +75,19 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """Replace ``path`` by ``checkpoint`` in one step.
 
         Raises:
-            OSError: If the folder is not writable or the disk is full; what was there is untouched.
+            OSError: If the folder is not writable or the disk is full; the old file is unchanged.
         """
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = _local(path)
         before = present_versions(path)
-        with _space_explained(path, checkpoint), _no_orphan(path), atomic_file(path, keep_link=False) as file:
-            writer = HashingWriter(file)
-            save_hashed(checkpoint, writer)
-            # On the disk before the manifest speaks of it.
+        with _explained_full_disk(path, checkpoint), _no_orphan(path), atomic_file(path, keep_link=False) as file:
+            written = _HashedFile(file)
+            written.save(checkpoint)
+            # The bytes must be on the disk before the manifest describes them.
             os.fsync(file.fileno())
-            version = self._version(checkpoint, writer)
+            version = self._version(checkpoint, written)
             write_manifest(path, [*before, version])
         if before:
             write_manifest(path, [version])
@@ -93,16 +99,17 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         map_location: Any | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Verify ``path``, then load it, or where it is damaged the last whole checkpoint beside it.
+        """Verify ``path`` and load it; if it is damaged, load the last whole checkpoint beside it.
 
         Args:
-            path: The file, or a folder of shards.
-            map_location: As in ``torch.load``.
-            weights_only: None: True, from remote addresses too.
+            path: A file, or a folder of shards.
+            map_location: Device of the loaded tensors, as in ``torch.load``.
+            weights_only: Whether only plain types are loaded, as in ``torch.load``. None: True, also from remote
+                addresses.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            AdapterFileError: If it is damaged, and nothing whole is beside it.
+            FileNotFoundError: If the file does not exist.
+            AdapterFileError: If it is damaged, and no whole checkpoint is beside it.
         """
         weights_only = True if weights_only is None else weights_only
         if not is_local(path):
@@ -116,7 +123,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         chosen = choose_checkpoint(local, self.fall_back and self.is_resuming)
         whole, version = chosen.path, chosen.version
         if self.is_resuming and (others := other_libraries(whole)):
-            rank_zero_warn(f"{whole} was written with {', '.join(others)}: the run need not go on exactly.")
+            rank_zero_warn(f"{whole} was written with {', '.join(others)}: the run may not continue exactly.")
         if version is not None and version.run:
             self._run = version.run
         self.loaded = (whole.name, None if version is None else version.sha256)
@@ -129,11 +136,11 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if is_local(path):
             manifest_of(_local(path)).unlink(missing_ok=True)
 
-    def _version(self, checkpoint: dict[str, Any], writer: HashingWriter) -> CheckpointVersion:
-        # What is no checkpoint (the weights that spawned processes hand back) has no step.
+    def _version(self, checkpoint: dict[str, Any], written: _HashedFile) -> CheckpointVersion:
+        # Lightning also saves the weights that spawned processes hand back; these have no step.
         return CheckpointVersion(
-            sha256=writer.digest.hexdigest(),
-            size=writer.size,
+            sha256=written.digest.hexdigest(),
+            size=written.size,
             step=int(checkpoint.get("global_step", 0)),
             epoch=int(checkpoint.get("epoch", 0)),
             run=self._run,
@@ -142,32 +149,69 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 def use_verified_checkpoints(trainer: Trainer) -> None:
-    """Give ``trainer`` a `VerifiedCheckpointIO`, unless it was given a CheckpointIO already."""
-    if trainer.strategy._checkpoint_io is None:  # the property would make Lightning's own
+    """Give ``trainer`` a `VerifiedCheckpointIO`, unless it already has a CheckpointIO."""
+    if trainer.strategy._checkpoint_io is None:  # the public property would create Lightning's own
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
 
 
 def verified_io(trainer: Trainer) -> VerifiedCheckpointIO | None:
-    """The `VerifiedCheckpointIO` of ``trainer``, also one inside of an ``AsyncCheckpointIO``."""
+    """The `VerifiedCheckpointIO` of ``trainer``, also inside an ``AsyncCheckpointIO``; None if it has none."""
     io = trainer.strategy.checkpoint_io
     io = getattr(io, "checkpoint_io", io)
     return io if isinstance(io, VerifiedCheckpointIO) else None
 
 
 def is_local(path: StrPath) -> bool:
-    """Whether a path is on a disk of this machine, as far as Lightning is concerned."""
+    """Whether Lightning takes ``path`` for one on a disk of this machine."""
     return isinstance(get_filesystem(path), LocalFileSystem)
 
 
 def _local(path: StrPath) -> Path:
-    """The path without ``file://``, its folders real and its own name kept, be it that of a link."""
+    """Strip ``file://`` and resolve links among the parent folders; the last name may be that of a link."""
     path = Path(LocalFileSystem._strip_protocol(str(path)))
     return Path(os.path.realpath(path.parent)) / path.name
 
 
+class _HashedFile:
+    """A file for ``torch.save`` that hashes what is written; ``torch.save`` never seeks.
+
+    Args:
+        file: An empty file, open for writing.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self._error: OSError | None = None
+        self._file = file
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Write ``checkpoint``; an `OSError` of the file is raised as it is."""
+        try:
+            torch.save(checkpoint, self)  # pyright: ignore[reportArgumentType] - it only calls write and flush
+        except RuntimeError:
+            # torch fails to close the half-written archive, and raises that error instead of the first one.
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def write(self, piece: bytes | memoryview) -> int:
+        try:
+            self._file.write(piece)
+        except OSError as error:
+            self._error = error
+            raise
+        self.digest.update(piece)
+        self.size += memoryview(piece).nbytes
+        return memoryview(piece).nbytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 @contextmanager
 def _no_orphan(path: Path) -> Generator[None, None, None]:
-    """Leave no manifest of a file that was not put in place."""
+    """Remove the manifest if the block fails before the checkpoint exists."""
     try:
         yield
     except BaseException:
@@ -177,12 +221,12 @@ def _no_orphan(path: Path) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _space_explained(path: Path, checkpoint: dict[str, Any]) -> Generator[None, None, None]:
-    """Say what a full disk lacks."""
+def _explained_full_disk(path: Path, checkpoint: dict[str, Any]) -> Generator[None, None, None]:
+    """Add needed and free space to the error of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_IS_FULL:
             raise
         free = shutil.disk_usage(path.parent).free / 1e6
         raise OSError(
@@ -202,47 +246,3 @@ def _tensor_bytes(content: Any) -> int:
 
     apply_to_collection(content, torch.Tensor, count)
     return sum(storages.values())
-
-
-class HashingWriter:
-    """What ``torch.save`` needs of a file; it writes from front to back, so the digest is that of the file.
-
-    Args:
-        file: Where the bytes go.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-        self._file = file
-
-    def write(self, piece: bytes | memoryview) -> int:
-        """Pass the bytes on and count them in; an error is kept, for torch covers it by one of its own."""
-        try:
-            self._file.write(piece)
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(piece)
-        self.size += memoryview(piece).nbytes
-        return memoryview(piece).nbytes
-
-    def flush(self) -> None:
-        """Push what is buffered to the file."""
-        self._file.flush()
-
-
-def save_hashed(checkpoint: dict[str, Any], writer: HashingWriter) -> None:
-    """``torch.save`` that raises what went wrong with the file.
-
-    Raises:
-        OSError: If a write failed.
-    """
-    try:
-        torch.save(checkpoint, writer)  # pyright: ignore[reportArgumentType] - write and flush are all it calls
-    except RuntimeError:
-        # Closing the half-written archive fails too, and hides what came first.
-        if writer.error is not None:
-            raise writer.error from None
-        raise

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from typing import NoReturn
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -52,7 +52,8 @@ class LoRAArgumentParser(LightningArgumentParser):
         names = re.findall(r"[\w.]*\w", cause.partition(": ")[2] or "".join(re.findall(r"['\"](.*?)['\"]", cause)[-1:]))
         parsers = [self, *getattr(self._subcommands_action, "choices", {}).values()]
         options = {action.dest for parser in parsers for action in parser._actions}
-        options |= {name for kind in _OURS for name in inspect.signature(kind).parameters}
+        # Not inspect.signature: a task passes options on to its base class as **settings.
+        options |= {name for kind in _OURS for name in ArgumentParser().add_class_arguments(kind)}
         return did_you_mean(names[0], sorted(options)) if names else ""
 
 

@@ -1,27 +1,30 @@
-"""Which examples share a row: arithmetic on their lengths."""
+"""Bin packing on the lengths of examples: which of them share a row."""
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each example, in the order given, into the fullest pack that still has room for it, else into a new one.
+    """Assign each example, in the order given, to the fullest pack that has room for it, or to a new pack.
 
-    Taking examples as they come rather than the longest first keeps all lengths together, so that no optimizer step
-    sees long ones only; with the usual lengths far below ``capacity`` it fills packs nearly as well.
+    Examples are not sorted by length, so that packs mix all lengths and no optimizer step sees long examples only. If
+    most lengths are far below ``capacity``, packs are filled nearly as well as with sorting.
 
     Args:
         lengths: Tokens of each example, at most ``capacity``.
-        capacity: Tokens of a pack.
+        capacity: Most tokens in a pack.
+
+    Returns:
+        The indices of the examples in each pack.
 
     >>> best_fit([5, 6, 4, 2, 3], capacity=10)
     [[0, 3, 4], [1, 2]]
     """
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # sorted: tokens left in a pack, and which
+    room: list[tuple[int, int]] = []  # (tokens left in a pack, index of the pack), sorted
     for example, length in enumerate(lengths):
         fitting = bisect_left(room, (length, -1))
         left, pack = room.pop(fitting) if fitting < len(room) else (capacity, len(packs))
@@ -33,21 +36,28 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def even_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """All examples in few rows of nearly the same length, twice the longest example or so at most.
+    """Distribute all examples over a few rows of nearly equal length, at most about twice the longest example.
 
-    Longer rows would leave a little less padding, but where attention is a matrix over the row, its cost per token
-    grows with the row's length. Of up to twice as many rows as needed, the number with the fewest places is taken.
+    Longer rows would need a little less padding, but if attention computes a matrix over the row, its cost per token
+    grows with the length of the row. All numbers of rows from the fewest to twice as many are tried, and the one with
+    the fewest tokens, padding included, is used.
+
+    Args:
+        lengths: Tokens of each example.
+
+    Returns:
+        The indices of the examples in each row.
 
     >>> even_rows([8, 5, 3, 2, 2])
     [[0, 3], [1, 2, 4]]
     """
     fewest = -(-sum(lengths) // (2 * max(lengths)))
-    candidates = [_evenly(lengths, num_rows) for num_rows in range(fewest, min(2 * fewest, len(lengths)) + 1)]
+    candidates = [_spread_over(lengths, num_rows) for num_rows in range(fewest, min(2 * fewest, len(lengths)) + 1)]
     return min(candidates, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
 
 
-def _evenly(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
-    """The longest example first, each into the row that is emptiest."""
+def _spread_over(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
+    """Assign each example, longest first, to the row with the fewest tokens."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     emptiest = [(0, row) for row in range(num_rows)]
     for example in sorted(range(len(lengths)), key=lambda example: -lengths[example]):
@@ -57,19 +67,18 @@ def _evenly(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-    """The lengths of each batch."""
-    return (lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size))
+def batched(lengths: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Split lengths into batches, the last of which may be short."""
+    return [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
 
 
-def filled(rows: Iterable[Sequence[int]]) -> float:
-    """Share of the places that hold tokens when each batch is padded to its longest row.
+def filled_share(batches: Sequence[Sequence[int]]) -> float:
+    """Share of the positions that hold tokens if each batch is padded to its longest row.
 
     Args:
-        rows: For each batch the tokens of its rows.
+        batches: The number of tokens of each row, for each batch.
 
-    >>> filled([[1, 4], [5]])
+    >>> filled_share([[1, 4], [5]])
     0.7692307692307693
     """
-    counted = [(sum(batch), len(batch) * max(batch)) for batch in rows]
-    return sum(tokens for tokens, _ in counted) / sum(places for _, places in counted)
+    return sum(map(sum, batches)) / sum(len(batch) * max(batch) for batch in batches)

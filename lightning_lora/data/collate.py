@@ -1,4 +1,4 @@
-"""Examples of different lengths to one batch: one in a row, or several."""
+"""Collators: examples of different lengths to one batch, padded or packed."""
 
 from __future__ import annotations
 
@@ -11,64 +11,65 @@ from torch import Tensor
 
 from .bins import even_rows
 
-Row = dict[str, Any]
-"""``input_ids`` and ``supervised`` of one example."""
+Example = dict[str, Any]
+"""The ``input_ids`` and the ``supervised`` mask of one row of a dataset."""
 
-IGNORED = -100
-"""Label of a position without loss, as ``torch.nn.functional.cross_entropy`` has it."""
+IGNORE_INDEX = -100
+"""Label of a position without loss, the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Pads on the right to the longest row of the batch.
+    """Pads each example on the right to the longest one of the batch.
 
     Args:
-        pad_id: Token id that fills ``input_ids``; masked out everywhere, so any valid id will do.
+        pad_id: Token id that fills ``input_ids``. It is masked everywhere, so any valid id will do.
 
     Shape:
-        - ``input_ids``, ``attention_mask``, ``labels``: ``(rows, longest)``, int64. ``labels`` repeats the ids of the
-          trained tokens and is -100 elsewhere; it is not shifted.
+        - ``input_ids``, ``attention_mask``, ``labels``: ``(rows, longest)``, int64. ``labels`` holds the ids of the
+          supervised tokens and -100 elsewhere; it is not shifted.
     """
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Make a batch of rows."""
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Make a batch with one example in each row."""
         shape = len(rows), max(len(row["input_ids"]) for row in rows)
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         for index, row in enumerate(rows):
             ids, supervised = torch.tensor(row["input_ids"]), torch.tensor(row["supervised"])
             input_ids[index, : len(ids)] = ids
             attention_mask[index, : len(ids)] = 1
-            labels[index, : len(ids)] = torch.where(supervised, ids, IGNORED)
+            labels[index, : len(ids)] = torch.where(supervised, ids, IGNORE_INDEX)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @dataclass(frozen=True)
 class CollatePacked:
-    """Lays the examples of each pack one behind the other in one row, and pads to the longest row.
+    """Concatenates the examples of each pack to one row, and pads each row to the longest one.
 
-    Padding is an example of its own without labels. There is no ``attention_mask``: transformers looks for examples in
-    ``position_ids`` only when none is given. Nothing predicts the first token of an example, as it is never supervised.
+    Padding is a separate example without labels. There is no ``attention_mask``: transformers reads the boundaries of
+    examples off ``position_ids`` only without one. The first token of an example is never supervised, so it is not
+    predicted from the example before it.
 
     Args:
         pad_id: Token id that fills ``input_ids``; any valid id will do.
 
     Shape:
         - ``input_ids``, ``labels``, ``position_ids``: ``(packs, longest)``, int64. ``position_ids`` starts at 0 with
-          each example; ``labels`` repeats the ids of the trained tokens and is -100 elsewhere; it is not shifted.
+          each example; ``labels`` holds the ids of the supervised tokens and -100 elsewhere; it is not shifted.
     """
 
     pad_id: int
 
-    def __call__(self, packs: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
-        """Make a batch of packs; one without examples becomes a row of padding."""
+    def __call__(self, packs: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+        """Make a batch with one pack in each row; an empty pack becomes a row of padding."""
         used = [sum(len(row["input_ids"]) for row in pack) for pack in packs]
         shape = len(packs), max([*used, 1])
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         position_ids = torch.zeros(shape, dtype=torch.int64)
         for index, pack in enumerate(packs):
             start = 0
@@ -76,7 +77,7 @@ class CollatePacked:
                 ids, supervised = torch.tensor(row["input_ids"]), torch.tensor(row["supervised"])
                 place = slice(start, start := start + len(ids))
                 input_ids[index, place] = ids
-                labels[index, place] = torch.where(supervised, ids, IGNORED)
+                labels[index, place] = torch.where(supervised, ids, IGNORE_INDEX)
                 position_ids[index, place] = torch.arange(len(ids))
             position_ids[index, start:] = torch.arange(shape[1] - start)
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
@@ -84,7 +85,7 @@ class CollatePacked:
 
 @dataclass(frozen=True)
 class CollateEvenly:
-    """Lays the examples of a batch in few rows of nearly the same length: `CollatePacked` of `even_rows`.
+    """Packs the examples of a batch into a few rows of nearly equal length, as `even_rows` assigns them.
 
     Args:
         pad_id: Token id that fills ``input_ids``; any valid id will do.
@@ -92,7 +93,7 @@ class CollateEvenly:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Make a batch of examples."""
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Make a batch with several examples in each row."""
         packs = even_rows([len(row["input_ids"]) for row in rows])
         return CollatePacked(self.pad_id)([[rows[index] for index in pack] for pack in packs])

@@ -1,4 +1,4 @@
-"""Conversations and texts to token ids, with the tokens that are trained on marked."""
+"""Conversations and texts to token ids and a mask of the supervised tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Encoded:
 
     Args:
         ids: Token ids.
-        supervised: Whether a token is trained on. The first never is: nothing comes before it to predict it from.
+        supervised: Whether each token is trained on. The first token never is, as nothing precedes it.
 
     Shape:
         - ``ids``: ``(tokens,)``, int64; ``supervised``: ``(tokens,)``, bool.
@@ -32,15 +32,15 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | Text]) -> list[Encoded]:
-    """Token ids and training mask of each record, in order.
+    """Tokenise records, in order.
 
-    Conversations go through the tokenizer's chat template; without one, a single question becomes ``prompt``, a line
-    break, ``completion`` and the end token, the two sides tokenised apart. A plain text becomes the begin token where
-    the tokenizer adds one, the text, and the end token.
+    Conversations are rendered by the tokenizer's chat template. Without a template, a single question and answer
+    becomes the question, a line break, the answer and the end token; question and answer are tokenised separately. A
+    plain text becomes the text and the end token. Both start with the begin token if the tokenizer adds one.
 
     Raises:
         ConfigError: If the tokenizer has no end token and the row needs one.
-        DataError: If the template refuses a conversation, or there is none and the row has several turns.
+        DataError: If the template refuses a conversation, or a conversation of several turns has no template.
     """
     texts = [record for record in records if isinstance(record, Text)]
     conversations = [record for record in records if isinstance(record, Conversation)]
@@ -67,8 +67,8 @@ def _encode_pairs(tokenizer: PreTrainedTokenizerBase, records: list[Conversation
         roles = [message["role"] for message in record.messages]
         if roles != ["user", "assistant"]:
             raise DataError(
-                f"{record.place}: the tokenizer has no chat template, and the turns {roles} need one (only one user "
-                "turn with one answer goes without). Take the tokenizer of an instruction-tuned model, or set its "
+                f"{record.place}: the tokenizer has no chat template, and the turns {roles} need one (only a single "
+                "user turn with an answer does not). Use the tokenizer of an instruction-tuned model, or set its "
                 "chat_template."
             )
     start, end = _start_ids(tokenizer), [_end_id(tokenizer)]
@@ -91,8 +91,8 @@ def _encode_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: l
 
 def _covers(offsets: numpy.ndarray, spans: list[Span]) -> numpy.ndarray:
     """Whether each token covers a character of a span."""
-    # Byte-level tokenizers trim blanks off the offsets and give every byte of a character the same ones:
-    # a token therefore starts where the one before it ended, or earlier if it says so.
+    # Byte-level tokenizers trim blanks off the offsets and give all bytes of a character the same offsets.
+    # A token therefore starts where the token before it ended, or earlier if its offset says so.
     ends = offsets[:, 1]
     starts = numpy.minimum(offsets[:, 0], numpy.concatenate([[0], ends[:-1]]))
     covered = numpy.zeros(len(offsets), dtype=bool)
@@ -117,4 +117,4 @@ def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 _PLAIN: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
-"""As it comes: rows are cut and padded later, where it is counted."""
+"""Tokenizer options; rows are cut in `tokens` and padded in `collate`."""

@@ -1,4 +1,4 @@
-"""Training rows filled with examples: which go together in an epoch, in what order, and on which device."""
+"""Training rows filled with examples: which share a row, in what order, and on which device."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
 from .bins import best_fit
-from .collate import Row
+from .collate import Example
 
 Pack = tuple[int, ...]
-"""Indices of the rows that share one packed row."""
+"""Indices of the examples that share one row."""
 
 
-class PackedRows(Dataset[list[Row]]):
-    """The rows of a split, taken a pack at a time.
+class PackedRows(Dataset[list[Example]]):
+    """A dataset of packs instead of single examples.
 
     Args:
-        rows: A dataset of `Row`s.
-        lengths: Tokens of each.
-        capacity: Tokens of a pack at most.
-        seed: Decides which rows go together.
+        rows: The dataset of `Example`s.
+        lengths: Tokens of each example, ``(rows,)``.
+        capacity: Most tokens in a pack.
+        seed: Decides which examples share a pack.
 
     Attributes:
-        packs: The packs of an epoch; others have the same with rows of equal length in each other's places.
+        packs: The packs. In each epoch, `PackSampler` exchanges examples of equal length among them.
     """
 
     def __init__(self, rows: Any, lengths: numpy.ndarray, capacity: int, seed: int) -> None:
@@ -39,23 +39,23 @@ class PackedRows(Dataset[list[Row]]):
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, pack: Pack | int) -> list[Row]:
-        """The rows of a pack, or of the pack with this number."""
+    def __getitem__(self, pack: Pack | int) -> list[Example]:
+        """The examples of a pack, which is given by its indices or by its number."""
         return [self.rows[row] for row in (self.packs[pack] if isinstance(pack, int) else pack)]
 
 
 class PackSampler(DistributedSampler[Any]):
-    """The packs of each epoch in an order of its own, shared out to the devices.
+    """Shuffles the packs in each epoch and distributes them over the devices.
 
-    Every row is in one pack of one device, and every epoch and device has the same number of packs, as Lightning counts
-    steps once: in each epoch, rows of equal length change places and packs are shuffled, and where the number of
-    devices does not divide that of packs, the last ones are empty rather than repeated.
+    In each epoch, examples of equal length change places and the packs are shuffled. Every example occurs once in an
+    epoch. All epochs and devices have the same number of packs, as Lightning computes the number of steps only once:
+    if the number of packs is not a multiple of the number of devices, empty packs are added and none is repeated.
 
     Args:
         packed: The packs.
         seed: Decides the order, together with the epoch.
-        num_replicas: Devices that share the packs.
-        rank: Which of them this is.
+        num_replicas: Number of devices that share the packs.
+        rank: Index of this device.
     """
 
     def __init__(self, packed: PackedRows, seed: int, num_replicas: int, rank: int) -> None:
@@ -64,18 +64,18 @@ class PackSampler(DistributedSampler[Any]):
 
     @override
     def __iter__(self) -> Iterator[Pack]:
-        """This device's packs of the epoch."""
+        """Iterate over the packs of this device in the current epoch."""
         generator = numpy.random.default_rng([self.seed, self.epoch])
-        places = _exchanged(self.packed.lengths, generator)
+        exchanged = _exchange(self.packed.lengths, generator)
         order = generator.permutation(len(self.packed))
-        packs = [tuple(places[list(self.packed.packs[pack])].tolist()) for pack in order]
+        packs = [tuple(exchanged[list(self.packed.packs[pack])].tolist()) for pack in order]
         packs += [()] * (self.total_size - len(packs))
         return iter(packs[self.rank : self.total_size : self.num_replicas])
 
 
-def _exchanged(lengths: numpy.ndarray, generator: numpy.random.Generator) -> numpy.ndarray:
-    """For each row one of the same length, drawn at random, each once."""
+def _exchange(lengths: numpy.ndarray, generator: numpy.random.Generator) -> numpy.ndarray:
+    """A random permutation of the examples that maps each one to an example of the same length."""
     shuffled = generator.permutation(len(lengths))
-    places = numpy.empty(len(lengths), dtype=numpy.int64)
-    places[numpy.argsort(lengths, kind="stable")] = shuffled[numpy.argsort(lengths[shuffled], kind="stable")]
-    return places
+    permutation = numpy.empty(len(lengths), dtype=numpy.int64)
+    permutation[numpy.argsort(lengths, kind="stable")] = shuffled[numpy.argsort(lengths[shuffled], kind="stable")]
+    return permutation

@@ -1,8 +1,8 @@
 """Rows of one file, exactly as written.
 
-The readers are Python's own rather than those of ``datasets``: pyarrow's JSON reader turns texts that look like
-dates into timestamps and mixed columns into other types, and pandas turns ``NA`` into nothing. Here a text stays the
-text it was, and an error names the line.
+The readers are Python's own rather than those of ``datasets``: pyarrow's JSON reader converts texts that look like
+dates to timestamps and mixed columns to other types, and pandas converts ``NA`` to a missing value. Here every text
+stays as it is, and an error names the line.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it came from.
+    """One row of a file or hub dataset, and its origin.
 
     Args:
-        place: File and row, for messages. Rows count from 0, lines from 1.
-        columns: Column name to value.
+        place: File and row, for messages. Rows are counted from 0, lines from 1.
+        columns: Value of each column, by name.
     """
 
     place: str
@@ -41,17 +41,17 @@ class Row:
 
 
 def file_kind(path: Path) -> str | None:
-    """The suffix that says how to read a file, without ``.gz``, or ``None`` for a file we cannot read."""
+    """The suffix that tells how to read a file, without ``.gz``; None for a file of an unknown kind."""
     zipped = path.suffix.lower() == ".gz"
     suffix = (path.with_suffix("") if zipped else path).suffix.lower()
     return suffix if suffix in SUFFIXES and not (zipped and suffix == ".parquet") else None
 
 
 def read_rows(path: Path) -> Generator[Row, None, None]:
-    """The rows of a ``.json``, ``.jsonl``, ``.csv`` (all also ``.gz``) or ``.parquet`` file, in file order.
+    """Read the rows of a ``.json``, ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, in order.
 
     Raises:
-        DataError: If the file is empty, damaged, not UTF-8, or a line of it is not a row.
+        DataError: If the file is empty, damaged or not UTF-8, or if a line is not a row.
     """
     read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(file_kind(path) or "", _json_rows)
     index = -1
@@ -75,7 +75,7 @@ def _json_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int | None, dict[
     filled = ((number, text) for number, text in lines if text.strip())
     first, start = next(filled, (1, ""))
     if start.lstrip().startswith("["):
-        # Blank lines are put back, so that an error in the list names its line.
+        # The skipped blank lines are restored, so that an error in the list names the right line.
         yield from _listed_rows(path, "\n" * (first - 1) + start + stream.read().decode("utf-8"))
         return
     for number, text in chain([(first, start)] if start else [], filled):

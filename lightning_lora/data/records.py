@@ -1,4 +1,4 @@
-"""Row formats: from the columns of a file to conversations or plain texts."""
+"""Row formats: from the columns of a file to a conversation or a plain text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns with ``role`` (system, user or assistant) and ``content``; the assistant's are trained on."""
+    """Turns with a ``role`` (system, user or assistant) and ``content``; the assistant's turns are trained on."""
 
     place: str
     messages: list[Message]
@@ -24,7 +24,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Text:
-    """A plain text, trained on from end to end."""
+    """A plain text; all of it is trained on."""
 
     place: str
     text: str
@@ -32,11 +32,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a training example.
+    """A way to write a training example in columns.
 
     Args:
-        columns: Columns that must be there; others are ignored.
-        read: From a row to what is trained on.
+        columns: Columns that a row must have; other columns are ignored.
+        read: Converts a row to a conversation or a text.
     """
 
     columns: tuple[str, ...]
@@ -44,10 +44,10 @@ class Format:
 
 
 def find_format(row: Row) -> Format:
-    """The first format in the order of `FORMATS` whose columns the row has.
+    """The first of the `FORMATS` whose columns the row has.
 
     Raises:
-        DataError: If no format fits, naming the columns found and the formats known.
+        DataError: If no format fits. The message names the columns of the row and the known formats.
     """
     for known in FORMATS:
         if all(column in row.columns for column in known.columns):
@@ -55,11 +55,11 @@ def find_format(row: Row) -> Format:
     formats = "; ".join(" + ".join(known.columns) for known in FORMATS)
     raise DataError(
         f"{row.place}: the columns {first_five(map(repr, row.columns)) or '(none)'} fit no known format. "
-        f"Known are: {formats}. Rename the columns."
+        f"Known formats: {formats}. Rename the columns."
     )
 
 
-def _turns(column: str, role_key: str, text_key: str, roles: dict[str, str]) -> Callable[[Row], Conversation]:
+def _conversation(column: str, role_key: str, text_key: str, roles: dict[str, str]) -> Callable[[Row], Conversation]:
     def read(row: Row) -> Conversation:
         turns = row.columns.get(column)
         if not isinstance(turns, list) or not turns:
@@ -72,8 +72,8 @@ def _turns(column: str, role_key: str, text_key: str, roles: dict[str, str]) -> 
             role = _text(turn, role_key, place)
             if role not in roles:
                 known = ", ".join(roles)
-                raise DataError(f"{place}: unknown role {role!r}{did_you_mean(role, roles)} Known are {known}.")
-            # An empty system prompt is common and means what it says.
+                raise DataError(f"{place}: unknown role {role!r}{did_you_mean(role, roles)} Known roles: {known}.")
+            # An empty system prompt is common, and deliberate.
             content = _text(turn, text_key, place, empty=roles[role] == "system")
             messages.append({"role": roles[role], "content": content})
         return _checked(Conversation(row.place, messages))
@@ -85,17 +85,17 @@ def _checked(conversation: Conversation) -> Conversation:
     roles = [message["role"] for message in conversation.messages]
     if "assistant" not in roles:
         raise DataError(
-            f"{conversation.place}: no turn of the assistant, so nothing to train on; its roles are {roles}."
+            f"{conversation.place}: the assistant has no turn, so there is nothing to train on; the roles are {roles}."
         )
     for number, pair in enumerate(pairwise(roles)):
         if pair == ("assistant", "assistant"):
             raise DataError(
-                f"{conversation.place}: turns {number} and {number + 1} are both the assistant's; join them."
+                f"{conversation.place}: turns {number} and {number + 1} are both by the assistant; join them."
             )
     return conversation
 
 
-def _pair(prompt: str, completion: str, context: str | None = None) -> Callable[[Row], Conversation]:
+def _single_turn(prompt: str, completion: str, context: str | None = None) -> Callable[[Row], Conversation]:
     def read(row: Row) -> Conversation:
         asked = _text(row.columns, prompt, row.place)
         if context is not None and row.columns.get(context) is not None:
@@ -108,7 +108,7 @@ def _pair(prompt: str, completion: str, context: str | None = None) -> Callable[
     return read
 
 
-def _plain(row: Row) -> Text:
+def _plain_text(row: Row) -> Text:
     return Text(row.place, _text(row.columns, "text", row.place))
 
 
@@ -119,11 +119,13 @@ def _text(columns: dict[str, Any], column: str, place: str, empty: bool = False)
     if not isinstance(value, str):
         raise DataError(f"{place}: {column!r} must be text, got {_short(value)}.")
     if not empty and not value.strip():
-        raise DataError(f"{place}: {column!r} is empty ({value[:20]!r}); fill it or take the row out.")
+        raise DataError(f"{place}: {column!r} is empty ({value[:20]!r}); fill it or remove the row.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {column!r} holds half a character at {error.start} ({_short(value)}).") from error
+        raise DataError(
+            f"{place}: {column!r} has half a character (a lone surrogate) at {error.start} ({_short(value)})."
+        ) from error
     return value
 
 
@@ -136,12 +138,12 @@ _OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {**_OPENAI_ROLES, "human": "user", "gpt": "assistant", "model": "assistant"}
 
 FORMATS = (
-    Format(("messages",), _turns("messages", "role", "content", _OPENAI_ROLES)),
-    Format(("conversations",), _turns("conversations", "from", "value", _SHAREGPT_ROLES)),
-    Format(("instruction", "output"), _pair("instruction", "output", context="input")),
-    Format(("instruction", "response"), _pair("instruction", "response", context="input")),
-    Format(("prompt", "completion"), _pair("prompt", "completion")),
-    Format(("question", "answer"), _pair("question", "answer")),
-    Format(("text",), _plain),
+    Format(("messages",), _conversation("messages", "role", "content", _OPENAI_ROLES)),
+    Format(("conversations",), _conversation("conversations", "from", "value", _SHAREGPT_ROLES)),
+    Format(("instruction", "output"), _single_turn("instruction", "output", context="input")),
+    Format(("instruction", "response"), _single_turn("instruction", "response", context="input")),
+    Format(("prompt", "completion"), _single_turn("prompt", "completion")),
+    Format(("question", "answer"), _single_turn("question", "answer")),
+    Format(("text",), _plain_text),
 )
-"""Known formats; a file with the columns of several is read by the first."""
+"""The known formats. A file with the columns of several formats is read by the first of them."""

@@ -1,8 +1,7 @@
-"""Supervised fine-tuning data."""
+"""The data module for supervised fine-tuning."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -19,60 +18,62 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 
-from .bins import batches, even_rows, filled
+from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
 from .split import SplitStatistics, check_ids, keep_supervised, read_split, row_lengths
 from .tokenizer import find_tokenizer, pad_id
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
-"""Splits of each stage, the one it cannot do without first."""
+"""The splits of each stage; the first one is required."""
 
 
 class SFTDataModule(LightningDataModule):
-    """Batches of ``input_ids``, ``attention_mask`` and ``labels`` with loss on the answers only.
+    """Data for supervised fine-tuning: files or hub datasets to batches with a loss on the answers only.
 
     Each of ``train``, ``validation`` and ``test`` is a file, a glob, a hub name, or a list of these. Files are
-    ``.json`` (a list of objects, or one per line), ``.jsonl``, ``.csv``, each also with ``.gz``, and ``.parquet``. A
-    name is a hub name (``name``, ``owner/name``, ``owner/name:split`` or ``owner/name:config:split``) when nothing on
-    disk has it and it cannot be a path.
+    ``.json`` (a list of objects, or one object per line), ``.jsonl`` and ``.csv``, each also with ``.gz``, and
+    ``.parquet``. A name that is not on disk and does not look like a path is a hub name: ``name``, ``owner/name``,
+    ``owner/name:split`` or ``owner/name:config:split``.
 
-    The columns decide how a row is read, by the first that fits: ``messages`` (role, content), ``conversations``
-    (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt`` and
-    ``completion``, ``question`` and ``answer``, ``text``. Conversations go through the tokenizer's chat template. The
-    loss is on every assistant turn and the token that ends it, or on all of a plain text.
+    The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
+    ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
+    and ``completion``, ``question`` and ``answer``, ``text``. Conversations are rendered by the tokenizer's chat
+    template. The loss is on every assistant turn and the token that ends it, or on all of a plain text.
 
-    With ``packing``, training rows are laid one behind the other instead of padded, and batches have ``position_ids``,
-    which start at 0 with each example, in the place of ``attention_mask``. `CausalLM` refuses models in which examples
-    would then see each other. Rows to validate, test and predict on are never packed.
+    Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where
+    there is no loss. With ``packing``, training batches have ``position_ids`` instead of ``attention_mask``, which
+    start at 0 with each example; `CausalLM` refuses models in which packed examples would see each other. Rows for
+    validation, test and prediction are never packed.
 
-    Tokens are cached in ``HF_DATASETS_CACHE``. The same ``seed`` gives the same order of rows in every epoch, on any
-    number of devices and whatever else draws random numbers.
+    Tokens are cached in ``HF_DATASETS_CACHE``. The order of the training rows depends on ``seed`` and the epoch only,
+    not on the number of devices or on other random draws.
 
     Args:
-        train: Rows to train on; ``None`` when only validating or testing.
-        validation: Rows for the validation loss; ``None`` skips validation.
+        train: Training rows. None if only validating or testing.
+        validation: Rows for the validation loss. None skips validation.
         test: Rows for ``test`` and ``predict``.
-        batch_size: Rows per batch and device.
-        max_length: Tokens kept of a row, from its beginning. Rows cut and rows left without loss are counted and
-            warned about.
-        tokenizer: Folder, hub name or tokenizer; ``None`` takes the one of the model being trained.
-        num_workers: Processes that make batches; 0 makes them in the main process, which is mostly fast enough.
-        seed: Decides the order of the training rows, 0 or more.
-        max_rows: Use only the first rows of ``train``; ``None`` uses all.
-        validation_rows: Use only the first rows of ``validation``; ``None`` uses all.
-        packing: ``"length"`` or true fills training rows with examples up to ``max_length`` tokens; ``batch_size``
-            then counts the filled rows. ``"batch"`` keeps the examples of each batch together and lays them in fewer
-            rows, so that every optimizer step is the one it would be unpacked. False pads each row.
+        batch_size: Rows in a batch on each device.
+        max_length: Tokens kept of each row, from its beginning. A warning counts the rows that are cut and those left
+            without a loss.
+        tokenizer: A folder, a hub name or a tokenizer. None takes the tokenizer of the model that is trained.
+        num_workers: Processes that make batches. 0 makes them in the main process, which is usually fast enough.
+        seed: Seeds the order of the training rows; an integer of at least 0.
+        max_rows: Use only this many rows of ``train``, from the first. None uses all.
+        validation_rows: Use only this many rows of ``validation``, from the first. None uses all.
+        packing: False pads each row to the longest one of its batch. True or ``"length"`` fills training rows with
+            several examples up to ``max_length`` tokens; ``batch_size`` then counts the filled rows. ``"batch"`` packs
+            the ``batch_size`` examples of each batch into fewer rows, so that optimizer steps stay as they are without
+            packing.
 
     Attributes:
-        statistics: Counts of each split that has been set up.
-        rows: The tokens of each split that has been set up, a dataset with ``input_ids``, ``supervised`` and the
-            ``place`` each row came from.
+        statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split.
+        rows: Tokens of each split that was set up, a dataset by name of the split with the columns ``input_ids``,
+            ``supervised`` and ``place`` (the origin of the row).
 
     Raises:
-        ConfigError: If a number is out of its range. Later: if there is no tokenizer, or no data for what is run.
-        DataError: Later: if a file or a row cannot be used.
+        ConfigError: If a number is out of its range. In ``setup``: if there is no tokenizer, or no data for the stage.
+        DataError: In ``setup``: if a file or a row cannot be used.
     """
 
     def __init__(
@@ -111,19 +112,19 @@ class SFTDataModule(LightningDataModule):
         self._pad_id = 0
         self._packed: PackedRows | None = None
         if validation is None:
-            # Lightning then says that validation is skipped, instead of wondering about a loader of length zero.
+            # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @override
     def prepare_data(self) -> None:
-        """Fill the cache, in one process per node."""
+        """Read and tokenise the data into the cache; runs in one process per node."""
         tokenizer = self._find_tokenizer()
         for split in self._splits(self.trainer.state.fn if self.trainer else None):
             self._read(split, tokenizer)
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokens, check them against the model, count them. ``None`` sets up all splits given."""
+        """Load the tokens, check them against the model and count them; None sets up all splits that were given."""
         tokenizer = self._find_tokenizer()
         vocab_size = self._vocab_size()
         self._pad_id = pad_id(tokenizer, vocab_size)
@@ -135,33 +136,31 @@ class SFTDataModule(LightningDataModule):
             if split == "train" and self.packing:
                 self._pack()
         if self.num_workers:
-            # Workers only read tokens; without this, tokenizers before 0.23 warn at every fork that they were used.
+            # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Rows in the order of ``seed`` and epoch; every device gets its share of the same order."""
-        # Lightning keeps a DistributedSampler as it is; one of its own would take the global seed.
+        """Training rows in an order given by ``seed`` and epoch, of which each device gets its share."""
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        rows, packed = self._examples("train"), self._packed
-        if packed is not None:
-            return self._loader(packed, PackSampler(packed, _spread(self.seed), **share), CollatePacked(self._pad_id))
+        if self._packed is not None:
+            return self._loader(self._packed, self._sampler(**share), CollatePacked(self._pad_id))
         collate = (CollateEvenly if self.packing else Collate)(self._pad_id)
-        return self._loader(rows, DistributedSampler(rows, seed=_spread(self.seed), **share), collate)
+        return self._loader(self._examples("train"), self._sampler(**share), collate)
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
-        """Rows in the order of the files; nothing without ``validation``."""
+        """Validation rows in the order of the files; an empty list without ``validation``."""
         return self._in_file_order("validation") if self.sources["validation"] is not None else []
 
     @override
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Rows in the order of the files."""
+        """Test rows in the order of the files."""
         return self._in_file_order("test")
 
     @override
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Rows of ``test`` in the order of the files."""
+        """Test rows in the order of the files."""
         return self._in_file_order("test")
 
     def _in_file_order(self, split: str) -> DataLoader[dict[str, Tensor]]:
@@ -178,7 +177,7 @@ class SFTDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate,
-            generator=torch.Generator().manual_seed(_spread(self.seed)),  # or the loader would draw from the global one
+            generator=torch.Generator().manual_seed(_scrambled(self.seed)),  # or the loader draws from the global one
         )
 
     def _examples(self, split: str) -> Any:
@@ -186,28 +185,26 @@ class SFTDataModule(LightningDataModule):
             raise ConfigError(f"no {split} rows are loaded; give {split}= and call setup() first.")
         return self.rows[split].select_columns(["input_ids", "supervised"]).with_format("numpy")
 
+    def _sampler(self, num_replicas: int, rank: int) -> DistributedSampler[Any]:
+        # Lightning keeps a DistributedSampler as it is; one that it makes would take the global seed.
+        if self._packed is not None:
+            return PackSampler(self._packed, _scrambled(self.seed), num_replicas, rank)
+        return DistributedSampler(self._examples("train"), num_replicas, rank, seed=_scrambled(self.seed))
+
     def _pack(self) -> None:
-        """Decide which training rows share a row, and say what that saves."""
-        rows, seed = self._examples("train"), _spread(self.seed)
+        """Decide which training rows share a row, and count what that saves in the first epoch on one device."""
+        self._packed = None  # of an earlier setup
         lengths = row_lengths(self.rows["train"], self.max_length)
-        order = list(DistributedSampler(rows, num_replicas=1, rank=0, seed=seed))
-        unpacked = list(batches(lengths[order].tolist(), self.batch_size))
+        unpacked = batched(lengths[list(self._sampler(1, 0))].tolist(), self.batch_size)
         if self.packing == "length":
-            self._packed = PackedRows(rows, lengths, self.max_length, seed)
-            packs = PackSampler(self._packed, seed, num_replicas=1, rank=0)
-            packed = list(batches([int(lengths[list(pack)].sum()) for pack in packs], self.batch_size))
+            self._packed = PackedRows(self._examples("train"), lengths, self.max_length, _scrambled(self.seed))
+            packed = batched([int(lengths[list(pack)].sum()) for pack in self._sampler(1, 0)], self.batch_size)
         else:
             packed = [[sum(batch[i] for i in row) for row in even_rows(batch)] for batch in unpacked]
-        counts = dataclasses.replace(
-            self.statistics["train"],
-            packed_rows=sum(map(len, packed)),
-            filled=filled(packed),
-            filled_unpacked=filled(unpacked),
-        )
-        self.statistics["train"] = counts
+        self.statistics["train"] = counts = self.statistics["train"].with_packing(packed, unpacked)
         rank_zero_info(
-            f"train: {counts.rows} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the places in a batch "
-            f"hold tokens, {counts.filled_unpacked:.1%} without packing"
+            f"train: {counts.rows} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the positions in a "
+            f"batch hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
 
     def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -238,7 +235,7 @@ class SFTDataModule(LightningDataModule):
         return self.trainer.lightning_module if self.trainer else None
 
 
-def _spread(seed: int) -> int:
-    # DistributedSampler adds the epoch to its seed, and torch keeps 32 bits of the sum:
-    # epoch 1 of seed 0 must not be epoch 0 of seed 1, nor seed 2**32 be seed 0.
+def _scrambled(seed: int) -> int:
+    # DistributedSampler adds the epoch to its seed, and torch keeps 32 bits of the sum. Epoch 1 of seed 0 must differ
+    # from epoch 0 of seed 1, and seed 2**32 from seed 0.
     return random.Random(seed).getrandbits(32)

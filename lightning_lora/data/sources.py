@@ -1,4 +1,4 @@
-"""Where rows come from: files on disk and datasets of the hub, told apart before anything is opened."""
+"""Sources of rows: files on disk and datasets of the hub, distinguished before anything is opened."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ class FileSource:
     """One file on disk.
 
     Args:
-        name: The path as the user wrote it, or as the glob found it.
+        name: The path as given by the user, or as found by a glob.
     """
 
     name: str
 
     def identity(self) -> list[Any]:
-        """What changes when the rows may have changed: absolute path, size in bytes, time of writing in ns."""
+        """A key that changes if the rows may have changed: absolute path, size in bytes, modification time in ns."""
         status = os.stat(self.name)
         return [os.path.abspath(self.name), status.st_size, status.st_mtime_ns]
 
     def rows(self) -> Generator[Row, None, None]:
-        """The rows in file order."""
+        """Read the rows in file order."""
         return read_rows(Path(self.name))
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a dataset of the Hugging Face hub. Code of the dataset's author is never run.
+    """One split of a dataset of the Hugging Face hub. The dataset's own code is never run.
 
     Args:
-        name: ``owner/name`` as the hub spells it.
-        config: Configuration of the dataset, ``None`` for its only one.
-        split: Split to read.
+        name: Name on the hub, ``owner/name``.
+        config: Configuration of the dataset; None if it has only one.
+        split: Name of the split.
     """
 
     name: str
@@ -56,7 +56,7 @@ class HubSource:
     split: str
 
     def load(self) -> datasets.Dataset:
-        """Download, or find in the cache."""
+        """Download the split, or take it from the cache."""
         prepare_hub(self.name)
         try:
             with progress_on_terminals():
@@ -64,16 +64,16 @@ class HubSource:
         except Exception as error:  # network, unknown name, missing configuration: each library raises its own
             raise DataError(
                 f"{self.name!r} is not a file on disk, and split {self.split!r} of a hub dataset of that name cannot "
-                f"be loaded: {error}. Write a path, or 'owner/name', 'owner/name:split' or 'owner/name:config:split'."
+                f"be loaded: {error}. Give a path, or 'owner/name', 'owner/name:split' or 'owner/name:config:split'."
                 f"{offline_hint(self.name)}"
             ) from error
 
     def identity(self) -> list[Any]:
-        """What changes when the rows may have changed: the name and the fingerprint of the downloaded revision."""
+        """A key that changes if the rows may have changed: name and fingerprint of the downloaded revision."""
         return [self.name, self.config, self.split, self.load()._fingerprint]
 
     def rows(self) -> Generator[Row, None, None]:
-        """The rows in the order of the split."""
+        """Read the rows in the order of the split."""
         for index, columns in enumerate(self.load()):
             yield Row(f"{self.name}:{self.split}, row {index}", dict(columns))
 
@@ -91,14 +91,14 @@ def is_path_like(name: str) -> bool:
 
 
 def find_sources(names: str | list[str], split: str) -> list[FileSource | HubSource]:
-    """What the user named, in the order given; a glob in alphabetical order.
+    """Find the sources that the user named, in the order given; files of a glob in alphabetical order.
 
     Args:
-        names: Files, globs (``**`` looks into subfolders) or hub names.
-        split: Split of a hub dataset whose name does not say one.
+        names: Files, globs (``**`` matches subfolders) or hub names.
+        split: Split of hub datasets whose name does not include one.
 
     Raises:
-        DataError: If a file does not exist, is a folder or of an unknown kind, or a glob matches nothing.
+        DataError: If a file does not exist, is a folder or of an unknown kind, or if a glob matches nothing.
     """
     names = [names] if isinstance(names, (str, os.PathLike)) else list(names)
     if not names:
@@ -119,6 +119,6 @@ def _sources_of(name: str, split: str) -> list[FileSource | HubSource]:
             raise DataError(f"{file!r} is a folder; name the files in it, for example '{file.rstrip('/')}/*.jsonl'.")
         if file_kind(Path(file)) is None:
             raise DataError(
-                f"{file!r} is of an unknown kind; readable are {', '.join(SUFFIXES)}, and all but .parquet with .gz."
+                f"{file!r} is of an unknown kind; known kinds: {', '.join(SUFFIXES)}, and all but .parquet with .gz."
             )
     return [FileSource(file) for file in files]

@@ -1,8 +1,9 @@
-"""A split ready for training: tokens, counts, and a warning of what was cut or left out."""
+"""A split that is ready for training: its tokens, its counts, and a warning about cut and dropped rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy
 from datasets import Dataset, concatenate_datasets
@@ -11,24 +12,25 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import DataError
 
+from .bins import filled_share
 from .sources import find_sources
 from .tokens import tokenise
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What one split holds after tokenising, cutting and leaving out.
+    """Counts of one split after tokenising, cutting long rows and dropping unusable ones.
 
     Args:
         rows: Rows that are used.
-        tokens: Tokens in these rows, padding not counted.
-        supervised_tokens: Tokens with loss in these rows.
-        truncated_rows: Rows used or dropped that were longer than ``max_length`` and were cut.
-        dropped_rows: Rows left out because no token with loss remained.
+        tokens: Tokens in these rows, without padding.
+        supervised_tokens: Tokens with a loss in these rows.
+        truncated_rows: Rows that were longer than ``max_length`` and were cut, dropped rows included.
+        dropped_rows: Rows dropped because no supervised token was left.
         longest: Tokens in the longest row before cutting.
-        packed_rows: Rows of an epoch after packing; ``None`` where nothing is packed.
-        filled: Share of the places in an epoch's batches that hold tokens rather than padding, as packed.
-        filled_unpacked: The same without packing.
+        packed_rows: Rows in an epoch after packing; None without packing.
+        filled: Share of the positions in an epoch's batches that hold tokens rather than padding; None without packing.
+        filled_unpacked: The same share if the rows were not packed; None without packing.
     """
 
     rows: int
@@ -41,11 +43,28 @@ class SplitStatistics:
     filled: float | None = None
     filled_unpacked: float | None = None
 
+    def with_packing(self, packed: Sequence[Sequence[int]], unpacked: Sequence[Sequence[int]]) -> SplitStatistics:
+        """These counts and what packing saves.
+
+        Args:
+            packed: The number of tokens of each row, for each batch of an epoch.
+            unpacked: The same without packing.
+        """
+        num_rows = sum(map(len, packed))
+        return replace(self, packed_rows=num_rows, filled=filled_share(packed), filled_unpacked=filled_share(unpacked))
+
 
 def read_split(
     names: str | list[str], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
 ) -> Dataset:
-    """All rows of a split as tokens, unusable ones included, in the order of the sources.
+    """Read all rows of a split as tokens, unusable rows included, in the order of the sources.
+
+    Args:
+        names: Files, globs or hub names.
+        split: Name of the split.
+        tokenizer: A fast tokenizer.
+        max_length: Tokens kept of each row.
+        limit: Number of rows to read; None reads all.
 
     Raises:
         DataError: If a source cannot be read or a row of it cannot be used.
@@ -60,10 +79,10 @@ def read_split(
 
 
 def check_ids(rows: Dataset, vocab_size: int) -> None:
-    """Check that the model has an embedding for every token.
+    """Check that the model has an embedding for every token id.
 
     Raises:
-        DataError: If an id is ``vocab_size`` or more, naming the first row.
+        DataError: If an id is ``vocab_size`` or more. The message names the first such row.
     """
     wrong = numpy.flatnonzero(_column(rows, "largest_id") >= vocab_size)
     if len(wrong):
@@ -76,40 +95,40 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
 
 
 def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:
-    """The rows with something to train on, and the counts; warns of rows that were cut or left out.
+    """Drop rows without a supervised token, count, and warn about cut and dropped rows.
 
     Raises:
         DataError: If no row is left.
     """
-    length, trained = _column(rows, "length"), _column(rows, "trained")
-    kept = numpy.flatnonzero(trained)
+    length, supervised = _column(rows, "length"), _column(rows, "supervised_tokens")
+    kept = numpy.flatnonzero(supervised)
     statistics = SplitStatistics(
         rows=len(kept),
         tokens=int(numpy.minimum(length[kept], max_length).sum()),
-        supervised_tokens=int(trained.sum()),
+        supervised_tokens=int(supervised.sum()),
         truncated_rows=int((length > max_length).sum()),
         dropped_rows=len(rows) - len(kept),
         longest=int(length.max()),
     )
-    counts = _counts(statistics, int(_column(rows, "open_ended").sum()), len(rows), max_length)
+    notes = _notes(statistics, int(_column(rows, "open_ended").sum()), len(rows), max_length)
     if not len(kept):
-        raise DataError(f"{split}: no row has a token to train on: {'; '.join(counts)}. Raise max_length.")
-    if counts:
-        rank_zero_warn(f"{split}: {'; '.join(counts)}.", stacklevel=4)
+        raise DataError(f"{split}: no row has a supervised token: {'; '.join(notes)}. Raise max_length.")
+    if notes:
+        rank_zero_warn(f"{split}: {'; '.join(notes)}.", stacklevel=4)
     return (rows.select(kept) if statistics.dropped_rows else rows), statistics
 
 
 def row_lengths(rows: Dataset, max_length: int) -> numpy.ndarray:
-    """Tokens of each row as it is used, ``(rows,)``."""
+    """Number of tokens of each row after cutting, ``(rows,)``."""
     return numpy.minimum(_column(rows, "length"), max_length)
 
 
-def _counts(statistics: SplitStatistics, open_ended: int, rows: int, max_length: int) -> list[str]:
+def _notes(statistics: SplitStatistics, open_ended: int, rows: int, max_length: int) -> list[str]:
     cut = f"longer than max_length={max_length} tokens and cut (the longest has {statistics.longest})"
     counts = {
         cut: statistics.truncated_rows,
-        "left without a token to train on and dropped": statistics.dropped_rows,
-        "ending with another turn than the assistant's, which is not trained on": open_ended,
+        "left without a supervised token and dropped": statistics.dropped_rows,
+        "ending with a turn that is not the assistant's and is not trained on": open_ended,
     }
     return [f"{count} of {rows} rows {what}" for what, count in counts.items() if count]
 

@@ -1,4 +1,4 @@
-"""Chat templates: conversations to text, with the spans the assistant wrote."""
+"""Chat templates: conversations to text, with the spans of the assistant's answers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from .records import Conversation, Message
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
-"""First character of an answer, and the one after its last."""
+"""Index of the first character of an answer, and of the character after its last."""
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template in use, or ``None``; of several the one named ``default``."""
+    """The chat template of a tokenizer, the one named ``default`` if it has several, or None."""
     return tokenizer.get_chat_template() if tokenizer.chat_template else None
 
 
 def render_conversations(
     tokenizer: PreTrainedTokenizerBase, template: str, records: Sequence[Conversation]
 ) -> tuple[list[str], list[list[Span]]]:
-    """Text of each conversation and the spans of its answers, end-of-turn tokens included.
+    """Render conversations and find the spans of the answers, end-of-turn tokens included.
 
-    The spans are the template's own ``{% generation %}`` marks, or where it has none, what each assistant turn adds
-    to the prompt before it.
+    The spans are given by the template's ``{% generation %}`` marks. Without marks, a span is the text that an
+    assistant turn adds to the prompt before it.
+
+    Returns:
+        The text of each conversation, and the spans of its answers.
 
     Raises:
-        DataError: If the template refuses a conversation, or has no marks and rewrites earlier turns.
+        DataError: If the template refuses a conversation, or if it has no marks and renders earlier turns differently
+            in a longer conversation.
     """
     conversations = [record.messages for record in records]
     if _GENERATION.search(template):
@@ -54,13 +58,13 @@ def _turn_spans(
     for index, number in turns:
         if number == 0:
             place = records[index].place
-            raise DataError(f"{place}: starts with the assistant, so there is no prompt to tell its answer from.")
+            raise DataError(f"{place}: starts with the assistant, so there is no prompt before its answer.")
     owners = [records[index] for index, _ in turns]
     before = [records[index].messages[:number] for index, number in turns]
     after = [records[index].messages[: number + 1] for index, number in turns]
     prompts, _ = _render(tokenizer, template, owners, before, prompt=True)
     answers, _ = _render(tokenizer, template, owners, after)
-    # What follows the token that ends a turn (a line break, usually) is never sampled, so it is not trained on.
+    # Text after the token that ends a turn (usually a line break) is never generated, so it is not trained on.
     marks = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
     spans: list[list[Span]] = [[] for _ in records]
     for (index, number), prompt, answer in zip(turns, prompts, answers, strict=True):
@@ -83,7 +87,7 @@ def _render(
     marked: bool = False,
     prompt: bool = False,
 ) -> tuple[list[str], list[list[Span]]]:
-    # Not apply_chat_template: it keeps the spans to itself, and its mask is empty for answers that begin with a blank.
+    # Not apply_chat_template: it does not return the spans, and its mask is empty for answers that begin with a blank.
     options: dict[str, Any] = {
         **tokenizer.special_tokens_map,
         "chat_template": template,
@@ -92,7 +96,7 @@ def _render(
     }
     try:
         rendered: Any = render_jinja_template(conversations, **options)
-    except Exception:  # a template can raise anything; find the row that makes it
+    except Exception:  # a template can raise anything; find the conversation that causes it
         for record, conversation in zip(records, conversations, strict=True):
             try:
                 render_jinja_template([conversation], **options)

@@ -1,4 +1,4 @@
-"""Progress bars of ``datasets``: on a terminal only."""
+"""Progress bars of ``datasets``, shown on a terminal only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets.utils.tqdm import are_progress_bars_disabled
 
 @contextmanager
 def progress_on_terminals() -> Iterator[None]:
-    """No progress bars inside when stderr is a file or a pipe, unless ``HF_DATASETS_DISABLE_PROGRESS_BARS`` decides."""
+    """Hide progress bars if stderr is not a terminal, unless ``HF_DATASETS_DISABLE_PROGRESS_BARS`` is set."""
     decided = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None
     if decided or are_progress_bars_disabled() or sys.stderr.isatty():
         yield

@@ -1,4 +1,4 @@
-"""Which tokenizer to use, and how it pads."""
+"""The tokenizer to use, and its padding token."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .sources import is_path_like
 
 
 def find_tokenizer(given: str | PreTrainedTokenizerBase | None, module: object | None) -> PreTrainedTokenizerBase:
-    """The tokenizer given, loaded where it is a name, or else the one of the model being trained.
+    """Find the tokenizer to use, and load it if it is given by name.
 
     Args:
-        given: Folder, hub name, tokenizer, or ``None``.
-        module: The LightningModule of the run, ``None`` outside a Trainer.
+        given: A folder, a hub name or a tokenizer. None takes ``module.tokenizer``.
+        module: The LightningModule of the run; None outside a Trainer.
 
     Raises:
-        ConfigError: If there is none or it cannot be loaded.
+        ConfigError: If there is no tokenizer, or it cannot be loaded.
     """
     if given is None:
         given = getattr(module, "tokenizer", None)
@@ -37,10 +37,10 @@ def find_tokenizer(given: str | PreTrainedTokenizerBase | None, module: object |
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:
-    """Id that fills short rows: the pad token's, or the end token's.
+    """The token id that fills short rows: that of the pad token, or else of the end token.
 
     Raises:
-        ConfigError: If the tokenizer has neither, or the model no embedding for it.
+        ConfigError: If the tokenizer has neither token, or the model has no embedding for it.
     """
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if not isinstance(found, int):

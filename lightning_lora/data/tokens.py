@@ -1,4 +1,4 @@
-"""Rows to a cached dataset of tokens: made once per node, shared by all its processes and by later runs."""
+"""Rows to a cached dataset of tokens, made once per node and shared by its processes and by later runs."""
 
 from __future__ import annotations
 
@@ -29,33 +29,36 @@ from .sources import FileSource, HubSource
 from .terminal_progress import progress_on_terminals
 
 _BATCH = 1000
-"""Rows tokenised together."""
+"""Number of rows tokenised together."""
 
 COLUMNS = Features(
     {
         "input_ids": List(Value("int32")),
         "supervised": List(Value("bool")),
         "length": Value("int32"),
-        "trained": Value("int32"),
+        "supervised_tokens": Value("int32"),
         "largest_id": Value("int32"),
         "open_ended": Value("bool"),
         "place": Value("string"),
     }
 )
-"""A row of tokens: ids and mask after cutting, tokens before cutting, trained tokens after it, the largest id, whether
-the conversation ends with another turn than the assistant's, and the place it came from."""
+"""Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
+after it, the largest id, whether the conversation ends with a turn that is not the assistant's, and the origin."""
 
 
 def tokenise(
     source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
 ) -> Dataset:
-    """The first ``limit`` rows of a source as tokens (columns of `COLUMNS`), from the cache if nothing has changed.
+    """Tokenise the rows of a source, or take the tokens from the cache if nothing has changed.
 
     Args:
-        source: Where the rows come from.
+        source: The file or hub dataset to read.
         tokenizer: A fast tokenizer.
-        max_length: Tokens kept of a row, from its beginning.
-        limit: Rows to read, ``None`` for all.
+        max_length: Tokens kept of each row, from its beginning.
+        limit: Number of rows to read, from the first; None reads all.
+
+    Returns:
+        A dataset with the columns of `COLUMNS`.
 
     Raises:
         ConfigError: If the cache folder cannot be written.
@@ -77,10 +80,10 @@ def tokenise(
 
 
 def cache_folder() -> str:
-    """The cache of ``datasets``, known to be writable.
+    """The cache folder of ``datasets``, after a check that it can be written.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it cannot be written.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     try:
@@ -95,10 +98,10 @@ def cache_folder() -> str:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the ids and the mask.
+    """A hash of everything in a tokenizer that affects the ids and the mask.
 
     Raises:
-        ConfigError: If the tokenizer is not a fast one, which alone know what characters a token covers.
+        ConfigError: If the tokenizer is not a fast one; only fast ones know which characters a token covers.
     """
     if not tokenizer.is_fast:
         raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
@@ -129,7 +132,7 @@ def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -
         "input_ids": encoded.ids[:max_length],
         "supervised": supervised,
         "length": len(encoded.ids),
-        "trained": int(supervised.sum()),
+        "supervised_tokens": int(supervised.sum()),
         "largest_id": int(encoded.ids[:max_length].max(initial=-1)),
         "open_ended": isinstance(record, Conversation) and record.messages[-1]["role"] != "assistant",
         "place": record.place,
@@ -139,4 +142,4 @@ def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -
 _CODE = [transformers.__version__, tokenizers.__version__] + [
     inspect.getsource(module) for module in (reading, records, template, encoding)
 ]
-"""What else decides the tokens: other code must not find the tokens of today in the cache."""
+"""Library versions and code that affect the tokens: a part of the cache key, so that a change makes new tokens."""

@@ -1,5 +1,5 @@
 """LoRA in a LightningModule.
 
-Read in this order: `lora_mixin` (what a user inherits), `outermost_hooks` (when it applies), `optim` (parameter groups
-and rates), `precision` (types of adapters and bases).
+Read in this order: `lora_mixin` (the class to inherit from), `outermost_hooks` (how it runs its part of a hook once),
+`optim` (parameter groups and learning rates), `precision` (quantising the base before it is adapted).
 """

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate rule, and the proof that an optimizer trains the adapters."""
+"""Parameter groups by the learning-rate rule, and the check that an optimizer trains the adapters."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lightning_lora.errors import ConfigError, GuardError, first_five
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.shards import reshard
 
-# Small enough never to compete with the gradients of a factor, which shrink with alpha / rank.
+# Far below the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
 
 
 def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    """Optimizer groups for ``module``, adapted or not; no group is empty.
+    """Make optimizer groups for ``module``, adapted or not; no group is empty.
 
-    Adapters learn at ``learning_rate * lr_multiplier``, without weight decay and with eps 1e-12; everything else that
-    is trainable (fully trained modules, or the whole model without LoRA) at ``learning_rate``.
+    Adapters get the learning rate ``learning_rate * lr_multiplier``, no weight decay and eps 1e-12. All other trainable
+    parameters (fully trained modules, or the whole model without LoRA) get ``learning_rate``.
 
     Args:
         module: The module to train.
-        learning_rate: The learning rate *of full fine-tuning*, greater than 0.
+        learning_rate: The learning rate *for full fine-tuning*, greater than 0.
 
     Raises:
         ConfigError: If the learning rate is not a positive number, or nothing is trainable.
 
     References:
-        *LoRA Without Regret*, 2025: the best LoRA rate is about ten times that of full fine-tuning.
+        *LoRA Without Regret*, 2025: the best learning rate for LoRA is about ten times the best for full fine-tuning.
     """
     check_learning_rate(learning_rate)
     layers = lora_layers(module).values()
@@ -71,21 +71,22 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
     if missing:
         raise GuardError(
             f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would not train "
-            f"({first_five(missing)}). The optimizer was built before the adapters existed, or over another set: build "
-            f"it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
+            f"({first_five(missing)}). The optimizer was built before the adapters existed, or from other parameters: "
+            f"build it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
         )
     twice = [name for name, parameter in trainable.items() if held.count(id(parameter)) > 1]
     if twice:
-        raise GuardError(f"{len(twice)} parameters are in more than one optimizer: {first_five(twice)}.")
+        raise GuardError(
+            f"{len(twice)} parameters are in more than one optimizer and would be updated twice: {first_five(twice)}."
+        )
     frozen = [name for name, factor in factor_parameters(module).items() if not factor.requires_grad]
     if frozen:
         raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")
 
 
 def _held(optimizer: Any) -> list[nn.Parameter]:
-    """The parameters of a module that ``optimizer`` updates."""
-    # DeepSpeed's ZeRO steps on flat parts of its own and keeps the module's parameters aside, stage 3 under the second
-    # name.
+    """Parameters of the module that ``optimizer`` updates."""
+    # DeepSpeed's ZeRO updates flat copies and keeps the module's parameters in these lists, stage 3 in the second.
     for name in ("bit16_groups", "fp16_groups"):
         if groups := getattr(optimizer, name, None):
             return [parameter for group in groups for parameter in group]

@@ -1,4 +1,4 @@
-"""Hooks that do their part once, however many classes of a module override them."""
+"""Hooks that do their part once, even if several classes of a module override them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ Hook = Callable[..., Any]
 
 
 def outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
-    """Wrap a hook so that the named methods run once, around the outermost of nested ``super()`` calls."""
+    """Wrap a hook so that two methods run once, around the outermost of nested ``super()`` calls.
+
+    Args:
+        before: Name of the method to call first, with the arguments of the hook; empty: none.
+        after: Name of the method to call last; empty: none.
+    """
 
     def wrap(hook: Hook) -> Hook:
         inside = f"_lora_inside_{hook.__name__}"

@@ -1,4 +1,4 @@
-"""Lightning's plugin for quantised layers, at work before the adapters instead of after them."""
+"""Lightning's plugin for quantised layers, applied before the adapters are injected instead of after."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import BitsandbytesPrecision
 
 from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.quantised_weights import is_bitsandbytes
 
 
 def quantise_first(module: LightningModule) -> None:
-    """If the trainer has a `BitsandbytesPrecision`, let it convert and quantise ``module`` now.
+    """Convert and quantise ``module`` now if the trainer has a `BitsandbytesPrecision`.
 
-    Left to itself it does so after ``configure_model``, and puts new layers in the place of adapted ones.
+    By default the plugin does so after ``configure_model``, and replaces adapted layers by new ones.
 
     Raises:
-        ConfigError: If layers are adapted that the plugin is yet to replace.
+        ConfigError: If layers are already adapted that the plugin would replace.
     """
     plugin = bitsandbytes_plugin(module)
     if plugin is None:
@@ -26,21 +27,21 @@ def quantise_first(module: LightningModule) -> None:
     if doomed and not any(is_bitsandbytes(layer) for layer in module.modules()):
         raise ConfigError(
             f"BitsandbytesPrecision would replace {len(doomed)} adapted layers by layers without adapters "
-            f"({first_five(doomed)}). Leave the adapting to LoRAMixin or the LoRA callback: they let it quantise first."
+            f"({first_five(doomed)}). Let LoRAMixin or the LoRA callback inject the adapters: they quantise first."
         )
-    # Around `configure_model` the plugin's own class stands for torch.nn.Linear, and it would find nothing to convert.
+    # Around `configure_model` the plugin replaces torch.nn.Linear by its own class, and would find nothing to convert.
     stand_in, torch.nn.Linear = torch.nn.Linear, torch.nn.modules.linear.Linear
     try:
         plugin.convert_module(module)
     finally:
         torch.nn.Linear = stand_in
     for layer in module.modules():
-        # Moving a layer of bitsandbytes to its device is what quantises it.
+        # bitsandbytes quantises a layer when it is moved to its device.
         if is_bitsandbytes(layer):
             layer.to(module.trainer.strategy.root_device)
 
 
 def bitsandbytes_plugin(module: LightningModule) -> BitsandbytesPrecision | None:
     """The trainer's `BitsandbytesPrecision`; None without one, or without a trainer."""
-    plugin = getattr(module._trainer, "precision_plugin", None)
+    plugin = getattr(attached_trainer(module), "precision_plugin", None)
     return plugin if isinstance(plugin, BitsandbytesPrecision) else None

@@ -1,8 +1,7 @@
-"""A model over many devices: what each strategy shards, and how adapters go with it.
+"""Models on several devices: what each strategy shards, and how adapters are sharded with it.
 
 Read in this order: `shard` (FSDP2 for an adapted module), `fsdp2` (the strategy for it), `deferred_gradients` (one
-reduction an optimizer step), `tensor_parallel`, `fsdp1` (for full fine-tuning), `collectives` (what any rank has found,
-all ranks know).
+reduction per optimizer step), `tensor_parallel`, `fsdp1` (for full fine-tuning), `collectives` (operations over ranks).
 """
 
 from .fsdp1 import BlockwiseFSDPStrategy, clip_gradient_norm

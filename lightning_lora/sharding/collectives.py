@@ -1,4 +1,4 @@
-"""What any rank has found, all ranks know."""
+"""Collective operations: all ranks combine what each of them has found."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 
 
 def largest_of_ranks(trainer: Trainer, numbers: Tensor) -> Tensor:
-    """The largest value that any rank has in each place; a collective, so all ranks must call it.
+    """Elementwise maximum of ``numbers`` over all ranks; every rank must call it.
 
-    One all-reduce: Lightning's ``strategy.reduce`` adds a barrier.
+    It is one all-reduce; Lightning's ``strategy.reduce`` adds a barrier.
     """
-    return _over_ranks(trainer, numbers, dist.ReduceOp.MAX)
+    return _all_reduce(trainer, numbers, dist.ReduceOp.MAX)
 
 
 def total_of_ranks(trainer: Trainer, numbers: Tensor) -> Tensor:
-    """The sum over ranks in each place; a collective."""
-    return _over_ranks(trainer, numbers, dist.ReduceOp.SUM)
+    """Elementwise sum of ``numbers`` over all ranks; every rank must call it."""
+    return _all_reduce(trainer, numbers, dist.ReduceOp.SUM)
 
 
-def on_no_rank(trainer: Trainer, names: Iterable[str], missing: Container[str]) -> list[str]:
-    """Those of ``names``, the same on all ranks, that every rank counts as ``missing``; a collective."""
+def missing_on_all_ranks(trainer: Trainer, names: Iterable[str], missing: Container[str]) -> list[str]:
+    """Select the names that are in ``missing`` on every rank; every rank must call it, with the same ``names``."""
     names = list(names)
     found = largest_of_ranks(trainer, torch.tensor([name not in missing for name in names]).int())
     return [name for name, is_found in zip(names, found.tolist(), strict=True) if not is_found]
 
 
-def of_every_rank(own: Any) -> list[Any]:
-    """``own`` of every rank in order, on rank 0; empty on the others, which write no file. All must call."""
+def gather_on_rank_zero(own: Any) -> list[Any]:
+    """Gather ``own`` of every rank on rank 0, in the order of ranks; an empty list on the others. All must call it."""
     if not dist.is_initialized():
         return [own]
     is_first = dist.get_rank() == 0
@@ -41,7 +41,7 @@ def of_every_rank(own: Any) -> list[Any]:
     return everyone or []
 
 
-def _over_ranks(trainer: Trainer, numbers: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+def _all_reduce(trainer: Trainer, numbers: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if trainer.world_size == 1:
         return numbers
     numbers = numbers.to(trainer.strategy.root_device, copy=True)

@@ -1,4 +1,4 @@
-"""FSDP1 as Lightning has it, for full fine-tuning; for adapters FSDP2 (`lightning_lora.sharding`) costs less."""
+"""FSDP1 on top of Lightning's strategy, for full fine-tuning; for adapters FSDP2 (`fsdp2`) needs less memory."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lightning_lora.sharding.shard import repeated_blocks
 
 
 class BlockwiseFSDPStrategy(FSDPStrategy):
-    """``FSDPStrategy`` with one unit per repeated block, one for each trained layer beside them, and one for the rest.
+    """``FSDPStrategy`` with one unit per repeated block, one per trained layer outside them, and one for the rest.
 
-    Blocks are those that `lightning_lora.sharding.shard_lora` finds. Trained layers are set apart where others are
-    frozen. ``fit`` and then ``test`` of one Trainer use the same units. A checkpoint of one file is verified, and
-    refused if it holds other than plain types, before it is read: ``FSDPStrategy`` unpickles it, whatever
-    ``weights_only`` says.
+    `lightning_lora.sharding.shard_lora` finds the same blocks. Trained layers get their own units only if some layers
+    outside the blocks are frozen. ``fit`` and a later ``test`` of the same Trainer use the same units. A checkpoint in
+    one file is verified before it is read, and refused if it holds anything but plain types, because ``FSDPStrategy``
+    unpickles it even under ``weights_only``.
 
-    A unit that holds a trained parameter has a gradient for all of its parameters, frozen ones too. With adapters in
-    every block that is a gradient as large as the blocks, divided by the number of ranks; under FSDP2 only the
-    adapters have any.
+    A unit with a trained parameter allocates a gradient for all of its parameters, including frozen ones. With adapters
+    in every block that gradient is as large as the blocks divided by the number of ranks; under FSDP2 only the adapters
+    have gradients.
 
     Args:
-        args: As in ``FSDPStrategy``.
-        kwargs: As in ``FSDPStrategy``; ``auto_wrap_policy`` in place of the blocks.
+        args: Arguments of ``FSDPStrategy``.
+        kwargs: Arguments of ``FSDPStrategy``; ``auto_wrap_policy`` replaces the units described above.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Verify a file first."""
+        """Verify a checkpoint in one file before ``FSDPStrategy`` reads it."""
         path = Path(self.broadcast(str(checkpoint_path)))
         if path.is_file():
             if remark := whole_checkpoint(path, fall_back=False).remark:
@@ -69,18 +69,18 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
 
 
 def _units(model: nn.Module) -> set[nn.Module]:
-    """The modules that become a unit each."""
+    """Modules of ``model`` that become a unit each."""
     blocks = repeated_blocks(model)
     if not blocks:
         rank_zero_warn(
-            f"{type(model).__name__} has no list of like blocks: most of it is one FSDP unit, gathered at once. Give "
-            "the strategy an auto_wrap_policy."
+            f"{type(model).__name__} has no ModuleList of repeated blocks: most of it is one FSDP unit, which is "
+            "gathered at once. Give the strategy an auto_wrap_policy."
         )
     inside = {module for block in blocks for module in block.modules()}
     outside = [module for module in model.modules() if module not in inside]
     if all(parameter.requires_grad for module in outside for parameter in module.parameters(recurse=False)):
         return set(blocks)
-    # A parameter that two modules share must stay in the unit around both.
+    # A parameter that two modules share must stay in the unit that holds both.
     holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     return {*blocks, *(module for module in outside if module is not model and _is_trained_alone(module, holders))}
 
@@ -91,14 +91,14 @@ def _is_trained_alone(module: nn.Module, holders: Mapping[int, int]) -> bool:
 
 
 def clip_gradient_norm(module: LightningModule, max_norm: float) -> bool:
-    """Clip as ``gradient_clip_val`` asks where Lightning refuses to: under FSDP1, whose units know only their parts.
+    """Clip gradients by their norm over all ranks under FSDP1, where Lightning refuses ``gradient_clip_val``.
 
     Args:
-        module: In a run.
-        max_norm: Largest 2-norm of all gradients of all ranks together.
+        module: The module in training.
+        max_norm: Largest allowed 2-norm of all gradients of all ranks together.
 
     Returns:
-        Whether ``module`` is under FSDP1; elsewhere nothing is done.
+        True under FSDP1; under other strategies nothing is done and the result is False.
     """
     model = module.trainer.strategy.model
     if not isinstance(model, FullyShardedDataParallel):

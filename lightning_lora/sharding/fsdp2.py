@@ -1,4 +1,4 @@
-"""FSDP2 for Lightning with the settings that adapters want."""
+"""FSDP2 for Lightning, with settings that suit adapters."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from lightning_lora.sharding.deferred_gradients import deferred_gradients, drop_
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's ``ModelParallelStrategy`` for fine-tuning: every process holds a part of the model (FSDP2).
+    """Lightning's ``ModelParallelStrategy`` for fine-tuning: every process holds a shard of the model (FSDP2).
 
-    It computes what ``ModelParallelStrategy`` computes, and differs in four ways. All processes share the model by
-    default, where Lightning's "auto" puts every process of a machine into tensor parallelism and shards nothing.
-    Checkpoints are one file by default, which resumes under any other strategy. With adapters such a file is written
-    without gathering the frozen weights, which it does not hold. And inside an accumulation window gradients are not
-    communicated: once per optimizer step is enough.
+    It computes the same results as ``ModelParallelStrategy`` and differs in four ways:
 
-    The module shards itself in ``configure_model``, as Lightning asks; the tasks of this package do. In your own::
+    - All processes share the model by default. Lightning's "auto" puts the processes of a machine into tensor
+      parallelism and shards nothing.
+    - A checkpoint is one file by default, from which every other strategy can resume.
+    - With adapters, this file is written without gathering the frozen weights, which it does not hold.
+    - Gradients are communicated once per optimizer step, not after every micro-batch.
+
+    The module must shard itself in ``configure_model``, as Lightning requires. The tasks of this package do so; in your
+    own module write::
 
         def configure_model(self):
             self.apply_lora()
@@ -36,16 +39,16 @@ class FSDP2Strategy(ModelParallelStrategy):
                 shard_lora(self.net, self.device_mesh)
 
     Args:
-        data_parallel_size: Processes that share the model and split the data. "auto": all of them, divided by
-            ``tensor_parallel_size``.
-        tensor_parallel_size: Processes that split the layers themselves.
-        save_distributed_checkpoint: Write checkpoints as a folder of shards, whole with the frozen weights, instead of
+        data_parallel_size: Number of processes that share the model and split the data. "auto": all processes divided
+            by ``tensor_parallel_size``.
+        tensor_parallel_size: Number of processes that split each layer.
+        save_distributed_checkpoint: Write a checkpoint as a folder of shards, including the frozen weights, instead of
             one file.
-        defer_gradients: Communicate gradients once per optimizer step instead of once per micro-batch; each process
-            then holds the gradients of all trained parameters inside an accumulation window. None: with adapters,
-            whose gradients are small.
-        process_group_backend: "nccl", "gloo", or None for the one that fits the device.
-        timeout: How long a process waits for the others.
+        defer_gradients: Communicate gradients once per optimizer step instead of once per micro-batch. Each process
+            then holds the gradients of all trained parameters inside an accumulation window. None: defer only with
+            adapters, whose gradients are small.
+        process_group_backend: "nccl", "gloo", or None for the backend that fits the device.
+        timeout: Longest time that a process waits for the others.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Divide the processes: all of them share the data unless told otherwise."""
+        """Resolve a ``data_parallel_size`` of "auto" before the device mesh is made."""
         if self._data_parallel_size == "auto":
             assert isinstance(self._tensor_parallel_size, int)
             world_size = self.num_nodes * self.num_processes
@@ -73,14 +76,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """Refuse a module that has not sharded itself: every process would train a copy of its own."""
+        """Refuse a module that has not sharded itself, because every process would train its own copy."""
         module = self.lightning_module
         assert module is not None
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise ConfigError(
                 f"{type(module).__name__} does not shard itself: each process would train a copy of its own. In its "
                 f"configure_model, after self.apply_lora(), call shard_lora(self.net, self.device_mesh) of "
-                f"lightning_lora.sharding with the submodule that computes; or use strategy='ddp'."
+                f"lightning_lora.sharding, where self.net is the submodule that computes; or use strategy='ddp'."
             )
         drop_deferred(module)
         super().setup(trainer)
@@ -88,7 +91,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Defer gradients; Lightning enters this for every micro-batch but the last of a window."""
+        """Defer gradients; Lightning uses this context for every micro-batch of a window but the last."""
         module = self.lightning_module
         assert module is not None
         if self.defer_gradients or (self.defer_gradients is None and lora_layers(module)):
@@ -97,12 +100,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         else:
             yield
 
+    @contextmanager
+    def communicating_gradients(self) -> Iterator[None]:
+        """Inside this context gradients are communicated after every micro-batch, even with ``defer_gradients``."""
+        before, self.defer_gradients = self.defer_gradients, False
+        try:
+            yield
+        finally:
+            self.defer_gradients = before
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint; frozen weights, which one file with adapters does not hold, are not gathered."""
+        """State dict for a checkpoint; with adapters, one file is written without gathering the frozen weights."""
         module = self.lightning_module
         assert module is not None
-        # A checkpoint inside a window holds its gradients, and Lightning asks for the weights first.
+        # A checkpoint inside a window must hold its gradients, and Lightning saves the weights before them.
         reduce_deferred(module)
         if self._save_distributed_checkpoint or not lora_layers(module):
             return super().lightning_module_state_dict()

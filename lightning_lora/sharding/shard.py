@@ -1,4 +1,4 @@
-"""FSDP2 for an adapted module: one shard group per repeated block, one for the rest."""
+"""FSDP2 for an adapted module: one FSDP group per repeated block, and one for the rest."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_lora.errors import ConfigError
 def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[nn.Module]] | None = None) -> nn.Module:
     """Shard ``module`` over the data-parallel dimension of ``mesh``; call it in ``configure_model`` after `apply_lora`.
 
-    FSDP2 shards parameter by parameter, so frozen weights and adapters may share a group. A module that is sharded
-    already is left as it is: Lightning calls ``configure_model`` again for every stage.
+    FSDP2 shards each parameter separately, so frozen weights and adapters may share a group. A module that is already
+    sharded is left unchanged, because Lightning calls ``configure_model`` again for every stage.
 
     Args:
         module: The adapted module, with real weights.
         mesh: The device mesh of the strategy, or its data-parallel part.
-        block_types: Types of the blocks that form a group each. None: the members of every outermost
-            ``nn.ModuleList`` that holds two or more modules of one type.
+        block_types: Types of the modules that form one group each. None: all members of every outermost
+            ``nn.ModuleList`` that holds two or more modules of the same type.
 
     Returns:
         The module itself.
 
     Raises:
-        ConfigError: If ``block_types`` are given and the module holds none of them.
+        ConfigError: If ``block_types`` are given and the module holds no such module.
     """
     if isinstance(module, FSDPModule):
         return module
@@ -40,11 +40,12 @@ def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[n
 
 
 def repeated_blocks(module: nn.Module, block_types: Sequence[type[nn.Module]] | None = None) -> list[nn.Module]:
-    """The modules that form a group each; see `shard_lora`. Empty if no list holds like blocks."""
+    """Modules that form one group each, as in `shard_lora`; empty if no list holds modules of the same type."""
     if block_types is not None:
         blocks = [child for child in module.modules() if isinstance(child, tuple(block_types))]
         if not blocks:
-            raise ConfigError(f"{type(module).__name__} holds no {', '.join(kind.__name__ for kind in block_types)}.")
+            kinds = ", ".join(kind.__name__ for kind in block_types)
+            raise ConfigError(f"{type(module).__name__} holds no {kinds}: give block_types that occur in it, or None.")
         return blocks
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, child in module.named_modules():

@@ -1,4 +1,4 @@
-"""Tensor parallelism for adapted linear layers: each process computes a part of every layer, adapters included."""
+"""Tensor parallelism for adapted linear layers: each process computes a part of every layer and of its adapter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.layers.linear import LoRALinear
 
-# Tables and heads are left whole, which is right whatever surrounds them.
+# Embedding tables and heads stay whole, which is correct in every model.
 _LEFT_WHOLE = {"embedding_rowwise", "colwise_gather_output", "colwise_rep"}
 
 
 class _Colwise(ColwiseParallel):
-    """Each process computes some of the outputs: ``W`` and ``B`` are split by rows, ``A`` is on all."""
+    """Each process computes some of the outputs: ``W`` and ``B`` are split by rows, ``A`` is replicated."""
 
     @override
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -30,7 +30,7 @@ class _Colwise(ColwiseParallel):
 
 
 class _Rowwise(RowwiseParallel):
-    """Each process has some of the inputs: ``W`` and ``A`` are split by columns, ``B`` is on all; outputs are added."""
+    """Each process holds some of the inputs: ``W`` and ``A`` are split by columns, ``B`` is replicated."""
 
     @override
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -47,25 +47,26 @@ def parallelize_lora(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str
     Args:
         module: The adapted module, with real weights that are equal on all processes.
         mesh: The tensor-parallel part of the strategy's device mesh.
-        plan: Patterns of module names to ``"colwise"`` or ``"rowwise"``, as in transformers' ``tp_plan``; its ways of
-            splitting embedding tables and heads are passed over, these stay whole.
+        plan: Patterns of module names to ``"colwise"`` or ``"rowwise"``, as in transformers' ``tp_plan``. Styles for
+            embedding tables and heads are ignored: these stay whole.
 
     Returns:
         The module itself.
 
     Raises:
-        ConfigError: If there is no plan, if it asks for something else, if an adapter is outside it or has dropout, if
-            anything but adapters is to be trained, or if a layer cannot be divided by the number of processes.
+        ConfigError: If the plan is empty or contains another style, if an adapter is outside the plan or has dropout,
+            if anything but adapters is trained, or if a layer cannot be divided by the number of processes.
     """
     styles = _styles(module, plan)
-    _check(module, mesh.size(), styles)
+    _check_adapters(module, styles)
+    _check_sizes(module, mesh.size(), styles)
     for name, style in styles.items():
         parallelize_module(module.get_submodule(name), mesh, _STYLES[style]())
     return module
 
 
 def _styles(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Name of each layer to split, and how."""
+    """Style of each layer that is split, by its name."""
     found = {
         name: style
         for name, _ in module.named_modules()
@@ -82,7 +83,7 @@ def _styles(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> None:
+def _check_adapters(module: nn.Module, styles: Mapping[str, str]) -> None:
     layers = lora_layers(module)
     factors = factor_parameters(module).keys()
     full = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in factors]
@@ -102,6 +103,9 @@ def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> 
             "lora dropout would differ between tensor-parallel processes: set dropout to 0, or use "
             "tensor_parallel_size=1."
         )
+
+
+def _check_sizes(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> None:
     sides: dict[str, Any] = {name: module.get_submodule(name) for name in styles}
     odd = [
         f"{name} ({count})"
@@ -109,7 +113,10 @@ def _check(module: nn.Module, num_processes: int, styles: Mapping[str, str]) -> 
         if (count := layer.out_features if styles[name] == "colwise" else layer.in_features) % num_processes
     ]
     if odd:
-        raise ConfigError(f"{num_processes} tensor-parallel processes cannot divide {first_five(odd)} evenly.")
+        raise ConfigError(
+            f"{num_processes} tensor-parallel processes cannot divide {first_five(odd)} evenly: set a "
+            "tensor_parallel_size that divides these sizes."
+        )
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, places: Mapping[str, Placement]) -> None:

@@ -27,6 +27,7 @@ from lightning_lora.batch.calibration import PROBE_FILE
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint, check_one_optimizer
@@ -177,7 +178,7 @@ class BatchProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe after the step is done, when no accumulation window is open."""
-        if not self._is_due or trainer.global_step < self._step or trainer.fit_loop._should_accumulate():
+        if not self._is_due or trainer.global_step < self._step or is_accumulating(trainer):
             return
         self._is_due = False
         try:

@@ -197,7 +197,7 @@ class _Rates(Callback):
 
 def _free(trainer: Trainer, branch: LightningModule) -> None:
     """Free the memory of a branch: a Trainer refers to itself, so Python alone would free it late."""
-    branch._trainer = None
+    branch.trainer = None
     trainer.strategy.optimizers = []
     trainer.strategy._lightning_module = trainer.strategy._model = None
     if branch.device.type == "cuda":

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_private import attached_trainer
 
 
 def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
@@ -39,13 +40,14 @@ def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> Light
             )
     frozen = [p for p in module.parameters() if shares_frozen and not p.requires_grad]
     memo: dict[int, Any] = {id(p): _same_memory(p) for p in frozen}
-    trainer, module._trainer = module._trainer, None
+    trainer = attached_trainer(module)
+    module.trainer = None
     try:
         if trainer is not None:
             memo[id(trainer)] = None
         return copy.deepcopy(module, memo)
     finally:
-        module._trainer = trainer
+        module.trainer = trainer
 
 
 def _same_memory(parameter: nn.Parameter) -> nn.Parameter:

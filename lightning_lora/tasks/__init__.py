@@ -1,7 +1,8 @@
-"""LightningModules ready to run.
+"""LightningModules that are ready to run.
 
-Read in this order: `pretrained` (what all tasks share), `causal_lm`, `sequence_classifier`, `placement` (onto devices),
-`quantised_loading`, `loss_at_head` and `head_loss` (the loss in the place of the output layer), `packing_check`.
+Read in this order: `pretrained` (what all tasks share), `causal_lm`, `sequence_classifier`, `loading` (config and
+weights), `quantised_loading` (in 4 or 8 bits), `placement` (on several devices), `loss_at_head` and `head_loss` (the
+loss in place of the output layer), `packing_check` (whether a model keeps packed examples apart).
 """
 
 from lightning_lora.tasks.causal_lm import CausalLM

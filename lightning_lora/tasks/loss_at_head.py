@@ -1,8 +1,8 @@
-"""Computing inside the call of a model's output layer, so that its scores over the vocabulary are never made.
+"""Computing the loss in place of a model's output layer, so that the logits are never held.
 
-Whatever surrounds the layer keeps working: the model runs as always, sharding strategies have gathered its weights,
-and what the layer is given is what the model gives it. Only models that hand its output out as it is qualify; others
-cap it (Gemma), scale it (Cohere, Granite), or add to it.
+The model runs as always and its output layer is called with the same input, after sharding strategies have gathered
+the weights; only the computation inside the layer is replaced. This is correct only for models that return the output
+of that layer unchanged. Others cap it (Gemma 2), scale it (Cohere, Granite), or add to it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.lora.layers.linear import LoRALinear
 
-# Attributes in which a module keeps the hooks that see its input, its output or their gradients.
+# Attributes of a module that hold the hooks on its input, its output and their gradients.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The output layer of a transformers model if it is a linear layer, adapted or not, that nobody watches or patches.
+    """The output layer of a transformers model if it is a linear layer, adapted or not, without hooks or patches.
 
-    None for quantised and compiled layers, hooks, an own ``forward``, an adapter with dropout, and wherever
-    ``torch.compile`` sees the whole model.
+    None if the layer is quantised or compiled, has hooks, a ``forward`` of its own or an adapter with dropout, and if
+    ``torch.compile`` compiles the whole model.
     """
     compiled = getattr(model, "_compiled_call_impl", None) is not None or "_orig_mod" in model._modules
     if torch.compiler.is_compiling() or compiled:
@@ -41,41 +42,39 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(head.weight, DTensor) or _is_dense(head.weight) else None
 
 
-def hands_out(head: nn.Linear, logits: Callable[[], Tensor]) -> bool:
-    """Whether ``logits()`` calls ``head`` once and returns its output as it is: asked of the tensors, not of a config.
+def head_is_last(head: nn.Linear, logits: Callable[[], Tensor]) -> bool:
+    """Whether ``logits()`` calls ``head`` once and returns the very tensor that it has returned.
 
     Args:
         head: The output layer.
-        logits: Runs the model on a few tokens; random numbers it draws are put back, gradients are off.
+        logits: Runs the model on a few tokens. It is called without gradients; random generators are restored.
     """
     outputs: list[Any] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         outputs.append(output)
 
-    device = head.weight.device
     handle = head.register_forward_hook(keep)
-    devices = [] if device.type == "cpu" else [device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with torch.no_grad(), kept_random_state(head.weight.device):
             returned = logits()
     finally:
         handle.remove()
     return len(outputs) == 1 and outputs[0] is returned
 
 
-def at_head(head: nn.Linear, logits: Callable[[], Tensor], compute: Callable[..., Tensor]) -> Tensor | None:
-    """Run a model with ``compute`` in the place of its output layer.
+def compute_at_head(head: nn.Linear, logits: Callable[[], Tensor], compute: Callable[..., Tensor]) -> Tensor | None:
+    """Run a model with ``compute`` in place of its output layer.
 
     Args:
-        head: The output layer, a `plain_head`.
-        logits: Runs the model and returns its logits, which are then what ``compute`` has returned.
-        compute: Called with ``hidden``, ``weight``, ``bias`` and ``update`` of `head_loss`. Its result must have the
-            three axes of logits, whatever their sizes, for code that slices them.
+        head: The output layer, from `plain_head`.
+        logits: Runs the model and returns its output, here the result of ``compute``.
+        compute: Called with ``hidden``, ``weight``, ``bias`` and ``update`` of `head_loss`. Its result must have three
+            axes of any size, as logits have, for models that slice them.
 
     Returns:
-        What ``compute`` returned; None if the model did something to it, which makes it worthless, or if the weight
-        is in shards even when the layer is called (tensor parallelism).
+        The result of ``compute``. None if the model has changed it, which makes it meaningless, or if the weight is
+        sharded even inside the layer (tensor parallelism).
     """
     computed: list[Tensor] = []
 
@@ -101,5 +100,5 @@ def _update(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
     if not isinstance(head, LoRALinear) or not head.lora_active:
         return None
     A, B = head.linear_factors()
-    # Cast as in `linear_update`: the factors to the type of the activations.
+    # The factors are cast to the type of the activations, as in `linear_update`.
     return F.linear(hidden, A.to(hidden.dtype)) * head.lora_spec.scale, B.to(hidden.dtype)

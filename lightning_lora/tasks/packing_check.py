@@ -1,4 +1,4 @@
-"""Whether a model keeps packed examples apart: asked of its logits, not of its name."""
+"""A check that a model keeps packed examples apart, made on its logits and not on its name."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 
 EXAMPLE_TOKENS = 8
-"""Tokens in each of the two probed examples: more than the usual convolution spans, few enough for any model."""
+"""Tokens in each of the two test examples: more than the usual convolution spans, few enough for any model."""
 NOISE_FACTOR = 10.0
-"""How much more than the first example the second may change by."""
+"""Largest accepted ratio of the change of the second example's logits to the change of the first's."""
 
 
 def check_packing(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int) -> bool:
-    """Whether examples packed in several rows are what they are alone; false if they are in a batch of one row only.
+    """Check that packing examples does not change their logits.
 
-    FlashAttention in transformers looks for examples in a single row; the rows of a batch can then be laid in one.
-
-    Two examples are run as rows of their own and packed into one. What rounding does to logits is read off the first
-    example, which has nothing before it: the second may differ from itself alone by at most ten times as much, or by
-    four units in the last place, and neither by more than sixteen (in bfloat16 3% and 13% of the size of a token's
-    logits). All ranks run the same tokens and so decide the same.
+    Two examples are run as separate rows and packed into one row. Nothing stands before the first example, so the
+    change of its logits is rounding error. The second example passes if its logits change by at most ten times as
+    much, or by four units of rounding; neither may change by more than sixteen units (in bfloat16, 3 % and 13 % of the
+    norm of a token's logits). All ranks run the same tokens and so reach the same result.
 
     Args:
-        model: What ``logits`` runs; in eval mode meanwhile, so that dropout does not hide a leak.
-        logits: From ``input_ids`` and either ``attention_mask`` or ``position_ids`` to logits.
-        vocab_size: Ids of the probe are below.
+        model: The model that ``logits`` runs. It is put in eval mode for the check, as dropout would hide a leak.
+        logits: Computes logits from ``input_ids`` and either ``attention_mask`` or ``position_ids``.
+        vocab_size: Number of token ids the model knows; the check uses ids below it.
+
+    Returns:
+        True if packed examples are kept apart in a batch of several rows. False if only in a batch of one row:
+        FlashAttention in transformers looks for examples in a single row, into which a batch can be reshaped.
 
     Raises:
-        ConfigError: If the logits differ even in one row, or the model takes no ``position_ids``.
+        ConfigError: If the logits change in a batch of one row too, or the model takes no ``position_ids``.
     """
-    with _undisturbed(model):
-        if _fault(model, logits, vocab_size, num_rows=2) is None:
+    with _eval_without_trace(model):
+        if _find_fault(model, logits, vocab_size, num_rows=2) is None:
             return True
-        fault = _fault(model, logits, vocab_size, num_rows=1)
+        fault = _find_fault(model, logits, vocab_size, num_rows=1)
     if fault is None:
         return False
     raise ConfigError(
@@ -47,8 +50,8 @@ def check_packing(model: nn.Module, logits: Callable[..., Tensor], vocab_size: i
     )
 
 
-def _fault(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int, num_rows: int) -> str | None:
-    """What is wrong with packing, ``None`` if nothing is."""
+def _find_fault(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int, num_rows: int) -> str | None:
+    """What goes wrong with packing in a batch of ``num_rows`` rows; None if nothing does."""
     device = next(model.parameters()).device
     step = max(vocab_size // (2 * EXAMPLE_TOKENS + 1), 1)
     tokens = (torch.arange(1, 2 * EXAMPLE_TOKENS + 1, device=device) * step % vocab_size).view(2, EXAMPLE_TOKENS)
@@ -61,7 +64,7 @@ def _fault(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int, num
         return f"it does not take position_ids ({str(error).strip().splitlines()[0]})"
     changes = (_centred(packed).view(num_rows, *alone.shape) - alone).norm(dim=-1) / alone.norm(dim=-1)
     first, second = changes[:, 0].max().item(), changes[:, 1].max().item()
-    unit = _unit(model, scores)
+    unit = _rounding_unit(model, scores)
     floor, ceiling = max(4 * unit, 1e-5), max(16 * unit, 1e-3)
     # Not "second > allowed": NaN must not pass.
     if second <= min(max(NOISE_FACTOR * first, floor), ceiling) and first <= ceiling:
@@ -70,34 +73,33 @@ def _fault(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int, num
 
 
 def _centred(logits: Tensor) -> Tensor:
-    """Logits without what is common to all classes of a token, which no probability depends on."""
+    """Logits minus their mean over the vocabulary, on which no probability depends."""
     logits = logits.double()
     return logits - logits.mean(-1, keepdim=True)
 
 
-def _unit(model: nn.Module, logits: Tensor) -> float:
-    """The coarsest unit in the last place of what the logits were computed in."""
+def _rounding_unit(model: nn.Module, logits: Tensor) -> float:
+    """The coarsest relative rounding among the types that the logits were computed in."""
     dtypes = {logits.dtype} | {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     device = logits.device.type
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    # Storage of quantised weights is no type of arithmetic.
+    # Types of one byte store quantised weights; nothing is computed in them.
     units = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1]
-    if device == "cuda":
-        # What float32 products are rounded to: TF32 has 10 bits, bfloat16 7.
-        units.append({"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()])
+    # TF32 rounds the factors of float32 products to 10 bits. torch.get_float32_matmul_precision() raises RuntimeError
+    # once the setting was made by this attribute, which also shows what the older functions have set.
+    if device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        units.append(2.0**-10)
     return max(units)
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; modes and random numbers as they were afterwards."""
+def _eval_without_trace(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients; restore the mode of every module and the random generators on exit."""
     modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    devices = [] if device.type == "cpu" else [device]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with torch.no_grad(), kept_random_state(next(model.parameters()).device):
             yield
     finally:
         for module, mode in modes.items():
@@ -105,5 +107,5 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _class_name(model: nn.Module) -> str:
-    # FSDP2 swaps the class of what it shards for a subclass with its own prefix.
+    # FSDP2 replaces the class of a sharded module by a subclass with this prefix.
     return type(model).__name__.removeprefix("FSDP")

@@ -1,4 +1,4 @@
-"""Dividing a pretrained model among processes, and strategies that cannot have it."""
+"""Splitting a pretrained model among devices, and the strategies that cannot load one."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def check_loadable(trainer: Trainer | None) -> None:
     """
     strategy = getattr(trainer, "strategy", None)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        # It splits parameters as they are made, and transformers would fill in parts of nothing.
+        # ZeRO-3 splits parameters as they are made, so that transformers would find nothing to fill.
         raise ConfigError(
             "a pretrained model cannot be loaded under DeepSpeed ZeRO-3: use stage 2, or "
             "lightning_lora.sharding.FSDP2Strategy, which splits the model as ZeRO-3 does."
         )
 
 
-def divide(model: PreTrainedModel, trainer: Trainer | None) -> None:
-    """Split the layers of an adapted model, and shard it, as its strategy says; nothing under most of them.
+def shard_model(model: PreTrainedModel, trainer: Trainer | None) -> None:
+    """Apply tensor parallelism and FSDP2 to an adapted model if the strategy is a `ModelParallelStrategy`.
 
     Raises:
-        ConfigError: If its heads or layers cannot be split evenly, or it has no plan to split them by.
+        ConfigError: If the heads or layers cannot be split evenly, or the model has no tensor-parallel plan.
     """
     strategy = getattr(trainer, "strategy", None)
     if not isinstance(strategy, ModelParallelStrategy):
         return
     mesh = strategy.device_mesh
     if mesh["tensor_parallel"].size() > 1:
-        _split(model, mesh["tensor_parallel"])
+        _parallelize(model, mesh["tensor_parallel"])
     shard_lora(model, mesh)
 
 
-def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     config = model.config.get_text_config()
     counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
     odd = [f"{name}={count}" for name, count in counts.items() if count and count % mesh.size()]

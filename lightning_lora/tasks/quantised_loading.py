@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,20 +13,20 @@ from transformers import BitsAndBytesConfig
 from lightning_lora.errors import ConfigError, did_you_mean
 
 QUANTIZATIONS = ("nf4", "int8")
-# transformers loads through both; neither is needed for anything else here.
+# transformers needs both to quantise while loading; nothing else here uses them.
 _LIBRARIES = ("bitsandbytes", "accelerate")
 
 
 def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None:
-    """Refuse a setting that cannot work, before anything is loaded.
+    """Refuse settings that cannot work together, before anything is loaded.
 
     Args:
-        quantization: What the user asked for.
+        quantization: The setting of the task.
         lora: The LoRA settings; None means full fine-tuning.
-        stored: The quantisation the model is stored in, from its config; None for a plain model.
+        stored: The ``quantization_config`` in the model's config; None for a model with plain weights.
 
     Raises:
-        ConfigError: If the setting is unknown, contradicts another one, or needs a library that is not installed.
+        ConfigError: If the value is unknown, contradicts another setting, or needs a library that is not installed.
     """
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ConfigError(
@@ -49,7 +48,7 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
 
 
 def check_strategy(trainer: Trainer | None) -> None:
-    """Refuse to load quantised weights for a strategy that would shard them.
+    """Refuse a strategy that would shard quantised weights.
 
     Raises:
         ConfigError: If the strategy shards parameters.
@@ -62,27 +61,26 @@ def check_strategy(trainer: Trainer | None) -> None:
         )
 
 
-def quantized_loading(
-    quantization: str, dtype: torch.dtype, plain: Iterable[str], trainer: Trainer | None
+def loading_arguments(
+    quantization: str, dtype: torch.dtype, plain: list[str], trainer: Trainer | None
 ) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that quantise while loading.
+    """Build the arguments with which ``from_pretrained`` quantises the weights while loading them.
 
     Args:
         quantization: ``"nf4"`` or ``"int8"``.
-        dtype: Type of everything that is not quantised, and of the arithmetic.
-        plain: Names of the modules to leave unquantised: heads, and what is trained in full.
-        trainer: Says which device to load to; None: the CPU.
+        dtype: Type of all weights that are not quantised, and of the arithmetic.
+        plain: Names of the modules to leave unquantised: heads, and modules trained in full.
+        trainer: The Trainer to whose device the model is loaded; None loads to the CPU.
     """
-    skipped = list(plain)
     if quantization == "nf4":
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=skipped,
+            llm_int8_skip_modules=plain,
         )
     else:
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    # Left to itself transformers loads to a GPU wherever there is one.
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
+    # Without a device map, transformers loads to a GPU if there is one.
     device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
     return {"quantization_config": config, "device_map": {"": device}}

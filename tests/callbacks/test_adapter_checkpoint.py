@@ -1,4 +1,4 @@
-"""Adapter folders appear while training, and others can load them."""
+"""Adapter folders are written during training, and PEFT can load them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = toys.expected_warnings
 
 
 class Scored(Toy):
-    """Logs the scores it is given, one a validation."""
+    """Logs the given scores, one per validation."""
 
     def __init__(self, *scores: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def fit(module: LightningModule, folder: Path, callback: AdapterCheckpoint, **op
 
 
 def step(folder: Path) -> int:
-    """The optimizer step a folder was written at."""
+    """The optimizer step after which a folder was written."""
     return json.loads((folder / "lightning_lora.json").read_text())["summary"]["step"]
 
 

@@ -1,4 +1,4 @@
-"""The average is of what is trained only, is what torch computes, and survives an interruption."""
+"""Only trained weights are averaged, as torch averages them, and a resumed run has the same average."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DECAY = 0.6
 
 
 class Steps(Callback):
-    """Copies of what is trained: after every step, while validating, and of folders and files written then."""
+    """Records the trained weights after every step, during validation and after it."""
 
     def __init__(self) -> None:
         self.trained: list[dict[str, Tensor]] = []
@@ -64,7 +64,7 @@ def fit(module: LightningModule, folder: Path, *callbacks: Callback, **options: 
 
 
 def torchs(steps: list[dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:
-    """The average that `torch.optim.swa_utils` makes of these weights."""
+    """The average of these weights by `torch.optim.swa_utils`."""
     average = {name: tensor.clone() for name, tensor in steps[0].items()}
     update: Any = get_ema_multi_avg_fn(decay)
     for count, weights in enumerate(steps[1:], 1):
@@ -117,7 +117,7 @@ def test_it_begins_and_updates_when_told(tmp_path: Path) -> None:
     steps, module = Steps(), Toy()
     ema = AdapterEMA(decay=DECAY, update_every_n_steps=2, update_starting_at_step=3)
     fit(module, tmp_path, ema, steps, max_epochs=2, val_check_interval=2)
-    # Steps 4 and 6 of 0 to 7.
+    # Only steps 4 and 6 of 0 to 7 update.
     assert toys.same(trained(module), torchs([steps.trained[4], steps.trained[6]]))
     assert toys.same(steps.validated[0], steps.trained[1])
 
@@ -138,7 +138,7 @@ def test_only_what_is_trained_is_held_and_written(tmp_path: Path) -> None:
 
 
 def test_a_narrow_parameter_has_a_wide_average(tmp_path: Path) -> None:
-    """In bfloat16 a step of 0.001 would be lost."""
+    """An update with share 0.001 would be rounded away in bfloat16."""
 
     class Narrow(FullToy):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A folder that cannot take the checkpoints of a run is found before the run."""
+"""A folder that cannot hold the checkpoints of a run is reported before the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = toys.expected_warnings
 
 
 class Counted(Plain):
-    """Counts its training steps."""
+    """A module that counts its training steps."""
 
     steps = 0
 
@@ -38,7 +38,7 @@ class Counted(Plain):
 
 
 class Heavy(Counted):
-    """Says it holds that many bytes, in memory of four."""
+    """Has a buffer that claims to hold ``size`` bytes but allocates four."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_the_message_counts_what_will_be_kept(settings: dict[str, Any], kept: in
 
 
 class Wide(Toy):
-    """Layers that are large against the rest of a checkpoint."""
+    """A module whose layers are large beside the rest of a checkpoint."""
 
     def __init__(self, optimizer: str, lora: LoRAConfig | None) -> None:
         super().__init__()

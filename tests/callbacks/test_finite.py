@@ -115,7 +115,7 @@ def test_under_float16_what_no_scale_cures_stops_the_run(tmp_path: Path) -> None
 
 
 class Manual(Poisoned):
-    """Steps by itself, through Lightning's optimizer or past it."""
+    """Steps its optimizer itself, through Lightning or without it."""
 
     raw = False
 
@@ -164,7 +164,7 @@ def test_a_nan_that_the_loss_does_not_show_is_reported_within_one_interval(llama
 
     class Frozen(CausalLM):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
-            # Or the gradients, which are NaN, would spread it at once: FiniteGradients would see them.
+            # The gradients are NaN too; without this FiniteGradients would stop the run.
             optimizer.zero_grad()
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -198,5 +198,5 @@ def test_weights_that_are_not_finite_are_not_validated(tmp_path: Path) -> None:
 
 
 def test_large_weights_are_no_alarm(tmp_path: Path) -> None:
-    """Their norm overflows, none of them does."""
+    """Only the norm of these weights overflows."""
     fit(Toy(), tmp_path, callbacks=[LoRAGuard(patience=1), Poison(2, 1e25, "net.first.lora_A")])

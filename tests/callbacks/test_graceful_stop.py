@@ -30,7 +30,7 @@ CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 class Send(Callback):
-    """Sends this process signals in one of its hooks, and counts the batches it sees the end of."""
+    """Sends signals to this process in one hook, and counts finished batches."""
 
     def __init__(self, *signums: int, at: int = 0, hook: str = "train") -> None:
         self.signums, self.at, self.hook = signums, at, hook
@@ -71,7 +71,7 @@ class Send(Callback):
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """The handlers of the test run come back whatever happens."""
+    """Restore the signal handlers after each test."""
     before = {signum: signal.getsignal(signum) for signum in CODES}
     yield
     for signum, handler in before.items():
@@ -79,7 +79,7 @@ def handlers() -> Iterator[None]:
 
 
 def stopped(folder: Path, send: Send, code: int, module: Toy | None = None, **options: Any) -> Path:
-    """Run until the signal; gives where the checkpoint is or would be."""
+    """Run until the signal; returns the path where the checkpoint should be."""
     settings = {"max_epochs": 2, "enable_checkpointing": False} | options
     callbacks = [GracefulStop(), send, *settings.pop("callbacks", [])]
     runner = toys.trainer(folder, callbacks=callbacks, **settings)
@@ -99,12 +99,12 @@ def test_a_signal_waits_for_the_end_of_the_optimizer_step(signum: int, tmp_path:
     path = stopped(tmp_path, send, CODES[signum], accumulate_grad_batches=2)
     assert send.finished == 4
     assert content(path)["global_step"] == 2
-    # What other callbacks do after the batch is in the checkpoint, though they stand behind ours in the list.
+    # The checkpoint holds what other callbacks do after the batch, though they come later in the list.
     assert content(path)["callbacks"]["Send"] == {"finished": 4}
 
 
 class TellAll(Callback):
-    """Lets another process tell this one and all data workers to stop, in the second epoch; workers first."""
+    """Lets another process signal all data workers and then this process, in the second epoch."""
 
     def __init__(self, hook: str, *at: int) -> None:
         self.place = (hook, *at)
@@ -125,7 +125,7 @@ class TellAll(Callback):
 
 @pytest.mark.parametrize(("place", "workers"), [(("train", 4), 2), (("train", 6), 0), (("validation", 3, 0), 0)])
 def test_the_run_that_goes_on_is_bit_equal_to_one_never_stopped(place: Any, workers: int, tmp_path: Path) -> None:
-    """In mid-epoch, in a short last window, and in a validation in the middle of a window; all of three batches."""
+    """Places in the middle of an epoch, in a short last window, and in a validation; windows have three batches."""
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 4}
     loader = functools.partial(resuming.shuffled, num_workers=workers)
     whole = resuming.run(resuming.DiceyLoRA, tmp_path, loader=loader, **options)
@@ -236,7 +236,7 @@ def test_processes_that_the_run_forks_still_die_when_they_are_told_to(tmp_path: 
 
 
 def test_a_slurm_job_is_requeued_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Lightning, with the checkpoint that it looks for when the job starts again."""
+    """Lightning saves the checkpoint that it loads when the job starts again."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The guard stops what would silently train nothing, and is silent itself where all is well."""
+"""The guard stops a run that would silently train nothing, and says nothing of a good run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_without_lora_it_does_nothing(tmp_path: Path) -> None:
 def test_optimizer_without_the_adapters_is_refused(tmp_path: Path) -> None:
     class Injected(Plain):
         def configure_optimizers(self) -> Any:
-            # As the stock LightningCLI does it: the optimizer is older than the adapters.
+            # As the stock LightningCLI does it: the optimizer is made before the adapters.
             return torch.optim.Adam([p for name, p in self.named_parameters() if "lora_" not in name])
 
         def configure_model(self) -> None:
@@ -75,7 +75,9 @@ def test_adapter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
             groups = [p for p in self.parameters() if p.requires_grad]
             return [torch.optim.SGD(groups), torch.optim.SGD(groups)]
 
-    with pytest.raises(GuardError, match=r"4 parameters are in more than one optimizer: net.first.lora_A"):
+    with pytest.raises(
+        GuardError, match=r"4 parameters are in more than one optimizer and would be updated twice: net.first.lora_A"
+    ):
         fit(Twice(), tmp_path)
 
 

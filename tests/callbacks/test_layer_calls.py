@@ -1,4 +1,4 @@
-"""Adapted layers that take no part are found, and every layer gets its own methods back."""
+"""Adapted layers that are never called are reported, and every layer gets its own methods back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = toys.expected_warnings
 
 
 class Bypass(nn.Module):
-    """Computes with a layer's weight without calling the layer; ``modes`` says when."""
+    """Computes with the weight of a layer without calling it, in training (True), evaluation (False) or both."""
 
     def __init__(self, *modes: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def test_bypassed_layer_of_the_module_itself_is_named(tmp_path: Path) -> None:
             self.used, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            # By a way that the code of the class does not tell.
+            # The analysis of the source code does not see this use.
             weight = dict(self.named_parameters())["bypassed.weight"]
             return F.linear(self.used(batch[0]), weight).square().sum()
 

@@ -1,4 +1,4 @@
-"""The callback adapts a module nobody can edit, as the mixin would."""
+"""The callback adapts a module that cannot be edited, as the mixin does."""
 
 from __future__ import annotations
 

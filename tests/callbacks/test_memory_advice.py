@@ -1,4 +1,4 @@
-"""An out-of-memory error says which settings of the run to lower; errors are the allocator's own."""
+"""An out-of-memory error names the settings to lower; the errors come from the real allocator."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def message(folder: Path, llama: Path, batch_size: int = 4, lora: Any = None, **options: Any) -> str | None:
-    """What the run failed with, None if it did not."""
+    """The message of the error that ended the run; None if it succeeded."""
     rows = folder / "rows.jsonl"
     rows.write_text('{"question": "what", "answer": "that"}\n' * 4)
     data = SFTDataModule(str(rows), batch_size=batch_size, max_length=40)

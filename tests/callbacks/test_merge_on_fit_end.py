@@ -1,4 +1,4 @@
-"""The merged model is one that transformers loads, and the module that trained it keeps its adapters."""
+"""transformers loads the merged model, and the trained module keeps its adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress display: what it shows, where, and that it never disturbs a run."""
+"""The progress display shows the right numbers in the right place and never disturbs a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINE = re.compile(r"epoch (\d+), step (\d+)(/\d+)?(  .*)?")
 
 
 class Tiny(LightningModule):
-    """Its loss is ``step + 1`` exactly, whatever the weights are."""
+    """A module whose loss is exactly ``batch_idx + 1`` for any weights."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One run per folder: locks of the living hold, locks of the dead are taken over."""
+"""A lock of a living process holds, a lock of a dead one is taken over."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_lora import RunFolderError
 from lightning_lora.callbacks import RunLock
 from lightning_lora.files.folder_lock import release_lock, take_lock
-from tests.support import toys
+from tests.support import toys, warm
 from tests.support.toys import Toy
 
 pytestmark = toys.expected_warnings
@@ -40,17 +39,17 @@ time.sleep(60)
 
 
 @contextmanager
-def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(folder: Path) -> Iterator[warm.Process]:
     """Another process that holds the lock."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(toys.ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with tempfile.NamedTemporaryFile() as printed:
+        process = warm.Process("-c", HOLD, folder, stdout=printed.name)
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "locked\n"
+            while printed.read() != b"locked\n":
+                assert process.poll() is None
+                printed.seek(0)
             yield process
         finally:
-            process.kill()
+            process.kill_all()
 
 
 def fit(folder: Path, *callbacks: Callback, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Data workers leave the answer to a signal to their parent, and never outlive it."""
+"""Data workers ignore signals that are meant for the run, and end with their parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A logger that fails costs its rows and not the run (fault F21)."""
+"""A failing logger loses its rows but does not end the run (fault F21)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Logging(Toy):
 
 
 class Failing(CSVLogger):
-    """Its disk is full at some steps."""
+    """A CSV logger whose disk is full at some steps."""
 
     def __init__(self, folder: Path, steps: range) -> None:
         super().__init__(folder, flush_logs_every_n_steps=1)
@@ -76,7 +76,7 @@ def test_training_goes_on_with_one_warning_and_the_gap_at_the_end(tmp_path: Path
 
 
 def test_lightning_alone_ends_with_its_logger(tmp_path: Path) -> None:
-    """Once this fails Lightning has learned it, and ours may go."""
+    """If this fails, Lightning handles it itself and `SteadyLoggers` can be removed."""
     with pytest.raises(OSError, match="No space left"):
         fit(tmp_path, Failing(tmp_path, range(2, 5)))
 

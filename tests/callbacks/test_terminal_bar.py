@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import select
 import sys
 import textwrap
 
 import pytest
+
+from tests.support import warm
 
 SCRIPT = """
     import sys, time, warnings
@@ -35,19 +37,15 @@ def test_a_bar_on_a_terminal(variable: str) -> None:
     environment = {key: text for key, text in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
     environment |= {"TERM": "xterm-256color", "COLUMNS": "200"} | ({name: value} if name else {})
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
-    process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, env=environment)
-    os.close(terminal)
+    process = warm.Process(
+        "-c", textwrap.dedent(SCRIPT), env=environment, stdout=os.ttyname(terminal), stderr=os.devnull
+    )
     chunks = []
-    while True:
-        try:
-            chunk = os.read(controller, 65536)
-        except OSError:  # Linux says "input/output error" where others say end of file
-            break
-        if not chunk:
-            break
-        chunks.append(chunk)
+    while process.poll() is None or select.select([controller], [], [], 0)[0]:
+        if select.select([controller], [], [], 0.1)[0]:
+            chunks.append(os.read(controller, 65536))
     os.close(controller)
+    os.close(terminal)
     assert process.wait() == 0
     out = b"".join(chunks).decode()
     if name == "TERM":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from lightning_lora.checkpoints.shards import read_shards
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.checkpoint_manifest import examine
 from tests.support import toys
+from tests.support.payload import Payload
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
@@ -36,8 +34,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_a_file_holds_what_the_shards_held_but_the_base(shards: Path, tmp_path: Path) -> None:
-    done = run(shards, tmp_path / "whole.ckpt")
-    assert done.stdout == f"written: {tmp_path / 'whole.ckpt'}\n"
+    assert consolidate(shards, tmp_path / "whole.ckpt") == tmp_path / "whole.ckpt"
     assert examine(tmp_path / "whole.ckpt").damage is None
     content = torch.load(tmp_path / "whole.ckpt", weights_only=True)
     assert toys.same(content["state_dict"], {"a": torch.arange(3.0)})
@@ -47,25 +44,14 @@ def test_a_file_holds_what_the_shards_held_but_the_base(shards: Path, tmp_path: 
     assert content["global_step"] == 7
 
 
-def test_what_is_there_already_and_what_is_no_folder_of_shards_are_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="no folder of shards that Lightning has written"):
-        consolidate(tmp_path, tmp_path / "whole.ckpt")
+def test_a_file_that_exists_and_a_folder_without_shards_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="is not a folder of shards: give the folder that"):
+        consolidate(tmp_path, tmp_path / "other.ckpt")
     (tmp_path / "whole.ckpt").touch()
-    with pytest.raises(FileExistsError, match=r"whole.ckpt exists already"):
+    with pytest.raises(FileExistsError, match=r"whole.ckpt already exists: remove it"):
         consolidate(shards, tmp_path / "whole.ckpt")
-    done = run(tmp_path, tmp_path / "other.ckpt")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "error: " in done.stderr
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
+    assert (tmp_path / "whole.ckpt").read_bytes() == b""
+    assert not (tmp_path / "other.ckpt").exists()
 
 
 @pytest.mark.parametrize("place", ["index", "value", "meta"])
@@ -81,8 +67,3 @@ def test_nothing_that_a_folder_holds_is_run(place: str, shards: Path, tmp_path: 
     with pytest.raises(AdapterFileError, match=r"shards cannot be read as a folder of shards"):
         read_shards(shards)
     assert not (tmp_path / "was-run").exists()
-
-
-def run(*arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_lora.checkpoints.consolidate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, cwd=toys.ROOT)

@@ -16,14 +16,14 @@ pytestmark = toys.expected_warnings
 
 
 class Ordered(LoRAMixin, toys.Plain):
-    """Trains in full, by an optimizer that is given its parameters in an order of its own."""
+    """A module for full fine-tuning whose optimizer gets the parameters in the order ``order``."""
 
     order = (0, 1, 2, 3)
     groups = ((0, 4),)
 
     def __init__(self) -> None:
         super().__init__()
-        # Of one shape, so that nothing but the order tells them apart.
+        # Both have the same shapes, so that only the order distinguishes them.
         self.net.first, self.net.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:

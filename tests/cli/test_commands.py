@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,44 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora import load_adapter
 from lightning_lora.cli import main as cli
-from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
+from lightning_lora.cli.embedded import MODEL
 from lightning_lora.files.checkpoint_manifest import SUFFIX
-
-CONFIGS = Path(__file__).parents[2] / "cli_configs"
-EMBEDDED = [
-    f"--model.init_args.model={MODEL}",
-    f"--data.init_args.train={TRAIN}",
-    f"--data.init_args.validation={VALIDATION}",
-    "--data.init_args.max_rows=12",
-    "--data.init_args.validation_rows=4",
-    "--data.init_args.batch_size=4",
-    "--data.init_args.max_length=128",
-    "--trainer.accelerator=cpu",
-]
-
-
-def lightning_lora(*arguments: str, cwd: Path, module: str = "lightning_lora") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *arguments], cwd=cwd, capture_output=True, text=True, timeout=500
-    )
-
-
-def configs(*names: str) -> list[str]:
-    return [f"--config={CONFIGS / name}" for name in names]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below ``folder`` with its hash."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
-def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal within 1e-5 of the largest logit: float32 itself is no closer to float64 over five layers."""
-    assert float(((found - expected).abs().max() / expected.abs().max()).detach()) <= 1e-5
+from tests.support.commands import EMBEDDED, assert_same_logits, configs, lightning_lora, tree
 
 
 @pytest.fixture(scope="module")

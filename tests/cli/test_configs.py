@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
-from tests.support import toys
+from tests.support import toys, warm
+from tests.support.commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
 WATCHING = ["monitor.yaml", "probe.yaml"]  # run in test_monitor.py
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
-SHARD = {"fsdp2.yaml", "fsdp.yaml", "deepspeed.yaml"}
 NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}
 # For adapters only.
 SPLITS = "tensor_parallel.yaml"
@@ -42,27 +41,52 @@ def test_every_strategy_parses(strategy: str, tmp_path: Path) -> None:
     assert yaml.safe_load(done.stdout)["trainer"]["devices"] == wanted["devices"]
 
 
+# Each method and each strategy, and together what shards what; every pair is computed in integration/test_matrix.py.
+PAIRS = [
+    ("lora.yaml", "ddp.yaml"),
+    ("lora.yaml", "fsdp2.yaml"),
+    ("attention_only.yaml", "single.yaml"),
+    ("full.yaml", "fsdp2.yaml"),
+    ("qlora.yaml", "ddp.yaml"),
+]
+
+
+def test_the_pairs_have_each_method_and_each_strategy_that_can_run_here() -> None:
+    methods, strategies = zip(*PAIRS, strict=True)
+    assert set(methods) == set(METHODS)
+    assert {*strategies, *NEEDS_GPU, SPLITS} == set(STRATEGIES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in {*NEEDS_GPU, SPLITS}])
-def test_every_method_runs_under_every_strategy(method: str, strategy: str, tmp_path: Path) -> None:
-    done = lightning_lora(
-        "fit",
-        *configs("sft.yaml", method, f"strategy/{strategy}"),
-        *EMBEDDED,
-        "--trainer.max_steps=2",
-        "--trainer.val_check_interval=1",
-        cwd=tmp_path,
-    )
-    if method == "qlora.yaml" and strategy in SHARD:
-        assert done.returncode == 2
-        assert "cannot shard a quantised base: use one device or ddp" in done.stderr
-        return
+@pytest.mark.parametrize(("method", "strategy"), PAIRS)
+def test_every_method_and_every_strategy_runs(method: str, strategy: str, tmp_path: Path) -> None:
+    # Lightning starts the second process of the first pair itself.
+    ranks = 1 if strategy == "single.yaml" or (method, strategy) == PAIRS[0] else 2
+    done = two_steps(method, strategy, ranks, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "val_loss" in done.stdout + done.stderr
     (run,) = (tmp_path / "runs" / "sft").iterdir()
     assert list((run / "checkpoints").iterdir())
     assert (run / "adapters/last/adapter_model.safetensors").is_file() == (method != "full.yaml")
+
+
+@pytest.mark.slow
+def test_a_quantised_base_is_not_sharded(tmp_path: Path) -> None:
+    done = two_steps("qlora.yaml", "fsdp2.yaml", 2, tmp_path)
+    assert done.returncode == 2
+    assert "cannot shard a quantised base: use one device or ddp" in done.stderr
+
+
+def two_steps(method: str, strategy: str, ranks: int, folder: Path) -> warm.Done:
+    return lightning_lora(
+        "fit",
+        *configs("sft.yaml", method, f"strategy/{strategy}"),
+        *EMBEDDED,
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=1",
+        cwd=folder,
+        ranks=ranks,
+    )
 
 
 # What is said where a layer cannot be split: nothing for adapters of a model with two heads.
@@ -75,7 +99,7 @@ def test_layers_are_split_with_adapters_only(case: str, tmp_path: Path) -> None:
     method = case if case.endswith(".yaml") else "lora.yaml"
     model = [] if case == "five heads" else [f"--model.init_args.model={toys.save_llama(tmp_path / 'llama')}"]
     command = [*configs("sft.yaml", method, f"strategy/{SPLITS}"), *EMBEDDED, *model, "--trainer.max_steps=2"]
-    done = lightning_lora("fit", *command, cwd=tmp_path)
+    done = lightning_lora("fit", *command, cwd=tmp_path, ranks=2)
     assert done.returncode == (2 if SPLITTING[case] else 0), done.stdout + done.stderr
     assert SPLITTING[case] in done.stderr
     written = (tmp_path / "runs/sft/version_0/adapters/last/adapter_model.safetensors").is_file()

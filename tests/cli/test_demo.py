@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lightning_lora.cli.embedded import MODEL
-from tests.cli.test_commands import assert_same_logits, lightning_lora
+from tests.support.commands import assert_same_logits, lightning_lora
 
 pytestmark = [
     pytest.mark.slow,

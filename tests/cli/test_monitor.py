@@ -8,8 +8,8 @@ import pytest
 
 from lightning_lora.files.events import read_events
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from tests.cli.test_commands import EMBEDDED, configs, lightning_lora
 from tests.support import toys
+from tests.support.commands import EMBEDDED, configs, lightning_lora
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import pytest
 from lightning_lora.cli import main as cli
 from lightning_lora.files.events import read_events
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from tests.cli.test_commands import EMBEDDED, configs, lightning_lora, tree
 from tests.support import toys
+from tests.support.commands import EMBEDDED, configs, lightning_lora, tree
 
 SMALL = [
     *(setting for setting in EMBEDDED if "max_length" not in setting),

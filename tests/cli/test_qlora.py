@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
-from tests.cli.test_commands import configs, lightning_lora, tree
+from tests.support.commands import configs, lightning_lora, tree
 from tests.support.quantised_models import difference
 
 

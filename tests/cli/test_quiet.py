@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import toys
+from tests.support import warm
 
 SCRIPT = """
 import logging, os, sys
@@ -34,7 +34,7 @@ NOISE = ("Failed to load", "Enum subclass", "kernels-community", "💡", "LeafSp
 
 @pytest.mark.slow
 def test_a_script_of_the_user_hears_what_concerns_it_and_no_noise(tmp_path: Path) -> None:
-    done = toys.run_python(SCRIPT, tmp_path)
+    done = warm.run_cold("-c", SCRIPT, tmp_path)
     for words in NOISE:
         assert words not in done.stdout + done.stderr
     assert "a warning of torchao" in done.stderr

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.test_commands import configs, lightning_lora
 from tests.support import toys
+from tests.support.commands import configs, lightning_lora
 from tests.support.resuming import differences
 
 pytestmark = [pytest.mark.slow]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main as cli
-from tests.cli.test_commands import EMBEDDED, configs
+from tests.support.commands import EMBEDDED, configs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -37,7 +37,7 @@ def test_a_target_in_yaml_sets_accumulation(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target_batch_size=10"], "no multiple of 4 rows x 1 device: the nearest that are one are 8 and 12"),
+        (["--target_batch_size=10"], "is not a multiple of 4 rows x 1 device: the nearest multiples are 8 and 12"),
         (["--target_batch_size=0"], "must be a whole number of rows, 1 or more, got 0"),
         (
             ["--target_batch_size=8", "--trainer.callbacks+=lightning_lora.callbacks.TargetBatchSize"],

@@ -3,16 +3,39 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets.config
 import pytest
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 Write = Callable[[str, Any], str]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def examples(batch: dict[str, Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each example of a padded or packed batch, without padding."""
+    found = []
+    for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        if "position_ids" in batch:
+            starts = [*(batch["position_ids"][index] == 0).nonzero().flatten().tolist(), len(ids)]
+        else:
+            starts = [0, int(batch["attention_mask"][index].sum())]
+        for start, end in pairwise(starts):
+            if (labels[start:end] != -100).any():
+                found.append((ids[start:end].tolist(), labels[start:end].tolist()))
+    return found
 
 
 @pytest.fixture(autouse=True)

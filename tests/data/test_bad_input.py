@@ -60,7 +60,11 @@ FILES = {
     "empty text": ("a.jsonl", [{"text": ""}], r"row 0 \(line 1\): 'text' is empty"),
     "empty csv field": ("a.csv", "question,answer\na,b\nc,\n", r"row 1 \(line 3\): 'answer' is empty"),
     "wrong input": ("a.jsonl", [{"instruction": "a", "input": 5, "output": "b"}], r"'input' must be text, got 5"),
-    "half a character": ("a.jsonl", '{"text": "a\\ud83d"}', r"row 0 \(line 1\): 'text' holds half a character at 1"),
+    "half a character": (
+        "a.jsonl",
+        '{"text": "a\\ud83d"}',
+        r"row 0 \(line 1\): 'text' has half a character \(a lone surrogate\) at 1",
+    ),
     "messages no list": ("a.jsonl", [{"messages": "hello"}], r"'messages' must be a list of turns .* got 'hello'"),
     "no messages": ("a.jsonl", [{"messages": []}], r"'messages' must be a list of turns"),
     "turn no object": (
@@ -88,12 +92,12 @@ FILES = {
     "no answer": (
         "a.jsonl",
         [turns("user", "assistant"), turns("system", "user")],
-        r"row 1 .*: no turn of the assistant",
+        r"row 1 .*: the assistant has no turn",
     ),
     "two answers": (
         "a.jsonl",
         [turns("user", "assistant", "assistant")],
-        r"row 0 .*: turns 1 and 2 are both the assistant's",
+        r"row 0 .*: turns 1 and 2 are both by the assistant",
     ),
 }
 
@@ -165,7 +169,7 @@ NAMES = {
     "in a folder that exists": ("folder/train", r"does not exist"),
     "no match": ("*.jsonl", r"'\*.jsonl' matches no file"),
     "folder": ("folder", r"'folder' is a folder; name the files in it, for example 'folder/\*.jsonl'"),
-    "unknown kind": ("notes.txt", r"'notes.txt' is of an unknown kind; readable are .json, .jsonl, .csv, .parquet"),
+    "unknown kind": ("notes.txt", r"'notes.txt' is of an unknown kind; known kinds: .json, .jsonl, .csv, .parquet"),
     "nothing named": ([], r"train is an empty list"),
     "hub": ("nobody/nothing", r"'nobody/nothing' is not a file on disk, and split 'train' of a hub dataset"),
     "hub split": ("nobody/nothing:main:half", r"split 'half' of a hub dataset"),
@@ -197,7 +201,7 @@ def test_a_file_that_exists_is_never_asked_from_the_hub(
 
 def test_rows_that_lose_every_answer_are_refused(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     data = SFTDataModule(write("a.jsonl", [GOOD] * 3), tokenizer=tokenizer, max_length=2)
-    with pytest.raises(DataError, match=r"train: no row has a token to train on: 3 of 3 rows longer than max_length=2"):
+    with pytest.raises(DataError, match=r"train: no row has a supervised token: 3 of 3 rows longer than max_length=2"):
         data.setup()
 
 
@@ -248,7 +252,7 @@ class Model(LightningModule):
 
 
 def attached(data: SFTDataModule, module: LightningModule) -> SFTDataModule:
-    """As the Trainer does before it calls setup."""
+    """Attach a Trainer as it does itself before it calls setup."""
     data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     data.trainer.strategy.connect(module)
     return data

@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_named(write: Write, tmp_path: Path, m
 
 @pytest.fixture
 def bars_on() -> Iterator[None]:
-    """Progress bars as a new process has them: a command run in this process may have switched them off for good."""
+    """Progress bars as in a new process; an earlier command in this process may have disabled them."""
     off = are_progress_bars_disabled()
     enable_progress_bars()
     yield

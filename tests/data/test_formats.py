@@ -93,7 +93,7 @@ def test_files_of_different_formats_go_together(write: Write, tokenizer: PreTrai
 
 
 def test_texts_that_look_like_dates_stay_texts(write: Write) -> None:
-    """pyarrow's JSON reader makes timestamps of them."""
+    """pyarrow's JSON reader would convert them to timestamps."""
     tokenizer = tiny_tokenizer()
     rows = [{"question": "When?", "answer": "2020-01-01"}, {"question": "And then?", "answer": "2021-02-03"}]
     assert ["2020-01-01" in tokenizer.decode(ids) for ids, _ in tokens(write("a.jsonl", rows), tokenizer)] == [

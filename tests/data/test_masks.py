@@ -74,7 +74,7 @@ def test_blanks_at_the_edge_of_an_answer_are_trained(write: Write, answer: str, 
     assert tokenizer.decode([i for i, used in zip(ids, mask, strict=True) if used]) == answer
 
 
-@pytest.mark.filterwarnings("ignore:train. 1 of 1 rows ending with another turn")
+@pytest.mark.filterwarnings("ignore:train. 1 of 1 rows ending with a turn")
 @pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
 def test_a_question_at_the_end_is_kept_but_not_trained(write: Write, template: str) -> None:
     tokenizer = tiny_tokenizer(template)

@@ -1,11 +1,8 @@
-"""Packing loses nothing, doubles nothing, and says where each example begins."""
+"""Packing loses and repeats no example, and marks where each one begins."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from itertools import chain, pairwise
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import jsonargparse
@@ -18,12 +15,11 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
-from lightning_lora.data.bins import best_fit, even_rows
 from lightning_lora.data.collate import CollatePacked
 from lightning_lora.data.packing import PackedRows, PackSampler
 from lightning_lora.errors import ConfigError
-from tests.data.conftest import Write
-from tests.data.test_training import QUIET, Bigram
+from tests.data.conftest import QUIET, Write, examples
+from tests.data.test_training import Bigram
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '\\w+' does not have many workers"),
@@ -55,19 +51,8 @@ def packs(data: SFTDataModule, epoch: int = 0) -> list[tuple[int, ...]]:
     return list(sampler)
 
 
-def examples(batch: dict[str, Tensor]) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each example, padding left out, cut where positions start again."""
-    found = []
-    for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
-        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        for start, end in pairwise(starts):
-            if (labels[start:end] != -100).any():
-                found.append((ids[start:end].tolist(), labels[start:end].tolist()))
-    return found
-
-
 def expected(data: SFTDataModule) -> list[tuple[list[int], list[int]]]:
-    """The same from the rows as they were read."""
+    """Ids and labels of each example, from the rows as they were read."""
     rows: Any = data.rows["train"]
     return [
         (row["input_ids"], [i if s else -100 for i, s in zip(row["input_ids"], row["supervised"], strict=True)])
@@ -119,16 +104,6 @@ def test_rows_meet_other_rows_in_another_epoch(path: str, tokenizer: PreTrainedT
     assert len(first & second) < len(first) / 2
 
 
-@pytest.mark.parametrize("shortest", [1, 40])
-def test_packs_are_full_and_never_too_full(shortest: int) -> None:
-    lengths = numpy.random.default_rng(0).integers(shortest, 65, 2000)
-    filled = [int(lengths[pack].sum()) for pack in best_fit(lengths.tolist(), 64)]
-    assert max(filled) <= 64
-    assert sum(filled) == lengths.sum()
-    # Rows of more than half a pack cannot share one.
-    assert shortest > 32 or sum(filled) / (64 * len(filled)) > 0.97
-
-
 def test_positions_begin_again_with_each_example_and_padding_has_no_labels() -> None:
     def row(*ids: int) -> dict[str, Any]:
         return {"input_ids": list(ids), "supervised": [False] + [True] * (len(ids) - 1)}
@@ -153,26 +128,9 @@ def test_no_example_begins_with_a_label(write: Write, tokenizer: PreTrainedToken
 def test_a_packed_batch_holds_the_examples_of_the_padded_one(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
     padded, packed = (ready(path, tokenizer, packing=packing, batch_size=8) for packing in (False, "batch"))
     for rows, fewer in zip(padded.train_dataloader(), packed.train_dataloader(), strict=True):
-        real = [mask.bool() for mask in rows["attention_mask"]]
-        wanted = [
-            (ids[mask].tolist(), labels[mask].tolist())
-            for ids, labels, mask in zip(rows["input_ids"], rows["labels"], real, strict=True)
-        ]
-        assert sorted(examples(fewer)) == sorted(wanted)
+        assert sorted(examples(fewer)) == sorted(examples(rows))
         assert len(fewer["input_ids"]) < len(rows["input_ids"]) or len(rows["input_ids"]) == 1
-        assert places(fewer) <= places(rows)
-
-
-@pytest.mark.parametrize("shortest", [1, 30, 64])
-def test_even_rows_are_few_and_hardly_padded(shortest: int) -> None:
-    for seed in range(20):
-        lengths = numpy.random.default_rng(seed).integers(shortest, 65, 32).tolist()
-        rows = even_rows(lengths)
-        used = [sum(lengths[example] for example in row) for row in rows]
-        assert sorted(chain(*rows)) == list(range(32))
-        assert max(used) <= 2.5 * max(lengths)
-        assert sum(used) / (len(rows) * max(used)) > 0.9
-    assert even_rows([7]) == [[0]]
+        assert num_positions(fewer) <= num_positions(rows)
 
 
 def test_rows_longer_than_a_pack_are_cut_as_ever(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -183,7 +141,7 @@ def test_rows_longer_than_a_pack_are_cut_as_ever(path: str, tokenizer: PreTraine
     assert sorted(chain.from_iterable(map(examples, batches))) == sorted(expected(data))
 
 
-def places(batch: dict[str, Tensor]) -> int:
+def num_positions(batch: dict[str, Tensor]) -> int:
     return batch["input_ids"].numel()
 
 
@@ -196,14 +154,16 @@ def test_statistics_are_what_the_batches_hold(
     counts = data.statistics["train"]
     batches = list(data.train_dataloader())
     assert counts.packed_rows == sum(len(batch["input_ids"]) for batch in batches)
-    assert counts.filled == pytest.approx(counts.tokens / sum(map(places, batches)))
+    assert counts.filled == pytest.approx(counts.tokens / sum(map(num_positions, batches)))
+    data.setup("fit")
+    assert data.statistics["train"] == counts, "set up again"
     padded = ready(path, tokenizer, packing=False, batch_size=3)
-    assert counts.filled_unpacked == pytest.approx(counts.tokens / sum(map(places, padded.train_dataloader())))
+    assert counts.filled_unpacked == pytest.approx(counts.tokens / sum(map(num_positions, padded.train_dataloader())))
     assert padded.statistics["train"].filled is None
     assert counts.filled is not None
     assert counts.filled_unpacked is not None
     assert counts.filled > counts.filled_unpacked
-    assert f"{NUM_ROWS} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the places" in caplog.text
+    assert f"{NUM_ROWS} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the positions" in caplog.text
 
 
 def test_validation_rows_are_not_packed(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -246,58 +206,6 @@ def test_packing_comes_from_yaml_and_the_command_line(write: Write, given: str, 
     config = write("c.yaml", f"data:\n  packing: {given}\n")
     for arguments in (["--config", config], [f"--data.packing={given}"]):
         assert parser.instantiate(parser.parse_args(arguments)).data.packing == packing
-
-
-SCRIPT = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import datasets.config
-datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-from lightning.pytorch import LightningModule, Trainer
-import torch
-from lightning_lora.data import SFTDataModule
-from tests.data.test_packing import examples
-from tests.support.tiny_tokenizer import tiny_tokenizer
-
-class Reader(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1, bias=False)
-        self.tokenizer, self.seen = tiny_tokenizer(), []
-    def training_step(self, batch):
-        self.seen.append([ids for ids, _ in examples(batch)])
-        return self.layer.weight.sum()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-    def on_train_end(self):
-        torch.save(self.seen, f"{sys.argv[2]}/rank{self.global_rank}")
-
-devices = int(sys.argv[3])
-Trainer(accelerator="cpu", strategy="ddp" if devices > 1 else "auto", devices=devices, max_epochs=2, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-).fit(Reader(), datamodule=SFTDataModule(sys.argv[1], batch_size=2 // devices, max_length=64, seed=5, packing=True))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_packs_of_one(path: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(SCRIPT)
-    seen: dict[int, list[Any]] = {}
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        subprocess.run(
-            [sys.executable, tmp_path / "run.py", path, folder, str(devices)],
-            check=True,
-            timeout=300,
-            capture_output=True,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"},
-        )
-        seen[devices] = [torch.load(folder / f"rank{rank}") for rank in range(devices)]
-    together = [one + other for one, other in zip(*seen[2], strict=True)]
-    assert together == seen[1][0]
-    data = ready(path, tokenizer, seed=5)
-    assert sorted(chain(*together)) == sorted([ids for ids, _ in expected(data)] * 2)
 
 
 def test_lightning_leaves_the_sampler_alone(path: str, tokenizer: PreTrainedTokenizerFast) -> None:

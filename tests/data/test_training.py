@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
-from tests.data.conftest import Write
+from tests.data.conftest import QUIET, Write
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '\\w+' does not have many workers"),
@@ -21,13 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
 ]
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 ROWS = [{"question": "What is " + "two " * n, "answer": "the sum"} for n in range(1, 9)]
 
 
@@ -120,4 +112,4 @@ def test_options_come_from_yaml(write: Write, tmp_path: Path) -> None:
     assert (data.tokenizer, data.seed, data.limits["train"]) == (str(tmp_path), 7, 100)
     assert parser.parse_args([]).data.train is None
     help_text = " ".join(parser.format_help().split())
-    assert "Tokens kept of a row, from its beginning." in help_text
+    assert "Tokens kept of each row, from its beginning." in help_text

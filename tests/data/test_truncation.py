@@ -35,7 +35,7 @@ def test_cut_and_dropped_rows_are_counted_and_told(write: Write, tokenizer: PreT
     (told,) = [str(warning.message) for warning in caught]
     assert f"train: 3 of 4 rows longer than max_length={lengths[1] - 1} tokens and cut" in told
     assert f"(the longest has {lengths[3]})" in told
-    assert "1 of 4 rows left without a token to train on and dropped" in told
+    assert "1 of 4 rows left without a supervised token and dropped" in told
     kept = data.rows["train"]
     assert [row["place"].split("row ")[1] for row in kept] == ["0 (line 1)", "1 (line 2)", "2 (line 3)"]  # type: ignore[index]
     assert data.statistics["train"] == SplitStatistics(
@@ -60,10 +60,10 @@ def test_a_row_of_exactly_max_length_is_not_cut(write: Write, tokenizer: PreTrai
     assert data.statistics["train"].truncated_rows == 0
 
 
-@pytest.mark.filterwarnings("default:train. 1 of 2 rows ending with another turn:UserWarning")
+@pytest.mark.filterwarnings("default:train. 1 of 2 rows ending with a turn that is not the assistant's:UserWarning")
 def test_conversations_that_end_with_a_question_are_told(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [{"role": role, "content": "five"} for role in ("user", "assistant", "user")]
     data = SFTDataModule(write("a.jsonl", [{"messages": turns}, {"messages": turns[:2]}]), tokenizer=tokenizer)
-    with pytest.warns(UserWarning, match="train: 1 of 2 rows ending with another turn than the assistant's"):
+    with pytest.warns(UserWarning, match="train: 1 of 2 rows ending with a turn that is not the assistant's"):
         data.setup()
     assert data.statistics["train"].rows == 2

@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import stat
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -19,6 +18,7 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.files import atomic
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.atomic import atomic_file, atomic_folder, sha256
+from tests.support import toys
 from tests.support.adapter_files import read_texts, write_folder
 
 
@@ -235,8 +235,7 @@ def test_a_folder_without_write_permission_raises_and_stays_as_it_was() -> None:
         home = Path(os.path.realpath(name))
         write_folder(home / "a", "old")
         home.chmod(0o555)
-        command = [sys.executable, "-c", textwrap.dedent(script), str(home / "a")]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = toys.run_python(textwrap.dedent(script), home / "a", check=False)
         home.chmod(0o755)
         assert done.returncode == 0, done.stderr
         assert read_texts(home) == {f"a/{CONFIG_FILE}": "old", "a/sub/weights": "old"}

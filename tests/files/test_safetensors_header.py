@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.files.safetensors_header import TENSOR_DTYPES, Header, TensorSpan, read_header
+from tests.support import toys
 
 
 def file_of(header: object, num_data_bytes: int = 0, length: int | None = None) -> bytes:
@@ -125,8 +124,7 @@ def test_bad_files_need_little_memory(tmp_path: Path) -> None:
             sys.exit(f"{path} was accepted")
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = toys.run_python(textwrap.dedent(script), tmp_path)
     assert float(done.stdout) < 200
 
 

@@ -9,7 +9,6 @@ import torch
 
 from lightning_lora import load_adapter
 from tests.callbacks.test_adapter_ema import torchs, trained
-from tests.integration.scripts import ranks
 from tests.support import toys
 from tests.support.resuming import DiceyLoRA, differences
 
@@ -63,9 +62,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_average_what_each_holds(kind: str, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    ranks.run(script, kind, tmp_path)
+    toys.run_python(SCRIPT, kind, tmp_path, ranks=2)
     ends = [torch.load(tmp_path / f"end{place}.ckpt", weights_only=True) for place in (None, "batch-0-3")]
     assert not differences(*ends), differences(*ends)[:5]
     steps = [

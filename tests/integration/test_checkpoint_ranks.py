@@ -8,12 +8,12 @@ import pytest
 
 from lightning_lora.files.checkpoint_manifest import SUFFIX
 from tests.integration.scripts import two_rank_checkpoints
-from tests.integration.scripts.ranks import run
+from tests.support import warm
 
 
 @pytest.mark.slow
 def test_ranks_write_verify_and_fall_back_together(tmp_path: Path) -> None:
-    run(two_rank_checkpoints.__file__, tmp_path)
+    warm.run_ranks(2, two_rank_checkpoints.__file__, tmp_path)
     files = ",".join(f"step={step}.ckpt{suffix}" for step in (4, 8) for suffix in ("", SUFFIX))
     for rank in (0, 1):
         listing, differing, resumed = (tmp_path / f"{rank}.txt").read_text().splitlines()

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cli.test_commands import CONFIGS, EMBEDDED, configs, lightning_lora
-from tests.integration.scripts.ranks import free_port
 from tests.support import toys
+from tests.support.commands import CONFIGS, EMBEDDED, configs, lightning_lora
+from tests.support.warm import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def arguments(strategy: str, batch_size: int = 4, num_epochs: int = NUM_EPOCHS) 
 
 def start(script: Path, folder: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     """``bash SCRIPT OPTIONS`` in ``folder``, with our commands and the stand-in for srun on the path."""
-    path = f"{Path(__file__).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(__file__).parent / 'scripts'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     ours = {"PATH": path, "PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         ["bash", str(script), *options],

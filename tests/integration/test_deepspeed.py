@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import torch
 from lightning_lora.callbacks import AdaptiveAccumulation
 from lightning_lora.errors import ConfigError
 from tests.integration.scripts import deepspeed_runs
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.support import toys, warm
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,8 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     toys.save_llama(folder / "llama")
     deepspeed_runs.run(1, folder, 0)
-    path = f"{toys.ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    run(deepspeed_runs.__file__, 2, folder, 2, 3, "target", PYTHONPATH=path, DS_ACCELERATOR="cpu")
+    warm.run_ranks(2, deepspeed_runs.__file__, 2, folder, 2, 3, "target", DS_ACCELERATOR="cpu")
     return folder
 
 

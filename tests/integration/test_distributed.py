@@ -10,8 +10,7 @@ import torch
 from lightning_lora import load_adapter, lora_state_dict, merge_lora
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts import two_processes
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.support import toys, warm
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -26,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_adapter_folders_written_by_two_processes_load_on_one(strategy: str, folder: Path) -> None:
-    run(two_processes.__file__, strategy, folder)
+    warm.run_ranks(2, two_processes.__file__, strategy, folder)
     out = folder / strategy
     module = CausalLM(str(folder / "llama"))
     module.configure_model()

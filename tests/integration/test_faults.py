@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.test_commands import EMBEDDED, configs, tree
 from tests.integration.scripts.disturbed import Run, run, training
+from tests.support.commands import EMBEDDED, configs, tree
 
 pytestmark = pytest.mark.slow
 
@@ -89,11 +89,13 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
         ranks = [broken.pid(rank) for rank in (0, 1)]
         os.kill(ranks[victim], signal.SIGKILL)
         assert broken.code() not in (0, 143), broken.text
-    how = "was killed by SIGKILL" if victim else "is gone"
-    assert f"[rank {1 - victim}] rank {victim} (process {ranks[victim]}) {how}; the run cannot go on" in broken.text
+    end = "was killed by SIGKILL" if victim else "is gone"
+    assert f"[rank {1 - victim}] rank {victim} (process {ranks[victim]}) {end}; the run cannot go on" in broken.text
 
-    # The second process ends first, and Lightning looks every 5 seconds whether it has failed.
-    with run(tmp_path, *command("--resume=last", "--linger=6")) as told:
+    # Lightning starts the second process, which ends first, and looks every 5 seconds whether it has failed; or both
+    # are started from outside, as on a cluster.
+    started, linger = (1, 6) if strategy == "ddp" else (2, 0)
+    with run(tmp_path, *command("--resume=last", f"--linger={linger}"), ranks=started) as told:
         ranks = [told.pid(rank) for rank in (0, 1)]
         assert min(told.steps) >= max(broken.steps)
         os.kill(ranks[1 - victim], signal.SIGTERM)  # it is enough to tell one
@@ -103,7 +105,7 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
     assert step == max(told.steps)
 
     # On the last rank only: under FSDP2 it alone holds the part with the NaN.
-    with run(tmp_path, *command(f"--resume={path}", f"--nan-at={step + 2}", "--seconds=0")) as lost:
+    with run(tmp_path, *command(f"--resume={path}", f"--nan-at={step + 2}", "--seconds=0"), ranks=2) as lost:
         assert lost.code() == 1, lost.text
     words = rf"GradientError: the gradient of 'net.first.lora_A' is .* step {step + 3}, made of batch {step + 2} of"
     assert len(re.findall(words, lost.text)) == 2, lost.text
@@ -120,7 +122,7 @@ def test_a_rank_that_hangs_ends_the_run_and_a_suspended_run_goes_on(tmp_path: Pa
         broken.tell_all(signal.SIGSTOP)
         time.sleep(6)
         broken.tell_all(signal.SIGCONT)
-        broken.wait_for(rf"rank 1 step {max(broken.steps) + 20} ")
+        broken.wait_for(rf"rank 1 step {max(broken.steps) + 10} ")
         os.kill(ranks[1], signal.SIGSTOP)
         assert broken.code() == 1, broken.text
         assert re.search(r"\[rank 0\] rank 1 gave no sign of life for \d+ s; the run cannot go on", broken.text)

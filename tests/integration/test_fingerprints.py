@@ -12,8 +12,6 @@ import torch
 from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.errors import BaseMismatchError
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
-from tests.integration.scripts import ranks
-from tests.integration.scripts.ranks import free_port
 from tests.support import toys
 from tests.support.tiny_models import llama
 
@@ -28,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
 from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
-from lightning_lora.lora.sharded_entries import every_nth
+from lightning_lora.lora.shards import every_nth
 from lightning_lora.sharding import shard_lora
 from tests.support.tiny_models import llama, wake
 
@@ -85,7 +83,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.sharding import shard_lora
-from tests import toys
+from tests.support import toys
 
 folder = Path(sys.argv[1])
 
@@ -110,18 +108,11 @@ torch.distributed.destroy_process_group()  # threads of gloo that are left at ex
 """
 
 
-def run(script: str, num_processes: int, *arguments: object) -> None:
-    folder = Path(str(arguments[-1]))
-    (folder / "run.py").write_text(script)
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
-    ranks.run(*launcher, folder / "run.py", *arguments)
-
-
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes have found out and written."""
     folder = tmp_path_factory.mktemp("four")
-    run(DIGESTS, 4, folder)
+    toys.run_python(DIGESTS, folder, ranks=4)
     return folder
 
 
@@ -152,7 +143,7 @@ def test_an_adapter_of_four_shards_loads_on_one_device_and_on_no_other_base(four
 
 def test_a_checkpoint_of_fsdp2_has_the_fingerprint_of_one_device(tmp_path: Path) -> None:
     """Of a base that was built on the meta device and had no values when the adapters were put in."""
-    run(LATE, 2, tmp_path)
+    toys.run_python(LATE, tmp_path, ranks=2)
     trainer = toys.trainer(tmp_path)
     trainer.fit(toys.Toy(), toys.loader())
     trainer.save_checkpoint(tmp_path / "one.ckpt")

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import toys
+from tests.support import warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 def trials(io: str, count: int, folder: Path) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.integration.scripts.kill_trials",
-        io,
-        str(count),
-        str(folder),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=toys.ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    (done,) = warm.run_ranks(1, "-W", "ignore", "-m", "tests.integration.scripts.kill_trials", io, count, folder)
     return json.loads(done.stdout.splitlines()[-1])
 
 

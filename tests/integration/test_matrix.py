@@ -20,8 +20,7 @@ from lightning_lora.files.atomic import sha256
 from lightning_lora.files.checkpoint_manifest import examine
 from tests.integration.scripts import matrix
 from tests.integration.scripts.matrix import LAST, METHODS, SAVED_AT
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.support import toys, warm
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -42,7 +41,7 @@ def cell(method: str, strategy: str, load: str | None = None, save: str | None =
 def launch(folder: Path, ranks: int, cells: list[dict[str, Any]]) -> None:
     """Run the cells one after the other in ``ranks`` processes."""
     (folder / f"cells-{ranks}.json").write_text(json.dumps(cells))
-    run(matrix.__file__, folder, ranks)
+    warm.run_ranks(ranks, matrix.__file__, folder, ranks)
 
 
 def reads(saved: str, loaded: str) -> bool:
@@ -262,7 +261,7 @@ def test_a_damaged_folder_of_shards_is_an_error(folder: Path, kind: str) -> None
 
 def test_nothing_is_run_that_a_checkpoint_may_hold(folder: Path) -> None:
     assert "Weights only load failed" in seen(folder, "payload-to-fsdp1")["error"]
-    assert "which is no plain type" in seen(folder, "payload-index-to-single")["error"]
+    assert "which is not a plain type" in seen(folder, "payload-index-to-single")["error"]
     assert not (folder / "was-run").exists()
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_lora.batch.noise.noise_scale import signal_and_trace
 from tests.integration.scripts import monitored_ranks as script
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.support import toys, warm
 from tests.support.monitored import Double
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
@@ -38,7 +37,7 @@ def gradient(rows: list[int], of_base: bool = False) -> Tensor:
 def test_a_step_of_two_ranks_is_measured_as_if_by_hand(
     strategy: str, num_micro_batches: int, tolerance: float, tmp_path: Path
 ) -> None:
-    run(script.__file__, strategy, tmp_path)
+    warm.run_ranks(2, script.__file__, strategy, tmp_path)
     found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     first, second = found["samples"]
     assert other["samples"] == [first, second]

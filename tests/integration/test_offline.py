@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from lightning_lora import hub
-from tests.support import toys
+from tests.support import toys, warm
 
 SCRIPT = """
 import contextlib, io, json, os, socket, sys, time, warnings
@@ -22,7 +22,7 @@ def dead(*arguments, **options):
     raise socket.gaierror(-3, "Temporary failure in name resolution")
 
 socket.getaddrinfo = dead
-from lightning_lora import cli
+from lightning_lora.cli import main as cli
 
 settings, runs = json.loads(sys.argv[1]), {}
 for name, arguments in settings.items():
@@ -62,10 +62,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "data": ["--model.init_args.model=some/llama", "--data.init_args.train=nobody/nothing"],
         "cached": ["--model.init_args.model=some/llama", f"--data.init_args.train={folder / 'rows.jsonl'}"],
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder / "home"))
-        code = SCRIPT.replace("import contextlib", "import os; del os.environ['HF_HUB_OFFLINE']\nimport contextlib", 1)
-        done = toys.run_python(code, json.dumps({name: [*rest, *more] for name, more in settings.items()}))
+    commands = json.dumps({name: [*rest, *more] for name, more in settings.items()})
+    done = warm.run_cold("-c", SCRIPT, commands, HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="")
     return json.loads(done.stdout.splitlines()[-1])
 
 

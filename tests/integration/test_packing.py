@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from tests.integration.scripts.ranks import launched
-from tests.support import toys
+from tests.support import toys, warm
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
@@ -25,7 +23,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora import LoRAConfig, lora_state_dict
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
-from tests import toys
+from tests.support import toys
 
 model, rows, out, strategy = sys.argv[1:]
 datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
@@ -46,12 +44,12 @@ if torch.distributed.is_initialized():
 """
 
 
-def run(model: Path, strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(model: Path, strategy: str, folder: Path) -> warm.Done:
     """Packs of 23 short rows on one device or two; the adapters go to a file named after the strategy."""
-    script, rows = folder / "run.py", folder / "rows.jsonl"
-    script.write_text(SCRIPT)
+    rows = folder / "rows.jsonl"
     rows.write_text("".join(f'{{"question": "{"what " * (1 + n % 6)}", "answer": "{n}"}}\n' for n in range(23)))
-    return launched(script, model, rows, folder / f"{strategy}.pt", strategy)
+    out, ranks = folder / f"{strategy}.pt", 1 if strategy == "auto" else 2
+    return toys.run_python(SCRIPT, model, rows, out, strategy, ranks=ranks, check=False)
 
 
 def test_packs_train_the_same_on_one_device_and_on_two(tmp_path: Path) -> None:

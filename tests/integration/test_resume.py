@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.scripts import ranks
 from tests.support import toys
 from tests.support.resuming import differences
 
@@ -21,7 +20,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_lora.sharding import shard_lora
 from lightning_lora.batch.token_loss import TokenWeightedLoss
-from tests import resuming, toys
+from tests.support import resuming, toys
 
 kind, folder, place = sys.argv[1:]
 
@@ -58,9 +57,7 @@ torch.distributed.destroy_process_group()
 
 
 def run(kind: str, folder: Path, place: str = "-") -> None:
-    script = folder / "run.py"
-    script.write_text(SCRIPT)
-    ranks.run(script, kind, folder, place)
+    toys.run_python(SCRIPT, kind, folder, place, ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -11,9 +11,8 @@ import torch
 
 from lightning_lora import load_adapter, lora_state_dict
 from lightning_lora.tasks import CausalLM
-from tests.integration.scripts import fsdp2_checks, strategy_runs
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.integration.scripts import strategy_runs
+from tests.support import toys, warm
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -21,32 +20,31 @@ RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strate
 # Each way of communicating gradients where it is not the default.
 OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full", "tp/llm-lora"]
 QUANTISED = [f"ddp/{task}" for task in strategy_runs.QUANTISED if find_spec("bitsandbytes") is not None]
-CHECKS = [f"checks/{name}" for name in fsdp2_checks.CHECKS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every run in it, of one device and of two processes."""
+    """A folder with the llama, and with every run and check that a test has asked for."""
     folder = tmp_path_factory.mktemp("strategies")
     toys.save_llama(folder / "llama")
-    for task in (*strategy_runs.TASKS, *(name.partition("/")[2] for name in QUANTISED)):
-        strategy_runs.run(1, folder, "single", task)
-    launch(2, folder, *RUNS, *OTHERS, *QUANTISED, *CHECKS)
     return folder
 
 
-def launch(ranks: int, folder: Path, *names: str) -> None:
-    run(strategy_runs.__file__, ranks, folder, *names)
+def findings(folder: Path, name: str, ranks: int = 2) -> Any:
+    """What a run or a check has found out; it is made once."""
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        warm.run_ranks(ranks, strategy_runs.__file__, ranks, folder, name)
+    return torch.load(path)
 
 
-def traces(folder: Path, run: str) -> tuple[Any, Any]:
+def traces(folder: Path, run: str, ranks: int = 2) -> tuple[Any, Any]:
     """What the run has computed, and what one device has."""
-    task = run.partition("/")[2]
-    return torch.load(folder / f"{run}.pt"), torch.load(folder / "single" / f"{task}.pt")
+    return findings(folder, run, ranks), findings(folder, f"single/{run.partition('/')[2]}", ranks=1)
 
 
-def assert_same_run(folder: Path, run: str) -> None:
-    found, expected = traces(folder, run)
+def assert_same_run(folder: Path, run: str, ranks: int = 2) -> None:
+    found, expected = traces(folder, run, ranks)
     assert len(found["losses"]) == strategy_runs.NUM_STEPS
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
@@ -85,12 +83,8 @@ def test_clipping_is_by_the_norm_over_all_ranks(run: str, folder: Path) -> None:
         assert after == pytest.approx(strategy_runs.CLIP, rel=1e-4)
 
 
-def findings(folder: Path, name: str) -> Any:
-    return torch.load(folder / f"{name}.pt")
-
-
 def test_one_file_is_written_without_gathering_frozen_weights(folder: Path) -> None:
-    found = findings(folder, "saving")
+    found = findings(folder, "checks/saving")
     trained, everything = found["sharded"]
     assert trained < everything
     assert found["gathered"] == (trained, everything)
@@ -100,11 +94,11 @@ def test_one_file_is_written_without_gathering_frozen_weights(folder: Path) -> N
 
 def test_gradients_are_communicated_once_per_step(folder: Path) -> None:
     # Three groups: two blocks and the rest.
-    assert findings(folder, "communication")["counts"] == {None: 3 * 4, False: 3 * 10}
+    assert findings(folder, "checks/communication")["counts"] == {None: 3 * 4, False: 3 * 10}
 
 
 def test_a_checkpoint_inside_a_window_holds_its_gradients(folder: Path) -> None:
-    found = findings(folder, "inside")
+    found = findings(folder, "checks/inside")
     assert found["steps"] == 3
     assert toys.same(found["resumed"], found["saved"])
     # A sum of three is communicated as a sum of two and one.
@@ -112,23 +106,22 @@ def test_a_checkpoint_inside_a_window_holds_its_gradients(folder: Path) -> None:
 
 
 def test_gradients_of_a_window_that_was_never_closed_are_forgotten(folder: Path) -> None:
-    found = findings(folder, "again")
+    found = findings(folder, "checks/again")
     assert found["stopped"] == found["new"]
 
 
 def test_a_module_that_does_not_shard_itself_is_refused(folder: Path) -> None:
-    message = findings(folder, "unsharded")
+    message = findings(folder, "checks/unsharded")
     assert "Whole does not shard itself: each process would train a copy of its own" in message
     assert "call shard_lora(self.net, self.device_mesh)" in message
 
 
 def test_two_groups_of_two_processes_that_split_each_layer_compute_what_one_device_computes(folder: Path) -> None:
-    launch(4, folder, "tp-and-data/llm-lora")
-    assert_same_run(folder, "tp-and-data/llm-lora")
+    assert_same_run(folder, "tp-and-data/llm-lora", ranks=4)
 
 
 def test_adapters_of_split_layers_are_written_whole(folder: Path) -> None:
-    factors = findings(folder, "splitting")["factors"]
+    factors = findings(folder, "checks/splitting")["factors"]
     module = CausalLM(str(folder / "llama"))
     module.configure_model()
     load_adapter(module, folder / "split-adapter")
@@ -144,10 +137,10 @@ REFUSED = {
     "all": "tensor parallelism is for adapters, but 11 parameters are trained in full: table.weight",
     "outside": "1 adapted layers are outside the model's tensor-parallel plan: head. Exclude them",
     "dropout": "lora dropout would differ between tensor-parallel processes: set dropout to 0",
-    "odd": "2 tensor-parallel processes cannot divide head (1) evenly.",
+    "odd": "2 tensor-parallel processes cannot divide head (1) evenly: set a tensor_parallel_size",
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_split_is_refused(name: str, folder: Path) -> None:
-    assert REFUSED[name] in findings(folder, "splitting")["said"][name]
+    assert REFUSED[name] in findings(folder, "checks/splitting")["said"][name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import toys
+from tests.support import warm
 
 STRACE = shutil.which("strace")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(STRACE is None, reason="needs strace")]
@@ -35,14 +35,14 @@ TRACED = "trace=write,pwrite64,fsync,fdatasync,rename,renameat,renameat2"
 def calls(folder: Path) -> list[tuple[str, str, str]]:
     """``(write | fsync | rename, path, new name)`` of each call on something in ``folder``; repeated writes once."""
     trace = folder.parent / "trace.txt"
-    command = [str(STRACE), "-f", "-y", "-s", "256", "-e", TRACED]
+    command = [str(STRACE), "-f", "--seccomp-bpf", "-y", "-s", "256", "-e", TRACED]
     done = subprocess.run(
         [*command, "-o", str(trace), sys.executable, "-c", SAVE, str(folder)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1"},
+        env=warm.environment(),
     )
     if "ptrace" in done.stderr and done.returncode:
         pytest.skip("tracing is not allowed here")

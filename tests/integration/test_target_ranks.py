@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.integration.scripts import target_ranks as script
-from tests.integration.scripts.ranks import run
-from tests.support import toys
+from tests.support import toys, warm
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -29,7 +28,7 @@ def alone(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pair(folder: Path, alone: dict[str, Any]) -> list[dict[str, Any]]:
     """What the two ranks have done, which had the checkpoints of one device."""
-    run(script.__file__, folder)
+    warm.run_ranks(2, script.__file__, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

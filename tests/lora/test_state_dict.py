@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from tests.lora.models import ALL, BUILDS, adapted, every_build, output
-from tests.support import toys
+from tests.support import warm
 from tests.support.tiny_models import mlp, portrait, wake
 
 
@@ -118,13 +116,5 @@ def test_an_adapted_subclass_unpickles_in_another_process(tmp_path: Path) -> Non
         "import torch; module, inputs, expected = torch.load('module.pt', weights_only=False);"
         "assert torch.equal(module(inputs), expected); print(type(module.own).__name__)"
     )
-    root = str(toys.ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = warm.run("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "LoRADoubled"), done.stderr

@@ -1,4 +1,4 @@
-"""LightningModules of other kinds than language models, written as users write them: none is built around LoRA."""
+"""LightningModules other than language models, written as users write them and not around LoRA."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    # Adapters must move within a few steps whatever is drawn.
+    # No dropout: adapters must move within a few steps with any seed.
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
@@ -40,7 +40,7 @@ CLASSES: dict[str, Any] = {"num_labels": 5}
 
 
 class Plain(LightningModule):
-    """Adam over whatever is to be trained, and the same loss in validation as in training."""
+    """AdamW over all trainable parameters; validation logs the training loss."""
 
     def loss(self, batch: Any) -> Tensor:
         raise NotImplementedError
@@ -56,7 +56,7 @@ class Plain(LightningModule):
 
 
 class WithMixin(LoRAMixin, Plain):
-    """The same by the learning-rate rule."""
+    """The same module with the mixin, trained by the learning-rate rule."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.lora_parameter_groups(LEARNING_RATE / 10))
@@ -78,7 +78,7 @@ class ImageTransformer(Plain):
 
 
 class ImageConvNet(ImageTransformer):
-    """A small ResNet; its batch norms keep the statistics they were pre-trained with."""
+    """A small ResNet whose batch norms keep their pretrained statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class ImageConvNet(ImageTransformer):
 
 
 class Speech(WithMixin):
-    """Whisper's encoder tells what a recording is."""
+    """Whisper's encoder as a classifier of recordings."""
 
     def __init__(self, lora: Any) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Speech(WithMixin):
 
 
 class Translation(WithMixin):
-    """T5 from one sequence of tokens to another."""
+    """T5 as a model from one sequence of tokens to another."""
 
     def __init__(self, lora: Any) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Translation(WithMixin):
 
 
 class SentenceEncoder(WithMixin):
-    """BERT's mean over a sentence; a sentence is nearest to its own shuffled self in the batch."""
+    """BERT's mean over a sentence, trained so that a sentence is nearest to its reversed self in the batch."""
 
     def __init__(self, lora: Any) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class SentenceEncoder(WithMixin):
 
 
 class Adversaries(LoRAMixin, LightningModule):
-    """A GAN: two networks, two optimizers, and steps taken by hand."""
+    """A GAN: two networks, two optimizers, and manual optimization."""
 
     def __init__(self, lora: Any) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Adversaries(LoRAMixin, LightningModule):
 
 
 class ManyLosses(Plain):
-    """One body, two heads: what class a row is of, and what the row was."""
+    """One body with two heads: the class of a row, and a reconstruction of the row."""
 
     def __init__(self) -> None:
         super().__init__()

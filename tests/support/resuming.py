@@ -1,4 +1,4 @@
-"""Runs that save at every place they can be interrupted at, and runs that go on from there.
+"""Runs that save a checkpoint at every place where they can be interrupted, and runs that resume from there.
 
 ``python -m tests.support.resuming`` prints the table of docs/resume.md.
 """
@@ -26,7 +26,7 @@ from lightning_lora.mixin.lora_mixin import LoRAMixin
 from tests.support import toys
 
 NUM_BATCHES = 7
-"""Batches of an epoch, so that windows of 3 end with a short one."""
+"""Batches of an epoch, chosen so that accumulation windows of 3 end with a short one."""
 
 NUM_EPOCHS = 3
 
@@ -59,22 +59,22 @@ class Dicey(toys.Plain):
 
 
 class DiceyFull(LoRAMixin, Dicey):
-    """The same, fully trained, with the mixin in front."""
+    """`Dicey` with the mixin, fully trained."""
 
     lora = None
 
 
 class DiceyLoRA(LoRAMixin, Dicey):
-    """The same with adapters that drop too."""
+    """`Dicey` with adapters, which use dropout too."""
 
     lora = LoRAConfig(rank=2, dropout=0.2)
 
 
 class Smooth(DiceyLoRA):
-    """Asks for the number of steps while optimizers are set up, as cosine schedules do; Lightning makes iterators then.
+    """Asks for the number of steps while optimizers are set up, as cosine schedules do; Lightning then makes iterators.
 
     Args:
-        dropout: Of the layers and of the adapters.
+        dropout: Dropout probability of layers and adapters.
     """
 
     def __init__(self, dropout: float = 0.2) -> None:
@@ -92,7 +92,7 @@ class Smooth(DiceyLoRA):
 
 @dataclass
 class Outcome:
-    """What a run has logged, by step and batch, and its last checkpoint."""
+    """Losses that a run has logged, by step and batch, and its last checkpoint."""
 
     losses: list[tuple[int, int, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Outcome:
 
 
 class Recorder(Callback):
-    """Notes the losses; saves at every place if asked to."""
+    """Records the losses; with a ``folder``, saves a checkpoint there at every place."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -128,7 +128,7 @@ class Recorder(Callback):
 
 
 def shuffled(num_batches: int = NUM_BATCHES, **options: Any) -> DataLoader[Any]:
-    """Rows in an order drawn from torch's global generator."""
+    """A loader whose order is drawn from torch's global generator."""
     return DataLoader(toys.rows(2 * num_batches), batch_size=2, shuffle=True, **options)
 
 
@@ -148,9 +148,17 @@ def run(
     is_first: bool = False,
     **options: Any,
 ) -> Outcome:
-    """Train; a run that goes on starts with the random numbers of ``seed``, the whole one with others.
+    """Train and record what happened.
 
-    With ``is_first`` the files are written before other callbacks have had their turn, else after it.
+    Args:
+        make: Makes the module.
+        folder: Folder of the checkpoints.
+        ckpt_path: Checkpoint to resume from; None: a whole run, which saves at every place.
+        loader: Makes the training loader.
+        is_validated: Whether there is a validation loader.
+        seed: Seed of a resumed run; a whole run starts with another one.
+        is_first: Whether checkpoints are written before the other callbacks run, instead of after them.
+        options: Arguments of the Trainer.
     """
     seed_all(0 if ckpt_path is None else seed)
     recorder = Recorder(folder if ckpt_path is None else None)
@@ -165,7 +173,7 @@ def run(
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two checkpoints are not the same, bit for bit."""
+    """Places where two checkpoints are not equal bit for bit."""
     if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
         return [line for key in one for line in differences(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
@@ -178,13 +186,21 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def unlike(whole: Outcome, resumed: Outcome) -> list[str]:
-    """How a run that went on differs from the one that was never interrupted."""
+    """Differences between a resumed run and the uninterrupted one."""
     found = differences(whole.checkpoint, resumed.checkpoint)
     for kind in ("losses", "validations"):
         expected, logged = getattr(whole, kind), getattr(resumed, kind)
         if logged != expected[len(expected) - len(logged) :]:
             found.append(f"{kind}: {logged} is not the end of {expected}")
     return found
+
+
+def check_exact(make: Callable[[], LightningModule], folder: Path, places: list[str], **options: Any) -> None:
+    """Assert that runs resumed at ``places`` equal the uninterrupted run bit for bit."""
+    whole = run(make, folder, **options)
+    for place in places:
+        found = unlike(whole, run(make, folder, folder / f"{place}.ckpt", **options))
+        assert not found, f"{place}: {found[:5]}"
 
 
 def _distance(whole: Outcome, resumed: Outcome) -> str:
@@ -205,7 +221,7 @@ PLACES = {
 
 
 def main() -> None:
-    """Print what Lightning alone and the mixin do at each place."""
+    """Print a table of what Lightning alone and the mixin do at each place."""
     warnings.simplefilter("ignore")
     print("| saved at | stop | accumulate | Lightning alone | LoRAMixin, lora=None | LoRAMixin, LoRA |")
     print("|---|---|---:|---|---|---|")
@@ -221,7 +237,7 @@ def main() -> None:
                     for place, name in PLACES.items():
                         path = Path(folder) / f"{name}.ckpt"
                         try:
-                            # The same script is run again: it seeds as before.
+                            # As if the same script were run again, with the same seed.
                             resumed = run(make, Path(folder), path, seed=0, **options)
                             rows[place].append(_distance(whole, resumed))
                         except Exception as error:

@@ -1,4 +1,4 @@
-"""Random models small enough to build in milliseconds, and what tests ask of any module."""
+"""Random models that are built in milliseconds, and questions that tests ask of any module."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def state_bytes(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
 
 
 def raw(tensor: Tensor) -> bytes:
-    """The bytes of the values; nothing for tensors without memory."""
+    """The bytes of the values; empty for tensors without memory."""
     if tensor.is_meta or is_lazy(tensor):
         return b""
     if tensor.layout is not torch.strided:
@@ -111,7 +111,7 @@ def raw(tensor: Tensor) -> bytes:
 
 
 def portrait(module: nn.Module) -> dict[str, Any]:
-    """All that adapting could change: classes, keys, values, what trains, and which objects."""
+    """Everything that adapting could change: classes, names, values, trainability and identity of the objects."""
     return {
         "classes": {name: type(child) for name, child in module.named_modules()},
         "modules": {name: id(child) for name, child in module.named_modules()},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRAConfig
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from tests.support import warm
 
 # Several threads only get in each other's way on matrices this small.
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parents[2]
+ROOT = warm.ROOT
 
 # Every line is somebody else's warning about our tiny runs; whatever is not listed fails the test.
 EXPECTED_WARNINGS = (
@@ -111,6 +109,13 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(**(QUIET | settings | options))
 
 
+def fit(module: LightningModule, folder: Path, ckpt_path: Path | None = None, **options: Any) -> Trainer:
+    """Train ``module`` on the rows of `loader`; returns the finished trainer."""
+    runner = trainer(folder, **options)
+    runner.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
+    return runner
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
@@ -131,19 +136,9 @@ def moved(module: nn.Module) -> list[bool]:
     return [layer.lora_moved for layer in lora_layers(module).values()]
 
 
-def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter that finds this repository and never the network."""
-    offline = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | offline,
-        check=False,
-        timeout=300,
-    )
-    assert not check or done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-    return done
+def run_python(code: str, *arguments: object, ranks: int = 1, check: bool = True) -> warm.Done:
+    """Run ``code`` in a process of its own, or in several ranks of which the first is returned."""
+    return warm.run_ranks(ranks, "-c", code, *arguments, check=check)[0]
 
 
 def save_llama(folder: Path, seed: int = 0, **settings: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy in one, against the two in a row."""
+"""Output layer and cross-entropy in one function, compared with the two functions."""
 
 from __future__ import annotations
 
@@ -154,13 +154,13 @@ def test_without_a_label_loss_and_gradients_are_zero() -> None:
 def test_a_label_that_is_no_class_is_named(label: int) -> None:
     given, target = inputs(hidden=True), labels()
     target[1, 2] = label
-    with pytest.raises(DataError, match=rf"label {label} is no class of a head with 11: labels are in \[0, 11\)"):
+    with pytest.raises(DataError, match=rf"label {label} is outside the 11 classes of the head: .* in \[0, 11\)"):
         head_loss(given["hidden"], given["weight"], target)
 
 
 def test_labels_of_another_shape_are_refused() -> None:
     given = inputs()
-    with pytest.raises(DataError, match=r"those are \(3, 7, 6\), labels are \(3, 6\)"):
+    with pytest.raises(DataError, match=r"the hidden states are \(3, 7, 6\), the labels are \(3, 6\)"):
         head_loss(given["hidden"], given["weight"], labels()[:, :-1])
 
 

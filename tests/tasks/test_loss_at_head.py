@@ -1,4 +1,4 @@
-"""The loss computed in the place of the output layer: the same numbers, where it may be, and nowhere else."""
+"""The loss computed in place of the output layer: the same numbers, and only if the model allows it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Usual(CausalLM):
-    """Always makes the logits."""
+    """A task that always computes the logits."""
 
     _head_is_last = False
 
@@ -42,7 +42,7 @@ def rows(vocab: int = VOCAB, count: int = 8) -> Any:
 
 
 def trained(kind: type[CausalLM], folder: Path, tmp_path: Path, **options: Any) -> tuple[CausalLM, dict[str, Any]]:
-    """After two optimizer steps of two micro-batches each, and the metrics; adapters start awake."""
+    """A module after two optimizer steps of two micro-batches, and its metrics; no factor starts at zero."""
     settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
     torch.manual_seed(0)
     lora = options.pop("lora", LORA)
@@ -144,7 +144,7 @@ def test_what_a_model_does_to_its_logits_is_never_dropped(
 
 
 class Doubled(CausalLM):
-    """A task of someone who does more to the logits."""
+    """A user's task that changes the logits."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # pyright: ignore
         return 2 * super().forward(input_ids, attention_mask)
@@ -173,7 +173,7 @@ def test_what_a_user_does_to_the_logits_is_never_dropped(kind: type[CausalLM], t
 
 
 class Late(CausalLM):
-    """Does something to the logits, but not when it is asked with two tokens."""
+    """A task that changes the logits, but not those of the two tokens with which it is tested."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # pyright: ignore
         logits = super().forward(input_ids, attention_mask)

@@ -36,7 +36,7 @@ def tokens(length: int = 6, step: int = 7) -> Tensor:
 
 
 class Task(NamedTuple):
-    """A module before LoRA, how LoRA comes in (None: by its own mixin), its rows, and how many layers it has."""
+    """A module, the LoRA settings of its callback (None: it has the mixin), its rows, and its number of layers."""
 
     name: str
     build: Callable[[], LightningModule]

@@ -63,7 +63,7 @@ def test_the_base_is_quantised_but_for_its_head_and_trains(
 def test_a_classifier_trains_a_plain_head_on_a_quantised_base(
     quantization: str, llama_folder: Path, tmp_path: Path
 ) -> None:
-    module = SequenceClassifier(str(llama_folder), 3, 2e-3, LORA, quantization=quantization)
+    module = SequenceClassifier(str(llama_folder), 3, learning_rate=2e-3, lora=LORA, quantization=quantization)
     toys.trainer(tmp_path, callbacks=[LoRAGuard()]).fit(module, loader(labels=True))
     head = module.get_submodule("model.score")
     assert type(head) is nn.Linear

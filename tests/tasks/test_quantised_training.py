@@ -30,7 +30,7 @@ CONFIG = LoRAConfig(rank=2)
 
 
 def runner(folder: Path, plugin: BitsandbytesPrecision | None = None, **options: Any) -> Trainer:
-    """A Trainer on the CPU; with a plugin that it would accept on CUDA only, though bitsandbytes computes here too."""
+    """A Trainer on the CPU, also with a plugin that Lightning accepts on CUDA only; bitsandbytes runs on both."""
     trainer = toys.trainer(folder, **options)
     if plugin is not None:
         trainer.strategy.precision_plugin = plugin

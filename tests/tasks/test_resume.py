@@ -1,4 +1,4 @@
-"""Fine-tuning a language model on text goes on exactly, packed or not, in the middle of an accumulation window too."""
+"""Fine-tuning on text resumes exactly, packed or not, in the middle of an accumulation window too."""
 
 from __future__ import annotations
 

@@ -138,24 +138,6 @@ def test_end_token_stands_in_for_a_missing_padding_token(llama_folder: Path, tmp
     assert module.model_config.pad_token_id == module.tokenizer.eos_token_id
 
 
-RELOAD = """
-import sys, torch, warnings
-from lightning_lora.tasks import SequenceClassifier
-warnings.simplefilter("error")
-module = SequenceClassifier.load_from_checkpoint(sys.argv[1], weights_only=True)
-torch.save(module.state_dict(), sys.argv[2])
-"""
-
-
-def test_reload_in_a_fresh_process(llama_folder: Path, tmp_path: Path) -> None:
-    module = make(llama_folder)
-    fit(module, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
-    kept = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
-    assert [name for name in kept if "lora_" not in name] == ["model.score.weight"]
-    toys.run_python(RELOAD, tmp_path / "a.ckpt", tmp_path / "state.pt")
-    assert toys.same(toys.snapshot(module), torch.load(tmp_path / "state.pt", weights_only=True))
-
-
 def test_full_fine_tuning_trains_everything(llama_folder: Path, tmp_path: Path) -> None:
     module = make(llama_folder, lora=None)
     runner = fit(module, tmp_path)

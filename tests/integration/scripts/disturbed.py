@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.integration.scripts import faulty
-from tests.integration.scripts.ranks import free_port
-from tests.support import toys
+from tests.support import warm
 
 LIMIT = 60.0
 """Seconds within which a disturbed run must have ended."""
 
 
 class Run:
-    """A run, in a process group of its own.
+    """A run, in a process group of its own, or in several ranks that are started from outside, each in one.
 
     Args:
         folder: Where it works and where what it prints is kept.
         command: Arguments of the Python interpreter.
+        ranks: Number of processes to start; a run that starts others itself is one.
     """
 
-    def __init__(self, folder: Path, *command: str) -> None:
+    def __init__(self, folder: Path, *command: str, ranks: int = 1) -> None:
         self.printed = folder / f"printed-{time.monotonic_ns()}.txt"
-        environment = {"PYTHONPATH": str(toys.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment |= {"MASTER_PORT": free_port(), "PYTHONWARNINGS": "ignore"}
-        with open(self.printed, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *command],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment,
-                start_new_session=True,
-                cwd=folder,
-            )
+        self.printed.touch()
+        variables = {"PYTHONWARNINGS": "ignore"}
+        self.processes = [
+            warm.Process(*command, cwd=folder, env=env | variables, stdout=self.printed) for env in warm.ranks(ranks)
+        ]
+        self.process = self.processes[0]
 
     @property
     def text(self) -> str:
@@ -68,13 +61,15 @@ class Run:
 
     def tell_all(self, signum: int) -> None:
         """What terminals and schedulers do."""
-        os.killpg(self.process.pid, signum)
+        for process in self.processes:
+            os.killpg(process.pid, signum)
 
     @property
     def is_alive(self) -> bool:
         """Whether any process of it runs; one that has ended may wait for its parent for ever."""
+        groups = {process.pid for process in self.processes}
         listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-        states = (state for group, state in map(str.split, listed.splitlines()) if int(group) == self.process.pid)
+        states = (state for group, state in map(str.split, listed.splitlines()) if int(group) in groups)
         return any(state[0] != "Z" for state in states)
 
     def code(self) -> int:
@@ -93,15 +88,14 @@ class Run:
 
 
 @contextmanager
-def run(folder: Path, *command: str) -> Iterator[Run]:
+def run(folder: Path, *command: str, ranks: int = 1) -> Iterator[Run]:
     """Start Python with these arguments; nothing of it is left afterwards."""
-    started = Run(folder, *command)
+    started = Run(folder, *command, ranks=ranks)
     try:
         yield started
     finally:
-        if started.is_alive:
-            started.tell_all(signal.SIGKILL)
-        started.process.wait()
+        for process in started.processes:
+            process.kill_all()
 
 
 def training(folder: Path, *options: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What `FSDP2Strategy` does on two processes beside training; see `strategy_runs`.
 
-Findings go to ``FOLDER/NAME.pt``.
+Findings go to ``FOLDER/checks/NAME.pt``.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def weights(module: LightningModule) -> dict[str, Any]:
 
 def keep(trainer: Trainer, folder: Path, name: str, **findings: Any) -> None:
     if trainer.is_global_zero:
-        torch.save(findings, folder / f"{name}.pt")
+        torch.save(findings, folder / "checks" / f"{name}.pt")
 
 
 def saving(folder: Path) -> None:
@@ -168,7 +168,7 @@ def unsharded(folder: Path) -> None:
         trained(folder, Whole(ADAPTERS), FSDP2Strategy())
     except ConfigError as error:
         if torch.distributed.get_rank() == 0:
-            torch.save(str(error), folder / "unsharded.pt")
+            torch.save(str(error), folder / "checks" / "unsharded.pt")
 
 
 def splitting(folder: Path) -> None:

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_lora import AlreadyShardedError, LoRAConfig, LoRAMixin, lora_state_dict, merge_lora
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, LoRAGuard
-from lightning_lora.checkpoints.contents import in_shards
+from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.sharding import shard_lora
-from lightning_lora.sharding.collectives import of_every_rank
+from lightning_lora.sharding.collectives import gather_on_rank_zero
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts.fsdp1_on_cpu import BlockwiseFSDPOnCPU, FSDPOnCPU
 from tests.integration.scripts.two_processes import Blocks
@@ -112,7 +112,7 @@ class Watch(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seen["end"] = state(trainer)
-        self.seen["gradient_bytes"] = of_every_rank(self.gradient_bytes)
+        self.seen["gradient_bytes"] = gather_on_rank_zero(self.gradient_bytes)
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def run(folder: Path, ranks: int, cell: dict[str, Any]) -> None:
             trainer.fit(module, loader, loader if is_llm else None, ckpt_path=load, weights_only=True)
         if cell["save"]:
             trainer.save_checkpoint(folder / cell["save"])
-            if not in_shards(trainer.strategy):
+            if not writes_shards(trainer.strategy):
                 trainer.save_checkpoint(folder / f"{cell['save']}.weights", weights_only=True)
         if cell["cell"] == "lora-fsdp1-lightning":
             watch.seen["by hand"] = by_hand(trainer, module, out / "by-hand")

@@ -1,4 +1,4 @@
-"""Runs of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK...``, one process per rank.
+"""A run of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK``, one process per rank.
 
 ``checks/NAME`` in the place of a run makes one of the checks of `fsdp2_checks`.
 
@@ -25,7 +25,7 @@ from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.lora.shards import reshard
 from lightning_lora.sharding import FSDP2Strategy
-from lightning_lora.sharding.collectives import of_every_rank
+from lightning_lora.sharding.collectives import gather_on_rank_zero
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts import two_processes
 from tests.support import toys
@@ -127,7 +127,6 @@ def loader(num_replicas: int, rank: int) -> Any:
 
 def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
-    (folder / strategy).mkdir(exist_ok=True)
     module = (TASKS | QUANTISED)[task](folder)
     trainer = toys.trainer(
         folder / strategy,
@@ -146,27 +145,27 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     assert trainer.global_step == NUM_STEPS
     reshard(module)
     weights = {name: whole(parameter) for name, parameter in module.named_parameters()}
-    counts = of_every_rank(module.counts)
+    counts = gather_on_rank_zero(module.counts)
     if trainer.is_global_zero:
         found = {"losses": module.losses, "norms": module.norms, "weights": weights, "counts": counts}
         torch.save(found, folder / strategy / f"{task}.pt")
 
 
-def main(ranks: str, folder: str, *runs: str) -> None:
+def main(ranks: str, folder: str, name: str) -> None:
     for line in toys.EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=line.split(":")[1])
-    for name in runs:
-        strategy, _, task = name.partition("/")
-        if strategy == "checks":
-            fsdp2_checks.CHECKS[task](Path(folder))
-        else:
-            run(int(ranks), Path(folder), strategy, task)
+    strategy, _, task = name.partition("/")
+    (Path(folder) / strategy).mkdir(exist_ok=True)
+    if strategy == "checks":
+        fsdp2_checks.CHECKS[task](Path(folder))
+    else:
+        run(int(ranks), Path(folder), strategy, task)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    # Processes that run for long enough already are not started a second time for these.
+    # The checks import this module.
     from tests.integration.scripts import fsdp2_checks
 
     main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+"""Config and weights of a pretrained transformers model, with short errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.hub import offline_hint, prepare_hub
+from lightning_lora.lora.targets.roles import module_roles
+
+if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
+    from transformers import PreTrainedModel
+
+
+def read_config(name: str, **overrides: Any) -> PreTrainedConfig:
+    """Read the config of a model, without its weights.
+
+    Args:
+        name: Folder of a model on this machine, or its hub name.
+        overrides: Entries of the config to replace.
+
+    Raises:
+        ConfigError: If there is no such folder, or no model of that name.
+    """
+    # A hub name is "name" or "owner/name"; a name of any other shape can only be a path.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise ConfigError(f"model {name!r} is not a folder on this machine.")
+    prepare_hub(name)
+    try:
+        return AutoConfig.from_pretrained(name, **overrides)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {name!r} cannot be used: {_first_line(error)} Give a folder with config.json and safetensors "
+            f"weights, or a hub name.{offline_hint(name)}"
+        ) from error
+
+
+def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) -> PreTrainedModel:
+    """Load a model with its weights, from safetensors files only.
+
+    Args:
+        auto_class: The transformers class that loads it, such as ``AutoModelForCausalLM``.
+        name: Folder of a model on this machine, or its hub name.
+        new_head: Whether the output layer may be missing from the files, and is then random.
+        arguments: Further arguments of ``from_pretrained``.
+
+    Raises:
+        ConfigError: If the weights cannot be read or are incomplete.
+    """
+    try:
+        model, loading = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"the weights of {name!r} cannot be read: {_first_line(error)} Only safetensors files are loaded."
+        ) from error
+    _check_complete(model, name, loading["missing_keys"], new_head)
+    return model
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Dotted names of the output layers of a model."""
+    return [name for name, role in module_roles(model).items() if role == "head"]
+
+
+def _check_complete(model: PreTrainedModel, name: str, missing: Iterable[str], new_head: bool) -> None:
+    """Refuse missing weights: transformers fills them with random numbers and only logs it."""
+    heads = tuple(f"{head}." for head in head_names(model))
+    lost = sorted(weight for weight in missing if not (new_head and weight.startswith(heads)))
+    if lost:
+        raise ConfigError(
+            f"{name!r} lacks {len(lost)} weights of a {type(model).__name__} ({first_five(lost)}); they would be "
+            f"random."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
