@@ -103,7 +103,7 @@ class Check:
         ]
         self.compare(
             "experts",
-            lambda x, A, B: fused_expert_linear(x, W, None, A, B, 2.0, counts),
+            lambda x, A, B: fused_expert_linear(x, AdaptedWeight(W, None, A, B, 2.0), counts),
             lambda x, A, B: expert_linear(x, W.double(), counts) + expert_update(x, A, B, 2.0, counts),
             leaves,
         )

@@ -16,6 +16,7 @@ from benchmarks.gpu.models import batch_of, on_device
 from benchmarks.gpu.place import Place, host_milliseconds, milliseconds
 from benchmarks.timing import interleave, train_step
 from benchmarks.workloads import next_token_loss
+from lightning_lora.lora.functional import AdaptedWeight
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 
 REAL = {
@@ -83,6 +84,6 @@ def _products(place: Place, config: Qwen3MoeConfig, tokens: int, rank: int = 16)
         torch.autograd.grad(F.grouped_mm(x, W.mT, offs=offsets) + update, [x, A, B], d_y)
 
     def loop() -> None:
-        torch.autograd.grad(fused_expert_linear(x, W, None, A, B, 1.0, listed), [x, A, B], d_y)
+        torch.autograd.grad(fused_expert_linear(x, AdaptedWeight(W, None, A, B, 1.0), listed), [x, A, B], d_y)
 
     return {"grouped, frozen": frozen, "grouped, with update": grouped, "our loop": loop}

@@ -97,14 +97,14 @@ def gated(place: Place) -> dict[str, Any]:
 
 def _gated(place: Place, size: str) -> dict[str, Any]:
     base, batch = llama(place, size, 2, 4096), batch_of(place, 4096, 4, 2048)
-    recompute = fused_linear.origin
+    recompute = fused_linear.gated_input
 
     def step(trainee: Trainee, way: Any) -> float:
-        fused_linear.origin = way
+        fused_linear.gated_input = way
         try:
             return train_step(trainee, batch).step
         finally:
-            fused_linear.origin = recompute
+            fused_linear.gated_input = recompute
 
     times = interleave(
         {

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
 from lightning_lora.lora.config import LoRAConfig
@@ -20,7 +19,14 @@ from lightning_lora.lora.layers.quantised_weights import keep_stored_values
 from lightning_lora.lora.layers.shared_factors import share_factors
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.reports import InjectionReport, MergeReport, count_parameters
-from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor, is_flattened, reshard
+from lightning_lora.lora.shards import (
+    check_not_flattened,
+    full_parameters,
+    full_tensor,
+    is_dtensor,
+    is_flattened,
+    reshard,
+)
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 
@@ -84,7 +90,7 @@ def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeight
 def check_not_sharded(module: nn.Module) -> None:
     """Raise `AlreadyShardedError` if a parameter of ``module`` is sharded."""
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor) or type(parameter).__name__ == "FlatParameter" or is_flattened(parameter):
+        if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter" or is_flattened(parameter):
             raise AlreadyShardedError(
                 f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
                 f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."

@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.quantised_weights import stored_parts
 from lightning_lora.lora.patterns import plain_name
-from lightning_lora.lora.shards import every_nth
+from lightning_lora.lora.shards import every_nth, is_dtensor
 
 SAMPLE = 65_536
 """The most elements of a tensor that a digest reads."""
@@ -36,7 +35,7 @@ def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
 
 def _samples(tensor: Tensor) -> list[Tensor]:
     """The elements that a digest reads, for each stored part of ``tensor``."""
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         elements = every_nth(tensor, _sample_step(tensor.numel()))
         if elements is not None:
             return [elements]

@@ -6,22 +6,31 @@ wrapper into one and shards that.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_lora.errors import AlreadyShardedError
 from lightning_lora.lora.layers.adapted import factor_parameters
 
+if TYPE_CHECKING:  # each takes a second to import, which merging on disk does without
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ``tensor`` is a ``DTensor``; nothing is imported to find out."""
+    return _is_instance(tensor, "torch.distributed.tensor", "DTensor")
+
 
 def local_shard(tensor: Tensor) -> Tensor:
     """The shard of ``tensor`` on this rank, or ``tensor`` itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -29,7 +38,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     if is_flattened(tensor):
         # FSDP1 frees the memory behind a flattened parameter.
         return tensor.detach().clone()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.full_tensor() if is_dtensor(tensor) else tensor).detach()
 
 
 def reshard(module: nn.Module) -> None:
@@ -39,7 +48,7 @@ def reshard(module: nn.Module) -> None:
     the optimizer's, in memory that FSDP2 will free.
     """
     for child in module.modules():
-        if isinstance(child, FSDPModule):
+        if _is_fsdp2(child):
             child.reshard()
 
 
@@ -58,11 +67,13 @@ def full_parameters(module: nn.Module) -> Iterator[None]:
     Args:
         module: The outermost FSDP1 wrapper (``trainer.model``), which owns the parameters outside all inner wrappers.
     """
-    wrappers = [child for child in module.modules() if isinstance(child, FullyShardedDataParallel)]
+    wrappers = [child for child in module.modules() if _is_fsdp1(child)]
     # torch raises an error if this context is entered twice.
     if not wrappers or any(wrapper.training_state.name == "SUMMON_FULL_PARAMS" for wrapper in wrappers):
         yield
         return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     device = wrappers[0].compute_device
     to_cpu = device is not None and device.type != "cpu"
     with (
@@ -116,6 +127,8 @@ def every_nth(tensor: DTensor, step: int) -> Tensor | None:
 
 def _block_offsets(tensor: DTensor) -> list[int] | None:
     """The first index of this rank's block along every axis; None if its shard is not one plain block."""
+    from torch.distributed.tensor import Replicate, Shard
+
     coordinate = tensor.device_mesh.get_coordinate()
     axes = [placement.dim for placement in tensor.placements if type(placement) is Shard]
     is_block = all(type(placement) in (Shard, Replicate) for placement in tensor.placements)
@@ -131,6 +144,21 @@ def _block_offsets(tensor: DTensor) -> list[int] | None:
 
 def _is_first_replica(tensor: DTensor) -> bool:
     """Whether this rank is the first of those that hold the same block."""
+    from torch.distributed.tensor import Replicate
+
     coordinate = tensor.device_mesh.get_coordinate() or []
     replicated = (isinstance(placement, Replicate) for placement in tensor.placements)
     return all(rank == 0 for rank, is_replica in zip(coordinate, replicated, strict=True) if is_replica)
+
+
+def _is_fsdp1(module: nn.Module) -> TypeGuard[FullyShardedDataParallel]:
+    return _is_instance(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def _is_fsdp2(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return _is_instance(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+def _is_instance(value: object, module: str, name: str) -> bool:
+    loaded = sys.modules.get(module)  # a class that was never imported has no instances
+    return loaded is not None and isinstance(value, getattr(loaded, name))

@@ -184,7 +184,7 @@ def difference(module: Any) -> str | None:
         return f"dilation={module.dilation}"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
-    return None if LoRAConv.is_plain(module) else "a forward of its own"
+    return None if LoRAConv.computes_as_torch(module) else "a forward of its own"
 
 
 def from_peft(
