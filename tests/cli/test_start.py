@@ -101,6 +101,7 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_help_of_fit_loads_no_model_and_no_library_of_quantisation() -> None:
     libraries = ("torchao", "bitsandbytes", "peft", "accelerate", "transformers.modeling_utils")
     printed, loaded = start("fit", "--help", libraries=libraries)

@@ -9,7 +9,11 @@ from lightning_lora.data import SFTDataModule
 
 SHARED = Path(__file__).parents[3] / "shared"
 TRAIN = SHARED / "data" / "gsm8k" / "train.jsonl"
-pytestmark = [pytest.mark.shared, pytest.mark.skipif(not TRAIN.exists(), reason=f"needs the real data in {SHARED}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.shared,
+    pytest.mark.skipif(not TRAIN.exists(), reason=f"needs the real data in {SHARED}"),
+]
 
 
 @pytest.mark.filterwarnings("ignore:train. 26 of 7473 rows longer than max_length=600")

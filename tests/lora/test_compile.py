@@ -13,6 +13,7 @@ from tests.lora.models import ALL
 from tests.support.tiny_models import mlp, wake
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_module_equals_the_eager_one_in_one_graph() -> None:

@@ -89,6 +89,7 @@ def set_up(case: str, num_blocks: int, folder: Path) -> dict[str, dict[Any, int]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_set_up_is_linear_in_the_number_of_layers(case: str, tmp_path: Path) -> None:
     set_up(case, 2, tmp_path / "warm")  # caches and lazy imports

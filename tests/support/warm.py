@@ -1,10 +1,9 @@
 """Python processes that start at once: each is a fork of a server that has imported everything.
 
-``run("-m", "lightning_lora", "fit", ...)`` is ``subprocess.run([sys.executable, "-m", "lightning_lora", "fit", ...])``
-without the ten seconds of imports. The process has arguments, folder, environment, streams, signal handlers and random
-numbers of its own, and ends as any interpreter does. What a library reads from the environment when it is imported
-(``HF_HOME``, ``HF_HUB_OFFLINE``, ``PYTHONPATH``) is that of the server: for other values, and for tests of imports,
-start an interpreter with `subprocess`.
+``run("-m", "lightning_lora", "fit", ...)`` does what ``python -m lightning_lora fit ...`` does, without the ten seconds
+of imports. The process has arguments, folder, environment, streams, signal handlers and random numbers of its own.
+Variables that libraries read while they are imported (``HF_HOME``, ``HF_HUB_OFFLINE``, ``PYTHONPATH``) have the values
+of the server: for other values, and to test imports, use `run_cold`.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Server:
             return self.connection.recv()
         except EOFError as error:
             self.log.seek(0)
-            raise RuntimeError(f"the server is gone:\n{self.log.read().decode()}") from error
+            raise RuntimeError(f"the server that forks has ended:\n{self.log.read().decode()}") from error
         except BaseException:  # a test that is told to stop: its answer must not be taken for that of another question
             self.connection.close()
             raise

@@ -1,6 +1,6 @@
 """A Python that has imported everything and run nothing, and forks itself for each command line: see `warm`.
 
-``python warm_server.py FD`` answers requests that come over the connection ``FD``; each is a pair.
+``python warm_server.py FD`` answers questions that come over the connection with this file descriptor.
 
 - ``("start", request)``: fork; the answer is the process id. The child goes on as ``python *request["arguments"]``.
 - ``("poll", pid)``: the answer is the exit code as `subprocess` gives it, or ``None`` while the child runs.
@@ -61,7 +61,7 @@ def preload() -> None:
 
 
 def serve(connection: Connection) -> dict[str, Any]:
-    """Answer until the connection is closed, which ends all children too; returns in a child, with its request."""
+    """Answer until the connection is closed, then kill the children. Returns in each child, with its request."""
     running: set[int] = set()
     while True:
         try:
@@ -103,9 +103,11 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None
-    random.seed()
-    importlib.import_module("numpy").random.seed()
-    importlib.import_module("torch").seed()
+    import numpy
+    import torch
+
+    for seed in (random.seed, numpy.random.seed, torch.seed):
+        seed()
 
 
 def execute(arguments: list[str]) -> None:
