@@ -49,9 +49,9 @@ class BatchProbe(Callback):
     Model, optimizer, schedules, random numbers and the place in the data stay as they are. Use it in a run, as a
     callback; on the command line, by `lightning-lora probe`; or outside of a run, by `run`.
 
-    In a run it prints the result, writes ``batch_probe.json`` and a line of ``events.jsonl`` into the run folder, and
-    calibrates a `BatchSizeMonitor` among the callbacks. If it fails, one warning says so and the run continues, unless
-    ``stop`` is set.
+    In a run it prints the result, writes ``batch_probe.json``, a picture ``batch_probe.png`` and a line of
+    ``events.jsonl`` into the run folder, and calibrates a `BatchSizeMonitor` among the callbacks. If it fails, one
+    warning says so and the run continues, unless ``stop`` is set.
 
     Args:
         at: The step to probe after: a fraction of the planned optimizer steps if below 1, else a number of steps. A run
@@ -228,7 +228,10 @@ class BatchProbe(Callback):
 
     def _write(self, result: BatchProbeResult, step: int) -> None:
         if self._events.folder is not None:
+            from lightning_lora.study.batch_probe_plot import draw_probe  # matplotlib is slow to import
+
             result.save(self._events.folder / PROBE_FILE)
+            draw_probe(result, (self._events.folder / PROBE_FILE).with_suffix(".png"))
         losses = {f"loss/{batch}": loss for batch, loss in result.losses.items()}
         answer = {"largest_harmless": result.largest_harmless, **losses}
         self._events.write("batch_probe", step, answer | {"bound": result.bound, "calibration": result.calibration})

@@ -38,6 +38,7 @@ def test_a_probe_prints_and_writes_what_it_finds_and_touches_no_run(tmp_path: Pa
     after = tree(tmp_path)
     assert {name for name in after if name not in before} == {
         "batch_probe/batch_probe.json",
+        "batch_probe/batch_probe.png",
         "batch_probe/events.jsonl",
     }
     assert {name: after[name] for name in before} == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -48,7 +49,8 @@ class StepMeter:
         self.is_open = self._has_warned = False
         self._measures_weights = False
         self._last_weights: int | None = None
-        self._defer_gradients: bool | None = None
+        # What is changed while a step is measured, and restored after it.
+        self._changed = ExitStack()
         # The batch that each backward pass of the step belongs to.
         self._batches: list[int] = []
 
@@ -74,7 +76,7 @@ class StepMeter:
             self._last_weights = step
         # Deferred gradients are not reduced, and so not seen, until the last micro-batch.
         if isinstance(strategy := self.trainer.strategy, FSDP2Strategy):
-            self._defer_gradients, strategy.defer_gradients = strategy.defer_gradients, False
+            self._changed.enter_context(strategy.communicating_gradients())
 
     def add(self, num_rows: int) -> None:
         """Measure ``num_rows`` rows after their backward pass; with manual optimization, each pass over a batch."""
@@ -120,8 +122,7 @@ class StepMeter:
             self.weights.stop()
 
     def _close(self) -> None:
-        if self.is_open and isinstance(strategy := self.trainer.strategy, FSDP2Strategy):
-            strategy.defer_gradients = self._defer_gradients
+        self._changed.close()
         self.is_open = False
 
     def _mean_factor(self) -> float:
