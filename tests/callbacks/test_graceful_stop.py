@@ -198,6 +198,8 @@ def test_afterwards_signals_do_what_they_did_before(fails: bool, tmp_path: Path)
 
     heard: list[int] = []
     signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    # A shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runner = toys.trainer(tmp_path, callbacks=[GracefulStop(), Failing()])
     if fails:
         with pytest.raises(ZeroDivisionError):

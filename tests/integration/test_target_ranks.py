@@ -40,7 +40,7 @@ def test_ranks_agree_on_the_smallest_micro_batch(pair: list[dict[str, Any]]) -> 
 def test_ranks_that_share_a_model_do_not_try(pair: list[dict[str, Any]]) -> None:
     batch, said = pair[0]["fsdp2"]
     assert batch == "effective batch 8 = 4 rows x 1 accumulated x 2 devices"
-    assert any("4 rows fit is not tried: under ModelParallelStrategy ranks would wait" in line for line in said)
+    assert any("4 rows are not tried: under ModelParallelStrategy ranks would wait" in line for line in said)
 
 
 @pytest.mark.parametrize("kind", script.SAVED_AT)
