@@ -48,7 +48,12 @@ def test_a_default_root_dir_that_was_given_is_the_run_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fit(default_root_dir=folder)
-    assert {file.name for file in Path(folder).iterdir()} == {"batch_probe.json", "batch_probe.png", "batch_size.png", "events.jsonl"}
+    assert {file.name for file in Path(folder).iterdir()} == {
+        "batch_probe.json",
+        "batch_probe.png",
+        "batch_size.png",
+        "events.jsonl",
+    }
     assert {event["event"] for event in read_events(Path(folder))} == {
         "batch",
         "noise_scale",
