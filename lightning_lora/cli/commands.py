@@ -81,9 +81,13 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _inspect(arguments: Namespace) -> None:
+    import torch
+
     from lightning_lora.cli.inspection import inspect_path, verify_hashes
     from lightning_lora.cli.inspection_table import show
 
+    # Threads take longer to start than the spectra of thin matrices take.
+    torch.set_num_threads(1)
     inspection = inspect_path(arguments.path)
     show(inspection)
     if arguments.verify:

@@ -94,7 +94,8 @@ def _block_error(weight: Tensor, update: Tensor, stored: Tensor) -> BlockError:
     # In this order: where an update is small, the first difference is exact, and float32 sees even one that got lost.
     error = weight.sub_(stored).add_(update)
     low, high = error.aminmax()
-    return BlockError(float(torch.maximum(-low, high)), _squares(error), _squares(update))
+    # abs() turns the -0.0 of an exact block into 0.0.
+    return BlockError(abs(float(torch.maximum(-low, high))), _squares(error), _squares(update))
 
 
 def _squares(block: Tensor) -> float:
