@@ -60,8 +60,8 @@ def recomputed(activation: str | None, sources: Sequence[Tensor | None]) -> tupl
     """The input of a layer and the activation alone, from `GatedInput`.
 
     Args:
-        activation: As in `GatedInput`; None if the input was kept itself.
-        sources: As in `GatedInput`, or the input alone, which may be None; then there is no activation to return.
+        activation: The activation of a `GatedInput`; None if the input was kept itself.
+        sources: The sources of a `GatedInput`, or the input alone, which may be None; then there is no activation to return.
     """
     if activation is None:
         return sources[0], None
@@ -76,8 +76,8 @@ def source_gradients(
     """Gradients of ``sources`` from that of the input.
 
     Args:
-        activation: As in `recomputed`.
-        sources: As in `recomputed`.
+        activation: The activation that `recomputed` was given.
+        sources: The sources that `recomputed` was given.
         d_x: Gradient of the input; overwritten.
         activated: The activation alone, from `recomputed`.
     """
@@ -114,7 +114,7 @@ def _saved(node: Any, name: str) -> Tensor | None:
 
 
 def _is_untouched(x: Tensor) -> bool:
-    """Whether ``x`` is as its operation left it, and nobody asked for its gradient."""
+    """Whether ``x`` is as its operation left it, and its own gradient was not asked for."""
     return x._version == 0 and not x._backward_hooks and not x.retains_grad
 
 

@@ -97,8 +97,8 @@ def factor_gradients(
         settings: Settings of the group.
         needs: Which gradients are needed.
         dropped: ``drop(x)``, ``(T, in)``; None only where no ``A`` needs a gradient.
-        inner: From `split_outputs`; None: computed here if a ``B`` needs a gradient.
-        d_inner: From `inner_gradient`.
+        inner: What `split_outputs` returned; None: computed here if a ``B`` needs a gradient.
+        d_inner: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     d_As: Sequence[Tensor | None] = [None] * len(group.As)
@@ -129,8 +129,8 @@ def input_gradient(
     Args:
         group: Tensors of the group.
         settings: Settings of the group.
-        sums: From `merged_outputs`; empty after `split_outputs`.
-        d_inner: From `inner_gradient`.
+        sums: What `merged_outputs` returned; empty after `split_outputs`.
+        d_inner: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     d_x = None
