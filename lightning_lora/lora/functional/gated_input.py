@@ -61,7 +61,8 @@ def recomputed(activation: str | None, sources: Sequence[Tensor | None]) -> tupl
 
     Args:
         activation: The activation of a `GatedInput`; None if the input was kept itself.
-        sources: The sources of a `GatedInput`, or the input alone, which may be None; then there is no activation to return.
+        sources: The sources of a `GatedInput`, or the input alone, which may be None; then there is no activation to
+            return.
     """
     if activation is None:
         return sources[0], None
