@@ -63,7 +63,7 @@ class AdapterEMA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the average of a checkpoint to the devices of the weights."""
-        for name, parameter in _trained(pl_module).items():
+        for name, parameter in _trained_parameters(pl_module).items():
             if name in self._loaded:
                 self._average[name] = _like(_wide(parameter), self._loaded[name])
         self._loaded = {}
@@ -107,7 +107,7 @@ class AdapterEMA(Callback):
         if not self._average:
             return
         reshard(pl_module)
-        current = {name: _whole(p) for name, p in (self._current or _trained(pl_module)).items()}
+        current = {name: _whole(p) for name, p in (self._current or _trained_parameters(pl_module)).items()}
         average = {name: _whole(tensor) for name, tensor in self._average.items()}
         checkpoint["averaging_state"]["average"] = average
         if checkpoint["state_dict"]:  # with sharded weights it is empty on all ranks but 0
@@ -127,7 +127,7 @@ class AdapterEMA(Callback):
         if "average" not in state:
             raise ConfigError("the checkpoint's average was not written by AdapterEMA: resume with its own callback.")
         self._step, self._loaded = state["step"], state["average"]
-        for name, parameter in _trained(pl_module).items():
+        for name, parameter in _trained_parameters(pl_module).items():
             if name in self._loaded:
                 _copy_into(parameter, _like(parameter, checkpoint["current_model_state"][name]))
 
@@ -161,7 +161,7 @@ class AdapterEMA(Callback):
             return
         self._step = trainer.global_step
         reshard(module)
-        trained = _trained(module)
+        trained = _trained_parameters(module)
         if not self._average:
             self._average = {name: _wide(parameter) for name, parameter in trained.items()}
             return
@@ -175,7 +175,7 @@ class AdapterEMA(Callback):
         if not self._average or self._current is not None:
             return
         reshard(module)
-        trained = _trained(module)
+        trained = _trained_parameters(module)
         self._current = {name: parameter.detach().clone() for name, parameter in trained.items()}
         for name, parameter in trained.items():
             _copy_into(parameter, self._average[name])
@@ -184,7 +184,7 @@ class AdapterEMA(Callback):
         if self._current is None:
             return
         reshard(module)
-        for name, parameter in _trained(module).items():
+        for name, parameter in _trained_parameters(module).items():
             _copy_into(parameter, self._current[name])
         self._current = None
 
@@ -216,7 +216,7 @@ def _refuse(trainer: Trainer) -> None:
         )
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def _trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Trained parameters, under every name that they have in a state dict."""
     return {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
 

@@ -69,7 +69,7 @@ class LoRAGuard(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take digests of base weights and buffers."""
-        self._base = base_digests(pl_module, _trained(pl_module), exact=True) if lora_layers(pl_module) else {}
+        self._base = base_digests(pl_module, _trained_names(pl_module), exact=True) if lora_layers(pl_module) else {}
         self._buffers = _buffer_digests(pl_module) if self._base else {}
 
     @override
@@ -202,7 +202,7 @@ class LoRAGuard(Callback):
         self._check_base(pl_module)
 
     def _check_base(self, module: LightningModule) -> None:
-        changed = _changed(self._base, base_digests(module, _trained(module), exact=True))
+        changed = _changed(self._base, base_digests(module, _trained_names(module), exact=True))
         if changed:
             raise GuardError(f"{len(changed)} frozen base weights were changed by training: {first_five(changed)}.")
         buffers = _changed(self._buffers, _buffer_digests(module))
@@ -236,7 +236,7 @@ def _has_gradient(layer: LoRALayer) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-def _trained(module: nn.Module) -> set[str]:
+def _trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
