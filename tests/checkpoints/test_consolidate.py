@@ -11,6 +11,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from lightning_lora.checkpoints.consolidate import consolidate
 from lightning_lora.checkpoints.shards import read_shards
+from lightning_lora.cli.main import main
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.checkpoint_manifest import examine
 from tests.support import toys
@@ -42,6 +43,19 @@ def test_a_file_holds_what_the_shards_held_but_the_base(shards: Path, tmp_path: 
     assert torch.equal(state["state"]["a"]["exp_avg"], torch.ones(3))
     assert state["param_groups"] == [{"params": ["a"], "lr": 0.1}]
     assert content["global_step"] == 7
+
+
+def test_the_command_writes_the_file_and_answers_bad_input_with_2(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole.ckpt"
+    assert main(["consolidate", str(shards), str(whole)]) == 0
+    assert capsys.readouterr().out == f"written: {whole}\n"
+    assert torch.load(whole, weights_only=True)["global_step"] == 7
+    assert main(["consolidate", str(shards), str(whole)]) == 2
+    assert "whole.ckpt already exists: remove it" in capsys.readouterr().err
+    assert main(["consolidate", str(tmp_path), str(tmp_path / "other.ckpt")]) == 2
+    assert "is not a folder of shards" in capsys.readouterr().err
 
 
 def test_a_file_that_exists_and_a_folder_without_shards_are_refused(shards: Path, tmp_path: Path) -> None:

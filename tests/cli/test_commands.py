@@ -203,7 +203,7 @@ def test_own_classes_need_to_be_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "validate", "test", "predict", "probe", "demo", "merge", "export", "inspect"]
+    "command", ["fit", "validate", "test", "predict", "probe", "demo", "merge", "export", "inspect", "consolidate"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
