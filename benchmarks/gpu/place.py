@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Clock
+
 
 class Notes(dict[str, Any]):
     """What a part has found so far, on disk at once: a part that is ended keeps what it had."""
@@ -67,21 +69,12 @@ class Place:
 def milliseconds(place: Place, function: Callable[[], object], repetitions: int = 20, warmups: int = 5) -> float:
     """Median; by events on a GPU, each call alone."""
     times = []
-    for i in range(-warmups, repetitions):
-        if place.dry:
-            start = time.perf_counter()
-            function()
-            took = (time.perf_counter() - start) * 1e3
-        else:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            took = begin.elapsed_time(end)
-        if i >= 0:
-            times.append(took)
-    return statistics.median(times)
+    for _ in range(warmups + repetitions):
+        clock = Clock(place.device)
+        function()
+        clock.mark()
+        times += clock.intervals()
+    return statistics.median(times[warmups:]) * 1e3
 
 
 def host_milliseconds(place: Place, function: Callable[[], object], repetitions: int = 10) -> float:

@@ -42,13 +42,12 @@ def known_calibration(path: str | PathLike[str]) -> float:
     Raises:
         DataError: If the file is damaged, or the noise scale was unknown when the run was probed.
     """
+    found = read_probe(path)
     try:
-        calibration = read_probe(path)["calibration"]
+        calibration = found["calibration"]
         if calibration is not None and not 0 < float(calibration) < math.inf:
             raise ValueError(f"calibration {calibration!r}")
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise damaged_probe(path, error) from error
     if calibration is None:
         raise DataError(

@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*is deprecated"),
 ]
 
-LINE = re.compile(r"epoch (\d+), step (\d+)(/\d+)?(  .*)?")
-
 
 class Tiny(LightningModule):
     """A module whose loss is exactly ``batch_idx + 1`` for any weights."""

@@ -199,16 +199,3 @@ def test_a_merged_mixture_loads_in_transformers(name: str, tmp_path: Path) -> No
     save_merged(model, tmp_path / "merged")
     merged, wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), logits(model)
     assert (logits(merged) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-
-
-# Axis of the parameter that A spans in files of each PEFT, by whether the layer is marked as stored transposed.
-ORIENTATIONS = [
-    ("0.18.1", "mixtral", "middle"),
-    ("0.18.1", "gpt_oss", "middle"),
-    ("0.19.0", "mixtral", "middle"),
-    ("0.19.0", "gpt_oss", "last"),
-    ("0.19.1", "mixtral", "last"),
-    ("0.19.1", "gpt_oss", "middle"),
-    ("0.21.2", "mixtral", "last"),
-    ("0.21.2", "gpt_oss", "middle"),
-]
