@@ -37,11 +37,10 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_process() -> Iterator[None]:
-    """A strategy of several processes that a test makes tells later ones that they are one of them."""
-    names = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
-    before = {name: os.environ.get(name) for name in names}
+def environment() -> Iterator[None]:
+    """A strategy of several processes that a test makes tells later ones, and their children, that they are one of
+    them, and where its processes meet."""
+    before = dict(os.environ)
     yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
+    os.environ.clear()
+    os.environ.update(before)

@@ -16,7 +16,7 @@ from tests.support import warm
 def test_every_part_runs_dry_and_fused_arithmetic_is_right(tmp_path: Path) -> None:
     warm.run_ranks(1, "-m", "benchmarks.on_gpu", "--dry", "--seconds", "300", "--out", tmp_path, cwd=warm.ROOT)
     summary = (tmp_path / "summary.md").read_text()
-    assert "failed" not in summary, summary
+    assert not [line for line in summary.splitlines() if "failed" in line or "- where" in line]
     titles = [line.split(":")[0] for line in summary.splitlines() if line.startswith("## ")]
     assert titles == [f"## {part}" for part in PARTS]
     with tarfile.open(tmp_path / "results.tgz") as archive:

@@ -106,7 +106,7 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_torchrun_on_two_machines_equals_one_device(one_device: Path, tmp_path: Path) -> None:
     cluster = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
     nodes = [start(TORCHRUN, tmp_path, *arguments("fsdp2.yaml"), **cluster, NODE_RANK=str(rank)) for rank in (0, 1)]
-    for code, printed in map(end, nodes):
+    for code, printed in [end(node) for node in nodes]:
         assert code == 0, printed
     assert_same_adapter(run_folder(tmp_path), one_device)
 

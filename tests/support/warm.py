@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -36,10 +37,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    """A port of this machine where nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    """A port of this machine where nobody listens.
+
+    The system gives ports above these to connections: such a port may be taken by the time a process listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(16_000, 32_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return str(port)
 
 
 class Server:
@@ -149,9 +155,10 @@ class Process:
 
 def ranks(count: int) -> list[dict[str, str]]:
     """Environments of ``count`` ranks of one group, which are started from outside as on a cluster."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     if count == 1:
-        return [environment()]
-    group = {"WORLD_SIZE": str(count), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        return [environment(**place)]
+    group = {"WORLD_SIZE": str(count), "NODE_RANK": "0"} | place
     return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
 
 
