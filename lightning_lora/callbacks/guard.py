@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.lora.adapter import check_not_merged
-from lightning_lora.lora.fingerprint import base_digests, tensor_digest
-from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.fingerprint import base_digests
+from lightning_lora.lora.layers.adapted import learning_layers, lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
+from lightning_lora.lora.travelling import recorded_parameters
 from lightning_lora.mixin.optim import check_optimizers
 from lightning_lora.sharding.collectives import missing_on_all_ranks
 
@@ -30,12 +30,12 @@ from .layer_calls import LayerCallRecorder
 class LoRAGuard(Callback):
     """Stops a run in which an adapter would silently do nothing, and checks at the end that the base is unchanged.
 
-    - Every adapter is in exactly one optimizer.
+    - Every adapter is in exactly one optimizer, except for those that stay frozen in a frozen copy.
     - Its layer is called, and it gets a gradient, within ``patience`` optimizer steps.
     - The first evaluation uses every adapted layer; torch's fast paths can bypass one.
     - Every adapter has moved by the end, unless the learning rate was always 0.
-    - Base weights are bit for bit what they were (up to 65,536 sampled values per tensor). Buffers that have changed
-      give a warning.
+    - Base weights are bit for bit what they were (up to 65,536 sampled values per tensor). Buffers may change, and
+      so may a frozen copy of the network, such as a teacher: both are saved.
     - No trained weight is NaN or infinite, which the loss need not show, as fused attention can hide it. Checked every
       ``patience`` optimizer steps, before each validation, and before each checkpoint is written.
 
@@ -55,7 +55,6 @@ class LoRAGuard(Callback):
         self._evaluation: LayerCallRecorder | None = None
         self._without_gradient: set[str] = set()
         self._base: dict[str, str] = {}
-        self._buffers: dict[str, str] = {}
         self._first_step = self._checked_step = 0
         self._learning = False
         self._must_ask_ranks = False
@@ -68,14 +67,13 @@ class LoRAGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take digests of base weights and buffers."""
-        self._base = base_digests(pl_module, _trained_names(pl_module), exact=True) if lora_layers(pl_module) else {}
-        self._buffers = _buffer_digests(pl_module) if self._base else {}
+        """Take digests of base weights."""
+        self._base = base_digests(pl_module, _moving_names(pl_module), exact=True) if lora_layers(pl_module) else {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every adapter will be trained."""
-        layers = lora_layers(pl_module)
+        layers = learning_layers(pl_module)
         if layers:
             check_optimizers(pl_module, trainer.optimizers)
             check_not_merged(pl_module, "train")
@@ -119,7 +117,9 @@ class LoRAGuard(Callback):
             raise GuardError(_bypassed(self._training.not_called, f"training for {period}"))
         if self._must_ask_ranks:
             self._must_ask_ranks = False
-            self._without_gradient = set(missing_on_all_ranks(trainer, lora_layers(pl_module), self._without_gradient))
+            self._without_gradient = set(
+                missing_on_all_ranks(trainer, learning_layers(pl_module), self._without_gradient)
+            )
         if self._without_gradient:
             raise GuardError(
                 f"{len(self._without_gradient)} adapters got no gradient in {period}: "
@@ -186,7 +186,7 @@ class LoRAGuard(Callback):
         """Check that every adapter has moved and that the base has not."""
         self._stop_recording()
         reshard(pl_module)
-        layers = lora_layers(pl_module)
+        layers = learning_layers(pl_module)
         if not self._base or not self._learning:
             return
         unmoved = [name for name, layer in layers.items() if not layer.lora_moved]
@@ -202,16 +202,10 @@ class LoRAGuard(Callback):
         self._check_base(pl_module)
 
     def _check_base(self, module: LightningModule) -> None:
-        changed = _changed(self._base, base_digests(module, _trained_names(module), exact=True))
+        digests = base_digests(module, _moving_names(module), exact=True)
+        changed = [name for name, digest in self._base.items() if digests.get(name) != digest]
         if changed:
             raise GuardError(f"{len(changed)} frozen base weights were changed by training: {first_five(changed)}.")
-        buffers = _changed(self._buffers, _buffer_digests(module))
-        if buffers:
-            warnings.warn(
-                f"training changed {len(buffers)} buffers of the base: {first_five(buffers)}. An adapter file does "
-                f"not hold them; keep those layers in eval mode to leave them unchanged.",
-                stacklevel=2,
-            )
 
     def _check_finite(self, trainer: Trainer, module: LightningModule) -> None:
         self._checked_step = trainer.global_step
@@ -236,17 +230,7 @@ def _has_gradient(layer: LoRALayer) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-def _trained_names(module: nn.Module) -> set[str]:
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _buffer_digests(module: nn.Module) -> dict[str, str]:
-    return {name: tensor_digest(buffer, exact=True) for name, buffer in module.named_buffers() if _holds_values(buffer)}
-
-
-def _holds_values(buffer: Tensor) -> bool:
-    return buffer.device.type != "meta" and buffer.layout is torch.strided
-
-
-def _changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    return [name for name, digest in before.items() if after.get(name) != digest]
+def _moving_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that may change: those that train, and those of frozen copies that follow them."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return trained | recorded_parameters(module)

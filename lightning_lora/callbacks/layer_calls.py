@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.layers.adapted import learning_layers
 from lightning_lora.lora.layers.base import LoRALayer
 
 
 class LayerCallRecorder:
-    """Records which adapted layers of a module run, and which of the modules around them.
+    """Records which adapted layers that learn run, and which of the modules around them.
 
     While a batch runs, the ``forward`` of these modules is replaced by a function that records the call: hooks would
     switch off torch's fast paths. So is ``effective_weights`` of the layers, by which attention and encoder layers
@@ -23,7 +23,7 @@ class LayerCallRecorder:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parents = {name: _parent(module, name) for name in lora_layers(module)}
+        self._parents = {name: _parent(module, name) for name in learning_layers(module)}
         self.not_called = list(self._parents)
         self._called: set[str] = set()
         self._replaced: dict[tuple[nn.Module, str], Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,15 +10,17 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.checkpoints.shards import writes_shards
-from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers.adapted import adapted_weights
+from lightning_lora.lora.fingerprint import fingerprint
+from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
-from lightning_lora.lora.patterns import state_dict_name
+from lightning_lora.lora.patterns import plain_name, state_dict_name
 from lightning_lora.lora.shards import is_flattened
+from lightning_lora.lora.travelling import changed_tensors
 
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
@@ -28,14 +30,21 @@ _FIELDS = {"format", "config", "tensors", "base_fingerprint"}
 _STATE_KEYS = ("state_dict", "current_model_state")
 
 
-def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None) -> None:
+def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base: Mapping[str, str] | None) -> None:
     """Remove the frozen weights from ``checkpoint`` and add a manifest of the adapters.
 
-    Buffers are kept: they are small, and some (running statistics) change in training. A checkpoint in shards keeps
-    all weights and only gets the manifest, because its loader asks for every parameter of the module.
+    Buffers are kept: they are small, and some (running statistics) change in training. So are weights of a frozen copy
+    (a teacher) that are no longer what they were. A checkpoint in shards keeps all weights and only gets the manifest,
+    because its loader asks for every parameter of the module.
+
+    Args:
+        module: The adapted module.
+        checkpoint: The checkpoint; modified in place.
+        base: Digests of the module's base by parameter name, or None if unknown.
     """
     check_not_merged(module, "save a checkpoint")
-    frozen, is_sharded = _frozen_names(module), writes_shards(module.trainer.strategy)
+    moved = _moved_parameters(module)
+    frozen, is_sharded = _frozen_names(module) - moved.keys(), writes_shards(module.trainer.strategy)
     for key in () if is_sharded else _STATE_KEYS:
         if key in checkpoint:
             checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
@@ -49,7 +58,9 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
         "roles": {name: spec.role for name, spec in specs.items()},
         "alphas": {name: spec.alpha for name, spec in specs.items()},
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
-        "base_fingerprint": base_fingerprint,
+        "moved": {name: list(checkpoint["state_dict"].get(name, p).shape) for name, p in moved.items()},
+        "base_fingerprint": None if base is None else fingerprint(base),
+        "base": None if base is None else dict(base),
         "siblings": sibling_names(module),
     }
     if is_sharded:
@@ -73,14 +84,14 @@ def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
 
 
 def check_and_complete(
-    module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None, allow_other_base: bool
+    module: LightningModule, checkpoint: dict[str, Any], base: Mapping[str, str] | None, allow_other_base: bool
 ) -> None:
     """Check a loaded checkpoint against the adapted ``module``, then add the module's frozen weights to it.
 
     Args:
         module: The adapted module that will load the checkpoint.
         checkpoint: The loaded checkpoint; modified in place.
-        base_fingerprint: Fingerprint of the module's base, or None if unknown.
+        base: Digests of the module's base by parameter name, or None if unknown.
         allow_other_base: Whether the adapters may have been trained on another base.
 
     Raises:
@@ -88,16 +99,20 @@ def check_and_complete(
         BaseMismatchError: If the adapters were trained on other base weights.
     """
     manifest = _manifest(checkpoint)
+    moved = manifest.get("moved", {})
     # FSDP1 has already checked the shapes of the parameters that it has flattened.
     expected = {
         name: _shaped(manifest["tensors"].get(name, ())) if is_flattened(parameter) else parameter
         for name, parameter in _trained_parameters(module).items()
     }
     check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
+    own_moved = {state_dict_name(name): p for name, p in module.named_parameters() if state_dict_name(name) in moved}
+    check_tensors(own_moved, {name: _shaped(shape) for name, shape in moved.items()})
     if not allow_other_base:
-        _check_base(base_fingerprint, manifest["base_fingerprint"])
+        root = f"{prefix}." if (prefix := getattr(module, "lora_root", None)) else ""
+        _check_base(base, manifest, {plain_name(name).removeprefix(root) for name in moved})
     restore_siblings(module, manifest.get("siblings", {}))
-    frozen, scales = _frozen_names(module), _scale_names(module)
+    frozen, scales = _frozen_names(module) - own_moved.keys(), _scale_names(module)
     for key in _STATE_KEYS:
         # Sharded strategies load the weights themselves: their checkpoint has no state dict here.
         if key in checkpoint:
@@ -113,7 +128,8 @@ def refuse_adapter(checkpoint: Mapping[str, Any]) -> None:
     """Raise `AdapterFileError` if an adapter-only checkpoint is loaded into a module without LoRA."""
     if CHECKPOINT_KEY in checkpoint:
         raise AdapterFileError(
-            "this checkpoint holds a LoRA adapter only, but the module has lora=None: give it the same lora settings, "
+            "this checkpoint holds a LoRA adapter only, but the module has lora=None: give it the same lora settings "
+            "(as an argument if its __init__ takes them, else as the attribute of its class), "
             f"{checkpoint[CHECKPOINT_KEY]['config']}."
         )
 
@@ -123,7 +139,10 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if manifest is None:
         raise AdapterFileError(
             "this checkpoint holds no adapter (a full fine-tuning run, or one without lightning-lora), but the module "
-            "has one. Load it with lora=None."
+            "has one. Load it with lora=None (as an argument if __init__ takes it, else in a subclass: class "
+            "Full(YourModule): lora = None). To train adapters on its weights, load them before the adapters exist: "
+            'module = YourModule(...); module.load_state_dict(torch.load(path, weights_only=True)["state_dict"]); '
+            "trainer.fit(module)."
         )
     missing = sorted(_FIELDS - manifest.keys()) if isinstance(manifest, dict) else None
     if missing or not isinstance(manifest, dict):
@@ -136,14 +155,23 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _check_base(own: str | None, trained_on: str | None) -> None:
-    # A base without values in memory has no fingerprint.
-    if None not in (own, trained_on) and own != trained_on:
-        raise BaseMismatchError(
-            f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has {own}. Load "
-            "the right base, or set lora_allow_other_base = True on the module (--allow_other_base true on the command "
-            "line)."
-        )
+def _check_base(own: Mapping[str, str] | None, manifest: Mapping[str, Any], moved: Collection[str]) -> None:
+    # A base without values in memory has no digests. Files of earlier versions hold the fingerprint only.
+    trained_on, digests = manifest["base_fingerprint"], manifest.get("base")
+    if own is None or trained_on is None or fingerprint(own) == trained_on:
+        return
+    other = sorted(name for name in own.keys() | (digests or {}).keys() if own.get(name) != (digests or {}).get(name))
+    # What the file holds itself need not be in the base.
+    other = [name for name in other if name not in moved]
+    if digests is not None and not other:
+        return
+    named = f"{len(other)} of {len(own)} frozen parameters differ: {first_five(other)}. " if digests else ""
+    raise BaseMismatchError(
+        f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
+        f"{fingerprint(own)}. {named}Load the right base, or set lora_allow_other_base = True on the module "
+        f"(--allow_other_base true on the command line). Random weights, as of a new head, differ in every process: "
+        f"name such a module in trainable, or seed it."
+    )
 
 
 def _shaped(shape: Sequence[int]) -> Tensor:
@@ -151,16 +179,27 @@ def _shaped(shape: Sequence[int]) -> Tensor:
 
 
 def _trained_parameters(module: LightningModule) -> dict[str, Tensor]:
-    """Trained parameters by their names in the state dict."""
+    """Trained parameters by their names in the state dict, and factors, which may be frozen on purpose."""
+    factors = {id(factor) for factor in factor_parameters(module).values()}
     return {
-        state_dict_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+        state_dict_name(name): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or id(parameter) in factors
     }
+
+
+def _moved_parameters(module: LightningModule) -> dict[str, Tensor]:
+    """Frozen parameters that are not what they were, by their names in the state dict."""
+    changed, trained = changed_tensors(module), _trained_parameters(module)
+    names = ((name, state_dict_name(name), p) for name, p in module.named_parameters())
+    return {key: p for name, key, p in names if plain_name(name) in changed and key not in trained}
 
 
 def _frozen_names(module: LightningModule) -> set[str]:
     """State-dict names of everything that checkpoints leave out."""
     named = module.named_parameters(remove_duplicate=False)
-    return {state_dict_name(name) for name, p in named if not p.requires_grad} | _scale_names(module)
+    frozen = {state_dict_name(name) for name, p in named if not p.requires_grad}
+    return frozen - _trained_parameters(module).keys() | _scale_names(module)
 
 
 def _scale_names(module: LightningModule) -> set[str]:

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.frozen_copies import (
+    frozen_copies,
+    frozen_layers,
+    hold_copies,
+    notes_on_frozen,
+    original_name,
+)
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers, detach_readers
 from lightning_lora.lora.layers.base import LoRALayer, attach, detach
@@ -27,8 +34,10 @@ from lightning_lora.lora.shards import (
     is_flattened,
     reshard,
 )
+from lightning_lora.lora.targets import new_weights, unknown_weights
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
+from lightning_lora.lora.travelling import forget_tensors, record_tensors
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -36,6 +45,12 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
 
     Names, hooks, module identities and base state-dict keys stay as they were. On the meta device this takes no
     memory. If an error is raised, nothing has been changed.
+
+    A module that was frozen before while another one of the same class and shapes was not, as a teacher or a target
+    network is, keeps frozen adapters, which start as those of the other one and are saved. Otherwise adapters train
+    even in frozen modules: with a frozen body they are all that trains. A new head of a transformers model, which its
+    checkpoint did not hold, is trained in full like the modules named in ``trainable``. The report tells of all this,
+    and of weights that no file seems to hold.
 
     Args:
         module: Any module, before it is wrapped or sharded and before its optimizer is built.
@@ -52,22 +67,38 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
     config = LoRAConfig.from_dict(config)
     check_not_sharded(module)
     targets = resolve_targets(module, config)
-    apply_targets(module, targets)
+    notes = apply_targets(module, targets)
     return InjectionReport(
         layers={target.name: target.spec for target in targets.layers},
         trainable=tuple(targets.trainable),
         skipped=targets.skipped,
         parameters=count_parameters(module),
         adapter_bytes=sum(p.numel() * p.element_size() for p in factor_parameters(module).values()),
+        notes=tuple(notes),
     )
 
 
-def apply_targets(module: nn.Module, targets: Targets) -> None:
-    """Freeze ``module``, attach the resolved adapters, and unfreeze the modules trained in full."""
+def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
+    """Freeze ``module``, attach the resolved adapters, and unfreeze the modules trained in full.
+
+    Returns:
+        What a run should know at its start.
+    """
+    copies = frozen_copies(module)
+    frozen = frozen_layers(module, [target.name for target in targets.layers])
+    record_tensors(module, [plain_name(name) for name in (*copies, *targets.trainable)])
     freeze(module)
     attach_targets(module, targets.layers, targets.tied)
-    for trained in targets.trainable.values():
-        trained.requires_grad_(True)
+    held = hold_copies(module, copies)
+    for name, trained in targets.trainable.items():
+        # In a frozen copy only what is trained there alone: a pattern such as "head" also means the copy's.
+        if original_name(name, copies) not in targets.trainable:
+            trained.requires_grad_(True)
+    return [
+        *([unknown_weights.note(targets.unknown)] if targets.unknown else []),
+        *new_weights.notes(targets.new),
+        *notes_on_frozen(module, copies, held, frozen),
+    ]
 
 
 def freeze(module: nn.Module) -> None:
@@ -160,6 +191,7 @@ def remove_lora(module: nn.Module) -> None:
     for layer in layers.values():
         detach(layer)
     detach_readers(module)
+    forget_tensors(module)
 
 
 @contextmanager

@@ -33,6 +33,12 @@ def tensor_digest(tensor: Tensor, exact: bool = False) -> str:
     return _digest(tensor.shape, [sample if exact else _rounded(sample) for sample in samples])
 
 
+def whole_digest(tensor: Tensor) -> str:
+    """A digest of shape and all values, for buffers, which are small. A collective if ``tensor`` is sharded."""
+    tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+    return _digest(tensor.shape, [tensor.detach().reshape(-1)])
+
+
 def _samples(tensor: Tensor) -> list[Tensor]:
     """The elements that a digest reads, for each stored part of ``tensor``."""
     if is_dtensor(tensor):

@@ -66,6 +66,7 @@ class InjectionReport:
         skipped: Name of every layer with weights that was left alone to the reason.
         parameters: Numbers of parameters after the injection.
         adapter_bytes: Memory of the adapter, in bytes.
+        notes: What else a run should know at its start, a sentence each.
     """
 
     layers: dict[str, AdapterSpec]
@@ -73,6 +74,7 @@ class InjectionReport:
     skipped: dict[str, str]
     parameters: ParameterCount
     adapter_bytes: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         ranks = sorted({spec.rank for spec in self.layers.values()})
@@ -89,7 +91,7 @@ class InjectionReport:
             lines.append(f"lora: left alone: {'; '.join(reasons[:6])}{more}")
         if self.trainable:
             lines.append(f"lora: trained in full: {first_five(self.trainable)}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"lora: {note}" for note in self.notes])
 
 
 def _counted(words: Iterable[str]) -> list[str]:

@@ -27,6 +27,7 @@ from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
+from lightning_lora.lora.travelling import record_tensors
 from lightning_lora.mixin import optim
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first
@@ -65,7 +66,7 @@ class LoRAMixin(LightningModule):
     lora_root: str | None = None
     # Whether to load checkpoints whose adapters were trained on other base weights.
     lora_allow_other_base: bool = False
-    _lora_base_fingerprint: str | None = None
+    _lora_base_digests: dict[str, str] | None = None
     _lora_loaded_states: list[dict[str, Any]] | None = None
 
     def __init__(self, *args: Any, lora: Any = _UNSET, lora_root: Any = _UNSET, **kwargs: Any) -> None:
@@ -136,9 +137,11 @@ class LoRAMixin(LightningModule):
         if lora_layers(root):
             return
         self._refuse_swa()
+        # Before the injection, which records those inside ``root``.
+        record_tensors(self)
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
         rank_zero_info(str(report))
-        self._compute_fingerprint()
+        self._compute_digests()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -184,19 +187,24 @@ class LoRAMixin(LightningModule):
     def _has_adapters(self) -> bool:
         return bool(lora_layers(self))
 
-    def _base_fingerprint(self) -> str | None:
-        """Fingerprint of the base at injection, or now if it had no values then; every rank must call it."""
+    @property
+    def _lora_base_fingerprint(self) -> str | None:
+        """Fingerprint of the base at injection; None if it had no values then."""
+        return None if self._lora_base_digests is None else fingerprint(self._lora_base_digests)
+
+    def _base_digests(self) -> dict[str, str] | None:
+        """Digests of the base at injection, or now if it had no values then; every rank must call it."""
         strategy = getattr(self._trainer, "strategy", None)
         # These strategies leave shards under the names of whole weights.
-        if self._lora_base_fingerprint is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            self._compute_fingerprint()
-        return self._lora_base_fingerprint
+        if self._lora_base_digests is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            self._compute_digests()
+        return self._lora_base_digests
 
-    def _compute_fingerprint(self) -> None:
+    def _compute_digests(self) -> None:
         root = self._lora_module()
         if not any(parameter.is_meta for parameter in root.parameters()):
             trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
-            self._lora_base_fingerprint = fingerprint(base_digests(root, trained))
+            self._lora_base_digests = base_digests(root, trained)
 
     def _lora_module(self) -> nn.Module:
         if self.lora_root is None:
@@ -252,11 +260,11 @@ class LoRAMixin(LightningModule):
         contents.plain_hyperparameters(checkpoint)
         optimizer_state_names.name_optimizer_states(self, checkpoint)
         if self._has_adapters():
-            contents.keep_adapters_only(self, checkpoint, self._base_fingerprint())
+            contents.keep_adapters_only(self, checkpoint, self._base_digests())
 
     def _before_load(self, checkpoint: dict[str, Any]) -> None:
         if self._has_adapters():
-            contents.check_and_complete(self, checkpoint, self._base_fingerprint(), self.lora_allow_other_base)
+            contents.check_and_complete(self, checkpoint, self._base_digests(), self.lora_allow_other_base)
         else:
             contents.refuse_adapter(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
-from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
+from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, learning_layers
 from lightning_lora.lora.shards import reshard
 
 # Far below the gradients of a factor, which shrink with alpha / rank.
@@ -35,8 +35,9 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
         *LoRA Without Regret*, 2025: the best learning rate for LoRA is about ten times the best for full fine-tuning.
     """
     check_learning_rate(learning_rate)
-    layers = lora_layers(module).values()
-    factors = list(factor_parameters(module).values())
+    layers = learning_layers(module).values()
+    held = {id(factor) for factor in held_factors(module).values()}
+    factors = [factor for factor in factor_parameters(module).values() if id(factor) not in held]
     adapters = {id(factor) for factor in factors}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
     groups: list[dict[str, Any]] = []
@@ -79,7 +80,8 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
         raise GuardError(
             f"{len(twice)} parameters are in more than one optimizer and would be updated twice: {first_five(twice)}."
         )
-    frozen = [name for name, factor in factor_parameters(module).items() if not factor.requires_grad]
+    held = held_factors(module)
+    frozen = [n for n, factor in factor_parameters(module).items() if not factor.requires_grad and n not in held]
     if frozen:
         raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")
 

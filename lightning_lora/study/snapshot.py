@@ -19,6 +19,9 @@ from torch import nn
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import attached_trainer
+from lightning_lora.lora.layers.adapted import held_factors
+from lightning_lora.lora.patterns import plain_name
+from lightning_lora.lora.travelling import recorded_parameters
 
 
 def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
@@ -38,7 +41,10 @@ def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> Light
                 f"the forward of {name or type(module).__name__!r} was replaced by {own.__qualname__}, which a copy "
                 f"would share with the original: remove it before probing."
             )
-    frozen = [p for p in module.parameters() if shares_frozen and not p.requires_grad]
+    # A frozen copy that follows the network, such as a teacher, changes in the branch.
+    moving = recorded_parameters(module) | held_factors(module).keys()
+    named = ((plain_name(name), p) for name, p in module.named_parameters())
+    frozen = [p for name, p in named if shares_frozen and not p.requires_grad and name not in moving]
     memo: dict[int, Any] = {id(p): _same_memory(p) for p in frozen}
     trainer = attached_trainer(module)
     module.trainer = None

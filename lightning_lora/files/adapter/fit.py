@@ -244,7 +244,12 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
         layers = folder.manifest.layers
         other = [name for name, entry in layers.items() if digests.get(entry.parameter) != entry.base]
         where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
+        base = folder.manifest.base
+        differing = sorted(name for name in base.keys() | digests.keys() if base.get(name) != digests.get(name))
+        named = f" {len(differing)} frozen parameters differ: {first_five(differing)}." if base else ""
         raise BaseMismatchError(
             f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
-            f"{where}{f' ({first_five(other)})' if other else ''}. Load the right base, or pass allow_other_base=True."
+            f"{where}{f' ({first_five(other)})' if other else ''}.{named} Load the right base, or pass "
+            f"allow_other_base=True. Random weights, as of a new head, differ in every process: name such a module in "
+            f"trainable, or seed it."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +42,7 @@ class AdapterFolder:
         ranks: Adapted weight to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
         stacked: Factors of fused experts in PEFT's layout, by its module names. Only the model tells what they are.
-        trained: Tensors of modules trained in full, by parameter name.
+        trained: Tensors of modules trained in full, by parameter name, and others that training changed.
         base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
         embeddings: Names of the adapted modules that are embeddings.
     """
@@ -103,7 +103,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     peft_config.check_supported(peft, str(folder / CONFIG_FILE))
     tensor_file = folder / TENSOR_FILE
     tensors = read_tensors(tensor_file)
-    stored, trained, base_copies = _split(tensors, tensor_file)
+    stored, trained, base_copies = _split(tensors, tensor_file, manifest.moved)
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
     factors, stacked = peft_experts.split_stacked(factors, manifest, peft)
@@ -147,7 +147,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _split(
-    tensors: Mapping[str, Tensor], where: Path
+    tensors: Mapping[str, Tensor], where: Path, moved: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The factors, the tensors of modules trained in full, and the copies of base weights."""
     factors, trained, base_copies = {}, {}, {}
@@ -161,7 +161,8 @@ def _split(
             factors[f"{module}.{factor}" if module else factor] = tensor
     if not factors:
         raise AdapterFileError(f"{where} holds no adapter tensors.")
-    check_finite(factors | trained, str(where))
+    # A buffer may hold infinities, such as a mask or a range that was never observed.
+    check_finite(factors | {name: tensor for name, tensor in trained.items() if name not in moved}, str(where))
     return factors, trained, base_copies
 
 

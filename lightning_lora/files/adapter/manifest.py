@@ -60,6 +60,9 @@ class Manifest:
         following: Layers that use the update of the layer they share their weight with.
         base_fingerprint: Digest of the whole base.
         summary: Facts of the training run, name to number or text.
+        base: Parameter of the base to its digest, for parameters that the folder does not hold.
+        moved: Names of the stored tensors that training changed without an optimizer: buffers, and weights of a frozen
+            copy of the network.
         tensors: Stored tensor to its shape.
         files: File name to its size in bytes and its SHA-256.
     """
@@ -70,6 +73,8 @@ class Manifest:
     following: tuple[str, ...] = ()
     base_fingerprint: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
     tensors: Mapping[str, list[int]] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -107,7 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not _describes_layers(content):
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
-    parsed = {"layers": layers, "following": tuple(content.get("following", ()))}
+    parsed = {"layers": layers} | {name: tuple(content.get(name, ())) for name in ("following", "moved")}
     return Manifest(**_fields(Manifest, content) | parsed)
 
 
@@ -155,7 +160,8 @@ def _describes_layers(content: Mapping[str, Any]) -> bool:
     return (
         isinstance(content.get("config"), dict)
         and isinstance(content.get("base_fingerprint"), str)
-        and isinstance(content.get("following", []), list)
+        and all(isinstance(content.get(name, []), list) for name in ("following", "moved"))
+        and isinstance(content.get("base", {}), dict)
         and isinstance(layers, dict)
         and bool(layers)
         and all(map(_is_entry, layers.values()))

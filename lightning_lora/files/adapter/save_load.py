@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,12 +31,14 @@ from lightning_lora.lora.adapter import (
     lora_state_dict,
 )
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
-from lightning_lora.lora.layers.adapted import base_parameter, following_layers, lora_layers
+from lightning_lora.lora.frozen_copies import frozen_copies, hold_copies
+from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers
 from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
+from lightning_lora.lora.travelling import changed_tensors, record_tensors
 
 
 def save_adapter(
@@ -70,14 +72,17 @@ def save_adapter(
 def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None, tokenizer: Any) -> Path:
     check_not_merged(module, "save the adapter")
     _check_memory(module)
-    root = _root_to_save(module)
+    changed = changed_tensors(module).values()
+    root = _root_to_save(module, changed)
     layout = PEFTLayout(root)
     factors = lora_state_dict(root)
     trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
-    manifest = _manifest(layout, trained, summary or {})
+    # Beside modules trained in full, PEFT restores single tensors by their names too.
+    moved = {name: full_tensor(t) for name, t in _named(root, changed).items() if name not in trained}
+    manifest = _manifest(layout, trained, moved, summary or {})
     peft = to_peft(layout, {name.rpartition(".")[0] for name in trained})
-    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in trained.items()}
+    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in (trained | moved).items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
@@ -106,30 +111,56 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     folder = with_experts(root, folder)
     layers, tied = adapter_targets(root, folder)
     trained = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
-    check_tensors(trained, folder.trained)
+    moved = folder.manifest.moved
+    # Observers and caches are empty until they have seen something.
+    grown = {name: folder.trained[name] for name, t in trained.items() if name in moved and not t.numel()}
+    check_tensors(trained | grown, folder.trained)
     check_copies(root, folder)
     if not allow_other_base:
         check_base(root, folder)
     if not lora_layers(root):
+        copies = frozen_copies(root)
+        owners = {name.rpartition(".")[0] for name in folder.trained}
+        record_tensors(module, [join(_name_in(module, root), name) for name in (*copies, *owners)])
         freeze(module)
         attach_targets(root, layers, tied)
         # The layers that read adapted weights may lie outside the model that the adapter names.
         attach_readers(module)
-    for tensor in trained.values():
-        tensor.requires_grad_(isinstance(tensor, nn.Parameter))
+        hold_copies(root, copies)
+    for name, tensor in trained.items():
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter) and name not in moved)
+    for name, tensor in grown.items():
+        owner, _, leaf = name.rpartition(".")
+        root.get_submodule(owner)._buffers[leaf] = tensor.to(trained.pop(name).device)
     tensors = trained | lora_state_dict(root)
     with torch.no_grad():
         for name, tensor in (folder.factors | folder.trained).items():
-            tensors[name].copy_(tensor)
+            if name not in grown:
+                tensors[name].copy_(tensor)
 
 
-def _root_to_save(module: nn.Module) -> nn.Module:
+def _root_to_save(module: nn.Module, changed: Collection[Tensor]) -> nn.Module:
     """The Hugging Face model that holds everything trained, so that names are those of PEFT; else ``module`` itself."""
     for _, model in hugging_face_models(module):
         if lora_layers(model).keys() and len(lora_layers(model)) == len(lora_layers(module)):
-            inner = {id(tensor) for tensor in _trained_tensors(model).values()}
-            return model if all(id(tensor) in inner for tensor in _trained_tensors(module).values()) else module
+            inner = {id(tensor) for _, tensor in model_tensors(model)}
+            return (
+                model
+                if all(id(tensor) in inner for tensor in (*_trained_tensors(module).values(), *changed))
+                else module
+            )
     return module
+
+
+def _named(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The tensors that ``root`` holds, by its names."""
+    wanted = {id(tensor) for tensor in tensors}
+    return {name: tensor for name, tensor in model_tensors(root) if id(tensor) in wanted}
+
+
+def _name_in(module: nn.Module, part: nn.Module) -> str:
+    """The dotted name of ``part`` in ``module``."""
+    return next(plain_name(name) for name, child in module.named_modules() if child is part)
 
 
 def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
@@ -170,8 +201,10 @@ def _check_memory(module: nn.Module) -> None:
         )
 
 
-def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> Manifest:
-    digests = base_digests(layout.root, trained)
+def _manifest(
+    layout: PEFTLayout, trained: Mapping[str, Tensor], moved: Mapping[str, Tensor], summary: Mapping[str, Any]
+) -> Manifest:
+    digests = base_digests(layout.root, trained.keys() | moved.keys())
     layers = {}
     for name, (layer, weight) in layout.weights.items():
         spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
@@ -190,6 +223,8 @@ def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mappin
         following=tuple(sorted(following_layers(layout.root))),
         base_fingerprint=fingerprint(digests),
         summary=dict(summary),
+        base=digests,
+        moved=tuple(sorted(moved)),
     )
 
 

@@ -77,6 +77,12 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
         model = CheckpointModel(base)
         folder = with_experts(model.module, folder)
         experts, missing = _experts(model, folder, shapes)
+    replaced = [name for name in folder.pairs if not folder.trained.keys().isdisjoint(_parameters(folder, name))]
+    if replaced:
+        raise AdapterFileError(
+            f"{folder.path} holds new base weights under its updates ({first_five(replaced)}), as of a teacher that "
+            f"follows the network: load it with load_adapter and write the model with save_merged."
+        )
     candidates = {name: _parameters(folder, name) for name, (A, _) in folder.pairs.items() if A.ndim == 2}
     matrices = _found(candidates, shapes)
     trained = _found({name: (name,) for name in folder.trained}, shapes)

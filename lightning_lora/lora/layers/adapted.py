@@ -21,6 +21,11 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
 
 
+def learning_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers of ``module`` whose factors are to be trained: all but those of frozen copies."""
+    return {name: layer for name, layer in lora_layers(module).items() if not layer.lora_held}
+
+
 def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
     """Name of every adapted weight to its layer and the name of its parameter in the layer, in module order.
 
@@ -63,6 +68,12 @@ def factor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         for factor, parameter in layer.lora_factors().items()
         if not layer.lora_follows
     }
+
+
+def held_factors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Dotted name to every factor in ``module`` that is frozen on purpose, in a frozen copy of another network."""
+    learning = {id(factor) for layer in learning_layers(module).values() for factor in layer.lora_factors().values()}
+    return {name: factor for name, factor in factor_parameters(module).items() if id(factor) not in learning}
 
 
 def factor_owner(name: str) -> tuple[str, str]:

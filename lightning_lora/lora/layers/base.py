@@ -71,6 +71,8 @@ class LoRALayer(nn.Module):
     lora_enabled: bool
     # Whether weight and factors belong to another layer, which merges and counts them.
     lora_follows: bool
+    # Whether the factors are frozen on purpose: the layer is in a copy that the user froze (see `lora.frozen_copies`).
+    lora_held: bool
     # Copies of the base weights while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
     # Called with the input of the written-out update, after dropout, of which there is no other trace.
@@ -253,7 +255,7 @@ def swap_class(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Ada
     module.__class__ = swapped_type(kind, type(module))
     assert isinstance(module, LoRALayer)
     module.lora_specs = dict(specs)
-    module.lora_enabled, module.lora_follows = True, False
+    module.lora_enabled, module.lora_follows, module.lora_held = True, False, False
     module.lora_base_weights = None
     return module
 
@@ -270,7 +272,7 @@ def detach(layer: LoRALayer) -> None:
     """Remove the factors and give the layer its old class back; a merged layer keeps the merged weight."""
     original = layer.type_without_adapter
     layer.before_detach()
-    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_base_weights"):
+    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_held", "lora_base_weights"):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 

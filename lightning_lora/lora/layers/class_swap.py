@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 from typing import Any, TypeVar
 
 from torch import nn
@@ -54,8 +56,29 @@ def _rebuild(kind: type[nn.Module], module_type: type[nn.Module]) -> nn.Module:
 
 
 def mix_in(value: object, mixin: type[Mixin]) -> Mixin:
-    """Add ``mixin`` in front of the class of ``value``, which keeps the name of its class, and return ``value``."""
-    kind = type(value)
-    value.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
+    """Add ``mixin`` in front of the class of ``value``, which keeps the name of its class, and return ``value``.
+
+    Copies and pickles of ``value`` have the mixin too.
+    """
+    value.__class__ = _mixed_type(mixin, type(value))
     assert isinstance(value, mixin)
     return value
+
+
+@functools.cache
+def _mixed_type(mixin: type, kind: type) -> type:
+    def reduce(value: object, protocol: Any) -> Any:
+        # The class cannot be imported by its name, so unpickling makes it again.
+        reduced = super(made, value).__reduce_ex__(max(int(protocol), 2))
+        if reduced[0] is copyreg.__newobj__ and reduced[1][0] is made:  # pyright: ignore[reportAttributeAccessIssue]
+            return _new_mixed, (mixin, kind, *reduced[1][1:]), *reduced[2:]
+        return reduced
+
+    attributes = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    made = type(kind.__name__, (mixin, kind), attributes | {"__reduce_ex__": reduce})
+    return made
+
+
+def _new_mixed(mixin: type, kind: type, *arguments: Any) -> Any:
+    made = _mixed_type(mixin, kind)
+    return made.__new__(made, *arguments)

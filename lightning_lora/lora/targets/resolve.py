@@ -14,9 +14,11 @@ from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
+from lightning_lora.lora.targets.new_weights import NewWeights, find_new_weights
 from lightning_lora.lora.targets.ranks import adapter_specs
 from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
 from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
+from lightning_lora.lora.targets.unknown_weights import REASON, unknown_weights
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,16 @@ class Targets:
         trainable: Name to module for every module to train in full.
         skipped: Name of every other layer with weights to the reason why it is left alone.
         tied: What happens to weights that several layers share.
+        unknown: Name of every weight matrix in a module of an unknown kind to the class of the module.
+        new: Weights that no checkpoint seems to hold.
     """
 
     layers: tuple[Target, ...]
     trainable: dict[str, nn.Module]
     skipped: dict[str, str]
     tied: TiedWeights
+    unknown: dict[str, str]
+    new: NewWeights
 
 
 def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
@@ -73,15 +79,18 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     refused = {name: weight.refusal for name, weight in candidates.items() if weight.refusal}
     if len(refused) == len(candidates):
         raise TargetNotFoundError(_nothing_adaptable(root, refused))
-    trainable = trainable_modules(root, config)
+    new = find_new_weights(root, config)
+    trainable = trainable_modules(root, config) | new.modules
     selected, skipped = select(root, candidates, trainable, config)
     tied = resolve_tied_weights(root, selected, config)
     layers = _layers(root, selected, config)
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
     adapted = {*selected, *tied.followers}
-    left_alone = {name: reason for name, reason in (skipped | refused).items() if name not in adapted}
-    return Targets(layers, trainable, left_alone, tied)
+    unknown = unknown_weights(root, candidates, trainable)
+    reasons = skipped | refused | dict.fromkeys(unknown, REASON)
+    left_alone = {name: reason for name, reason in reasons.items() if name not in adapted}
+    return Targets(layers, trainable, left_alone, tied, unknown, new)
 
 
 def _nothing_adaptable(root: nn.Module, refused: dict[str, str]) -> str:
