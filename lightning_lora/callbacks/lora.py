@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
@@ -21,6 +22,16 @@ class LoRA(Callback):
     The class of the module object is replaced by one with ``LoRAMixin`` in front of it, so injection, adapter-only
     checkpoints and checks are those of the mixin. Optimizers keep the learning rates that the module gives them: a rate
     meant for full fine-tuning is about ten times too low for adapters.
+
+    A checkpoint of such a run holds adapters only, which the module's own ``load_from_checkpoint`` cannot read. Read it
+    by a Trainer with this callback (``trainer.test(module, ckpt_path=...)``), or by a class with the mixin::
+
+        class Adapted(LoRAMixin, Mine):
+            lora = LoRAConfig(rank=16)
+
+        module = Adapted.load_from_checkpoint("last.ckpt")
+
+    A folder of `save_adapter` goes back by ``load_adapter(Mine(...), folder)``.
 
     Args:
         config: Layers to adapt and how, as a `LoRAConfig` or a mapping of its fields. None: every layer, at rank 32.
@@ -54,6 +65,13 @@ class LoRA(Callback):
         if isinstance(first, WeightAveraging):
             name = type(first).__name__
             raise ConfigError(f"{name} copies the module before it has adapters: put LoRA before {name}.")
+        name = type(pl_module).__name__
         module = mix_in(pl_module, LoRAMixin)
         module.lora, module.lora_root = self.config, self.root
         module.lora_allow_other_base = self.allow_other_base
+        if stage == "fit":
+            rank_zero_info(
+                f"lora: checkpoints of this run hold adapters, not a whole {name}: read them by a Trainer with this "
+                f"callback (ckpt_path=...), or by `class Adapted(LoRAMixin, {name}): lora = LoRAConfig(...)` and "
+                f"Adapted.load_from_checkpoint. {name}.load_from_checkpoint would miss all other weights."
+            )

@@ -68,6 +68,42 @@ def test_full_checkpoint_into_lora_is_refused(tmp_path: Path) -> None:
         Toy.load_from_checkpoint(path, weights_only=True)
 
 
+def test_both_ways_that_this_error_names_work(tmp_path: Path) -> None:
+    path = saved(tmp_path, without_lora())
+    trained = content(path)["state_dict"]
+
+    class Full(Toy):
+        lora = None
+
+    assert toys.same(Full.load_from_checkpoint(path, weights_only=True).state_dict(), trained)
+    module = Toy(seed=3)
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    fit(module, tmp_path)
+    assert toys.same(toys.base_of(module), trained)
+    assert all(toys.moved(module))
+
+
+def test_other_base_is_refused_with_the_names_of_what_differs(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+
+    class Other(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.second.bias.data += 1
+
+    with pytest.raises(BaseMismatchError, match=r"1 of 4 frozen parameters differ: net.second.bias\. Load the right"):
+        Other.load_from_checkpoint(path, weights_only=True)
+
+
+def test_a_file_of_an_earlier_version_without_names_is_checked_too(tmp_path: Path) -> None:
+    checkpoint = content(saved(tmp_path))
+    del checkpoint[CHECKPOINT_KEY]["base"], checkpoint[CHECKPOINT_KEY]["moved"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    Toy.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    with pytest.raises(BaseMismatchError, match=r"the module's base has [0-9a-f]{32}\. Load the right base"):
+        Toy.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True, seed=5)
+
+
 def test_other_base_can_be_allowed(tmp_path: Path) -> None:
     path = saved(tmp_path)
     module = Toy(seed=5)

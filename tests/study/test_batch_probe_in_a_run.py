@@ -23,10 +23,7 @@ from lightning_lora.study.batch_probe_result import BatchProbeResult
 from tests.support import toys
 from tests.support.monitored import EveryStep
 
-pytestmark = [
-    *toys.expected_warnings,
-    pytest.mark.filterwarnings("ignore:training changed 3 buffers of the base. norm:UserWarning"),
-]
+pytestmark = toys.expected_warnings
 
 SMALL: dict[str, Any] = {"ratios": (0.5, 1, 2), "min_steps": 2, "min_epoch": 0, "held_out_rows": 8}
 
