@@ -202,8 +202,9 @@ class LoRAGuard(Callback):
         self._check_base(pl_module)
 
     def _check_base(self, module: LightningModule) -> None:
-        digests = base_digests(module, _moving_names(module), exact=True)
-        changed = [name for name, digest in self._base.items() if digests.get(name) != digest]
+        moving = _moving_names(module)
+        digests = base_digests(module, moving, exact=True)
+        changed = [n for n, digest in self._base.items() if n not in moving and digests.get(n) != digest]
         if changed:
             raise GuardError(f"{len(changed)} frozen base weights were changed by training: {first_five(changed)}.")
 

@@ -106,7 +106,11 @@ def check_and_complete(
         for name, parameter in _trained_parameters(module).items()
     }
     check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
-    own_moved = {state_dict_name(name): p for name, p in module.named_parameters() if state_dict_name(name) in moved}
+    own_moved = {
+        key: _shaped(moved[key]) if is_flattened(parameter) else parameter
+        for name, parameter in module.named_parameters()
+        if (key := state_dict_name(name)) in moved
+    }
     check_tensors(own_moved, {name: _shaped(shape) for name, shape in moved.items()})
     if not allow_other_base:
         root = f"{prefix}." if (prefix := getattr(module, "lora_root", None)) else ""

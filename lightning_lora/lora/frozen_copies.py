@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import first_five
-from lightning_lora.lora.layers.adapted import join, lora_layers
+from lightning_lora.lora.layers.adapted import join, learning_layers, lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.selection import is_inside
+from lightning_lora.lora.travelling import record_tensors
 
 Signature = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]
 
@@ -106,6 +107,27 @@ def _copy_factors(source: LoRALayer, target: LoRALayer) -> None:
             factor.copy_(factors[name])
 
 
+def adopt_copies(root: nn.Module) -> list[str]:
+    """Accept frozen copies that were made of networks when these had adapters already.
+
+    Returns:
+        Lines for the start of a run.
+    """
+    copies = {
+        copy: original
+        for copy, original in frozen_copies(root).items()
+        if any(is_inside(name, (copy,)) for name in learning_layers(root))
+    }
+    layers = lora_layers(root)
+    inside = [name for name in layers if is_inside(name, copies)]
+    if not inside or len(inside) == len(layers):
+        return []
+    record_tensors(root, copies.keys(), keeps=True)
+    for name in inside:
+        layers[name].lora_held = True
+    return notes_on_frozen(root, copies, inside, ())
+
+
 def notes_on_frozen(
     root: nn.Module, copies: Mapping[str, str], held: Collection[str], frozen: Collection[str]
 ) -> list[str]:
@@ -124,21 +146,19 @@ def notes_on_frozen(
     training = [name for name in frozen if name not in held]
     if training:
         notes.append(f"adapters train in {len(training)} layers that were frozen before: {first_five(training)}")
-    unmatched = _unmatched(root, copies)
-    if unmatched:
-        copy, original = unmatched[0]
-        notes.append(
-            f"{copy} is a frozen copy of {original} but not adapted in the same layers: an average over "
-            f"zip(parameters()) would mix other tensors. Pair them by name, or adapt both alike"
-        )
-    return notes
+    return notes + notes_on_unmatched(root, copies)
 
 
-def _unmatched(root: nn.Module, copies: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The copies that are not adapted in the same layers as their originals, so that parameters do not pair up."""
+def notes_on_unmatched(root: nn.Module, copies: Mapping[str, str]) -> list[str]:
+    """A line for the start of a run if a copy is not adapted in the same layers as its original."""
     layers = lora_layers(root)
 
     def inside(top: str) -> set[str]:
         return {name[len(top) :] for name in layers if is_inside(name, (top,))}
 
-    return [(copy, original) for copy, original in copies.items() if inside(copy) != inside(original)]
+    return [
+        f"{copy} is a frozen copy of {original} but not adapted in the same layers: an average over zip(parameters()) "
+        f"would mix other tensors. Pair them by name, or adapt both alike"
+        for copy, original in copies.items()
+        if inside(copy) != inside(original)
+    ][:1]

@@ -23,7 +23,7 @@ from lightning_lora.lora.targets.selection import is_inside
 _AT_INJECTION = "lora_at_injection"
 
 
-def record_tensors(root: nn.Module, modules: Collection[str] = ()) -> None:
+def record_tensors(root: nn.Module, modules: Collection[str] = (), *, keeps: bool = False) -> None:
     """Remember every saved buffer in ``root`` as it is now, and every parameter in the named modules.
 
     Buffers are compared in full, parameters by the elements that `tensor_digest` samples. Sparse buffers, which an
@@ -32,14 +32,17 @@ def record_tensors(root: nn.Module, modules: Collection[str] = ()) -> None:
     Args:
         root: The module that is about to be adapted, or has just been.
         modules: Names of modules whose parameters something other than an optimizer may change.
+        keeps: Whether what was recorded earlier stays as it is.
     """
     for name, module in root.named_modules():
         tensors = dict(_saved_buffers(module))
         if is_inside(plain_name(name), modules):
             tensors |= {leaf: p for leaf, p in module._parameters.items() if p is not None and not is_factor(leaf)}
+        before = module.__dict__.pop(_AT_INJECTION, {}) if keeps else {}
+        found = {leaf: _digest(tensor) for leaf, tensor in tensors.items() if leaf not in before} | before
         module.__dict__.pop(_AT_INJECTION, None)
-        if tensors:
-            module.__dict__[_AT_INJECTION] = {leaf: _digest(tensor) for leaf, tensor in tensors.items()}
+        if found:
+            module.__dict__[_AT_INJECTION] = found
 
 
 def forget_tensors(root: nn.Module) -> None:

@@ -24,6 +24,7 @@ from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
+from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
@@ -135,12 +136,15 @@ class LoRAMixin(LightningModule):
         quantise_first(self)
         root = self._lora_module()
         if lora_layers(root):
+            for note in adopt_copies(self):
+                rank_zero_info(f"lora: {note}")
             return
         self._refuse_swa()
+        copies = {} if root is self else frozen_copies(self)
         # Before the injection, which records those inside ``root``.
         record_tensors(self)
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
-        rank_zero_info(str(report))
+        rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._compute_digests()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(

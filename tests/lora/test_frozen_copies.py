@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_lora, lora_layers, remove_lora
+from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.lora.frozen_copies import frozen_copies
 from lightning_lora.lora.layers.adapted import learning_layers
+from tests.support import toys
+
+pytestmark = toys.expected_warnings
 
 CONFIG = LoRAConfig(rank=2)
 X = torch.linspace(-1, 1, 32).reshape(8, 4)
@@ -93,6 +98,40 @@ def test_a_copy_adapted_in_other_layers_is_told(settings: dict[str, Any]) -> Non
     report = inject_lora(Pair(), LoRAConfig(rank=2, **settings))
     assert "target is a frozen copy of online but not adapted in the same layers" in str(report)
     assert "zip(parameters()) would mix" in str(report)
+
+
+def test_a_copy_made_of_an_adapted_network_is_accepted_where_it_is_frozen(tmp_path: Path) -> None:
+    class Byol(toys.Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.apply_lora()
+            self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            for own, other in zip(self.net.parameters(), self.target.parameters(), strict=True):
+                other.data.mul_(0.9).add_(own.data, alpha=0.1)
+
+    module = Byol()
+    trainer = toys.trainer(tmp_path, callbacks=[LoRAGuard()])
+    trainer.fit(module, toys.loader(), weights_only=True)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = Byol.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert toys.same(toys.snapshot(again), toys.snapshot(module))
+    trainer = toys.trainer(tmp_path, callbacks=[LoRAGuard()])
+    trainer.fit(module, toys.loader(), weights_only=True)
+
+
+def test_a_copy_outside_the_adapted_part_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Mean(toys.Toy):
+        lora_root = "net"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        Mean().configure_model()
+    assert "teacher is a frozen copy of net but not adapted in the same layers" in caplog.text
 
 
 def test_removing_the_adapters_leaves_nothing_behind() -> None:

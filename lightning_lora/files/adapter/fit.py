@@ -246,7 +246,9 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
         where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
         base = folder.manifest.base
         differing = sorted(name for name in base.keys() | digests.keys() if base.get(name) != digests.get(name))
-        named = f" {len(differing)} frozen parameters differ: {first_five(differing)}." if base else ""
+        named = (
+            f" {len(differing)} of {len(digests)} frozen parameters differ: {first_five(differing)}." if base else ""
+        )
         raise BaseMismatchError(
             f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
             f"{where}{f' ({first_five(other)})' if other else ''}.{named} Load the right base, or pass "

@@ -19,7 +19,7 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.quantised_weights import is_quantised
 from lightning_lora.lora.patterns import matches_any, plain_name
-from lightning_lora.lora.targets.roles import hugging_face_models
+from lightning_lora.lora.targets.roles import hugging_face_models, module_roles
 from lightning_lora.lora.targets.selection import is_inside
 
 _SAMPLE = 4096
@@ -51,11 +51,13 @@ def find_new_weights(root: nn.Module, config: LoRAConfig) -> NewWeights:
         config: The settings. What they target by name, exclude or adapt as a head is not trained in full.
     """
     loaded, new, embeddings = _marked(root)
+    heads = [name for name, role in module_roles(root).items() if role == "head"] if config.adapt_head else []
+    patterns = (*config.exclude, *(() if isinstance(config.targets, str) else config.targets), *heads)
     modules: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
         own = {id(parameter) for parameter in module.parameters()}
         is_new = bool(own) and own <= new and not own & embeddings
-        if is_new and not is_inside(name, modules) and not _is_named(name, module, config):
+        if is_new and not is_inside(name, modules) and not _is_named(name, module, patterns):
             modules[name] = module
     named = (*modules, *_trained(root, config))
     owners = {name: module for name, module in root.named_modules() if not is_inside(name, named)}
@@ -103,11 +105,9 @@ def _marked(root: nn.Module) -> tuple[set[int], set[int], set[int]]:
     return loaded, new, embeddings
 
 
-def _is_named(name: str, module: nn.Module, config: LoRAConfig) -> bool:
-    """Whether the settings say by name what is to happen with a module, or with a layer inside it."""
-    names = [join(name, inner) if inner else name for inner, _ in module.named_modules()]
-    patterns = (*config.exclude, *(config.targets if not isinstance(config.targets, str) else ()))
-    return config.adapt_head or any(matches_any(inner, patterns) for inner in names)
+def _is_named(name: str, module: nn.Module, patterns: Collection[str]) -> bool:
+    """Whether a pattern matches a module, or a layer inside it."""
+    return any(matches_any(join(name, inner).rstrip("."), patterns) for inner, _ in module.named_modules())
 
 
 def _trained(root: nn.Module, config: LoRAConfig) -> Collection[str]:

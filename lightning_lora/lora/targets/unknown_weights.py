@@ -42,6 +42,7 @@ def unknown_weights(root: nn.Module, candidates: Candidates, trainable: Collecti
 def note(unknown: dict[str, str]) -> str:
     """The line for the start of a run."""
     named = first_five([f"{name} ({kind})" for name, kind in unknown.items()])
-    first = next(iter(unknown)).rpartition(".")[0]
-    way = f'trainable=["{first}"] trains such a module in full, ' if first else ""
-    return f"no adapter for {named}: {way}register_layer gives its class an adapter"
+    return (
+        f"no adapter for {named}: trainable trains a module in full, register_layer gives its class an adapter, and "
+        f"requires_grad_(True) after the injection trains a single parameter"
+    )

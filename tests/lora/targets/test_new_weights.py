@@ -103,7 +103,7 @@ def test_a_resized_vocabulary_is_told_and_not_trained_in_full(folder: Path) -> N
     model.resize_token_embeddings(70)
     report = inject_lora(model, CONFIG)
     assert not report.trainable
-    assert f"{NEW} model.embed_tokens" in str(report)
+    assert f"{NEW} lm_head: " in str(report)
     assert model(TOKENS).logits.shape[-1] == 70
 
 
