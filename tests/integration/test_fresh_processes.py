@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaModel
 
-from tests.support import warm
+from tests.support import toys, warm
 from tests.support.tiny_models import llama_config
 
 SCRIPT = Path(__file__).parent / "scripts" / "fresh_process.py"
@@ -67,6 +67,27 @@ def test_a_new_head_of_a_transformers_model_trains_in_full(results: dict[str, An
 def test_the_start_says_that_a_teacher_keeps_frozen_adapters(name: str, results: dict[str, Any]) -> None:
     told = "lora: 1 adapters stay frozen, and are saved, in what was frozen before: teacher, unlike net"
     assert told in results["train"][f"{name}-callback"]
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed
+from lightning_lora import LoRAConfig
+from lightning_lora.callbacks import LoRA, LoRAGuard
+from tests.integration.scripts.fresh_process import MeanTeacher, X, loader, output
+from tests.support import toys
+module = MeanTeacher()
+callbacks = [LoRA(MeanTeacher.settings), LoRAGuard()]
+trainer = toys.trainer(sys.argv[2], callbacks=callbacks, max_epochs=2, devices=2, strategy="ddp")
+trainer.fit(module, loader())
+outputs = trainer.strategy.all_gather(output(module))
+assert torch.equal(outputs[0], outputs[1])
+assert module.teacher.first.lora_B.any() and not module.teacher.first.lora_B.requires_grad
+"""
+
+
+@pytest.mark.slow
+def test_ddp_accepts_a_teacher_with_frozen_adapters(tmp_path: Path) -> None:
+    toys.run_python(TWO_RANKS, "train", tmp_path, ranks=2)
 
 
 def test_a_run_with_the_callback_says_how_its_checkpoints_are_read(results: dict[str, Any]) -> None:

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject_lora, lora_layers, remove_lora
+from lightning_lora import (
+    AdapterFileError,
+    LoRAConfig,
+    inject_lora,
+    load_adapter,
+    lora_layers,
+    remove_lora,
+    save_adapter,
+)
 from lightning_lora.callbacks import LoRAGuard
+from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.lora.frozen_copies import frozen_copies
 from lightning_lora.lora.layers.adapted import learning_layers
 from tests.support import toys
@@ -119,6 +129,21 @@ def test_a_copy_made_of_an_adapted_network_is_accepted_where_it_is_frozen(tmp_pa
     assert toys.same(toys.snapshot(again), toys.snapshot(module))
     trainer = toys.trainer(tmp_path, callbacks=[LoRAGuard()])
     trainer.fit(module, toys.loader(), weights_only=True)
+
+
+def test_a_teacher_that_moved_comes_back_and_is_not_merged_on_disk(tmp_path: Path) -> None:
+    module = Pair()
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    inject_lora(module, CONFIG)
+    module.target.get_submodule("0").weight.data += 0.5
+    save_adapter(module, tmp_path / "adapter")
+    again = Pair()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(X), module(X))
+    assert list(learning_layers(again)) == list(learning_layers(module))
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in module.parameters()]
+    with pytest.raises(AdapterFileError, match=r"new base weights under its updates \(target.0\), as of a teacher"):
+        merge_files(tmp_path, tmp_path / "adapter", tmp_path.parent / "merged")
 
 
 def test_a_copy_outside_the_adapted_part_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_lora.batch.accumulation import fit_to_batch
 from lightning_lora.study.batch_branches import BatchBranches
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.row_order import next_rows
+from lightning_lora.study.snapshot import copy_module
 from tests.study.student import Student, loader
 from tests.support import toys
 
@@ -53,6 +55,22 @@ def test_each_branch_has_the_rate_of_its_batch() -> None:
     point = BranchPoint(Watched(), None, loader(512, 0), 128)
     BatchBranches(32, (8, 32, 128), 512).train(point, range(512), (loader(4, 5), range(4)))
     assert seen == pytest.approx([3e-3, 6e-3, 12e-3])
+
+
+def test_a_copy_has_a_teacher_of_its_own_and_shares_other_frozen_weights() -> None:
+    class Mean(toys.Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    module = Mean()
+    module.configure_model()
+    before = toys.snapshot(module)
+    other: Any = copy_module(module)
+    for parameter in other.teacher.parameters():
+        parameter.data.add_(1)
+    assert toys.same(toys.snapshot(module), before)
+    assert other.net.first.weight.data_ptr() == module.net.first.weight.data_ptr()
 
 
 def test_the_next_rows_are_those_of_the_sampler_and_used_ones_come_last() -> None:
