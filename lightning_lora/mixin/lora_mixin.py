@@ -23,7 +23,7 @@ from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.fingerprint import base_digests, fingerprint
+from lightning_lora.lora.fingerprint import base_digests
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.reports import MergeReport
@@ -190,11 +190,6 @@ class LoRAMixin(LightningModule):
 
     def _has_adapters(self) -> bool:
         return bool(lora_layers(self))
-
-    @property
-    def _lora_base_fingerprint(self) -> str | None:
-        """Fingerprint of the base at injection; None if it had no values then."""
-        return None if self._lora_base_digests is None else fingerprint(self._lora_base_digests)
 
     def _base_digests(self) -> dict[str, str] | None:
         """Digests of the base at injection, or now if it had no values then; every rank must call it."""
