@@ -145,7 +145,11 @@ def notes_on_frozen(
         notes.append(f"{len(held)} adapters stay frozen, and are saved, in what was frozen before: {first_five(named)}")
     training = [name for name in frozen if name not in held]
     if training:
-        notes.append(f"adapters train in {len(training)} layers that were frozen before: {first_five(training)}")
+        top, _, rest = training[0].partition(".")
+        notes.append(
+            f"adapters train in {len(training)} layers that were frozen before: {first_five(training)}; "
+            f'exclude=["{top}{".*" if rest else ""}"] leaves such layers alone'
+        )
     return notes + notes_on_unmatched(root, copies)
 
 

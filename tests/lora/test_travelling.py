@@ -23,6 +23,8 @@ X = torch.linspace(-1, 1, 32).reshape(8, 4)
 class Scratch(nn.Module):
     """A buffer that is no part of the state."""
 
+    constant: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scratch", torch.zeros(4), persistent=False)
@@ -77,9 +79,10 @@ def test_a_loaded_adapter_saved_again_still_holds_them(tmp_path: Path) -> None:
 
 def test_a_single_changed_element_of_a_large_buffer_is_seen() -> None:
     module = net()
-    module.register_buffer("queue", torch.zeros(300_000))
+    queue = torch.zeros(300_000)
+    module.register_buffer("queue", queue)
     inject_lora(module, CONFIG)
-    module.queue[1] = 1
+    queue[1] = 1
     assert changed_tensors(module).keys() == {"queue"}
 
 
@@ -106,7 +109,7 @@ def test_ranges_that_an_observer_saw_travel(observer: type[nn.Module], tmp_path:
     save_adapter(module, tmp_path / "adapter")
     again = net(0, observer())
     load_adapter(again, tmp_path / "adapter")
-    assert torch.isfinite(again[3].min_val).all()
+    assert all(torch.isfinite(buffer).all() for buffer in again[3].buffers())
     assert same(dict(again[3].named_buffers()), dict(module[3].named_buffers()))
 
 

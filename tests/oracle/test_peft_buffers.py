@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -24,8 +25,14 @@ X = torch.linspace(-1, 1, 3 * 32 * 32 * 2).reshape(2, 3, 32, 32)
 
 def resnet() -> ResNetForImageClassification:
     torch.manual_seed(0)
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    model = ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes))
+    sizes: dict[str, Any] = {
+        "num_labels": 3,
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
+    model = ResNetForImageClassification(ResNetConfig(**sizes))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.eval()

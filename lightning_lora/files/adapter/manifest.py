@@ -112,7 +112,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not _describes_layers(content):
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
-    parsed = {"layers": layers} | {name: tuple(content.get(name, ())) for name in ("following", "moved")}
+    following, moved = (tuple(content.get(name, ())) for name in ("following", "moved"))
+    parsed = {"layers": layers, "following": following, "moved": moved}
     return Manifest(**_fields(Manifest, content) | parsed)
 
 

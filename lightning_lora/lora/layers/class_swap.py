@@ -69,13 +69,13 @@ def mix_in(value: object, mixin: type[Mixin]) -> Mixin:
 def _mixed_type(mixin: type, kind: type) -> type:
     def reduce(value: object, protocol: Any) -> Any:
         # The class cannot be imported by its name, so unpickling makes it again.
-        reduced = super(made, value).__reduce_ex__(max(int(protocol), 2))
+        reduced: Any = super(made, value).__reduce_ex__(max(int(protocol), 2))
         if reduced[0] is copyreg.__newobj__ and reduced[1][0] is made:  # pyright: ignore[reportAttributeAccessIssue]
             return _new_mixed, (mixin, kind, *reduced[1][1:]), *reduced[2:]
         return reduced
 
     attributes = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    made = type(kind.__name__, (mixin, kind), attributes | {"__reduce_ex__": reduce})
+    made: Any = type(kind.__name__, (mixin, kind), attributes | {"__reduce_ex__": reduce})
     return made
 
 

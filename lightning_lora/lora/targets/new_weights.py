@@ -74,7 +74,8 @@ def notes(new: NewWeights) -> list[str]:
     if new.is_base_new:
         lines.append(
             f"the base looks freshly initialised ({first_five(new.likely)}) and is not saved with the adapter: build "
-            f"it from the same seed or file in every process, or train it with lora=None"
+            f"it from the same seed or file in every process, or train it with lora=None; if only its head is new, "
+            f'trainable=["{new.likely[-1]}"] trains and saves that in full'
         )
     names = new.known if new.is_base_new else (*new.known, *new.likely)
     if names:
@@ -134,8 +135,9 @@ def _fresh_layers(layers: Mapping[str, nn.Module]) -> tuple[int, list[str]]:
 def _plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a layer if its values can be judged."""
     weight = layer._parameters.get("weight")
-    is_plain = type(weight) is nn.Parameter and weight.is_floating_point() and not is_quantised(weight)
-    return None if not is_plain or weight.is_meta or isinstance(layer, nn.Embedding) else weight
+    if type(weight) is not nn.Parameter or is_quantised(weight) or isinstance(layer, nn.Embedding):
+        return None
+    return weight if weight.is_floating_point() and not weight.is_meta else None
 
 
 def _is_fresh(weight: Tensor, bias: Tensor | None) -> bool:

@@ -143,7 +143,7 @@ class MeanTeacher(Base):
         super().__init__()
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
             for own, other in zip(self.net.parameters(), self.teacher.parameters(), strict=True):
                 # Rounds even where both are equal.

@@ -80,7 +80,12 @@ def test_a_head_of_another_size_is_new(tmp_path: Path) -> None:
 
 
 def test_a_new_pooler_below_a_new_head_is_trained_too(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     BertForMaskedLM(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
     model = BertForSequenceClassification.from_pretrained(tmp_path)
     assert inject_lora(model, CONFIG).trainable == ("bert.pooler", "classifier")
@@ -131,10 +136,10 @@ def told(module: nn.Module) -> InjectionReport:
 @pytest.mark.parametrize("zero_bias", [False, True])
 def test_a_layer_with_the_values_of_a_fresh_one_is_told(zero_bias: bool) -> None:
     net = pretrained()
-    net[4] = nn.Linear(16, 10)
+    head = net[4] = nn.Linear(16, 10)
     if zero_bias:
-        nn.init.trunc_normal_(net[4].weight, std=0.02)
-        nn.init.zeros_(net[4].bias)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
     text = str(told(net))
     assert f"{NEW} 4: " in text
     assert 'trainable=["4"] trains and saves such a layer in full' in text
