@@ -45,7 +45,8 @@ class LoRAConfig:
             the adapters train at this many times it.
         adapt_head: Also adapt the output head.
         adapt_embeddings: Also adapt the embeddings.
-        trainable: Name patterns of modules to train in full beside the adapters, such as a new classification head.
+        trainable: Name patterns of modules to train in full beside the adapters, such as a new classification head. A
+            head that the checkpoint of a transformers model did not hold is trained in full without being named.
         adapter_dtype: Type of A and B: ``"float32"``, ``"bfloat16"`` or ``"float64"``. None: the type of the base
             weight, but at least float32.
         share_expert_factors: For mixtures of experts stored in one parameter. True: all experts share the factor on
