@@ -86,7 +86,11 @@ def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
     """
     copies = frozen_copies(module)
     frozen = frozen_layers(module, [target.name for target in targets.layers])
-    record_tensors(module, [plain_name(name) for name in (*copies, *targets.trainable)])
+    # A new head is random in the copy, too, until the copy follows.
+    heads = [
+        n for name, _ in module.named_modules() if original_name(n := plain_name(name), copies) in targets.trainable
+    ]
+    record_tensors(module, [plain_name(name) for name in (*copies, *targets.trainable)], always=heads)
     freeze(module)
     attach_targets(module, targets.layers, targets.tied)
     held = hold_copies(module, copies)

@@ -23,7 +23,9 @@ from lightning_lora.lora.targets.selection import is_inside
 _AT_INJECTION = "lora_at_injection"
 
 
-def record_tensors(root: nn.Module, modules: Collection[str] = (), *, keeps: bool = False) -> None:
+def record_tensors(
+    root: nn.Module, modules: Collection[str] = (), always: Collection[str] = (), *, keeps: bool = False
+) -> None:
     """Remember every saved buffer in ``root`` as it is now, and every parameter in the named modules.
 
     Buffers are compared in full, parameters by the elements that `tensor_digest` samples. Sparse buffers, which an
@@ -32,14 +34,18 @@ def record_tensors(root: nn.Module, modules: Collection[str] = (), *, keeps: boo
     Args:
         root: The module that is about to be adapted, or has just been.
         modules: Names of modules whose parameters something other than an optimizer may change.
+        always: Names of modules whose parameters count as changed, because no other process can build them again.
         keeps: Whether what was recorded earlier stays as it is.
     """
     for name, module in root.named_modules():
         tensors = dict(_saved_buffers(module))
+        own = {leaf: p for leaf, p in module._parameters.items() if p is not None and not is_factor(leaf)}
         if is_inside(plain_name(name), modules):
-            tensors |= {leaf: p for leaf, p in module._parameters.items() if p is not None and not is_factor(leaf)}
+            tensors |= own
         before = module.__dict__.pop(_AT_INJECTION, {}) if keeps else {}
         found = {leaf: _digest(tensor) for leaf, tensor in tensors.items() if leaf not in before} | before
+        if is_inside(plain_name(name), always):
+            found |= dict.fromkeys(own)
         module.__dict__.pop(_AT_INJECTION, None)
         if found:
             module.__dict__[_AT_INJECTION] = found

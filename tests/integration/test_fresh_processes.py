@@ -14,7 +14,16 @@ from tests.support import toys, warm
 from tests.support.tiny_models import llama_config
 
 SCRIPT = Path(__file__).parent / "scripts" / "fresh_process.py"
-RETURNS = ["Pretrained", "NewHead", "BatchNorm", "SpectralNorm", "Observed", "MeanTeacher", "OtherTeacher"]
+RETURNS = [
+    "Pretrained",
+    "NewHead",
+    "NewHeadTwice",
+    "BatchNorm",
+    "SpectralNorm",
+    "Observed",
+    "MeanTeacher",
+    "OtherTeacher",
+]
 # What no file can hold, to what the start says of it and the error of loading names.
 LOST = {
     "Random": (

@@ -136,7 +136,7 @@ def test_a_teacher_that_moved_comes_back_and_is_not_merged_on_disk(tmp_path: Pat
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     inject_lora(module, CONFIG)
     with torch.no_grad():
-        dict(module.named_parameters())["target.0.weight"] += 0.5
+        dict(module.named_parameters())["target.0.weight"].add_(0.5)
     save_adapter(module, tmp_path / "adapter")
     again = Pair()
     load_adapter(again, tmp_path / "adapter")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import first_five
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.frozen_copies import frozen_copies
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.quantised_weights import is_quantised
 from lightning_lora.lora.patterns import matches_any, plain_name
@@ -59,7 +60,8 @@ def find_new_weights(root: nn.Module, config: LoRAConfig) -> NewWeights:
         is_new = bool(own) and own <= new and not own & embeddings
         if is_new and not is_inside(name, modules) and not _is_named(name, module, patterns):
             modules[name] = module
-    named = (*modules, *_trained(root, config))
+    # A frozen copy is as new as what it is a copy of.
+    named = (*modules, *_trained(root, config), *frozen_copies(root))
     owners = {name: module for name, module in root.named_modules() if not is_inside(name, named)}
     known = [name for name, module in owners.items() if any(id(p) in new for p in module._parameters.values())]
     plain = {name: module for name, module in owners.items() if not _ids(module) & (loaded | new)}

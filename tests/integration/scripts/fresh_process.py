@@ -100,6 +100,17 @@ class NewHead(Base):
         return self.net(input_ids=(x * 4).long().abs() + 3).logits
 
 
+class NewHeadTwice(NewHead):
+    """The same with a frozen copy that does not follow yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]) + self.target(input_ids=(batch[0] * 4).long().abs() + 3).logits
+
+
 class BatchNorm(Base):
     def middle(self) -> list[nn.Module]:
         return [nn.BatchNorm1d(8), nn.Tanh()]
@@ -175,6 +186,7 @@ KINDS: dict[str, type[Base]] = {
         Random,
         RandomHead,
         NewHead,
+        NewHeadTwice,
         BatchNorm,
         SpectralNorm,
         Observed,
