@@ -104,6 +104,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     tensor_file = folder / TENSOR_FILE
     tensors = read_tensors(tensor_file)
     stored, trained, base_copies = _split(tensors, tensor_file)
+    trained = {name: tensor for name, tensor in trained.items() if name not in manifest.beside}
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
     factors, stacked = peft_experts.split_stacked(factors, manifest, peft)

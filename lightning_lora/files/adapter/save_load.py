@@ -20,6 +20,7 @@ from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
+from lightning_lora.files.adapter.peft_trained import SavedModules
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
@@ -75,9 +76,10 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     factors = lora_state_dict(root)
     trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
-    manifest = _manifest(layout, trained, summary or {})
-    peft = to_peft(layout, {name.rpartition(".")[0] for name in trained})
-    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in trained.items()}
+    saved = SavedModules(root, trained)
+    manifest = replace(_manifest(layout, trained, summary or {}), beside=tuple(saved.beside))
+    peft = to_peft(layout, saved.names)
+    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in (trained | saved.beside).items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
