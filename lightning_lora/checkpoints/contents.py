@@ -14,12 +14,14 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.fingerprint import WeightPrint, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
 from lightning_lora.lora.patterns import state_dict_name
 from lightning_lora.lora.shards import is_flattened
 
+BasePrints = Mapping[str, WeightPrint] | None
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
 _FORMAT = 1
@@ -28,7 +30,7 @@ _FIELDS = {"format", "config", "tensors", "base_fingerprint"}
 _STATE_KEYS = ("state_dict", "current_model_state")
 
 
-def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None) -> None:
+def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base: BasePrints) -> None:
     """Remove the frozen weights from ``checkpoint`` and add a manifest of the adapters.
 
     Buffers are kept: they are small, and some (running statistics) change in training. A checkpoint in shards keeps
@@ -49,7 +51,8 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
         "roles": {name: spec.role for name, spec in specs.items()},
         "alphas": {name: spec.alpha for name, spec in specs.items()},
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
-        "base_fingerprint": base_fingerprint,
+        "base_fingerprint": None if base is None else fingerprint(base),
+        "base": {name: found.to_dict() for name, found in (base or {}).items()},
         "siblings": sibling_names(module),
     }
     if is_sharded:
@@ -73,14 +76,14 @@ def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
 
 
 def check_and_complete(
-    module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None, allow_other_base: bool
+    module: LightningModule, checkpoint: dict[str, Any], base: BasePrints, allow_other_base: bool
 ) -> None:
     """Check a loaded checkpoint against the adapted ``module``, then add the module's frozen weights to it.
 
     Args:
         module: The adapted module that will load the checkpoint.
         checkpoint: The loaded checkpoint; modified in place.
-        base_fingerprint: Fingerprint of the module's base, or None if unknown.
+        base: Prints of the module's base, or None if unknown.
         allow_other_base: Whether the adapters may have been trained on another base.
 
     Raises:
@@ -95,7 +98,7 @@ def check_and_complete(
     }
     check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
     if not allow_other_base:
-        _check_base(base_fingerprint, manifest["base_fingerprint"])
+        _check_base(base, manifest)
     restore_siblings(module, manifest.get("siblings", {}))
     frozen, scales = _frozen_names(module), _scale_names(module)
     for key in _STATE_KEYS:
@@ -136,9 +139,14 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _check_base(own: str | None, trained_on: str | None) -> None:
+def _check_base(base: BasePrints, manifest: Mapping[str, Any]) -> None:
     # A base without values in memory has no fingerprint.
-    if None not in (own, trained_on) and own != trained_on:
+    trained_on = manifest["base_fingerprint"]
+    if base is None or trained_on is None or (own := fingerprint(base)) == trained_on:
+        return
+    # Files of older versions have the fingerprint only.
+    expected = {name: WeightPrint.from_dict(entry) for name, entry in manifest.get("base", {}).items()}
+    if not expected or other_weights(expected, base):
         raise BaseMismatchError(
             f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has {own}. Load "
             "the right base, or set lora_allow_other_base = True on the module (--allow_other_base true on the command "

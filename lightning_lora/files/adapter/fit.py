@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.adapter import peft_experts, peft_layers
 from lightning_lora.files.adapter.folder import AdapterFolder
-from lightning_lora.files.adapter.manifest import MANIFEST_FILE
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.lora.adapter import check_tensors
-from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
+from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights, tensor_digest
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
 from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, is_factor
 from lightning_lora.lora.layers.conv import LoRAConv
@@ -238,13 +238,22 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
             stacklevel=3,
         )
         return
-    digests = base_digests(root, folder.trained)
-    expected, found = folder.manifest.base_fingerprint, fingerprint(digests)
-    if found != expected:
-        layers = folder.manifest.layers
-        other = [name for name, entry in layers.items() if digests.get(entry.parameter) != entry.base]
-        where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
-        raise BaseMismatchError(
-            f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
-            f"{where}{f' ({first_five(other)})' if other else ''}. Load the right base, or pass allow_other_base=True."
-        )
+    manifest, prints = folder.manifest, base_prints(root, folder.trained)
+    expected, found = manifest.base_fingerprint, fingerprint(prints)
+    if found == expected or (manifest.base and not other_weights(manifest.base, prints)):
+        return
+    layers = manifest.layers
+    other = [name for name, entry in layers.items() if not _is_base_of(prints.get(entry.parameter), entry, manifest)]
+    where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
+    raise BaseMismatchError(
+        f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
+        f"{where}{f' ({first_five(other)})' if other else ''}. Load the right base, or pass allow_other_base=True."
+    )
+
+
+def _is_base_of(found: WeightPrint | None, entry: WeightEntry, manifest: Manifest) -> bool:
+    """Whether a parameter is the weight that an adapted layer was trained on."""
+    if found is None:
+        return entry.base is None
+    expected = manifest.base.get(entry.parameter)
+    return found.digest == entry.base or (expected is not None and expected.agrees(found))

@@ -11,6 +11,7 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.atomic import sha256
 from lightning_lora.files.json_object import read_json
+from lightning_lora.lora.fingerprint import WeightPrint
 
 MANIFEST_FILE = "lightning_lora.json"
 FORMAT = 1
@@ -60,6 +61,7 @@ class Manifest:
         following: Layers that use the update of the layer they share their weight with.
         beside: Stored tensors that were not trained, and are there because PEFT asks for whole modules.
         base_fingerprint: Digest of the whole base.
+        base: Parameter of the base to its print. Versions up to 0.1 wrote none.
         summary: Facts of the training run, name to number or text.
         tensors: Stored tensor to its shape.
         files: File name to its size in bytes and its SHA-256.
@@ -71,6 +73,7 @@ class Manifest:
     following: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     base_fingerprint: str = ""
+    base: Mapping[str, WeightPrint] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, list[int]] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -92,8 +95,9 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as it is written."""
-        layers = {name: entry.to_dict() for name, entry in self.layers.items()}
-        return {"format": FORMAT} | vars(self) | {"layers": layers}
+        entries = {"layers": self.layers, "base": self.base}
+        plain = {key: {name: entry.to_dict() for name, entry in table.items()} for key, table in entries.items()}
+        return {"format": FORMAT} | vars(self) | plain
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,7 +113,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not _describes_layers(content):
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
-    parsed = {"layers": layers} | {name: tuple(content.get(name, ())) for name in ("following", "beside")}
+    base = {name: WeightPrint.from_dict(entry) for name, entry in content.get("base", {}).items()}
+    parsed = {"layers": layers, "base": base} | {name: tuple(content.get(name, ())) for name in ("following", "beside")}
     return Manifest(**_fields(Manifest, content) | parsed)
 
 
@@ -161,6 +166,8 @@ def _describes_layers(content: Mapping[str, Any]) -> bool:
         and isinstance(layers, dict)
         and bool(layers)
         and all(map(_is_entry, layers.values()))
+        and isinstance(content.get("base", {}), dict)
+        and all(map(_is_print, content.get("base", {}).values()))
     )
 
 
@@ -170,6 +177,16 @@ def _is_entry(entry: object) -> bool:
         and {"rank", "alpha", "parameter", "base"} <= entry.keys()
         and isinstance(entry["alpha"], (int, float))
         and entry["alpha"] > 0
+    )
+
+
+def _is_print(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and {"digest", "shape", "dtype", "values"} <= entry.keys()
+        and isinstance(entry["shape"], list)
+        and isinstance(entry["values"], list)
+        and all(isinstance(value, (int, float)) for value in entry["values"])
     )
 
 

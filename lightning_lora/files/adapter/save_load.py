@@ -31,7 +31,7 @@ from lightning_lora.lora.adapter import (
     freeze,
     lora_state_dict,
 )
-from lightning_lora.lora.fingerprint import base_digests, fingerprint
+from lightning_lora.lora.fingerprint import base_prints, fingerprint
 from lightning_lora.lora.layers.adapted import base_parameter, following_layers, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers
 from lightning_lora.lora.patterns import matches_any, plain_name
@@ -173,7 +173,7 @@ def _check_memory(module: nn.Module) -> None:
 
 
 def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> Manifest:
-    digests = base_digests(layout.root, trained)
+    base = base_prints(layout.root, trained)
     layers = {}
     for name, (layer, weight) in layout.weights.items():
         spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
@@ -182,7 +182,7 @@ def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mappin
             alpha=spec.alpha,
             role=spec.role,
             parameter=parameter,
-            base=digests.get(parameter),
+            base=base[parameter].digest if parameter in base else None,
             **layout.storage(name),
         )
     return Manifest(
@@ -190,7 +190,8 @@ def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mappin
         config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
         layers=layers,
         following=tuple(sorted(following_layers(layout.root))),
-        base_fingerprint=fingerprint(digests),
+        base_fingerprint=fingerprint(base),
+        base=base,
         summary=dict(summary),
     )
 
