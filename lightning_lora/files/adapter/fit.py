@@ -215,6 +215,24 @@ def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> 
         )
 
 
+def trained_tensors(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+    """The tensors of ``root`` that the folder replaces, by name: those of modules trained in full.
+
+    Raises:
+        AdapterFileError: If ``root`` lacks some of them, or they have other shapes.
+    """
+    found = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
+    missing = [name for name in folder.trained if name not in found]
+    if missing:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: it holds {len(missing)} tensors of modules trained in full that "
+            f"{type(root).__name__} does not have ({first_five(missing)}). Load it into the kind of model it was "
+            f"trained on."
+        )
+    check_tensors(found, folder.trained)
+    return found
+
+
 def check_copies(root: nn.Module, folder: AdapterFolder) -> None:
     """Raise `BaseMismatchError` if the copies of base weights that PEFT stores beside embeddings are not the base's.
 
@@ -245,6 +263,9 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
     layers = manifest.layers
     other = [name for name, entry in layers.items() if not _is_base_of(prints.get(entry.parameter), entry, manifest)]
     where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
+    if manifest.base and not other:
+        other = other_weights(manifest.base, prints)
+        where = "its layers agree, but other parameters do not"
     raise BaseMismatchError(
         f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
         f"{where}{f' ({first_five(other)})' if other else ''}. Load the right base, or pass allow_other_base=True."

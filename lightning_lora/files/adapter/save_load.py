@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, first_five
-from lightning_lora.files.adapter.fit import adapter_targets, check_base, check_copies, model_tensors, with_experts
+from lightning_lora.files.adapter.fit import (
+    adapter_targets,
+    check_base,
+    check_copies,
+    model_tensors,
+    trained_tensors,
+    with_experts,
+)
 from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
@@ -27,7 +34,6 @@ from lightning_lora.lora.adapter import (
     attach_targets,
     check_not_merged,
     check_not_sharded,
-    check_tensors,
     freeze,
     lora_state_dict,
 )
@@ -107,8 +113,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     root = _root_to_load(module, [*folder.ranks, *folder.stacked])
     folder = with_experts(root, folder)
     layers, tied = adapter_targets(root, folder)
-    trained = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
-    check_tensors(trained, folder.trained)
+    trained = trained_tensors(root, folder)
     check_copies(root, folder)
     if not allow_other_base:
         check_base(root, folder)
