@@ -44,7 +44,8 @@ class RunningMean(Metric):
         """Move as the module moves, but keep the type."""
         device: Any = fn(torch.zeros(1, device=self.device)).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        return super()._apply(lambda tensor: _moved(tensor, device, dtype), exclude_state)
+        super()._apply(lambda tensor: _moved(tensor, device, dtype), exclude_state)
+        return self
 
 
 def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

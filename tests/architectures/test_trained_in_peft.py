@@ -52,7 +52,9 @@ def ended() -> dict[str, Tensor]:
     return {"input_ids": torch.cat([ids, torch.full((len(ids), 1), 2)], 1)}
 
 
-def case(kind: str, config: str, trainable: list[str], output: Outputs = logits, inputs: Any = None, **settings: Any):
+def case(
+    kind: str, config: str, trainable: list[str], output: Any = logits, inputs: Any = None, **settings: Any
+) -> Any:
     """A model class with modules to train in full."""
     return pytest.param(
         hugging_face(kind, config, **settings), inputs or tokens(), output, trainable, id=f"{kind} {trainable}"

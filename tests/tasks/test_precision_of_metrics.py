@@ -50,7 +50,7 @@ def test_the_training_loss_has_the_digits_of_float32(llama_folder: Path, tmp_pat
     seen = []
 
     class Losses(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
             seen.append(trainer.callback_metrics["train_loss"])
 
     module = make(llama_folder)

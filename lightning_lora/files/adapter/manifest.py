@@ -114,7 +114,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
     base = {name: WeightPrint.from_dict(entry) for name, entry in content.get("base", {}).items()}
-    parsed = {"layers": layers, "base": base} | {name: tuple(content.get(name, ())) for name in ("following", "beside")}
+    lists = {name: tuple(content.get(name, ())) for name in ("following", "beside")}
+    parsed: dict[str, Any] = {"layers": layers, "base": base, **lists}
     return Manifest(**_fields(Manifest, content) | parsed)
 
 
