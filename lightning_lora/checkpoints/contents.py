@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_fiv
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.fingerprint import fingerprint
+from lightning_lora.lora.fingerprint import WeightPrint, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
@@ -22,6 +22,7 @@ from lightning_lora.lora.patterns import plain_name, state_dict_name
 from lightning_lora.lora.shards import is_flattened
 from lightning_lora.lora.travelling import changed_tensors
 
+BasePrints = Mapping[str, WeightPrint] | None
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
 _FORMAT = 1
@@ -30,7 +31,7 @@ _FIELDS = {"format", "config", "tensors", "base_fingerprint"}
 _STATE_KEYS = ("state_dict", "current_model_state")
 
 
-def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base: Mapping[str, str] | None) -> None:
+def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base: BasePrints) -> None:
     """Remove the frozen weights from ``checkpoint`` and add a manifest of the adapters.
 
     Buffers are kept: they are small, and some (running statistics) change in training. So are weights of a frozen copy
@@ -60,7 +61,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
         "moved": {name: list(checkpoint["state_dict"].get(name, p).shape) for name, p in moved.items()},
         "base_fingerprint": None if base is None else fingerprint(base),
-        "base": None if base is None else dict(base),
+        "base": {name: found.to_dict() for name, found in (base or {}).items()},
         "siblings": sibling_names(module),
     }
     if is_sharded:
@@ -84,14 +85,14 @@ def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
 
 
 def check_and_complete(
-    module: LightningModule, checkpoint: dict[str, Any], base: Mapping[str, str] | None, allow_other_base: bool
+    module: LightningModule, checkpoint: dict[str, Any], base: BasePrints, allow_other_base: bool
 ) -> None:
     """Check a loaded checkpoint against the adapted ``module``, then add the module's frozen weights to it.
 
     Args:
         module: The adapted module that will load the checkpoint.
         checkpoint: The loaded checkpoint; modified in place.
-        base: Digests of the module's base by parameter name, or None if unknown.
+        base: Prints of the module's base, or None if unknown.
         allow_other_base: Whether the adapters may have been trained on another base.
 
     Raises:
@@ -159,22 +160,23 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _check_base(own: Mapping[str, str] | None, manifest: Mapping[str, Any], moved: Collection[str]) -> None:
-    # A base without values in memory has no digests. Files of earlier versions hold the fingerprint only.
-    trained_on, digests = manifest["base_fingerprint"], manifest.get("base")
-    if own is None or trained_on is None or fingerprint(own) == trained_on:
+def _check_base(base: BasePrints, manifest: Mapping[str, Any], moved: Collection[str]) -> None:
+    # A base without values in memory has no fingerprint.
+    trained_on = manifest["base_fingerprint"]
+    if base is None or trained_on is None or (own := fingerprint(base)) == trained_on:
         return
-    other = sorted(name for name in own.keys() | (digests or {}).keys() if own.get(name) != (digests or {}).get(name))
+    # Files of older versions have the fingerprint only.
+    expected = {name: WeightPrint.from_dict(entry) for name, entry in manifest.get("base", {}).items()}
     # What the file holds itself need not be in the base.
-    other = [name for name in other if name not in moved]
-    if digests is not None and not other:
+    other = [name for name in other_weights(expected, base) if name not in moved] if expected else []
+    if expected and not other:
         return
-    named = f"{len(other)} of {len(own)} frozen parameters differ: {first_five(other)}. " if digests else ""
+    named = f"{len(other)} of {len(base)} frozen parameters differ: {first_five(sorted(other))}. " if other else ""
     raise BaseMismatchError(
-        f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has "
-        f"{fingerprint(own)}. {named}Load the right base, or set lora_allow_other_base = True on the module "
-        f"(--allow_other_base true on the command line). Random weights, as of a new head, differ in every process: "
-        f"name such a module in trainable, or seed it."
+        f"this checkpoint was trained on a base with fingerprint {trained_on}, the module's base has {own}. {named}"
+        "Load the right base, or set lora_allow_other_base = True on the module (--allow_other_base true on the "
+        "command line). Random weights, as of a new head, differ in every process: name such a module in trainable, "
+        "or seed it."
     )
 
 

@@ -93,7 +93,9 @@ def restore_position(trainer: Trainer, position: LoopPosition, metrics: Mapping[
     """
     device = trainer.strategy.root_device
     known = trainer._logger_connector._callback_metrics
-    known.update({name: torch.tensor(value, device=device) for name, value in metrics.items()})
+    # In float64, as the numbers were: a schedule compares them with those of the run before. Apple GPUs have none.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    known.update({name: torch.tensor(value, device=device, dtype=dtype) for name, value in metrics.items()})
     if position.is_plateau_due:
         _set_counters(trainer.fit_loop.epoch_progress, ready=position.num_epochs, done=position.num_epochs - 1)
         trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)

@@ -23,7 +23,7 @@ from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.fingerprint import base_digests
+from lightning_lora.lora.fingerprint import WeightPrint, base_prints
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.reports import MergeReport
@@ -67,7 +67,7 @@ class LoRAMixin(LightningModule):
     lora_root: str | None = None
     # Whether to load checkpoints whose adapters were trained on other base weights.
     lora_allow_other_base: bool = False
-    _lora_base_digests: dict[str, str] | None = None
+    _lora_base: dict[str, WeightPrint] | None = None
     _lora_loaded_states: list[dict[str, Any]] | None = None
 
     def __init__(self, *args: Any, lora: Any = _UNSET, lora_root: Any = _UNSET, **kwargs: Any) -> None:
@@ -145,7 +145,7 @@ class LoRAMixin(LightningModule):
         record_tensors(self)
         report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
-        self._compute_digests()
+        self._print_base()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -191,19 +191,19 @@ class LoRAMixin(LightningModule):
     def _has_adapters(self) -> bool:
         return bool(lora_layers(self))
 
-    def _base_digests(self) -> dict[str, str] | None:
-        """Digests of the base at injection, or now if it had no values then; every rank must call it."""
+    def _base_prints(self) -> dict[str, WeightPrint] | None:
+        """Prints of the base at injection, or now if it had no values then; every rank must call it."""
         strategy = getattr(self._trainer, "strategy", None)
         # These strategies leave shards under the names of whole weights.
-        if self._lora_base_digests is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            self._compute_digests()
-        return self._lora_base_digests
+        if self._lora_base is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            self._print_base()
+        return self._lora_base
 
-    def _compute_digests(self) -> None:
+    def _print_base(self) -> None:
         root = self._lora_module()
         if not any(parameter.is_meta for parameter in root.parameters()):
             trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
-            self._lora_base_digests = base_digests(root, trained)
+            self._lora_base = base_prints(root, trained)
 
     def _lora_module(self) -> nn.Module:
         if self.lora_root is None:
@@ -259,11 +259,11 @@ class LoRAMixin(LightningModule):
         contents.plain_hyperparameters(checkpoint)
         optimizer_state_names.name_optimizer_states(self, checkpoint)
         if self._has_adapters():
-            contents.keep_adapters_only(self, checkpoint, self._base_digests())
+            contents.keep_adapters_only(self, checkpoint, self._base_prints())
 
     def _before_load(self, checkpoint: dict[str, Any]) -> None:
         if self._has_adapters():
-            contents.check_and_complete(self, checkpoint, self._base_digests(), self.lora_allow_other_base)
+            contents.check_and_complete(self, checkpoint, self._base_prints(), self.lora_allow_other_base)
         else:
             contents.refuse_adapter(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

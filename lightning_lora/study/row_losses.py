@@ -40,7 +40,7 @@ def row_losses(trainer: Trainer, module: LightningModule, held_out: HeldOut, bat
     losses = [_loss_of(module, predicted) for predicted in predict(batch_rows)]
     if sum(loss.numel() for loss in losses) != len(rows):
         losses = [_loss_of(module, predicted).mean() for predicted in predict(1)]
-    return torch.cat([loss.detach().double().cpu().reshape(-1) for loss in losses])
+    return torch.cat([loss.reshape(-1) for loss in losses])
 
 
 def check_gives_losses(module: LightningModule) -> None:
@@ -53,7 +53,7 @@ def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
     loss = predicted.get("loss") if isinstance(predicted, Mapping) else None
     if not isinstance(loss, Tensor):
         raise _no_losses(module)
-    return loss
+    return loss.detach().cpu().double()
 
 
 def _no_losses(module: LightningModule) -> ConfigError:

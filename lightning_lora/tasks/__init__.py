@@ -1,8 +1,9 @@
 """LightningModules that are ready to run.
 
-Read in this order: `pretrained` (what all tasks share), `causal_lm`, `sequence_classifier`, `loading` (config and
-weights), `quantised_loading` (in 4 or 8 bits), `placement` (on several devices), `loss_at_head` and `head_loss` (the
-loss in place of the output layer), `packing_check` (whether a model keeps packed examples apart).
+Read in this order: `pretrained` (what all tasks share), `causal_lm`, `sequence_classifier`, `running_mean` (sums of an
+evaluation), `loading` (config and weights), `quantised_loading` (in 4 or 8 bits), `placement` (on several devices),
+`loss_at_head` and `head_loss` (the loss in place of the output layer), `packing_check` (whether a model keeps packed
+examples apart).
 """
 
 from lightning_lora.tasks.causal_lm import CausalLM

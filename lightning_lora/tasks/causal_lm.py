@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.errors import DataError
-from lightning_lora.tasks.head_loss import IGNORE_INDEX, HeadScores, head_loss, head_scores
+from lightning_lora.tasks.head_loss import IGNORE_INDEX, HeadScores, at_least_float32, head_loss, head_scores
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, plain_head
 from lightning_lora.tasks.packing_check import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
@@ -110,7 +110,7 @@ class CausalLM(PretrainedTask):
         """Loss and correctness computed from the logits; the losses have gradients."""
         logits, labels = self._logits(batch), _next_token_labels(batch)
         losses = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+            at_least_float32(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
         ).view_as(labels)
         return HeadScores(losses, logits.detach().argmax(-1) == labels)
 
@@ -151,10 +151,10 @@ class CausalLM(PretrainedTask):
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         supervised = _next_token_labels(batch) != IGNORE_INDEX
         losses, correct = self._scores(batch)
-        weight = supervised.sum()
-        if weight:
-            self.mean_loss.update(losses.sum() / weight, weight)
-            self.mean_accuracy.update((correct & supervised).sum() / weight, weight)
+        num_tokens = supervised.sum()
+        if num_tokens:
+            self.mean_loss.update(losses, num_tokens)
+            self.mean_accuracy.update(correct & supervised, num_tokens)
 
     def _log_means(self, stage: str) -> None:
         loss = self.mean_loss.compute()

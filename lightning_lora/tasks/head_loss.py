@@ -123,7 +123,7 @@ def _plain(
     if update is not None:
         logits = logits + F.linear(*update)
     return F.cross_entropy(
-        logits.to(_at_least_float32(logits)).flatten(0, -2),
+        at_least_float32(logits).flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
@@ -169,6 +169,11 @@ def _check_labels(labels: Tensor, vocab: int) -> None:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Autocast leaves float64 alone too.
     return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or in its own type if that is wider."""
+    return tensor.to(_at_least_float32(tensor))
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from transformers import AutoTokenizer
 from typing_extensions import override
 
@@ -29,6 +29,7 @@ from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.loading import head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, loading_arguments
+from lightning_lora.tasks.running_mean import RunningMean
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
@@ -101,8 +102,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.schedule = schedule
         self.dtype_name = dtype
         self.quantization = quantization
-        self.mean_loss = MeanMetric()
-        self.mean_accuracy = MeanMetric()
+        self.mean_loss = RunningMean()
+        self.mean_accuracy = RunningMean()
         self.model_config = read_config(self.model_name, **self._config_overrides())
         check_quantization(quantization, lora, getattr(self.model_config, "quantization_config", None))
         self.model: PreTrainedModel | None = None

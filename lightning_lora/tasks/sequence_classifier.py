@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.tasks.head_loss import at_least_float32
 from lightning_lora.tasks.loading import head_names
 from lightning_lora.tasks.pretrained import PretrainedTask
 
@@ -56,7 +57,7 @@ class SequenceClassifier(PretrainedTask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the micro-batch's share of the mean loss over the rows of the optimizer step."""
         logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
-        loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss_sum = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
         self.log("train_loss", loss_sum.detach() / len(labels), prog_bar=True, batch_size=len(labels))
         return self.token_loss(loss_sum, labels.new_tensor(len(labels)))
 
@@ -77,8 +78,8 @@ class SequenceClassifier(PretrainedTask):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
-        self.mean_loss(F.cross_entropy(logits.float(), labels), len(labels))
-        self.mean_accuracy((logits.argmax(-1) == labels).float())
+        self.mean_loss.update(F.cross_entropy(at_least_float32(logits), labels, reduction="none"), len(labels))
+        self.mean_accuracy.update(logits.argmax(-1) == labels, len(labels))
         metrics = {f"{stage}_loss": self.mean_loss, f"{stage}_accuracy": self.mean_accuracy}
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(labels))
 

@@ -93,7 +93,7 @@ class Ours(toys.Toy):
         with torch.device("meta"):
             self.net = toys.Net()
         self.apply_lora()
-        assert self._lora_base_digests is None
+        assert self._lora_base is None
         shard_lora(self.net, self.device_mesh)
         self.net.to_empty(device="cpu")
         set_model_state_dict(self.net, values, options=StateDictOptions(full_state_dict=True, strict=False))

@@ -136,5 +136,5 @@ class WeightSketches:
 def _sketch(length: int, generator: torch.Generator) -> Tensor:
     """A sketch matrix ``(32, length)``, or the identity for a dimension that is not longer."""
     if length <= _SIDE:
-        return torch.eye(length, device=generator.device)
+        return torch.eye(length, device=generator.device, dtype=torch.float32)
     return sketch_matrix(_SIDE, length, _SIDE, generator)

@@ -62,5 +62,6 @@ def sketch_matrix(num_rows: int, num_columns: int, side: int, generator: torch.G
         side: ``k``; the relative error of a square norm falls as ``1 / k``.
         generator: Source of the random numbers, apart from that of training; its device is that of the result.
     """
-    entries = torch.randn(num_rows, num_columns, generator=generator, device=generator.device)
+    # Not the default type, which 'true' precisions lower within a training step.
+    entries = torch.randn(num_rows, num_columns, generator=generator, device=generator.device, dtype=torch.float32)
     return entries / side**0.5

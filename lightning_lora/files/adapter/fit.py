@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.adapter import peft_experts, peft_layers
 from lightning_lora.files.adapter.folder import AdapterFolder
-from lightning_lora.files.adapter.manifest import MANIFEST_FILE
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.lora.adapter import check_tensors
-from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
+from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights, tensor_digest
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
 from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, is_factor
 from lightning_lora.lora.layers.conv import LoRAConv
@@ -215,6 +215,26 @@ def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> 
         )
 
 
+def trained_tensors(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+    """The tensors of ``root`` that the folder replaces, by name: those of modules trained in full.
+
+    Raises:
+        AdapterFileError: If ``root`` lacks some of them, or they have other shapes.
+    """
+    found = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
+    missing = [name for name in folder.trained if name not in found]
+    if missing:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: it holds {len(missing)} tensors of modules trained in full that "
+            f"{type(root).__name__} does not have ({first_five(missing)}). Load it into the kind of model it was "
+            f"trained on."
+        )
+    # Observers and caches are empty until they have seen something.
+    empty = {name for name, tensor in found.items() if name in folder.manifest.moved and not tensor.numel()}
+    check_tensors({name: folder.trained[name] if name in empty else own for name, own in found.items()}, folder.trained)
+    return found
+
+
 def check_copies(root: nn.Module, folder: AdapterFolder) -> None:
     """Raise `BaseMismatchError` if the copies of base weights that PEFT stores beside embeddings are not the base's.
 
@@ -238,20 +258,26 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
             stacklevel=3,
         )
         return
-    digests = base_digests(root, folder.trained)
-    expected, found = folder.manifest.base_fingerprint, fingerprint(digests)
-    if found != expected:
-        layers = folder.manifest.layers
-        other = [name for name, entry in layers.items() if digests.get(entry.parameter) != entry.base]
-        where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
-        base = folder.manifest.base
-        differing = sorted(name for name in base.keys() | digests.keys() if base.get(name) != digests.get(name))
-        named = (
-            f" {len(differing)} of {len(digests)} frozen parameters differ: {first_five(differing)}." if base else ""
-        )
-        raise BaseMismatchError(
-            f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
-            f"{where}{f' ({first_five(other)})' if other else ''}.{named} Load the right base, or pass "
-            f"allow_other_base=True. Random weights, as of a new head, differ in every process: name such a module in "
-            f"trainable, or seed it."
-        )
+    manifest, prints = folder.manifest, base_prints(root, folder.trained)
+    expected, found = manifest.base_fingerprint, fingerprint(prints)
+    differing = other_weights(manifest.base, prints) if manifest.base else []
+    if found == expected or (manifest.base and not differing):
+        return
+    layers = manifest.layers
+    other = [name for name, entry in layers.items() if not _is_base_of(prints.get(entry.parameter), entry, manifest)]
+    where = f"{len(other)} of its {len(layers)} layers have other weights here" if other else "its layers agree"
+    named = f" {len(differing)} of {len(prints)} frozen parameters differ: {first_five(sorted(differing))}."
+    raise BaseMismatchError(
+        f"{folder.path} was trained on a base with fingerprint {expected}, this one has {found}: "
+        f"{where}{f' ({first_five(other)})' if other else ''}.{named if differing else ''} Load the right base, or "
+        f"pass allow_other_base=True. Random weights, as of a new head, differ in every process: name such a module in "
+        f"trainable, or seed it."
+    )
+
+
+def _is_base_of(found: WeightPrint | None, entry: WeightEntry, manifest: Manifest) -> bool:
+    """Whether a parameter is the weight that an adapted layer was trained on."""
+    if found is None:
+        return entry.base is None
+    expected = manifest.base.get(entry.parameter)
+    return found.digest == entry.base or (expected is not None and expected.agrees(found))

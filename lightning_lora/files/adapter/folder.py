@@ -22,6 +22,7 @@ from lightning_lora.files.adapter.peft_format import (
     FactorPair,
     embedding_of,
     split_tensor_name,
+    without_adapter_name,
 )
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
@@ -102,8 +103,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     peft = read_json(folder / CONFIG_FILE)
     peft_config.check_supported(peft, str(folder / CONFIG_FILE))
     tensor_file = folder / TENSOR_FILE
-    tensors = read_tensors(tensor_file)
+    tensors = without_adapter_name(read_tensors(tensor_file), tensor_file)
     stored, trained, base_copies = _split(tensors, tensor_file, manifest.moved)
+    trained = {name: tensor for name, tensor in trained.items() if name not in manifest.beside}
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
     factors, stacked = peft_experts.split_stacked(factors, manifest, peft)
@@ -160,7 +162,9 @@ def _split(
         else:
             factors[f"{module}.{factor}" if module else factor] = tensor
     if not factors:
-        raise AdapterFileError(f"{where} holds no adapter tensors.")
+        raise AdapterFileError(
+            f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(tensors)}."
+        )
     # A buffer may hold infinities, such as a mask or a range that was never observed.
     check_finite(factors | {name: tensor for name, tensor in trained.items() if name not in moved}, str(where))
     return factors, trained, base_copies

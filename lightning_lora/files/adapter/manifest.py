@@ -11,8 +11,10 @@ from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.atomic import sha256
 from lightning_lora.files.json_object import read_json
+from lightning_lora.lora.fingerprint import WeightPrint
 
 MANIFEST_FILE = "lightning_lora.json"
+_LISTS = ("following", "beside", "moved")
 FORMAT = 1
 
 
@@ -58,9 +60,11 @@ class Manifest:
         config: Settings of the adapter, as `LoRAConfig.to_dict` gives them.
         layers: Adapted weight to its entry.
         following: Layers that use the update of the layer they share their weight with.
+        beside: Stored tensors that were not trained, and are there because PEFT asks for whole modules.
         base_fingerprint: Digest of the whole base.
+        base: Parameter of the base to its print, for parameters that the folder does not hold. Versions up to 0.1 wrote
+            none.
         summary: Facts of the training run, name to number or text.
-        base: Parameter of the base to its digest, for parameters that the folder does not hold.
         moved: Names of the stored tensors that training changed without an optimizer: buffers, and weights of a frozen
             copy of the network.
         tensors: Stored tensor to its shape.
@@ -71,9 +75,10 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, WeightEntry] = field(default_factory=dict)
     following: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     base_fingerprint: str = ""
+    base: Mapping[str, WeightPrint] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
-    base: Mapping[str, str] = field(default_factory=dict)
     moved: tuple[str, ...] = ()
     tensors: Mapping[str, list[int]] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -95,8 +100,9 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as it is written."""
-        layers = {name: entry.to_dict() for name, entry in self.layers.items()}
-        return {"format": FORMAT} | vars(self) | {"layers": layers}
+        entries = {"layers": self.layers, "base": self.base}
+        plain = {key: {name: entry.to_dict() for name, entry in table.items()} for key, table in entries.items()}
+        return {"format": FORMAT} | vars(self) | plain
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -112,8 +118,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not _describes_layers(content):
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
-    following, moved = (tuple(content.get(name, ())) for name in ("following", "moved"))
-    parsed = {"layers": layers, "following": following, "moved": moved}
+    base = {name: WeightPrint.from_dict(entry) for name, entry in content.get("base", {}).items()}
+    lists = {name: tuple(content.get(name, ())) for name in _LISTS}
+    parsed: dict[str, Any] = {"layers": layers, "base": base, **lists}
     return Manifest(**_fields(Manifest, content) | parsed)
 
 
@@ -161,11 +168,12 @@ def _describes_layers(content: Mapping[str, Any]) -> bool:
     return (
         isinstance(content.get("config"), dict)
         and isinstance(content.get("base_fingerprint"), str)
-        and all(isinstance(content.get(name, []), list) for name in ("following", "moved"))
-        and isinstance(content.get("base", {}), dict)
+        and all(isinstance(content.get(name, []), list) for name in _LISTS)
         and isinstance(layers, dict)
         and bool(layers)
         and all(map(_is_entry, layers.values()))
+        and isinstance(content.get("base", {}), dict)
+        and all(map(_is_print, content.get("base", {}).values()))
     )
 
 
@@ -175,6 +183,16 @@ def _is_entry(entry: object) -> bool:
         and {"rank", "alpha", "parameter", "base"} <= entry.keys()
         and isinstance(entry["alpha"], (int, float))
         and entry["alpha"] > 0
+    )
+
+
+def _is_print(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and {"digest", "shape", "dtype", "values"} <= entry.keys()
+        and isinstance(entry["shape"], list)
+        and isinstance(entry["values"], list)
+        and all(isinstance(value, (int, float)) for value in entry["values"])
     )
 
 

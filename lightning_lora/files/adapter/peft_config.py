@@ -12,6 +12,7 @@ from torch import nn
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_patterns import PatternTable, endings
+from lightning_lora.files.adapter.peft_trained import takes_for_classifier
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import AdapterSpec
@@ -64,12 +65,12 @@ _OLD_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def to_peft(layout: PEFTLayout, trained: Collection[str]) -> dict[str, Any]:
+def to_peft(layout: PEFTLayout, saved: Collection[str]) -> dict[str, Any]:
     """Describe adapted layers as the contents of ``adapter_config.json``.
 
     Args:
         layout: The adapted weights.
-        trained: Names of the modules trained in full.
+        saved: Names of the modules for PEFT to save (see `SavedModules`).
     """
     specs = _specs(layout)
     fused = [name for name, (layer, _) in layout.weights.items() if isinstance(layer, LoRAFusedExperts)]
@@ -93,11 +94,11 @@ def to_peft(layout: PEFTLayout, trained: Collection[str]) -> dict[str, Any]:
             "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
             # PEFT's experts refuse dropout. It only acts in training, and the manifest keeps it.
             "lora_dropout": 0.0 if fused else config.dropout,
-            "modules_to_save": sorted(trained) or None,
+            "modules_to_save": sorted(saved) or None,
             "peft_version": FORMAT_VERSION,
             "target_modules": _target_modules(layout.root, named) if named else [],
             "target_parameters": sorted(fused + [f"{name}.weight" for name in clashing]) or None,
-            "task_type": _task_type(layout.root, trained),
+            "task_type": _task_type(layout.root, saved),
             "use_rslora": config.scaling == "rslora",
         }
     )
@@ -231,7 +232,7 @@ def _target_modules(root: nn.Module, names: list[str]) -> list[str] | str:
     return "|".join(map(re.escape, sorted(names))) if clash else sorted(names)
 
 
-def _task_type(root: nn.Module, trained: Collection[str]) -> str | None:
+def _task_type(root: nn.Module, saved: Collection[str]) -> str | None:
     """PEFT's word for the task of a Hugging Face model, by the name of its class; None if it is unknown."""
     kind = type(root).__name__
     for ending, task in (
@@ -240,8 +241,7 @@ def _task_type(root: nn.Module, trained: Collection[str]) -> str | None:
         ("SequenceClassification", "SEQ_CLS"),
     ):
         if kind.endswith(ending):
-            # PEFT takes the head of a classifier for trained, and fails without its tensors.
-            return task if task != "SEQ_CLS" or trained else None
+            return task if task != "SEQ_CLS" or takes_for_classifier(root, saved) else None
     return None
 
 

@@ -5,9 +5,13 @@ A tensor is called ``base_model.model.<module>.lora_A.weight`` there and ``<modu
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.lora.layers.base import FACTORS, LoRALayer, is_factor
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 
@@ -18,6 +22,10 @@ TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # The last parts of the names of the two factors of a layer.
 LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight")
+
+# A live PeftModel puts the name of the adapter behind that of a factor, and keeps copies of modules trained in full.
+_LIVE_FACTOR = re.compile(r"\.(?:lora_[AB](?=\.[^.]+\.weight$)|lora_embedding_[AB](?=\.[^.]+$))\.([^.]+)")
+_LIVE_MODULE = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
 
 _EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 _FACTOR_OF_LEAF = dict(zip(LINEAR_LEAVES + _EMBEDDING_LEAVES, FACTORS * 2, strict=True))
@@ -53,3 +61,28 @@ def embedding_of(name: str) -> str | None:
     """The adapted embedding that a tensor of this name belongs to, or None. Its update is stored transposed."""
     module, _, leaf = name.removeprefix(PREFIX).rpartition(".")
     return module if leaf.startswith("lora_embedding_") else None
+
+
+def without_adapter_name(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Tensors by the names that PEFT's ``save_pretrained`` gives, if they are those of a live model's state dict.
+
+    The base weights in such a state dict are left out. Names of any other file stay as they are.
+
+    Raises:
+        AdapterFileError: If they belong to several adapters.
+    """
+    factors = {name: match[1] for name in tensors if (match := _LIVE_FACTOR.search(name))}
+    if not factors:
+        return dict(tensors)
+    if len(adapters := set(factors.values())) > 1:
+        raise AdapterFileError(
+            f"{where} holds {len(adapters)} adapters ({first_five(sorted(adapters))}), and one can be loaded: write it "
+            f"with PEFT's save_pretrained."
+        )
+    (adapter,) = adapters
+    modules = [name for name in tensors if (match := _LIVE_MODULE.search(name)) and match[1] == adapter]
+    renamed = {name: _LIVE_MODULE.sub("", name, count=1) for name in modules}
+    for name in factors:
+        start, stop = _LIVE_FACTOR.search(name).span(1)  # pyright: ignore[reportOptionalMemberAccess]
+        renamed[name] = name[: start - 1] + name[stop:]
+    return {new: tensors[name] for name, new in renamed.items()}

@@ -13,24 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, first_five
-from lightning_lora.files.adapter.fit import adapter_targets, check_base, check_copies, model_tensors, with_experts
+from lightning_lora.files.adapter.fit import (
+    adapter_targets,
+    check_base,
+    check_copies,
+    model_tensors,
+    trained_tensors,
+    with_experts,
+)
 from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
+from lightning_lora.files.adapter.peft_trained import SavedModules
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
     attach_targets,
     check_not_merged,
     check_not_sharded,
-    check_tensors,
     freeze,
     lora_state_dict,
 )
-from lightning_lora.lora.fingerprint import base_digests, fingerprint
+from lightning_lora.lora.fingerprint import base_prints, fingerprint
 from lightning_lora.lora.frozen_copies import frozen_copies, hold_copies
 from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers
@@ -78,11 +85,13 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     factors = lora_state_dict(root)
     trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
     check_finite(factors | trained, "the adapter is not saved")
+    saved = SavedModules(root, trained)
     # Beside modules trained in full, PEFT restores single tensors by their names too.
     moved = {name: full_tensor(t) for name, t in _named(root, changed).items() if name not in trained}
-    manifest = _manifest(layout, trained, moved, summary or {})
-    peft = to_peft(layout, {name.rpartition(".")[0] for name in trained})
-    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in (trained | moved).items()}
+    beside = {name: tensor for name, tensor in saved.beside.items() if name not in moved}
+    manifest = replace(_manifest(layout, trained, moved, summary or {}), beside=tuple(beside))
+    peft = to_peft(layout, saved.names)
+    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in (trained | beside | moved).items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
@@ -110,11 +119,9 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     root = _root_to_load(module, [*folder.ranks, *folder.stacked])
     folder = with_experts(root, folder)
     layers, tied = adapter_targets(root, folder)
-    trained = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
     moved = folder.manifest.moved
-    # Observers and caches are empty until they have seen something.
+    trained = trained_tensors(root, folder)
     grown = {name: folder.trained[name] for name, t in trained.items() if name in moved and not t.numel()}
-    check_tensors(trained | grown, folder.trained)
     check_copies(root, folder)
     if not allow_other_base:
         check_base(root, folder)
@@ -204,7 +211,7 @@ def _check_memory(module: nn.Module) -> None:
 def _manifest(
     layout: PEFTLayout, trained: Mapping[str, Tensor], moved: Mapping[str, Tensor], summary: Mapping[str, Any]
 ) -> Manifest:
-    digests = base_digests(layout.root, trained.keys() | moved.keys())
+    base = base_prints(layout.root, trained.keys() | moved.keys())
     layers = {}
     for name, (layer, weight) in layout.weights.items():
         spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
@@ -213,7 +220,7 @@ def _manifest(
             alpha=spec.alpha,
             role=spec.role,
             parameter=parameter,
-            base=digests.get(parameter),
+            base=base[parameter].digest if parameter in base else None,
             **layout.storage(name),
         )
     return Manifest(
@@ -221,9 +228,9 @@ def _manifest(
         config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
         layers=layers,
         following=tuple(sorted(following_layers(layout.root))),
-        base_fingerprint=fingerprint(digests),
+        base_fingerprint=fingerprint(base),
+        base=base,
         summary=dict(summary),
-        base=digests,
         moved=tuple(sorted(moved)),
     )
 

@@ -48,11 +48,12 @@ class BaseCheck:
         weight = self._plan.weight(name)
         if weight is None or weight not in self._entries or self._digests[weight].missing:
             return
-        found, expected = self._digests.pop(weight).hexdigest(), self._entries[weight].base
-        if found != expected:
+        found, entry = self._digests.pop(weight).print(), self._entries[weight]
+        known = self._plan.folder.manifest.base.get(entry.parameter)
+        if found.digest != entry.base and not (known is not None and known.agrees(found)):
             raise BaseMismatchError(
                 f"{name if name in self._plan.matrices else weight} is not the weight the adapter was trained on "
-                f"(digest {found}, expected {expected}). Give the right base, or pass --allow_other_base."
+                f"(digest {found.digest}, expected {entry.base}). Give the right base, or pass --allow_other_base."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,7 +92,11 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
         renamed = _renamed(base, lost, shapes)
         matrices |= {name: stored for name, stored in renamed.items() if name in candidates}
         trained |= {name: stored for name, stored in renamed.items() if name not in candidates}
-        missing += [name for name in lost if name not in renamed]
+        lost = {name: names for name, names in lost.items() if name not in renamed}
+        pieces = _pieces(base, {name: folder.trained[name] for name in lost if name not in candidates}, shapes)
+        folder = replace(folder, trained=folder.trained | pieces)
+        trained |= {stored: stored for stored in pieces}
+        missing += [name for name in lost if name in candidates or not pieces]
     if missing:
         raise AdapterFileError(
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
@@ -144,6 +148,18 @@ def _renamed(base: Path, lost: Mapping[str, tuple[str, ...]], shapes: Shapes) ->
         for name, parameters in lost.items()
     }
     return _found(names, shapes)
+
+
+def _pieces(base: Path, trained: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """Tensors trained in full as the checkpoint stores them, such as expert by expert; empty if it lacks one."""
+    if not trained or not (base / "config.json").is_file():
+        return {}
+    try:
+        stored = CheckpointModel(base).stored(trained)
+    except ValueError:  # it is stored in one tensor with others, which were not trained
+        return {}
+    places = {name: _in_base(name, shapes) for name in stored}
+    return {place: stored[name] for name, place in places.items() if place is not None} if all(places.values()) else {}
 
 
 def _experts(model: CheckpointModel, folder: AdapterFolder, shapes: Shapes) -> tuple[dict[str, ExpertPart], list[str]]:

@@ -12,6 +12,7 @@ from lightning_lora.errors import ConfigError, TargetNotFoundError, first_five
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
 from lightning_lora.lora.targets.new_weights import NewWeights, find_new_weights
@@ -86,6 +87,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     layers = _layers(root, selected, config)
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
+    _warn_of_half_adapted_experts(root, candidates, selected, config)
     adapted = {*selected, *tied.followers}
     unknown = unknown_weights(root, candidates, trainable)
     reasons = skipped | refused | dict.fromkeys(unknown, REASON)
@@ -137,5 +139,29 @@ def _warn_of_refused_targets(candidates: Candidates, trainable: Collection[str],
         warnings.warn(
             f"{len(passed_over)} targeted layers cannot be adapted and stay frozen: {first_five(passed_over)}. Name "
             f"them in exclude if that is meant.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_half_adapted_experts(
+    root: nn.Module, candidates: Candidates, selected: Candidates, config: LoRAConfig
+) -> None:
+    """Warn of experts of which one weight is adapted and the other is not, unless it is named in ``exclude``.
+
+    The usual names of a dense MLP do this: ``down_proj`` is also a weight of fused experts, and the other one there is
+    ``gate_up_proj``.
+    """
+    layers = {weight.layer for weight in selected.values() if issubclass(weight.kind(root), LoRAFusedExperts)}
+    missing = {
+        name: weight
+        for name, weight in candidates.items()
+        if weight.layer in layers and name not in selected and not weight.matches_any(config.exclude)
+    }
+    if missing:
+        names = sorted({".".join(name.split(".")[-2:]) for name in missing})
+        half = sorted(name for name, weight in selected.items() if weight.layer in {m.layer for m in missing.values()})
+        warnings.warn(
+            f"{len(missing)} layers of experts are adapted in only one of their two weights: {first_five(half)}. Add "
+            f"{', '.join(map(repr, names))} to targets to adapt both, or to exclude if that is meant.",
             stacklevel=4,
         )

@@ -146,6 +146,10 @@ DAMAGED = [
     Damaged("B51 following", rewrite(MANIFEST, lambda c: c.update(following=7)), (MANIFEST, "does not desc")),
     Damaged("B51 no layers", rewrite(MANIFEST, lambda c: c.pop("layers")), (MANIFEST, "does not describe")),
     Damaged("B51 no fingerprint", rewrite(MANIFEST, lambda c: c.pop("base_fingerprint")), (MANIFEST, "does not desc")),
+    Damaged(
+        "B51 no values", rewrite(MANIFEST, lambda c: c["base"]["lm_head.weight"].pop("values")), (MANIFEST, "desc")
+    ),
+    Damaged("B51 no table of the base", rewrite(MANIFEST, lambda c: c.update(base=[])), (MANIFEST, "does not desc")),
     Damaged("B51 no settings", rewrite(MANIFEST, lambda c: c.pop("config")), (MANIFEST, "does not describe")),
     Damaged("B51 unknown setting", rewrite(MANIFEST, lambda c: c["config"].update(rnak=1)), ("no setting 'rnak'",)),
     Damaged(
@@ -199,7 +203,7 @@ UNFITTING = [
     Damaged(
         "B46 an unknown tensor",
         retensor(lambda t: t.update({f"{PREFIX}model.other.weight": torch.zeros(2)})),
-        ("unknown model.other.weight",),
+        ("1 tensors of modules trained in full that LlamaForCausalLM does not have (model.other.weight)",),
     ),
     Damaged(
         "B46 an unknown layer",

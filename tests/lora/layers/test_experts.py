@@ -145,7 +145,9 @@ def test_where_nothing_says_how_many_are_active_a_warning_says_so() -> None:
 
 def test_one_weight_of_the_experts_can_be_named() -> None:
     model = moe("mixtral")
-    report = inject_lora(model, LoRAConfig(rank=4, targets=["down_proj"], rank_pattern={"*.layers.0.*": 3}))
+    report = inject_lora(
+        model, LoRAConfig(rank=4, targets=["down_proj"], exclude=["gate_up_proj"], rank_pattern={"*.layers.0.*": 3})
+    )
     assert [list(layer.lora_specs) for layer in experts(model).values()] == [["down_proj"]] * 2
     assert [spec.rank for spec in report.layers.values()] == [3, 2]
     wake(model, size=0.2)
