@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, ConfigError, first_five
-from lightning_lora.files.adapter import peft_config, peft_experts, peft_layers
+from lightning_lora.files.adapter import peft_config, peft_experts, peft_layers, peft_patterns
 from lightning_lora.files.adapter.manifest import Manifest, read_manifest, undescribed
 from lightning_lora.files.adapter.peft_format import (
     CONFIG_FILE,
@@ -41,10 +41,11 @@ class AdapterFolder:
         config: The settings of the adapter.
         ranks: Adapted weight to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
-        stacked: Factors of fused experts in PEFT's layout, by its module names. Only the model tells what they are.
+        stacked: Factors of targeted parameters in PEFT's layout, by its module names. Only the model tells what they
+            are: fused experts, or a single matrix.
         trained: Tensors of modules trained in full, by parameter name.
         base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
-        embeddings: Names of the adapted modules that are embeddings.
+        embeddings: Names of the adapted weights that are stored transposed, as those of embeddings are.
     """
 
     path: Path
@@ -77,17 +78,20 @@ class AdapterFolder:
         alpha = self.config.alpha_pattern.get(name, self.config.alpha) if entry is None else entry.alpha
         return AdapterSpec(self.ranks[name], alpha, role, self.config)
 
-    def with_factors(self, factors: Mapping[str, Tensor]) -> AdapterFolder:
-        """The same folder with ``factors`` in place of the stacked ones.
+    def with_factors(self, unstacked: peft_experts.Unstacked) -> AdapterFolder:
+        """The same folder with the unstacked factors in place of the stacked ones.
 
         Raises:
             AdapterFileError: If their ranks are not those of the config.
         """
-        every = self.factors | dict(factors)
+        every = self.factors | unstacked.factors
         ranks = _ranks(every, self.path)
-        peft_config.check_ranks(self.peft, ranks, str(self.path))
-        config = peft_config.to_lora_config(self.peft, ranks, self.config.trainable)
-        return replace(self, factors=every, ranks=ranks, config=config, stacked={})
+        # PEFT matches the names of parameters with the patterns for rank and alpha.
+        peft = peft_config.with_values_of(self.peft, unstacked.keys)
+        peft_config.check_ranks(peft, ranks, str(self.path))
+        config = peft_config.to_lora_config(peft, ranks, self.config.trainable)
+        transposed = self.embeddings | unstacked.transposed
+        return replace(self, peft=peft, factors=every, ranks=ranks, config=config, stacked={}, embeddings=transposed)
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
@@ -106,15 +110,17 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     stored, trained, base_copies = _split(tensors, tensor_file)
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
-    factors, stacked = peft_experts.split_stacked(factors, manifest, peft)
+    factors, stacked = peft_experts.split_stacked(factors, projections, manifest, peft)
     if manifest.is_present:
         factors, stacked = factors | peft_experts.unstack_by_manifest(stacked, manifest, str(tensor_file)), {}
     ranks = _ranks(factors, tensor_file)
     if manifest.is_present and manifest.ranks != ranks:
         raise undescribed(folder)
+    if not manifest.is_present:
+        _check_targeted(folder, peft, ranks, projections)
     with _usable_settings(folder):
         peft = peft_layers.with_projections(peft, projections, manifest)
-        config = _config(folder, manifest, peft, ranks, trained)
+        config = _config(folder, manifest, peft, ranks, trained, stacked)
     embeddings = frozenset(module for name in tensors if (module := embedding_of(name)) is not None)
     return AdapterFolder(folder, peft, manifest, config, ranks, factors, stacked, trained, base_copies, embeddings)
 
@@ -186,15 +192,39 @@ def _ranks(factors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
 
 
 def _config(
-    folder: Path, manifest: Manifest, peft: Mapping[str, Any], ranks: Mapping[str, int], trained: Mapping[str, Tensor]
+    folder: Path,
+    manifest: Manifest,
+    peft: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    trained: Mapping[str, Tensor],
+    stacked: Collection[str],
 ) -> LoRAConfig:
     """The settings of the adapter, after checking that all files agree about them."""
     peft_config.check_ranks(peft, ranks, str(folder))
     if not manifest.is_present:
-        return peft_config.to_lora_config(peft, ranks, dict.fromkeys(name.rpartition(".")[0] for name in trained))
+        # Until the model tells what the stacked factors are, their names stand for them.
+        known = ranks or dict.fromkeys(stacked, peft.get("r", 8))
+        return peft_config.to_lora_config(peft, known, dict.fromkeys(name.rpartition(".")[0] for name in trained))
     config = LoRAConfig.from_dict(manifest.config)
     peft_config.check_scales(peft, manifest.alphas, config, str(folder))
     return config
+
+
+def _check_targeted(
+    folder: Path, peft: Mapping[str, Any], ranks: Mapping[str, int], projections: Collection[str]
+) -> None:
+    """Refuse tensors of layers that the config does not adapt; PEFT would leave them out without a word."""
+    targeted = peft_patterns.TargetedNames(peft)
+    if not targeted.are_told or peft.get("ensure_weight_tying"):
+        return
+    # PEFT adapts an output projection with its attention.
+    surplus = [name for name in ranks if (name.rpartition(".")[0] if name in projections else name) not in targeted]
+    if surplus:
+        raise AdapterFileError(
+            f"{folder} holds tensors of {len(surplus)} layers that its config does not adapt: {first_five(surplus)}. "
+            f"PEFT would leave them out. Correct target_modules, exclude_modules or layers_to_transform in "
+            f"{CONFIG_FILE}, or take the tensors out."
+        )
 
 
 @contextmanager

@@ -162,6 +162,21 @@ def to_lora_config(peft: Mapping[str, Any], ranks: Mapping[str, int], trained: I
     )
 
 
+def with_values_of(peft: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings with rank and alpha of weights that PEFT looks for under other names.
+
+    Args:
+        peft: Contents of ``adapter_config.json``.
+        keys: Our name of an adapted weight to the name that PEFT matches with its patterns.
+    """
+    extended = dict(peft)
+    for option, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        values = _values(peft, option, pattern, keys.values())
+        own = {f"^{re.escape(name)}": values[key] for name, key in keys.items()}
+        extended[pattern] = own | (peft.get(pattern) or {})
+    return extended
+
+
 def check_ranks(peft: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> None:
     """Refuse a file whose tensors have another rank than its config says.
 

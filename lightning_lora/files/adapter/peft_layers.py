@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import first_five
+from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.adapter import peft_experts
 from lightning_lora.files.adapter.manifest import Manifest
 from lightning_lora.files.adapter.peft_format import LINEAR_LEAVES, PREFIX, FactorPair, factor_leaves
@@ -205,6 +205,7 @@ def from_peft(
         factors = _without_fillers(factors, manifest)
         layouts = {name: entry.stored for name, entry in manifest.layers.items()}
     else:
+        _check_ungrouped(factors)
         layouts = dict.fromkeys(projections, "half" if _adds_twice(version, projections) else None)
 
     def matrix(key: str, tensor: Tensor) -> Tensor:
@@ -217,6 +218,19 @@ def from_peft(
         return tensor * 2 if layout == "half" and leaf == "lora_B" else tensor
 
     return {key: matrix(key, tensor) for key, tensor in factors.items()}, projections
+
+
+def _check_ungrouped(factors: Mapping[str, Tensor]) -> None:
+    """Refuse kernels that PEFT trained for groups: its ``A`` mixes all channels, which no weight with groups does."""
+    for key, A in factors.items():
+        name, _, leaf = key.rpartition(".")
+        B = factors.get(join(name, "lora_B"))
+        if leaf == "lora_A" and A.ndim > 2 and B is not None and B.ndim == A.ndim and B.shape[1] < A.shape[0]:
+            raise AdapterFileError(
+                f"the adapter of {name} was trained by PEFT on a convolution with groups={A.shape[0] // B.shape[1]}, "
+                f"where it computes another function than an update of the weight. Train it here; PEFT cannot merge "
+                f"it either."
+            )
 
 
 def with_projections(peft: Mapping[str, Any], projections: Collection[str], manifest: Manifest) -> dict[str, Any]:
