@@ -60,13 +60,13 @@ TOLERANCE = 2e-5
 SLOPE_TOLERANCE = 0.02
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     """Run every row and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("checkout", type=Path, nargs="?", help="work tree of the PEFT repository")
     parser.add_argument("--only", default="", help="run only rows whose name holds this text")
     parser.add_argument("--quiet", action="store_true", help="print the counts only")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.checkout is None or not (arguments.checkout / "tests" / "test_custom_models.py").is_file():
         print(f"error: {arguments.checkout} is no checkout of PEFT: it has no tests/test_custom_models.py.")
         return 2

@@ -199,11 +199,16 @@ def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> 
         for name, module in modules.items()
         if name not in folder.ranks and name in targeted and kind_of_named(module) is not None
     ]
-    lost += _untrained(modules, folder)
     if lost:
         raise AdapterFileError(
-            f"{folder.path} does not fit this module: its config names {len(lost)} layers that its tensors leave "
+            f"{folder.path} does not fit this module: its config targets {len(lost)} layers that its tensors leave "
             f"out ({first_five(lost)})."
+        )
+    untrained = _untrained(modules, folder)
+    if untrained:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: its config has modules_to_save, but its tensors leave out "
+            f"{len(untrained)} of their parameters ({first_five(untrained)})."
         )
 
 
@@ -212,12 +217,13 @@ def _untrained(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> list[
     listed = tuple(folder.peft.get("modules_to_save") or ())
     # As in PEFT, an entry also means names that it ends within a part.
     saved = [name for name in modules if listed and name.endswith(listed)]
-    return [
-        parameter
+    parameters = [
+        plain_name(join(name, end))
         for name in saved
         for end, _ in modules[name].named_parameters(remove_duplicate=False)
-        if not is_factor(end) and (parameter := plain_name(join(name, end))) not in folder.trained
+        if not is_factor(end)
     ]
+    return [name for name in dict.fromkeys(parameters) if name not in folder.trained]
 
 
 def check_copies(root: nn.Module, folder: AdapterFolder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_owner
 from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, WeightShape
 
+# Within PEFT's models the name of a factor holds the name of the adapter, which files leave out.
+_ADAPTER_NAME = re.compile(r"\.lora_(?:embedding_)?[AB]\.(\w+)(?:\.weight)?$")
+
 
 @dataclass(frozen=True)
 class AdapterFolder:
@@ -46,6 +49,7 @@ class AdapterFolder:
         trained: Tensors of modules trained in full, by parameter name.
         base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
         embeddings: Names of the adapted weights that are stored transposed, as those of embeddings are.
+        parameters: Adapted weight to its parameter, for those that the config targets as parameters.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class AdapterFolder:
     trained: dict[str, Tensor]
     base_copies: dict[str, Tensor]
     embeddings: frozenset[str]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def pairs(self) -> dict[str, FactorPair]:
@@ -84,14 +89,40 @@ class AdapterFolder:
         Raises:
             AdapterFileError: If their ranks are not those of the config.
         """
-        every = self.factors | unstacked.factors
-        ranks = _ranks(every, self.path)
         # PEFT matches the names of parameters with the patterns for rank and alpha.
         peft = peft_config.with_values_of(self.peft, unstacked.keys)
+        embeddings = self.embeddings | unstacked.transposed
+        known = replace(self, stacked={}, embeddings=embeddings, parameters=unstacked.keys)
+        return known._with(self.factors | unstacked.factors, peft)
+
+    def replaced(
+        self, gone: Collection[str], factors: Mapping[str, Tensor], alphas: Mapping[str, float]
+    ) -> AdapterFolder:
+        """The same folder with other adapted weights in place of some.
+
+        Args:
+            gone: Adapted weights to take out.
+            factors: Factors of the others, by name.
+            alphas: The others and their alphas.
+        """
+        peft = peft_config.with_own_values(self.peft, _ranks(factors, self.path), alphas)
+        kept = {name: tensor for name, tensor in self.factors.items() if factor_owner(name)[0] not in gone}
+        return self._with(kept | factors, peft)
+
+    def renamed(self, names: Mapping[str, str]) -> AdapterFolder:
+        """The same folder with other names for some adapted layers: old name to new name."""
+        peft = peft_config.with_values_of(self.peft, {new: old for old, new in names.items()})
+        factors = {}
+        for key, tensor in self.factors.items():
+            layer, _, factor = key.rpartition(".")
+            factors[f"{names.get(layer, layer)}.{factor}"] = tensor
+        return self._with(factors, peft)
+
+    def _with(self, factors: dict[str, Tensor], peft: dict[str, Any]) -> AdapterFolder:
+        ranks = _ranks(factors, self.path)
         peft_config.check_ranks(peft, ranks, str(self.path))
         config = peft_config.to_lora_config(peft, ranks, self.config.trainable)
-        transposed = self.embeddings | unstacked.transposed
-        return replace(self, peft=peft, factors=every, ranks=ranks, config=config, stacked={}, embeddings=transposed)
+        return replace(self, peft=peft, factors=factors, ranks=ranks, config=config)
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
@@ -141,6 +172,11 @@ def _check_files(folder: Path) -> None:
         raise AdapterFileError(f"{folder} is {kind}; an adapter is a folder with {CONFIG_FILE}.")
     if not (folder / CONFIG_FILE).is_file():
         held = first_five(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        if inner:
+            raise AdapterFileError(
+                f"{folder} is not an adapter, but holds some: give one of {first_five(inner)} in it."
+            )
         raise AdapterFileError(f"{folder} is not an adapter: it has no {CONFIG_FILE}, only {held}.")
     if not (folder / TENSOR_FILE).is_file():
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -165,6 +201,12 @@ def _split(
             trained[module] = tensor
         else:
             factors[f"{module}.{factor}" if module else factor] = tensor
+    named = next((found for name in trained if (found := _ADAPTER_NAME.search(name))), None)
+    if named is not None:
+        raise AdapterFileError(
+            f"{where} holds tensors with the name of an adapter, {named[0].lstrip('.')}: it was written from "
+            f"state_dict(). Save it with PEFT's save_pretrained, or take {named[1]!r} out of the names."
+        )
     if not factors:
         raise AdapterFileError(f"{where} holds no adapter tensors.")
     check_finite(factors | trained, str(where))

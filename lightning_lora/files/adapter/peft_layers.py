@@ -33,6 +33,7 @@ from lightning_lora.lora.layers.base import FACTORS, LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvolution, LoRAConvTranspose
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.layers.matrices import LoRAMatrices
 from lightning_lora.lora.layers.recurrent import LoRARecurrent
 from lightning_lora.lora.layers.shared_factors import own_factors
 from lightning_lora.lora.patterns import plain_name
@@ -156,13 +157,15 @@ class PEFTLayout:
     def _inexpressible(self) -> dict[str, str]:
         """Adapted weights that PEFT cannot load, and why."""
         reasons = {}
-        for name, (layer, _) in self.weights.items():
+        for name, (layer, weight) in self.weights.items():
             if isinstance(layer, LoRAConv):
                 reasons[name] = difference(layer)
             elif isinstance(layer, (LoRAConvTranspose, LoRARecurrent)):
                 reasons[name] = base_type(type(layer)).__name__
             elif isinstance(layer, LoRAMultiheadAttention) and not layer._qkv_same_embed_dim:
                 reasons[name] = "separate projections"
+            elif isinstance(layer, LoRAMatrices) and layer.lora_prefix(weight):
+                reasons[name] = f"one of several matrices of {base_type(type(layer)).__name__}"
             elif self._is_apart(name):
                 reasons[name] = "not the rank and alpha of its attention"
         return {name: reason for name, reason in reasons.items() if reason is not None}

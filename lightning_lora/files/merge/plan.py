@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.adapter.fit import with_experts
 from lightning_lora.files.adapter.folder import AdapterFolder
+from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.merge.row_blocks import StoredUpdate, matrix_update
 from lightning_lora.files.merge.stored_experts import ExpertPart, FusedWeight, expert_parts, row_numbers
 from lightning_lora.files.merge.stored_names import CheckpointModel
@@ -83,6 +84,9 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
     lost = {name: names for name, names in candidates.items() if name not in matrices}
     lost |= {name: (name,) for name in _not_stored(folder, trained)}
     if lost:
+        converted = _with_model_names(base, folder, candidates.keys() & lost)
+        if converted is not folder:
+            return plan_merge(converted, base, shapes)
         renamed = _renamed(base, lost, shapes)
         matrices |= {name: stored for name, stored in renamed.items() if name in candidates}
         trained |= {name: stored for name, stored in renamed.items() if name not in candidates}
@@ -93,6 +97,15 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
             f"weights are not in the checkpoint: {first_five(missing)}."
         )
     return MergePlan(folder, _inverted(matrices), experts, _inverted(trained))
+
+
+def _with_model_names(base: Path, folder: AdapterFolder, lost: Collection[str]) -> AdapterFolder:
+    """The folder with the names of the model for layers that an older model had and this checkpoint does not."""
+    if not lost or not (base / "config.json").is_file():
+        return folder
+    model = CheckpointModel(base).module
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    return with_model_names(model, folder, set(lost) - known)
 
 
 def _not_stored(folder: AdapterFolder, stored: Collection[str]) -> list[str]:
@@ -110,6 +123,8 @@ def _parameters(folder: AdapterFolder, weight: str) -> tuple[str, ...]:
     entry = folder.manifest.layers.get(weight)
     if entry is not None:
         return (entry.parameter,)
+    if weight in folder.parameters:
+        return (folder.parameters[weight],)
     is_fused = folder.pairs[weight][0].ndim == 3
     return (weight,) if is_fused else (f"{weight}.weight", f"{weight}.in_proj_weight")
 
