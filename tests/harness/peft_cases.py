@@ -201,6 +201,7 @@ def _gradient_differences(
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in theirs.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
     }
     state = peft.get_peft_model_state_dict(theirs, state_dict=theirs.state_dict() | gradients)
     copy = folder / "gradients"

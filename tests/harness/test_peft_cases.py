@@ -115,6 +115,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "every linear layer": (llama, {"target_modules": "all-linear"}),
     "linear layers that fan out": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "square layers, of which the last does not fan out": (
+        narrow_gpt2,
+        {"target_modules": ["attn.c_proj", "lm_head"], "fan_in_fan_out": True},
+    ),
     "a head trained in full": (llama_classifier, {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
     **{
         f"{name}, experts alone": (

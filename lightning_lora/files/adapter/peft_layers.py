@@ -231,8 +231,7 @@ def _check_ungrouped(factors: Mapping[str, Tensor]) -> None:
         if leaf == "lora_A" and A.ndim > 2 and B is not None and B.ndim == A.ndim and B.shape[1] < A.shape[0]:
             raise AdapterFileError(
                 f"the adapter of {name} was trained by PEFT on a convolution with groups={A.shape[0] // B.shape[1]}, "
-                f"where it computes another function than an update of the weight. Train it here; PEFT cannot merge "
-                f"it either."
+                f"where it is no update of the weight, and PEFT cannot merge it either. Train it here."
             )
 
 
