@@ -141,15 +141,16 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     stored, trained, base_copies = _split(tensors, tensor_file)
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
-    factors, stacked = peft_experts.split_stacked(factors, projections, manifest, peft)
+    with _usable_settings(folder):
+        factors, stacked = peft_experts.split_stacked(factors, projections, manifest, peft)
     if manifest.is_present:
         factors, stacked = factors | peft_experts.unstack_by_manifest(stacked, manifest, str(tensor_file)), {}
     ranks = _ranks(factors, tensor_file)
     if manifest.is_present and manifest.ranks != ranks:
         raise undescribed(folder)
-    if not manifest.is_present:
-        _check_targeted(folder, peft, ranks, projections)
     with _usable_settings(folder):
+        if not manifest.is_present:
+            _check_targeted(folder, peft, ranks, projections)
         peft = peft_layers.with_projections(peft, projections, manifest)
         config = _config(folder, manifest, peft, ranks, trained, stacked)
     embeddings = frozenset(module for name in tensors if (module := embedding_of(name)) is not None)

@@ -94,7 +94,7 @@ def split_stacked(
         manifest: The manifest.
         peft: Contents of ``adapter_config.json``.
     """
-    if not peft.get("target_parameters"):
+    if not frozenset(peft.get("target_parameters") or ()):
         return dict(factors), {}
     names = {name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")}
     if manifest.is_present:
