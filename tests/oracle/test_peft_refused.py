@@ -119,6 +119,10 @@ def test_a_retrained_copy_of_the_embedding_is_refused(tmp_path: Path) -> None:
         ({"lora_alpha": None}, "cannot be used"),
         ({"lora_dropout": 2}, "dropout"),
         ({"peft_type": None}, "only LORA"),
+        ({"target_modules": 5}, "cannot be used"),
+        ({"target_modules": "("}, "is not a regular expression"),
+        ({"target_parameters": 5}, "cannot be used"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "cannot be used"),
     ],
 )
 def test_damaged_settings_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -15,11 +15,9 @@ from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights, tensor_digest
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
-from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, is_factor
+from lightning_lora.lora.layers.base import AdapterSpec, is_factor
 from lightning_lora.lora.layers.conv import LoRAConv
-from lightning_lora.lora.layers.experts import LoRAFusedExperts
-from lightning_lora.lora.layers.linear import LoRALinear
-from lightning_lora.lora.layers.registry import adapter_kind
+from lightning_lora.lora.layers.registry import adapter_kind, kind_of_named
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
@@ -36,36 +34,28 @@ def model_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
-    """``folder`` with the factors of fused experts, if PEFT wrote any, by our names.
+    """``folder`` with the factors of targeted parameters, if PEFT wrote any, by our names.
 
     Raises:
-        AdapterFileError: If they fit no experts layer of ``root``.
+        AdapterFileError: If they fit no parameters of ``root``, or are missing for one that the config targets.
     """
-    if not folder.stacked:
+    if folder.manifest.is_present or not folder.peft.get("target_parameters"):
         return folder
-    stacked: dict[str, list[str]] = {}
-    for name in folder.stacked:
-        stacked.setdefault(name.partition(".base_layer")[0], []).append(name)
-    factors: dict[str, Tensor] = {}
-    found: set[str] = set()
+    unstacked, found = peft_experts.Unstacked(), set()
     for name, module in root.named_modules():
-        kind, name = adapter_kind(module), plain_name(name)
-        if name not in folder.stacked or kind is None:
-            continue
-        if issubclass(kind, LoRAFusedExperts):
-            factors |= peft_experts.unstack_by_model(folder.stacked, folder.peft, name, module, kind)
-            found.update(stacked[name])
-        elif issubclass(kind, LoRALinear):
-            # The weight of a linear layer, targeted as a parameter: the same update as that of the layer.
-            factors |= zip([join(name, factor) for factor in FACTORS], folder.stacked[name], strict=True)
-            found.add(name)
+        name = plain_name(name)
+        parameters = peft_experts.listed_parameters(folder.peft, name, module)
+        kind = kind_of_named(module) if parameters else None
+        if kind is not None:
+            unstacked.add(folder.stacked, folder.peft, name, module, kind)
+            found.update(peft_experts.module_names(name, len(parameters)))
     lost = sorted(folder.stacked.keys() - found)
     if lost:
         raise AdapterFileError(
-            f"{folder.path} does not fit this module: {first_five(lost)} are not fused experts in "
-            f"{type(root).__name__}."
+            f"{folder.path} does not fit this module: its tensors of {first_five(lost)} belong to no layer of "
+            f"{type(root).__name__} that its config adapts."
         )
-    return folder.with_factors(factors)
+    return folder.with_factors(unstacked)
 
 
 def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target], TiedWeights]:
@@ -83,14 +73,14 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
     owners = _owners(root, modules, folder)
     if not folder.manifest.is_present:
         _check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
+    if not folder.manifest.is_present:
+        _check_complete(modules, folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
         return [], TiedWeights()
     targets = _targets(root, modules, owners, folder)
-    if not folder.manifest.is_present:
-        _check_complete(modules, folder)
     undropped = without_dropout(root, targets.values()) if folder.config.dropout else []
     if undropped:
         warnings.warn(
@@ -118,11 +108,11 @@ def _owners(root: nn.Module, modules: Mapping[str, nn.Module], folder: AdapterFo
 def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:
     """The names of layer and parameter that the name of an adapted weight stands for; None if they do not exist."""
     if name in modules:
-        kind = adapter_kind(modules[name])
+        kind = kind_of_named(modules[name])
         weights = kind.weights(modules[name]) if kind is not None else {"weight": None}
         return (name, next(iter(weights))) if len(weights) == 1 else None
     layer, _, parameter = name.rpartition(".")
-    kind = adapter_kind(modules[layer]) if layer in modules else None
+    kind = kind_of_named(modules[layer]) if layer in modules else None
     return (layer, parameter) if kind is not None and parameter in kind.weights(modules[layer]) else None
 
 
@@ -130,14 +120,15 @@ def _targets(
     root: nn.Module, modules: Mapping[str, nn.Module], owners: Mapping[str, tuple[str, str]], folder: AdapterFolder
 ) -> dict[str, Target]:
     """Layer to what is adapted there, after checking that the layers can be adapted and have the right shapes."""
-    roles = {plain_name(name): role for name, role in module_roles(root).items()}
+    named = {id(modules[layer]) for layer, _ in owners.values()}
+    roles = {plain_name(name): role for name, role in module_roles(root, named).items()}
     refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
     shapes = folder.shapes
     targets: dict[str, Target] = {}
     problems = []
     for name, (layer, parameter) in owners.items():
         module = modules[layer]
-        kind = adapter_kind(module)
+        kind = kind_of_named(module)
         if kind is None:
             problems.append(f"{name} is a {type(module).__name__}, which cannot be adapted")
         elif layer in refused:
@@ -201,18 +192,38 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
 
 
 def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
-    """Refuse a folder without a manifest whose config targets layers that its tensors leave out."""
+    """Refuse a folder without a manifest whose config names layers or modules that its tensors leave out."""
     targeted = TargetedNames(folder.peft)
     lost = [
         name
         for name, module in modules.items()
-        if name not in folder.ranks and adapter_kind(module) and name in targeted
+        if name not in folder.ranks and name in targeted and kind_of_named(module) is not None
     ]
     if lost:
         raise AdapterFileError(
             f"{folder.path} does not fit this module: its config targets {len(lost)} layers that its tensors leave "
             f"out ({first_five(lost)})."
         )
+    untrained = _untrained(modules, folder)
+    if untrained:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module: its config has modules_to_save, but its tensors leave out "
+            f"{len(untrained)} of their parameters ({first_five(untrained)})."
+        )
+
+
+def _untrained(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> list[str]:
+    """Parameters of modules that ``modules_to_save`` names, and which the folder does not hold."""
+    listed = tuple(folder.peft.get("modules_to_save") or ())
+    # As in PEFT, an entry also means names that it ends within a part.
+    saved = [name for name in modules if listed and name.endswith(listed)]
+    parameters = [
+        plain_name(join(name, end))
+        for name in saved
+        for end, _ in modules[name].named_parameters(remove_duplicate=False)
+        if not is_factor(end)
+    ]
+    return [name for name in dict.fromkeys(parameters) if name not in folder.trained]
 
 
 def trained_tensors(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, ConfigError, first_five
-from lightning_lora.files.adapter import peft_config, peft_experts, peft_layers
+from lightning_lora.files.adapter import peft_config, peft_experts, peft_layers, peft_patterns
 from lightning_lora.files.adapter.manifest import Manifest, read_manifest, undescribed
 from lightning_lora.files.adapter.peft_format import (
     CONFIG_FILE,
@@ -30,6 +30,9 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_owner
 from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, WeightShape
 
+# Within PEFT's models the name of a factor holds the name of the adapter, which files leave out.
+_ADAPTER_NAME = re.compile(r"\.lora_(?:embedding_)?[AB]\.(\w+)(?:\.weight)?$")
+
 
 @dataclass(frozen=True)
 class AdapterFolder:
@@ -42,10 +45,12 @@ class AdapterFolder:
         config: The settings of the adapter.
         ranks: Adapted weight to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
-        stacked: Factors of fused experts in PEFT's layout, by its module names. Only the model tells what they are.
+        stacked: Factors of targeted parameters in PEFT's layout, by its module names. Only the model tells what they
+            are: fused experts, or a single matrix.
         trained: Tensors of modules trained in full, by parameter name, and others that training changed.
         base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
-        embeddings: Names of the adapted modules that are embeddings.
+        embeddings: Names of the adapted weights that are stored transposed, as those of embeddings are.
+        parameters: Adapted weight to its parameter, for those that the config targets as parameters.
     """
 
     path: Path
@@ -58,6 +63,7 @@ class AdapterFolder:
     trained: dict[str, Tensor]
     base_copies: dict[str, Tensor]
     embeddings: frozenset[str]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def pairs(self) -> dict[str, FactorPair]:
@@ -78,17 +84,46 @@ class AdapterFolder:
         alpha = self.config.alpha_pattern.get(name, self.config.alpha) if entry is None else entry.alpha
         return AdapterSpec(self.ranks[name], alpha, role, self.config)
 
-    def with_factors(self, factors: Mapping[str, Tensor]) -> AdapterFolder:
-        """The same folder with ``factors`` in place of the stacked ones.
+    def with_factors(self, unstacked: peft_experts.Unstacked) -> AdapterFolder:
+        """The same folder with the unstacked factors in place of the stacked ones.
 
         Raises:
             AdapterFileError: If their ranks are not those of the config.
         """
-        every = self.factors | dict(factors)
-        ranks = _ranks(every, self.path)
-        peft_config.check_ranks(self.peft, ranks, str(self.path))
-        config = peft_config.to_lora_config(self.peft, ranks, self.config.trainable)
-        return replace(self, factors=every, ranks=ranks, config=config, stacked={})
+        # PEFT matches the names of parameters with the patterns for rank and alpha.
+        peft = peft_config.with_values_of(self.peft, unstacked.keys)
+        embeddings = self.embeddings | unstacked.transposed
+        known = replace(self, stacked={}, embeddings=embeddings, parameters=unstacked.keys)
+        return known._with(self.factors | unstacked.factors, peft)
+
+    def replaced(
+        self, gone: Collection[str], factors: Mapping[str, Tensor], alphas: Mapping[str, float]
+    ) -> AdapterFolder:
+        """The same folder with other adapted weights in place of some.
+
+        Args:
+            gone: Adapted weights to take out.
+            factors: Factors of the others, by name.
+            alphas: The others and their alphas.
+        """
+        peft = peft_config.with_own_values(self.peft, _ranks(factors, self.path), alphas)
+        kept = {name: tensor for name, tensor in self.factors.items() if factor_owner(name)[0] not in gone}
+        return self._with(kept | factors, peft)
+
+    def renamed(self, names: Mapping[str, str]) -> AdapterFolder:
+        """The same folder with other names for some adapted layers: old name to new name."""
+        peft = peft_config.with_values_of(self.peft, {new: old for old, new in names.items()})
+        factors = {}
+        for key, tensor in self.factors.items():
+            layer, _, factor = key.rpartition(".")
+            factors[f"{names.get(layer, layer)}.{factor}"] = tensor
+        return self._with(factors, peft)
+
+    def _with(self, factors: dict[str, Tensor], peft: dict[str, Any]) -> AdapterFolder:
+        ranks = _ranks(factors, self.path)
+        peft_config.check_ranks(peft, ranks, str(self.path))
+        config = peft_config.to_lora_config(peft, ranks, self.config.trainable)
+        return replace(self, peft=peft, factors=factors, ranks=ranks, config=config)
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
@@ -108,15 +143,18 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     trained = {name: tensor for name, tensor in trained.items() if name not in manifest.beside}
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
-    factors, stacked = peft_experts.split_stacked(factors, manifest, peft)
+    with _usable_settings(folder):
+        factors, stacked = peft_experts.split_stacked(factors, projections, manifest, peft)
     if manifest.is_present:
         factors, stacked = factors | peft_experts.unstack_by_manifest(stacked, manifest, str(tensor_file)), {}
     ranks = _ranks(factors, tensor_file)
     if manifest.is_present and manifest.ranks != ranks:
         raise undescribed(folder)
     with _usable_settings(folder):
+        if not manifest.is_present:
+            _check_targeted(folder, peft, ranks, projections)
         peft = peft_layers.with_projections(peft, projections, manifest)
-        config = _config(folder, manifest, peft, ranks, trained)
+        config = _config(folder, manifest, peft, ranks, trained, stacked)
     embeddings = frozenset(module for name in tensors if (module := embedding_of(name)) is not None)
     return AdapterFolder(folder, peft, manifest, config, ranks, factors, stacked, trained, base_copies, embeddings)
 
@@ -137,6 +175,11 @@ def _check_files(folder: Path) -> None:
         raise AdapterFileError(f"{folder} is {kind}; an adapter is a folder with {CONFIG_FILE}.")
     if not (folder / CONFIG_FILE).is_file():
         held = first_five(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        if inner:
+            raise AdapterFileError(
+                f"{folder} is not an adapter, but holds some: give one of {first_five(inner)} in it."
+            )
         raise AdapterFileError(f"{folder} is not an adapter: it has no {CONFIG_FILE}, only {held}.")
     if not (folder / TENSOR_FILE).is_file():
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -161,6 +204,12 @@ def _split(
             trained[module] = tensor
         else:
             factors[f"{module}.{factor}" if module else factor] = tensor
+    named = next((found for name in trained if (found := _ADAPTER_NAME.search(name))), None)
+    if named is not None:
+        raise AdapterFileError(
+            f"{where} holds tensors with the name of an adapter, {named[0].lstrip('.')}: it was written from "
+            f"state_dict(). Save it with PEFT's save_pretrained, or take {named[1]!r} out of the names."
+        )
     if not factors:
         raise AdapterFileError(
             f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(tensors)}."
@@ -191,15 +240,39 @@ def _ranks(factors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
 
 
 def _config(
-    folder: Path, manifest: Manifest, peft: Mapping[str, Any], ranks: Mapping[str, int], trained: Mapping[str, Tensor]
+    folder: Path,
+    manifest: Manifest,
+    peft: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    trained: Mapping[str, Tensor],
+    stacked: Collection[str],
 ) -> LoRAConfig:
     """The settings of the adapter, after checking that all files agree about them."""
     peft_config.check_ranks(peft, ranks, str(folder))
     if not manifest.is_present:
-        return peft_config.to_lora_config(peft, ranks, dict.fromkeys(name.rpartition(".")[0] for name in trained))
+        # Until the model tells what the stacked factors are, their names stand for them.
+        known = ranks or dict.fromkeys(stacked, peft.get("r", 8))
+        return peft_config.to_lora_config(peft, known, dict.fromkeys(name.rpartition(".")[0] for name in trained))
     config = LoRAConfig.from_dict(manifest.config)
     peft_config.check_scales(peft, manifest.alphas, config, str(folder))
     return config
+
+
+def _check_targeted(
+    folder: Path, peft: Mapping[str, Any], ranks: Mapping[str, int], projections: Collection[str]
+) -> None:
+    """Refuse tensors of layers that the config does not adapt; PEFT would leave them out without a word."""
+    targeted = peft_patterns.TargetedNames(peft)
+    if not targeted.are_told or peft.get("ensure_weight_tying"):
+        return
+    # PEFT adapts an output projection with its attention.
+    surplus = [name for name in ranks if (name.rpartition(".")[0] if name in projections else name) not in targeted]
+    if surplus:
+        raise AdapterFileError(
+            f"{folder} holds tensors of {len(surplus)} layers that its config does not adapt: {first_five(surplus)}. "
+            f"PEFT would leave them out. Correct target_modules, exclude_modules or layers_to_transform in "
+            f"{CONFIG_FILE}, or take the tensors out."
+        )
 
 
 @contextmanager

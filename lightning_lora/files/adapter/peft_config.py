@@ -18,6 +18,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import AdapterSpec
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D
+from lightning_lora.lora.layers.matrices import LoRAMatrices
 from lightning_lora.lora.patterns import plain_name
 
 # Readers choose the layout of fused experts by this version.
@@ -80,24 +81,30 @@ def to_peft(layout: PEFTLayout, saved: Collection[str]) -> dict[str, Any]:
         if not isinstance(layer, LoRAFusedExperts)
     }
     # In models with fused experts PEFT takes these names for the experts' of older versions; as parameters it does not.
-    clashing = dict.fromkeys(name for name in layers if fused and name.rpartition(".")[2] in _OLD_EXPERT_NAMES)
-    named = [name for name in layers if name not in clashing]
+    # The matrix of a module of an unknown kind, such as a router, is a parameter to PEFT too.
+    parameters = {
+        name: next(iter(layer.lora_specs))
+        for name, layer in layers.items()
+        if (fused and name.rpartition(".")[2] in _OLD_EXPERT_NAMES)
+        or (isinstance(layer, LoRAMatrices) and hasattr(layer, "lora_A"))
+    }
+    named = [name for name in layers if name not in parameters]
     config = next(iter(specs.values())).config
     ranks = {name: spec.rank for name, spec in specs.items()}
     alphas = {name: _number(spec.alpha) for name, spec in specs.items()}
     return (
         _DEFAULTS
-        | _value_and_pattern("r", "rank_pattern", ranks, clashing)
-        | _value_and_pattern("lora_alpha", "alpha_pattern", alphas, clashing)
+        | _value_and_pattern("r", "rank_pattern", ranks, parameters)
+        | _value_and_pattern("lora_alpha", "alpha_pattern", alphas, parameters)
         | {
             "base_model_name_or_path": getattr(getattr(layout.root, "config", None), "_name_or_path", None) or None,
             "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
             # PEFT's experts refuse dropout. It only acts in training, and the manifest keeps it.
-            "lora_dropout": 0.0 if fused else config.dropout,
+            "lora_dropout": 0.0 if fused or parameters else config.dropout,
             "modules_to_save": sorted(saved) or None,
             "peft_version": FORMAT_VERSION,
             "target_modules": _target_modules(layout.root, named) if named else [],
-            "target_parameters": sorted(fused + [f"{name}.weight" for name in clashing]) or None,
+            "target_parameters": sorted(fused + [".".join(item) for item in parameters.items()]) or None,
             "task_type": _task_type(layout.root, saved),
             "use_rslora": config.scaling == "rslora",
         }
@@ -113,7 +120,7 @@ def _specs(layout: PEFTLayout) -> dict[str, AdapterSpec]:
 
 
 def _value_and_pattern(
-    option: str, pattern: str, values: Mapping[str, Any], parameters: Collection[str]
+    option: str, pattern: str, values: Mapping[str, Any], parameters: Mapping[str, str]
 ) -> dict[str, Any]:
     """The most common value as ``option``, and the other values as ``pattern``."""
     every = list(values.values())
@@ -163,6 +170,29 @@ def to_lora_config(peft: Mapping[str, Any], ranks: Mapping[str, int], trained: I
     )
 
 
+def with_values_of(peft: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings with rank and alpha of weights that PEFT looks for under other names.
+
+    Args:
+        peft: Contents of ``adapter_config.json``.
+        keys: Our name of an adapted weight to the name that PEFT matches with its patterns.
+    """
+    ranks = _values(peft, "r", "rank_pattern", keys.values())
+    alphas = _values(peft, "lora_alpha", "alpha_pattern", keys.values())
+    return with_own_values(
+        peft, {name: ranks[key] for name, key in keys.items()}, {name: alphas[key] for name, key in keys.items()}
+    )
+
+
+def with_own_values(peft: Mapping[str, Any], ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's settings with the given rank and alpha for the weights of exactly these names."""
+    extended = dict(peft)
+    for pattern, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        own = {f"^{re.escape(name)}": value for name, value in values.items()}
+        extended[pattern] = own | {key: value for key, value in (peft.get(pattern) or {}).items() if key not in own}
+    return extended
+
+
 def check_ranks(peft: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> None:
     """Refuse a file whose tensors have another rank than its config says.
 
@@ -195,11 +225,11 @@ def _values(peft: Mapping[str, Any], option: str, pattern: str, names: Iterable[
     return {name: table.value(name, peft.get(option, 8)) for name in names}
 
 
-def _value_patterns(values: Mapping[str, Any], default: Any, parameters: Collection[str]) -> dict[str, Any]:
+def _value_patterns(values: Mapping[str, Any], default: Any, parameters: Mapping[str, str]) -> dict[str, Any]:
     """Full name to value for every layer whose value is not the default.
 
     A name that also ends the name of a layer with another value is anchored. PEFT looks for the layers in
-    ``parameters`` by the names of their weights.
+    ``parameters`` by the names of their weights, which these give.
     """
     # Every ending of a name -> the values of the layers that have it.
     ending_values: dict[str, set[Any]] = {}
@@ -211,7 +241,8 @@ def _value_patterns(values: Mapping[str, Any], default: Any, parameters: Collect
         if value != default:
             clash = ending_values.get(name, set()) - {value}
             key = f"^{re.escape(name)}" if clash else name
-            table[rf"{re.escape(name)}(\.weight)?" if name in parameters else key] = value
+            leaf = re.escape(parameters.get(name, ""))
+            table[rf"{re.escape(name)}(\.{leaf})?" if leaf else key] = value
     return table
 
 

@@ -1,4 +1,4 @@
-"""PEFT's layout of fused experts: one pair of matrices for all experts of a parameter.
+"""PEFT's layout of targeted parameters, such as fused experts: one pair of matrices for all experts of a parameter.
 
 ``lora_A.weight`` is ``(experts * rank, in)``, expert by expert; ``lora_B.weight`` is ``(out, rank * experts)``, rank by
 rank. Several parameters of one layer are nested: the one registered first lies under the most ``base_layer``. What PEFT
@@ -9,7 +9,8 @@ for layers that store ``(experts, in, out)`` without an attribute ``is_transpose
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,12 @@ from lightning_lora.files.adapter.peft_format import FactorPair
 from lightning_lora.files.adapter.peft_patterns import TargetedNames, is_listed
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.base import LoRALayer, WeightShape
+from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.layers.linear import LoRAConv1D
+
+# Layers whose weight is stored (in, out).
+_STORED_TRANSPOSED = (LoRAEmbedding, LoRAConv1D)
 
 
 def module_names(layer: str, num_weights: int) -> list[str]:
@@ -75,14 +81,20 @@ def unstack(A: Tensor, B: Tensor, num_experts: int, swapped: bool) -> FactorPair
 
 
 def split_stacked(
-    factors: Mapping[str, Tensor], manifest: Manifest, peft: Mapping[str, Any]
+    factors: Mapping[str, Tensor], projections: Collection[str], manifest: Manifest, peft: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, FactorPair]]:
-    """Split factors into those of single matrices and those of fused experts, the latter by PEFT's module name.
+    """Split factors into those of layers and those of targeted parameters, the latter by PEFT's module name.
 
-    The manifest names the fused experts. Without one they are among the modules that ``target_modules`` does not
-    explain.
+    The manifest names the fused experts. Without one, factors of parameters are among those that ``target_modules``
+    does not explain.
+
+    Args:
+        factors: Factors by our names.
+        projections: Our names of the output projections of attention, which PEFT takes for parts of the attention.
+        manifest: The manifest.
+        peft: Contents of ``adapter_config.json``.
     """
-    if not peft.get("target_parameters"):
+    if not frozenset(peft.get("target_parameters") or ()):
         return dict(factors), {}
     names = {name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")}
     if manifest.is_present:
@@ -90,7 +102,8 @@ def split_stacked(
         stacked = {name for name in names if name.partition(".base_layer")[0] in fused}
     else:
         targeted = TargetedNames(peft)
-        stacked = {name for name in names if name.endswith(".base_layer") or name not in targeted}
+        others = names - set(projections)
+        stacked = {name for name in others if name.endswith(".base_layer") or name not in targeted}
     single = dict(factors)
     return single, {
         name: (single.pop(f"{name}.lora_A"), single.pop(f"{name}.lora_B"))
@@ -122,32 +135,58 @@ def _fused(manifest: Manifest) -> dict[str, dict[str, WeightEntry]]:
     return layers
 
 
-def unstack_by_model(
-    stacked: Mapping[str, FactorPair],
-    peft: Mapping[str, Any],
-    layer: str,
-    module: nn.Module,
-    kind: type[LoRAFusedExperts],
-) -> dict[str, Tensor]:
-    """Factors of one layer of fused experts by our names, from a folder that PEFT wrote.
+def listed_parameters(peft: Mapping[str, Any], layer: str, module: nn.Module) -> list[str]:
+    """The parameters of a layer that ``target_parameters`` names, in the order in which PEFT nests them."""
+    listed = frozenset(peft.get("target_parameters") or ())
+    return [name for name in module._parameters if is_listed(join(layer, name), listed)] if listed else []
 
-    Raises:
-        AdapterFileError: If factors are missing, or their shapes do not fit the layer.
+
+@dataclass(frozen=True)
+class Unstacked:
+    """Factors of targeted parameters by our names.
+
+    Args:
+        factors: The factors.
+        keys: Adapted weight to the dotted name of its parameter.
+        transposed: Adapted weights that are stored ``(in, out)``, single matrices only.
     """
-    listed = peft["target_parameters"]
-    weights = [name for name in kind.weights(module) if is_listed(f"{layer}.{name}", listed)]
-    factors = {}
-    for name, weight in zip(module_names(layer, len(weights)), weights, strict=True):
-        if name not in stacked:
-            raise AdapterFileError(
-                f"the adapter targets {layer}.{weight}, but has no tensors {name}.lora_A and lora_B."
-            )
-        A, B = stacked[name]
-        shape = kind.weights(module)[weight]
-        swapped = _found_swapped(A, B, shape, module, kind, str(peft.get("peft_version", "")))
-        unstacked = unstack(A, B, shape.num_experts, swapped)
-        factors[join(layer, f"{weight}_lora_A")], factors[join(layer, f"{weight}_lora_B")] = unstacked
-    return factors
+
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    transposed: set[str] = field(default_factory=set)
+
+    def add(
+        self,
+        stacked: Mapping[str, FactorPair],
+        peft: Mapping[str, Any],
+        layer: str,
+        module: nn.Module,
+        kind: type[LoRALayer],
+    ) -> None:
+        """Add those of one layer, from a folder that PEFT wrote.
+
+        Raises:
+            AdapterFileError: If factors are missing, or their shapes do not fit the layer.
+        """
+        weights = listed_parameters(peft, layer, module)
+        shapes = kind.weights(module)
+        for name, weight in zip(module_names(layer, len(weights)), weights, strict=True):
+            parameter, prefix = join(layer, weight), kind.prefix(module, weight)
+            if weight not in shapes:
+                raise AdapterFileError(f"the adapter targets {parameter}, which is no weight that can be adapted.")
+            if name not in stacked:
+                raise AdapterFileError(f"the adapter targets {parameter}, but has no tensors {name}.lora_A and lora_B.")
+            own_name = parameter if prefix else layer
+            A, B = stacked[name]
+            if issubclass(kind, LoRAFusedExperts):
+                swapped = _found_swapped(A, B, shapes[weight], module, kind, str(peft.get("peft_version", "")))
+                A, B = unstack(A, B, shapes[weight].num_experts, swapped)
+            elif issubclass(kind, _STORED_TRANSPOSED):
+                # PEFT adds B A to the parameter as it is stored.
+                A, B = B.T.contiguous(), A.T.contiguous()
+                self.transposed.add(own_name)
+            self.keys[own_name] = parameter
+            self.factors.update({join(layer, f"{prefix}lora_A"): A, join(layer, f"{prefix}lora_B"): B})
 
 
 def _found_swapped(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import first_five
+from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.adapter import peft_experts
 from lightning_lora.files.adapter.manifest import Manifest
 from lightning_lora.files.adapter.peft_format import LINEAR_LEAVES, PREFIX, FactorPair, factor_leaves
@@ -33,6 +33,7 @@ from lightning_lora.lora.layers.base import FACTORS, LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvolution, LoRAConvTranspose
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.layers.matrices import LoRAMatrices
 from lightning_lora.lora.layers.recurrent import LoRARecurrent
 from lightning_lora.lora.layers.shared_factors import own_factors
 from lightning_lora.lora.patterns import plain_name
@@ -156,13 +157,15 @@ class PEFTLayout:
     def _inexpressible(self) -> dict[str, str]:
         """Adapted weights that PEFT cannot load, and why."""
         reasons = {}
-        for name, (layer, _) in self.weights.items():
+        for name, (layer, weight) in self.weights.items():
             if isinstance(layer, LoRAConv):
                 reasons[name] = difference(layer)
             elif isinstance(layer, (LoRAConvTranspose, LoRARecurrent)):
                 reasons[name] = base_type(type(layer)).__name__
             elif isinstance(layer, LoRAMultiheadAttention) and not layer._qkv_same_embed_dim:
                 reasons[name] = "separate projections"
+            elif isinstance(layer, LoRAMatrices) and layer.lora_prefix(weight):
+                reasons[name] = f"one of several matrices of {base_type(type(layer)).__name__}"
             elif self._is_apart(name):
                 reasons[name] = "not the rank and alpha of its attention"
         return {name: reason for name, reason in reasons.items() if reason is not None}
@@ -205,6 +208,7 @@ def from_peft(
         factors = _without_fillers(factors, manifest)
         layouts = {name: entry.stored for name, entry in manifest.layers.items()}
     else:
+        _check_ungrouped(factors)
         layouts = dict.fromkeys(projections, "half" if _adds_twice(version, projections) else None)
 
     def matrix(key: str, tensor: Tensor) -> Tensor:
@@ -217,6 +221,18 @@ def from_peft(
         return tensor * 2 if layout == "half" and leaf == "lora_B" else tensor
 
     return {key: matrix(key, tensor) for key, tensor in factors.items()}, projections
+
+
+def _check_ungrouped(factors: Mapping[str, Tensor]) -> None:
+    """Refuse kernels that PEFT trained for groups: its ``A`` mixes all channels, which no weight with groups does."""
+    for key, A in factors.items():
+        name, _, leaf = key.rpartition(".")
+        B = factors.get(join(name, "lora_B"))
+        if leaf == "lora_A" and A.ndim > 2 and B is not None and B.ndim == A.ndim and B.shape[1] < A.shape[0]:
+            raise AdapterFileError(
+                f"the adapter of {name} was trained by PEFT on a convolution with groups={A.shape[0] // B.shape[1]}, "
+                f"where it is no update of the weight, and PEFT cannot merge it either. Train it here."
+            )
 
 
 def with_projections(peft: Mapping[str, Any], projections: Collection[str], manifest: Manifest) -> dict[str, Any]:

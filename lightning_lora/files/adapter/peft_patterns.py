@@ -56,23 +56,33 @@ class PatternTable:
 
 
 class TargetedNames:
-    """The names that PEFT's settings mean by ``target_modules``; empty if the settings depend on more than names.
+    """The names that PEFT's settings mean by ``target_modules``; empty if the settings do not tell them.
 
     Args:
         peft: Contents of ``adapter_config.json``.
+
+    Attributes:
+        are_told: Whether the settings tell the names. Otherwise PEFT chooses by the model: ``"all-linear"``, or no
+            entry at all.
 
     Raises:
         AdapterFileError: If a setting is not a regular expression.
     """
 
     def __init__(self, peft: Mapping[str, Any]) -> None:
-        vague = peft.get("layers_to_transform") is not None
-        self._targets = _entries(None if vague else peft.get("target_modules"))
+        targets = peft.get("target_modules")
+        parameters = peft.get("target_parameters")
+        self.are_told = targets != "all-linear" and bool(targets or parameters)
+        self._targets = _entries(targets if self.are_told else None)
         self._excluded = _entries(peft.get("exclude_modules"))
         self._saved = frozenset(peft.get("modules_to_save") or ())
+        self._layers = _LayerNumbers(peft) if isinstance(self._targets, frozenset) else None
 
     def __contains__(self, name: str) -> bool:
-        return _is_meant(name, self._targets) and not _is_meant(name, self._excluded) and not self._is_saved(name)
+        if not _is_meant(name, self._targets) or _is_meant(name, self._excluded) or self._is_saved(name):
+            return False
+        # As in PEFT, layer numbers count for endings in a list only, not for full names or an expression.
+        return self._layers is None or name in self._targets or name in self._layers  # pyright: ignore[reportOperatorIssue]
 
     def _is_saved(self, name: str) -> bool:
         """Whether the layer is in a module trained in full, whose name ends the layer's name or is some parts of it."""
@@ -80,6 +90,25 @@ class TargetedNames:
         runs = (".".join(parts[start:stop]) for stop in range(len(parts) + 1) for start in range(stop))
         ends = (name[start:] for start in range(len(name) + 1))
         return any(part in self._saved for part in chain(runs, ends)) if self._saved else False
+
+
+class _LayerNumbers:
+    """The names in the layers that ``layers_to_transform`` numbers; all names if it numbers none."""
+
+    def __init__(self, peft: Mapping[str, Any]) -> None:
+        numbers = peft.get("layers_to_transform")
+        self._numbers = [numbers] if isinstance(numbers, int) else list(numbers or ())
+        patterns = peft.get("layers_pattern") or ()
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        # The first number counts: those after it may be of experts.
+        texts = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        self._patterns = [re.compile(text) for text in texts]
+
+    def __contains__(self, name: str) -> bool:
+        if not self._numbers:
+            return True
+        found = next((match for pattern in self._patterns if (match := pattern.match(name))), None)
+        return found is not None and int(found[1]) in self._numbers
 
 
 def _entries(setting: str | list[str] | None) -> re.Pattern[str] | frozenset[str]:

@@ -21,13 +21,14 @@ from lightning_lora.files.adapter.fit import (
     trained_tensors,
     with_experts,
 )
-from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
+from lightning_lora.files.adapter.folder import AdapterFolder, check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_trained import SavedModules
+from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
@@ -116,7 +117,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     folder = read_adapter_folder(path)
     check_not_sharded(module)
     check_not_merged(module, "load an adapter")
-    root = _root_to_load(module, [*folder.ranks, *folder.stacked])
+    root, folder = _placed(module, folder)
     folder = with_experts(root, folder)
     layers, tied = adapter_targets(root, folder)
     moved = folder.manifest.moved
@@ -170,14 +171,29 @@ def _name_in(module: nn.Module, part: nn.Module) -> str:
     return next(plain_name(name) for name, child in module.named_modules() if child is part)
 
 
-def _root_to_load(module: nn.Module, names: list[str]) -> nn.Module:
-    """The model in ``module`` that has layers of these names, an adapted one first; else ``module`` itself."""
+def _placed(module: nn.Module, folder: AdapterFolder) -> tuple[nn.Module, AdapterFolder]:
+    """The model in ``module`` that has the adapted layers, an adapted one first, else ``module`` itself.
+
+    If no model has layers of these names, those that transformers has renamed or fused since are sought by the names
+    of their models, and the folder comes with the present names.
+    """
     models = [model for _, model in hugging_face_models(module)]
-    for model in sorted(models, key=lambda model: not lora_layers(model)):
-        parts = (*model.named_modules(), *model.named_parameters())
-        if {name.partition(".base_layer")[0] for name in names} <= {plain_name(name) for name, _ in parts}:
-            return model
-    return module
+    models = sorted(models, key=lambda model: not lora_layers(model))
+    for model in models:
+        if not _unknown(model, folder):
+            return model, folder
+    for model in models:
+        converted = with_model_names(model, folder, _unknown(model, folder))
+        if converted is not folder and not _unknown(model, converted):
+            return model, converted
+    return module, folder
+
+
+def _unknown(model: nn.Module, folder: AdapterFolder) -> set[str]:
+    """The adapted layers of the folder that ``model`` does not have."""
+    parts = (*model.named_modules(), *model.named_parameters())
+    names = {name.partition(".base_layer")[0] for name in (*folder.ranks, *folder.stacked)}
+    return names - {plain_name(name) for name, _ in parts}
 
 
 def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:

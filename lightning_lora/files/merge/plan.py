@@ -12,10 +12,13 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.files.adapter.fit import with_experts
 from lightning_lora.files.adapter.folder import AdapterFolder
+from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.merge.row_blocks import StoredUpdate, matrix_update
 from lightning_lora.files.merge.stored_experts import ExpertPart, FusedWeight, expert_parts, row_numbers
 from lightning_lora.files.merge.stored_names import CheckpointModel
+from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.layers.linear import LoRAConv1D
 from lightning_lora.lora.layers.registry import adapter_kind
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,12 +33,14 @@ class MergePlan:
         matrices: Stored tensor to the adapted weight it holds.
         experts: Stored tensor to the part of an adapted weight of fused experts it holds.
         trained: Stored tensor to the tensor of the adapter that replaces it.
+        transposed: Adapted matrices that are stored ``(in, out)``, as far as their shapes do not tell.
     """
 
     folder: AdapterFolder
     matrices: dict[str, str]
     experts: dict[str, ExpertPart]
     trained: dict[str, str]
+    transposed: frozenset[str]
 
     def weight(self, name: str) -> str | None:
         """The adapted weight that a stored tensor holds, whole or in part; None if the tensor has no update."""
@@ -53,9 +58,7 @@ class MergePlan:
         if name in self.experts:
             return self.experts[name].update(name, A, B, scale, shape)
         entry = self.folder.manifest.layers.get(weight)
-        # Embeddings and GPT-2's Conv1D store the transpose. Of a square weight only the config tells the latter.
-        square = A.shape[1] == B.shape[0]
-        transposed = weight in self.folder.embeddings or bool(square and self.folder.peft.get("fan_in_fan_out"))
+        transposed = weight in self.transposed
         kernel_transposed = entry is not None and entry.stored == "transposed kernel matrix"
         return matrix_update(weight, A, B, scale, shape, transposed, kernel_transposed)
 
@@ -89,6 +92,9 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
     lost = {name: names for name, names in candidates.items() if name not in matrices}
     lost |= {name: (name,) for name in _not_stored(folder, trained)}
     if lost:
+        converted = _with_model_names(base, folder, candidates.keys() & lost)
+        if converted is not folder:
+            return plan_merge(converted, base, shapes)
         renamed = _renamed(base, lost, shapes)
         matrices |= {name: stored for name, stored in renamed.items() if name in candidates}
         trained |= {name: stored for name, stored in renamed.items() if name not in candidates}
@@ -102,7 +108,46 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
             f"weights are not in the checkpoint: {first_five(missing)}."
         )
-    return MergePlan(folder, _inverted(matrices), experts, _inverted(trained))
+    return MergePlan(folder, _inverted(matrices), experts, _inverted(trained), _transposed(base, folder))
+
+
+def _transposed(base: Path, folder: AdapterFolder) -> frozenset[str]:
+    """Embeddings, and of the square matrices those that GPT-2's Conv1D stores.
+
+    In PEFT's config one flag stands for all layers, and it keeps the value of the last one, so the model is asked.
+    """
+    square = {
+        name
+        for name, (A, B) in folder.pairs.items()
+        if A.ndim == 2 and A.shape[1] == B.shape[0] and name not in folder.embeddings
+    }
+    fans_out = bool(folder.peft.get("fan_in_fan_out"))
+    if square and (fans_out or not folder.manifest.is_present):
+        modules = _modules(base)
+        kinds = {name: modules.get(name, modules.get(name.partition(".")[2])) for name in square}
+        square = {name for name, kind in kinds.items() if (fans_out if kind is None else issubclass(kind, LoRAConv1D))}
+    elif not fans_out:
+        square = set()
+    return folder.embeddings | square
+
+
+def _modules(base: Path) -> dict[str, type[LoRALayer]]:
+    """The adapted layer for every layer of the model at ``base``; empty if nothing tells which model it is."""
+    try:
+        model = CheckpointModel(base)
+    except AdapterFileError:
+        return {}
+    kinds = {name: adapter_kind(module) for name, module in model.module.named_modules()}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _with_model_names(base: Path, folder: AdapterFolder, lost: Collection[str]) -> AdapterFolder:
+    """The folder with the names of the model for layers that an older model had and this checkpoint does not."""
+    if not lost or not (base / "config.json").is_file():
+        return folder
+    model = CheckpointModel(base).module
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    return with_model_names(model, folder, set(lost) - known)
 
 
 def _not_stored(folder: AdapterFolder, stored: Collection[str]) -> list[str]:
@@ -120,6 +165,8 @@ def _parameters(folder: AdapterFolder, weight: str) -> tuple[str, ...]:
     entry = folder.manifest.layers.get(weight)
     if entry is not None:
         return (entry.parameter,)
+    if weight in folder.parameters:
+        return (folder.parameters[weight],)
     is_fused = folder.pairs[weight][0].ndim == 3
     return (weight,) if is_fused else (f"{weight}.weight", f"{weight}.in_proj_weight")
 

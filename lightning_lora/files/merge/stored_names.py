@@ -33,6 +33,19 @@ class CheckpointModel:
                 f"{folder} stores the adapted weights under other names than the model has, and which model it is "
                 f"cannot be told: {error}"
             ) from error
+        self._build(kind, config)
+
+    @classmethod
+    def like(cls, model: Any) -> CheckpointModel:
+        """A model like ``model``, a model of transformers, without its values, and as if it came from no checkpoint.
+
+        What a loaded model remembers of its own checkpoint must not decide how other files name its layers.
+        """
+        own = cls.__new__(cls)
+        own._build(type(model), model.config)
+        return own
+
+    def _build(self, kind: Any, config: Any) -> None:
         with torch.device("meta"):
             self.module: nn.Module = kind(config)
         self._parameters = dict(self.module.named_parameters())

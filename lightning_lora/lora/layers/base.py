@@ -232,16 +232,14 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
         kind: The adapted layer that it becomes.
         specs: Name of each parameter to adapt, and how it is adapted.
 
+    The rank may be above what the weight can hold, as in adapters of other software; `adapter_specs` limits new ones.
+
     Raises:
-        ConfigError: If the rank is outside ``[1, min(in, out)]``.
+        ConfigError: If a rank is below 1.
     """
-    shapes = {name: kind.weights(module)[name] for name in specs}
-    for name, (num_in, num_out, _) in shapes.items():
-        if not 1 <= specs[name].rank <= min(num_in, num_out):
-            raise ConfigError(
-                f"rank must be in [1, {min(num_in, num_out)}] for a ({num_out}, {num_in}) weight, got "
-                f"rank={specs[name].rank}."
-            )
+    for name, spec in specs.items():
+        if spec.rank < 1:
+            raise ConfigError(f"rank must be at least 1 for {name!r} of {type(module).__name__}, got rank={spec.rank}.")
     layer = swap_class(module, kind, specs)
     for name in specs:
         _add_factors(layer, name)

@@ -16,6 +16,7 @@ from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.lora.layers.matrices import LoRAMatrices, holds_matrices
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.lora.layers.quantised_weights import is_quantised, quantised_refusal, type_path
 from lightning_lora.lora.layers.recurrent import LoRARecurrent
@@ -71,7 +72,17 @@ def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
             # torchao quantises the weight of a plain nn.Linear.
             weight = module._parameters.get("weight")
             return LoRAQuantisedLinear if kind is LoRALinear and is_quantised(weight) else kind
+    if isinstance(module, LoRAMatrices):
+        return LoRAMatrices
     return LoRAExperts if _follows_experts_interface(module) else None
+
+
+def kind_of_named(module: nn.Module) -> type[LoRALayer] | None:
+    """The adapted layer for a module that an adapter names; the matrices of any module can be adapted then."""
+    kind = adapter_kind(module)
+    if kind is None and refusal(module) is None and holds_matrices(module):
+        return LoRAMatrices
+    return kind
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.base import LoRALayer, WeightShape
-from lightning_lora.lora.layers.registry import adapter_kind, refusal
+from lightning_lora.lora.layers.registry import adapter_kind, kind_of_named, refusal
 from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.lora.targets.uncalled_layers import uncalled_children
@@ -85,7 +85,7 @@ def refused_layers(root: nn.Module) -> dict[str, str]:
     refused = {name: reason for name, module in root.named_modules() if (reason := refusal(module))}
     for name, module in root.named_modules():
         for child in sorted(uncalled_children(module)):
-            if adapter_kind(module.get_submodule(child)) is not None:
+            if kind_of_named(module.get_submodule(child)) is not None:
                 refused[join(name, child)] = f"{type(module).__name__} reads its weight without calling it"
     return refused
 

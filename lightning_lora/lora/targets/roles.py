@@ -7,7 +7,7 @@ a list of model names.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -52,16 +52,20 @@ def register_role(pattern: str, role: str) -> None:
     _REGISTERED[pattern] = role
 
 
-def module_roles(root: nn.Module) -> dict[str, str]:
+def module_roles(root: nn.Module, also: Collection[int] = ()) -> dict[str, str]:
     """Dotted name to role for every layer with weights in ``root``; the name of ``root`` itself is empty.
 
     Layers that cannot be adapted have a role too.
+
+    Args:
+        root: A module.
+        also: The ``id`` of modules that have a role too, of whatever kind they are.
     """
     modules = dict(root.named_modules())
     heads, patches, containers = _heads(root), _patch_embeddings(root), _Containers()
     roles = {}
     for name, module in modules.items():
-        if adapter_kind(module) is None and refusal(module) is None:
+        if adapter_kind(module) is None and refusal(module) is None and id(module) not in also:
             continue
         registered = first_match(name, _REGISTERED, "")
         if registered:

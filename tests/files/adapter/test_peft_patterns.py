@@ -81,7 +81,12 @@ def test_lists_name_wholes_and_endings() -> None:
         ({"target_modules": ["up"], "modules_to_save": ["0"]}, {"layers.1.up"}),
         ({"target_modules": ["up"], "modules_to_save": ["0.u", "1.up"]}, {"layers.0.up"}),
         ({"target_modules": ["up"], "modules_to_save": ["yers.0.up"]}, {"layers.1.up"}),
+        # As in PEFT, the number needs two names before it, or a pattern.
         ({"target_modules": ["up"], "layers_to_transform": [0]}, set()),
+        ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "layers"}, {"layers.0.up"}),
+        ({"target_modules": ["up"], "layers_to_transform": 1, "layers_pattern": ["h", "layers"]}, {"layers.1.up"}),
+        ({"target_modules": ["layers.1.up"], "layers_to_transform": [0]}, {"layers.1.up"}),
+        ({"target_modules": "all-linear"}, set()),
         ({"target_modules": None}, set()),
         ({"target_modules": []}, set()),
     ],
