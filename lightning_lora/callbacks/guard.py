@@ -30,7 +30,7 @@ from .layer_calls import LayerCallRecorder
 class LoRAGuard(Callback):
     """Stops a run in which an adapter would silently do nothing, and checks at the end that the base is unchanged.
 
-    - Every adapter is in exactly one optimizer.
+    - Every adapter is in an optimizer.
     - Its layer is called, and it gets a gradient, within ``patience`` optimizer steps.
     - The first evaluation uses every adapted layer; torch's fast paths can bypass one.
     - Every adapter has moved by the end, unless the learning rate was always 0.

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.checkpoints.shards import writes_shards
-from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
+from lightning_lora.lightning_private import is_trained
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
-from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.config import LoRAConfig, setting_changes
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
@@ -93,7 +94,7 @@ def check_and_complete(
         name: _shaped(manifest["tensors"].get(name, ())) if is_flattened(parameter) else parameter
         for name, parameter in _trained_parameters(module).items()
     }
-    check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
+    _check_adapters(module, manifest, expected)
     if not allow_other_base:
         _check_base(base_fingerprint, manifest["base_fingerprint"])
     restore_siblings(module, manifest.get("siblings", {}))
@@ -136,6 +137,33 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def _check_adapters(module: LightningModule, manifest: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and scales; the same factors at another scale would be another function."""
+    weights = adapted_weights(module)
+    changes = setting_changes(manifest["config"], next(iter(weights.values()))[0].lora_spec.config.to_dict())
+    try:
+        check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{error}{_advice(changes)}") from None
+    trained_with = LoRAConfig.from_dict(manifest["config"])
+    wrong = []
+    for name, (layer, weight) in weights.items():
+        spec, alpha = layer.lora_specs[weight], manifest.get("alphas", {}).get(name)
+        if alpha is not None and (scale := trained_with.scale(spec.rank, alpha)) != spec.scale:
+            wrong.append(f"{name} has {scale:g} there and {spec.scale:g} here")
+    if wrong:
+        raise AdapterFileError(
+            f"the adapter does not fit this module: {len(wrong)} of {len(weights)} layers were trained with another "
+            f"scale, alpha / rank: {first_five(wrong)}.{_advice(changes)}"
+        )
+
+
+def _advice(changes: str) -> str:
+    return (
+        f" It was trained with other settings ({changes}): give the module those of the checkpoint." if changes else ""
+    )
+
+
 def _check_base(own: str | None, trained_on: str | None) -> None:
     # A base without values in memory has no fingerprint.
     if None not in (own, trained_on) and own != trained_on:
@@ -152,15 +180,14 @@ def _shaped(shape: Sequence[int]) -> Tensor:
 
 def _trained_parameters(module: LightningModule) -> dict[str, Tensor]:
     """Trained parameters by their names in the state dict."""
-    return {
-        state_dict_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad
-    }
+    named = module.named_parameters()
+    return {state_dict_name(name): parameter for name, parameter in named if is_trained(module, parameter)}
 
 
 def _frozen_names(module: LightningModule) -> set[str]:
     """State-dict names of everything that checkpoints leave out."""
     named = module.named_parameters(remove_duplicate=False)
-    return {state_dict_name(name) for name, p in named if not p.requires_grad} | _scale_names(module)
+    return {state_dict_name(name) for name, p in named if not is_trained(module, p)} | _scale_names(module)
 
 
 def _scale_names(module: LightningModule) -> set[str]:

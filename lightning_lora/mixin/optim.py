@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -11,11 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
+from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.shards import reshard
 
 # Far below the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
+ADAPTERS = "adapters"
+"""Name of the group of adapters."""
 
 
 def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
@@ -35,22 +38,36 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
         *LoRA Without Regret*, 2025: the best learning rate for LoRA is about ten times the best for full fine-tuning.
     """
     check_learning_rate(learning_rate)
-    layers = lora_layers(module).values()
     factors = list(factor_parameters(module).values())
     adapters = {id(factor) for factor in factors}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
     groups: list[dict[str, Any]] = []
     if factors:
-        multiplier = next(iter(layers)).lora_spec.config.lr_multiplier
-        rate = learning_rate * multiplier
-        groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": "adapters"})
-        rank_zero_info(f"learning rate {learning_rate:g} x {multiplier:g} = {rate:g} for {len(layers)} adapters")
+        rate = learning_rate * lr_multiplier(module)
+        groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": ADAPTERS})
+        log_rate(module, learning_rate)
     if others:
         groups.append({"params": others, "lr": learning_rate, "name": "full"})
         rank_zero_info(f"learning rate {learning_rate:g} for {len(others)} parameters trained in full")
     if not groups:
         raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
     return groups
+
+
+def lr_multiplier(module: nn.Module) -> float:
+    """The factor on the learning rate of adapters: that of ``module.lora``, or of the adapters if it has no such."""
+    lora = getattr(module, "lora", None)
+    if isinstance(lora, (LoRAConfig, Mapping)):
+        return LoRAConfig.from_dict(lora).lr_multiplier
+    return next(iter(lora_layers(module).values())).lora_spec.config.lr_multiplier
+
+
+def log_rate(module: nn.Module, learning_rate: float) -> None:
+    """Say at which rate adapters train, and how it comes about."""
+    multiplier, num = lr_multiplier(module), len(lora_layers(module))
+    rank_zero_info(
+        f"learning rate {learning_rate:g} x {multiplier:g} = {learning_rate * multiplier:g} for {num} adapters"
+    )
 
 
 def check_learning_rate(learning_rate: Any) -> None:
@@ -61,9 +78,9 @@ def check_learning_rate(learning_rate: Any) -> None:
 
 
 def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Raise `GuardError` unless every adapter is trainable and in exactly one optimizer."""
+    """Raise `GuardError` unless every adapter is trainable and in at least one optimizer."""
     reshard(module)
-    held = [id(parameter) for optimizer in optimizers for parameter in _held(optimizer)]
+    held = {id(parameter) for optimizer in optimizers for parameter in _held(optimizer)}
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise GuardError(f"nothing would train: every parameter of {type(module).__name__} is frozen.")
@@ -73,11 +90,6 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
             f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would not train "
             f"({first_five(missing)}). The optimizer was built before the adapters existed, or from other parameters: "
             f"build it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
-        )
-    twice = [name for name, parameter in trainable.items() if held.count(id(parameter)) > 1]
-    if twice:
-        raise GuardError(
-            f"{len(twice)} parameters are in more than one optimizer and would be updated twice: {first_five(twice)}."
         )
     frozen = [name for name, factor in factor_parameters(module).items() if not factor.requires_grad]
     if frozen:
