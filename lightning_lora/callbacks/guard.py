@@ -20,6 +20,8 @@ from lightning_lora.lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
+from lightning_lora.mixin.given_settings import check_they_have_a_reader
+from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_optimizers
 from lightning_lora.sharding.collectives import missing_on_all_ranks
 
@@ -39,7 +41,7 @@ class LoRAGuard(Callback):
     - No trained weight is NaN or infinite, which the loss need not show, as fused attention can hide it. Checked every
       ``patience`` optimizer steps, before each validation, and before each checkpoint is written.
 
-    Without adapters in the module the guard does nothing.
+    Without adapters the guard refuses a module that has LoRA settings all the same, and else does nothing.
 
     Args:
         patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and between two
@@ -68,7 +70,9 @@ class LoRAGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take digests of base weights and buffers."""
+        """Take digests of base weights and buffers; refuse LoRA settings of a module without `LoRAMixin`."""
+        if not isinstance(pl_module, LoRAMixin):
+            check_they_have_a_reader(pl_module)
         self._base = base_digests(pl_module, _trained_names(pl_module), exact=True) if lora_layers(pl_module) else {}
         self._buffers = _buffer_digests(pl_module) if self._base else {}
 

@@ -17,7 +17,7 @@ from lightning_lora.lora.layers.adapted import adapted_weights, lora_layers
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.patterns import first_match
 
-# Modules of this file are `LoRAMixin`, whose own file imports this one.
+# Where ``module`` is a `LoRAMixin`, its type is `Any`: the file of that class imports this one.
 
 
 def check_they_take_effect(module: Any) -> None:
@@ -44,6 +44,21 @@ def check_they_take_effect(module: Any) -> None:
                 f"Pass them on with super().__init__(lora=...) or set self.lora in __init__; for full fine-tuning set "
                 f"self.lora = None."
             )
+
+
+def check_they_have_a_reader(module: LightningModule) -> None:
+    """Refuse LoRA settings of a module that has neither adapters nor `LoRAMixin`, which would read them.
+
+    Raises:
+        ConfigError: If its class, attributes or hyperparameters hold settings.
+    """
+    values = {"lora": getattr(module, "lora", None), **dict(module.hparams), **vars(module)}
+    given = [name for name, value in values.items() if isinstance(value, LoRAConfig)]
+    if given and not lora_layers(module):
+        raise ConfigError(
+            f"{type(module).__name__} has LoRA settings ({given[0]}) that nothing reads: it would train in full. Put "
+            f"LoRAMixin first among the bases of its class, or give the Trainer the LoRA callback."
+        )
 
 
 def _given_settings(module: LightningModule) -> Iterator[tuple[str, LoRAConfig]]:

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self, override
 
-from lightning_lora.checkpoints import contents, optimizer_state_names
+from lightning_lora.checkpoints import contents
+from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_states
 from lightning_lora.checkpoints.resume import RunMemory
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
@@ -67,7 +67,6 @@ class LoRAMixin(LightningModule):
     # Whether to load checkpoints whose adapters were trained on other base weights.
     lora_allow_other_base: bool = False
     _lora_base_fingerprint: str | None = None
-    _lora_loaded_states: list[dict[str, Any]] | None = None
     # The settings and the root with which `apply_lora` has adapted the module.
     _lora_made_with: tuple[LoRAConfig, str | None] | None = None
 
@@ -254,9 +253,7 @@ class LoRAMixin(LightningModule):
     def _run_starts(self) -> None:
         if self._trainer is not None:
             attach_when_saving(self._trainer)
-        # What a tuner or a run that failed has loaded is not of this run.
-        self._lora_loaded_states = None
-        self._run_memory().loaded = None
+        self._run_memory().run_starts()
 
     def _train_starts(self) -> None:
         if self._has_adapters():
@@ -270,11 +267,7 @@ class LoRAMixin(LightningModule):
 
     def _fit_starts(self) -> None:
         rate_search.use_found_rate(self)
-        # Strategies that read a checkpoint themselves do so later, and use the names.
-        states, self._lora_loaded_states = self._lora_loaded_states, None
-        if states is not None and not optimizer_state_names.reads_by_name(self.trainer.strategy):
-            optimizer_state_names.match_optimizer_order(self, states)
-        self._run_memory().fit_starts(self.trainer)
+        self._run_memory().fit_starts(self)
 
     def _epoch_starts(self) -> None:
         rate_search.use_found_rate(self)
@@ -286,7 +279,7 @@ class LoRAMixin(LightningModule):
     def _after_save(self, checkpoint: dict[str, Any]) -> None:
         self._run_memory().save(self, checkpoint)
         contents.plain_hyperparameters(checkpoint)
-        optimizer_state_names.name_optimizer_states(self, checkpoint)
+        name_optimizer_states(self, checkpoint)
         if self._has_adapters():
             contents.keep_adapters_only(self, checkpoint, self._base_fingerprint())
 
@@ -295,7 +288,4 @@ class LoRAMixin(LightningModule):
             contents.check_and_complete(self, checkpoint, self._base_fingerprint(), self.lora_allow_other_base)
         else:
             contents.refuse_adapter(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            optimizer_state_names.refuse_states_by_position(self, checkpoint)
-            self._lora_loaded_states = checkpoint.get("optimizer_states")
-        self._run_memory().load(checkpoint)
+        self._run_memory().load(self, checkpoint)

@@ -38,14 +38,16 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
         *LoRA Without Regret*, 2025: the best learning rate for LoRA is about ten times the best for full fine-tuning.
     """
     check_learning_rate(learning_rate)
+    layers = lora_layers(module).values()
     factors = list(factor_parameters(module).values())
     adapters = {id(factor) for factor in factors}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
     groups: list[dict[str, Any]] = []
     if factors:
-        rate = learning_rate * lr_multiplier(module)
+        multiplier = lr_multiplier(module)
+        rate = learning_rate * multiplier
         groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": ADAPTERS})
-        log_rate(module, learning_rate)
+        rank_zero_info(f"learning rate {learning_rate:g} x {multiplier:g} = {rate:g} for {len(layers)} adapters")
     if others:
         groups.append({"params": others, "lr": learning_rate, "name": "full"})
         rank_zero_info(f"learning rate {learning_rate:g} for {len(others)} parameters trained in full")
@@ -60,14 +62,6 @@ def lr_multiplier(module: nn.Module) -> float:
     if isinstance(lora, (LoRAConfig, Mapping)):
         return LoRAConfig.from_dict(lora).lr_multiplier
     return next(iter(lora_layers(module).values())).lora_spec.config.lr_multiplier
-
-
-def log_rate(module: nn.Module, learning_rate: float) -> None:
-    """Say at which rate adapters train, and how it comes about."""
-    multiplier, num = lr_multiplier(module), len(lora_layers(module))
-    rank_zero_info(
-        f"learning rate {learning_rate:g} x {multiplier:g} = {learning_rate * multiplier:g} for {num} adapters"
-    )
 
 
 def check_learning_rate(learning_rate: Any) -> None:

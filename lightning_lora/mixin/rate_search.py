@@ -11,12 +11,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lora.lightning_private import searching_schedule
+from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.class_swap import mix_in
-from lightning_lora.mixin.optim import ADAPTERS, log_rate, lr_multiplier
+from lightning_lora.mixin.optim import ADAPTERS, lr_multiplier
 from lightning_lora.trainer_access import found
 
 
@@ -55,8 +57,8 @@ def use_found_rate(module: LightningModule) -> None:
     for optimizer in trainer.optimizers:
         for group, factor in zip(optimizer.param_groups, _multipliers(module, optimizer), strict=True):
             group["lr"] = rate * factor
-            if group.get("name") == ADAPTERS:
-                log_rate(module, rate)
+    if lora_layers(module):
+        rank_zero_info(f"learning rate {rate:g} was found: {rate * lr_multiplier(module):g} for adapters")
     for config in trainer.lr_scheduler_configs:
         _go_on_from_present_rates(config.scheduler)
 

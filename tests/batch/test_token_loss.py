@@ -155,7 +155,7 @@ class TwoOptimizers(Weighted):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         optimizers: Any = self.optimizers()
         for optimizer in optimizers:
             optimizer.zero_grad()

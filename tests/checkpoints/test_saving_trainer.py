@@ -105,4 +105,5 @@ def test_a_finished_trainer_can_be_copied_and_pickled(tmp_path: Path) -> None:
     for twin in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))):
         assert isinstance(twin, Trainer)
         twin.save_checkpoint(tmp_path / "twin.ckpt")
-        assert twin.save_checkpoint.args[0] is twin  # pyright: ignore[reportFunctionMemberAccess]
+        save: Any = twin.save_checkpoint
+        assert save.args[0] is twin

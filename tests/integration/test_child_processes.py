@@ -33,23 +33,23 @@ def seen(folder: Path, strategy: str, kind: str, devices: int = 1) -> dict[str, 
 @pytest.mark.parametrize("kind", ["mixin", "applied", "late", "callback", "late-callback", "task"])
 def test_the_caller_has_what_the_children_trained(kind: str, folder: Path) -> None:
     found = seen(folder, "ddp_fork", kind)
-    first, second = found["losses"]
-    assert second < first
+    assert found["same"] == [True, True]
     # Children that start from the module of the caller compute what the caller computes.
     if kind != "task":
-        assert found["validated"] == pytest.approx(second, rel=1e-5)
+        assert found["validated"] == pytest.approx(found["losses"][1], rel=1e-5)
     assert found["adapters"] == (14 if kind == "task" else 2)
     assert found.get("reloaded", True)
 
 
-@pytest.mark.parametrize("kind", ["mixin", "callback", "task"])
+@pytest.mark.parametrize("kind", ["plain", "applied"])
 def test_it_is_what_one_process_trains(kind: str, folder: Path) -> None:
-    assert seen(folder, "ddp_fork", kind)["losses"] == pytest.approx(seen(folder, "auto", kind)["losses"], rel=1e-4)
+    # Adapters that exist before are the same in both.
+    assert seen(folder, "ddp_fork", kind)["losses"] == pytest.approx(seen(folder, "ddp", kind)["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("ddp_notebook", "mixin"), ("ddp_spawn", "mixin")])
 def test_the_other_ways_to_start_children_are_alike(strategy: str, kind: str, folder: Path) -> None:
     devices = 2 if strategy == "ddp_notebook" else 1
     found = seen(folder, strategy, kind, devices)
-    assert found["losses"][1] < found["losses"][0] < 1
-    assert found["reloaded"]
+    assert all(found["same"])
+    assert found["losses"][-1] < 1

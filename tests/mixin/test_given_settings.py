@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 
 import lightning_lora as ll
 from lightning_lora import ConfigError, LoRAConfig, LoRAMixin, lora_layers
-from lightning_lora.callbacks import LoRA
+from lightning_lora.callbacks import LoRA, LoRAGuard
 from tests.support import toys
 from tests.support.toys import Plain, Toy, fit
 
@@ -56,6 +56,20 @@ def test_settings_that_nothing_reads_are_refused(make: Any, text: str, tmp_path:
     with pytest.raises(ConfigError, match=text):
         module.lora_parameter_groups(0.1)
     assert toys.same(before, toys.snapshot(module))
+
+
+class WithoutMixin(Plain):
+    lora = CONFIG
+
+
+def test_settings_of_a_module_without_the_mixin_are_refused_by_the_guard(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"WithoutMixin has LoRA settings \(lora\) that nothing reads.*LoRAMixin first"
+    ):
+        fit(WithoutMixin(), tmp_path, callbacks=[LoRAGuard()])
+    module = WithoutMixin()
+    ll.inject_lora(module, module.lora)
+    fit(module, tmp_path, callbacks=[LoRAGuard()])
 
 
 def test_settings_that_were_set_or_left_out_are_used(tmp_path: Path) -> None:

@@ -99,22 +99,21 @@ def test_a_run_that_begins_with_a_search_goes_on_at_the_rate_it_found(warmup: in
 
 
 class SearchInEpoch(LearningRateFinder):
-    """Searches at the start of the second epoch."""
+    """Searches in the first epoch, as Lightning's documentation shows."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         return
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 1 and self.optimal_lr is None:
+        if self.optimal_lr is None:
             self.lr_find(trainer, pl_module)
 
 
-def test_a_search_in_the_middle_of_a_run_is_alike(tmp_path: Path) -> None:
+def test_a_search_within_an_epoch_is_alike(tmp_path: Path) -> None:
     module, search = RatedToy(), SearchInEpoch(num_training_steps=30, max_lr=0.1)
     toys.trainer(tmp_path, callbacks=[search], max_epochs=2).fit(module, loader())
     assert search.optimal_lr is not None
     rate: Any = search.optimal_lr.suggestion()
-    assert module.rates[0] == pytest.approx((1e-2, 1e-3))
     assert module.rates[-1] == pytest.approx((10 * rate, rate))
 
 
@@ -124,7 +123,7 @@ def test_a_search_that_sets_nothing_leaves_the_run_as_it_was(tmp_path: Path) -> 
         torch.manual_seed(0)
         module = RatedToy()
         trainer = toys.trainer(tmp_path, callbacks=callbacks, max_epochs=2)
-        trainer.fit(module, DataLoader(toys.rows(16), batch_size=2, shuffle=True))
+        trainer.fit(module, toys.loader(count=16))
         runs.append((toys.snapshot(module), trainer.global_step, module.rates[-16:]))
     (alone, steps, rates), (searched, other_steps, other_rates) = runs
     assert (steps, rates) == (other_steps, other_rates)
@@ -137,7 +136,7 @@ def test_a_search_leaves_nothing_for_the_next_run(tmp_path: Path) -> None:
 
     class Other(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            assert module._lora_loaded_states is None
+            assert module._run_memory().optimizer_states is None
 
     # Other groups than those of the search, whose state would not fit.
     module.groups = Rated.groups.__get__(module)  # pyright: ignore[reportAttributeAccessIssue]
@@ -162,7 +161,7 @@ def test_a_search_compares_losses_per_token(tmp_path: Path) -> None:
     x, y = toys.rows(2).tensors
     batches = DataLoader([(x, y)] * 12, batch_size=None)  # pyright: ignore[reportArgumentType]
     finder: Any = Tuner(toys.trainer(tmp_path)).lr_find(module, batches, num_training=6, min_lr=1e-12, max_lr=1e-11)
-    expected = float((toys.Plain()(x) - y).square().mean())
+    expected = float((toys.Plain()(x).detach() - y).square().mean())
     # Lightning's smoothing begins one step late, and so its first value is half of the first loss.
     smoothed, average = [], 0.0
     for step in range(len(finder.results["loss"])):
