@@ -94,3 +94,23 @@ def test_what_is_saved_while_an_optimizer_is_toggled_holds_every_adapter(tmp_pat
         content = torch.load(tmp_path / "inside.ckpt", weights_only=True)
         assert len(content["state_dict"]) == len(content["lightning_lora"]["tensors"]) == names
         kind.load_from_checkpoint(tmp_path / "inside.ckpt", weights_only=True)
+
+
+def test_parameters_outside_the_module_keep_their_own_state_in_every_group(tmp_path: Path) -> None:
+    outside = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+
+    class Odd(LoRAMixin, Plain):
+        lora = LoRAConfig(rank=2)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + outside[0].sum() + 3 * outside[1].sum()
+
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": [outside[0]]}, {"params": [outside[1], *self.lora_parameter_groups(0.1)[0]["params"]]}]
+            return torch.optim.Adam(groups, lr=0.05)
+
+    trainer = toys.fit(Odd(), tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    (state,) = torch.load(tmp_path / "a.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["params"][0] for group in state["param_groups"]] == [0, 1]
+    torch.testing.assert_close(state["state"][1]["exp_avg"], 3 * state["state"][0]["exp_avg"])
