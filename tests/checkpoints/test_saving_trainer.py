@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 import lightning_lora as ll
 from lightning_lora import LoRAConfig
-from lightning_lora.callbacks import LoRA
+from lightning_lora.callbacks import CheckpointGuard, FiniteGradients, GracefulStop, LoRA, LoRAGuard, RankWatch, RunLock
 from lightning_lora.checkpoints.resume import RESUME_KEY
 from tests.support import toys
 from tests.support.toys import Plain, Toy
@@ -107,3 +107,17 @@ def test_a_finished_trainer_can_be_copied_and_pickled(tmp_path: Path) -> None:
         twin.save_checkpoint(tmp_path / "twin.ckpt")
         save: Any = twin.save_checkpoint
         assert save.args[0] is twin
+
+
+def test_callbacks_that_have_served_another_trainer_since_do_not_mix_the_runs(tmp_path: Path) -> None:
+    callbacks = [LoRAGuard(), CheckpointGuard(), FiniteGradients(), GracefulStop(), RankWatch(), RunLock()]
+    module = Toy()
+    first = toys.fit(module, tmp_path, callbacks=callbacks)
+    toys.fit(Toy(), tmp_path, callbacks=callbacks, max_epochs=2)
+    toys.trainer(tmp_path, callbacks=callbacks).validate(module, toys.loader(), verbose=False)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["global_step"] == 4
+    assert content[RESUME_KEY]["position"]["num_epochs"] == 1
+    resumed = Toy()
+    assert toys.fit(resumed, tmp_path, tmp_path / "a.ckpt", callbacks=callbacks, max_epochs=2).global_step == 8
