@@ -5,11 +5,16 @@ Attributes that one file alone uses stay there: loop counters and restart flags 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
+from torch import Tensor
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -42,3 +47,31 @@ def remake_training_loaders(trainer: Trainer) -> None:
 def is_accumulating(trainer: Trainer) -> bool:
     """Whether the present batch only adds to the gradients: the optimizer steps at a later batch."""
     return trainer.fit_loop._should_accumulate()
+
+
+def searching_schedule(trainer: Trainer) -> _ExponentialLR | _LinearLR | None:
+    """Schedule by which Lightning searches for a learning rate at present; None if it does not."""
+    schedules = (config.scheduler for config in trainer.lr_scheduler_configs)
+    return next((schedule for schedule in schedules if isinstance(schedule, (_ExponentialLR, _LinearLR))), None)
+
+
+def call_before_weights_return(prepare: Callable[[Trainer], None]) -> None:
+    """Let ``prepare`` run in the calling process before Lightning loads there what child processes have trained.
+
+    Between the start of ``fit`` and its end Lightning calls no hook in that process: those of ``ddp_spawn``,
+    ``ddp_fork`` and ``ddp_notebook`` run in the children.
+    """
+    recover = _MultiProcessingLauncher._recover_results_in_main_process
+
+    @functools.wraps(recover)
+    def prepared(self: _MultiProcessingLauncher, worker_output: Any, trainer: Trainer) -> None:
+        prepare(trainer)
+        recover(self, worker_output, trainer)
+
+    _MultiProcessingLauncher._recover_results_in_main_process = prepared
+
+
+def is_trained(module: LightningModule, parameter: Tensor) -> bool:
+    """Whether ``parameter`` is trained; ``toggle_optimizer`` freezes those of other optimizers for the time being."""
+    before: Any = module._param_requires_grad_state  # by parameter, whatever its type says
+    return before.get(parameter, parameter.requires_grad)

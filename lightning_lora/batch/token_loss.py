@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.lightning_private import searching_schedule
 from lightning_lora.sharding.collectives import gather_on_rank_zero
 
 # Sums over thousands of tokens would overflow float16. Dividing by a power of two does not round.
@@ -45,6 +46,9 @@ class TokenWeightedLoss(LightningModule):
                 rank_zero_warn("DeepSpeed steps inside its engine: the loss is a mean of means over micro-batches.")
             self._window_tokens = 1
             return loss_sum / num_tokens.clamp(min=1)
+        if searching_schedule(self.trainer) is not None:
+            # Lightning compares what the steps of a search return, and sums of more tokens are larger.
+            return loss_sum / num_tokens.clamp(min=1)
         self._window_tokens = self._window_tokens + num_tokens.detach()
         return loss_sum / _SUM_SCALE
 
@@ -76,7 +80,10 @@ class TokenWeightedLoss(LightningModule):
         # A collective: a rank that holds no trained entry under FSDP1 must call it too.
         factor = self.gradient_factor()
         self._window_tokens = 0
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # With manual optimization several optimizers may step after one backward pass, and hold the same parameters.
+        optimizers = {id(each): each for each in (optimizer, *self.trainer.optimizers)}.values()
+        held = {id(p): p for each in optimizers for group in each.param_groups for p in group["params"]}
+        gradients = [p.grad for p in held.values() if p.grad is not None]
         if gradients and factor != 1:
             torch._foreach_mul_(gradients, factor)
 

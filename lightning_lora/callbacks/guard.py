@@ -20,6 +20,8 @@ from lightning_lora.lora.layers.adapted import learning_layers, lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
 from lightning_lora.lora.travelling import recorded_parameters
+from lightning_lora.mixin.given_settings import check_they_have_a_reader
+from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_optimizers
 from lightning_lora.sharding.collectives import missing_on_all_ranks
 
@@ -30,7 +32,7 @@ from .layer_calls import LayerCallRecorder
 class LoRAGuard(Callback):
     """Stops a run in which an adapter would silently do nothing, and checks at the end that the base is unchanged.
 
-    - Every adapter is in exactly one optimizer, except for those that stay frozen in a frozen copy.
+    - Every adapter is in an optimizer, except for those that stay frozen in a frozen copy.
     - Its layer is called, and it gets a gradient, within ``patience`` optimizer steps.
     - The first evaluation uses every adapted layer; torch's fast paths can bypass one.
     - Every adapter has moved by the end, unless the learning rate was always 0.
@@ -39,7 +41,7 @@ class LoRAGuard(Callback):
     - No trained weight is NaN or infinite, which the loss need not show, as fused attention can hide it. Checked every
       ``patience`` optimizer steps, before each validation, and before each checkpoint is written.
 
-    Without adapters in the module the guard does nothing.
+    Without adapters the guard refuses a module that has LoRA settings all the same, and else does nothing.
 
     Args:
         patience: Optimizer steps within which every adapter must have run and had a non-zero gradient, and between two
@@ -67,7 +69,9 @@ class LoRAGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take digests of base weights."""
+        """Take digests of base weights; refuse LoRA settings of a module without `LoRAMixin`."""
+        if not isinstance(pl_module, LoRAMixin):
+            check_they_have_a_reader(pl_module)
         self._base = base_digests(pl_module, _moving_names(pl_module), exact=True) if lora_layers(pl_module) else {}
 
     @override

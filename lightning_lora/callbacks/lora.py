@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_private import call_before_weights_return
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.class_swap import mix_in
+from lightning_lora.mixin.given_settings import check_unchanged
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.trainer_access import found
+
+# Attribute of modules whose mixin, and so whose settings, came from a callback.
+_BY_CALLBACK = "_lora_by_callback"
 
 
 class LoRA(Callback):
@@ -39,7 +46,8 @@ class LoRA(Callback):
         allow_other_base: Load checkpoints even if their adapters were trained on other base weights.
 
     Raises:
-        ConfigError: If the module is a LoRAMixin with other settings, or a callback before this one averages weights.
+        ConfigError: If the module is a LoRAMixin with other settings or is adapted with others already, a second LoRA
+            callback has other settings, or a callback before this one averages weights.
     """
 
     def __init__(
@@ -51,15 +59,14 @@ class LoRA(Callback):
         self.config = LoRAConfig() if config is None else LoRAConfig.from_dict(config)
         self.root = root
         self.allow_other_base = allow_other_base
+        _adapt_before_weights_return()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the mixin in front of the module's class before ``configure_model`` runs."""
+        self._refuse_another(trainer)
         if isinstance(pl_module, LoRAMixin):
-            if pl_module.lora != self.config:
-                raise ConfigError(
-                    f"{type(pl_module).__name__} has LoRA settings of its own: change those, or drop the callback."
-                )
+            self._meet_again(pl_module)
             return
         first = found(trainer, LoRA, WeightAveraging)
         if isinstance(first, WeightAveraging):
@@ -67,6 +74,7 @@ class LoRA(Callback):
             raise ConfigError(f"{name} copies the module before it has adapters: put LoRA before {name}.")
         name = type(pl_module).__name__
         module = mix_in(pl_module, LoRAMixin)
+        module.__dict__[_BY_CALLBACK] = True
         module.lora, module.lora_root = self.config, self.root
         module.lora_allow_other_base = self.allow_other_base
         if stage == "fit":
@@ -75,3 +83,41 @@ class LoRA(Callback):
                 f"callback (ckpt_path=...), or by `class Adapted(LoRAMixin, {name}): lora = LoRAConfig(...)` and "
                 f"Adapted.load_from_checkpoint. {name}.load_from_checkpoint would miss all other weights."
             )
+
+    def _meet_again(self, module: LoRAMixin) -> None:
+        """Set the settings of a module that a callback has given the mixin; any other must have the same."""
+        if not vars(module).get(_BY_CALLBACK):
+            own = None if module.lora is None else LoRAConfig.from_dict(module.lora)
+            if (own, module.lora_root) != (self.config, self.root):
+                raise ConfigError(
+                    f"{type(module).__name__} has LoRA settings of its own: change those, or drop the callback."
+                )
+        before = module.lora, module.lora_root
+        module.lora, module.lora_root = self.config, self.root
+        try:
+            check_unchanged(module)
+        except ConfigError:
+            module.lora, module.lora_root = before
+            raise
+        module.lora_allow_other_base = module.lora_allow_other_base or self.allow_other_base
+
+    def _refuse_another(self, trainer: Trainer) -> None:
+        first = found(trainer, LoRA)
+        if first is not None and (first.config, first.root) != (self.config, self.root):
+            raise ConfigError(
+                "two LoRA callbacks with different settings: a module has one set of adapters. Keep one of the two; "
+                "rank_pattern and alpha_pattern give layers settings of their own."
+            )
+
+
+@functools.cache
+def _adapt_before_weights_return() -> None:
+    """Let the calling process adapt its module before it takes over what child processes have trained."""
+    call_before_weights_return(_adapt_as_children_did)
+
+
+def _adapt_as_children_did(trainer: Trainer) -> None:
+    """Give the module the mixin, which then adapts it when it loads their weights."""
+    callback = found(trainer, LoRA)
+    if callback is not None and trainer.state.fn == TrainerFn.FITTING:
+        callback.setup(trainer, trainer.lightning_module, "fit")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
@@ -21,6 +22,7 @@ from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, l
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import remake_training_loaders, training_loader_source, training_loaders
 from lightning_lora.sharding.collectives import largest_of_ranks
+from lightning_lora.trainer_access import found
 
 
 class TargetBatchSize(Callback):
@@ -60,6 +62,11 @@ class TargetBatchSize(Callback):
         if stage != "fit":
             return
         check_may_set_accumulation(trainer, pl_module, "target_batch_size")
+        if found(trainer, BatchSizeFinder) is not None:
+            raise ConfigError(
+                "BatchSizeFinder and target_batch_size both choose batch_size: keep one of the two. target_batch_size "
+                "lowers it until a step fits into memory."
+            )
         if trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"target_batch_size={self.rows} chooses trainer.accumulate_grad_batches, which is "

@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
+from lightning_lora.lightning_private import is_trained
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
-from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.config import LoRAConfig, setting_changes
 from lightning_lora.lora.fingerprint import WeightPrint, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
@@ -106,7 +107,7 @@ def check_and_complete(
         name: _shaped(manifest["tensors"].get(name, ())) if is_flattened(parameter) else parameter
         for name, parameter in _trained_parameters(module).items()
     }
-    check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
+    _check_adapters(module, manifest, expected)
     own_moved = {
         key: _shaped(moved[key]) if is_flattened(parameter) else parameter
         for name, parameter in module.named_parameters()
@@ -160,6 +161,33 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def _check_adapters(module: LightningModule, manifest: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and scales; the same factors at another scale would be another function."""
+    weights = adapted_weights(module)
+    changes = setting_changes(manifest["config"], next(iter(weights.values()))[0].lora_spec.config.to_dict())
+    try:
+        check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{error}{_advice(changes)}") from None
+    trained_with = LoRAConfig.from_dict(manifest["config"])
+    wrong = []
+    for name, (layer, weight) in weights.items():
+        spec, alpha = layer.lora_specs[weight], manifest.get("alphas", {}).get(name)
+        if alpha is not None and (scale := trained_with.scale(spec.rank, alpha)) != spec.scale:
+            wrong.append(f"{name} has {scale:g} there and {spec.scale:g} here")
+    if wrong:
+        raise AdapterFileError(
+            f"the adapter does not fit this module: {len(wrong)} of {len(weights)} layers were trained with another "
+            f"scale, alpha / rank: {first_five(wrong)}.{_advice(changes)}"
+        )
+
+
+def _advice(changes: str) -> str:
+    return (
+        f" It was trained with other settings ({changes}): give the module those of the checkpoint." if changes else ""
+    )
+
+
 def _check_base(base: BasePrints, manifest: Mapping[str, Any], moved: Collection[str]) -> None:
     # A base without values in memory has no fingerprint.
     trained_on = manifest["base_fingerprint"]
@@ -190,7 +218,7 @@ def _trained_parameters(module: LightningModule) -> dict[str, Tensor]:
     return {
         state_dict_name(name): parameter
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad or id(parameter) in factors
+        if is_trained(module, parameter) or id(parameter) in factors
     }
 
 
@@ -204,7 +232,7 @@ def _moved_parameters(module: LightningModule) -> dict[str, Tensor]:
 def _frozen_names(module: LightningModule) -> set[str]:
     """State-dict names of everything that checkpoints leave out."""
     named = module.named_parameters(remove_duplicate=False)
-    frozen = {state_dict_name(name) for name, p in named if not p.requires_grad}
+    frozen = {state_dict_name(name) for name, p in named if not is_trained(module, p)}
     return frozen - _trained_parameters(module).keys() | _scale_names(module)
 
 

@@ -45,12 +45,11 @@ def match_optimizer_order(module: LightningModule, states: Sequence[Mapping[str,
     """
     name_by_id = _name_by_id(module)
     for optimizer, state in zip(module.trainer.optimizers, states, strict=False):
-        for number, (group, saved) in enumerate(
-            zip(optimizer.param_groups, state.get("param_groups", ()), strict=False)
+        for number, (own, saved) in enumerate(
+            zip(_group_names(name_by_id, optimizer), state.get("param_groups", ()), strict=False)
         ):
             if not all(isinstance(name, str) for name in saved["params"]):
                 continue
-            own = _names(name_by_id, group["params"])
             if sorted(map(str, own)) != sorted(saved["params"]):
                 odd = first_five(sorted({*map(str, own)} ^ {*saved["params"]}))
                 raise AdapterFileError(
@@ -94,7 +93,7 @@ def _keyed_by_name(
     # Sharded strategies give the state to rank 0 only, or already by name.
     if not any(isinstance(key, int) for group in state.get("param_groups", ()) for key in group["params"]):
         return state
-    groups = [_names(name_by_id, group["params"]) for group in optimizer.param_groups]
+    groups = _group_names(name_by_id, optimizer)
     if names is None:
         pairs = zip(groups, state["param_groups"], strict=True)
         name_of = {key: name for own, saved in pairs for key, name in zip(saved["params"], own, strict=True)}
@@ -109,6 +108,13 @@ def _keyed_by_name(
 def _name_by_id(module: LightningModule) -> dict[int, str]:
     """Name in the state dict of each parameter, by its ``id()``."""
     return {id(parameter): state_dict_name(name) for name, parameter in module.named_parameters()}
+
+
+def _group_names(name_by_id: Mapping[int, str], optimizer: Optimizer) -> list[list[Any]]:
+    """Names of the parameters of each group; an unknown one is named by its index in the whole optimizer."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = iter(_names(name_by_id, parameters))
+    return [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
 
 
 def _names(name_by_id: Mapping[int, str], parameters: Iterable[nn.Parameter]) -> list[Any]:

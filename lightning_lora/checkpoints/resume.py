@@ -18,9 +18,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lora.checkpoints.epoch_start import EpochStart
 from lightning_lora.checkpoints.loop_position import LoopPosition, begin_epoch, current_position, restore_position
+from lightning_lora.checkpoints.optimizer_state_names import (
+    match_optimizer_order,
+    reads_by_name,
+    refuse_states_by_position,
+)
 from lightning_lora.checkpoints.random_state import run_random_state, set_run_random_state
 from lightning_lora.checkpoints.window_gradients import is_window_open, restore_window_gradients, window_gradients
 from lightning_lora.effective_batch import EffectiveBatch, loader_batch_size
+from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.sharding.collectives import gather_on_rank_zero
 
 RESUME_KEY = "lightning_lora_resume"
@@ -37,14 +43,24 @@ class RunMemory:
     Attributes:
         epoch: Random states at the start of the present epoch.
         loaded: The entry that `save` wrote to the loaded checkpoint, until `resume` has used it.
+        optimizer_states: Those of the loaded checkpoint, until the optimizers exist that will load them.
     """
 
     epoch: EpochStart = field(default_factory=EpochStart)
     loaded: dict[str, Any] | None = None
+    optimizer_states: list[dict[str, Any]] | None = None
 
-    def fit_starts(self, trainer: Trainer) -> None:
-        """Record the random states before the first epoch."""
-        self.epoch.record_fit_start(trainer)
+    def run_starts(self) -> None:
+        """Forget what a tuner, or a run that failed, has loaded and not used."""
+        self.loaded = self.optimizer_states = None
+
+    def fit_starts(self, module: LightningModule) -> None:
+        """Put loaded optimizer states in the order of the optimizers; record the random states of the first epoch."""
+        states, self.optimizer_states = self.optimizer_states, None
+        # Strategies that read a checkpoint themselves do so later, and use the names.
+        if states is not None and not reads_by_name(module.trainer.strategy):
+            match_optimizer_order(module, states)
+        self.epoch.record_fit_start(module.trainer)
 
     def epoch_starts(self, trainer: Trainer) -> None:
         """Record the random states before the first batch of an epoch."""
@@ -72,8 +88,12 @@ class RunMemory:
             "ranks": gather_on_rank_zero(own),
         }
 
-    def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keep the entry for `resume`; a file without one is resumed as Lightning does."""
+    def load(self, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Keep optimizer states, and the entry for `resume`; a file without it is resumed as Lightning does."""
+        trainer = attached_trainer(module)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            refuse_states_by_position(module, checkpoint)
+            self.optimizer_states = checkpoint.get("optimizer_states")
         loaded = checkpoint.get(RESUME_KEY)
         if loaded is not None and loaded["format"] > _FORMAT:
             rank_zero_warn(

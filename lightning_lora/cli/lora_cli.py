@@ -86,6 +86,11 @@ class LoRACLI(LightningCLI):
         if lock := found(self.trainer, RunLock):
             lock.acquire(self.trainer)
 
+    def after_fit(self) -> None:
+        """Unlock the run folder if child processes have trained: no callback ends in this process then."""
+        if lock := found(self.trainer, RunLock):
+            lock.teardown(self.trainer, self.model, "fit")
+
     def before_probe(self) -> None:
         """Lock the folder of the probe."""
         self.before_fit()

@@ -139,6 +139,16 @@ class LoRAConfig:
         return cls(**settings)
 
 
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What differs between two results of `LoRAConfig.to_dict`, in words.
+
+    >>> setting_changes(LoRAConfig(rank=4).to_dict(), LoRAConfig(rank=8, dropout=0.1).to_dict())
+    'rank 4 -> 8, dropout 0.0 -> 0.1'
+    """
+    names = [name for name in before if name in after and before[name] != after[name]]
+    return ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in names)
+
+
 def _check_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")

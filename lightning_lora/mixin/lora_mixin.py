@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self, override
 
-from lightning_lora.checkpoints import contents, optimizer_state_names
+from lightning_lora.checkpoints import contents
+from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_states
 from lightning_lora.checkpoints.resume import RunMemory
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
@@ -26,19 +26,20 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
+from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.lora.travelling import record_tensors
-from lightning_lora.mixin import optim
+from lightning_lora.mixin import given_settings, optim, rate_search
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first
-from lightning_lora.trainer_access import found
+from lightning_lora.trainer_access import attach_when_saving, found
 
 _UNSET: Any = object()
 _HOOKS = {
-    "configure_model": outermost(after="apply_lora"),
+    "configure_model": outermost(before="_run_starts", after="apply_lora"),
     "on_fit_start": outermost(after="_fit_starts"),
-    "on_train_start": outermost(before="_check_optimizers", after="_resume_run"),
+    "on_train_start": outermost(before="_train_starts", after="_resume_run"),
     "on_train_epoch_start": outermost(after="_epoch_starts"),
     "on_save_checkpoint": outermost(after="_after_save"),
     "on_load_checkpoint": outermost(before="_before_load"),
@@ -68,7 +69,8 @@ class LoRAMixin(LightningModule):
     # Whether to load checkpoints whose adapters were trained on other base weights.
     lora_allow_other_base: bool = False
     _lora_base: dict[str, WeightPrint] | None = None
-    _lora_loaded_states: list[dict[str, Any]] | None = None
+    # The settings and the root with which `apply_lora` has adapted the module.
+    _lora_made_with: tuple[LoRAConfig, str | None] | None = None
 
     def __init__(self, *args: Any, lora: Any = _UNSET, lora_root: Any = _UNSET, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,19 +124,22 @@ class LoRAMixin(LightningModule):
         super().on_load_checkpoint(checkpoint)
 
     def apply_lora(self) -> None:
-        """Inject the adapters now; do nothing with ``lora=None`` or if the module is already adapted.
+        """Inject the adapters now; do nothing with ``lora=None`` or if the module is already adapted with ``lora``.
 
         Call it in ``configure_model`` if you shard the module there, before sharding it.
 
         Raises:
-            ConfigError: If a setting is invalid.
+            ConfigError: If a setting is invalid, the module is adapted with other settings, or settings that it was
+                given did not reach ``lora``.
             TargetNotFoundError: If a name pattern matches nothing.
             AlreadyShardedError: If the module is already sharded.
         """
+        given_settings.check_they_take_effect(self)
         if self.lora is None:
             return
         quantise_first(self)
         root = self._lora_module()
+        given_settings.check_unchanged(self)
         if lora_layers(root):
             for note in adopt_copies(self):
                 rank_zero_info(f"lora: {note}")
@@ -143,7 +148,8 @@ class LoRAMixin(LightningModule):
         copies = {} if root is self else frozen_copies(self)
         # Before the injection, which records those inside ``root``.
         record_tensors(self)
-        report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
+        self._lora_made_with = LoRAConfig.from_dict(self.lora), self.lora_root
+        report = adapter.inject_lora(root, self._lora_made_with[0])
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._print_base()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
@@ -155,7 +161,13 @@ class LoRAMixin(LightningModule):
             )
 
     def lora_parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Make optimizer groups by the learning-rate rule; see `lightning_lora.mixin.optim.parameter_groups`."""
+        """Make optimizer groups by the learning-rate rule; see `lightning_lora.mixin.optim.parameter_groups`.
+
+        Raises:
+            ConfigError: If the rate is invalid, nothing is trainable, or ``lora`` is set and nothing is adapted.
+        """
+        optim.check_learning_rate(learning_rate)
+        given_settings.check_they_are_used(self)
         return optim.parameter_groups(self, learning_rate)
 
     def merge_lora(self) -> MergeReport:
@@ -183,6 +195,18 @@ class LoRAMixin(LightningModule):
     @strict_loading.setter
     def strict_loading(self, strict_loading: bool) -> None:
         LightningModule.strict_loading.fset(self, strict_loading)  # pyright: ignore[reportOptionalCall]
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load ``state_dict``; if it has adapters, is not to be loaded strictly, and the module has none, adapt it.
+
+        So Lightning hands over what child processes have trained (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
+        """
+        if not strict and self.lora is not None and not self._has_adapters() and any(map(is_factor, state_dict)):
+            self.configure_model()
+            # The base comes from the state dict too.
+            self._lora_base = None
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _outermost_wrapper(self) -> nn.Module:
         """The module as the strategy has wrapped it; the module itself outside a run."""
@@ -224,6 +248,7 @@ class LoRAMixin(LightningModule):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the dtype of adapters: 'true' precision plugins lower every parameter, resumed ones too."""
+        given_settings.check_not_passed_over(self)
         wide = {factor: factor.data for factor in factor_parameters(self).values()}
         super()._apply(fn, recurse)
         for factor, data in wide.items():
@@ -232,23 +257,27 @@ class LoRAMixin(LightningModule):
                 factor.data = data.to(factor.device)
         return self
 
-    def _check_optimizers(self) -> None:
+    def _run_starts(self) -> None:
+        if self._trainer is not None:
+            attach_when_saving(self._trainer)
+        self._run_memory().run_starts()
+
+    def _train_starts(self) -> None:
         if self._has_adapters():
             optim.check_optimizers(self, self.trainer.optimizers)
             adapter.check_not_merged(self, "train")
+            rate_search.sweep_in_full_terms(self)
 
     def _run_memory(self) -> RunMemory:
         # The LoRA callback turns an existing module into this class, so that __init__ of this class never ran.
         return self.__dict__.setdefault("_lora_run_memory", RunMemory())
 
     def _fit_starts(self) -> None:
-        # Strategies that read a checkpoint themselves do so later, and use the names.
-        states, self._lora_loaded_states = self._lora_loaded_states, None
-        if states is not None and not optimizer_state_names.reads_by_name(self.trainer.strategy):
-            optimizer_state_names.match_optimizer_order(self, states)
-        self._run_memory().fit_starts(self.trainer)
+        rate_search.use_found_rate(self)
+        self._run_memory().fit_starts(self)
 
     def _epoch_starts(self) -> None:
+        rate_search.use_found_rate(self)
         self._run_memory().epoch_starts(self.trainer)
 
     def _resume_run(self) -> None:
@@ -257,7 +286,7 @@ class LoRAMixin(LightningModule):
     def _after_save(self, checkpoint: dict[str, Any]) -> None:
         self._run_memory().save(self, checkpoint)
         contents.plain_hyperparameters(checkpoint)
-        optimizer_state_names.name_optimizer_states(self, checkpoint)
+        name_optimizer_states(self, checkpoint)
         if self._has_adapters():
             contents.keep_adapters_only(self, checkpoint, self._base_prints())
 
@@ -266,7 +295,4 @@ class LoRAMixin(LightningModule):
             contents.check_and_complete(self, checkpoint, self._base_prints(), self.lora_allow_other_base)
         else:
             contents.refuse_adapter(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            optimizer_state_names.refuse_states_by_position(self, checkpoint)
-            self._lora_loaded_states = checkpoint.get("optimizer_states")
-        self._run_memory().load(checkpoint)
+        self._run_memory().load(self, checkpoint)

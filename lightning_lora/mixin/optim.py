@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -11,11 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
-from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, learning_layers
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, learning_layers, lora_layers
 from lightning_lora.lora.shards import reshard
 
 # Far below the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
+ADAPTERS = "adapters"
+"""Name of the group of adapters."""
 
 
 def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
@@ -42,9 +45,9 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
     groups: list[dict[str, Any]] = []
     if factors:
-        multiplier = next(iter(layers)).lora_spec.config.lr_multiplier
+        multiplier = lr_multiplier(module)
         rate = learning_rate * multiplier
-        groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": "adapters"})
+        groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": ADAPTERS})
         rank_zero_info(f"learning rate {learning_rate:g} x {multiplier:g} = {rate:g} for {len(layers)} adapters")
     if others:
         groups.append({"params": others, "lr": learning_rate, "name": "full"})
@@ -52,6 +55,14 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
     if not groups:
         raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
     return groups
+
+
+def lr_multiplier(module: nn.Module) -> float:
+    """The factor on the learning rate of adapters: that of ``module.lora``, or of the adapters if it has no such."""
+    lora = getattr(module, "lora", None)
+    if isinstance(lora, (LoRAConfig, Mapping)):
+        return LoRAConfig.from_dict(lora).lr_multiplier
+    return next(iter(lora_layers(module).values())).lora_spec.config.lr_multiplier
 
 
 def check_learning_rate(learning_rate: Any) -> None:
@@ -62,9 +73,9 @@ def check_learning_rate(learning_rate: Any) -> None:
 
 
 def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Raise `GuardError` unless every adapter is trainable and in exactly one optimizer."""
+    """Raise `GuardError` unless every adapter is trainable and in at least one optimizer."""
     reshard(module)
-    held = [id(parameter) for optimizer in optimizers for parameter in _held(optimizer)]
+    held = {id(parameter) for optimizer in optimizers for parameter in _held(optimizer)}
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise GuardError(f"nothing would train: every parameter of {type(module).__name__} is frozen.")
@@ -74,11 +85,6 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
             f"{len(missing)} of {len(trainable)} trainable parameters are in no optimizer and would not train "
             f"({first_five(missing)}). The optimizer was built before the adapters existed, or from other parameters: "
             f"build it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
-        )
-    twice = [name for name, parameter in trainable.items() if held.count(id(parameter)) > 1]
-    if twice:
-        raise GuardError(
-            f"{len(twice)} parameters are in more than one optimizer and would be updated twice: {first_five(twice)}."
         )
     held = held_factors(module)
     frozen = [n for n, factor in factor_parameters(module).items() if not factor.requires_grad and n not in held]

@@ -146,3 +146,34 @@ def test_a_window_left_open_by_an_exception_does_not_leak_into_the_next_run(tmp_
     toys.trainer(tmp_path).fit(module, token_loader(8))
     (whole,) = gradients(tmp_path, token_loader(8))
     torch.testing.assert_close(module.gradients, [whole], rtol=1e-6, atol=1e-6)
+
+
+class TwoOptimizers(Weighted):
+    """Steps two optimizers after one backward pass; both hold the first bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]))
+
+    def configure_optimizers(self) -> Any:
+        first, second = self.net.first.parameters(), self.net.second.parameters()
+        shared = self.net.first.bias
+        return [torch.optim.SGD(first, lr=1e-12), torch.optim.SGD([shared, *second], lr=1e-12)]
+
+
+def test_every_optimizer_that_steps_after_a_backward_pass_gets_the_same_gradients(tmp_path: Path) -> None:
+    runs = []
+    for module in (Weighted(), TwoOptimizers()):
+        toys.trainer(tmp_path).fit(module, token_loader(2))
+        runs.append(module.gradients)
+    assert len(runs[0]) == 4
+    torch.testing.assert_close(*runs)

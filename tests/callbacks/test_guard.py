@@ -65,22 +65,6 @@ def test_optimizer_without_the_adapters_is_refused(tmp_path: Path) -> None:
         fit(Injected(), tmp_path)
 
 
-def test_adapter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
-    class Twice(Toy):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self) -> Any:
-            groups = [p for p in self.parameters() if p.requires_grad]
-            return [torch.optim.SGD(groups), torch.optim.SGD(groups)]
-
-    with pytest.raises(
-        GuardError, match=r"4 parameters are in more than one optimizer and would be updated twice: net.first.lora_A"
-    ):
-        fit(Twice(), tmp_path)
-
-
 def test_frozen_adapter_is_refused(tmp_path: Path) -> None:
     class Frozen(Toy):
         def configure_optimizers(self) -> Any:

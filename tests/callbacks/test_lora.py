@@ -68,7 +68,7 @@ def test_one_module_may_meet_equal_settings_again(tmp_path: Path) -> None:
     module = Plain()
     fit(module, tmp_path, LoRA(CONFIG))
     toys.trainer(tmp_path, callbacks=[LoRA(LoRAConfig(rank=2))]).test(module, toys.loader(), verbose=False)
-    with pytest.raises(ConfigError, match="Plain has LoRA settings of its own"):
+    with pytest.raises(ConfigError, match="Plain is adapted at rank 2 already"):
         fit(module, tmp_path, LoRA(LoRAConfig(rank=1)))
 
 

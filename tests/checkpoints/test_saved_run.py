@@ -35,7 +35,7 @@ def test_a_file_written_by_other_ranks_is_read_with_a_warning(tmp_path: Path) ->
 def test_a_newer_format_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     memory = RunMemory()
     with pytest.warns(UserWarning, match="resume format 99 is newer than 1"):
-        memory.load({RESUME_KEY: {"format": 99}})
+        memory.load(toys.Toy(), {RESUME_KEY: {"format": 99}})
     assert memory.loaded is None
 
 

@@ -94,7 +94,7 @@ def test_adapting_twice_is_refused() -> None:
     module = mlp()
     inject_lora(module, ALL)
     before = portrait(module)
-    with pytest.raises(ConfigError, match=r"adapted already; call remove_lora"):
+    with pytest.raises(ConfigError, match=r"adapted already, at rank \d+; call remove_lora"):
         inject_lora(module, LoRAConfig(rank=2, targets=["first"]))
     assert portrait(module) == before
     outer = nn.ModuleDict({"inner": module, "more": nn.Linear(4, 4)})

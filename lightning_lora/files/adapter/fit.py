@@ -24,6 +24,11 @@ from lightning_lora.lora.targets.resolve import Target, without_dropout
 from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.lora.targets.shared_weights import TiedWeights, weight_owners
 
+_RIGHT_SETTINGS = (
+    "Inject with the adapter's settings, or take the adapters off with remove_lora(module) and load into the plain "
+    "module."
+)
+
 
 def model_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, without adapter factors; shared ones come under each of their names."""
@@ -77,6 +82,7 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
         _check_complete(modules, folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
+        _check_ranks(present, folder)
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
         return [], TiedWeights()
@@ -176,6 +182,20 @@ def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder
         )
 
 
+def _check_ranks(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> None:
+    """Refuse a module that is adapted at another rank already."""
+    wrong = [
+        f"{name} has rank {spec.rank}, the adapter {folder.ranks[name]}"
+        for name, spec in present.items()
+        if name in folder.ranks and spec.rank != folder.ranks[name]
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"{folder.path} does not fit this module, which is adapted at another rank already: {first_five(wrong)}. "
+            f"{_RIGHT_SETTINGS}"
+        )
+
+
 def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> None:
     """Refuse a module adapted with another alpha or scaling, where the tensors would be another function."""
     wrong = [
@@ -186,8 +206,7 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
     if wrong:
         raise AdapterFileError(
             f"{folder.path} does not fit this module: {len(wrong)} of {len(present)} layers were adapted with another "
-            f"scale, alpha / rank: {first_five(wrong)}. Inject with the adapter's settings, or take the adapters off "
-            f"with remove_lora(module) and load into the plain module."
+            f"scale, alpha / rank: {first_five(wrong)}. {_RIGHT_SETTINGS}"
         )
 
 

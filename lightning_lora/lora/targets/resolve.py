@@ -73,8 +73,12 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
         ConfigError: If ``root`` is adapted already, a target shares its weight with another module, a layer named in
             ``rank_pattern`` is too small for its rank, or dropout is set for a layer where it cannot act.
     """
-    if any(isinstance(module, LoRALayer) for module in root.modules()):
-        raise ConfigError("the module is adapted already; call remove_lora(module) before adapting it again.")
+    ranks = {s.rank for module in root.modules() if isinstance(module, LoRALayer) for s in module.lora_specs.values()}
+    if ranks:
+        raise ConfigError(
+            f"the module is adapted already, at rank {' and '.join(map(str, sorted(ranks)))}; call remove_lora(module) "
+            f"before adapting it again."
+        )
     check_built(root)
     candidates = find_candidates(root)
     refused = {name: weight.refusal for name, weight in candidates.items() if weight.refusal}
