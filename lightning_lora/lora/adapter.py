@@ -78,8 +78,7 @@ def freeze(module: nn.Module) -> None:
 
 def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeights) -> None:
     """Adapt the resolved layers of ``module``, and untie or share their weights as resolved."""
-    for owner, parameter in tied.untied:
-        untie(module, owner, parameter)
+    untie(module, tied.untied)
     adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
     modules = {plain_name(name): child for name, child in module.named_modules()}
     for follower, source in tied.followers.items():

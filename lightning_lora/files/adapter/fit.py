@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
@@ -13,7 +14,7 @@ from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.lora.adapter import check_tensors
-from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
+from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
 from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, is_factor
 from lightning_lora.lora.layers.conv import LoRAConv
@@ -87,7 +88,7 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
     if present:
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
-        return [], TiedWeights()
+        return [], _tied(root, {}, folder)
     targets = _targets(root, modules, owners, folder)
     if not folder.manifest.is_present:
         _check_complete(modules, folder)
@@ -168,7 +169,31 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
             elif others:
                 untied.append((target.module, parameter))
                 sharing.remove(join(name, parameter))
+    modules = {plain_name(name): module for name, module in root.named_modules()}
+    for sharing in owners.values():
+        for owner in () if trains_as_one(sharing, folder) else [name for name in sharing if name in folder.trained]:
+            if len(sharing) > 1:
+                layer, _, parameter = owner.rpartition(".")
+                untied.append((modules[layer], parameter))
+                sharing.remove(owner)
     return TiedWeights(tuple(untied), followers)
+
+
+def trains_as_one(sharing: Collection[str], folder: AdapterFolder) -> bool:
+    """Whether a weight that is trained in full stays shared: by all its owners, with one value, and not untied there.
+
+    Args:
+        sharing: Names of the parameters that are one in the base.
+        folder: The adapter.
+    """
+    if folder.manifest.is_present:
+        stays_tied = folder.config.tied_weights != "untie"
+    else:
+        stays_tied = bool(folder.peft.get("ensure_weight_tying"))
+    tensors = [folder.trained.get(name) for name in sharing]
+    return stays_tied and all(
+        tensor is not None and tensors[0] is not None and torch.equal(tensor, tensors[0]) for tensor in tensors
+    )
 
 
 def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
@@ -215,22 +240,51 @@ def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> 
         )
 
 
-def check_copies(root: nn.Module, folder: AdapterFolder) -> None:
-    """Raise `BaseMismatchError` if the copies of base weights that PEFT stores beside embeddings are not the base's.
+def check_copies(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+    """Find the weights of the base that the folder stores too, as PEFT does with a resized vocabulary.
 
-    Only adapters are loaded, so other weights would be lost.
+    Rows that were added when the vocabulary was resized are random until the stored ones replace them.
+
+    Returns:
+        The parameters of ``root`` to restore, by name.
+
+    Raises:
+        AdapterFileError: If ``root`` has no such parameter.
+        BaseMismatchError: If a parameter has another shape, or shares no row with the stored one.
     """
-    own = dict(model_tensors(root))
-    for name, tensor in folder.base_copies.items():
-        if name not in own or tensor_digest(own[name]) != tensor_digest(tensor):
+    own = {name: tensor for name, tensor in model_tensors(root) if name in folder.base_copies}
+    for name, stored in folder.base_copies.items():
+        if name not in own:
+            raise AdapterFileError(f"{folder.path} does not fit this module: it stores {name}, which is not there.")
+        if own[name].shape != stored.shape:
             raise BaseMismatchError(
-                f"{folder.path} holds a copy of {name}, shape {tuple(tensor.shape)}, that differs from the base: its "
-                f"vocabulary was resized or retrained. Change the base in the same way first."
+                f"{folder.path} holds a copy of {name}, shape {tuple(stored.shape)}, which is {tuple(own[name].shape)} "
+                f"here: its vocabulary was resized. Call model.resize_token_embeddings({len(stored)}) first."
+            )
+    return own
+
+
+def _check_rows(own: Mapping[str, Tensor], folder: AdapterFolder) -> None:
+    """Refuse a base that has none of the rows of a stored base weight; a resized vocabulary has the old ones."""
+    for name, tensor in own.items():
+        rounded = [rows.detach().cpu().to(torch.bfloat16) for rows in (tensor, folder.base_copies[name])]
+        same = (rounded[0] == rounded[1]).flatten(1).all(1) & rounded[0].flatten(1).any(1)
+        if not bool(same.any()):
+            raise BaseMismatchError(
+                f"{folder.path} holds a copy of {name} that has no row in common with this base. Load the right base, "
+                f"or pass allow_other_base=True."
             )
 
 
-def check_base(root: nn.Module, folder: AdapterFolder) -> None:
-    """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say."""
+def check_base(root: nn.Module, folder: AdapterFolder, restored: Mapping[str, Tensor]) -> None:
+    """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say.
+
+    Args:
+        root: The model.
+        folder: The adapter.
+        restored: The weights of ``root`` that the folder replaces by its own (`check_copies`).
+    """
+    _check_rows(restored, folder)
     if not folder.manifest.is_present:
         warnings.warn(
             f"{folder.path} has no {MANIFEST_FILE}: names and shapes fit, but whether it was trained on these base "
@@ -238,7 +292,7 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
             stacklevel=3,
         )
         return
-    digests = base_digests(root, folder.trained)
+    digests = base_digests(root, folder.trained.keys() | folder.base_copies.keys())
     expected, found = folder.manifest.base_fingerprint, fingerprint(digests)
     if found != expected:
         layers = folder.manifest.layers

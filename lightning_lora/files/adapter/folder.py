@@ -23,6 +23,7 @@ from lightning_lora.files.adapter.peft_format import (
     embedding_of,
     split_tensor_name,
 )
+from lightning_lora.files.adapter.peft_patterns import is_saved_in_full
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.lora.config import LoRAConfig
@@ -43,7 +44,7 @@ class AdapterFolder:
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
         stacked: Factors of fused experts in PEFT's layout, by its module names. Only the model tells what they are.
         trained: Tensors of modules trained in full, by parameter name.
-        base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
+        base_copies: Base weights that are stored too, as PEFT stores embeddings that were resized, by parameter name.
         embeddings: Names of the adapted modules that are embeddings.
     """
 
@@ -103,7 +104,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     peft_config.check_supported(peft, str(folder / CONFIG_FILE))
     tensor_file = folder / TENSOR_FILE
     tensors = read_tensors(tensor_file)
-    stored, trained, base_copies = _split(tensors, tensor_file)
+    stored, trained, base_copies = _split(tensors, peft, manifest, tensor_file)
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
     factors, stacked = peft_experts.split_stacked(factors, manifest, peft)
@@ -147,22 +148,28 @@ def _check_files(folder: Path) -> None:
 
 
 def _split(
-    tensors: Mapping[str, Tensor], where: Path
+    tensors: Mapping[str, Tensor], peft: Mapping[str, Any], manifest: Manifest, where: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The factors, the tensors of modules trained in full, and the copies of base weights."""
     factors, trained, base_copies = {}, {}, {}
     for name, tensor in tensors.items():
         module, factor = split_tensor_name(name)
-        if factor is None and module.endswith(".base_layer.weight"):
-            base_copies[module.replace(".base_layer.", ".")] = tensor
-        elif factor is None:
-            trained[module] = tensor
-        else:
+        parameter = module.replace(".base_layer.", ".")
+        if factor is not None:
             factors[f"{module}.{factor}" if module else factor] = tensor
+        elif parameter in manifest.base_copies or (not manifest.is_present and _is_base(module, peft)):
+            base_copies[parameter] = tensor
+        else:
+            trained[module] = tensor
     if not factors:
         raise AdapterFileError(f"{where} holds no adapter tensors.")
-    check_finite(factors | trained, str(where))
+    check_finite(factors | trained | base_copies, str(where))
     return factors, trained, base_copies
+
+
+def _is_base(parameter: str, peft: Mapping[str, Any]) -> bool:
+    """Whether PEFT stored a parameter of the base, and not one of a module trained in full."""
+    return parameter.endswith(".base_layer.weight") or not is_saved_in_full(parameter.rpartition(".")[0], peft)
 
 
 def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:

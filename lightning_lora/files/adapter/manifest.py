@@ -58,6 +58,7 @@ class Manifest:
         config: Settings of the adapter, as `LoRAConfig.to_dict` gives them.
         layers: Adapted weight to its entry.
         following: Layers that use the update of the layer they share their weight with.
+        base_copies: Parameters of the base that are stored too, as a resized vocabulary is in no other file.
         base_fingerprint: Digest of the whole base.
         summary: Facts of the training run, name to number or text.
         tensors: Stored tensor to its shape.
@@ -68,6 +69,7 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, WeightEntry] = field(default_factory=dict)
     following: tuple[str, ...] = ()
+    base_copies: tuple[str, ...] = ()
     base_fingerprint: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, list[int]] = field(default_factory=dict)
@@ -107,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not _describes_layers(content):
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
-    parsed = {"layers": layers, "following": tuple(content.get("following", ()))}
+    parsed = {"layers": layers} | {name: tuple(content.get(name, ())) for name in ("following", "base_copies")}
     return Manifest(**_fields(Manifest, content) | parsed)
 
 
@@ -155,7 +157,7 @@ def _describes_layers(content: Mapping[str, Any]) -> bool:
     return (
         isinstance(content.get("config"), dict)
         and isinstance(content.get("base_fingerprint"), str)
-        and isinstance(content.get("following", []), list)
+        and all(isinstance(content.get(name, []), list) for name in ("following", "base_copies"))
         and isinstance(layers, dict)
         and bool(layers)
         and all(map(_is_entry, layers.values()))

@@ -13,6 +13,9 @@ from lightning_lora.errors import AdapterFileError
 _SIMPLE = re.compile(r"(\^?)((?:[\w-]|\.|\\\W)+?)(\(\\\.weight\)\?)?", re.ASCII)
 _PIECE = re.compile(r"\\(.)|(\.)|(.)")
 
+# The modules that PEFT trains in full for a kind of task.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class PatternTable:
     """The table ``rank_pattern`` or ``alpha_pattern``. A key is a regular expression for the end of a name.
@@ -80,6 +83,22 @@ class TargetedNames:
         runs = (".".join(parts[start:stop]) for stop in range(len(parts) + 1) for start in range(stop))
         ends = (name[start:] for start in range(len(name) + 1))
         return any(part in self._saved for part in chain(runs, ends)) if self._saved else False
+
+
+def is_saved_in_full(module: str, peft: Mapping[str, Any]) -> bool:
+    """Whether PEFT's settings say that a module is trained in full, by itself or with a module around it.
+
+    Args:
+        module: Dotted name of the module.
+        peft: Contents of ``adapter_config.json``.
+    """
+    saved = peft.get("modules_to_save")
+    if not saved:
+        # PEFT trains the head of these tasks without being told so, and older versions did not write that down.
+        saved = _HEADS.get(str(peft.get("task_type")), ())
+    parts = module.split(".")
+    around = [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
+    return any(name.endswith(str(entry)) for name in around for entry in saved)
 
 
 def _entries(setting: str | list[str] | None) -> re.Pattern[str] | frozenset[str]:

@@ -37,6 +37,7 @@ from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
+from lightning_lora.lora.targets.shared_weights import untie
 
 
 def save_adapter(
@@ -107,20 +108,28 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     layers, tied = adapter_targets(root, folder)
     trained = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
     check_tensors(trained, folder.trained)
-    check_copies(root, folder)
+    restored = check_copies(root, folder)
     if not allow_other_base:
-        check_base(root, folder)
-    if not lora_layers(root):
+        check_base(root, folder, restored)
+    _copy(folder.base_copies, restored)
+    if lora_layers(root):
+        untie(root, tied.untied)
+    else:
         freeze(module)
         attach_targets(root, layers, tied)
         # The layers that read adapted weights may lie outside the model that the adapter names.
         attach_readers(module)
+    # Once more, as weights that were shared may be others now.
+    trained = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
-    tensors = trained | lora_state_dict(root)
+    _copy(folder.factors | folder.trained, trained | lora_state_dict(root))
+
+
+def _copy(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in (folder.factors | folder.trained).items():
-            tensors[name].copy_(tensor)
+        for name, value in values.items():
+            tensors[name].copy_(value)
 
 
 def _root_to_save(module: nn.Module) -> nn.Module:
