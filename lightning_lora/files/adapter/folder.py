@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,12 @@ def _split(
             base_copies[parameter] = tensor
         else:
             trained[module] = tensor
+    if not manifest.is_present and peft.get("ensure_weight_tying"):
+        # PEFT names one of the tied modules that it trains in full, and stores them all.
+        tied = [
+            name for name, tensor in base_copies.items() if any(map(partial(torch.equal, tensor), trained.values()))
+        ]
+        trained |= {name: base_copies.pop(name) for name in tied}
     if not factors:
         raise AdapterFileError(f"{where} holds no adapter tensors.")
     check_finite(factors | trained | base_copies, str(where))

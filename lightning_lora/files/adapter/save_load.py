@@ -20,6 +20,7 @@ from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
+from lightning_lora.files.adapter.resized_tables import resized_tables, stored_name
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
@@ -75,10 +76,12 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     layout = PEFTLayout(root)
     factors = lora_state_dict(root)
     trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
-    check_finite(factors | trained, "the adapter is not saved")
-    manifest = _manifest(layout, trained, summary or {})
+    copies = resized_tables(root, trained)
+    check_finite(factors | trained | copies, "the adapter is not saved")
+    manifest = _manifest(layout, trained, copies, summary or {})
     peft = to_peft(layout, {name.rpartition(".")[0] for name in trained})
     tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in trained.items()}
+    tensors |= {PREFIX + stored_name(name, root): tensor for name, tensor in copies.items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
@@ -179,8 +182,10 @@ def _check_memory(module: nn.Module) -> None:
         )
 
 
-def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mapping[str, Any]) -> Manifest:
-    digests = base_digests(layout.root, trained)
+def _manifest(
+    layout: PEFTLayout, trained: Mapping[str, Tensor], copies: Mapping[str, Tensor], summary: Mapping[str, Any]
+) -> Manifest:
+    digests = base_digests(layout.root, trained.keys() | copies.keys())
     layers = {}
     for name, (layer, weight) in layout.weights.items():
         spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
@@ -197,6 +202,7 @@ def _manifest(layout: PEFTLayout, trained: Mapping[str, Tensor], summary: Mappin
         config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
         layers=layers,
         following=tuple(sorted(following_layers(layout.root))),
+        base_copies=tuple(sorted(copies)),
         base_fingerprint=fingerprint(digests),
         summary=dict(summary),
     )

@@ -230,8 +230,11 @@ def equal_tensors(files: Mapping[str, Path], one: str, two: str) -> bool:
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model that shares no weights, nor do the models inside it."""
-    inner = {name: untied_config(part) for name, part in config.items() if isinstance(part, dict)}
-    # At the top it may be left out, and mean the default of the model's class.
-    named = "tie_word_embeddings" in config or "model_type" in config
-    return dict(config) | inner | ({"tie_word_embeddings": False} if named else {})
+    """The config of a model that shares no weights, and in which no inner model does."""
+    # At the top it may be left out, and then mean the default of the model's class.
+    return _without_ties(config) | {"tie_word_embeddings": False}
+
+
+def _without_ties(config: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {name: _without_ties(part) for name, part in config.items() if isinstance(part, dict)}
+    return dict(config) | inner | ({"tie_word_embeddings": False} if "tie_word_embeddings" in config else {})
