@@ -20,6 +20,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.layers.quantised_weights import quantised_layers
 from lightning_lora.lora.patterns import plain_name
+from lightning_lora.lora.vocabulary import check_vocabulary
 
 Merged = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -41,9 +42,11 @@ class MergedSaving:
         """Write the model with its updates folded in, and warn of that; it is left as it was, bit for bit.
 
         Raises:
-            ConfigError: If the model is quantised, or ``state_dict`` holds other adapters than the model.
+            ConfigError: If the model is quantised, its vocabulary was resized after injection, or ``state_dict`` holds
+                other adapters than the model.
             AlreadyShardedError: If the weights are sharded.
         """
+        check_vocabulary(self.model)
         write = type(self.model).save_pretrained
         asked = inspect.signature(write).bind(self.model, *args, **kwargs)
         state = asked.arguments.get("state_dict")
@@ -52,7 +55,7 @@ class MergedSaving:
         self._check(state)
         with self.merged(self.model):
             merged = {plain_name(name): value for name, value in self.model.state_dict().items() if not is_factor(name)}
-            asked.arguments["state_dict"] = merged
+            asked.arguments["state_dict"] = apart(merged, self.model)
             written = write(*asked.args, **asked.kwargs)
         warnings.warn(
             f"save_pretrained wrote {type(self.model).__name__} with the updates of {len(lora_layers(self.model))} "
@@ -74,6 +77,22 @@ class MergedSaving:
                 f"the state_dict given to save_pretrained has other adapters than the model ({other[0]}): load it into "
                 f"the model first, or leave it out."
             )
+
+
+def apart(state: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The state dict of a Hugging Face model, with copies of shared tensors if its config says that none are shared.
+
+    ``save_pretrained`` leaves out all but one of the names of a tensor, and the model would not share it when loaded.
+    """
+    if getattr(model.config, "tie_word_embeddings", True):
+        return dict(state)
+    seen: set[int] = set()
+    values = {}
+    for name, value in state.items():
+        is_seen = isinstance(value, Tensor) and value.data_ptr() in seen and value.numel() > 0
+        values[name] = value.clone() if is_seen else value
+        seen |= {value.data_ptr()} if isinstance(value, Tensor) else set()
+    return values
 
 
 def save_merged_models(module: nn.Module, merged: Merged) -> None:

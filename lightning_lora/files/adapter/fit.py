@@ -13,6 +13,7 @@ from lightning_lora.files.adapter import peft_experts, peft_layers
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
+from lightning_lora.files.adapter.resized_tables import every_name
 from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
@@ -30,7 +31,7 @@ from lightning_lora.lora.targets.shared_weights import TiedWeights, weight_owner
 
 def model_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, without adapter factors; shared ones come under each of their names."""
-    for prefix, module in root.named_modules():
+    for prefix, module in root.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not is_factor(name) and name not in module._non_persistent_buffers_set:
                 yield plain_name(join(prefix, name)), tensor
@@ -84,6 +85,7 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
     owners = _owners(root, modules, folder)
     if not folder.manifest.is_present:
         _check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
+        _check_one_name(root, [layer for layer, _ in owners.values()], folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
         check_tensors(factor_parameters(root), folder.factors)
@@ -166,6 +168,12 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
             others = [layer for owner in sharing if (layer := owner.rpartition(".")[0]) != name]
             if others and following.issuperset(others):
                 followers |= dict.fromkeys(others, name)
+            elif not following.isdisjoint(others):
+                raise AdapterFileError(
+                    f"{folder.path} does not fit this module: {name} and {first_five(sorted(following))} were one "
+                    f"layer where it was trained, as resize_token_embeddings makes them in some models, and are "
+                    f"several here. Load the base that was not resized, and resize it in memory."
+                )
             elif others:
                 untied.append((target.module, parameter))
                 sharing.remove(join(name, parameter))
@@ -207,6 +215,21 @@ def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder
             f"{folder.path} was trained by PEFT, which ignores groups, dilation and padding mode of convolutions: it "
             f"means another function of {first_five(other)} than an update of their weights. Train it here, or merge "
             f"it in PEFT."
+        )
+
+
+def _check_one_name(root: nn.Module, layers: Collection[str], folder: AdapterFolder) -> None:
+    """Refuse a layer that ``root`` holds in several places: PEFT changes only the place whose name it stores."""
+    places: dict[int, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(plain_name(name))
+    changed = {*layers, *(name.rpartition(".")[0] for name in folder.trained)}
+    several = [names for names in places.values() if len(names) > 1 and not changed.isdisjoint(names)]
+    if several:
+        raise AdapterFileError(
+            f"{folder.path} was trained by PEFT, which changes {several[0][0]} but not {first_five(several[0][1:])}, "
+            f"and these are one layer here, as resize_token_embeddings makes them in some models. Save the resized "
+            f"model, and load it with from_pretrained first."
         )
 
 
@@ -292,7 +315,7 @@ def check_base(root: nn.Module, folder: AdapterFolder, restored: Mapping[str, Te
             stacklevel=3,
         )
         return
-    digests = base_digests(root, folder.trained.keys() | folder.base_copies.keys())
+    digests = base_digests(root, folder.trained.keys() | every_name(root, restored))
     expected, found = folder.manifest.base_fingerprint, fingerprint(digests)
     if found != expected:
         layers = folder.manifest.layers

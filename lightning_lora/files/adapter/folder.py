@@ -22,6 +22,7 @@ from lightning_lora.files.adapter.peft_format import (
     FactorPair,
     embedding_of,
     split_tensor_name,
+    stored_weight,
 )
 from lightning_lora.files.adapter.peft_patterns import is_saved_in_full
 from lightning_lora.files.json_object import read_json
@@ -154,13 +155,13 @@ def _split(
     factors, trained, base_copies = {}, {}, {}
     for name, tensor in tensors.items():
         module, factor = split_tensor_name(name)
-        parameter = module.replace(".base_layer.", ".")
+        parameter, kind = stored_weight(module)
         if factor is not None:
             factors[f"{module}.{factor}" if module else factor] = tensor
-        elif parameter in manifest.base_copies or (not manifest.is_present and _is_base(module, peft)):
+        elif parameter in manifest.base_copies or (not manifest.is_present and _is_base(parameter, kind, peft)):
             base_copies[parameter] = tensor
         else:
-            trained[module] = tensor
+            trained[parameter if kind == "modules_to_save" else module] = tensor
     if not manifest.is_present and peft.get("ensure_weight_tying"):
         # PEFT names one of the tied modules that it trains in full, and stores them all.
         tied = [
@@ -173,9 +174,10 @@ def _split(
     return factors, trained, base_copies
 
 
-def _is_base(parameter: str, peft: Mapping[str, Any]) -> bool:
+def _is_base(parameter: str, kind: str, peft: Mapping[str, Any]) -> bool:
     """Whether PEFT stored a parameter of the base, and not one of a module trained in full."""
-    return parameter.endswith(".base_layer.weight") or not is_saved_in_full(parameter.rpartition(".")[0], peft)
+    in_full = is_saved_in_full(parameter.rpartition(".")[0], peft)
+    return kind in ("base_layer", "original_module") or (kind == "" and not in_full)
 
 
 def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:

@@ -19,6 +19,7 @@ PREFIX = "base_model.model."
 # The last parts of the names of the two factors of a layer.
 LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight")
 
+_PARTS = ("base_layer", "original_module", "modules_to_save")
 _EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 _FACTOR_OF_LEAF = dict(zip(LINEAR_LEAVES + _EMBEDDING_LEAVES, FACTORS * 2, strict=True))
 
@@ -53,3 +54,17 @@ def embedding_of(name: str) -> str | None:
     """The adapted embedding that a tensor of this name belongs to, or None. Its update is stored transposed."""
     module, _, leaf = name.removeprefix(PREFIX).rpartition(".")
     return module if leaf.startswith("lora_embedding_") else None
+
+
+def stored_weight(name: str) -> tuple[str, str]:
+    """Split the name of a whole weight: ``(parameter, part of PEFT's layer that holds it)``, often no part.
+
+    PEFT stores all parts of an embedding that was resized: the base of an adapted layer, or of one that is trained in
+    full the copy that is trained and the original.
+
+    >>> stored_weight("model.embed_tokens.base_layer.weight"), stored_weight("lm_head.weight")
+    (('model.embed_tokens.weight', 'base_layer'), ('lm_head.weight', ''))
+    """
+    layer, _, leaf = name.rpartition(".")
+    module, _, part = layer.rpartition(".")
+    return (f"{module}.{leaf}", part) if part in _PARTS else (name, "")

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.layers.adapted import join, lora_layers
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.shards import full_tensor
-from lightning_lora.lora.targets.roles import hugging_face_models
+from lightning_lora.lora.targets.roles import hugging_face_models, module_roles
 
 
 def resized_tables(root: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
@@ -26,10 +26,21 @@ def resized_tables(root: nn.Module, trained: Collection[str]) -> dict[str, Tenso
     model: Any = next((model for name, model in hugging_face_models(root) if not name), None)
     if model is None or not _is_resized(model.config):
         return {}
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    tables = {id(layer.weight) for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)}
-    named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tables}
-    return {name: full_tensor(parameter) for name, parameter in named.items() if name not in trained}
+    size = model.config.get_text_config().vocab_size
+    named = {plain_name(name): role for name, role in module_roles(model).items()}
+    layers = [name for name, role in named.items() if role in ("embedding", "head")]
+    weights = {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    tables = {name: weights[name] for layer in layers if (name := join(layer, "weight")) in weights}
+    return {
+        name: full_tensor(table) for name, table in tables.items() if name not in trained and table.shape[:1] == (size,)
+    }
+
+
+def every_name(root: nn.Module, parameters: Collection[str]) -> set[str]:
+    """All names of these parameters of ``root``: several where layers share a weight or are the same layer."""
+    named = [(plain_name(name), id(parameter)) for name, parameter in root.named_parameters(remove_duplicate=False)]
+    wanted = {parameter for name, parameter in named if name in parameters}
+    return {name for name, parameter in named if parameter in wanted}
 
 
 def stored_name(parameter: str, root: nn.Module) -> str:

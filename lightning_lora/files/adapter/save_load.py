@@ -20,7 +20,7 @@ from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
-from lightning_lora.files.adapter.resized_tables import resized_tables, stored_name
+from lightning_lora.files.adapter.resized_tables import every_name, resized_tables, stored_name
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
@@ -32,7 +32,7 @@ from lightning_lora.lora.adapter import (
     lora_state_dict,
 )
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
-from lightning_lora.lora.layers.adapted import base_parameter, following_layers, lora_layers
+from lightning_lora.lora.layers.adapted import base_parameter, following_layers, lora_layers, other_names
 from lightning_lora.lora.layers.attention import attach_readers
 from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
@@ -185,7 +185,7 @@ def _check_memory(module: nn.Module) -> None:
 def _manifest(
     layout: PEFTLayout, trained: Mapping[str, Tensor], copies: Mapping[str, Tensor], summary: Mapping[str, Any]
 ) -> Manifest:
-    digests = base_digests(layout.root, trained.keys() | copies.keys())
+    digests = base_digests(layout.root, trained.keys() | every_name(layout.root, copies))
     layers = {}
     for name, (layer, weight) in layout.weights.items():
         spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
@@ -201,7 +201,7 @@ def _manifest(
         versions={name: version(name) for name in ("lightning-lora", "lightning", "torch")},
         config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
         layers=layers,
-        following=tuple(sorted(following_layers(layout.root))),
+        following=tuple(sorted(following_layers(layout.root).keys() | other_names(layout.root).keys())),
         base_copies=tuple(sorted(copies)),
         base_fingerprint=fingerprint(digests),
         summary=dict(summary),

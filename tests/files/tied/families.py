@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -39,23 +39,27 @@ SEQ2SEQ: dict[str, Any] = {
 }
 
 
-def t5() -> PreTrainedModel:
+def t5(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
     sizes: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes))
 
 
-def bart() -> PreTrainedModel:
+def bart(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
     config = BartConfig(max_position_embeddings=32, forced_eos_token_id=None, **SEQ2SEQ)
     return BartForConditionalGeneration(config)
 
 
-def gemma() -> PreTrainedModel:
+def gemma(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=VOCAB, pad_token_id=0, **sizes, **heads))
 
 
-def whisper() -> PreTrainedModel:
+def whisper(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
     sizes = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
     unset: dict[str, Any] = {"suppress_tokens": None, "begin_suppress_tokens": None}
     return WhisperForConditionalGeneration(WhisperConfig(**sizes, **unset, **SEQ2SEQ))
@@ -66,32 +70,31 @@ class Family:
     """A kind of model.
 
     Args:
-        build: Builds one.
+        build: Builds one from a seed.
         table: The name pattern of the embeddings that it looks tokens up in.
         head: The name pattern of its head.
         layer: The name pattern of other layers to adapt.
     """
 
-    build: Callable[[], PreTrainedModel]
+    build: Callable[[int], PreTrainedModel]
     table: str
     head: str
     layer: str
 
 
 FAMILIES = {
-    "llama": Family(lambda: llama(tie_word_embeddings=True, num_hidden_layers=1), "embed_tokens", "lm_head", "q_proj"),
+    "llama": Family(partial(llama, tie_word_embeddings=True, num_hidden_layers=1), "embed_tokens", "lm_head", "q_proj"),
     "bart": Family(bart, "embed_tokens", "lm_head", "q_proj"),
-    "gpt2": Family(lambda: gpt2(tie_word_embeddings=True, n_layer=1), "wte", "lm_head", "c_attn"),
+    "gpt2": Family(partial(gpt2, tie_word_embeddings=True, n_layer=1), "wte", "lm_head", "c_attn"),
     "t5": Family(t5, "embed_tokens", "lm_head", "q"),
     "gemma": Family(gemma, "embed_tokens", "lm_head", "q_proj"),
     "whisper": Family(whisper, "decoder.embed_tokens", "proj_out", "q_proj"),
 }
 
 
-@functools.cache
+@cache
 def _built(name: str, seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return FAMILIES[name].build().eval()
+    return FAMILIES[name].build(seed).eval()
 
 
 def model_of(name: str, seed: int = 0) -> Any:
