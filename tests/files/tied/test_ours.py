@@ -9,6 +9,7 @@ Refused, with the reason in the message: a shared weight of which one layer woul
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_lora import ConfigError, LoRAConfig, inject_lora, load_adapter, save_adapter
+from lightning_lora import ConfigError, LoRAConfig, inject_lora, load_adapter, merge_lora, remove_lora, save_adapter
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
 from tests.files.tied.families import FAMILIES, assert_equal, logits_of, model_of, train
@@ -87,9 +88,24 @@ def test_what_is_trained_is_what_everything_reads(name: str, way: str, layers: s
         merged = type(model).from_pretrained(tmp_path / folder)
         assert_equal(logits_of(merged), trained)
         # T5 ties what is equal, whatever its config says, and looks up no tokens in the table that it names.
-        assert name == "t5" or (tables(merged)[0] is tables(merged)[1]) == way.endswith("as one")
+        if name != "t5":
+            config = json.loads((tmp_path / folder / "config.json").read_text())
+            assert config["tie_word_embeddings"] == way.endswith("as one")
+            assert (tables(merged)[0] is tables(merged)[1]) == way.endswith("as one")
     names = {folder: load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("on disk", "from memory")}
     assert names["on disk"] == names["from memory"]
+
+
+@every_family
+def test_an_untied_model_is_whole_without_its_adapters(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    inject_lora(model, settings(name, "adapted apart", "head"))
+    train(model)
+    trained = logits_of(model)
+    merge_lora(model)
+    remove_lora(model)
+    model.save_pretrained(tmp_path)
+    assert_equal(logits_of(type(model).from_pretrained(tmp_path)), trained)
 
 
 @pytest.mark.parametrize("layers", LAYERS)
