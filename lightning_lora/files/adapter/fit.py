@@ -13,7 +13,6 @@ from lightning_lora.files.adapter import peft_experts, peft_layers
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
-from lightning_lora.files.adapter.resized_tables import every_name
 from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
@@ -26,7 +25,7 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
 from lightning_lora.lora.targets.roles import module_roles
-from lightning_lora.lora.targets.shared_weights import TiedWeights, weight_owners
+from lightning_lora.lora.targets.shared_weights import TiedWeights, every_name, weight_owners
 
 
 def model_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -263,42 +262,6 @@ def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> 
         )
 
 
-def check_copies(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
-    """Find the weights of the base that the folder stores too, as PEFT does with a resized vocabulary.
-
-    Rows that were added when the vocabulary was resized are random until the stored ones replace them.
-
-    Returns:
-        The parameters of ``root`` to restore, by name.
-
-    Raises:
-        AdapterFileError: If ``root`` has no such parameter.
-        BaseMismatchError: If a parameter has another shape, or shares no row with the stored one.
-    """
-    own = {name: tensor for name, tensor in model_tensors(root) if name in folder.base_copies}
-    for name, stored in folder.base_copies.items():
-        if name not in own:
-            raise AdapterFileError(f"{folder.path} does not fit this module: it stores {name}, which is not there.")
-        if own[name].shape != stored.shape:
-            raise BaseMismatchError(
-                f"{folder.path} holds a copy of {name}, shape {tuple(stored.shape)}, which is {tuple(own[name].shape)} "
-                f"here: its vocabulary was resized. Call model.resize_token_embeddings({len(stored)}) first."
-            )
-    return own
-
-
-def _check_rows(own: Mapping[str, Tensor], folder: AdapterFolder) -> None:
-    """Refuse a base that has none of the rows of a stored base weight; a resized vocabulary has the old ones."""
-    for name, tensor in own.items():
-        rounded = [rows.detach().cpu().to(torch.bfloat16) for rows in (tensor, folder.base_copies[name])]
-        same = (rounded[0] == rounded[1]).flatten(1).all(1) & rounded[0].flatten(1).any(1)
-        if not bool(same.any()):
-            raise BaseMismatchError(
-                f"{folder.path} holds a copy of {name} that has no row in common with this base. Load the right base, "
-                f"or pass allow_other_base=True."
-            )
-
-
 def check_base(root: nn.Module, folder: AdapterFolder, restored: Mapping[str, Tensor]) -> None:
     """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say.
 
@@ -307,7 +270,6 @@ def check_base(root: nn.Module, folder: AdapterFolder, restored: Mapping[str, Te
         folder: The adapter.
         restored: The weights of ``root`` that the folder replaces by its own (`check_copies`).
     """
-    _check_rows(restored, folder)
     if not folder.manifest.is_present:
         warnings.warn(
             f"{folder.path} has no {MANIFEST_FILE}: names and shapes fit, but whether it was trained on these base "

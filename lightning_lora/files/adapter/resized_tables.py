@@ -1,15 +1,19 @@
-"""Embeddings and heads whose vocabulary was resized: no other file has their new rows, so the adapter stores them.
+"""Embeddings and heads whose vocabulary was resized: no other file has their new rows. They are stored and restored.
 
 PEFT stores them under the same names, ``<layer>.base_layer.weight`` where the layer is adapted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.files.adapter.fit import model_tensors
+from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.lora.layers.adapted import join, lora_layers
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.shards import full_tensor
@@ -36,17 +40,46 @@ def resized_tables(root: nn.Module, trained: Collection[str]) -> dict[str, Tenso
     }
 
 
-def every_name(root: nn.Module, parameters: Collection[str]) -> set[str]:
-    """All names of these parameters of ``root``: several where layers share a weight or are the same layer."""
-    named = [(plain_name(name), id(parameter)) for name, parameter in root.named_parameters(remove_duplicate=False)]
-    wanted = {parameter for name, parameter in named if name in parameters}
-    return {name for name, parameter in named if parameter in wanted}
-
-
 def stored_name(parameter: str, root: nn.Module) -> str:
     """PEFT's name of a stored weight of the base."""
     layer, _, leaf = parameter.rpartition(".")
     return f"{layer}.base_layer.{leaf}" if layer in lora_layers(root) else parameter
+
+
+def check_copies(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+    """Find the weights of the base that the folder stores too, as PEFT does with a resized vocabulary.
+
+    Rows that were added when the vocabulary was resized are random until the stored ones replace them.
+
+    Returns:
+        The parameters of ``root`` to restore, by name.
+
+    Raises:
+        AdapterFileError: If ``root`` has no such parameter.
+        BaseMismatchError: If a parameter has another shape, or shares no row with the stored one.
+    """
+    own = {name: tensor for name, tensor in model_tensors(root) if name in folder.base_copies}
+    for name, stored in folder.base_copies.items():
+        if name not in own:
+            raise AdapterFileError(f"{folder.path} does not fit this module: it stores {name}, which is not there.")
+        if own[name].shape != stored.shape:
+            raise BaseMismatchError(
+                f"{folder.path} holds a copy of {name}, shape {tuple(stored.shape)}, which is {tuple(own[name].shape)} "
+                f"here: its vocabulary was resized. Call model.resize_token_embeddings({len(stored)}) first."
+            )
+    return own
+
+
+def check_rows(own: Mapping[str, Tensor], folder: AdapterFolder) -> None:
+    """Refuse a base that has none of the rows of a stored base weight; a resized vocabulary has the old ones."""
+    for name, tensor in own.items():
+        rounded = [rows.detach().cpu().to(torch.bfloat16) for rows in (tensor, folder.base_copies[name])]
+        same = (rounded[0] == rounded[1]).flatten(1).all(1) & rounded[0].flatten(1).any(1)
+        if not bool(same.any()):
+            raise BaseMismatchError(
+                f"{folder.path} holds a copy of {name} that has no row in common with this base. Load the right base, "
+                f"or pass allow_other_base=True."
+            )
 
 
 def _is_resized(config: Any) -> bool:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, first_five
-from lightning_lora.files.adapter.fit import adapter_targets, check_base, check_copies, model_tensors, with_experts
+from lightning_lora.files.adapter.fit import adapter_targets, check_base, model_tensors, with_experts
 from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
-from lightning_lora.files.adapter.resized_tables import every_name, resized_tables, stored_name
+from lightning_lora.files.adapter.resized_tables import check_copies, check_rows, resized_tables, stored_name
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import (
@@ -38,7 +38,7 @@ from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
-from lightning_lora.lora.targets.shared_weights import untie
+from lightning_lora.lora.targets.shared_weights import every_name, untie
 
 
 def save_adapter(
@@ -113,6 +113,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     check_tensors(trained, folder.trained)
     restored = check_copies(root, folder)
     if not allow_other_base:
+        check_rows(restored, folder)
         check_base(root, folder, restored)
     _copy(folder.base_copies, restored)
     if lora_layers(root):

@@ -56,6 +56,11 @@ class CheckpointModel:
         """The model's name of a parameter, which may leave out the first part of ``name``; None if it has none."""
         return next((candidate for candidate in (name, name.partition(".")[2]) if self.has(candidate)), None)
 
+    def is_inner_name(self, name: str) -> bool:
+        """Whether ``name`` is a parameter's name in a model with a head, around this one, which has none."""
+        prefix = getattr(self.module, "base_model_prefix", "")
+        return bool(prefix) and not self.has(name) and name.startswith(f"{prefix}.")
+
     def has(self, name: str) -> bool:
         """Whether the model has a parameter of this name."""
         return name in self._parameters

@@ -84,11 +84,11 @@ def plan_tied_tensors(
         return TiedTensors()
     try:
         model = CheckpointModel(base)
-    except AdapterFileError as error:
-        _check_not_vocabulary(folder, base, shapes, changed, f"which they are cannot be told: {error}")
+    except AdapterFileError:
+        _check_not_vocabulary(folder, base, shapes, changed, "transformers does not know what model it is.")
         return TiedTensors()
     own = {name: model.parameter_name(name) for name in changed}
-    outside = [name for name, parameter in own.items() if parameter is None]
+    outside = [name for name, parameter in own.items() if parameter is None or model.is_inner_name(name)]
     if outside and not folder.manifest.following:
         kind = type(model.module).__name__
         _check_not_vocabulary(folder, base, shapes, outside, f"{base} is a checkpoint of {kind}, which lacks them.")
@@ -199,7 +199,11 @@ def _check_not_vocabulary(
     """Refuse to change embedding or head of a base that shares them with layers that cannot be told."""
     config = read_json(base / "config.json")
     sizes = {part.get("vocab_size") for part in (config, config.get("text_config", {})) if isinstance(part, dict)}
-    tables = [name for name in changed if (tensor := in_base(name, shapes)) is not None and shapes[tensor][0] in sizes]
+    tables = [
+        name
+        for name in changed
+        if (tensor := in_base(name, shapes)) is not None and sizes.intersection(shapes[tensor][:1])
+    ]
     if tables and config.get("tie_word_embeddings", True) is not False:
         raise AdapterFileError(
             f"{folder.path} changes {first_five(tables)}, and {base} may share it with other layers: {reason} Load the "

@@ -44,6 +44,13 @@ def weight_owners(root: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
+def every_name(root: nn.Module, parameters: Collection[str]) -> set[str]:
+    """All names of these parameters of ``root``: several where layers share a weight or are the same layer."""
+    named = [(plain_name(name), id(parameter)) for name, parameter in root.named_parameters(remove_duplicate=False)]
+    wanted = {parameter for name, parameter in named if name in parameters}
+    return {name for name, parameter in named if parameter in wanted}
+
+
 def untie(root: nn.Module, weights: Iterable[tuple[nn.Module, str]]) -> None:
     """Give each layer in ``weights`` its own copy of a shared weight, and tell the Hugging Face models around it."""
     layers = set()
