@@ -13,6 +13,8 @@ from torch import nn
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.lora.layers.adapted import adapted_weights, following_layers
 from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.embedding import LoRAEmbedding
+from lightning_lora.lora.layers.linear import LoRALinear
 from lightning_lora.lora.targets.roles import hugging_face_models
 
 
@@ -25,11 +27,11 @@ class VocabularyCheck:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = frozenset(_tables(model))
-        self.num_tokens = _num_tokens(model)
+        self.num_tokens = num_tokens(model.config)
 
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Check the layers if the number of tokens has changed; comparing numbers costs nothing."""
-        if _num_tokens(model) != self.num_tokens:
+        if num_tokens(model.config) != self.num_tokens:
             self.check(model)
 
     def check(self, model: nn.Module) -> None:
@@ -38,7 +40,7 @@ class VocabularyCheck:
         changed = sorted(self.layers - tables.keys()) + [name for name, layer in tables.items() if not _fits(layer)]
         if changed:
             raise ConfigError(
-                f"the vocabulary was resized from {self.num_tokens} to {_num_tokens(model)} tokens after "
+                f"the vocabulary was resized from {self.num_tokens} to {num_tokens(model.config)} tokens after "
                 f"{first_five(changed)} had been adapted, and the update no longer fits. Resize first: call "
                 f"resize_token_embeddings before inject_lora, apply_lora or load_adapter. remove_lora(module) takes "
                 f"the adapters off."
@@ -76,11 +78,19 @@ def unwatch_vocabulary(module: nn.Module) -> bool:
 def _tables(model: nn.Module) -> dict[str, LoRALayer]:
     """Adapted layers that ``resize_token_embeddings`` may change: embeddings, heads, and those that follow them."""
     layers = {name: layer for name, (layer, _) in adapted_weights(model).items()} | following_layers(model)
-    return {name: layer for name, layer in layers.items() if layer.lora_spec.role in ("embedding", "head")}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if layer.lora_spec.role in ("embedding", "head") and isinstance(layer, (LoRAEmbedding, LoRALinear))
+    }
 
 
-def _num_tokens(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "vocab_size", None)
+def num_tokens(config: Any) -> int | None:
+    """The size of the vocabulary of a Hugging Face model; None if it has none, or more than one."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # it has several models of text
+        return None
 
 
 def _fits(layer: LoRALayer) -> bool:
