@@ -109,7 +109,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not _describes_layers(content):
         raise undescribed(folder)
     layers = {name: WeightEntry(**_fields(WeightEntry, entry)) for name, entry in content["layers"].items()}
-    parsed = {"layers": layers} | {name: tuple(content.get(name, ())) for name in ("following", "base_copies")}
+    parsed: dict[str, Any] = {name: tuple(content.get(name, ())) for name in ("following", "base_copies")}
+    parsed["layers"] = layers
     return Manifest(**_fields(Manifest, content) | parsed)
 
 

@@ -83,8 +83,9 @@ def _declare_untied(model: nn.Module) -> None:
             part.__dict__["all_tied_weights_keys"] = {}
         config = part.__dict__.get("config")
         if hasattr(config, "tie_word_embeddings"):
-            part.__dict__["config"] = config = copy.deepcopy(config, copies)
-            config.tie_word_embeddings = False
+            own: Any = copy.deepcopy(config, copies)
+            own.tie_word_embeddings = False
+            part.__dict__["config"] = own
 
 
 def _untie_pair(model: nn.Module, target: str, source: str) -> None:

@@ -42,7 +42,8 @@ SEQ2SEQ: dict[str, Any] = {
 def t5(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes))
+    sizes["decoder_start_token_id"] = 0
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
 
 
 def bart(seed: int) -> PreTrainedModel:
@@ -54,13 +55,13 @@ def bart(seed: int) -> PreTrainedModel:
 def gemma(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=VOCAB, pad_token_id=0, **sizes, **heads))
 
 
 def whisper(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    sizes = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
+    sizes: dict[str, Any] = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
     unset: dict[str, Any] = {"suppress_tokens": None, "begin_suppress_tokens": None}
     return WhisperForConditionalGeneration(WhisperConfig(**sizes, **unset, **SEQ2SEQ))
 
