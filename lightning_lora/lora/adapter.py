@@ -24,6 +24,7 @@ from lightning_lora.lora.layers.base import LoRALayer, attach, detach
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.lora.layers.quantised_weights import keep_stored_values
 from lightning_lora.lora.layers.shared_factors import share_factors
+from lightning_lora.lora.merged_saving import save_merged_models, save_plain_models
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.reports import InjectionReport, MergeReport, count_parameters
 from lightning_lora.lora.shards import (
@@ -38,6 +39,7 @@ from lightning_lora.lora.targets import new_weights, unknown_weights
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 from lightning_lora.lora.travelling import forget_tensors, record_tensors
+from lightning_lora.lora.vocabulary import check_vocabulary, unwatch_vocabulary, watch_vocabulary
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -113,13 +115,14 @@ def freeze(module: nn.Module) -> None:
 
 def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeights) -> None:
     """Adapt the resolved layers of ``module``, and untie or share their weights as resolved."""
-    for owner, parameter in tied.untied:
-        untie(module, owner, parameter)
+    untie(module, tied.untied)
     adapted = {plain_name(target.name): attach(target.module, target.kind, target.specs) for target in layers}
     modules = {plain_name(name): child for name, child in module.named_modules()}
     for follower, source in tied.followers.items():
         share_factors(modules[follower], adapted[source])
     attach_readers(module)
+    watch_vocabulary(module)
+    save_merged_models(module, _merged)
 
 
 def check_not_sharded(module: nn.Module) -> None:
@@ -168,6 +171,19 @@ def merge_layers(module: nn.Module) -> MergeReport:
     return report
 
 
+@contextmanager
+def _merged(module: nn.Module) -> Iterator[None]:
+    """Within the context the updates are merged; the previous state is restored on exit, bit for bit."""
+    if any(layer.lora_merged for layer in lora_layers(module).values()):
+        yield
+        return
+    merge_layers(module)
+    try:
+        yield
+    finally:
+        unmerge_lora(module)
+
+
 def unmerge_lora(module: nn.Module) -> None:
     """Restore the base weights as they were before `merge_lora`, bit for bit.
 
@@ -190,12 +206,15 @@ def remove_lora(module: nn.Module) -> None:
         ConfigError: If nothing is adapted.
         AlreadyShardedError: If the weights are sharded.
     """
-    layers = _adapted(module)
     check_not_sharded(module)
+    # Before the layers are counted: a resized vocabulary may have replaced every adapted layer.
+    was_watched = unwatch_vocabulary(module)
+    layers = lora_layers(module) if was_watched else _adapted(module)
     for layer in layers.values():
         detach(layer)
     detach_readers(module)
     forget_tensors(module)
+    save_plain_models(module)
 
 
 @contextmanager
@@ -266,7 +285,8 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
 
 
 def check_not_merged(module: nn.Module, action: str) -> None:
-    """Raise `ConfigError` if any update is merged: the adapter would count twice or not at all."""
+    """Raise `ConfigError` if any update is merged, or fits no more: the adapter would count twice or not at all."""
+    check_vocabulary(module)
     merged = [name for name, layer in lora_layers(module).items() if layer.lora_merged]
     if merged:
         raise ConfigError(
@@ -275,6 +295,7 @@ def check_not_merged(module: nn.Module, action: str) -> None:
 
 
 def _adapted(module: nn.Module) -> dict[str, LoRALayer]:
+    check_vocabulary(module)
     layers = lora_layers(module)
     if not layers:
         raise ConfigError(f"{type(module).__name__} has no adapters: call inject_lora(module, config) first.")

@@ -53,8 +53,9 @@ class LoRAConfig:
             the side of the hidden dimension (A of the first matrix, B of the last), and have the full rank. False:
             every expert has its own A and B, of rank ``rank // active experts`` and at least 1.
         tied_weights: What to do when a weight to adapt is shared with another layer, as an output head often shares
-            the embedding. ``"refuse"``: raise an error. ``"untie"``: give each adapted layer its own copy of the
-            weight. ``"both"``: adapt the shared weight, with one update for all layers that share it.
+            the embedding. ``"refuse"``: raise an error. ``"untie"``: give each layer that is adapted or trained in
+            full its own copy of the weight. ``"both"``: adapt the shared weight, with one update for all layers that
+            share it.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.

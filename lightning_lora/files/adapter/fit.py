@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
@@ -13,7 +14,7 @@ from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.lora.adapter import check_tensors
-from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights, tensor_digest
+from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
 from lightning_lora.lora.layers.base import AdapterSpec, is_factor
 from lightning_lora.lora.layers.conv import LoRAConv
@@ -22,7 +23,7 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
 from lightning_lora.lora.targets.roles import module_roles
-from lightning_lora.lora.targets.shared_weights import TiedWeights, weight_owners
+from lightning_lora.lora.targets.shared_weights import TiedWeights, every_name, weight_owners
 
 _RIGHT_SETTINGS = (
     "Inject with the adapter's settings, or take the adapters off with remove_lora(module) and load into the plain "
@@ -32,7 +33,7 @@ _RIGHT_SETTINGS = (
 
 def model_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, without adapter factors; shared ones come under each of their names."""
-    for prefix, module in root.named_modules():
+    for prefix, module in root.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not is_factor(name) and name not in module._non_persistent_buffers_set:
                 yield plain_name(join(prefix, name)), tensor
@@ -80,12 +81,13 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
         _check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
     if not folder.manifest.is_present:
         _check_complete(modules, folder)
+        _check_one_name(root, [layer for layer, _ in owners.values()], folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
         _check_ranks(present, folder)
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
-        return [], TiedWeights()
+        return [], _tied(root, {}, folder)
     targets = _targets(root, modules, owners, folder)
     undropped = without_dropout(root, targets.values()) if folder.config.dropout else []
     if undropped:
@@ -162,10 +164,40 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
             others = [layer for owner in sharing if (layer := owner.rpartition(".")[0]) != name]
             if others and following.issuperset(others):
                 followers |= dict.fromkeys(others, name)
+            elif not following.isdisjoint(others):
+                raise AdapterFileError(
+                    f"{folder.path} does not fit this module: {name} and {first_five(sorted(following))} were one "
+                    f"layer where it was trained, as resize_token_embeddings makes them in some models, and are "
+                    f"several here. Load the base that was not resized, and resize it in memory."
+                )
             elif others:
                 untied.append((target.module, parameter))
                 sharing.remove(join(name, parameter))
+    modules = {plain_name(name): module for name, module in root.named_modules()}
+    for sharing in owners.values():
+        for owner in () if trains_as_one(sharing, folder) else [name for name in sharing if name in folder.trained]:
+            if len(sharing) > 1:
+                layer, _, parameter = owner.rpartition(".")
+                untied.append((modules[layer], parameter))
+                sharing.remove(owner)
     return TiedWeights(tuple(untied), followers)
+
+
+def trains_as_one(sharing: Collection[str], folder: AdapterFolder) -> bool:
+    """Whether a weight that is trained in full stays shared: by all its owners, with one value, and not untied there.
+
+    Args:
+        sharing: Names of the parameters that are one in the base.
+        folder: The adapter.
+    """
+    if folder.manifest.is_present:
+        stays_tied = folder.config.tied_weights != "untie"
+    else:
+        stays_tied = bool(folder.peft.get("ensure_weight_tying"))
+    tensors = [folder.trained.get(name) for name in sharing]
+    return stays_tied and all(
+        tensor is not None and tensors[0] is not None and torch.equal(tensor, tensors[0]) for tensor in tensors
+    )
 
 
 def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
@@ -193,6 +225,21 @@ def _check_ranks(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> N
         raise AdapterFileError(
             f"{folder.path} does not fit this module, which is adapted at another rank already: {first_five(wrong)}. "
             f"{_RIGHT_SETTINGS}"
+        )
+
+
+def _check_one_name(root: nn.Module, layers: Collection[str], folder: AdapterFolder) -> None:
+    """Refuse a layer that ``root`` holds in several places: PEFT changes only the place whose name it stores."""
+    places: dict[int, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(plain_name(name))
+    changed = {*layers, *(name.rpartition(".")[0] for name in folder.trained)}
+    several = [names for names in places.values() if len(names) > 1 and not changed.isdisjoint(names)]
+    if several:
+        raise AdapterFileError(
+            f"{folder.path} was trained by PEFT, which changes {several[0][0]} but not {first_five(several[0][1:])}, "
+            f"and these are one layer here, as resize_token_embeddings makes them in some models. Save the resized "
+            f"model, and load it with from_pretrained first."
         )
 
 
@@ -265,22 +312,14 @@ def trained_tensors(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]
     return found
 
 
-def check_copies(root: nn.Module, folder: AdapterFolder) -> None:
-    """Raise `BaseMismatchError` if the copies of base weights that PEFT stores beside embeddings are not the base's.
+def check_base(root: nn.Module, folder: AdapterFolder, restored: Mapping[str, Tensor]) -> None:
+    """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say.
 
-    Only adapters are loaded, so other weights would be lost.
+    Args:
+        root: The model.
+        folder: The adapter.
+        restored: The weights of ``root`` that the folder replaces by its own (`check_copies`).
     """
-    own = dict(model_tensors(root))
-    for name, tensor in folder.base_copies.items():
-        if name not in own or tensor_digest(own[name]) != tensor_digest(tensor):
-            raise BaseMismatchError(
-                f"{folder.path} holds a copy of {name}, shape {tuple(tensor.shape)}, that differs from the base: its "
-                f"vocabulary was resized or retrained. Change the base in the same way first."
-            )
-
-
-def check_base(root: nn.Module, folder: AdapterFolder) -> None:
-    """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say."""
     if not folder.manifest.is_present:
         warnings.warn(
             f"{folder.path} has no {MANIFEST_FILE}: names and shapes fit, but whether it was trained on these base "
@@ -288,7 +327,7 @@ def check_base(root: nn.Module, folder: AdapterFolder) -> None:
             stacklevel=3,
         )
         return
-    manifest, prints = folder.manifest, base_prints(root, folder.trained)
+    manifest, prints = folder.manifest, base_prints(root, folder.trained.keys() | every_name(root, restored))
     expected, found = manifest.base_fingerprint, fingerprint(prints)
     differing = other_weights(manifest.base, prints) if manifest.base else []
     if found == expected or (manifest.base and not differing):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from lightning_lora.files.adapter.peft_format import (
     FactorPair,
     embedding_of,
     split_tensor_name,
+    stored_weight,
     without_adapter_name,
 )
+from lightning_lora.files.adapter.peft_patterns import is_saved_in_full
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.lora.config import LoRAConfig
@@ -48,7 +50,7 @@ class AdapterFolder:
         stacked: Factors of targeted parameters in PEFT's layout, by its module names. Only the model tells what they
             are: fused experts, or a single matrix.
         trained: Tensors of modules trained in full, by parameter name, and others that training changed.
-        base_copies: Unchanged base weights that PEFT stores beside adapted embeddings, by parameter name.
+        base_copies: Base weights that are stored too, as PEFT stores embeddings that were resized, by parameter name.
         embeddings: Names of the adapted weights that are stored transposed, as those of embeddings are.
         parameters: Adapted weight to its parameter, for those that the config targets as parameters.
     """
@@ -139,7 +141,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     peft_config.check_supported(peft, str(folder / CONFIG_FILE))
     tensor_file = folder / TENSOR_FILE
     tensors = without_adapter_name(read_tensors(tensor_file), tensor_file)
-    stored, trained, base_copies = _split(tensors, tensor_file, manifest.moved)
+    stored, trained, base_copies = _split(tensors, peft, manifest, tensor_file)
     trained = {name: tensor for name, tensor in trained.items() if name not in manifest.beside}
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
@@ -192,18 +194,33 @@ def _check_files(folder: Path) -> None:
 
 
 def _split(
-    tensors: Mapping[str, Tensor], where: Path, moved: Collection[str]
+    tensors: Mapping[str, Tensor], peft: Mapping[str, Any], manifest: Manifest, where: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The factors, the tensors of modules trained in full, and the copies of base weights."""
     factors, trained, base_copies = {}, {}, {}
     for name, tensor in tensors.items():
         module, factor = split_tensor_name(name)
-        if factor is None and module.endswith(".base_layer.weight"):
-            base_copies[module.replace(".base_layer.", ".")] = tensor
-        elif factor is None:
-            trained[module] = tensor
-        else:
+        parameter, kind = stored_weight(module)
+        if factor is not None:
             factors[f"{module}.{factor}" if module else factor] = tensor
+        elif parameter in manifest.base_copies or (not manifest.is_present and _is_base(parameter, kind, peft)):
+            base_copies[parameter] = tensor
+        else:
+            trained[parameter if kind == "modules_to_save" else module] = tensor
+    if not manifest.is_present and peft.get("ensure_weight_tying"):
+        # PEFT names one of the tied modules that it trains in full, and stores them all.
+        tied = [
+            name for name, tensor in base_copies.items() if any(map(partial(torch.equal, tensor), trained.values()))
+        ]
+        trained |= {name: base_copies.pop(name) for name in tied}
+    _check_names(factors, trained, where)
+    # A buffer may hold infinities, such as a mask or a range that was never observed.
+    finite = {name: tensor for name, tensor in trained.items() if name not in manifest.moved}
+    check_finite(factors | base_copies | finite, str(where))
+    return factors, trained, base_copies
+
+
+def _check_names(factors: Mapping[str, Tensor], trained: Mapping[str, Tensor], where: Path) -> None:
     named = next((found for name in trained if (found := _ADAPTER_NAME.search(name))), None)
     if named is not None:
         raise AdapterFileError(
@@ -212,11 +229,14 @@ def _split(
         )
     if not factors:
         raise AdapterFileError(
-            f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(tensors)}."
+            f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(trained)}."
         )
-    # A buffer may hold infinities, such as a mask or a range that was never observed.
-    check_finite(factors | {name: tensor for name, tensor in trained.items() if name not in moved}, str(where))
-    return factors, trained, base_copies
+
+
+def _is_base(parameter: str, kind: str, peft: Mapping[str, Any]) -> bool:
+    """Whether PEFT stored a parameter of the base, and not one of a module trained in full."""
+    in_full = is_saved_in_full(parameter.rpartition(".")[0], peft)
+    return kind in ("base_layer", "original_module") or (kind == "" and not in_full)
 
 
 def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:

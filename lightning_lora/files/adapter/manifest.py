@@ -14,7 +14,7 @@ from lightning_lora.files.json_object import read_json
 from lightning_lora.lora.fingerprint import WeightPrint
 
 MANIFEST_FILE = "lightning_lora.json"
-_LISTS = ("following", "beside", "moved")
+_LISTS = ("following", "beside", "base_copies", "moved")
 FORMAT = 1
 
 
@@ -61,6 +61,7 @@ class Manifest:
         layers: Adapted weight to its entry.
         following: Layers that use the update of the layer they share their weight with.
         beside: Stored tensors that were not trained, and are there because PEFT asks for whole modules.
+        base_copies: Parameters of the base that are stored too, as a resized vocabulary is in no other file.
         base_fingerprint: Digest of the whole base.
         base: Parameter of the base to its print, for parameters that the folder does not hold. Versions up to 0.1 wrote
             none.
@@ -76,6 +77,7 @@ class Manifest:
     layers: Mapping[str, WeightEntry] = field(default_factory=dict)
     following: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    base_copies: tuple[str, ...] = ()
     base_fingerprint: str = ""
     base: Mapping[str, WeightPrint] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_patterns import PatternTable, endings
 from lightning_lora.files.adapter.peft_trained import takes_for_classifier
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.layers.adapted import lora_layers, other_names
 from lightning_lora.lora.layers.base import AdapterSpec
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D
@@ -77,7 +77,7 @@ def to_peft(layout: PEFTLayout, saved: Collection[str]) -> dict[str, Any]:
     fused = [name for name, (layer, _) in layout.weights.items() if isinstance(layer, LoRAFusedExperts)]
     layers = {
         layout.target(name): layer
-        for name, layer in lora_layers(layout.root).items()
+        for name, layer in (lora_layers(layout.root) | other_names(layout.root)).items()
         if not isinstance(layer, LoRAFusedExperts)
     }
     # In models with fused experts PEFT takes these names for the experts' of older versions; as parameters it does not.

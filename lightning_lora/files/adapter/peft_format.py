@@ -27,6 +27,7 @@ LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight")
 _LIVE_FACTOR = re.compile(r"\.(?:lora_[AB](?=\.[^.]+\.weight$)|lora_embedding_[AB](?=\.[^.]+$))\.([^.]+)")
 _LIVE_MODULE = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
 
+_PARTS = ("base_layer", "original_module", "modules_to_save")
 _EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 _FACTOR_OF_LEAF = dict(zip(LINEAR_LEAVES + _EMBEDDING_LEAVES, FACTORS * 2, strict=True))
 
@@ -86,3 +87,17 @@ def without_adapter_name(tensors: Mapping[str, Tensor], where: Path) -> dict[str
         start, stop = _LIVE_FACTOR.search(name).span(1)  # pyright: ignore[reportOptionalMemberAccess]
         renamed[name] = name[: start - 1] + name[stop:]
     return {new: tensors[name] for name, new in renamed.items()}
+
+
+def stored_weight(name: str) -> tuple[str, str]:
+    """Split the name of a whole weight: ``(parameter, part of PEFT's layer that holds it)``, often no part.
+
+    PEFT stores all parts of an embedding that was resized: the base of an adapted layer, or of one that is trained in
+    full the copy that is trained and the original.
+
+    >>> stored_weight("model.embed_tokens.base_layer.weight"), stored_weight("lm_head.weight")
+    (('model.embed_tokens.weight', 'base_layer'), ('lm_head.weight', ''))
+    """
+    layer, _, leaf = name.rpartition(".")
+    module, _, part = layer.rpartition(".")
+    return (f"{module}.{leaf}", part) if part in _PARTS else (name, "")

@@ -27,7 +27,7 @@ from lightning_lora.files.adapter import peft_experts
 from lightning_lora.files.adapter.manifest import Manifest
 from lightning_lora.files.adapter.peft_format import LINEAR_LEAVES, PREFIX, FactorPair, factor_leaves
 from lightning_lora.files.adapter.peft_patterns import PatternTable
-from lightning_lora.lora.layers.adapted import adapted_weights, factor_name, following_layers, join
+from lightning_lora.lora.layers.adapted import adapted_weights, factor_name, following_layers, join, other_names
 from lightning_lora.lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.lora.layers.base import FACTORS, LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
@@ -75,7 +75,8 @@ class PEFTLayout:
         """
         tensors = {
             join(name, leaf): tensor.contiguous()
-            for name, layer in following_layers(self.root).items()
+            for name, layer in (following_layers(self.root) | other_names(self.root)).items()
+            if hasattr(layer, "lora_A")
             for leaf, tensor in zip(factor_leaves(layer), own_factors(layer), strict=True)
         }
         expert_modules = peft_experts.modules_of(self.weights)

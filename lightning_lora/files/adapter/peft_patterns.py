@@ -13,6 +13,9 @@ from lightning_lora.errors import AdapterFileError
 _SIMPLE = re.compile(r"(\^?)((?:[\w-]|\.|\\\W)+?)(\(\\\.weight\)\?)?", re.ASCII)
 _PIECE = re.compile(r"\\(.)|(\.)|(.)")
 
+# The modules that PEFT trains in full for a kind of task.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class PatternTable:
     """The table ``rank_pattern`` or ``alpha_pattern``. A key is a regular expression for the end of a name.
@@ -109,6 +112,22 @@ class _LayerNumbers:
             return True
         found = next((match for pattern in self._patterns if (match := pattern.match(name))), None)
         return found is not None and int(found[1]) in self._numbers
+
+
+def is_saved_in_full(module: str, peft: Mapping[str, Any]) -> bool:
+    """Whether PEFT's settings say that a module is trained in full, by itself or with a module around it.
+
+    Args:
+        module: Dotted name of the module.
+        peft: Contents of ``adapter_config.json``.
+    """
+    saved = peft.get("modules_to_save")
+    if not saved:
+        # PEFT trains the head of these tasks without being told so, and older versions did not write that down.
+        saved = _HEADS.get(str(peft.get("task_type")), ())
+    parts = module.split(".")
+    around = [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
+    return any(name.endswith(str(entry)) for name in around for entry in saved)
 
 
 def _entries(setting: str | list[str] | None) -> re.Pattern[str] | frozenset[str]:

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, first_five
-from lightning_lora.files.adapter.fit import (
-    adapter_targets,
-    check_base,
-    check_copies,
-    model_tensors,
-    trained_tensors,
-    with_experts,
-)
+from lightning_lora.files.adapter.fit import adapter_targets, check_base, model_tensors, trained_tensors, with_experts
 from lightning_lora.files.adapter.folder import AdapterFolder, check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
@@ -28,6 +21,7 @@ from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_trained import SavedModules
+from lightning_lora.files.adapter.resized_tables import check_copies, check_rows, resized_tables, stored_name
 from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
@@ -40,12 +34,13 @@ from lightning_lora.lora.adapter import (
 )
 from lightning_lora.lora.fingerprint import base_prints, fingerprint
 from lightning_lora.lora.frozen_copies import frozen_copies, hold_copies
-from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers
+from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers, other_names
 from lightning_lora.lora.layers.attention import attach_readers
 from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
+from lightning_lora.lora.targets.shared_weights import every_name, untie
 from lightning_lora.lora.travelling import changed_tensors, record_tensors
 
 
@@ -85,14 +80,21 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     layout = PEFTLayout(root)
     factors = lora_state_dict(root)
     trained = {name: full_tensor(tensor) for name, tensor in _trained_tensors(root).items()}
-    check_finite(factors | trained, "the adapter is not saved")
+    copies = resized_tables(root, trained)
+    check_finite(factors | trained | copies, "the adapter is not saved")
     saved = SavedModules(root, trained)
     # Beside modules trained in full, PEFT restores single tensors by their names too.
     moved = {name: full_tensor(t) for name, t in _named(root, changed).items() if name not in trained}
-    beside = {name: tensor for name, tensor in saved.beside.items() if name not in moved}
-    manifest = replace(_manifest(layout, trained, moved, summary or {}), beside=tuple(beside))
+    beside = {name: tensor for name, tensor in saved.beside.items() if name not in (moved | copies)}
+    manifest = replace(
+        _manifest(layout, trained.keys() | moved.keys() | every_name(root, copies), summary or {}),
+        beside=tuple(beside),
+        moved=tuple(sorted(moved)),
+        base_copies=tuple(sorted(copies)),
+    )
     peft = to_peft(layout, saved.names)
     tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in (trained | beside | moved).items()}
+    tensors |= {PREFIX + stored_name(name, root): tensor for name, tensor in copies.items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _write(Path(path), peft, tensors, manifest, tokenizer)
@@ -120,13 +122,15 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     root, folder = _placed(module, folder)
     folder = with_experts(root, folder)
     layers, tied = adapter_targets(root, folder)
-    moved = folder.manifest.moved
-    trained = trained_tensors(root, folder)
-    grown = {name: folder.trained[name] for name, t in trained.items() if name in moved and not t.numel()}
-    check_copies(root, folder)
+    trained_tensors(root, folder)
+    restored = check_copies(root, folder)
     if not allow_other_base:
-        check_base(root, folder)
-    if not lora_layers(root):
+        check_rows(restored, folder)
+        check_base(root, folder, restored)
+    _copy(folder.base_copies, restored)
+    if lora_layers(root):
+        untie(root, tied.untied)
+    else:
         copies = frozen_copies(root)
         owners = {name.rpartition(".")[0] for name in folder.trained}
         record_tensors(module, [join(_name_in(module, root), name) for name in (*copies, *owners)])
@@ -135,16 +139,25 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
         # The layers that read adapted weights may lie outside the model that the adapter names.
         attach_readers(module)
         hold_copies(root, copies)
+    # Weights that were shared may be others now.
+    _load_trained(root, folder)
+    _copy(folder.factors, lora_state_dict(root))
+
+
+def _load_trained(root: nn.Module, folder: AdapterFolder) -> None:
+    moved, trained = folder.manifest.moved, trained_tensors(root, folder)
     for name, tensor in trained.items():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter) and name not in moved)
-    for name, tensor in grown.items():
+    for name in [name for name, tensor in trained.items() if name in moved and not tensor.numel()]:
         owner, _, leaf = name.rpartition(".")
-        root.get_submodule(owner)._buffers[leaf] = tensor.to(trained.pop(name).device)
-    tensors = trained | lora_state_dict(root)
+        root.get_submodule(owner)._buffers[leaf] = folder.trained[name].to(trained.pop(name).device)
+    _copy({name: folder.trained[name] for name in trained}, trained)
+
+
+def _copy(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in (folder.factors | folder.trained).items():
-            if name not in grown:
-                tensors[name].copy_(tensor)
+        for name, value in values.items():
+            tensors[name].copy_(value)
 
 
 def _root_to_save(module: nn.Module, changed: Collection[Tensor]) -> nn.Module:
@@ -224,10 +237,8 @@ def _check_memory(module: nn.Module) -> None:
         )
 
 
-def _manifest(
-    layout: PEFTLayout, trained: Mapping[str, Tensor], moved: Mapping[str, Tensor], summary: Mapping[str, Any]
-) -> Manifest:
-    base = base_prints(layout.root, trained.keys() | moved.keys())
+def _manifest(layout: PEFTLayout, not_base: Collection[str], summary: Mapping[str, Any]) -> Manifest:
+    base = base_prints(layout.root, not_base)
     layers = {}
     for name, (layer, weight) in layout.weights.items():
         spec, parameter = layer.lora_specs[weight], base_parameter(name, layer, weight)
@@ -243,11 +254,10 @@ def _manifest(
         versions={name: version(name) for name in ("lightning-lora", "lightning", "torch")},
         config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
         layers=layers,
-        following=tuple(sorted(following_layers(layout.root))),
+        following=tuple(sorted(following_layers(layout.root).keys() | other_names(layout.root).keys())),
         base_fingerprint=fingerprint(base),
         base=base,
         summary=dict(summary),
-        moved=tuple(sorted(moved)),
     )
 
 

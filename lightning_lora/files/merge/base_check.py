@@ -22,7 +22,9 @@ class BaseCheck:
 
     def __init__(self, plan: MergePlan, active: bool) -> None:
         self._plan = plan
-        self._entries = plan.folder.manifest.layers if active else {}
+        # A weight that the adapter brings along has no digest.
+        layers = plan.folder.manifest.layers if active else {}
+        self._entries = {name: entry for name, entry in layers.items() if entry.base is not None}
         # The weights that were read in part.
         self._digests: dict[str, PiecewiseDigest] = {}
 

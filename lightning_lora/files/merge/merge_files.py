@@ -24,6 +24,7 @@ from lightning_lora.files.merge.base_check import BaseCheck
 from lightning_lora.files.merge.plan import MergePlan, plan_merge
 from lightning_lora.files.merge.rounding import BlockError, merged_block, rounded_block, sum_dtype, tensor_error
 from lightning_lora.files.merge.row_blocks import BLOCK
+from lightning_lora.files.merge.tied_tensors import TiedTensors, equal_tensors, untied_config
 from lightning_lora.files.safetensors_file import TensorFile, open_tensors, safetensors_files, write_blocks
 from lightning_lora.files.safetensors_header import read_header
 from lightning_lora.files.scratch import Scratch
@@ -62,12 +63,13 @@ def merge_files(
     folder = read_adapter_folder(adapter)
     files = safetensors_files(base)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
-    plan = plan_merge(folder, base, {name: headers[file].tensors[name].shape for name, file in files.items()})
+    shapes = {name: headers[file].tensors[name].shape for name, file in files.items()}
+    plan = plan_merge(folder, base, shapes, lambda one, two: equal_tensors(files, one, two))
     with atomic_folder(out, replaces=CERTIFICATE_FILE) as target, _one_thread():
         merge = _Merge(plan, MERGE_DTYPES.get(dtype or ""), allow_other_base)
         for file in headers:
             merge.write_shard(file, target / file.name)
-        _copy_others(base, target, dtype)
+        _copy_others(base, target, dtype, plan.tied)
         report = MergeReport(merge.losses, merge.max_errors, str(base), sha256(folder.path / TENSOR_FILE), dtype)
         (target / CERTIFICATE_FILE).write_text(json.dumps(_certificate(report), indent=2) + "\n")
     return report
@@ -109,8 +111,9 @@ class _Merge:
         """Write one file with the updates of its tensors folded in."""
         with open_tensors(source) as file:
             spans = file.header.tensors
-            layout = {name: (self._dtype(file.dtype(name)), span.shape) for name, span in spans.items()}
-            in_order = sorted(spans, key=lambda name: spans[name].start)
+            sources = self.plan.tensors(spans)
+            layout = {name: (self._dtype(file.dtype(stored)), spans[stored].shape) for name, stored in sources.items()}
+            in_order = sorted(sources, key=lambda name: spans[sources[name]].start)
             blocks = ((name, block) for name in in_order for block in self._blocks(file, name, layout[name][0]))
             write_blocks(target, blocks, layout, file.header.metadata)
 
@@ -124,31 +127,43 @@ class _Merge:
         elif name in self.plan.trained:
             yield from self._trained(file, name, dtype)
         else:
-            num_elements = torch.Size(file.header.tensors[name].shape).numel()
+            num_elements = torch.Size(self._shape(file, name)).numel()
             for start in range(0, num_elements, BLOCK):
                 stop = min(start + BLOCK, num_elements)
-                yield rounded_block(name, file.read(name, start, stop, self.scratch), dtype, self.scratch)
+                yield rounded_block(name, self._read(file, name, start, stop), dtype, self.scratch)
+
+    def _read(self, file: TensorFile, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a weight before its update is added."""
+        stored = self.plan.tied.sources.get(name, name)
+        if name not in self.plan.copies:
+            return file.read(stored, start, stop, self.scratch)
+        copy = self.plan.folder.base_copies[self.plan.copies[name]]
+        return copy.reshape(-1)[start:stop].to(file.dtype(stored), copy=True)
+
+    def _shape(self, file: TensorFile, name: str) -> tuple[int, ...]:
+        return file.header.tensors[self.plan.tied.sources.get(name, name)].shape
 
     def _trained(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        trained, shape = self.plan.folder.trained[self.plan.trained[name]], file.header.tensors[name].shape
+        trained, shape = self.plan.folder.trained[self.plan.trained[name]], self._shape(file, name)
         if trained.shape != shape:
             raise AdapterFileError(f"{name}: trained as {tuple(trained.shape)}, in the base {shape}.")
         for block in trained.reshape(-1).split(BLOCK):
             yield rounded_block(name, block, dtype, self.scratch)
 
     def _merged(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        if not file.dtype(name).is_floating_point or file.dtype(name).itemsize < 2:
+        stored = file.dtype(self.plan.tied.sources.get(name, name))
+        if not stored.is_floating_point or stored.itemsize < 2:
             raise AdapterFileError(
-                f"{name} is stored as {file.dtype(name)}, quantised: an update cannot be added to codes. Merge into "
+                f"{name} is stored as {stored}, quantised: an update cannot be added to codes. Merge into "
                 f"the checkpoint it was quantised from."
             )
-        shape = file.header.tensors[name].shape
+        shape = self._shape(file, name)
         check = self.check.part(name, shape)
         errors: list[BlockError] = []
         start = 0
-        for update in self.plan.update(name, shape).blocks(sum_dtype(file.dtype(name), dtype)):
+        for update in self.plan.update(name, shape).blocks(sum_dtype(stored, dtype)):
             stop = start + torch.Size(update.shape).numel()
-            weight = file.read(name, start, stop, self.scratch)
+            weight = self._read(file, name, start, stop)
             check.add(weight)
             merged, error = merged_block(name, weight.view(update.shape), update, dtype, self.scratch)
             errors.append(error)
@@ -158,20 +173,24 @@ class _Merge:
         self.max_errors[name], self.losses[name] = tensor_error(errors)
 
 
-def _copy_others(base: Path, target: Path, dtype: str | None) -> None:
-    """Copy the files beside the weights, with the new type in index and config."""
+def _copy_others(base: Path, target: Path, dtype: str | None, tied: TiedTensors) -> None:
+    """Copy the files beside the weights, with what changed in index and config."""
     for file in base.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.suffix not in _PICKLES:
             shutil.copyfile(file, target / file.name)
     index = target / "model.safetensors.index.json"
-    if dtype is not None and index.is_file():
+    if (dtype is not None or tied.sources) and index.is_file():
         content = read_json(index)
-        headers = [read_header(file) for file in set(safetensors_files(target).values())]
+        content["weight_map"] |= {name: content["weight_map"][source] for name, source in tied.sources.items()}
+        headers = [read_header(target / file) for file in set(content["weight_map"].values())]
         spans = [span for header in headers for span in header.tensors.values()]
         content["metadata"] = content.get("metadata", {}) | {"total_size": sum(span.end - span.start for span in spans)}
         index.write_text(json.dumps(content, indent=2) + "\n")
-    if dtype is not None and (target / "config.json").is_file():
+    if (dtype is not None or tied.declared) and (target / "config.json").is_file():
         config = read_json(target / "config.json")
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if dtype is not None:
+            config["dtype"] = dtype
+            config.pop("torch_dtype", None)
+        (target / "config.json").write_text(
+            json.dumps(untied_config(config) if tied.declared else config, indent=2) + "\n"
+        )

@@ -25,6 +25,7 @@ from lightning_lora.lora.layers.quantised_weights import (
     quantised_layers,
     scale_keys,
 )
+from lightning_lora.lora.merged_saving import apart
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.roles import hugging_face_models
 
@@ -76,7 +77,7 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
 def _write_weights(folder: Path, module: nn.Module, model: Any) -> None:
     if model is not None:
         with _not_quantised(model):
-            model.save_pretrained(folder, state_dict=_plain_state(model, model.dtype))
+            model.save_pretrained(folder, state_dict=apart(_plain_state(model, model.dtype), model))
         return
     state = _plain_state(module)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.merge.row_blocks import StoredUpdate, matrix_update
 from lightning_lora.files.merge.stored_experts import ExpertPart, FusedWeight, expert_parts, row_numbers
-from lightning_lora.files.merge.stored_names import CheckpointModel
+from lightning_lora.files.merge.stored_names import CheckpointModel, in_base
+from lightning_lora.files.merge.tied_tensors import Comparison, Shapes, TiedTensors, plan_tied_tensors
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D
 from lightning_lora.lora.layers.registry import adapter_kind
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class MergePlan:
         experts: Stored tensor to the part of an adapted weight of fused experts it holds.
         trained: Stored tensor to the tensor of the adapter that replaces it.
         transposed: Adapted matrices that are stored ``(in, out)``, as far as their shapes do not tell.
+        copies: Stored tensor to the base weight in the adapter that replaces it before its update is added.
+        tied: What becomes of weights that several layers share; all of it is in the other tables too.
     """
 
     folder: AdapterFolder
@@ -41,6 +42,14 @@ class MergePlan:
     experts: dict[str, ExpertPart]
     trained: dict[str, str]
     transposed: frozenset[str]
+    copies: dict[str, str]
+    tied: TiedTensors
+
+    def tensors(self, stored: Iterable[str]) -> dict[str, str]:
+        """Tensor of the merged checkpoint to the one of ``stored`` that it starts as, for all of one file."""
+        stored = list(stored)
+        added = {name: source for name, source in self.tied.sources.items() if source in stored}
+        return {name: name for name in stored} | added
 
     def weight(self, name: str) -> str | None:
         """The adapted weight that a stored tensor holds, whole or in part; None if the tensor has no update."""
@@ -63,16 +72,17 @@ class MergePlan:
         return matrix_update(weight, A, B, scale, shape, transposed, kernel_transposed)
 
 
-def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
+def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparison) -> MergePlan:
     """Find the tensors of the checkpoint at ``base`` that ``folder`` changes.
 
     Args:
         folder: The adapter.
         base: The checkpoint, for its config.
         shapes: Name of every stored tensor to its shape.
+        same: Whether two stored tensors have equal values.
 
     Raises:
-        AdapterFileError: If something that was adapted is not in the checkpoint.
+        AdapterFileError: If something that was adapted is not in the checkpoint, or its vocabulary has another size.
     """
     experts: dict[str, ExpertPart] = {}
     missing: list[str] = []
@@ -87,28 +97,42 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes) -> MergePlan:
             f"follows the network: load it with load_adapter and write the model with save_merged."
         )
     candidates = {name: _parameters(folder, name) for name, (A, _) in folder.pairs.items() if A.ndim == 2}
-    matrices = _found(candidates, shapes)
-    trained = _found({name: (name,) for name in folder.trained}, shapes)
-    lost = {name: names for name, names in candidates.items() if name not in matrices}
-    lost |= {name: (name,) for name in _not_stored(folder, trained)}
+    parameters = {parameter: name for name, names in candidates.items() for parameter in names}
+    tied = plan_tied_tensors(folder, base, shapes, parameters, same)
+    candidates = {name: names for name, names in candidates.items() if tied.planned.isdisjoint(names)}
+    whole = {name: (name,) for name in (*folder.trained, *folder.base_copies) if name not in tied.planned}
+    found = _found(candidates | whole, shapes)
+    lost = {name: names for name, names in candidates.items() if name not in found}
+    lost |= {name: whole[name] for name in _not_stored(folder, whole, found)}
     if lost:
         converted = _with_model_names(base, folder, candidates.keys() & lost)
         if converted is not folder:
-            return plan_merge(converted, base, shapes)
+            return plan_merge(converted, base, shapes, same)
         renamed = _renamed(base, lost, shapes)
-        matrices |= {name: stored for name, stored in renamed.items() if name in candidates}
-        trained |= {name: stored for name, stored in renamed.items() if name not in candidates}
+        found |= renamed
         lost = {name: names for name, names in lost.items() if name not in renamed}
-        pieces = _pieces(base, {name: folder.trained[name] for name in lost if name not in candidates}, shapes)
-        folder = replace(folder, trained=folder.trained | pieces)
-        trained |= {stored: stored for stored in pieces}
-        missing += [name for name in lost if name in candidates or not pieces]
+        own = folder.trained
+        pieces = _pieces(base, {name: own[name] for name in lost if name in own}, shapes)
+        folder = replace(folder, trained=own | pieces)
+        found |= {stored: stored for stored in pieces}
+        missing += [name for name in lost if name not in own or not pieces]
     if missing:
         raise AdapterFileError(
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
             f"weights are not in the checkpoint: {first_five(missing)}."
         )
-    return MergePlan(folder, _inverted(matrices), experts, _inverted(trained), _transposed(base, folder))
+    stored = {tensor: name for name, tensor in found.items()}
+    plan = MergePlan(
+        folder,
+        {tensor: name for tensor, name in stored.items() if name in candidates} | tied.chosen("weight"),
+        experts,
+        {tensor: name for tensor, name in stored.items() if name in folder.trained} | tied.chosen("trained"),
+        _transposed(base, folder),
+        {tensor: name for tensor, name in stored.items() if name in folder.base_copies} | tied.chosen("copy"),
+        tied,
+    )
+    _check_copies(plan, base, shapes)
+    return plan
 
 
 def _transposed(base: Path, folder: AdapterFolder) -> frozenset[str]:
@@ -150,13 +174,24 @@ def _with_model_names(base: Path, folder: AdapterFolder, lost: Collection[str]) 
     return with_model_names(model, folder, set(lost) - known)
 
 
-def _not_stored(folder: AdapterFolder, stored: Collection[str]) -> list[str]:
-    """Tensors trained in full that are not ``stored``. Of tied weights, a checkpoint stores only one."""
-    kept = [folder.trained[name] for name in stored]
+def _check_copies(plan: MergePlan, base: Path, shapes: Shapes) -> None:
+    """Refuse a base whose vocabulary has another size than the base weights in the adapter."""
+    for tensor, name in plan.copies.items():
+        copy, shape = plan.folder.base_copies[name], shapes[plan.tied.sources.get(tensor, tensor)]
+        if copy.shape != shape:
+            raise AdapterFileError(
+                f"{plan.folder.path} holds a copy of {name}, shape {tuple(copy.shape)}, which is {shape} in {base}: "
+                f"its vocabulary was resized. Load {base}, call model.resize_token_embeddings({len(copy)}), save it, "
+                f"and merge into that."
+            )
+
+
+def _not_stored(folder: AdapterFolder, wanted: Collection[str], stored: Collection[str]) -> list[str]:
+    """The ``wanted`` whole tensors that are not ``stored``. Of tied weights, a checkpoint may store only one."""
+    tensors = folder.trained | folder.base_copies
+    kept = [tensors[name] for name in wanted if name in stored]
     return [
-        name
-        for name, tensor in folder.trained.items()
-        if name not in stored and not any(torch.equal(tensor, other) for other in kept)
+        name for name in wanted if name not in stored and not any(torch.equal(tensors[name], other) for other in kept)
     ]
 
 
@@ -174,15 +209,10 @@ def _parameters(folder: AdapterFolder, weight: str) -> tuple[str, ...]:
 def _found(candidates: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[str, str]:
     """Adapted weight to stored tensor, for the weights that are stored under one of the names they may have."""
     found = {
-        name: next((stored for parameter in names if (stored := _in_base(parameter, shapes)) is not None), None)
+        name: next((stored for parameter in names if (stored := in_base(parameter, shapes)) is not None), None)
         for name, names in candidates.items()
     }
     return {name: stored for name, stored in found.items() if stored is not None}
-
-
-def _in_base(name: str, shapes: Shapes) -> str | None:
-    """The name in the checkpoint, which may leave out the first part of the model's name; None if there is none."""
-    return next((candidate for candidate in (name, name.partition(".")[2]) if candidate in shapes), None)
 
 
 def _renamed(base: Path, lost: Mapping[str, tuple[str, ...]], shapes: Shapes) -> dict[str, str]:
@@ -205,7 +235,7 @@ def _pieces(base: Path, trained: Mapping[str, Tensor], shapes: Shapes) -> dict[s
         stored = CheckpointModel(base).stored(trained)
     except ValueError:  # it is stored in one tensor with others, which were not trained
         return {}
-    places = {name: _in_base(name, shapes) for name in stored}
+    places = {name: in_base(name, shapes) for name in stored}
     return {place: stored[name] for name, place in places.items() if place is not None} if all(places.values()) else {}
 
 
@@ -217,7 +247,7 @@ def _experts(model: CheckpointModel, folder: AdapterFolder, shapes: Shapes) -> t
     seen: dict[bytes, Tensor] = {}
     for parameter, name in fused.items():
         weight = _fused_weight(model, folder, parameter, name)
-        stored = _in_base(parameter, shapes)
+        stored = in_base(parameter, shapes)
         if stored is not None:
             # As in transformers, it is turned only if it does not fit otherwise.
             turned = shapes[stored] != weight.shape
@@ -225,7 +255,7 @@ def _experts(model: CheckpointModel, folder: AdapterFolder, shapes: Shapes) -> t
             parts[stored] = ExpertPart(weight, 0, weight.shape[0], rows, weight.transposed != turned)
             continue
         split = expert_parts(weight, model.stored({parameter: row_numbers(weight)}), seen)
-        places = {name: _in_base(name, shapes) for name in split}
+        places = {name: in_base(name, shapes) for name in split}
         missing += [name for name, place in places.items() if place is None]
         parts |= {place: split[name] for name, place in places.items() if place is not None}
     return parts, missing
@@ -244,7 +274,3 @@ def _fused_weight(model: CheckpointModel, folder: AdapterFolder, parameter: str,
             f"map {found[:2]}."
         )
     return FusedWeight(name, tuple(getattr(layer, parameter.rpartition(".")[2]).shape), kind.transposed(layer))
-
-
-def _inverted(names: Mapping[str, str]) -> dict[str, str]:
-    return {stored: name for name, stored in names.items()}

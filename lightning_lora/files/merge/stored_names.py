@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.lora.targets.shared_weights import weight_owners
 
 
 class CheckpointModel:
@@ -48,7 +49,30 @@ class CheckpointModel:
     def _build(self, kind: Any, config: Any) -> None:
         with torch.device("meta"):
             self.module: nn.Module = kind(config)
-        self._parameters = dict(self.module.named_parameters())
+        self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        self._config = config
+
+    @property
+    def can_untie(self) -> bool:
+        """Whether the model heeds a config that unties embeddings and head; T5 always ties those that are equal."""
+        settings = self._config.to_dict() | {"tie_word_embeddings": False}
+        return not type(self._config).from_dict(settings).tie_word_embeddings
+
+    def shared(self) -> list[list[str]]:
+        """Names of the parameters that share a weight, for each weight; first the one that the others are tied to."""
+        keys: Any = getattr(self.module, "all_tied_weights_keys", None)
+        sources = set(keys.values()) if isinstance(keys, dict) else set()
+        groups = [names for names in weight_owners(self.module).values() if len(names) > 1]
+        return [sorted(names, key=lambda name: name not in sources) for names in groups]
+
+    def parameter_name(self, name: str) -> str | None:
+        """The model's name of a parameter, which may leave out the first part of ``name``; None if it has none."""
+        return next((candidate for candidate in (name, name.partition(".")[2]) if self.has(candidate)), None)
+
+    def is_inner_name(self, name: str) -> bool:
+        """Whether ``name`` is a parameter's name in a model with a head, around this one, which has none."""
+        prefix = getattr(self.module, "base_model_prefix", "")
+        return bool(prefix) and not self.has(name) and name.startswith(f"{prefix}.")
 
     def has(self, name: str) -> bool:
         """Whether the model has a parameter of this name."""
@@ -70,3 +94,8 @@ class CheckpointModel:
         except ValueError:  # it is stored in one tensor with others
             return None
         return next((other for other, tensor in stored.items() if tensor is parameter), None)
+
+
+def in_base(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The name in the checkpoint, which may leave out the first part of the model's name; None if there is none."""
+    return next((candidate for candidate in (name, name.partition(".")[2]) if candidate in shapes), None)

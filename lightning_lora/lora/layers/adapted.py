@@ -44,6 +44,14 @@ def following_layers(module: nn.Module) -> dict[str, LoRALayer]:
     return {name: layer for name, layer in lora_layers(module).items() if layer.lora_follows}
 
 
+def other_names(module: nn.Module) -> dict[str, LoRALayer]:
+    """Further dotted names of adapted layers that a module holds in several places, each to its layer."""
+    first = set(lora_layers(module))
+    everywhere = module.named_modules(remove_duplicate=False)
+    named = {plain_name(name): layer for name, layer in everywhere if isinstance(layer, LoRALayer)}
+    return {name: layer for name, layer in named.items() if name not in first}
+
+
 def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
     """Dotted name of the parameter that holds an adapted weight.
 

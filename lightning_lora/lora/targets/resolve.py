@@ -87,7 +87,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     new = find_new_weights(root, config)
     trainable = trainable_modules(root, config) | new.modules
     selected, skipped = select(root, candidates, trainable, config)
-    tied = resolve_tied_weights(root, selected, config)
+    tied = resolve_tied_weights(root, selected, trainable, config)
     layers = _layers(root, selected, config)
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
