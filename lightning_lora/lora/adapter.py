@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.lora.base_values import base_values, forget_base_values, keep_base_values
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers, detach_readers
@@ -66,8 +67,14 @@ def apply_targets(module: nn.Module, targets: Targets) -> None:
     """Freeze ``module``, attach the resolved adapters, and unfreeze the modules trained in full."""
     freeze(module)
     attach_targets(module, targets.layers, targets.tied)
+    keep_base_values(module, trained_tensors(targets.trainable.values()))
     for trained in targets.trainable.values():
         trained.requires_grad_(True)
+
+
+def trained_tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of ``modules``, which are trained in full; factors inside them start at zero anyway."""
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def freeze(module: nn.Module) -> None:
@@ -160,14 +167,20 @@ def remove_lora(module: nn.Module) -> None:
     for layer in layers.values():
         detach(layer)
     detach_readers(module)
+    forget_base_values(module)
 
 
 @contextmanager
 def disable_lora(module: nn.Module) -> Iterator[None]:
     """Within the context, ``module`` computes what its base computes. The previous state is restored on exit.
 
+    Modules trained in full (``trainable``) and running statistics have the values that they had when the module was
+    adapted; `load_adapter` and checkpoints leave these alone. What you unfroze yourself later keeps its trained values.
+
     Raises:
-        ConfigError: If nothing is adapted, or the updates are merged.
+        ConfigError: If nothing is adapted, the updates are merged, or a module trained in full had no values yet when
+            it was adapted.
+        AlreadyShardedError: If a module trained in full is sharded.
     """
     layers = _adapted(module)
     check_not_merged(module, "disable adapters")
@@ -175,7 +188,8 @@ def disable_lora(module: nn.Module) -> Iterator[None]:
     try:
         for layer in before:
             layer.lora_enabled = False
-        yield
+        with base_values(module):
+            yield
     finally:
         for layer, enabled in before.items():
             layer.lora_enabled = enabled

@@ -19,7 +19,6 @@ from tests.support.moe_models import BUILDERS, moe
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = 4 + (torch.arange(3 * 24).reshape(3, 24) * 7) % 60
-EVERYTHING = LoRAConfig(rank=4, adapt_head=True, adapt_embeddings=True)
 
 
 class Attention(nn.Module):
@@ -77,9 +76,10 @@ def test_a_fresh_adapter_changes_no_bit(name: str, dtype: Any) -> None:
         base = base.to(dtype)
         x = x.to(dtype) if x.is_floating_point() else x
     module = copy.deepcopy(base)
-    inject_lora(module, EVERYTHING)
+    inject_lora(module, LoRAConfig(rank=4, adapt_embeddings=name == "embedding"))
     for training in (False, True):
-        base.train(training), module.train(training)
+        for model in (base, module):
+            model.train(training)
         with autocast(dtype == "autocast"):
             # As a user compares them: the base as it was loaded, before anything froze it.
             with torch.no_grad():
@@ -128,12 +128,14 @@ def test_fresh_experts_change_no_bit_of_output_and_gradient(
         for parameter in base.parameters():
             parameter.normal_(std=0.2)
     for dtype in (*TYPES, "autocast"):
-        plain = copy.deepcopy(base) if dtype == "autocast" else copy.deepcopy(base).to(dtype)
+        plain: Any = copy.deepcopy(base)
+        if dtype != "autocast":
+            plain = plain.to(dtype)
         module = copy.deepcopy(plain)
         inject_lora(module, LoRAConfig(rank=4))
-        hidden = plain.get_input_embeddings()(TOKENS)
-        for share in (module, plain):
-            share.train()
+        hidden: Tensor = plain.get_input_embeddings()(TOKENS)
+        for model in (module, plain):
+            model.train()
         leaves = [hidden.clone().requires_grad_() for _ in range(2)]
         with autocast(dtype == "autocast"):
             found, expected = (

@@ -30,6 +30,7 @@ from lightning_lora.lora.adapter import (
     freeze,
     lora_state_dict,
 )
+from lightning_lora.lora.base_values import keep_base_values
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import base_parameter, following_layers, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers
@@ -115,6 +116,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
         attach_targets(root, layers, tied)
         # The layers that read adapted weights may lie outside the model that the adapter names.
         attach_readers(module)
+    keep_base_values(module, trained.values())
     for tensor in trained.values():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter))
     tensors = trained | lora_state_dict(root)

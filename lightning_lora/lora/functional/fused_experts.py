@@ -1,7 +1,7 @@
 r"""The product of each expert and its low-rank update as one differentiable function, on rows sorted by expert.
 
-The large product is the base's own, in one call for all experts, forward and backward; to its rows every expert adds the
-small product as it is computed. No expert's ``B A`` is formed.
+The large product is the base's own, in one call for all experts, forward and backward; every expert adds the small
+product to its rows as it is computed. No expert's ``B A`` is formed.
 
 Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``r`` rank, ``in``/``out`` features.
 """
