@@ -115,10 +115,9 @@ def _export_folder(source: Path, out: Path, format: str, server: str | None = No
                 shutil.copyfile(source / name, target / name)
         if server:
             fold_scales(folder, server, target)
-        if (source / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(source).save_pretrained(target)
-        elif base and Path(base).is_dir():
-            AutoTokenizer.from_pretrained(base).save_pretrained(target)
+        places = [place for place in (source, Path(base or "")) if (place / "tokenizer_config.json").is_file()]
+        if places:
+            AutoTokenizer.from_pretrained(places[0]).save_pretrained(target)
 
 
 def _export_checkpoint(source: Path, out: Path, format: str) -> None:

@@ -2,6 +2,6 @@
 
 Read in this order: `save_load` (the functions users call), `folder` (a folder as read), `manifest` (our file), `fit`
 (checks against a model), `peft_format` (file and tensor names), `peft_config` (settings), `peft_patterns` (PEFT's rules
-for names), `peft_layers` and `peft_experts` (layouts of factors), `vllm_rules`, `one_scale` (llama.cpp, and one scale for
-all layers), `model_card`.
+for names), `peft_layers` and `peft_experts` (layouts of factors), `vllm_rules`, `one_scale` (servers with one scale
+for all layers), `model_card`.
 """
