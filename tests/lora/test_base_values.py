@@ -189,6 +189,8 @@ def test_modules_without_values_and_shards_are_refused_with_nothing_changed(pair
     assert torch.equal(module(X), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*is deprecated")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_resumed_run_and_a_loaded_checkpoint_know_the_base(tmp_path: Path) -> None:
     batches = DataLoader(X.repeat(4), batch_size=12)  # pyright: ignore[reportArgumentType]
     options: dict[str, Any] = {

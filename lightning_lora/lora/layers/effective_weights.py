@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import override
 
@@ -19,17 +18,12 @@ def effective_weights(layers: Iterable[LoRALayer]) -> Iterator[None]:
 
     The sum is rounded once to the type of the weight, as merging rounds it. Within the context the layers add no
     update; on leaving, the parameters are the very objects they were.
-
-    The weights need gradients even where none are recorded, as the base's own do before they are frozen: torch computes
-    by another kernel otherwise.
     """
     active = [layer for layer in layers if layer.lora_active]
     base: dict[LoRALayer, dict[str, nn.Parameter | None]] = {}
     try:
         for layer in active:
             found: dict[str, Any] = layer.effective_weights()
-            if not torch.is_grad_enabled():
-                found = {name: weight.requires_grad_() for name, weight in found.items()}
             base[layer] = {name: layer._parameters[name] for name in found}
             layer._parameters.update(found)
             layer.lora_enabled = False

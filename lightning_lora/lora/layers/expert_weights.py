@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.lora.functional import AdaptedWeight, can_fuse, fused_lora_linears, linear_update, merged_weight
-from lightning_lora.lora.functional.experts import expert_update
+from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 
 # Facts about a weight that do not depend on its values.
@@ -144,12 +144,29 @@ def _grouped(func: Callable[..., Tensor], x: Any, weight: Any, offs: Any = None,
         return NotImplemented
     ends = offs.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    used = sum(counts)
+
+    def product(rows: Tensor, matrices: Tensor) -> Tensor:
+        if _can_group(rows, matrices):
+            return func(rows, matrices, offs=offs)
+        return _padded(expert_linear(rows[:used], matrices.mT, counts), len(rows))
+
     if _can_fuse_grouped(x, weight.weight):
-        product = lambda rows, matrices: func(rows, matrices, offs=offs)  # noqa: E731
         return fused_expert_linear(x, weight.adapted(x), counts, weight.dropout, product)
-    y, used = func(x, weight.weight, offs=offs), sum(counts)
-    update = expert_update(x[:used], weight.A, weight.B, weight.scale, counts, weight.dropout).to(y.dtype)
-    return y + (update if used == len(y) else F.pad(update, (0, 0, 0, len(y) - used)))
+    y = product(x, weight.weight)
+    update = expert_update(x[:used], weight.A, weight.B, weight.scale, counts, weight.dropout)
+    return y + _padded(update.to(y.dtype), len(y))
+
+
+def _can_group(*operands: Tensor) -> bool:
+    """Whether torch's grouped product takes these tensors; the unadapted base fails on others, and we need not."""
+    strides = [stride * tensor.element_size() for tensor in operands for stride in tensor.stride() if stride != 1]
+    return operands[0].element_size() <= 4 and all(stride % 16 == 0 for stride in strides)
+
+
+def _padded(y: Tensor, num_rows: int) -> Tensor:
+    """``y`` with rows of zeros for those that belong to no expert."""
+    return y if len(y) == num_rows else F.pad(y, (0, 0, 0, num_rows - len(y)))
 
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {
