@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
+from lightning_lora.files.adapter.one_scale import check_llama_cpp, fold_scales
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.files.adapter.vllm_rules import vllm_flags
 from lightning_lora.files.atomic import atomic_folder
+from lightning_lora.files.json_object import read_json
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
@@ -22,6 +26,7 @@ from lightning_lora.tasks import CausalLM, SequenceClassifier
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 FORMATS = ("peft", "merged")
+TARGETS = ("vllm", "llama.cpp")
 _TASKS = {f"{task.__module__}.{task.__qualname__}": task for task in (CausalLM, SequenceClassifier)}
 
 
@@ -32,28 +37,38 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
         run: A run folder, a Lightning checkpoint, or an adapter folder.
         out: Folder to write.
         format: ``"peft"`` (the adapter only) or ``"merged"`` (the whole model).
-        target: ``"vllm"`` also checks that vLLM accepts the result. None: no check.
+        target: ``"vllm"`` or ``"llama.cpp"`` also refuses what this server would drop or misread, and folds the scale
+            of every layer into its ``B``, since it knows one for all. None: the adapter as it is.
 
     Returns:
         A sentence or two for the user about what was written.
 
     Raises:
         ConfigError: If ``format`` or ``target`` is unknown.
-        AdapterFileError: If there is nothing to export, or vLLM would refuse the result.
+        AdapterFileError: If there is nothing to export, or ``target`` would refuse, drop or misread something.
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    if target not in (None, "vllm"):
-        raise ConfigError(f"--for must be vllm, got {target!r}.")
+    if target not in (None, *TARGETS):
+        raise ConfigError(f"--for must be one of {', '.join(TARGETS)}, got {target!r}.")
     source = find_source(Path(run))
     out = Path(out)
-    if source.is_dir():
-        _export_folder(source, out, format)
-    else:
-        _export_checkpoint(source, out, format)
-    done = f"{source} written to {out} as {'a PEFT adapter' if format == 'peft' else 'a merged model'}"
+    # A server's own form of an adapter is made of a folder, and checked before anything is written to `out`.
+    with tempfile.TemporaryDirectory() as scratch:
+        if target and format == "peft" and not source.is_dir():
+            _export_checkpoint(source, Path(scratch) / "adapter", format)
+            source, origin = Path(scratch) / "adapter", source
+        else:
+            origin = source
+        if source.is_dir():
+            _export_folder(source, out, format, target)
+        else:
+            _export_checkpoint(source, out, format)
+    done = f"{origin} written to {out} as {'a PEFT adapter' if format == 'peft' else 'a merged model'}"
     if target == "vllm":
         done += f"\nserve it with: vllm serve {_serve_arguments(out, format)}"
+    if target == "llama.cpp":
+        done += f"\nconvert it with: {_conversion(out, format)}"
     return done
 
 
@@ -79,7 +94,7 @@ def _adapter_step(folder: Path) -> int:
     return read_adapter_folder(folder).manifest.summary.get("step", -1)
 
 
-def _export_folder(source: Path, out: Path, format: str) -> None:
+def _export_folder(source: Path, out: Path, format: str, server: str | None = None) -> None:
     folder = read_adapter_folder(source)
     base = folder.peft.get("base_model_name_or_path")
     if format == "merged":
@@ -90,12 +105,19 @@ def _export_folder(source: Path, out: Path, format: str) -> None:
             )
         merge_files(base, source, out)
         return
+    if server == "llama.cpp":
+        check_llama_cpp(folder, _base_config(base))
+    if server == "vllm":
+        vllm_flags(folder)
     with atomic_folder(out, replaces=CONFIG_FILE) as target:
         for name in (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE, "README.md"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
-        if base and Path(base).is_dir():
-            AutoTokenizer.from_pretrained(base).save_pretrained(target)
+        if server:
+            fold_scales(folder, server, target)
+        places = [place for place in (source, Path(base or "")) if (place / "tokenizer_config.json").is_file()]
+        if places:
+            AutoTokenizer.from_pretrained(places[0]).save_pretrained(target)
 
 
 def _export_checkpoint(source: Path, out: Path, format: str) -> None:
@@ -119,6 +141,24 @@ def _load_task(source: Path) -> PretrainedTask:
     assert isinstance(task, PretrainedTask)
     assert lora_layers(task)
     return task
+
+
+def _base_config(base: str | None) -> dict[str, Any] | None:
+    """The ``config.json`` of a base, the part about text of it; None where it is not at hand."""
+    try:
+        config = None if base is None else AutoConfig.from_pretrained(base, local_files_only=not Path(base).is_dir())
+    except (OSError, ValueError):
+        return None
+    return None if config is None else config.get_text_config().to_dict()
+
+
+def _conversion(out: Path, format: str) -> str:
+    """The command of llama.cpp that converts what was written."""
+    if format == "merged":
+        return f"python convert_hf_to_gguf.py {out}"
+    base = read_json(out / CONFIG_FILE).get("base_model_name_or_path")
+    option = "--base" if base and Path(base).is_dir() else "--base-model-id"
+    return f"python convert_lora_to_gguf.py {out} {option} {base}"
 
 
 def _serve_arguments(out: Path, format: str) -> str:

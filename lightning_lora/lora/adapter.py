@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.lora.base_values import base_values, forget_base_values, keep_base_values
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.frozen_copies import (
     frozen_copies,
@@ -96,15 +97,23 @@ def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
     freeze(module)
     attach_targets(module, targets.layers, targets.tied)
     held = hold_copies(module, copies)
-    for name, trained in targets.trainable.items():
-        # In a frozen copy only what is trained there alone: a pattern such as "head" also means the copy's.
-        if original_name(name, copies) not in targets.trainable:
-            trained.requires_grad_(True)
+    # In a frozen copy only what is trained there alone: a pattern such as "head" also means the copy's.
+    trainable = [
+        part for name, part in targets.trainable.items() if original_name(name, copies) not in targets.trainable
+    ]
+    keep_base_values(module, trained_tensors(trainable))
+    for trained in trainable:
+        trained.requires_grad_(True)
     return [
         *([unknown_weights.note(targets.unknown)] if targets.unknown else []),
         *new_weights.notes(targets.new),
         *notes_on_frozen(module, copies, held, frozen),
     ]
+
+
+def trained_tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of ``modules``, which are trained in full; factors inside them start at zero anyway."""
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def freeze(module: nn.Module) -> None:
@@ -213,6 +222,7 @@ def remove_lora(module: nn.Module) -> None:
     for layer in layers.values():
         detach(layer)
     detach_readers(module)
+    forget_base_values(module)
     forget_tensors(module)
     save_plain_models(module)
 
@@ -221,8 +231,13 @@ def remove_lora(module: nn.Module) -> None:
 def disable_lora(module: nn.Module) -> Iterator[None]:
     """Within the context, ``module`` computes what its base computes. The previous state is restored on exit.
 
+    Modules trained in full (``trainable``) and running statistics have the values that they had when the module was
+    adapted; `load_adapter` and checkpoints leave these alone. What you unfroze yourself later keeps its trained values.
+
     Raises:
-        ConfigError: If nothing is adapted, or the updates are merged.
+        ConfigError: If nothing is adapted, the updates are merged, or a module trained in full had no values yet when
+            it was adapted.
+        AlreadyShardedError: If a module trained in full is sharded.
     """
     layers = _adapted(module)
     check_not_merged(module, "disable adapters")
@@ -230,7 +245,8 @@ def disable_lora(module: nn.Module) -> Iterator[None]:
     try:
         for layer in before:
             layer.lora_enabled = False
-        yield
+        with base_values(module):
+            yield
     finally:
         for layer, enabled in before.items():
             layer.lora_enabled = enabled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class AdaptedModel:
         self._base = entry.build()
         self.module = self.base()
         settings = {"targets": "all", "exclude": list(entry.exclude), "trainable": entry.trainable}
-        self.report = inject_lora(self.module, LoRAConfig.from_dict({"rank": 2, "alpha": 4.0, **settings}))
+        self.config = LoRAConfig.from_dict({"rank": 2, "alpha": 4.0, **settings})
+        self.report = inject_lora(self.module, self.config)
         generator = torch.Generator().manual_seed(1)
         state = lora_state_dict(self.module)
         load_lora_state_dict(
@@ -43,6 +45,14 @@ class AdaptedModel:
         """The output of ``module`` in eval mode and without gradients, where torch takes its fast paths."""
         with torch.no_grad():
             return self.entry.output(module, **self.entry.inputs())
+
+    def output_in(self, module: nn.Module, dtype: Any) -> Tensor:
+        """The output for inputs of this type, or for the usual ones under autocast to bfloat16."""
+        inputs = self.entry.inputs()
+        if dtype != "autocast":
+            inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+            return self.entry.output(module, **inputs)
 
     def reason_to_leave_out(self, name: str) -> str | None:
         """Why the table leaves a parameter out; None for a parameter that must be adapted."""

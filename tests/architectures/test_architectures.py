@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from docs.architectures import PAGE, columns, line
-from lightning_lora import disable_lora, load_adapter, lora_layers, merge_lora, save_adapter, unmerge_lora
+from lightning_lora import disable_lora, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter, unmerge_lora
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.architectures.adapted_model import AdaptedModel, difference
 from tests.architectures.entry import PEFT_LOADS
@@ -64,6 +64,21 @@ def every_reason_of_the_table_is_needed(model: AdaptedModel, folder: Path) -> No
     names = matrices(model.base())
     idle = [pattern for pattern in model.entry.left_out if not any(fnmatchcase(name, pattern) for name in names)]
     assert not idle
+
+
+def a_fresh_adapter_changes_no_bit_in_any_type(model: AdaptedModel, folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16, "autocast"):
+        base = model.base() if dtype == "autocast" else model.base().to(dtype)
+        try:
+            expected = model.output_in(base, dtype)
+        except RuntimeError:
+            # A model that does not compute in this type; in its own type every model does.
+            assert dtype != torch.float32
+            continue
+        inject_lora(base, model.config)
+        assert torch.equal(model.output_in(base, dtype), expected)
+        with disable_lora(base):
+            assert torch.equal(model.output_in(base, dtype), expected)
 
 
 def one_step_gives_every_factor_a_gradient_and_leaves_the_base(model: AdaptedModel, folder: Path) -> None:
@@ -123,6 +138,7 @@ LAWS = (
     no_weight_matrix_is_left_out_without_a_reason,
     the_report_tells_roles_reasons_share_and_size_in_at_most_eight_lines,
     every_reason_of_the_table_is_needed,
+    a_fresh_adapter_changes_no_bit_in_any_type,
     one_step_gives_every_factor_a_gradient_and_leaves_the_base,
     a_saved_adapter_gives_a_fresh_model_the_same_function,
     merging_keeps_the_function_and_unmerging_the_bits,

@@ -32,6 +32,7 @@ from lightning_lora.lora.adapter import (
     freeze,
     lora_state_dict,
 )
+from lightning_lora.lora.base_values import keep_base_values
 from lightning_lora.lora.fingerprint import base_prints, fingerprint
 from lightning_lora.lora.frozen_copies import frozen_copies, hold_copies
 from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers, other_names
@@ -140,12 +141,14 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
         attach_readers(module)
         hold_copies(root, copies)
     # Weights that were shared may be others now.
-    _load_trained(root, folder)
+    trained = trained_tensors(root, folder)
+    keep_base_values(module, trained.values())
+    _load_trained(root, folder, trained)
     _copy(folder.factors, lora_state_dict(root))
 
 
-def _load_trained(root: nn.Module, folder: AdapterFolder) -> None:
-    moved, trained = folder.manifest.moved, trained_tensors(root, folder)
+def _load_trained(root: nn.Module, folder: AdapterFolder, trained: dict[str, Tensor]) -> None:
+    moved = folder.manifest.moved
     for name, tensor in trained.items():
         tensor.requires_grad_(isinstance(tensor, nn.Parameter) and name not in moved)
     for name in [name for name, tensor in trained.items() if name in moved and not tensor.numel()]:

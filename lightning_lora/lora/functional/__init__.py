@@ -8,6 +8,7 @@ siblings), `linear_group` (its tensors and settings), `linear_products` (its pro
 
 from lightning_lora.lora.functional.fused_linear import can_fuse, fused_lora_linears
 from lightning_lora.lora.functional.linear_group import AdaptedWeight
+from lightning_lora.lora.functional.linear_products import base_product
 from lightning_lora.lora.functional.spectrum import effective_rank, singular_values
 from lightning_lora.lora.functional.update import (
     embedding_update,
@@ -20,6 +21,7 @@ from lightning_lora.lora.functional.update import (
 
 __all__ = [
     "AdaptedWeight",
+    "base_product",
     "can_fuse",
     "effective_rank",
     "embedding_update",

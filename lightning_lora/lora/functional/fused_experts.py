@@ -1,14 +1,14 @@
 r"""The product of each expert and its low-rank update as one differentiable function, on rows sorted by expert.
 
-No expert's ``B A`` is formed and nothing is concatenated: every expert writes its rows of the output, the small product
-first and the large one added to it, forward and backward.
+The large product is the base's own, in one call for all experts, forward and backward; every expert adds the small
+product to its rows as it is computed. No expert's ``B A`` is formed.
 
 Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``r`` rank, ``in``/``out`` features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,39 +17,47 @@ from torch import Tensor
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.gated_input import gated_input, recomputed, source_gradients
 from lightning_lora.lora.functional.linear_group import AdaptedWeight
-from lightning_lora.lora.functional.linear_products import affine_into, gradients_of
+from lightning_lora.lora.functional.linear_products import gradients_of
 from lightning_lora.lora.functional.narrow_products import fast_layout, transposed_times_narrow
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
-from lightning_lora.lora.functional.torch_internals import uninitialised
+from lightning_lora.lora.functional.torch_internals import uninitialised, whole
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def fused_expert_linear(x: Tensor, adapted: AdaptedWeight, counts: list[int], dropout: float = 0.0) -> Tensor:
-    r"""``x_e W_e^T + b_e + scale * drop(x_e) A_e^T B_e^T``, with gradients for ``x``, ``A`` and ``B``.
+def fused_expert_linear(
+    x: Tensor, adapted: AdaptedWeight, counts: list[int], dropout: float = 0.0, product: Product | None = None
+) -> Tensor:
+    r"""``x_e W_e^T + scale * drop(x_e) A_e^T B_e^T``, with gradients for ``x``, ``A`` and ``B``.
 
     What it keeps for the backward pass, what dropout does and when it may be used (`can_fuse`) is as in
     `fused_lora_linears`. The gradient can be differentiated again.
 
     Args:
-        x: ``(rows, in)``, sorted by expert.
-        adapted: Weights and factors of all experts.
+        x: ``(rows, in)``, sorted by expert. Rows beyond the sum of ``counts`` belong to no expert; what the result
+            holds there is up to ``product``.
+        adapted: Weights and factors of all experts; the caller adds the bias.
         counts: Rows of each expert.
         dropout: Probability of zeroing an entry of ``x`` on its way to ``A``.
+        product: How the base multiplies rows sorted by expert by ``(E, in, out)``; None: expert after expert.
 
     Returns:
         ``(rows, out)``.
     """
-    weights, bias, A, B, scale, caller = adapted
+    weights, _, A, B, scale, caller = adapted
     seed = shared_seed(x, [caller]) if dropout else 0
     activation, sources = gated_input(x) or (None, (x,))
-    settings = _Settings(scale / kept_share(dropout), counts, dropout, seed, activation)
-    return _FusedExperts.apply(settings, x.detach(), weights, bias, A, B, *sources)
+    product = product or (lambda rows, matrices: expert_linear(rows, matrices.mT, counts))
+    settings = _Settings(scale / kept_share(dropout), counts, product, dropout, seed, activation)
+    return _FusedExperts.apply(settings, x.detach(), weights, A, B, *sources)
 
 
 class _Settings(NamedTuple):
-    """What the computation depends on besides tensors, as in `Settings`, and the rows of each expert."""
+    """What the computation depends on besides tensors, as in `Settings`; the base's product, and rows of experts."""
 
     scale: float
     counts: list[int]
+    product: Product
     dropout: float
     seed: int
     activation: str | None
@@ -64,21 +72,13 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        settings: _Settings,
-        x: Tensor,
-        weights: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        *sources: Tensor,
+        ctx: Any, settings: _Settings, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *sources: Tensor
     ) -> Tensor:
-        inner, y = uninitialised(x, (len(x), A.shape[1])), uninitialised(x, (len(x), B.shape[1]))
-        rows, factors = (x, settings.drop(x), inner, y), (weights, bias, A * settings.scale, B)
-        for x_e, dropped, inner_e, y_e, W, b, A_e, B_e in _by_expert(settings.counts, rows, factors):
+        y, inner = whole(settings.product(x, weights.mT)), uninitialised(x, (len(x), A.shape[1]))
+        rows, factors = (settings.drop(x), inner, y), (A * settings.scale, B)
+        for dropped, inner_e, y_e, A_e, B_e in _by_expert(settings.counts, rows, factors):
             torch.mm(dropped, A_e.T, out=inner_e)
-            affine_into(y_e, inner_e, B_e.T, b)
-            torch.addmm(y_e, x_e, W.T, out=y_e)
+            y_e.addmm_(inner_e, B_e.T)
         ctx.settings = settings
         ctx.save_for_backward(inner, weights, A, B, *sources)
         return y
@@ -87,22 +87,23 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor) -> Any:
         settings: _Settings = ctx.settings
         inner, weights, A, B, *sources = ctx.saved_tensors
-        _, _, _, _, needs_A, needs_B, *needs_sources = ctx.needs_input_grad
+        _, _, _, needs_A, needs_B, *needs_sources = ctx.needs_input_grad
         (d_y,) = d_outputs
         x, activated = recomputed(settings.activation, sources)
         assert x is not None
         dropped = settings.drop(x)
         if torch.is_grad_enabled():
-            y = expert_linear(x, weights, settings.counts)
-            y = y + expert_update(dropped, A, B, settings.scale, settings.counts)
-            gradients = gradients_of([(y, d_y)], [A, B, *sources], [needs_A, needs_B, *needs_sources])
-            return None, None, None, None, *gradients
+            used = sum(settings.counts)
+            y = expert_linear(x[:used], weights, settings.counts)
+            y = y + expert_update(dropped[:used], A, B, settings.scale, settings.counts)
+            gradients = gradients_of([(y, d_y[:used])], [A, B, *sources], [needs_A, needs_B, *needs_sources])
+            return None, None, None, *gradients
         d_inner, d_A, d_B = _factor_gradients(settings, (A, B, dropped, inner), d_y, (needs_A, needs_B))
         d_sources: Sequence[Tensor | None] = [None] * len(sources)
         if any(needs_sources):
             d_x = _input_gradient(settings, weights, A, d_inner, d_y)
             d_sources = source_gradients(settings.activation, sources, d_x, activated)
-        return None, None, None, None, d_A, d_B, *d_sources
+        return None, None, None, d_A, d_B, *d_sources
 
 
 def _factor_gradients(
@@ -131,13 +132,11 @@ def _factor_gradients(
 
 def _input_gradient(settings: _Settings, weights: Tensor, A: Tensor, d_inner: Tensor, d_y: Tensor) -> Tensor:
     """Gradient of ``x``, ``(rows, in)``."""
-    d_x = uninitialised(d_y, (len(d_y), A.shape[2]))
-    for d_x_e, d_inner_e, A_e in _by_expert(settings.counts, (d_x, d_inner), (A * settings.scale,)):
-        torch.mm(d_inner_e, A_e, out=d_x_e)
-    d_x = settings.drop(d_x)
-    for d_x_e, d_y_e, W in _by_expert(settings.counts, (d_x, d_y), (weights,)):
-        torch.addmm(d_x_e, d_y_e, W, out=d_x_e)
-    return d_x
+    d_x = settings.product(d_y.contiguous(), weights)
+    updates = uninitialised(d_x, d_x.shape) if settings.dropout else d_x
+    for updates_e, d_inner_e, A_e in _by_expert(settings.counts, (updates, d_inner), (A * settings.scale,)):
+        torch.addmm(updates_e, d_inner_e, A_e, beta=0 if settings.dropout else 1, out=updates_e)
+    return d_x.add_(settings.drop(updates)) if settings.dropout else d_x
 
 
 def _by_expert(
@@ -147,10 +146,11 @@ def _by_expert(
 
     Args:
         counts: Rows of each expert.
-        rows: Tensors ``(rows, *)``, sorted by expert.
+        rows: Tensors ``(rows, *)``, sorted by expert; rows that belong to no expert come last.
         factors: Tensors ``(E, *)``, or ``(1, *)`` where all experts share one; None for each expert where None.
     """
-    by_expert: list[Sequence[Any]] = [tensor.split(counts) for tensor in rows]
+    used = sum(counts)
+    by_expert: list[Sequence[Any]] = [tensor[:used].split(counts) for tensor in rows]
     for factor in factors:
         if factor is None or len(factor) == 1:
             by_expert.append([None if factor is None else factor[0]] * len(counts))

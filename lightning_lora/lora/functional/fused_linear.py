@@ -2,9 +2,10 @@ r"""Linear layers with one input, and their low-rank updates, as one differentia
 
 The updates cost little arithmetic; what makes LoRA slow is everything around it. Written out, ``W x + s B A x`` walks
 over the output twice more than ``W x`` does, over the gradient of the input twice more, and with dropout over the input
-four times more. Here the small product comes first and the large one is added to it, forward and backward; layers with
+four times more. Here the small product is added to the large one as it is computed, forward and backward; layers with
 one input (query, key and value; gate and up) share the small product with it and its gradient; dropout keeps a seed
-instead of a mask; and the product of a gate is computed again instead of kept.
+instead of a mask; and the product of a gate is computed again instead of kept. The large product is the base's own, so
+an update of zero changes no bit of it.
 
 Shape legend: ``T`` rows of input (all leading axes together), ``r`` rank, ``R`` sum of ranks, ``in``/``out`` features.
 """
@@ -28,7 +29,7 @@ from lightning_lora.lora.functional.linear_products import (
     split_outputs,
 )
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
-from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
+from lightning_lora.lora.functional.torch_internals import is_traced
 
 # Tokens, as a multiple of a layer's longer side, above which the sum is cheaper (benchmarks/products.py).
 _MERGED_TOKENS = 2
@@ -106,20 +107,17 @@ class FusedLinears(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         """``(*, out)`` of each layer."""
         group, needs = GroupTensors.of(tensors, settings), GroupTensors.of(ctx.needs_input_grad[2:], settings)
-        # Made whole and written through views: an output that is a view itself could not be changed in place.
-        outputs = [uninitialised(x, (*x.shape[:-1], len(W))) for W in group.weights]
-        ys = [output.view(-1, output.shape[-1]) for output in outputs]
-        rows = x.reshape(-1, x.shape[-1])
         if settings.merges:
-            products = merged_outputs(ys, rows, group, settings)
+            ys, products = merged_outputs(x, group, settings)
         else:
-            products = [split_outputs(ys, rows, group, settings)]
+            ys, inner = split_outputs(x, group, settings)
+            products = [inner]
             if not any(needs.As) and settings.activation is None:
                 group = group._replace(sources=[None])
         ctx.settings, ctx.shape, ctx.is_done = settings, x.shape, False
         ctx.save_for_backward(*products, *group.flat())
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> Any:

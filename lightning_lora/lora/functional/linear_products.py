@@ -1,7 +1,8 @@
 """Products of a group of linear layers and their updates, and the gradients of these products.
 
-The small product comes first and the large one is added to it (``beta = 1`` in BLAS), so no output is walked over once
-more. Gradients come in two forms: written out, and through autograd where they must be differentiated again.
+The large product comes first, as the base computes it, and the small one is added to it in the same pass in which it is
+computed (``beta = 1`` in BLAS): a small product of zero leaves every bit of the large one. Gradients come in two forms:
+written out, and through autograd where they must be differentiated again.
 
 Shape legend: ``T`` rows of input (all leading axes together), ``r`` rank, ``R`` sum of ranks, ``in``/``out`` features.
 """
@@ -11,12 +12,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.lora.functional.gated_input import recomputed
 from lightning_lora.lora.functional.linear_group import GroupTensors, Settings
 from lightning_lora.lora.functional.narrow_products import times_narrow, transposed_times_narrow
 from lightning_lora.lora.functional.seeded_dropout import drop
+from lightning_lora.lora.functional.torch_internals import uninitialised, whole
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` as the layer computes it before it is adapted, bit for bit; contiguous, and nobody's view.
+
+    Torch multiplies by a weight that needs a gradient in another order, where ``x`` is not contiguous. The weights of a
+    model that nobody has frozen yet need one.
+
+    Args:
+        x: ``(*, in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None.
+    """
+    with torch.no_grad():
+        return whole(F.linear(x, weight.detach().requires_grad_(), bias).contiguous())
 
 
 def affine_into(out: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
@@ -33,37 +51,34 @@ def scaled_factors(group: GroupTensors, settings: Settings) -> Tensor:
     return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
-def split_outputs(ys: Sequence[Tensor], rows: Tensor, group: GroupTensors, settings: Settings) -> Tensor:
-    """Write ``x W^T + b + scale * drop(x) A^T B^T`` of each layer to its ``y``, ``(T, out)``.
+def split_outputs(x: Tensor, group: GroupTensors, settings: Settings) -> tuple[list[Tensor], Tensor]:
+    """``x W^T + b + scale * drop(x) A^T B^T`` of each layer.
 
     Args:
-        ys: Uninitialised, ``(T, out)`` of each layer.
-        rows: ``x``, ``(T, in)``.
+        x: ``(*, in)``.
         group: Tensors of the group.
         settings: Settings of the group.
 
     Returns:
-        ``scale * drop(x) A^T`` of all layers side by side, ``(T, R)``.
+        ``(*, out)`` of each layer, and ``scale * drop(x) A^T`` of all layers side by side, ``(T, R)``.
     """
+    rows = x.reshape(-1, x.shape[-1])
     inner = drop(rows, settings.dropout, settings.seed) @ scaled_factors(group, settings).T
-    parts = _by_layer(inner, group.As, dim=1)
-    for y, part, W, b, B in zip(ys, parts, group.weights, group.biases, group.Bs, strict=True):
-        affine_into(y, part, B.T, b)
-        torch.addmm(y, rows, W.T, out=y)
-    return inner
+    ys = [base_product(x, W, b) for W, b in zip(group.weights, group.biases, strict=True)]
+    for y, part, B in zip(ys, _by_layer(inner, group.As, dim=1), group.Bs, strict=True):
+        y.view(-1, len(B)).addmm_(part, B.T)
+    return ys, inner
 
 
-def merged_outputs(ys: Sequence[Tensor], rows: Tensor, group: GroupTensors, settings: Settings) -> list[Tensor]:
-    """Write ``x (W + scale B A)^T + b`` of each layer to its ``y``, with the arguments of `split_outputs`.
+def merged_outputs(x: Tensor, group: GroupTensors, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
+    """``x (W + scale B A)^T + b`` of each layer, with the arguments of `split_outputs`.
 
     Returns:
-        ``W + scale B A`` of each layer, ``(out, in)``.
+        ``(*, out)`` of each layer, and ``W + scale B A`` of each layer, ``(out, in)``.
     """
     factors = _by_layer(scaled_factors(group, settings), group.As, dim=0)
     sums = [torch.addmm(W, B, A) for W, B, A in zip(group.weights, group.Bs, factors, strict=True)]
-    for y, merged, b in zip(ys, sums, group.biases, strict=True):
-        affine_into(y, rows, merged.T, b)
-    return sums
+    return [base_product(x, merged, b) for merged, b in zip(sums, group.biases, strict=True)], sums
 
 
 def inner_gradient(group: GroupTensors, d_ys: Sequence[Tensor | None]) -> Tensor:
@@ -133,14 +148,19 @@ def input_gradient(
         d_inner: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
-    d_x = None
-    if not sums:
-        d_x = drop(d_inner @ scaled_factors(group, settings), settings.dropout, settings.seed)
-    for d_y, matrix in zip(d_ys, sums or group.weights, strict=True):
-        if d_y is not None:
-            d_x = d_y @ matrix if d_x is None else torch.addmm(d_x, d_y, matrix, out=d_x)
-    assert d_x is not None
-    return d_x
+    # As autograd adds up the gradients of layers that are called one after the other: the last one first, each computed
+    # alone.
+    pairs = zip(reversed(d_ys), reversed(sums or group.weights), strict=True)
+    (d_y, matrix), *others = [(d_y, matrix) for d_y, matrix in pairs if d_y is not None]
+    d_x = d_y @ matrix
+    alone = uninitialised(d_x, d_x.shape) if others else d_x
+    for d_y, matrix in others:
+        d_x += torch.mm(d_y, matrix, out=alone)
+    if sums:
+        return d_x
+    if settings.dropout:
+        return d_x.add_(drop(d_inner @ scaled_factors(group, settings), settings.dropout, settings.seed))
+    return d_x.addmm_(d_inner, scaled_factors(group, settings))
 
 
 def differentiable_gradients(

@@ -45,3 +45,11 @@ def uninitialised(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None 
     tensor = like.new_empty(0, dtype=dtype)
     storage = torch.UntypedStorage(math.prod(shape) * tensor.element_size(), device=like.device)
     return tensor.set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` with the same memory, but as nobody's view: autograd forbids to change an output that is a view."""
+    if not tensor._is_view():
+        return tensor
+    place = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return tensor.new_empty(0).set_(*place)  # pyright: ignore[reportCallIssue, reportArgumentType]

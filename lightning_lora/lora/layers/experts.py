@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.lora.functional import AdaptedWeight, can_fuse
-from lightning_lora.lora.functional.experts import (
-    combine_experts,
-    dispatch,
-    expert_linear,
-    expert_update,
-    sort_by_expert,
-)
-from lightning_lora.lora.functional.fused_experts import fused_expert_linear
+from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer, WeightShape
+from lightning_lora.lora.layers.effective_weights import effective_weights
+from lightning_lora.lora.layers.expert_weights import ExpertWeight
+
+# How transformers' experts interface names the implementations that use torch's products only.
+_IN_TORCH = (None, "eager", "batched_mm", "grouped_mm")
 
 
 class LoRAFusedExperts(LoRALayer):
@@ -32,8 +27,6 @@ class LoRAFusedExperts(LoRALayer):
         - ``<weight>_lora_A``: ``(experts, rank, in)``, ``<weight>_lora_B``: ``(experts, out, rank)``; a shared factor
           has 1 for ``experts``.
     """
-
-    has_bias: bool
 
     @staticmethod
     def transposed(module: Any) -> bool:
@@ -70,43 +63,44 @@ class LoRAFusedExperts(LoRALayer):
         delta = super().weight_delta(weight)
         return delta.transpose(1, 2) if self.transposed(self) else delta
 
-    def expert_matrices(self, weight: str) -> Tensor:
-        """The parameter called ``weight`` as ``(experts, out, in)``."""
-        stored = getattr(self, weight)
-        return stored.transpose(1, 2) if self.transposed(self) else stored
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.lora_active:
+            return super().forward(*args, **kwargs)
+        if not self._computes_in_torch():
+            with effective_weights([self]):
+                return super().forward(*args, **kwargs)
+        base = {name: self._parameters[name] for name in self.lora_specs}
+        adding: dict[str, Any] = {name: self._expert_weight(name) for name in base}
+        try:
+            self._parameters.update(adding)
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters.update(base)
 
-    def adapted_product(self, x: Tensor, weight: str, counts: list[int]) -> Tensor:
-        """Rows sorted by expert times a weight and its update, plus the bias: ``(rows, in)`` to ``(rows, out)``."""
-        matrices = self.expert_matrices(weight)
-        bias = getattr(self, f"{weight}_bias") if self.has_bias else None
-        if weight not in self.lora_specs:
-            return _with_bias(expert_linear(x, matrices, counts), bias, counts)
+    def _expert_weight(self, weight: str) -> ExpertWeight:
         A, B = self.lora_pair(weight)
-        scale, dropout = self.lora_specs[weight].scale, self.lora_dropout
-        if can_fuse(x, matrices, bias):
-            adapted = AdaptedWeight(matrices, bias, A.to(x.dtype), B.to(x.dtype), scale, self)
-            return fused_expert_linear(x, adapted, counts, dropout)
-        y = _with_bias(expert_linear(x, matrices, counts), bias, counts)
-        return y + expert_update(x, A, B, scale, counts, dropout)
+        scale = self.lora_specs[weight].scale
+        return ExpertWeight(getattr(self, weight), A, B, scale, self.lora_dropout, self, self.transposed(self))
+
+    def _computes_in_torch(self) -> bool:
+        """Whether the base multiplies by its weights through functions of torch, where an update can be added."""
+        return True
 
 
 class LoRAExperts(LoRAFusedExperts):
     r"""Fused experts of transformers' experts interface: ``y_e = W_e x + scale * B_e A_e x`` for each active expert.
 
-    Both weights take part: ``gate_up_proj`` (``up_proj`` where there is no gate) and ``down_proj``. Tokens are sorted
-    by expert once, and only products of width ``rank`` are added: no expert's ``B A`` is ever formed. Gate, bias and
-    norm are those of the layer. Where no adapter is active, the layer computes as transformers does.
+    Both weights take part: ``gate_up_proj`` (``up_proj`` where there is no gate) and ``down_proj``. The layer computes
+    as its model's config says, with the code of transformers, and only products of width ``rank`` are added: no
+    expert's ``B A`` is ever formed. Kernels that read the weights themselves get ``W + scale * B A``.
 
     Shape:
         - Input: hidden states ``(tokens, hidden)``, experts ``(tokens, k)``, their weights ``(tokens, k)``.
         - Output: ``(tokens, hidden)``.
     """
 
-    has_gate: bool
-    has_post_expert_norm: bool
-    act_fn: Callable[[Tensor], Tensor]
-    _apply_gate: Callable[[Tensor], Tensor]
-    post_expert_norm: Callable[[Tensor], Tensor]
+    config: Any
 
     @staticmethod
     @override
@@ -119,18 +113,16 @@ class LoRAExperts(LoRAFusedExperts):
         return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
     @override
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._adapted(*args, **kwargs) if self.lora_active else super().forward(*args, **kwargs)
-
-    def _adapted(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        up, down = self.parameter_names(self)
-        routing = sort_by_expert(top_k_index, getattr(self, down).shape[0])
-        inner = self.adapted_product(dispatch(hidden_states, routing), up, routing.counts)
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        y = self.adapted_product(inner, down, routing.counts)
-        if self.has_post_expert_norm:
-            y = self.post_expert_norm(y)
-        return combine_experts(y, routing, top_k_weights).to(hidden_states.dtype)
+    def _computes_in_torch(self) -> bool:
+        implementation = getattr(self.config, "_experts_implementation", None)
+        if implementation in _IN_TORCH:
+            return True
+        if self.lora_dropout:
+            raise ConfigError(
+                f"the experts compute by {implementation!r}, a kernel that reads their weights, so dropout cannot act "
+                f"on the input of their update: set dropout=0, or call model.set_experts_implementation('grouped_mm')."
+            )
+        return False
 
 
 class LoRADenseExperts(LoRAFusedExperts):
@@ -141,9 +133,6 @@ class LoRADenseExperts(LoRAFusedExperts):
         - Input and output: ``(experts * tokens, hidden)``, expert after expert.
     """
 
-    has_bias = False
-    act_fn: Callable[[Tensor], Tensor]
-
     @staticmethod
     @override
     def transposed(module: Any) -> bool:
@@ -153,19 +142,3 @@ class LoRADenseExperts(LoRAFusedExperts):
     @override
     def parameter_names(module: Any) -> tuple[str, str]:
         return "gate_up_proj", "down_proj"
-
-    @override
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.lora_active:
-            return super().forward(hidden_states)
-        num_experts = self.weights(self)["down_proj"].num_experts
-        counts = [len(hidden_states) // num_experts] * num_experts
-        gate, up = self.adapted_product(hidden_states, "gate_up_proj", counts).chunk(2, dim=-1)
-        return self.adapted_product(up * self.act_fn(gate), "down_proj", counts)
-
-
-def _with_bias(y: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
-    """Add the bias of each expert, ``(experts, out)``, to its rows of ``y``, ``(rows, out)`` sorted by expert."""
-    if bias is None:
-        return y
-    return y + bias.repeat_interleave(torch.tensor(counts, device=bias.device), dim=0, output_size=len(y))

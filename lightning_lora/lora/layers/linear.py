@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.lora.functional import AdaptedWeight, can_fuse, fused_lora_linears, linear_update
+from lightning_lora.lora.functional import AdaptedWeight, base_product, can_fuse, fused_lora_linears, linear_update
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.siblings import sibling_output
@@ -36,17 +37,23 @@ class LoRALinear(LoRALayer, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         if not self.lora_active:
-            return super().forward(input)
+            # Without gradients, bit for bit as before the weights were frozen; with gradients, torch decides.
+            is_plain = not torch.is_grad_enabled() and self._computes_plainly(input)
+            return base_product(input, self.weight, self.bias) if is_plain else super().forward(input)
         if (adapted := self.adapted_weight(input)) is not None:
             return sibling_output(self, input, adapted)
-        return super().forward(input) + _update(self, input, *self.linear_factors())
+        y = super().forward(input)
+        return y + _update(self, input, *self.linear_factors()).to(y.dtype)
 
     def adapted_weight(self, x: Tensor) -> AdaptedWeight | None:
         """Weight and factors for an input ``x``; None where the update is not active or cannot be fused."""
-        if not (self.lora_active and can_fuse(x, self.weight, self.bias) and _computes_as_linear(type(self))):
+        if not (self.lora_active and self._computes_plainly(x)):
             return None
         A, B = self.linear_factors()
         return AdaptedWeight(self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.lora_spec.scale, self)
+
+    def _computes_plainly(self, x: Tensor) -> bool:
+        return can_fuse(x, self.weight, self.bias) and _computes_as_linear(type(self))
 
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
@@ -88,7 +95,8 @@ class LoRAConv1D(LoRALayer):
         if not self.lora_active:
             return super().forward(x)
         if not can_fuse(x, self.weight, self.bias):
-            return super().forward(x) + _update(self, x, *self.lora_pair())
+            y = super().forward(x)
+            return y + _update(self, x, *self.lora_pair()).to(y.dtype)
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         adapted = AdaptedWeight(self.weight.T, self.bias, A, B, self.lora_spec.scale, self)
         return fused_lora_linears(x, [adapted], self.lora_dropout)[0]

@@ -22,30 +22,26 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def fused(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, counts: list[int], dropout: float = 0.0
-) -> Tensor:
-    return fused_expert_linear(x, AdaptedWeight(W, b, A, B, SCALE), counts, dropout)
+def fused(x: Tensor, W: Tensor, A: Tensor, B: Tensor, counts: list[int], dropout: float = 0.0) -> Tensor:
+    return fused_expert_linear(x, AdaptedWeight(W, None, A, B, SCALE), counts, dropout)
 
 
-def formula(x: Tensor, dropped: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    y = expert_linear(x, W, COUNTS) + expert_update(dropped, A, B, SCALE, COUNTS)
-    return y if b is None else y + b.repeat_interleave(torch.tensor(COUNTS), dim=0)
+def formula(x: Tensor, dropped: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return expert_linear(x, W, COUNTS) + expert_update(dropped, A, B, SCALE, COUNTS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(("shared_A", "shared_B"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients_are_the_formulas(bias: bool, shared_A: bool, shared_B: bool, dropout: float) -> None:
-    W, b = numbers(E, OUT, IN), numbers(E, OUT) if bias else None
+def test_values_and_gradients_are_the_formulas(shared_A: bool, shared_B: bool, dropout: float) -> None:
+    W = numbers(E, OUT, IN)
     x, A, B = numbers(ROWS, IN), numbers(1 if shared_A else E, R, IN), numbers(1 if shared_B else E, OUT, R)
     for leaf in (x, A, B):
         leaf.requires_grad_()
     torch.manual_seed(3)
-    ours = fused(x, W, b, A, B, COUNTS, dropout)
+    ours = fused(x, W, A, B, COUNTS, dropout)
     torch.manual_seed(3)
     dropped = drop(x, dropout, int(torch.randint(2**62, ()))) / kept_share(dropout)
-    wanted = formula(x, dropped, W, b, A, B)
+    wanted = formula(x, dropped, W, A, B)
     torch.testing.assert_close(ours, wanted)
     gradient = numbers(*ours.shape)
     for found, expected in zip(
@@ -61,10 +57,8 @@ def test_an_input_that_came_of_halves_sends_its_gradient_there() -> None:
     x = F.silu(gate) * up
     assert gated_input(x) is not None
     d_y = numbers(ROWS, OUT)
-    ours = torch.autograd.grad(fused(x, W, None, A, B, COUNTS), (gate_up, A, B), d_y, True)
-    for found, expected in zip(
-        ours, torch.autograd.grad(formula(x, x, W, None, A, B), (gate_up, A, B), d_y), strict=True
-    ):
+    ours = torch.autograd.grad(fused(x, W, A, B, COUNTS), (gate_up, A, B), d_y, True)
+    for found, expected in zip(ours, torch.autograd.grad(formula(x, x, W, A, B), (gate_up, A, B), d_y), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -75,7 +69,7 @@ def test_gradients_can_be_differentiated_again(dropout: float) -> None:
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return fused(x, W, None, A, B, COUNTS, dropout)
+        return fused(x, W, A, B, COUNTS, dropout)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
@@ -85,13 +79,13 @@ def test_gradients_can_be_differentiated_again(dropout: float) -> None:
 def test_only_the_gradients_asked_for_are_computed(learning: tuple[bool, ...]) -> None:
     leaves = numbers(ROWS, IN), numbers(E, R, IN), numbers(E, OUT, R)
     x, A, B = (leaf.requires_grad_(learns) for leaf, learns in zip(leaves, learning, strict=True))
-    fused(x, numbers(E, OUT, IN), None, A, B, COUNTS).sum().backward()
+    fused(x, numbers(E, OUT, IN), A, B, COUNTS).sum().backward()
     assert tuple(leaf.grad is not None for leaf in (x, A, B)) == learning
 
 
 def test_no_rows_at_all_have_gradients_of_zero() -> None:
     x, A, B = (t.requires_grad_() for t in (numbers(0, IN), numbers(E, R, IN), numbers(E, OUT, R)))
-    y = fused(x, numbers(E, OUT, IN), None, A, B, [0] * E)
+    y = fused(x, numbers(E, OUT, IN), A, B, [0] * E)
     assert y.shape == (0, OUT)
     y.sum().backward()
     assert A.grad is not None
