@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from torch.optim.swa_utils import AveragedModel
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -42,3 +44,8 @@ def remake_training_loaders(trainer: Trainer) -> None:
 def is_accumulating(trainer: Trainer) -> bool:
     """Whether the present batch only adds to the gradients: the optimizer steps at a later batch."""
     return trainer.fit_loop._should_accumulate()
+
+
+def averaged_model(callback: WeightAveraging) -> AveragedModel | None:
+    """Copy of the module that ``callback`` averages into, or None outside ``fit``."""
+    return callback._average_model

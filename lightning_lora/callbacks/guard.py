@@ -20,6 +20,7 @@ from lightning_lora.lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
+from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
 from lightning_lora.mixin.optim import check_optimizers
 from lightning_lora.sharding.collectives import missing_on_all_ranks
 
@@ -62,15 +63,19 @@ class LoRAGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the previous run."""
+        """Forget the previous run, and refuse callbacks that would change the base of an adapted module."""
         self._training = self._evaluation = None
         self._base, self._without_gradient, self._learning = {}, set(), False
+        if lora_layers(pl_module):
+            refuse_callbacks(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take digests of base weights and buffers."""
         self._base = base_digests(pl_module, _trained_names(pl_module), exact=True) if lora_layers(pl_module) else {}
         self._buffers = _buffer_digests(pl_module) if self._base else {}
+        if self._base:
+            keep_averages_exact(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,5 +1,7 @@
 """LoRA in a LightningModule.
 
 Read in this order: `lora_mixin` (the class to inherit from), `outermost_hooks` (how it runs its part of a hook once),
-`optim` (parameter groups and learning rates), `precision` (quantising the base before it is adapted).
+`around_root` (what is outside of `lora_root`), `optim` (parameter groups) with `rates` (learning rates as the start
+finds them), `precision` (quantising the base before it is adapted), `kept_frozen` (what is frozen stays so),
+`lightning_callbacks` (callbacks of Lightning that are refused or made exact).
 """

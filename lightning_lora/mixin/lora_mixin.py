@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from lightning_lora.checkpoints import contents, optimizer_state_names
 from lightning_lora.checkpoints.resume import RunMemory
-from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
+from lightning_lora.errors import TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
 from lightning_lora.lora.config import LoRAConfig
@@ -27,17 +27,20 @@ from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
-from lightning_lora.mixin import optim
+from lightning_lora.mixin import optim, rates
+from lightning_lora.mixin.around_root import inject_below
+from lightning_lora.mixin.kept_frozen import KeptFrozen
+from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
-from lightning_lora.mixin.precision import quantise_first
-from lightning_lora.trainer_access import found
+from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
 
 _UNSET: Any = object()
 _HOOKS = {
-    "configure_model": outermost(after="apply_lora"),
+    "configure_model": outermost(after="_configured"),
     "on_fit_start": outermost(after="_fit_starts"),
     "on_train_start": outermost(before="_check_optimizers", after="_resume_run"),
     "on_train_epoch_start": outermost(after="_epoch_starts"),
+    "on_before_optimizer_step": outermost(after="_before_step"),
     "on_save_checkpoint": outermost(after="_after_save"),
     "on_load_checkpoint": outermost(before="_before_load"),
 }
@@ -58,7 +61,8 @@ class LoRAMixin(LightningModule):
 
     Args:
         lora: A `LoRAConfig`, a mapping of its fields, or None for full fine-tuning.
-        lora_root: Dotted name of the submodule to adapt; everything outside it stays unchanged. None: the whole module.
+        lora_root: Dotted name of the submodule to adapt; everything outside it is frozen, unless ``trainable`` names it
+            by its name in this module. None: the whole module.
     """
 
     lora: LoRAConfig | dict[str, Any] | None = None
@@ -108,6 +112,12 @@ class LoRAMixin(LightningModule):
         super().on_train_epoch_start()
 
     @override
+    @_HOOKS["on_before_optimizer_step"]
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse to train a base weight that something has unfrozen."""
+        super().on_before_optimizer_step(optimizer)
+
+    @override
     @_HOOKS["on_save_checkpoint"]
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only adapters, fully trained modules and buffers in the checkpoint."""
@@ -131,12 +141,13 @@ class LoRAMixin(LightningModule):
         """
         if self.lora is None:
             return
+        refuse_callbacks(self._trainer)
+        refuse_replaced_layers(self)
         quantise_first(self)
         root = self._lora_module()
         if lora_layers(root):
             return
-        self._refuse_swa()
-        report = adapter.inject_lora(root, LoRAConfig.from_dict(self.lora))
+        report = inject_below(self, self.lora_root, root, LoRAConfig.from_dict(self.lora))
         rank_zero_info(str(report))
         self._compute_fingerprint()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
@@ -149,7 +160,10 @@ class LoRAMixin(LightningModule):
 
     def lora_parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Make optimizer groups by the learning-rate rule; see `lightning_lora.mixin.optim.parameter_groups`."""
-        return optim.parameter_groups(self, learning_rate)
+        groups = optim.parameter_groups(self, learning_rate)
+        if self._trainer is None:  # else the start of training prints the rates, when schedulers have set theirs
+            rates.report_groups(self, groups)
+        return groups
 
     def merge_lora(self) -> MergeReport:
         """Add the updates to the base weights, in place; see `lightning_lora.merge_lora`."""
@@ -207,13 +221,6 @@ class LoRAMixin(LightningModule):
             raise TargetNotFoundError(f"lora_root {self.lora_root!r} is not a submodule of {type(self).__name__}{hint}")
         return modules[self.lora_root]
 
-    def _refuse_swa(self) -> None:
-        if self._trainer is not None and found(self._trainer, StochasticWeightAveraging):
-            raise ConfigError(
-                "StochasticWeightAveraging copies the module before the adapters exist and would average the base. "
-                "Use AdapterEMA instead."
-            )
-
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the dtype of adapters: 'true' precision plugins lower every parameter, resumed ones too."""
@@ -229,12 +236,26 @@ class LoRAMixin(LightningModule):
         if self._has_adapters():
             optim.check_optimizers(self, self.trainer.optimizers)
             adapter.check_not_merged(self, "train")
+        self._kept_frozen().training_starts(self)
+        rates.report_rates(self, self.trainer)
 
     def _run_memory(self) -> RunMemory:
         # The LoRA callback turns an existing module into this class, so that __init__ of this class never ran.
         return self.__dict__.setdefault("_lora_run_memory", RunMemory())
 
+    def _kept_frozen(self) -> KeptFrozen:
+        return self.__dict__.setdefault("_lora_kept_frozen", KeptFrozen())
+
+    def _configured(self) -> None:
+        self.apply_lora()
+        self._kept_frozen().remember(self)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        self._kept_frozen().check()
+
     def _fit_starts(self) -> None:
+        if self._has_adapters():
+            keep_averages_exact(self.trainer)
         # Strategies that read a checkpoint themselves do so later, and use the names.
         states, self._lora_loaded_states = self._lora_loaded_states, None
         if states is not None and not optimizer_state_names.reads_by_name(self.trainer.strategy):

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.shards import reshard
+from lightning_lora.mixin.rates import ASKED, held_groups
 
 # Far below the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
@@ -44,13 +44,11 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
         multiplier = next(iter(layers)).lora_spec.config.lr_multiplier
         rate = learning_rate * multiplier
         groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": "adapters"})
-        rank_zero_info(f"learning rate {learning_rate:g} x {multiplier:g} = {rate:g} for {len(layers)} adapters")
     if others:
         groups.append({"params": others, "lr": learning_rate, "name": "full"})
-        rank_zero_info(f"learning rate {learning_rate:g} for {len(others)} parameters trained in full")
     if not groups:
         raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
-    return groups
+    return [group | {ASKED: group["lr"]} for group in groups]
 
 
 def check_learning_rate(learning_rate: Any) -> None:
@@ -86,8 +84,5 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
 
 def _held(optimizer: Any) -> list[nn.Parameter]:
     """Parameters of the module that ``optimizer`` updates."""
-    # DeepSpeed's ZeRO updates flat copies and keeps the module's parameters in these lists, stage 3 in the second.
-    for name in ("bit16_groups", "fp16_groups"):
-        if groups := getattr(optimizer, name, None):
-            return [parameter for group in groups for parameter in group]
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = held_groups(optimizer) or [group["params"] for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group]
