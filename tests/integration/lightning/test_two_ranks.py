@@ -1,4 +1,4 @@
-"""A LightningModule may be given to `shard_lora` as a whole."""
+"""Two processes: a LightningModule that `shard_lora` shards as a whole, and each kind of DDP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.lightning import sharded_module
+from tests.integration.lightning import adapted_runs, ddp_variants, sharded_module
 from tests.support import toys, warm
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
@@ -26,3 +26,13 @@ def test_a_module_that_is_sharded_whole_computes_in_every_step_what_one_device_c
     assert "scale" not in one
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_every_kind_of_ddp_trains_the_adapters_alike_on_both_ranks(tmp_path: Path) -> None:
+    warm.run_ranks(2, ddp_variants.__file__, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(one) == len(ddp_variants.KINDS) * len(adapted_runs.WAYS)
+    for run, adapters in one.items():
+        assert toys.same(adapters, other[run])
+        for name, tensor in adapters.items():
+            torch.testing.assert_close(tensor, one["ddp", run[1]][name])
