@@ -23,8 +23,8 @@ from lightning_lora.lightning_private import averaged_model
 from lightning_lora.trainer_access import found
 
 _REFUSED: dict[type[Callback], str] = {
-    StochasticWeightAveraging: "copies the module in setup, before LoRA adapts it, and would average the base. Use AdapterEMA "
-    "instead.",
+    StochasticWeightAveraging: "copies the module in setup, before LoRA adapts it, and would average the base. Use "
+    "AdapterEMA instead.",
     BaseFinetuning: "freezes and unfreezes modules while they train: adapters of a frozen module would train, and an "
     "unfrozen base would too. Leave it out: the base stays frozen anyway, adapters learn from the first step, and "
     "LoRAConfig(trainable=[...]) trains a new head in full.",

@@ -64,9 +64,11 @@ def _contents(module: nn.Module, parameters: list[nn.Parameter]) -> str:
 
 def _groups(optimizer: Any) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
     """Parameter groups, each with the parameters of the module that it updates."""
-    for number, group in enumerate(optimizer.param_groups):
-        flat = held_groups(optimizer)
-        yield group, flat[number] if flat else group["params"]
+    yield from zip(
+        optimizer.param_groups,
+        held_groups(optimizer) or [group["params"] for group in optimizer.param_groups],
+        strict=False,
+    )
 
 
 def held_groups(optimizer: Any) -> list[list[nn.Parameter]]:

@@ -41,9 +41,16 @@ def test_ema_averages_the_adapters_and_resumes(tmp_path: Path) -> None:
     assert all(toys.moved(whole))
 
 
+def lists_of_ones_own(old: Any, new: Any, count: Any) -> None:
+    """An average in place, with a rounding for each of its two products."""
+    for average, weight in zip(old, new, strict=True):
+        average.mul_(0.9).add_(weight, alpha=0.1)
+
+
 AVERAGES: dict[str, Any] = {
     "EMA": lambda: EMAWeightAveraging(decay=0.9),
     "EMA by lists": lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    "lists of one's own": lambda: WeightAveraging(multi_avg_fn=lists_of_ones_own),
     "a user's own": lambda: WeightAveraging(avg_fn=lambda old, new, count: 0.7 * old + 0.3 * new, use_buffers=False),
     "equal weights": WeightAveraging,
 }
