@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.loggers import CSVLogger
 
@@ -18,7 +19,11 @@ from tests.integration.lightning import adapted_runs
 from tests.integration.lightning.adapted_runs import WAYS
 from tests.support import toys
 
-pytestmark = toys.expected_warnings
+pytestmark = [
+    *toys.expected_warnings,
+    pytest.mark.filterwarnings("ignore:.*was called without a model. The last model of the previous"),
+    pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`, you need to define a `flops_per_batch`"),
+]
 ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -146,7 +151,7 @@ def test_a_spike_of_the_loss_is_found(way: str, tmp_path: Path) -> None:
             loss = outputs["loss"] if trainer.global_step < 3 else outputs["loss"] * 1e6
             super().on_train_batch_end(trainer, pl_module, {"loss": loss}, batch, batch_idx)
 
-    with pytest.raises(callbacks.spike.TrainingSpikeException):
+    with pytest.raises(TrainingSpikeException):
         train(way, tmp_path, Jumps(warmup=1, rtol=2.0, exclude_batches_path=str(tmp_path / "bad.json")))
 
 

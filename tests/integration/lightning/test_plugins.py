@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import (
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from torch import nn
 
-from lightning_lora import ConfigError, LoRAConfig, inject_lora, lora_layers, lora_state_dict
+from lightning_lora import ConfigError, LoRAConfig, LoRAMixin, inject_lora, lora_layers, lora_state_dict
 from tests.integration.lightning import adapted_runs
 from tests.integration.lightning.adapted_runs import WAYS
 from tests.support import toys
@@ -47,10 +47,28 @@ def test_a_profiler_looks_on(way: str, make: Any, tmp_path: Path) -> None:
     adapted_runs.fit(way, tmp_path, profiler=make() if make is PassThroughProfiler else make(tmp_path, "profile"))
 
 
+class Saved(adapted_runs.Student):
+    """Saves its hyperparameters, LoRA settings among them."""
+
+    def __init__(self, lora: Any = None, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class SavedAdapted(LoRAMixin, Saved):
+    lora = adapted_runs.CONFIG
+
+
 class Recorder(Logger):
     """Keeps all that a logger is given."""
 
-    name, version = "recorder", 0
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> int:
+        return 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +85,9 @@ class Recorder(Logger):
 @ways
 @pytest.mark.parametrize("make", [lambda folder: Recorder(), CSVLogger])
 def test_a_logger_gets_metrics_and_plain_hyperparameters(way: str, make: Any, tmp_path: Path) -> None:
-    class Saved(adapted_runs.AdaptedStudent if way == "mixin" else adapted_runs.Student):
-        def __init__(self, lora: Any = None, width: int = 8) -> None:
-            super().__init__()
-            self.save_hyperparameters()
-
+    kind = SavedAdapted if way == "mixin" else Saved
     logger = make(tmp_path)
-    adapted_runs.fit(way, tmp_path, module=Saved(adapted_runs.CONFIG), logger=logger, log_every_n_steps=1)
+    adapted_runs.fit(way, tmp_path, module=kind(adapted_runs.CONFIG), logger=logger, log_every_n_steps=1)
     if isinstance(logger, Recorder):
         assert {"train_loss", "val_loss"} <= logger.metrics.keys()
         # The callback makes the module a LoRAMixin, so that both have plain types.

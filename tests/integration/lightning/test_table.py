@@ -31,7 +31,7 @@ def classes(room: Any) -> set[str]:
 )
 def test_every_public_class_has_a_row(room: Any) -> None:
     assert classes(room) - set(NAMED) == set()
-    assert len(classes(room)) > (0 if room is tuner else 5)
+    assert len(classes(room)) >= (1 if room is tuner else 5)
 
 
 def test_every_registered_strategy_has_a_row() -> None:
