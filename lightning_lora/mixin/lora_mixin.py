@@ -34,7 +34,7 @@ from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
 
-_UNSET: Any = object()
+_UNSET: Any = contents.NotGiven()
 _HOOKS = {
     "configure_model": outermost(after="_configured"),
     "on_fit_start": outermost(after="_fit_starts"),

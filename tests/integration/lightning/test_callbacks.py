@@ -22,6 +22,8 @@ from tests.support import toys
 pytestmark = [
     *toys.expected_warnings,
     pytest.mark.filterwarnings("ignore:.*was called without a model. The last model of the previous"),
+    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint available"),
+    pytest.mark.filterwarnings("ignore:this run goes on, but not exactly as it would have"),
     pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`, you need to define a `flops_per_batch`"),
 ]
 ways = pytest.mark.parametrize("way", WAYS)

@@ -55,8 +55,12 @@ class Saved(adapted_runs.Student):
         self.save_hyperparameters()
 
 
-class SavedAdapted(LoRAMixin, Saved):
-    lora = adapted_runs.CONFIG
+class SavedAdapted(LoRAMixin, adapted_runs.Student):
+    """The same with the mixin."""
+
+    def __init__(self, lora: Any = None, width: int = 8) -> None:
+        super().__init__(lora=lora)
+        self.save_hyperparameters()
 
 
 class Recorder(Logger):
