@@ -67,6 +67,9 @@ def plain_hyperparameters(checkpoint: dict[str, Any]) -> None:
 class NotGiven:
     """The default of an argument that was not given; Lightning may find it among hyperparameters."""
 
+    def __repr__(self) -> str:
+        return "..."
+
 
 def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
     """Replace every `LoRAConfig` in ``hparams`` by a mapping, and leave out what was not given, in place."""
