@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -75,3 +77,8 @@ def is_trained(module: LightningModule, parameter: Tensor) -> bool:
     """Whether ``parameter`` is trained; ``toggle_optimizer`` freezes those of other optimizers for the time being."""
     before: Any = module._param_requires_grad_state  # by parameter, whatever its type says
     return before.get(parameter, parameter.requires_grad)
+
+
+def averaged_model(callback: WeightAveraging) -> AveragedModel | None:
+    """Copy of the module that ``callback`` averages into, or None outside ``fit``."""
+    return callback._average_model

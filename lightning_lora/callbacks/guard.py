@@ -21,6 +21,7 @@ from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.shards import reshard
 from lightning_lora.lora.travelling import recorded_parameters
 from lightning_lora.mixin.given_settings import check_they_have_a_reader
+from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_optimizers
 from lightning_lora.sharding.collectives import missing_on_all_ranks
@@ -63,9 +64,11 @@ class LoRAGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the previous run."""
+        """Forget the previous run, and refuse callbacks that would change the base of an adapted module."""
         self._training = self._evaluation = None
         self._base, self._without_gradient, self._learning = {}, set(), False
+        if lora_layers(pl_module):
+            refuse_callbacks(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,6 +76,8 @@ class LoRAGuard(Callback):
         if not isinstance(pl_module, LoRAMixin):
             check_they_have_a_reader(pl_module)
         self._base = base_digests(pl_module, _moving_names(pl_module), exact=True) if lora_layers(pl_module) else {}
+        if self._base:
+            keep_averages_exact(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -42,12 +42,14 @@ class LoRA(Callback):
 
     Args:
         config: Layers to adapt and how, as a `LoRAConfig` or a mapping of its fields. None: every layer, at rank 32.
-        root: Dotted name of the submodule to adapt. None: the whole module.
+        root: Dotted name of the submodule to adapt; everything outside it is frozen, unless ``trainable`` names it by
+            its name in the module. None: the whole module.
         allow_other_base: Load checkpoints even if their adapters were trained on other base weights.
 
     Raises:
         ConfigError: If the module is a LoRAMixin with other settings or is adapted with others already, a second LoRA
-            callback has other settings, or a callback before this one averages weights.
+            callback has other settings, a callback before this one averages weights, or one of the trainer would
+            change the base.
     """
 
     def __init__(

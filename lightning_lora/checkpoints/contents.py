@@ -77,11 +77,20 @@ def plain_hyperparameters(checkpoint: dict[str, Any]) -> None:
             checkpoint[key] = plain_settings(dict(hparams))
 
 
+class NotGiven:
+    """The default of an argument that was not given; Lightning may find it among hyperparameters."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
 def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
-    """Replace every `LoRAConfig` in ``hparams`` by a mapping, in place."""
-    for name, value in hparams.items():
+    """Replace every `LoRAConfig` in ``hparams`` by a mapping, and leave out what was not given, in place."""
+    for name, value in list(hparams.items()):
         if isinstance(value, LoRAConfig):
             hparams[name] = value.to_dict()
+        elif isinstance(value, NotGiven):
+            del hparams[name]
     return hparams
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from lightning_lora.checkpoints import contents
 from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_states
 from lightning_lora.checkpoints.resume import RunMemory
-from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
+from lightning_lora.errors import TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
 from lightning_lora.lora.config import LoRAConfig
@@ -30,17 +30,21 @@ from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.lora.travelling import record_tensors
-from lightning_lora.mixin import given_settings, optim, rate_search
+from lightning_lora.mixin import given_settings, optim, rate_search, rates
+from lightning_lora.mixin.around_root import inject_below
+from lightning_lora.mixin.kept_frozen import KeptFrozen
+from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
-from lightning_lora.mixin.precision import quantise_first
-from lightning_lora.trainer_access import attach_when_saving, found
+from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
+from lightning_lora.trainer_access import attach_when_saving
 
-_UNSET: Any = object()
+_UNSET: Any = contents.NotGiven()
 _HOOKS = {
-    "configure_model": outermost(before="_run_starts", after="apply_lora"),
+    "configure_model": outermost(before="_run_starts", after="_configured"),
     "on_fit_start": outermost(after="_fit_starts"),
     "on_train_start": outermost(before="_train_starts", after="_resume_run"),
     "on_train_epoch_start": outermost(after="_epoch_starts"),
+    "on_before_optimizer_step": outermost(after="_before_step"),
     "on_save_checkpoint": outermost(after="_after_save"),
     "on_load_checkpoint": outermost(before="_before_load"),
 }
@@ -61,7 +65,8 @@ class LoRAMixin(LightningModule):
 
     Args:
         lora: A `LoRAConfig`, a mapping of its fields, or None for full fine-tuning.
-        lora_root: Dotted name of the submodule to adapt; everything outside it stays unchanged. None: the whole module.
+        lora_root: Dotted name of the submodule to adapt; everything outside it is frozen, unless ``trainable`` names it
+            by its name in this module. None: the whole module.
     """
 
     lora: LoRAConfig | dict[str, Any] | None = None
@@ -112,6 +117,12 @@ class LoRAMixin(LightningModule):
         super().on_train_epoch_start()
 
     @override
+    @_HOOKS["on_before_optimizer_step"]
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse to train a base weight that something has unfrozen."""
+        super().on_before_optimizer_step(optimizer)
+
+    @override
     @_HOOKS["on_save_checkpoint"]
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only adapters, fully trained modules and buffers in the checkpoint."""
@@ -137,6 +148,8 @@ class LoRAMixin(LightningModule):
         given_settings.check_they_take_effect(self)
         if self.lora is None:
             return
+        refuse_callbacks(self._trainer)
+        refuse_replaced_layers(self)
         quantise_first(self)
         root = self._lora_module()
         given_settings.check_unchanged(self)
@@ -144,12 +157,11 @@ class LoRAMixin(LightningModule):
             for note in adopt_copies(self):
                 rank_zero_info(f"lora: {note}")
             return
-        self._refuse_swa()
         copies = {} if root is self else frozen_copies(self)
         # Before the injection, which records those inside ``root``.
         record_tensors(self)
         self._lora_made_with = LoRAConfig.from_dict(self.lora), self.lora_root
-        report = adapter.inject_lora(root, self._lora_made_with[0])
+        report = inject_below(self, self.lora_root, root, self._lora_made_with[0])
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._print_base()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
@@ -168,7 +180,10 @@ class LoRAMixin(LightningModule):
         """
         optim.check_learning_rate(learning_rate)
         given_settings.check_they_are_used(self)
-        return optim.parameter_groups(self, learning_rate)
+        groups = optim.parameter_groups(self, learning_rate)
+        if self._trainer is None:  # else the start of training prints the rates, when schedulers have set theirs
+            rates.report_groups(self, groups)
+        return groups
 
     def merge_lora(self) -> MergeReport:
         """Add the updates to the base weights, in place; see `lightning_lora.merge_lora`."""
@@ -238,13 +253,6 @@ class LoRAMixin(LightningModule):
             raise TargetNotFoundError(f"lora_root {self.lora_root!r} is not a submodule of {type(self).__name__}{hint}")
         return modules[self.lora_root]
 
-    def _refuse_swa(self) -> None:
-        if self._trainer is not None and found(self._trainer, StochasticWeightAveraging):
-            raise ConfigError(
-                "StochasticWeightAveraging copies the module before the adapters exist and would average the base. "
-                "Use AdapterEMA instead."
-            )
-
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the dtype of adapters: 'true' precision plugins lower every parameter, resumed ones too."""
@@ -267,12 +275,26 @@ class LoRAMixin(LightningModule):
             optim.check_optimizers(self, self.trainer.optimizers)
             adapter.check_not_merged(self, "train")
             rate_search.sweep_in_full_terms(self)
+        self._kept_frozen().training_starts(self)
+        rates.report_rates(self, self.trainer)
 
     def _run_memory(self) -> RunMemory:
         # The LoRA callback turns an existing module into this class, so that __init__ of this class never ran.
         return self.__dict__.setdefault("_lora_run_memory", RunMemory())
 
+    def _kept_frozen(self) -> KeptFrozen:
+        return self.__dict__.setdefault("_lora_kept_frozen", KeptFrozen())
+
+    def _configured(self) -> None:
+        self.apply_lora()
+        self._kept_frozen().remember(self)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        self._kept_frozen().check()
+
     def _fit_starts(self) -> None:
+        if self._has_adapters():
+            keep_averages_exact(self.trainer)
         rate_search.use_found_rate(self)
         self._run_memory().fit_starts(self)
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, learning_layers, lora_layers
+from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, lora_layers
 from lightning_lora.lora.shards import reshard
+from lightning_lora.mixin.rates import ASKED, held_groups
 
 # Far below the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
@@ -38,7 +38,6 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
         *LoRA Without Regret*, 2025: the best learning rate for LoRA is about ten times the best for full fine-tuning.
     """
     check_learning_rate(learning_rate)
-    layers = learning_layers(module).values()
     held = {id(factor) for factor in held_factors(module).values()}
     factors = [factor for factor in factor_parameters(module).values() if id(factor) not in held]
     adapters = {id(factor) for factor in factors}
@@ -48,13 +47,11 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
         multiplier = lr_multiplier(module)
         rate = learning_rate * multiplier
         groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": ADAPTERS})
-        rank_zero_info(f"learning rate {learning_rate:g} x {multiplier:g} = {rate:g} for {len(layers)} adapters")
     if others:
         groups.append({"params": others, "lr": learning_rate, "name": "full"})
-        rank_zero_info(f"learning rate {learning_rate:g} for {len(others)} parameters trained in full")
     if not groups:
         raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
-    return groups
+    return [group | {ASKED: group["lr"]} for group in groups]
 
 
 def lr_multiplier(module: nn.Module) -> float:
@@ -94,8 +91,5 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
 
 def _held(optimizer: Any) -> list[nn.Parameter]:
     """Parameters of the module that ``optimizer`` updates."""
-    # DeepSpeed's ZeRO updates flat copies and keeps the module's parameters in these lists, stage 3 in the second.
-    for name in ("bit16_groups", "fp16_groups"):
-        if groups := getattr(optimizer, name, None):
-            return [parameter for group in groups for parameter in group]
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = held_groups(optimizer) or [group["params"] for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group]

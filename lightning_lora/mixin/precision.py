@@ -1,10 +1,10 @@
-"""Lightning's plugin for quantised layers, applied before the adapters are injected instead of after."""
+"""Lightning's plugins that replace layers: one is applied before the adapters are injected, the other is refused."""
 
 from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.lightning_private import attached_trainer
@@ -39,6 +39,16 @@ def quantise_first(module: LightningModule) -> None:
         # bitsandbytes quantises a layer when it is moved to its device.
         if is_bitsandbytes(layer):
             layer.to(module.trainer.strategy.root_device)
+
+
+def refuse_replaced_layers(module: LightningModule) -> None:
+    """Raise `ConfigError` if the trainer's `TransformerEnginePrecision` would replace the adapted layers by others."""
+    plugin = getattr(attached_trainer(module), "precision_plugin", None)
+    if isinstance(plugin, TransformerEnginePrecision) and plugin.replace_layers is not False:
+        raise ConfigError(
+            "TransformerEnginePrecision replaces every nn.Linear after configure_model, adapters included, by layers "
+            "that train in full: give it replace_layers=False, or use precision='bf16-true'."
+        )
 
 
 def bitsandbytes_plugin(module: LightningModule) -> BitsandbytesPrecision | None:

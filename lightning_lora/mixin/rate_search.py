@@ -19,6 +19,7 @@ from lightning_lora.lightning_private import searching_schedule
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.class_swap import mix_in
 from lightning_lora.mixin.optim import ADAPTERS, lr_multiplier
+from lightning_lora.mixin.rates import ASKED
 from lightning_lora.trainer_access import found
 
 
@@ -56,7 +57,7 @@ def use_found_rate(module: LightningModule) -> None:
         return
     for optimizer in trainer.optimizers:
         for group, factor in zip(optimizer.param_groups, _multipliers(module, optimizer), strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = group[ASKED] = rate * factor
     if lora_layers(module):
         rank_zero_info(f"learning rate {rate:g} was found: {rate * lr_multiplier(module):g} for adapters")
     for config in trainer.lr_scheduler_configs:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from lightning_lora.errors import ConfigError
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[nn.Module]] | None = None) -> nn.Module:
     """Shard ``module`` over the data-parallel dimension of ``mesh``; call it in ``configure_model`` after `apply_lora`.
 
     FSDP2 shards each parameter separately, so frozen weights and adapters may share a group. A module that is already
-    sharded is left unchanged, because Lightning calls ``configure_model`` again for every stage.
+    sharded is left unchanged, because Lightning calls ``configure_model`` again for every stage. A LightningModule may
+    be sharded itself: its steps then count as forward passes.
 
     Args:
         module: The adapted module, with real weights.
@@ -36,6 +41,11 @@ def shard_lora(module: nn.Module, mesh: DeviceMesh, block_types: Sequence[type[n
     for block in repeated_blocks(module, block_types):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    if isinstance(module, LightningModule):
+        # Lightning calls them instead of `forward`, and FSDP2 gathers the parameters of a module for its forward only.
+        for step in _STEPS:
+            if is_overridden(step, module):
+                register_fsdp_forward_method(module, step)
     return module
 
 

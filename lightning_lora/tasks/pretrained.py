@@ -20,7 +20,7 @@ from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
 from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.patterns import matches_any
+from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_learning_rate
@@ -203,9 +203,15 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         """Resolve the settings against a model without memory; raises what injection would raise later."""
         meta_model = self._meta_model()
         config = dataclasses.replace(config, trainable=self._trainable_patterns(meta_model, config))
+        known = config
+        if not type(self).__module__.startswith("lightning_lora."):
+            # A subclass may build modules of its own later, outside of the model: injection judges the other patterns.
+            names = [name for name, _ in meta_model.named_modules()]
+            inside = [pattern for pattern in config.trainable if any(matches(name, pattern) for name in names)]
+            known = dataclasses.replace(config, trainable=inside)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # injection repeats the warnings, with the real model
-            resolve_targets(meta_model, config)
+            resolve_targets(meta_model, known)
         return config
 
     def _trainable_patterns(self, meta_model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:

@@ -38,3 +38,20 @@ def test_hyperparameters_are_logged_as_plain_types(tmp_path: Path) -> None:
 
     fit(Saved(CONFIG), tmp_path, logger=CSVLogger(tmp_path, name="", version=""))
     assert yaml.safe_load((tmp_path / "hparams.yaml").read_text())["lora"]["rank"] == 2
+
+
+def test_a_base_class_that_saves_hyperparameters_does_not_save_arguments_that_were_not_given(tmp_path: Path) -> None:
+    class Existing(toys.Plain):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    class Mine(LoRAMixin, Existing):
+        lora = LoRAConfig(rank=2)
+
+    module = Mine(width=4)
+    toys.fit(module, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == {"width": 4}
+    assert dict(module.hparams_initial) == {"width": 4}
+    loaded = Mine.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert toys.same(toys.snapshot(loaded), toys.snapshot(module))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
@@ -133,23 +132,6 @@ def test_fit_test_and_validate_on_one_object(tmp_path: Path) -> None:
     validated = runner.validate(module, toys.loader(), verbose=False)
     assert tested == validated
     assert toys.same(trained, toys.snapshot(module))
-
-
-def test_lora_root_adapts_the_submodule_and_leaves_the_rest_alone(tmp_path: Path) -> None:
-    class Rooted(LoRAMixin, Plain):
-        def __init__(self) -> None:
-            super().__init__(lora=LoRAConfig(rank=2, targets=["first"]), lora_root="net")
-            self.net = Net()
-            self.head = nn.Linear(2, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.net(x))
-
-    module = Rooted()
-    head = module.head.weight.detach().clone()
-    fit(module, tmp_path)
-    assert list(lora_layers(module)) == ["net.first"]
-    assert not torch.equal(head, module.head.weight)
 
 
 def test_unknown_lora_root_names_the_near_one() -> None:
