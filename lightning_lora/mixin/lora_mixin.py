@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Self, override
 
 from lightning_lora.checkpoints import contents, optimizer_state_names
+from lightning_lora.checkpoints.ckpt_path import explain_ckpt_path
 from lightning_lora.checkpoints.resume import RunMemory
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
@@ -129,6 +130,8 @@ class LoRAMixin(LightningModule):
             TargetNotFoundError: If a name pattern matches nothing.
             AlreadyShardedError: If the module is already sharded.
         """
+        if self._trainer is not None:
+            explain_ckpt_path(self.trainer)
         if self.lora is None:
             return
         quantise_first(self)
