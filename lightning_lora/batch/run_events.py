@@ -17,9 +17,9 @@ from lightning_lora.trainer_access import run_folder, shared_folder
 class RunEvents:
     """Appends events to ``events.jsonl`` in the run folder, on rank 0. All ranks must construct it.
 
-    The run folder is that of the logger, or without a logger ``default_root_dir`` or the folder of a ``ModelCheckpoint``
-    if one was given. With neither, a line
-    says so and nothing is written: a run must not leave files in the working directory that nobody asked for.
+    The run folder is that of the logger, or without a logger ``default_root_dir`` or the folder of a
+    ``ModelCheckpoint``, if one was given. With neither, a line says so and nothing is written: a run must not leave
+    files in the working directory that nobody asked for.
 
     Args:
         trainer: The Trainer of the run.

@@ -17,10 +17,10 @@ from lightning_lora.trainer_access import shared_folder
 class RunLock(Callback):
     """Refuses a second ``fit`` that would write in the folder of a running one.
 
-    The lock is a file with the process, the host and the start time: ``.run.lock`` in the folder that holds the
-    checkpoints, or, with a CSV or TensorBoard logger, ``.version_0.lock`` beside its folder. It is removed when the run ends, with an error too. A
-    lock whose process is dead is taken over with a warning. A process on another host cannot be checked: its lock is
-    respected until somebody deletes the file.
+    The lock is a file with the process, the host and the start time: ``.run.lock`` in the folder of the checkpoints,
+    or, with a CSV or TensorBoard logger, ``.version_0.lock`` beside its folder. It is removed when the run ends,
+    with an error too. A lock whose process is dead is taken over with a warning. A process on another host cannot
+    be checked: its lock is respected until somebody deletes the file.
 
     A CSV logger that is given the folder of another run deletes the ``metrics.csv`` in it before any callback runs. The
     command line therefore calls `acquire` before ``fit``; a script can do the same.

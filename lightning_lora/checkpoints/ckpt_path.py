@@ -1,4 +1,4 @@
-"""Paths that are no checkpoints: an adapter folder, a model, a run folder, each told by name and with the way to use it."""
+"""Paths that are no checkpoints: an adapter folder, a model, a run folder, each named with the way to use it."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def _problem_with_folder(folder: Path, reads_shards: bool) -> str | None:
     if (folder / CONFIG_FILE).is_file():
         return f"is an adapter folder, which holds weights only. {_ways(folder)}"
     if (folder / "config.json").is_file():
-        return (
-            "is the folder of a Hugging Face model, not a checkpoint: give it as the model itself, with no ckpt_path."
-        )
+        return "is the folder of a Hugging Face model, no checkpoint: give it as the model itself, with no ckpt_path."
     if is_folder_of_shards(folder):
         return None if reads_shards else _SHARDS.format(folder=folder)
     if (folder / "checkpoint").is_dir():  # DeepSpeed's
@@ -88,6 +86,6 @@ def _problem_with_folder(folder: Path, reads_shards: bool) -> str | None:
 def _ways(adapter: Path) -> str:
     return (
         "To continue a run, give one of its checkpoints (*.ckpt). To start from the adapter or to evaluate it, call "
-        f"load_adapter(module, {str(adapter)!r}) and give no ckpt_path, or run `lightning-lora merge BASE {adapter} OUT` "
-        "and take OUT as the model."
+        f"load_adapter(module, {str(adapter)!r}) and give no ckpt_path, or run "
+        f"`lightning-lora merge BASE {adapter} OUT` and take OUT as the model."
     )

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.checkpoints.shards import writes_shards
+from lightning_lora.checkpoints.wrapped_names import STATE_KEYS
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lora.adapter import check_not_merged, check_tensors
@@ -24,8 +25,6 @@ Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
 _FORMAT = 1
 _FIELDS = {"format", "config", "tensors", "base_fingerprint"}
-# Lightning's `WeightAveraging` keeps a second copy of the weights under the second key.
-_STATE_KEYS = ("state_dict", "current_model_state")
 
 
 def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str | None) -> None:
@@ -36,7 +35,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
     """
     check_not_merged(module, "save a checkpoint")
     frozen, is_sharded = _frozen_names(module), writes_shards(module.trainer.strategy)
-    for key in () if is_sharded else _STATE_KEYS:
+    for key in () if is_sharded else STATE_KEYS:
         if key in checkpoint:
             checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
     specs = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(module).items()}
@@ -98,7 +97,7 @@ def check_and_complete(
         _check_base(base_fingerprint, manifest["base_fingerprint"])
     restore_siblings(module, manifest.get("siblings", {}))
     frozen, scales = _frozen_names(module), _scale_names(module)
-    for key in _STATE_KEYS:
+    for key in STATE_KEYS:
         # Sharded strategies load the weights themselves: their checkpoint has no state dict here.
         if key in checkpoint:
             # Frozen weights are always the module's own, even if the file holds some.

@@ -166,8 +166,8 @@ def _check_ckpt_path(path: str, is_fit: bool) -> None:
     """Raise `AdapterFileError` for a path that can be no checkpoint, before the model is built."""
     if path == "best" or (path == "last" and not is_fit):
         raise AdapterFileError(
-            f"ckpt_path {path!r} stands for a checkpoint of a fit in the same process, and a command is a process of its "
-            "own: give the path, as runs/sft/version_0/checkpoints/last.ckpt."
+            f"ckpt_path {path!r} stands for a checkpoint of a fit in the same process, and a command is a process of "
+            "its own: give the path, as runs/sft/version_0/checkpoints/last.ckpt."
         )
     if path not in ("last", "hpc") and is_local(path) and not Path(path).exists():
         raise AdapterFileError(f"ckpt_path: there is no {path}.")

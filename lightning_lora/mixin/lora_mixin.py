@@ -20,6 +20,7 @@ from typing_extensions import Self, override
 from lightning_lora.checkpoints import contents, optimizer_state_names
 from lightning_lora.checkpoints.ckpt_path import explain_ckpt_path
 from lightning_lora.checkpoints.resume import RunMemory
+from lightning_lora.checkpoints.wrapped_names import use_own_names
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
@@ -258,6 +259,7 @@ class LoRAMixin(LightningModule):
             contents.keep_adapters_only(self, checkpoint, self._base_fingerprint())
 
     def _before_load(self, checkpoint: dict[str, Any]) -> None:
+        use_own_names(self, checkpoint)
         if self._has_adapters():
             contents.check_and_complete(self, checkpoint, self._base_fingerprint(), self.lora_allow_other_base)
         else:

@@ -52,7 +52,7 @@ THINGS = {
     "run": r"run is a folder with adapters and no checkpoint; the latest is .*adapters/last. To continue",
     "run/adapters": "is a folder with adapters and no checkpoint",
     "saved": r"saved is a folder: give one of the checkpoints in it; the latest is .*/saved/checkpoints/last.ckpt",
-    "model": "model is the folder of a Hugging Face model, not a checkpoint: give it as the model itself",
+    "model": "model is the folder of a Hugging Face model, no checkpoint: give it as the model itself",
     "model/model.safetensors": "holds weights only and is not a checkpoint of Lightning",
     "empty": r"empty is a folder and holds no checkpoint \(\*.ckpt\)",
 }

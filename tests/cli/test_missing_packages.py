@@ -32,9 +32,9 @@ NAMED = "error: the package nothing_at_all is not installed: pip install nothing
     [
         (
             [f"{LOGGER}WandbLogger"],
-            "error: lightning.pytorch.loggers.WandbLogger: Requirement 'wandb>=0.12.10' not met.",
+            "error: lightning.pytorch.loggers.WandbLogger: Requirement 'wandb>=0.12.10' not",
         ),
-        (["--trainer.logger=MLFlowLogger"], "run `pip install -U 'mlflow>=1.0.0'`"),
+        (["--trainer.logger=MLFlowLogger"], "running `pip install -U 'mlflow>=1.0.0'`"),
         (["--trainer.logger=TensorBoardLogger"], "`tensorboard` nor `tensorboardX` is available. Try `pip install`"),
         (["--trainer.strategy=deepspeed"], "`pip install -U deepspeed`"),
         (
