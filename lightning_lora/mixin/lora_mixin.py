@@ -230,7 +230,8 @@ class LoRAMixin(LightningModule):
         return self
 
     def _check_optimizers(self) -> None:
-        if self._has_adapters():
+        # Fabric calls hooks too, and there is no Trainer then.
+        if self._trainer is not None and self._has_adapters():
             optim.check_optimizers(self, self.trainer.optimizers)
             adapter.check_not_merged(self, "train")
 
@@ -243,13 +244,16 @@ class LoRAMixin(LightningModule):
         states, self._lora_loaded_states = self._lora_loaded_states, None
         if states is not None and not optimizer_state_names.reads_by_name(self.trainer.strategy):
             optimizer_state_names.match_optimizer_order(self, states)
-        self._run_memory().fit_starts(self.trainer)
+        if self._trainer is not None:
+            self._run_memory().fit_starts(self.trainer)
 
     def _epoch_starts(self) -> None:
-        self._run_memory().epoch_starts(self.trainer)
+        if self._trainer is not None:
+            self._run_memory().epoch_starts(self.trainer)
 
     def _resume_run(self) -> None:
-        self._run_memory().resume(self)
+        if self._trainer is not None:
+            self._run_memory().resume(self)
 
     def _after_save(self, checkpoint: dict[str, Any]) -> None:
         self._run_memory().save(self, checkpoint)
