@@ -99,10 +99,10 @@ def test_bad_file_is_refused_by_name_and_at_once(case: str, tmp_path: Path) -> N
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     for read in (read_header, read_tensors):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(AdapterFileError, match=f"{re.escape(str(path))} .*{message}") as raised:
             read(path)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
         assert len(str(raised.value)) < 1000
         str(raised.value).encode()
 

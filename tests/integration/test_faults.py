@@ -71,10 +71,9 @@ def test_a_second_ctrl_c_ends_a_long_step(tmp_path: Path) -> None:
         impatient.wait_for("begins batch 0")
         os.kill(impatient.process.pid, signal.SIGINT)
         impatient.wait_for("finishing the optimizer step")
-        begun = time.monotonic()
         os.kill(impatient.process.pid, signal.SIGINT)
         assert impatient.code() == 130, impatient.text
-        assert time.monotonic() - begun < 20
+        assert not impatient.steps, "the step of a minute was waited for"
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -186,10 +186,10 @@ def test_a_70b_model_is_adapted_without_memory_and_at_once() -> None:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    start = time.perf_counter()
+    start = time.process_time()
     report = inject_lora(model, LoRAConfig(rank=16))
-    seconds = time.perf_counter() - start
-    print(f"560 layers adapted in {seconds:.2f} s")
+    seconds = time.process_time() - start
+    print(f"560 layers adapted in {seconds:.2f} s of CPU")
     assert len(report.layers) == len(lora_layers(model)) == 560
     assert all(tensor.is_meta for tensor in (*model.parameters(), *lora_state_dict(model).values()))
     # Per layer and unit of rank: q and o 2 x 16384, k and v 2 x 9216, gate, up and down 3 x 36864.
