@@ -27,9 +27,9 @@ class Remote(Logger):
         super().__init__()
         self._version, self._save_dir = version, save_dir
 
-    name = property(lambda self: "project")  # pyright: ignore[reportAssignmentType]
-    version = property(lambda self: self._version)  # pyright: ignore[reportAssignmentType]
-    save_dir = property(lambda self: self._save_dir)  # pyright: ignore[reportAssignmentType]
+    name = property(lambda self: "project")  # pyright: ignore
+    version = property(lambda self: self._version)  # pyright: ignore
+    save_dir = property(lambda self: self._save_dir)  # pyright: ignore
 
     @override
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...

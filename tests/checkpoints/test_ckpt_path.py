@@ -30,7 +30,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runner = toys.trainer(folder / "unused", max_epochs=1)
     runner.fit(module, toys.loader())
     save_adapter(module, folder / "ours")
-    get_peft_model(toys.Net(), LoraConfig(target_modules=["first"])).save_pretrained(folder / "peft")
+    get_peft_model(toys.Net(), LoraConfig(target_modules=["first"])).save_pretrained(str(folder / "peft"))
     shutil.copytree(folder / "ours", folder / "run" / "adapters" / "last")
     shutil.copytree(folder / "run", folder / "saved")
     (folder / "saved" / "checkpoints").mkdir()

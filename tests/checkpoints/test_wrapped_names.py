@@ -34,7 +34,7 @@ class Normed(Net):
         self.register_buffer("center", torch.ones(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.norm(torch.tanh(self.first(x)) - self.center))
+        return self.second(self.norm(torch.tanh(self.first(x)) - self.center)  # pyright: ignore[reportOperatorIssue])
 
 
 class Wrapped(Toy):
@@ -58,8 +58,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 class Save(Callback):
     """Writes a checkpoint after two optimizer steps and one more batch, so that it holds gradients too."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs: Any) -> None:
-        if trainer.current_epoch == 0 and trainer.global_step == 2 and outputs[-1] == 4:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch == 0 and trainer.global_step == 2 and batch_idx == 4:
             trainer.save_checkpoint(Path(trainer.default_root_dir, "open.ckpt"))
 
 

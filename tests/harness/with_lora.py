@@ -45,7 +45,6 @@ def adapt(model: type[LightningModule]) -> None:
     model.lora = SETTING  # pyright: ignore[reportAttributeAccessIssue]
     for kind in (model, *_subclasses(model)):
         # Python calls it for classes that are made later, but not for those that exist.
-        super(LoRAMixin, kind).__init_subclass__()
         LoRAMixin.__init_subclass__.__func__(kind)  # pyright: ignore[reportFunctionMemberAccess]
 
 
