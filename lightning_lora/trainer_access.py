@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_lora.lightning_private import attached_trainer
 
 Kind = TypeVar("Kind", bound=Callback)
+
+# What callbacks and commands write in the folder of a run: a folder that holds one of these belongs to a run.
+RUN_FILES = ("adapters", "merged", "config.yaml", "events.jsonl", "batch_probe.json")
+
+_CHOSEN: WeakKeyDictionary[Trainer, tuple[str, str]] = WeakKeyDictionary()
 
 
 def found(trainer: Trainer, *kinds: type[Kind]) -> Kind | None:
@@ -24,8 +33,48 @@ def move_last(trainer: Trainer, callback: Callback) -> None:
 
 
 def run_folder(trainer: Trainer) -> str:
-    """The logger's folder, or ``default_root_dir`` without one; may be remote. A collective: all ranks must call."""
-    return trainer.log_dir or trainer.default_root_dir
+    """The folder for the files of this run, never that of another run. A collective: all ranks must call.
+
+    It is `shared_folder` if that is the run's own. A shared folder that holds files of an earlier Trainer is left as it
+    is: the run gets ``version_1`` in it, or the next number that is free. May be remote.
+    """
+    folder, is_own = shared_folder(trainer)
+    if not is_own:
+        if _CHOSEN.get(trainer, ("", ""))[0] != folder:
+            _CHOSEN[trainer] = folder, _first_unused(folder)
+        folder = _CHOSEN[trainer][1]
+    return trainer.strategy.broadcast(folder)
+
+
+def shared_folder(trainer: Trainer) -> tuple[str, bool]:
+    """The folder in which this run writes, and whether it is surely its own; other runs may write there if not.
+
+    It is the folder of a CSV or TensorBoard logger. Otherwise it is the folder beside the checkpoints of Lightning's
+    ``ModelCheckpoint``: from its ``dirpath``, from name and version of the logger, or ``default_root_dir``.
+    """
+    logger = trainer.logger
+    if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        return logger.log_dir, True
+    folder, is_own = trainer.default_root_dir, False
+    if logger is not None:
+        version, is_own = logger.version, logger.version not in (None, "")
+        version = version if isinstance(version, str) else f"version_{version}"
+        folder = os.path.join(logger.save_dir or folder, *filter(None, (str(logger.name), version)))
+    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if checkpoints is None or str(checkpoints) == os.path.join(folder, "checkpoints"):
+        return folder, is_own
+    above, name = os.path.split(str(checkpoints))
+    return (above if name == "checkpoints" else str(checkpoints)), False
+
+
+def _first_unused(folder: str) -> str:
+    """``folder``, or the first ``version_N`` in it, that holds no file of a run."""
+    files = get_filesystem(folder)
+    candidate, number = folder, 0
+    while any(files.exists(os.path.join(candidate, name)) for name in RUN_FILES):
+        number += 1
+        candidate = os.path.join(folder, f"version_{number}")
+    return candidate
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.errors import ConfigError
+from lightning_lora.lora.patterns import state_dict_name
 from lightning_lora.lora.shards import full_tensor, local_shard, reshard
 from lightning_lora.trainer_access import found
 
@@ -218,7 +219,8 @@ def _refuse(trainer: Trainer) -> None:
 
 def _trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Trained parameters, under every name that they have in a state dict."""
-    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    named = module.named_parameters(remove_duplicate=False)
+    return {state_dict_name(name): parameter for name, parameter in named if parameter.requires_grad}
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -11,15 +11,16 @@ from typing_extensions import override
 
 from lightning_lora.errors import RunFolderError
 from lightning_lora.files.folder_lock import release_lock, take_lock
+from lightning_lora.trainer_access import shared_folder
 
 
 class RunLock(Callback):
     """Refuses a second ``fit`` that would write in the folder of a running one.
 
-    The lock is a file with the process, the host and the start time: ``.run.lock`` in the run folder, or, with a CSV or
-    TensorBoard logger, ``.version_0.lock`` beside its folder. It is removed when the run ends, with an error too. A
-    lock whose process is dead is taken over with a warning. A process on another host cannot be checked: its lock is
-    respected until somebody deletes the file.
+    The lock is a file with the process, the host and the start time: ``.run.lock`` in the folder of the checkpoints,
+    or, with a CSV or TensorBoard logger, ``.version_0.lock`` beside its folder. It is removed when the run ends,
+    with an error too. A lock whose process is dead is taken over with a warning. A process on another host cannot
+    be checked: its lock is respected until somebody deletes the file.
 
     A CSV logger that is given the folder of another run deletes the ``metrics.csv`` in it before any callback runs. The
     command line therefore calls `acquire` before ``fit``; a script can do the same.
@@ -77,12 +78,10 @@ class RunLock(Callback):
 
 def _lock_and_folder(trainer: Trainer) -> tuple[Path, Path]:
     """The file of the lock and the folder that it protects."""
-    # Not trainer.log_dir: that is a collective, and only the first rank calls this.
-    logger = trainer.logger
-    if isinstance(logger, (CSVLogger, TensorBoardLogger)):
-        folder = Path(logger.log_dir)
+    # Not run_folder: that is a collective, and only the first rank calls this.
+    folder = Path(shared_folder(trainer)[0])
+    if isinstance(trainer.logger, (CSVLogger, TensorBoardLogger)):
         # Beside the folder: these loggers warn of a folder that is not empty.
         return folder.parent / f".{folder.name}.lock", folder
     # Inside: this folder may be any, even a home folder, whose parent cannot be written.
-    folder = Path((logger.save_dir if logger is not None else None) or trainer.default_root_dir)
     return folder / ".run.lock", folder

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.checkpoints.shards import writes_shards
+from lightning_lora.checkpoints.wrapped_names import STATE_KEYS
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lightning_private import is_trained
@@ -28,8 +29,6 @@ Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
 
 _FORMAT = 1
 _FIELDS = {"format", "config", "tensors", "base_fingerprint"}
-# Lightning's `WeightAveraging` keeps a second copy of the weights under the second key.
-_STATE_KEYS = ("state_dict", "current_model_state")
 
 
 def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base: BasePrints) -> None:
@@ -47,7 +46,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
     check_not_merged(module, "save a checkpoint")
     moved = _moved_parameters(module)
     frozen, is_sharded = _frozen_names(module) - moved.keys(), writes_shards(module.trainer.strategy)
-    for key in () if is_sharded else _STATE_KEYS:
+    for key in () if is_sharded else STATE_KEYS:
         if key in checkpoint:
             checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in frozen}
     specs = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(module).items()}
@@ -128,7 +127,7 @@ def check_and_complete(
         _check_base(base, manifest, {plain_name(name).removeprefix(root) for name in moved})
     restore_siblings(module, manifest.get("siblings", {}))
     frozen, scales = _frozen_names(module) - own_moved.keys(), _scale_names(module)
-    for key in _STATE_KEYS:
+    for key in STATE_KEYS:
         # Sharded strategies load the weights themselves: their checkpoint has no state dict here.
         if key in checkpoint:
             # Frozen weights are always the module's own, even if the file holds some.

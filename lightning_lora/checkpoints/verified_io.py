@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
+from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.checkpoints.shards import is_folder_of_shards, read_shards
 from lightning_lora.files.atomic import atomic_file
@@ -109,7 +110,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            AdapterFileError: If it is damaged, and no whole checkpoint is beside it.
+            AdapterFileError: If it is no checkpoint, or damaged with no whole checkpoint beside it.
         """
         weights_only = True if weights_only is None else weights_only
         if not is_local(path):
@@ -118,8 +119,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if is_folder_of_shards(local):
             rank_zero_info(f"{path} is a folder of shards: every process reads all of it.")
             return read_shards(local)
-        if local.is_dir():
-            return super().load_checkpoint(path, map_location, weights_only)
+        refuse_other_files(local)
         chosen = choose_checkpoint(local, self.fall_back and self.is_resuming)
         whole, version = chosen.path, chosen.version
         if self.is_resuming and (others := other_libraries(whole)):

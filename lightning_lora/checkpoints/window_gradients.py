@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lora.checkpoints.loop_position import current_position
 from lightning_lora.lightning_private import is_accumulating
+from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.shards import local_shard
 
 
@@ -26,14 +27,16 @@ def window_gradients(module: LightningModule) -> dict[str, Tensor]:
     # A module that steps by itself may add to its gradients at any time.
     if module.automatic_optimization and not is_window_open(module.trainer):
         return {}
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {plain_name(name): p.grad for name, p in module.named_parameters() if p.grad is not None}
     return {name: local_shard(g).detach().to("cpu", copy=True) for name, g in gradients.items()}
 
 
 def restore_window_gradients(module: LightningModule, gradients: Mapping[str, Tensor]) -> None:
     """Set the gradients that `window_gradients` returned on this rank."""
+    # Checkpoints of earlier versions hold the names as a compiled module has them.
+    gradients = {plain_name(name): gradient for name, gradient in gradients.items()}
     for name, parameter in module.named_parameters():
-        if name not in gradients:
+        if (name := plain_name(name)) not in gradients:
             continue
         gradient = gradients[name].to(parameter.device, copy=True)
         if isinstance(parameter, DTensor):

@@ -13,6 +13,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
 from lightning_lora.callbacks import (
@@ -29,11 +30,14 @@ from lightning_lora.callbacks import (
     SteadyLoggers,
     TargetBatchSize,
 )
+from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.fallback import choose_checkpoint
+from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.errors import ConfigError
+from lightning_lora.cli.run_config import RunConfig
+from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.trainer_access import found
 
@@ -70,6 +74,7 @@ class LoRACLI(LightningCLI):
         kwargs.setdefault("seed_everything_default", 0)
         kwargs.setdefault("parser_class", LoRAArgumentParser)
         kwargs.setdefault("trainer_class", ProbingTrainer)
+        kwargs.setdefault("save_config_callback", RunConfig)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs.setdefault("parser_kwargs", {name: {"epilog": _example(name)} for name in self.subcommands()})
         super().__init__(*args, auto_configure_optimizers=False, **kwargs)
@@ -82,8 +87,9 @@ class LoRACLI(LightningCLI):
         return subcommands | {"probe": subcommands["fit"]}
 
     def before_fit(self) -> None:
-        """Lock the run folder before loggers are used: a CSV logger deletes the metrics that it finds."""
-        if lock := found(self.trainer, RunLock):
+        """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
+        # The folder of another logger may be known only when it has begun, and then the callback itself is in time.
+        if isinstance(self.trainer.logger, CSVLogger) and (lock := found(self.trainer, RunLock)):
             lock.acquire(self.trainer)
 
     def after_fit(self) -> None:
@@ -152,11 +158,25 @@ class LoRACLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         settings: Any = self.config[subcommand] if subcommand else {}
         path = settings.get("ckpt_path")
+        if path:
+            _check_ckpt_path(path, is_fit=subcommand in ("fit", "probe"))
         if path and Path(path).is_file():
             whole = choose_checkpoint(Path(path), fall_back=subcommand in ("fit", "probe")).path
             if not os.path.samefile(whole, path):
                 settings["ckpt_path"] = str(whole)
         super()._parse_ckpt_path()
+
+
+def _check_ckpt_path(path: str, is_fit: bool) -> None:
+    """Raise `AdapterFileError` for a path that can be no checkpoint, before the model is built."""
+    if path == "best" or (path == "last" and not is_fit):
+        raise AdapterFileError(
+            f"ckpt_path {path!r} stands for a checkpoint of a fit in the same process, and a command is a process of "
+            "its own: give the path, as runs/sft/version_0/checkpoints/last.ckpt."
+        )
+    if path not in ("last", "hpc") and is_local(path) and not Path(path).exists():
+        raise AdapterFileError(f"ckpt_path: there is no {path}.")
+    refuse_other_files(path)
 
 
 def _example(subcommand: str) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_lora.cli.commands import COMMANDS, run_command
+from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
 
@@ -67,16 +68,16 @@ def _exit_code(run: Callable[[], None]) -> int:
     """Run a command; an error that the user caused is printed as one message."""
     try:
         run()
-    except ValueError as error:
+    except (GradientError, GuardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
         # The parser wraps what a class raises while it is built; the cause says what was wrong.
-        cause = user_error(error)
+        cause = (user_error(error) if isinstance(error, ValueError) else None) or missing_package(error)
         if cause is None:
             raise
         print(f"error: {cause}", file=sys.stderr)
         return 2
-    except (GradientError, GuardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as exit:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lightning_lora.cli.missing_package import missing_package_advice
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import did_you_mean
 from lightning_lora.lora.config import LoRAConfig
@@ -39,6 +40,8 @@ class LoRAArgumentParser(LightningArgumentParser):
         raise SystemExit(2)
 
     def _shorten(self, message: str) -> str:
+        if missing := missing_package_advice(message):
+            return missing
         for pattern in _CAUSES:
             found = re.search(pattern, message)
             if found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -286,8 +287,10 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise `AdapterFileError` unless ``found`` holds the names and shapes of ``expected``."""
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unknown {name}" for name in found if name not in expected]
+    missing = [f"missing {name}" for name in expected if name not in found]
+    unknown = [f"unknown {name}" for name in found if name not in expected]
+    # In turns, because only the first few are shown, and one name beside the other tells how they differ.
+    problems = [problem for pair in zip_longest(missing, unknown) for problem in pair if problem is not None]
     problems += [
         f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()

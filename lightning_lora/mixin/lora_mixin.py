@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from lightning_lora.checkpoints import contents
-from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_states
-from lightning_lora.checkpoints.resume import RunMemory
+from lightning_lora.checkpoints.ckpt_path import explain_ckpt_path
 from lightning_lora.errors import TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import adapter
@@ -30,23 +29,21 @@ from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.lora.travelling import record_tensors
-from lightning_lora.mixin import given_settings, optim, rate_search, rates
+from lightning_lora.mixin import given_settings, optim, rates, run_hooks
 from lightning_lora.mixin.around_root import inject_below
-from lightning_lora.mixin.kept_frozen import KeptFrozen
-from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
+from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
-from lightning_lora.trainer_access import attach_when_saving
 
 _UNSET: Any = contents.NotGiven()
 _HOOKS = {
-    "configure_model": outermost(before="_run_starts", after="_configured"),
-    "on_fit_start": outermost(after="_fit_starts"),
-    "on_train_start": outermost(before="_train_starts", after="_resume_run"),
-    "on_train_epoch_start": outermost(after="_epoch_starts"),
-    "on_before_optimizer_step": outermost(after="_before_step"),
-    "on_save_checkpoint": outermost(after="_after_save"),
-    "on_load_checkpoint": outermost(before="_before_load"),
+    "configure_model": outermost(before=run_hooks.run_starts, after=run_hooks.configured),
+    "on_fit_start": outermost(after=run_hooks.fit_starts),
+    "on_train_start": outermost(before=run_hooks.train_starts, after=run_hooks.resume_run),
+    "on_train_epoch_start": outermost(after=run_hooks.epoch_starts),
+    "on_before_optimizer_step": outermost(after=run_hooks.before_step),
+    "on_save_checkpoint": outermost(after=run_hooks.after_save),
+    "on_load_checkpoint": outermost(before=run_hooks.before_load),
 }
 
 
@@ -145,6 +142,8 @@ class LoRAMixin(LightningModule):
             TargetNotFoundError: If a name pattern matches nothing.
             AlreadyShardedError: If the module is already sharded.
         """
+        if self._trainer is not None:
+            explain_ckpt_path(self._trainer)
         given_settings.check_they_take_effect(self)
         if self.lora is None:
             return
@@ -205,7 +204,7 @@ class LoRAMixin(LightningModule):
     @override
     def strict_loading(self) -> bool:
         """False for an adapted module, whose checkpoints hold no frozen weights; this package checks their contents."""
-        return LightningModule.strict_loading.fget(self) and not self._has_adapters()  # pyright: ignore[reportOptionalCall]
+        return LightningModule.strict_loading.fget(self) and not lora_layers(self)  # pyright: ignore[reportOptionalCall]
 
     @strict_loading.setter
     def strict_loading(self, strict_loading: bool) -> None:
@@ -217,7 +216,7 @@ class LoRAMixin(LightningModule):
 
         So Lightning hands over what child processes have trained (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
         """
-        if not strict and self.lora is not None and not self._has_adapters() and any(map(is_factor, state_dict)):
+        if not strict and self.lora is not None and not lora_layers(self) and any(map(is_factor, state_dict)):
             self.configure_model()
             # The base comes from the state dict too.
             self._lora_base = None
@@ -226,9 +225,6 @@ class LoRAMixin(LightningModule):
     def _outermost_wrapper(self) -> nn.Module:
         """The module as the strategy has wrapped it; the module itself outside a run."""
         return self if self._trainer is None else self.trainer.strategy.model or self
-
-    def _has_adapters(self) -> bool:
-        return bool(lora_layers(self))
 
     def _base_prints(self) -> dict[str, WeightPrint] | None:
         """Prints of the base at injection, or now if it had no values then; every rank must call it."""
@@ -264,57 +260,3 @@ class LoRAMixin(LightningModule):
             if lowered and not isinstance(factor, DTensor):
                 factor.data = data.to(factor.device)
         return self
-
-    def _run_starts(self) -> None:
-        if self._trainer is not None:
-            attach_when_saving(self._trainer)
-        self._run_memory().run_starts()
-
-    def _train_starts(self) -> None:
-        if self._has_adapters():
-            optim.check_optimizers(self, self.trainer.optimizers)
-            adapter.check_not_merged(self, "train")
-            rate_search.sweep_in_full_terms(self)
-        self._kept_frozen().training_starts(self)
-        rates.report_rates(self, self.trainer)
-
-    def _run_memory(self) -> RunMemory:
-        # The LoRA callback turns an existing module into this class, so that __init__ of this class never ran.
-        return self.__dict__.setdefault("_lora_run_memory", RunMemory())
-
-    def _kept_frozen(self) -> KeptFrozen:
-        return self.__dict__.setdefault("_lora_kept_frozen", KeptFrozen())
-
-    def _configured(self) -> None:
-        self.apply_lora()
-        self._kept_frozen().remember(self)
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        self._kept_frozen().check()
-
-    def _fit_starts(self) -> None:
-        if self._has_adapters():
-            keep_averages_exact(self.trainer)
-        rate_search.use_found_rate(self)
-        self._run_memory().fit_starts(self)
-
-    def _epoch_starts(self) -> None:
-        rate_search.use_found_rate(self)
-        self._run_memory().epoch_starts(self.trainer)
-
-    def _resume_run(self) -> None:
-        self._run_memory().resume(self)
-
-    def _after_save(self, checkpoint: dict[str, Any]) -> None:
-        self._run_memory().save(self, checkpoint)
-        contents.plain_hyperparameters(checkpoint)
-        name_optimizer_states(self, checkpoint)
-        if self._has_adapters():
-            contents.keep_adapters_only(self, checkpoint, self._base_prints())
-
-    def _before_load(self, checkpoint: dict[str, Any]) -> None:
-        if self._has_adapters():
-            contents.check_and_complete(self, checkpoint, self._base_prints(), self.lora_allow_other_base)
-        else:
-            contents.refuse_adapter(checkpoint)
-        self._run_memory().load(self, checkpoint)

@@ -9,12 +9,12 @@ from typing import Any
 Hook = Callable[..., Any]
 
 
-def outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
-    """Wrap a hook so that two methods run once, around the outermost of nested ``super()`` calls.
+def outermost(before: Hook | None = None, after: Hook | None = None) -> Callable[[Hook], Hook]:
+    """Wrap a hook so that two functions run once, around the outermost of nested ``super()`` calls.
 
     Args:
-        before: Name of the method to call first, with the arguments of the hook; empty: none.
-        after: Name of the method to call last; empty: none.
+        before: Called first, with the module and the arguments of the hook.
+        after: Called last, with the same.
     """
 
     def wrap(hook: Hook) -> Hook:
@@ -24,15 +24,15 @@ def outermost(before: str = "", after: str = "") -> Callable[[Hook], Hook]:
         def wrapped(self: Any, *args: Any) -> Any:
             if self.__dict__.get(inside):
                 return hook(self, *args)
-            if before:
-                getattr(self, before)(*args)
+            if before is not None:
+                before(self, *args)
             self.__dict__[inside] = True
             try:
                 result = hook(self, *args)
             finally:
                 self.__dict__[inside] = False
-            if after:
-                getattr(self, after)(*args)
+            if after is not None:
+                after(self, *args)
             return result
 
         wrapped.__dict__["keeps_lora"] = True

@@ -226,3 +226,15 @@ def test_nets_are_independent() -> None:
     inject_lora(first, ALL)
     assert type(second.first) is nn.Linear
     assert not logits(llama()).isnan().any()
+
+
+def test_a_weight_of_another_shape_than_the_layer_was_made_with_is_adapted_as_it_is() -> None:
+    module = nn.Sequential(nn.Linear(2, 3, bias=False))
+    module[0].weight = nn.Parameter(torch.randn(2, 5))
+    inject_lora(module, LoRAConfig(rank=2))
+    assert (tuple(module[0].lora_A.shape), tuple(module[0].lora_B.shape)) == ((2, 5), (2, 2))
+    torch.nn.init.normal_(module[0].lora_B)
+    x = torch.randn(4, 5)
+    expected = module(x)
+    merge_lora(module)
+    torch.testing.assert_close(module(x), expected)

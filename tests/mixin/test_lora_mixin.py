@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -155,3 +156,12 @@ def test_module_saves_and_merges_itself(tmp_path: Path) -> None:
     torch.testing.assert_close(fresh(x), before)
     module.merge_lora()
     torch.testing.assert_close(module(x), before)
+
+
+def test_hooks_that_fabric_calls_need_no_trainer() -> None:
+    fabric, module = Fabric(accelerator="cpu", devices=1), Toy()
+    module.configure_model()
+    fabric.setup(module)
+    for hook in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
+        fabric.call(hook)
+    assert lora_layers(module)

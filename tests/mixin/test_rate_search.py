@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import LoRAConfig, LoRAMixin
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.callbacks import LoRA
+from lightning_lora.mixin.run_hooks import run_memory
 from tests.support import toys
 from tests.support.toys import Plain
 
@@ -136,7 +137,7 @@ def test_a_search_leaves_nothing_for_the_next_run(tmp_path: Path) -> None:
 
     class Other(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            assert module._run_memory().optimizer_states is None
+            assert run_memory(module).optimizer_states is None
 
     # Other groups than those of the search, whose state would not fit.
     module.groups = Rated.groups.__get__(module)  # pyright: ignore[reportAttributeAccessIssue]

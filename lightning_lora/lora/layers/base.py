@@ -80,7 +80,7 @@ class LoRALayer(nn.Module):
 
     @staticmethod
     def dimensions(module: Any) -> tuple[int, int]:
-        """``(in, out)`` of an unadapted module, from its attributes: sharded or quantised weights have other shapes."""
+        """``(in, out)`` of an unadapted module; sharded or quantised weights may have other shapes."""
         raise NotImplementedError
 
     @classmethod

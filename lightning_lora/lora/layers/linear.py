@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_lora.lora.functional import AdaptedWeight, base_product, can_fuse, fused_lora_linears, linear_update
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
+from lightning_lora.lora.layers.quantised_weights import is_quantised
 from lightning_lora.lora.layers.siblings import sibling_output
 
 
@@ -32,7 +33,13 @@ class LoRALinear(LoRALayer, nn.Linear):
     @staticmethod
     @override
     def dimensions(module: Any) -> tuple[int, int]:
-        return module.in_features, module.out_features
+        kind: Any = base_type(type(module)) if isinstance(module, LoRALayer) else type(module)
+        weight: Any = module._parameters.get("weight")
+        is_plain = kind.forward is nn.Linear.forward and weight is not None and not is_quantised(weight)
+        if is_plain and weight.dim() == 2:
+            # Whoever gives a layer another weight leaves the attributes as they are, and nn.Linear does not ask them.
+            return weight.shape[1], weight.shape[0]
+        return int(module.in_features), int(module.out_features)  # pyright: ignore[reportArgumentType]
 
     @override
     def forward(self, input: Tensor) -> Tensor:
