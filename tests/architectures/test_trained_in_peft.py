@@ -111,6 +111,7 @@ def cases() -> list[Any]:
             made.append(pytest.param(entry.build, entry.inputs, entry.output, heads, id=f"{entry.name} {heads}"))
     llava, vit, clip = ENTRIES["LLaVA"], ENTRIES["ViT"], ENTRIES["CLIP"]
     for entry, trainable in (
+        (ENTRIES["Qwen3-MoE"], ["experts"]), (ENTRIES["Mixtral"], ["*.gate", "lm_head"]),
         (llava, ["vision_tower.embeddings"]), (llava, ["multi_modal_projector", "vision_tower", "lm_head"]),
         (llava, ["*.vision_tower.*", "lm_head"]), (vit, ["vit.embeddings", "classifier"]),
         (clip, ["embeddings", "text_projection"]),
