@@ -72,7 +72,8 @@ def write_adapter(folder: Path, base: Path, names: list[str], rank: int) -> None
         tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns) / columns**0.5
         tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank) * 0.01
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["up_proj", "down_proj"]}
+    targets = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 

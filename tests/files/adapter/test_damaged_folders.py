@@ -222,7 +222,10 @@ UNFITTING = [
     ),
     Damaged(
         "B46 an adapted norm",
-        retensor(lambda t: renamed(t, "layers.0.mlp.up_proj", "norm")),
+        lambda f: (
+            rewrite(SETTINGS, lambda c: c["target_modules"].append("norm"))(f),
+            retensor(lambda t: renamed(t, "layers.0.mlp.up_proj", "norm"))(f),
+        ),
         ("model.norm is a LlamaRMSNorm, which cannot be adapted",),
     ),
 ]

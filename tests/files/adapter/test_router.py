@@ -27,7 +27,12 @@ from tests.oracle.peft_models import peft_warnings
 from tests.support.moe_models import moe
 from tests.support.tiny_models import TOKENS, logits, portrait
 
-pytestmark = [*peft_warnings, pytest.mark.filterwarnings("ignore:.*has no lightning_lora.json:UserWarning")]
+pytestmark = [
+    *peft_warnings,
+    pytest.mark.filterwarnings("ignore:.*has no lightning_lora.json:UserWarning"),
+    # PEFT compares patterns with names of modules, and says so of patterns that it does use for parameters.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,12 @@ from tests.oracle.peft_models import peft_warnings
 from tests.support.moe_models import moe
 from tests.support.tiny_models import logits, portrait
 
-pytestmark = [*peft_warnings, pytest.mark.filterwarnings("ignore:.*has no lightning_lora.json:UserWarning")]
+pytestmark = [
+    *peft_warnings,
+    pytest.mark.filterwarnings("ignore:.*has no lightning_lora.json:UserWarning"),
+    # PEFT compares patterns with names of modules, and says so of patterns that it does use for parameters.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
 
 # Model: the module of the experts and of the router in transformers 4, its gate, up and down projection.
 MODELS = {
