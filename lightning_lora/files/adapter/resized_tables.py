@@ -62,7 +62,7 @@ def check_copies(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
     own = {name: tensor for name, tensor in model_tensors(root) if name in folder.base_copies}
     for name, stored in folder.base_copies.items():
         if name not in own:
-            raise AdapterFileError(f"{folder.path} does not fit this module: it stores {name}, which is not there.")
+            raise AdapterFileError(f"{folder.path} does not fit this module: unknown {name}, a weight that it stores.")
         if own[name].shape != stored.shape:
             raise BaseMismatchError(
                 f"{folder.path} holds a copy of {name}, shape {tuple(stored.shape)}, which is {tuple(own[name].shape)} "
