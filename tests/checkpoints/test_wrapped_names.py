@@ -34,7 +34,7 @@ class Normed(Net):
         self.register_buffer("center", torch.ones(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.norm(torch.tanh(self.first(x)) - self.center)  # pyright: ignore[reportOperatorIssue])
+        return self.second(self.norm(torch.tanh(self.first(x)) - self.center))  # pyright: ignore[reportOperatorIssue]
 
 
 class Wrapped(Toy):

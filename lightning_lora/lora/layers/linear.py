@@ -33,13 +33,13 @@ class LoRALinear(LoRALayer, nn.Linear):
     @staticmethod
     @override
     def dimensions(module: Any) -> tuple[int, int]:
-        kind: Any = base_type(type(module)) if isinstance(module, LoRALayer) else type(module)
-        weight: Any = module._parameters.get("weight")
+        kind: Any = base_type(type(module)) if issubclass(type(module), LoRALayer) else type(module)
+        weight = module._parameters.get("weight")
         is_plain = kind.forward is nn.Linear.forward and weight is not None and not is_quantised(weight)
         if is_plain and weight.dim() == 2:
             # Whoever gives a layer another weight leaves the attributes as they are, and nn.Linear does not ask them.
             return weight.shape[1], weight.shape[0]
-        return int(module.in_features), int(module.out_features)  # pyright: ignore[reportArgumentType]
+        return module.in_features, module.out_features
 
     @override
     def forward(self, input: Tensor) -> Tensor:
