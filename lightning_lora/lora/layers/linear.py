@@ -35,8 +35,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     def dimensions(module: Any) -> tuple[int, int]:
         kind: Any = base_type(type(module)) if issubclass(type(module), LoRALayer) else type(module)
         weight = module._parameters.get("weight")
-        is_plain = kind.forward is nn.Linear.forward and weight is not None and not is_quantised(weight)
-        if is_plain and weight.dim() == 2:
+        computes_so = kind.forward is nn.Linear.forward
+        if weight is not None and weight.dim() == 2 and computes_so and not is_quantised(weight):
             # Whoever gives a layer another weight leaves the attributes as they are, and nn.Linear does not ask them.
             return weight.shape[1], weight.shape[0]
         return module.in_features, module.out_features
