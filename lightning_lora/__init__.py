@@ -32,14 +32,13 @@ if TYPE_CHECKING:
         inject_lora,
         load_lora_state_dict,
         lora_state_dict,
-        merge_lora,
         remove_lora,
-        unmerge_lora,
     )
     from lightning_lora.lora.config import LoRAConfig
     from lightning_lora.lora.layers import register_layer
     from lightning_lora.lora.layers.adapted import lora_layers
     from lightning_lora.lora.matched_rank import matched_rank
+    from lightning_lora.lora.merging import merge_lora, unmerge_lora
     from lightning_lora.lora.reports import InjectionReport, MergeReport, ParameterCount, count_parameters
     from lightning_lora.lora.targets.roles import register_role
     from lightning_lora.mixin.lora_mixin import LoRAMixin

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GuardError, first_five
-from lightning_lora.lora.adapter import check_not_merged
 from lightning_lora.lora.fingerprint import base_digests
 from lightning_lora.lora.layers.adapted import learning_layers, lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.shards import reshard
 from lightning_lora.lora.travelling import recorded_parameters
 from lightning_lora.mixin.given_settings import check_they_have_a_reader

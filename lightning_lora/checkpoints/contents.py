@@ -14,12 +14,13 @@ from lightning_lora.checkpoints.wrapped_names import STATE_KEYS
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lightning_private import is_trained
-from lightning_lora.lora.adapter import check_not_merged, check_tensors
+from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.config import LoRAConfig, setting_changes
 from lightning_lora.lora.fingerprint import WeightPrint, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
+from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.patterns import plain_name, state_dict_name
 from lightning_lora.lora.shards import is_flattened
 from lightning_lora.lora.travelling import changed_tensors

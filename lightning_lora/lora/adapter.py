@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -10,7 +9,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AlreadyShardedError, ConfigError, first_five
+from lightning_lora.errors import AdapterFileError, first_five
 from lightning_lora.lora.base_values import base_values, forget_base_values, keep_base_values
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.frozen_copies import (
@@ -22,26 +21,25 @@ from lightning_lora.lora.frozen_copies import (
 )
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.layers.attention import attach_readers, detach_readers
-from lightning_lora.lora.layers.base import LoRALayer, attach, detach
-from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
+from lightning_lora.lora.layers.base import attach, detach
 from lightning_lora.lora.layers.quantised_weights import keep_stored_values
 from lightning_lora.lora.layers.shared_factors import share_factors
 from lightning_lora.lora.merged_saving import save_merged_models, save_plain_models
+from lightning_lora.lora.merging import adapted, check_not_merged, merged
 from lightning_lora.lora.patterns import plain_name
-from lightning_lora.lora.reports import InjectionReport, MergeReport, count_parameters
+from lightning_lora.lora.reports import InjectionReport, count_parameters
 from lightning_lora.lora.shards import (
     check_not_flattened,
+    check_not_sharded,
     full_parameters,
     full_tensor,
-    is_dtensor,
-    is_flattened,
     reshard,
 )
 from lightning_lora.lora.targets import new_weights, unknown_weights
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 from lightning_lora.lora.travelling import forget_tensors, record_tensors
-from lightning_lora.lora.vocabulary import check_vocabulary, unwatch_vocabulary, watch_vocabulary
+from lightning_lora.lora.vocabulary import unwatch_vocabulary, watch_vocabulary
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
@@ -132,79 +130,7 @@ def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeight
         share_factors(modules[follower], adapted[source])
     attach_readers(module)
     watch_vocabulary(module)
-    save_merged_models(module, _merged)
-
-
-def check_not_sharded(module: nn.Module) -> None:
-    """Raise `AlreadyShardedError` if a parameter of ``module`` is sharded."""
-    for name, parameter in module.named_parameters():
-        if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter" or is_flattened(parameter):
-            raise AlreadyShardedError(
-                f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
-                f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."
-            )
-
-
-def merge_lora(module: nn.Module) -> MergeReport:
-    """Add every update to its base weight, computed in float32 and rounded once. `unmerge_lora` restores the weights.
-
-    A quantised layer then holds a plain weight of the type it had before it was quantised, and a warning says so.
-    Another warning says where rounding took more than a tenth of an update.
-
-    Returns:
-        The share of each update that rounding took.
-
-    Raises:
-        ConfigError: If nothing is adapted, or the updates are merged already.
-        AlreadyShardedError: If the weights are sharded.
-    """
-    report = merge_layers(module)
-    plain = [layer.weight for layer in lora_layers(module).values() if isinstance(layer, LoRAQuantisedLinear)]
-    if plain:
-        types = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in plain}))
-        size = sum(weight.numel() * weight.element_size() for weight in plain)
-        warnings.warn(
-            f"{len(plain)} merged layers are no longer quantised: their weights are {types} and take {size / 1e6:,.1f} "
-            f"MB. unmerge_lora(module) restores the quantised weights.",
-            stacklevel=2,
-        )
-    return report
-
-
-def merge_layers(module: nn.Module) -> MergeReport:
-    """Merge as `merge_lora` does, without the warning about quantised layers."""
-    layers = _adapted(module)
-    check_not_sharded(module)
-    check_not_merged(module, "merge twice")
-    report = MergeReport({name: layer.merge() for name, layer in layers.items()})
-    report.warn_if_lossy()
-    return report
-
-
-@contextmanager
-def _merged(module: nn.Module) -> Iterator[None]:
-    """Within the context the updates are merged; the previous state is restored on exit, bit for bit."""
-    if any(layer.lora_merged for layer in lora_layers(module).values()):
-        yield
-        return
-    merge_layers(module)
-    try:
-        yield
-    finally:
-        unmerge_lora(module)
-
-
-def unmerge_lora(module: nn.Module) -> None:
-    """Restore the base weights as they were before `merge_lora`, bit for bit.
-
-    Raises:
-        ConfigError: If nothing is adapted, or nothing is merged.
-    """
-    merged = [layer for layer in _adapted(module).values() if layer.lora_merged]
-    if not merged:
-        raise ConfigError("there is nothing to unmerge: merge_lora(module) was not called.")
-    for layer in merged:
-        layer.unmerge()
+    save_merged_models(module, merged)
 
 
 def remove_lora(module: nn.Module) -> None:
@@ -219,7 +145,7 @@ def remove_lora(module: nn.Module) -> None:
     check_not_sharded(module)
     # Before the layers are counted: a resized vocabulary may have replaced every adapted layer.
     was_watched = unwatch_vocabulary(module)
-    layers = lora_layers(module) if was_watched else _adapted(module)
+    layers = lora_layers(module) if was_watched else adapted(module)
     for layer in layers.values():
         detach(layer)
     detach_readers(module)
@@ -240,7 +166,7 @@ def disable_lora(module: nn.Module) -> Iterator[None]:
             it was adapted.
         AlreadyShardedError: If a module trained in full is sharded.
     """
-    layers = _adapted(module)
+    layers = adapted(module)
     check_not_merged(module, "disable adapters")
     before = {layer: layer.lora_enabled for layer in layers.values()}
     try:
@@ -261,7 +187,7 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
         AlreadyShardedError: If FSDP1 has flattened the factors and ``module`` is not its outermost wrapper.
     """
     reshard(module)
-    _adapted(module)
+    adapted(module)
     with full_parameters(module):
         check_not_flattened(module, "read the adapter")
         return {name: full_tensor(factor) for name, factor in factor_parameters(module).items()}
@@ -275,7 +201,7 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
         ConfigError: If nothing is adapted, or the updates are merged.
         AlreadyShardedError: If the weights are sharded.
     """
-    _adapted(module)
+    adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "load adapters")
     expected = factor_parameters(module)
@@ -301,21 +227,3 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
             f"the adapter does not fit this module: {len(problems)} of {len(expected)} expected tensors disagree: "
             f"{first_five(problems)}."
         )
-
-
-def check_not_merged(module: nn.Module, action: str) -> None:
-    """Raise `ConfigError` if any update is merged, or fits no more: the adapter would count twice or not at all."""
-    check_vocabulary(module)
-    merged = [name for name, layer in lora_layers(module).items() if layer.lora_merged]
-    if merged:
-        raise ConfigError(
-            f"cannot {action}: {len(merged)} layers are merged ({first_five(merged)}). Call unmerge_lora(module) first."
-        )
-
-
-def _adapted(module: nn.Module) -> dict[str, LoRALayer]:
-    check_vocabulary(module)
-    layers = lora_layers(module)
-    if not layers:
-        raise ConfigError(f"{type(module).__name__} has no adapters: call inject_lora(module, config) first.")
-    return layers

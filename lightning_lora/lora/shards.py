@@ -162,3 +162,13 @@ def _is_fsdp2(module: nn.Module) -> TypeGuard[FSDPModule]:
 def _is_instance(value: object, module: str, name: str) -> bool:
     loaded = sys.modules.get(module)  # a class that was never imported has no instances
     return loaded is not None and isinstance(value, getattr(loaded, name))
+
+
+def check_not_sharded(module: nn.Module) -> None:
+    """Raise `AlreadyShardedError` if a parameter of ``module`` is sharded."""
+    for name, parameter in module.named_parameters():
+        if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter" or is_flattened(parameter):
+            raise AlreadyShardedError(
+                f"{name!r} is sharded already, and an adapter added now would differ between ranks. Call "
+                f"self.apply_lora() (or inject_lora) in configure_model before sharding the module."
+            )

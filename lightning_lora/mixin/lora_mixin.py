@@ -20,7 +20,7 @@ from lightning_lora.checkpoints import contents
 from lightning_lora.checkpoints.ckpt_path import explain_ckpt_path
 from lightning_lora.errors import TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
-from lightning_lora.lora import adapter
+from lightning_lora.lora import merging
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
@@ -186,7 +186,7 @@ class LoRAMixin(LightningModule):
 
     def merge_lora(self) -> MergeReport:
         """Add the updates to the base weights, in place; see `lightning_lora.merge_lora`."""
-        return adapter.merge_lora(self)
+        return merging.merge_lora(self)
 
     def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
         """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""

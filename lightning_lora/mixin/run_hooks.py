@@ -5,7 +5,7 @@ Fabric calls hooks too. There is no Trainer then, and nothing to do but to adapt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -14,15 +14,15 @@ from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_stat
 from lightning_lora.checkpoints.resume import RunMemory
 from lightning_lora.checkpoints.wrapped_names import use_own_names
 from lightning_lora.lightning_private import attached_trainer
-from lightning_lora.lora.adapter import check_not_merged
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.mixin import optim, rate_search, rates
 from lightning_lora.mixin.kept_frozen import KeptFrozen
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact
 from lightning_lora.trainer_access import attach_when_saving
 
-if TYPE_CHECKING:
-    from lightning_lora.mixin.lora_mixin import LoRAMixin
+# The class imports this file.
+LoRAMixin = Any
 
 
 def run_memory(module: LoRAMixin) -> RunMemory:

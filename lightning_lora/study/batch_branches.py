@@ -15,8 +15,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, DataError, GradientError
-from lightning_lora.lora.adapter import merge_layers, remove_lora
+from lightning_lora.lora.adapter import remove_lora
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.merging import merge_layers
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint, present_phase

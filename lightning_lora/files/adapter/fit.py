@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
-from lightning_lora.files.adapter import peft_experts, peft_layers
+from lightning_lora.files.adapter import peft_experts
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
-from lightning_lora.files.adapter.peft_patterns import TargetedNames
+from lightning_lora.files.adapter.peft_checks import check_complete, check_one_name, check_same_function
 from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
 from lightning_lora.lora.layers.base import AdapterSpec, is_factor
-from lightning_lora.lora.layers.conv import LoRAConv
-from lightning_lora.lora.layers.registry import adapter_kind, kind_of_named
+from lightning_lora.lora.layers.registry import kind_of_named
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
@@ -78,10 +77,10 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
     modules = {plain_name(name): module for name, module in root.named_modules()}
     owners = _owners(root, modules, folder)
     if not folder.manifest.is_present:
-        _check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
+        check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
     if not folder.manifest.is_present:
-        _check_complete(modules, folder)
-        _check_one_name(root, [layer for layer, _ in owners.values()], folder)
+        check_complete(modules, folder)
+        check_one_name(root, [layer for layer, _ in owners.values()], folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
         _check_ranks(present, folder)
@@ -200,20 +199,6 @@ def trains_as_one(sharing: Collection[str], folder: AdapterFolder) -> bool:
     )
 
 
-def _check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
-    """Refuse convolutions of which PEFT trained another function than an update of their weights."""
-    convolutions = {name: module for name, module in modules.items() if adapter_kind(module) is LoRAConv}
-    other = [
-        f"{name} ({reason})" for name, module in convolutions.items() if (reason := peft_layers.difference(module))
-    ]
-    if other:
-        raise AdapterFileError(
-            f"{folder.path} was trained by PEFT, which ignores groups, dilation and padding mode of convolutions: it "
-            f"means another function of {first_five(other)} than an update of their weights. Train it here, or merge "
-            f"it in PEFT."
-        )
-
-
 def _check_ranks(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> None:
     """Refuse a module that is adapted at another rank already."""
     wrong = [
@@ -225,21 +210,6 @@ def _check_ranks(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> N
         raise AdapterFileError(
             f"{folder.path} does not fit this module, which is adapted at another rank already: {first_five(wrong)}. "
             f"{_RIGHT_SETTINGS}"
-        )
-
-
-def _check_one_name(root: nn.Module, layers: Collection[str], folder: AdapterFolder) -> None:
-    """Refuse a layer that ``root`` holds in several places: PEFT changes only the place whose name it stores."""
-    places: dict[int, list[str]] = {}
-    for name, module in root.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(plain_name(name))
-    changed = {*layers, *(name.rpartition(".")[0] for name in folder.trained)}
-    several = [names for names in places.values() if len(names) > 1 and not changed.isdisjoint(names)]
-    if several:
-        raise AdapterFileError(
-            f"{folder.path} was trained by PEFT, which changes {several[0][0]} but not {first_five(several[0][1:])}, "
-            f"and these are one layer here, as resize_token_embeddings makes them in some models. Save the resized "
-            f"model, and load it with from_pretrained first."
         )
 
 
@@ -255,41 +225,6 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
             f"{folder.path} does not fit this module: {len(wrong)} of {len(present)} layers were adapted with another "
             f"scale, alpha / rank: {first_five(wrong)}. {_RIGHT_SETTINGS}"
         )
-
-
-def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
-    """Refuse a folder without a manifest whose config names layers or modules that its tensors leave out."""
-    targeted = TargetedNames(folder.peft)
-    lost = [
-        name
-        for name, module in modules.items()
-        if name not in folder.ranks and name in targeted and kind_of_named(module) is not None
-    ]
-    if lost:
-        raise AdapterFileError(
-            f"{folder.path} does not fit this module: its config targets {len(lost)} layers that its tensors leave "
-            f"out ({first_five(lost)})."
-        )
-    untrained = _untrained(modules, folder)
-    if untrained:
-        raise AdapterFileError(
-            f"{folder.path} does not fit this module: its config has modules_to_save, but its tensors leave out "
-            f"{len(untrained)} of their parameters ({first_five(untrained)})."
-        )
-
-
-def _untrained(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> list[str]:
-    """Parameters of modules that ``modules_to_save`` names, and which the folder does not hold."""
-    listed = tuple(folder.peft.get("modules_to_save") or ())
-    # As in PEFT, an entry also means names that it ends within a part.
-    saved = [name for name in modules if listed and name.endswith(listed)]
-    parameters = [
-        plain_name(join(name, end))
-        for name in saved
-        for end, _ in modules[name].named_parameters(remove_duplicate=False)
-        if not is_factor(end)
-    ]
-    return [name for name in dict.fromkeys(parameters) if name not in folder.trained]
 
 
 def trained_tensors(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:

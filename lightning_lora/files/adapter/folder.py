@@ -25,7 +25,7 @@ from lightning_lora.files.adapter.peft_format import (
     stored_weight,
     without_adapter_name,
 )
-from lightning_lora.files.adapter.peft_patterns import is_saved_in_full
+from lightning_lora.files.adapter.peft_patterns import is_base_copy
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.lora.config import LoRAConfig
@@ -203,7 +203,7 @@ def _split(
         parameter, kind = stored_weight(module)
         if factor is not None:
             factors[f"{module}.{factor}" if module else factor] = tensor
-        elif parameter in manifest.base_copies or (not manifest.is_present and _is_base(parameter, kind, peft)):
+        elif parameter in manifest.base_copies or (not manifest.is_present and is_base_copy(parameter, kind, peft)):
             base_copies[parameter] = tensor
         else:
             trained[parameter if kind == "modules_to_save" else module] = tensor
@@ -231,12 +231,6 @@ def _check_names(factors: Mapping[str, Tensor], trained: Mapping[str, Tensor], w
         raise AdapterFileError(
             f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(trained)}."
         )
-
-
-def _is_base(parameter: str, kind: str, peft: Mapping[str, Any]) -> bool:
-    """Whether PEFT stored a parameter of the base, and not one of a module trained in full."""
-    in_full = is_saved_in_full(parameter.rpartition(".")[0], peft)
-    return kind in ("base_layer", "original_module") or (kind == "" and not in_full)
 
 
 def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:

@@ -38,7 +38,7 @@ from lightning_lora.lora.layers.recurrent import LoRARecurrent
 from lightning_lora.lora.layers.shared_factors import own_factors
 from lightning_lora.lora.patterns import plain_name
 
-# The last PEFT known to add the update of an output projection twice.
+# PEFT adds the update of an output projection twice up to this version.
 _LAST_TWICE = (0, 21)
 _NESTED = re.compile(r"(^|\.)base_layer\.out_proj$")
 
@@ -69,7 +69,7 @@ class PEFTLayout:
         return attention if attention is not None and attention in self._attentions else name
 
     def tensors(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Factors by the names and in the layouts of PEFT; weights that PEFT cannot express keep our names.
+        """Factors by PEFT's names and in its layouts; weights that it cannot express keep our names.
 
         PEFT shares no factors: a layer that follows another one gets copies.
         """

@@ -176,3 +176,9 @@ def _masked(text: str, free: tuple[int, ...]) -> str:
         if text[position] != ".":
             text = f"{text[:position]}.{text[position + 1 :]}"
     return text
+
+
+def is_base_copy(parameter: str, kind: str, peft: Mapping[str, Any]) -> bool:
+    """Whether PEFT stored a parameter of the base, and not one of a module trained in full."""
+    in_full = is_saved_in_full(parameter.rpartition(".")[0], peft)
+    return kind in ("base_layer", "original_module") or (kind == "" and not in_full)

@@ -25,20 +25,15 @@ from lightning_lora.files.adapter.resized_tables import check_copies, check_rows
 from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.safetensors_file import write_tensors
-from lightning_lora.lora.adapter import (
-    attach_targets,
-    check_not_merged,
-    check_not_sharded,
-    freeze,
-    lora_state_dict,
-)
+from lightning_lora.lora.adapter import attach_targets, freeze, lora_state_dict
 from lightning_lora.lora.base_values import keep_base_values
 from lightning_lora.lora.fingerprint import base_prints, fingerprint
 from lightning_lora.lora.frozen_copies import frozen_copies, hold_copies
 from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers, other_names
 from lightning_lora.lora.layers.attention import attach_readers
+from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.patterns import matches_any, plain_name
-from lightning_lora.lora.shards import check_not_flattened, full_parameters, full_tensor
+from lightning_lora.lora.shards import check_not_flattened, check_not_sharded, full_parameters, full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
 from lightning_lora.lora.targets.shared_weights import every_name, untie

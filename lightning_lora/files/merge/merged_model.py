@@ -14,7 +14,6 @@ from torch import nn
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.atomic import atomic_folder
 from lightning_lora.files.safetensors_file import write_tensors
-from lightning_lora.lora.adapter import check_not_merged, merge_layers, unmerge_lora
 from lightning_lora.lora.layers.adapted import join, lora_layers
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
@@ -26,6 +25,7 @@ from lightning_lora.lora.layers.quantised_weights import (
     scale_keys,
 )
 from lightning_lora.lora.merged_saving import apart
+from lightning_lora.lora.merging import check_not_merged, merge_layers, unmerge_lora
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.roles import hugging_face_models
 
