@@ -96,13 +96,13 @@ _MODULES = {
     "lora_layers": "lora.layers.adapted",
     "lora_state_dict": "lora.adapter",
     "matched_rank": "lora.matched_rank",
-    "merge_lora": "lora.adapter",
+    "merge_lora": "lora.merging",
     "noise_scale": "batch.noise.noise_scale",
     "register_layer": "lora.layers",
     "register_role": "lora.targets.roles",
     "remove_lora": "lora.adapter",
     "save_adapter": "files.adapter.save_load",
-    "unmerge_lora": "lora.adapter",
+    "unmerge_lora": "lora.merging",
 }
 
 

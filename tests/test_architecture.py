@@ -138,7 +138,7 @@ def test_every_room_lists_its_files() -> None:
 def test_the_imports_are_seen() -> None:
     assert "transformers" in IMPORTS["lightning_lora.tasks.causal_lm"]
     assert "lightning_lora.callbacks.guard" in IMPORTS["lightning_lora.callbacks"]
-    assert "lightning_lora.files.adapter.peft_layers" in IMPORTS["lightning_lora.files.adapter.fit"]
+    assert "lightning_lora.files.adapter.folder" in IMPORTS["lightning_lora.files.adapter.fit"]
     assert "lightning_lora.errors" in IMPORTS["lightning_lora"]
 
 

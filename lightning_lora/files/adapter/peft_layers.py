@@ -279,11 +279,10 @@ def _renamed_projections(stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
 
 def _without_fillers(factors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
     """Factors without the zeros that were written for projections which are not adapted."""
-    layers = manifest.layers
 
     def is_filler(key: str) -> bool:
         name = key.rpartition(".")[0]
-        attention = _attention_of(name)
+        layers, attention = manifest.layers, _attention_of(name)
         other = attention if attention in layers else join(name, "out_proj")
         return name not in layers and other in layers and not bool(factors[key].any())
 
