@@ -57,7 +57,8 @@ class _ExplainedLoading:
         if isinstance(reader, TorchCheckpointIO):  # a CheckpointIO of the user may take any folder
             reads_shards = isinstance(self._strategy, _READ_SHARDS) or type(reader) is not TorchCheckpointIO
             refuse_other_files(checkpoint_path, reads_shards)
-        checkpoint = type(self._strategy).load_checkpoint(self._strategy, checkpoint_path, *args, **kwargs)
+        load: Any = type(self._strategy).load_checkpoint
+        checkpoint = load(self._strategy, checkpoint_path, *args, **kwargs)
         # Lightning asks for this key next.
         if "pytorch-lightning_version" not in checkpoint:
             raise AdapterFileError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -229,11 +230,12 @@ def test_nets_are_independent() -> None:
 
 
 def test_a_weight_of_another_shape_than_the_layer_was_made_with_is_adapted_as_it_is() -> None:
-    module = nn.Sequential(nn.Linear(2, 3, bias=False))
-    module[0].weight = nn.Parameter(torch.randn(2, 5))
+    layer: Any = nn.Linear(2, 3, bias=False)
+    layer.weight = nn.Parameter(torch.randn(2, 5))
+    module = nn.Sequential(layer)
     inject_lora(module, LoRAConfig(rank=2))
-    assert (tuple(module[0].lora_A.shape), tuple(module[0].lora_B.shape)) == ((2, 5), (2, 2))
-    torch.nn.init.normal_(module[0].lora_B)
+    assert (tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)) == ((2, 5), (2, 2))
+    torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(4, 5)
     expected = module(x)
     merge_lora(module)

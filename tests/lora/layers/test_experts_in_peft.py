@@ -108,6 +108,8 @@ def test_where_shapes_do_not_tell_the_version_of_peft_does(version: str, name: s
     )
     stored = delta["B"] @ delta["A"] if axis == "last" else (delta["B"] @ delta["A"]).mT
     settings = {"target_parameters": ["experts.gate_up_proj"], "peft_version": version}
-    found = peft_experts.unstack_by_model({"experts": file}, settings, "experts", module, LoRAExperts)
+    unstacked = peft_experts.Unstacked()
+    unstacked.add({"experts": file}, settings, "experts", module, LoRAExperts)
+    found = unstacked.factors
     update = found["experts.gate_up_proj_lora_B"] @ found["experts.gate_up_proj_lora_A"]
     torch.testing.assert_close(update.mT if LoRAExperts.transposed(module) else update, stored)
