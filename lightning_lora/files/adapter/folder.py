@@ -107,7 +107,7 @@ class AdapterFolder:
         """
         peft = peft_config.with_own_values(self.peft, _ranks(factors, self.path), alphas)
         kept = {name: tensor for name, tensor in self.factors.items() if factor_owner(name)[0] not in gone}
-        return self._with(kept | factors, peft)
+        return self._with(kept | dict(factors), peft)
 
     def renamed(self, names: Mapping[str, str]) -> AdapterFolder:
         """The same folder with other names for some adapted layers: old name to new name."""
@@ -246,7 +246,7 @@ def _config(
     peft_config.check_ranks(peft, ranks, str(folder))
     if not manifest.is_present:
         # Until the model tells what the stacked factors are, their names stand for them.
-        known = ranks or dict.fromkeys(stacked, peft.get("r", 8))
+        known: Mapping[str, int] = ranks or {name: peft.get("r", 8) for name in stacked}
         return peft_config.to_lora_config(peft, known, dict.fromkeys(name.rpartition(".")[0] for name in trained))
     config = LoRAConfig.from_dict(manifest.config)
     peft_config.check_scales(peft, manifest.alphas, config, str(folder))

@@ -71,7 +71,7 @@ def test_its_adapter_trains_switches_off_and_comes_off(folder: Path) -> None:
     model(TOKENS, labels=TOKENS).loss.backward()
     for layer in lora_layers(model).values():
         assert isinstance(layer, LoRAMatrices)
-        assert all(bool(factor.grad.any()) for factor in layer.lora_factors().values())
+        assert all(factor.grad is not None and bool(factor.grad.any()) for factor in layer.lora_factors().values())
         assert layer.weight.grad is None
     with disable_lora(model):
         assert torch.equal(logits(model), logits(base))

@@ -65,7 +65,8 @@ def old_layers(name: str) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
 
 def write(name: str, folder: Path, leaves: list[str], **settings: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Write an adapter as PEFT wrote it under transformers 4, for the layers with these last parts; its factors."""
-    config = peft.LoraConfig(**SETTINGS | {"target_modules": leaves} | settings)
+    every: dict[str, Any] = SETTINGS | {"target_modules": leaves} | settings
+    config = peft.LoraConfig(**every)
     folder.mkdir()
     config.save_pretrained(str(folder))
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +74,9 @@ def write(name: str, folder: Path, leaves: list[str], **settings: Any) -> dict[s
     for layer, (parameter, place) in old_layers(name).items():
         if layer.rpartition(".")[2] in leaves:
             num_out, num_in = place(parameters[parameter]).shape
-            rank = next((r for key, r in config.rank_pattern.items() if re.fullmatch(f".*{key}", layer)), config.r)
+            rank = next(
+                (r for key, r in settings.get("rank_pattern", {}).items() if re.fullmatch(f".*{key}", layer)), config.r
+            )
             A = 0.3 * torch.randn(rank, num_in, generator=generator)
             factors[layer] = (A, 0.3 * torch.randn(num_out, rank, generator=generator))
     tensors = {
