@@ -73,14 +73,14 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
     owners = _owners(root, modules, folder)
     if not folder.manifest.is_present:
         _check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
-    if not folder.manifest.is_present:
-        _check_complete(modules, folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
+        _check_complete(modules, folder)
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
         return [], TiedWeights()
     targets = _targets(root, modules, owners, folder)
+    _check_complete(modules, folder)
     undropped = without_dropout(root, targets.values()) if folder.config.dropout else []
     if undropped:
         warnings.warn(
@@ -193,6 +193,8 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
 
 def _check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
     """Refuse a folder without a manifest whose config names layers or modules that its tensors leave out."""
+    if folder.manifest.is_present:
+        return
     targeted = TargetedNames(folder.peft)
     lost = [
         name
