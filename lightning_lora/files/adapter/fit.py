@@ -78,16 +78,16 @@ def adapter_targets(root: nn.Module, folder: AdapterFolder) -> tuple[list[Target
     owners = _owners(root, modules, folder)
     if not folder.manifest.is_present:
         check_same_function({name: modules[layer] for name, (layer, _) in owners.items()}, folder)
-    if not folder.manifest.is_present:
-        check_complete(modules, folder)
         check_one_name(root, [layer for layer, _ in owners.values()], folder)
     present = {name: layer.lora_specs[weight] for name, (layer, weight) in adapted_weights(root).items()}
     if present:
+        check_complete(modules, folder)
         _check_ranks(present, folder)
         check_tensors(factor_parameters(root), folder.factors)
         _check_scales(present, folder)
         return [], _tied(root, {}, folder)
     targets = _targets(root, modules, owners, folder)
+    check_complete(modules, folder)
     undropped = without_dropout(root, targets.values()) if folder.config.dropout else []
     if undropped:
         warnings.warn(

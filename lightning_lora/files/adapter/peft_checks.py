@@ -48,6 +48,8 @@ def check_one_name(root: nn.Module, layers: Collection[str], folder: AdapterFold
 
 def check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> None:
     """Refuse a folder without a manifest whose config names layers or modules that its tensors leave out."""
+    if folder.manifest.is_present:
+        return
     targeted = TargetedNames(folder.peft)
     lost = [
         name
