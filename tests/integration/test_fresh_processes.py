@@ -51,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_fresh_process_gets_the_trained_module_back(
     name: str, way: str, medium: str, results: dict[str, Any]
 ) -> None:
-    assert results["load"][f"{name}-{way}-{medium}"] == pytest.approx(0, abs=1e-6)
+    assert results["load"][f"{name}-{way}-{medium}"] == pytest.approx(0, abs=1e-5)
     assert not [line for line in results["train"][f"{name}-{way}"] if "no checkpoint" in line or "freshly" in line]
 
 
@@ -102,4 +102,4 @@ def test_ddp_accepts_a_teacher_with_frozen_adapters(tmp_path: Path) -> None:
 def test_a_run_with_the_callback_says_how_its_checkpoints_are_read(results: dict[str, Any]) -> None:
     lines = results["train"]["BatchNorm-callback"]
     assert any("`class Adapted(LoRAMixin, BatchNorm): lora = LoRAConfig(...)`" in line for line in lines)
-    assert results["load"]["subclass"] == pytest.approx(0, abs=1e-6)
+    assert results["load"]["subclass"] == pytest.approx(0, abs=1e-5)

@@ -162,14 +162,6 @@ def test_a_matrix_that_is_read_without_a_call_is_refused(tmp_path: Path) -> None
     assert not lora_layers(model)
 
 
-def test_tensors_that_are_named_after_their_adapter_are_refused_by_name(tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    theirs.save_pretrained(str(tmp_path / "a"))
-    save_file({n: t for n, t in theirs.state_dict().items() if "lora_" in n}, tmp_path / "a" / TENSOR_FILE)
-    with pytest.raises(AdapterFileError, match=r"name of an adapter, lora_A\.default\.weight.*take 'default' out"):
-        load_adapter(llama(), tmp_path / "a")
-
-
 def test_several_adapters_are_read_from_their_own_folders(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="one")
     theirs.add_adapter("two", peft.LoraConfig(r=3, target_modules=["v_proj"]))

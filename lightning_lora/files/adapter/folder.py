@@ -32,9 +32,6 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_owner
 from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, WeightShape
 
-# Within PEFT's models the name of a factor holds the name of the adapter, which files leave out.
-_ADAPTER_NAME = re.compile(r"\.lora_(?:embedding_)?[AB]\.(\w+)(?:\.weight)?$")
-
 
 @dataclass(frozen=True)
 class AdapterFolder:
@@ -213,24 +210,15 @@ def _split(
             name for name, tensor in base_copies.items() if any(map(partial(torch.equal, tensor), trained.values()))
         ]
         trained |= {name: base_copies.pop(name) for name in tied}
-    _check_names(factors, trained, where)
+    if not factors:
+        names = [*trained, *base_copies]
+        raise AdapterFileError(
+            f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(names)}."
+        )
     # A buffer may hold infinities, such as a mask or a range that was never observed.
     finite = {name: tensor for name, tensor in trained.items() if name not in manifest.moved}
     check_finite(factors | base_copies | finite, str(where))
     return factors, trained, base_copies
-
-
-def _check_names(factors: Mapping[str, Tensor], trained: Mapping[str, Tensor], where: Path) -> None:
-    named = next((found for name in trained if (found := _ADAPTER_NAME.search(name))), None)
-    if named is not None:
-        raise AdapterFileError(
-            f"{where} holds tensors with the name of an adapter, {named[0].lstrip('.')}: it was written from "
-            f"state_dict(). Save it with PEFT's save_pretrained, or take {named[1]!r} out of the names."
-        )
-    if not factors:
-        raise AdapterFileError(
-            f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(trained)}."
-        )
 
 
 def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:

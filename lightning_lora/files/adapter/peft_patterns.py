@@ -127,7 +127,7 @@ def is_saved_in_full(module: str, peft: Mapping[str, Any]) -> bool:
         saved = _HEADS.get(str(peft.get("task_type")), ())
     parts = module.split(".")
     around = [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
-    return any(name.endswith(str(entry)) for name in around for entry in saved)
+    return any(name.endswith(tuple(map(str, saved))) for name in around)
 
 
 def _entries(setting: str | list[str] | None) -> re.Pattern[str] | frozenset[str]:

@@ -86,7 +86,9 @@ class SavedModules:
 
     def _mistaken(self, saved: Collection[str]) -> dict[str, str]:
         """Modules outside the list whose names end with an entry, to that entry."""
-        return {name: entry for name in self._modules for entry in saved if name.endswith(entry) and name not in saved}
+        entries = frozenset(saved)
+        endings = ((name, name[start:]) for name in self._modules if name not in entries for start in range(len(name)))
+        return {name: ending for name, ending in endings if ending in entries}
 
     def _left_out(self, saved: Collection[str]) -> list[str]:
         return [name for name in self._trained if not is_inside(name.rpartition(".")[0], saved)]

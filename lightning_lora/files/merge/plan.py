@@ -121,14 +121,17 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
             f"weights are not in the checkpoint: {first_five(missing)}."
         )
-    stored = {tensor: name for name, tensor in found.items()}
+
+    def tensors(names: Collection[str]) -> dict[str, str]:
+        return {tensor: name for name, tensor in found.items() if name in names}
+
     plan = MergePlan(
         folder,
-        {tensor: name for tensor, name in stored.items() if name in candidates} | tied.chosen("weight"),
+        tensors(candidates) | tied.chosen("weight"),
         experts,
-        {tensor: name for tensor, name in stored.items() if name in folder.trained} | tied.chosen("trained"),
+        tensors(folder.trained) | tied.chosen("trained"),
         _transposed(base, folder),
-        {tensor: name for tensor, name in stored.items() if name in folder.base_copies} | tied.chosen("copy"),
+        tensors(folder.base_copies) | tied.chosen("copy"),
         tied,
     )
     _check_copies(plan, base, shapes)

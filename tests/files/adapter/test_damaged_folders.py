@@ -203,7 +203,7 @@ UNFITTING = [
     Damaged(
         "B46 an unknown tensor",
         retensor(lambda t: t.update({f"{PREFIX}model.other.weight": torch.zeros(2)})),
-        ("1 tensors of modules trained in full that LlamaForCausalLM does not have (model.other.weight)",),
+        ("does not fit this module", "model.other.weight"),
     ),
     Damaged(
         "B46 an unknown layer",
