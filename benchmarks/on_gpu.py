@@ -30,6 +30,8 @@ from typing import Any
 # A parent that has touched CUDA cannot fork children that use it. bitsandbytes asks the card for its kind when it is
 # imported, which PEFT does where it finds it: only parts that start afresh may.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# In a forked child, threads that load weights may fail to share torch's pool of threads.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 if __name__ == "__main__" and "--inner" not in sys.argv:
     sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType]
 
@@ -104,6 +106,8 @@ def in_child(name: str, place: Place, seconds: float) -> str:
         log = os.open(place.out / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        # Threads that begin together would each renew torch's pool of threads: "Invalid thread pool!".
+        torch.set_num_threads(torch.get_num_threads())
         try:
             if name in AFRESH or torch.cuda.is_initialized():
                 inner = ["--inner", name, "--work", str(place.out), *(["--dry"] if place.dry else [])]
