@@ -87,9 +87,9 @@ def attach_when_saving(trainer: Trainer) -> None:
     The hooks of a module learn of no Trainer but the attached one, which is that of the latest run: another Trainer may
     have tested the module since.
     """
-    save = trainer.save_checkpoint
-    if getattr(save, "func", None) is not _save_attached:
-        trainer.save_checkpoint = functools.partial(_save_attached, trainer, save)
+    # A Trainer that has a method of its own there is left alone: it is ours, or a stand-in of the user.
+    if "save_checkpoint" not in vars(trainer):
+        trainer.save_checkpoint = functools.partial(_save_attached, trainer, trainer.save_checkpoint)
 
 
 def _save_attached(trainer: Trainer, save: Any, *args: Any, **kwargs: Any) -> None:

@@ -121,3 +121,12 @@ def test_callbacks_that_have_served_another_trainer_since_do_not_mix_the_runs(tm
     assert content[RESUME_KEY]["position"]["num_epochs"] == 1
     resumed = Toy()
     assert toys.fit(resumed, tmp_path, tmp_path / "a.ckpt", callbacks=callbacks, max_epochs=2).global_step == 8
+
+
+def test_a_stand_in_of_the_user_for_saving_is_called_as_it_is(tmp_path: Path) -> None:
+    trainer, calls = toys.trainer(tmp_path), []
+    trainer.save_checkpoint = stand_in = lambda *path, **options: calls.append(path)
+    trainer.fit(Toy(), toys.loader())
+    assert trainer.save_checkpoint is stand_in
+    trainer.save_checkpoint("here")
+    assert calls[-1] == ("here",)
