@@ -24,6 +24,7 @@ from tests.architectures.test_architectures import pytestmark as architecture_ma
 from tests.support.tiny_models import wake
 
 pytestmark = [
+    pytest.mark.slow,
     *architecture_marks,
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]

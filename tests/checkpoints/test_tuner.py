@@ -88,6 +88,7 @@ def run(kind: str, tool: str, folder: Path) -> dict[str, torch.Tensor]:
     return toys.snapshot(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["tuner", "callback"])
 @pytest.mark.parametrize("kind", ["mixin", "callback"])
 def test_a_run_after_a_search_for_the_batch_size_is_one_that_had_it_set(kind: str, tool: str, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_inspect_and_merge_need_torch_alone(net: Path, tmp_path: Path) -> None:
     libraries = (*MODELS, "torch.distributed.tensor", "torch._dynamo")  # parts of torch that take a second each
     printed, loaded = start("inspect", net / "adapter", "--verify", libraries=libraries)

@@ -13,6 +13,8 @@ from transformers import LlamaModel
 from tests.support import toys, warm
 from tests.support.tiny_models import llama_config
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "scripts" / "fresh_process.py"
 RETURNS = [
     "Pretrained",
@@ -94,7 +96,6 @@ assert module.teacher.first.lora_B.any() and not module.teacher.first.lora_B.req
 """
 
 
-@pytest.mark.slow
 def test_ddp_accepts_a_teacher_with_frozen_adapters(tmp_path: Path) -> None:
     toys.run_python(TWO_RANKS, "train", tmp_path, ranks=2)
 

@@ -109,6 +109,7 @@ def test_copies_compute_the_same_and_share_nothing(name: str, merged: bool) -> N
     assert {type(child) for child in twin.modules()} == {type(child) for child in build().modules()}
 
 
+@pytest.mark.slow
 def test_an_adapted_subclass_unpickles_in_another_process(tmp_path: Path) -> None:
     module, inputs = adapted("mixed")
     torch.save((module, inputs, output(module, inputs)), tmp_path / "module.pt")

@@ -40,6 +40,7 @@ from tests.oracle.peft_models import peft_warnings, without_manifest
 from tests.support.tiny_models import TOKENS, VOCAB, llama, portrait
 
 pytestmark = [
+    pytest.mark.slow,
     *peft_warnings,
     pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings=True:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),

@@ -20,6 +20,7 @@ from tests.integration.lightning.adapted_runs import WAYS
 from tests.support import toys
 
 pytestmark = [
+    pytest.mark.slow,
     *toys.expected_warnings,
     pytest.mark.filterwarnings("ignore:.*was called without a model. The last model of the previous"),
     pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint available"),

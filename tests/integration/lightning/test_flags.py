@@ -16,6 +16,7 @@ from tests.integration.lightning.adapted_runs import WAYS
 from tests.support import toys
 
 pytestmark = [
+    pytest.mark.slow,
     *toys.expected_warnings,
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed"),
     pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)` but `Trainer\\(barebones=True\\)`"),
