@@ -100,7 +100,8 @@ def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
     trainable = [
         part for name, part in targets.trainable.items() if original_name(name, copies) not in targets.trainable
     ]
-    keep_base_values(module, trained_tensors(trainable))
+    # Factors inside these modules start at zero anyway.
+    keep_base_values(module, [tensor for part in trainable for tensor in (*part.parameters(), *part.buffers())])
     for trained in trainable:
         trained.requires_grad_(True)
     return [
@@ -108,11 +109,6 @@ def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
         *new_weights.notes(targets.new),
         *notes_on_frozen(module, copies, held, frozen),
     ]
-
-
-def trained_tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers of ``modules``, which are trained in full; factors inside them start at zero anyway."""
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def freeze(module: nn.Module) -> None:

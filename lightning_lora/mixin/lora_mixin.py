@@ -162,7 +162,7 @@ class LoRAMixin(LightningModule):
         self._lora_made_with = LoRAConfig.from_dict(self.lora), self.lora_root
         report = inject_below(self, self.lora_root, root, self._lora_made_with[0])
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
-        self._print_base()
+        self._record_base()
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -231,10 +231,10 @@ class LoRAMixin(LightningModule):
         strategy = getattr(self._trainer, "strategy", None)
         # These strategies leave shards under the names of whole weights.
         if self._lora_base is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            self._print_base()
+            self._record_base()
         return self._lora_base
 
-    def _print_base(self) -> None:
+    def _record_base(self) -> None:
         root = self._lora_module()
         if not any(parameter.is_meta for parameter in root.parameters()):
             trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
