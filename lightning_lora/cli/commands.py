@@ -66,7 +66,7 @@ def _export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="a run folder, a Lightning checkpoint, or an adapter folder")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--format", default="peft", help="peft (the adapter only) or merged (the whole model)")
-    parser.add_argument("--for", dest="target", help="vllm or llama.cpp: what it can serve, or why not")
+    parser.add_argument("--for", dest="target", help="vllm or llama.cpp: write what it computes as trained, or refuse")
 
 
 def _export(arguments: Namespace) -> None:
