@@ -9,9 +9,11 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import ConfigError
 
+from .bad_rows import RowError
 from .records import Conversation, Text
+from .settings import RowSettings
 from .template import Span, find_template, render_conversations
 
 
@@ -22,6 +24,7 @@ class Encoded:
     Args:
         ids: Token ids.
         supervised: Whether each token is trained on. The first token never is, as nothing precedes it.
+        unused: Names of keys and variables of the conversation that the template does not read.
 
     Shape:
         - ``ids``: ``(tokens,)``, int64; ``supervised``: ``(tokens,)``, bool.
@@ -29,10 +32,13 @@ class Encoded:
 
     ids: numpy.ndarray
     supervised: numpy.ndarray
+    unused: frozenset[str] = frozenset()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | Text]) -> list[Encoded]:
-    """Tokenise records, in order.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | Text], settings: RowSettings
+) -> list[list[Encoded] | RowError]:
+    """Tokenise records, in order: the rows of tokens that each becomes, or why it cannot be used.
 
     Conversations are rendered by the tokenizer's chat template. Without a template, a single question and answer
     becomes the question, a line break, the answer and the end token; question and answer are tokenised separately. A
@@ -40,8 +46,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | 
 
     Raises:
         ConfigError: If the tokenizer has no end token and the row needs one.
-        DataError: If the template refuses a conversation, or a conversation of several turns has no template.
     """
+    try:
+        return [[row] for row in _encode(tokenizer, records)]
+    except RowError as error:
+        if len(records) == 1:
+            return [error]
+        return [encode(tokenizer, [record], settings)[0] for record in records]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | Text]) -> list[Encoded]:
     texts = [record for record in records if isinstance(record, Text)]
     conversations = [record for record in records if isinstance(record, Conversation)]
     template = find_template(tokenizer)
@@ -66,10 +80,11 @@ def _encode_pairs(tokenizer: PreTrainedTokenizerBase, records: list[Conversation
     for record in records:
         roles = [message["role"] for message in record.messages]
         if roles != ["user", "assistant"]:
-            raise DataError(
-                f"{record.place}: the tokenizer has no chat template, and the turns {roles} need one (only a single "
+            raise RowError(
+                record.place,
+                f"the tokenizer has no chat template, and the turns {roles} need one (only a single "
                 "user turn with an answer does not). Use the tokenizer of an instruction-tuned model, or set its "
-                "chat_template."
+                "chat_template.",
             )
     start, end = _start_ids(tokenizer), [_end_id(tokenizer)]
     prompts = _ids(tokenizer, [record.messages[0]["content"] + "\n" for record in records])

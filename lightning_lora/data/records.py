@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from lightning_lora.errors import DataError, did_you_mean, first_five
 
 from .reading import Row
+from .settings import RowSettings
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""One message as a chat template reads it: ``role``, ``content`` and whatever other keys the row has."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns with a ``role`` (system, user or assistant) and ``content``; the assistant's turns are trained on."""
+    """Messages, and which of them are trained on.
+
+    Args:
+        place: File and row, for messages.
+        messages: The messages as the chat template reads them, with all their keys.
+        untrained: Indices of messages of the assistant that are not trained on.
+        variables: Variables of the chat template that this row sets, such as ``tools``.
+        weight: Factor of the row's loss; a row of weight 2 counts like the same row twice.
+        unused: Names of columns and of keys of messages that nothing reads.
+    """
 
     place: str
     messages: list[Message]
+    untrained: frozenset[int] = frozenset()
+    variables: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    unused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Text:
-    """A plain text; all of it is trained on."""
+    """A plain text; all of it is trained on.
+
+    Args:
+        place: File and row, for messages.
+        text: The text.
+        weight: Factor of the row's loss.
+        unused: Names of columns that nothing reads.
+    """
 
     place: str
     text: str
+    weight: float = 1.0
+    unused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -43,7 +67,7 @@ class Format:
     read: Callable[[Row], Conversation | Text]
 
 
-def find_format(row: Row) -> Format:
+def find_format(row: Row, settings: RowSettings) -> Format:
     """The first of the `FORMATS` whose columns the row has.
 
     Raises:

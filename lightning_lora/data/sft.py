@@ -21,6 +21,7 @@ from lightning_lora.errors import ConfigError
 from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
+from .settings import RowSettings
 from .split import SplitStatistics, check_ids, keep_supervised, read_split, row_lengths
 from .tokenizer import find_tokenizer, pad_id
 
@@ -65,6 +66,14 @@ class SFTDataModule(LightningDataModule):
             several examples up to ``max_length`` tokens; ``batch_size`` then counts the filled rows. ``"batch"`` packs
             the ``batch_size`` examples of each batch into fewer rows, so that optimizer steps stay as they are without
             packing.
+        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
+        chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
+            tokenizer's default.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``. ``date`` (``YYYY-MM-DD``) is
+            the day that a template writes as today.
+        end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
+        prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
 
     Attributes:
         statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split.
@@ -89,6 +98,12 @@ class SFTDataModule(LightningDataModule):
         max_rows: int | None = None,
         validation_rows: int | None = None,
         packing: bool | str = False,
+        columns: dict[str, str] | None = None,
+        train_on: str = "answers",
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        end_of_answer: str | None = None,
+        prompt_separator: str = "\n",
     ) -> None:
         super().__init__()
         numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
@@ -102,7 +117,15 @@ class SFTDataModule(LightningDataModule):
         self.packing = "length" if packing is True else packing
         self.sources = {"train": train, "validation": validation, "test": test}
         self.batch_size = batch_size
-        self.max_length = max_length
+        self.settings = RowSettings(
+            max_length,
+            columns or {},
+            train_on,
+            chat_template,
+            chat_template_kwargs or {},
+            end_of_answer,
+            prompt_separator,
+        )
         self.tokenizer = tokenizer
         self.num_workers = num_workers
         self.seed = seed
@@ -132,7 +155,7 @@ class SFTDataModule(LightningDataModule):
             rows = self._read(split, tokenizer)
             if vocab_size is not None:
                 check_ids(rows, vocab_size)
-            self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.max_length)
+            self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length)
             if split == "train" and self.packing:
                 self._pack()
         if self.num_workers:
@@ -194,10 +217,10 @@ class SFTDataModule(LightningDataModule):
     def _pack(self) -> None:
         """Decide which training rows share a row, and count what that saves in the first epoch on one device."""
         self._packed = None  # of an earlier setup
-        lengths = row_lengths(self.rows["train"], self.max_length)
+        lengths = row_lengths(self.rows["train"], self.settings.max_length)
         unpacked = batched(lengths[list(self._sampler(1, 0))].tolist(), self.batch_size)
         if self.packing == "length":
-            self._packed = PackedRows(self._examples("train"), lengths, self.max_length, _scrambled(self.seed))
+            self._packed = PackedRows(self._examples("train"), lengths, self.settings.max_length, _scrambled(self.seed))
             packed = batched([int(lengths[list(pack)].sum()) for pack in self._sampler(1, 0)], self.batch_size)
         else:
             packed = [[sum(batch[i] for i in row) for row in even_rows(batch)] for batch in unpacked]
@@ -210,7 +233,7 @@ class SFTDataModule(LightningDataModule):
     def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         names = self.sources[split]
         assert names is not None
-        return read_split(names, split, tokenizer, self.max_length, self.limits[split])
+        return read_split(names, split, tokenizer, self.settings, self.limits[split])
 
     def _splits(self, stage: str | None) -> list[str]:
         given = [split for split, names in self.sources.items() if names is not None]

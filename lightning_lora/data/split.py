@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import DataError
 
 from .bins import filled_share
+from .settings import RowSettings
 from .sources import find_sources
 from .tokens import tokenise
 
@@ -55,7 +56,7 @@ class SplitStatistics:
 
 
 def read_split(
-    names: str | list[str], split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
+    names: str | list[str], split: str, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
 ) -> Dataset:
     """Read all rows of a split as tokens, unusable rows included, in the order of the sources.
 
@@ -63,7 +64,7 @@ def read_split(
         names: Files, globs or hub names.
         split: Name of the split.
         tokenizer: A fast tokenizer.
-        max_length: Tokens kept of each row.
+        settings: How rows become tokens.
         limit: Number of rows to read; None reads all.
 
     Raises:
@@ -74,7 +75,7 @@ def read_split(
         left = None if limit is None else limit - sum(map(len, parts))
         if left == 0:
             break
-        parts.append(tokenise(source, tokenizer, max_length, left))
+        parts.append(tokenise(source, tokenizer, settings, left))
     return concatenate_datasets(parts)
 
 

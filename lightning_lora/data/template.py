@@ -9,8 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_lora.errors import DataError
-
+from .bad_rows import RowError
 from .records import Conversation, Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -36,7 +35,7 @@ def render_conversations(
         The text of each conversation, and the spans of its answers.
 
     Raises:
-        DataError: If the template refuses a conversation, or if it has no marks and renders earlier turns differently
+        RowError: If the template refuses a conversation, or if it has no marks and renders earlier turns differently
             in a longer conversation.
     """
     conversations = [record.messages for record in records]
@@ -58,7 +57,7 @@ def _turn_spans(
     for index, number in turns:
         if number == 0:
             place = records[index].place
-            raise DataError(f"{place}: starts with the assistant, so there is no prompt before its answer.")
+            raise RowError(place, "starts with the assistant, so there is no prompt before its answer.")
     owners = [records[index] for index, _ in turns]
     before = [records[index].messages[:number] for index, number in turns]
     after = [records[index].messages[: number + 1] for index, number in turns]
@@ -69,10 +68,11 @@ def _turn_spans(
     spans: list[list[Span]] = [[] for _ in records]
     for (index, number), prompt, answer in zip(turns, prompts, answers, strict=True):
         if not (answer.startswith(prompt) and texts[index].startswith(answer)):
-            raise DataError(
-                f"{records[index].place}: the chat template renders turn {number} differently inside the whole "
+            raise RowError(
+                records[index].place,
+                f"the chat template renders turn {number} differently inside the whole "
                 "conversation, so the answer cannot be told from the prompt. Put {% generation %} and "
-                "{% endgeneration %} around the assistant's text in the template, or keep single-turn rows."
+                "{% endgeneration %} around the assistant's text in the template, or keep single-turn rows.",
             )
         closed = answer.rstrip()
         spans[index].append((len(prompt), len(closed) if closed.endswith(marks) else len(answer)))
@@ -101,6 +101,6 @@ def _render(
             try:
                 render_jinja_template([conversation], **options)
             except Exception as error:
-                raise DataError(f"{record.place}: the chat template refuses this conversation: {error}") from error
+                raise RowError(record.place, "the chat template refuses this conversation: ", str(error)) from error
         raise
     return rendered

@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
 from . import encoding, reading, records, template
+from .bad_rows import RowError
 from .encoding import Encoded, encode
 from .records import Conversation, Text, find_format
+from .settings import RowSettings
 from .sources import FileSource, HubSource
 from .terminal_progress import progress_on_terminals
 
@@ -47,14 +49,14 @@ after it, the largest id, whether the conversation ends with a turn that is not 
 
 
 def tokenise(
-    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
+    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
 ) -> Dataset:
     """Tokenise the rows of a source, or take the tokens from the cache if nothing has changed.
 
     Args:
         source: The file or hub dataset to read.
         tokenizer: A fast tokenizer.
-        max_length: Tokens kept of each row, from its beginning.
+        settings: How rows become tokens.
         limit: Number of rows to read, from the first; None reads all.
 
     Returns:
@@ -65,10 +67,10 @@ def tokenise(
         DataError: If the source cannot be read or a row of it cannot be used.
     """
     try:
-        key = [source.identity(), tokenizer_identity(tokenizer), max_length, limit]
+        key = [source.identity(), tokenizer_identity(tokenizer), settings.identity(), limit]
         with progress_on_terminals():
             return Dataset.from_generator(
-                partial(_token_rows, source, tokenizer, max_length, limit),
+                partial(_token_rows, source, tokenizer, settings, limit),
                 features=COLUMNS,
                 cache_dir=cache_folder(),
                 fingerprint=hashlib.sha256(json.dumps([key, _CODE]).encode()).hexdigest()[:32],
@@ -112,18 +114,21 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _token_rows(
-    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
+    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
 ) -> Iterator[dict[str, Any]]:
     with closing(source.rows()) as whole:
         rows = islice(whole, limit)
         first = next(rows, None)
         if first is None:
             raise DataError(f"{source.name} has no rows.")
-        read = find_format(first).read
+        read = find_format(first, settings).read
         rows = chain([first], rows)
         while batch := [read(row) for row in islice(rows, _BATCH)]:
-            for record, encoded in zip(batch, encode(tokenizer, batch), strict=True):
-                yield _token_row(record, encoded, max_length)
+            for record, encoded in zip(batch, encode(tokenizer, batch, settings), strict=True):
+                if isinstance(encoded, RowError):
+                    raise encoded
+                for row in encoded:
+                    yield _token_row(record, row, settings.max_length)
 
 
 def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -> dict[str, Any]:

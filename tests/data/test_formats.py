@@ -11,6 +11,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import SFTDataModule
+from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.sources import HubSource, find_sources
 from lightning_lora.data.tokens import tokenise
 from tests.data.conftest import Write
@@ -119,7 +120,7 @@ def test_a_hub_dataset_is_read_like_a_file(write: Write, tmp_path: Path, tokeniz
     (tmp_path / "hub").mkdir()
     write("hub/train.jsonl", PAIRS)
     source = HubSource(str(tmp_path / "hub"), None, "train")
-    ours = tokenise(source, tokenizer, max_length=1024, limit=12)
+    ours = tokenise(source, tokenizer, RowSettings(1024), limit=12)
     assert list(ours["place"])[:2] == [f"{tmp_path / 'hub'}:train, row {row}" for row in range(2)]
     rows = zip(ours["input_ids"], ours["supervised"], strict=True)
     assert list(rows) == tokens(write("a.jsonl", PAIRS), tokenizer)[:12]

@@ -1,0 +1,46 @@
+"""What decides how a row becomes tokens, apart from the row and the tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_lora.errors import ConfigError, did_you_mean
+
+TRAINED = ("answers", "last answer")
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Settings of a data module that change the tokens or the mask of a row; all of them are in the cache key.
+
+    Args:
+        max_length: Tokens kept of each row, from its beginning.
+        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
+        chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
+            tokenizer's default.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``. ``date`` (``YYYY-MM-DD``) is
+            the day that a template writes as today.
+        end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
+        prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
+    """
+
+    max_length: int
+    columns: Mapping[str, str] = field(default_factory=dict)
+    train_on: str = "answers"
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    end_of_answer: str | None = None
+    prompt_separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        if self.train_on not in TRAINED:
+            hint = did_you_mean(str(self.train_on), TRAINED)
+            raise ConfigError(f"train_on must be one of {TRAINED}, got {self.train_on!r}{hint}")
+
+    def identity(self) -> dict[str, Any]:
+        """A key that changes if rows may become other tokens."""
+        return dataclasses.asdict(self)
