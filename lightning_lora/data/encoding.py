@@ -25,6 +25,7 @@ class Encoded:
         ids: Token ids.
         supervised: Whether each token is trained on. The first token never is, as nothing precedes it.
         unused: Names of keys and variables of the conversation that the template does not read.
+        notes: What else is to be told about the row, in the same words for every row that it is true of.
 
     Shape:
         - ``ids``: ``(tokens,)``, int64; ``supervised``: ``(tokens,)``, bool.
@@ -33,6 +34,7 @@ class Encoded:
     ids: numpy.ndarray
     supervised: numpy.ndarray
     unused: frozenset[str] = frozenset()
+    notes: frozenset[str] = frozenset()
 
 
 def encode(

@@ -18,10 +18,12 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 
+from .bad_rows import check_action, refuse
 from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
 from .settings import RowSettings
+from .source_report import SourceReport
 from .split import SplitStatistics, check_ids, keep_supervised, read_split, row_lengths
 from .tokenizer import find_tokenizer, pad_id
 
@@ -74,6 +76,9 @@ class SFTDataModule(LightningDataModule):
             the day that a template writes as today.
         end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
         prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
+        on_bad_row: What to do if rows cannot be used: ``"error"`` stops with one error about all of them, ``"skip"``
+            leaves them out with a warning.
+        num_proc: Processes that tokenise; the tokens are the same for any number.
 
     Attributes:
         statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split.
@@ -104,10 +109,17 @@ class SFTDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         end_of_answer: str | None = None,
         prompt_separator: str = "\n",
+        on_bad_row: str = "error",
+        num_proc: int = 1,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
-        numbers |= {"seed": (seed, 0), "max_rows": (max_rows, 1), "validation_rows": (validation_rows, 1)}
+        numbers |= {
+            "num_proc": (num_proc, 1),
+            "seed": (seed, 0),
+            "max_rows": (max_rows, 1),
+            "validation_rows": (validation_rows, 1),
+        }
         for name, (value, least) in numbers.items():
             optional = name.endswith("_rows") and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -126,6 +138,8 @@ class SFTDataModule(LightningDataModule):
             end_of_answer,
             prompt_separator,
         )
+        self.on_bad_row = check_action(on_bad_row)
+        self.num_proc = num_proc
         self.tokenizer = tokenizer
         self.num_workers = num_workers
         self.seed = seed
@@ -141,9 +155,7 @@ class SFTDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Read and tokenise the data into the cache; runs in one process per node."""
-        tokenizer = self._find_tokenizer()
-        for split in self._splits(self.trainer.state.fn if self.trainer else None):
-            self._read(split, tokenizer)
+        self._read(self._splits(self.trainer.state.fn if self.trainer else None), self._find_tokenizer())
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -151,8 +163,10 @@ class SFTDataModule(LightningDataModule):
         tokenizer = self._find_tokenizer()
         vocab_size = self._vocab_size()
         self._pad_id = pad_id(tokenizer, vocab_size)
-        for split in self._splits(stage):
-            rows = self._read(split, tokenizer)
+        read, reports = self._read(self._splits(stage), tokenizer)
+        for report in reports:
+            report.tell()
+        for split, rows in read.items():
             if vocab_size is not None:
                 check_ids(rows, vocab_size)
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length)
@@ -230,10 +244,19 @@ class SFTDataModule(LightningDataModule):
             f"batch hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
 
-    def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        names = self.sources[split]
-        assert names is not None
-        return read_split(names, split, tokenizer, self.settings, self.limits[split])
+    def _read(
+        self, splits: list[str], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[dict[str, Dataset], list[SourceReport]]:
+        """The tokens of splits, after one error about all their bad rows unless these are skipped."""
+        read: dict[str, Dataset] = {}
+        reports: list[SourceReport] = []
+        for split in splits:
+            names = self.sources[split]
+            assert names is not None
+            read[split], found = read_split(names, split, tokenizer, self.settings, self.limits[split], self.num_proc)
+            reports += found
+        refuse([report.bad for report in reports], self.on_bad_row)
+        return read, reports
 
     def _splits(self, stage: str | None) -> list[str]:
         given = [split for split, names in self.sources.items() if names is not None]

@@ -15,6 +15,7 @@ import datasets
 from lightning_lora.errors import DataError
 from lightning_lora.hub import offline_hint, prepare_hub
 
+from .bad_rows import RowError
 from .reading import SUFFIXES, Row, file_kind, read_rows
 from .terminal_progress import progress_on_terminals
 
@@ -36,7 +37,7 @@ class FileSource:
         status = os.stat(self.name)
         return [os.path.abspath(self.name), status.st_size, status.st_mtime_ns]
 
-    def rows(self) -> Generator[Row, None, None]:
+    def rows(self) -> Generator[Row | RowError, None, None]:
         """Read the rows in file order."""
         return read_rows(Path(self.name))
 
@@ -74,8 +75,12 @@ class HubSource:
 
     def rows(self) -> Generator[Row, None, None]:
         """Read the rows in the order of the split."""
-        for index, columns in enumerate(self.load()):
-            yield Row(f"{self.name}:{self.split}, row {index}", dict(columns))
+        index = 0
+        for batch in self.load().iter(batch_size=1000):  # four times as fast as one row after the other
+            assert isinstance(batch, dict)
+            for values in zip(*batch.values(), strict=True):
+                yield Row(f"{self.name}:{self.split}, row {index}", dict(zip(batch, values, strict=True)))
+                index += 1
 
 
 def is_path_like(name: str) -> bool:

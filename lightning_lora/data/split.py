@@ -14,6 +14,7 @@ from lightning_lora.errors import DataError
 
 from .bins import filled_share
 from .settings import RowSettings
+from .source_report import SourceReport
 from .sources import find_sources
 from .tokens import tokenise
 
@@ -56,27 +57,43 @@ class SplitStatistics:
 
 
 def read_split(
-    names: str | list[str], split: str, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
-) -> Dataset:
-    """Read all rows of a split as tokens, unusable rows included, in the order of the sources.
+    names: str | list[str],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limit: int | None,
+    num_proc: int = 1,
+) -> tuple[Dataset, list[SourceReport]]:
+    """Read all rows of a split as tokens, rows without a loss included, in the order of the sources.
 
     Args:
         names: Files, globs or hub names.
         split: Name of the split.
         tokenizer: A fast tokenizer.
         settings: How rows become tokens.
-        limit: Number of rows to read; None reads all.
+        limit: Number of rows of the sources to read, bad ones included; None reads all.
+        num_proc: Processes that tokenise.
+
+    Returns:
+        The tokens of the rows that can be used, and what is to be told about each source, bad rows first.
 
     Raises:
-        DataError: If a source cannot be read or a row of it cannot be used.
+        DataError: If a source cannot be read.
     """
     parts: list[Dataset] = []
+    reports: list[SourceReport] = []
     for source in find_sources(names, split):
-        left = None if limit is None else limit - sum(map(len, parts))
+        left = None if limit is None else limit - sum(report.bad.rows for report in reports)
         if left == 0:
             break
-        parts.append(tokenise(source, tokenizer, settings, left))
-    return concatenate_datasets(parts)
+        tokens = tokenise(source, tokenizer, settings, left, num_proc)
+        reports.append(report := SourceReport.of(tokens, source.name))
+        parts.append(_good(tokens) if report.bad.count else tokens)
+    return concatenate_datasets(parts), reports
+
+
+def _good(tokens: Dataset) -> Dataset:
+    return tokens.select(numpy.flatnonzero(tokens.data.column("problem").is_null().to_numpy()))
 
 
 def check_ids(rows: Dataset, vocab_size: int) -> None:
