@@ -60,5 +60,15 @@ class SourceReport:
         if self.rows > read:
             rank_zero_info(f"{self.source}: {read:,} conversations became {plural_rows(self.rows)}")
 
+    def tell_new(self, told: set[str]) -> None:
+        """Warn about what was not ``told`` before, for rows that are used while they are still being read."""
+        bad = {f"a row is left out (on_bad_row: skip): {kind.first}": name for name, kind in self.bad.kinds.items()}
+        unused = {f"nothing reads {name!r}, first seen by row {self.bad.rows}": name for name in self.unused}
+        notes = {f"at least one row: {note}": note for note in self.notes}
+        for text, key in [*bad.items(), *unused.items(), *notes.items()]:
+            if (name := f"{self.source}: {key}") not in told:
+                told.add(name)
+                self._warn(text)
+
     def _warn(self, text: str) -> None:
         rank_zero_warn(f"{self.source}: {text}", stacklevel=6)
