@@ -25,7 +25,7 @@ from .packing import PackedRows, PackSampler
 from .settings import RowSettings
 from .source_report import SourceReport
 from .sources import find_sources
-from .split import SplitStatistics, check_ids, keep_supervised, read_splits, row_lengths
+from .split import SplitStatistics, check_columns, check_ids, keep_supervised, read_splits, row_lengths
 from .streaming import Drawn, StreamSampler, TokenStream
 from .tokenizer import find_tokenizer, pad_id
 
@@ -43,7 +43,8 @@ class SFTDataModule(LightningDataModule):
 
     The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
     ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
-    and ``completion``, ``question`` and ``answer``, ``text``. Conversations are rendered by the tokenizer's chat
+    and ``completion``, ``question`` and ``answer``, ``text``. Beside these a row may have a system prompt, tools,
+    documents, options, history and a weight: see the page on data. Conversations are rendered by the tokenizer's chat
     template. The loss is on every assistant turn and the token that ends it, or on all of a plain text.
 
     Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where
@@ -70,7 +71,7 @@ class SFTDataModule(LightningDataModule):
             several examples up to ``max_length`` tokens; ``batch_size`` then counts the filled rows. ``"batch"`` packs
             the ``batch_size`` examples of each batch into fewer rows, so that optimizer steps stay as they are without
             packing.
-        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        columns: A file's own names of columns and of keys of messages, to known ones: ``{"frage": "question"}``.
         train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
         chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
             tokenizer's default.
@@ -179,6 +180,7 @@ class SFTDataModule(LightningDataModule):
             self._stream = TokenStream(sources, tokenizer, self.settings, *how)
             self._stream.check()
         read, reports = self._read(splits, tokenizer)
+        check_columns(reports, self.settings.columns)
         for report in reports:
             report.tell()
         for split, rows in read.items():

@@ -25,6 +25,7 @@ class SourceReport:
     source: str
     bad: BadRows = field(init=False)
     rows: int = 0
+    renamed: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -43,7 +44,7 @@ class SourceReport:
         """Count the next table of the source."""
         self.bad.add_table(table)
         self.rows += table["problem"].null_count  # a bad row has a problem
-        for column, counts in (("unused", self.unused), ("notes", self.notes)):
+        for column, counts in (("renamed", self.renamed), ("unused", self.unused), ("notes", self.notes)):
             for pair in table[column].combine_chunks().flatten().value_counts().to_pylist():
                 counts[pair["values"]] += pair["counts"]
 

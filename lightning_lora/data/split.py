@@ -14,6 +14,7 @@ from lightning_lora.errors import DataError
 
 from .bad_rows import refuse
 from .bins import filled_share
+from .formats.names import check_renamed
 from .settings import RowSettings
 from .source_report import SourceReport
 from .sources import find_sources
@@ -134,6 +135,18 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
             f"{row['place']}: token ids {ids[:5]} are not below the model's vocab_size={vocab_size} "
             f"({len(wrong)} of {len(rows)} rows); the tokenizer belongs to another model."
         )
+
+
+def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:
+    """Check that every name that the user maps is in a row of one of the sources.
+
+    Raises:
+        DataError: If one is not. The message names the nearest name that nothing reads.
+    """
+    if columns and reports:
+        renamed = {name for report in reports for name in report.renamed}
+        unused = {name for report in reports for name in report.unused}
+        check_renamed(columns, renamed, unused, " and ".join(report.source for report in reports))
 
 
 def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:

@@ -73,8 +73,10 @@ class TokenStream:
         with closing(self._tables(num_proc=1)) as tables:
             table = next(tables)
         notes = cut_notes(_as_dataset(table), self.settings.max_length)
+        met = set(table["renamed"].combine_chunks().flatten().to_pylist())
+        notes += [f"no row has {name!r}, which columns maps" for name in self.settings.columns if name not in met]
         if notes:
-            rank_zero_warn(f"train, at its beginning: {'; '.join(notes)}.", stacklevel=4)
+            rank_zero_warn(f"train, its first {len(table):,} rows: {'; '.join(notes)}.", stacklevel=4)
 
     def examples(self, epoch: int) -> Generator[Example, None, None]:
         """The examples of an epoch, each drawn from the next `BUFFER` examples.

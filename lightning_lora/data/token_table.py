@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .bad_rows import RowError
 from .encoding import Encoded, encode
+from .formats.find import find_format
 from .reading import Row
-from .records import Conversation, Text, find_format
+from .records import Conversation, Text
 from .settings import RowSettings
 
 COLUMNS = Features(
@@ -32,6 +33,7 @@ COLUMNS = Features(
         "record": Value("int64"),
         "problem": Value("string"),
         "detail": Value("string"),
+        "renamed": List(Value("string")),
         "unused": List(Value("string")),
         "notes": List(Value("string")),
     }
@@ -129,12 +131,13 @@ def _table(lines: list[_Line], max_length: int) -> pyarrow.Table:
         "supervised_tokens": trained[ends] - trained[ends - kept],
         "largest_id": [int(line.row.ids[:max_length].max(initial=-1)) for line in lines],
         "open_ended": _open_ended(lines),
-        "weight": [1.0 if isinstance(line.record, RowError) else line.record.weight for line in lines],
+        "weight": [getattr(line.record, "weight", 1.0) for line in lines],
         "place": [line.record.place for line in lines],
         "record": [line.number for line in lines],
         "problem": [line.problem and line.problem.kind for line in lines],
         "detail": [line.problem and line.problem.detail for line in lines],
-        "unused": [_unused(line) for line in lines],
+        "renamed": [sorted(getattr(line.record, "renamed", ())) for line in lines],
+        "unused": [sorted(line.row.unused | getattr(line.record, "unused", frozenset())) for line in lines],
         "notes": [sorted(line.row.notes) for line in lines],
     }
     return pyarrow.table(list(columns.values()), schema=COLUMNS.arrow_schema)
@@ -147,7 +150,3 @@ def _open_ended(lines: list[_Line]) -> list[bool]:
         is_last and isinstance(line.record, Conversation) and line.record.messages[-1]["role"] != "assistant"
         for line, is_last in zip(lines, last, strict=True)
     ]
-
-
-def _unused(line: _Line) -> list[str]:
-    return sorted(line.row.unused | (frozenset() if isinstance(line.record, RowError) else line.record.unused))
