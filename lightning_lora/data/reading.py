@@ -87,7 +87,7 @@ def _json_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int | None, dict[
         yield from _listed_rows(path, "\n" * (first - 1) + start + stream.read().decode("utf-8"))
         return
     for number, text in chain([(first, start)] if start else [], filled):
-        value = text if isinstance(text, RowError) else _parsed(path, number, text)
+        value = text if isinstance(text, RowError) else _parsed(path, number, text.rstrip())
         yield number, _row(f"{path}, line {number}", value)
 
 

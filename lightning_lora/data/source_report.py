@@ -64,7 +64,7 @@ class SourceReport:
     def tell_new(self, told: set[str]) -> None:
         """Warn about what was not ``told`` before, for rows that are used while they are still being read."""
         bad = {f"a row is left out (on_bad_row: skip): {kind.first}": name for name, kind in self.bad.kinds.items()}
-        unused = {f"nothing reads {name!r}, first seen by row {self.bad.rows}": name for name in self.unused}
+        unused = {f"nothing reads {name!r}": name for name in self.unused}
         notes = {f"at least one row: {note}": note for note in self.notes}
         for text, key in [*bad.items(), *unused.items(), *notes.items()]:
             if (name := f"{self.source}: {key}") not in told:

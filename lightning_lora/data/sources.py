@@ -80,8 +80,9 @@ class HubSource:
             try:
                 row = next(rows, None)
             except Exception as error:  # network, a damaged file: each library raises its own
+                after = f" after row {index}" if index >= 0 else ""
                 raise DataError(
-                    f"{self.name}:{self.split} cannot be read after row {index}: {error}. Is the hub reachable?"
+                    f"{self.name}:{self.split} cannot be read{after}: {error}. Is it damaged, or the hub out of reach?"
                 ) from error
             if row is None:
                 return

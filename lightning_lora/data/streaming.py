@@ -72,7 +72,8 @@ class TokenStream:
         """
         with closing(self._tables(num_proc=1)) as tables:
             table = next(tables)
-        notes = cut_notes(_as_dataset(table), self.settings.max_length)
+        good = table.filter(table["problem"].is_null())
+        notes = cut_notes(_as_dataset(good), self.settings.max_length) if len(good) else []
         met = set(table["renamed"].combine_chunks().flatten().to_pylist())
         notes += [f"no row has {name!r}, which columns maps" for name in self.settings.columns if name not in met]
         if notes:

@@ -150,6 +150,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         if self.schedule == "constant" and not self.warmup_steps:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
+        if steps == -1:  # what Lightning says of epochs without a length
+            steps = math.inf
         if steps == math.inf and self.schedule != "constant":
             raise ConfigError(
                 f"schedule={self.schedule!r} needs the number of steps, and a stream does not tell: set "
