@@ -84,7 +84,7 @@ def _read_turn(row: NamedRow, place: str, keys: tuple[str, str], turn: Any) -> l
     if role == "tool":
         results = read_results(turn, content_key, place)
         return [Turn({"role": role, "content": result, **rest}) for result in results]
-    writes = role == "assistant" and any(rest.get(key) for key in ("tool_calls", *THINKING))
+    writes = bool(rest) and role == "assistant" and any(rest.get(key) for key in ("tool_calls", *THINKING))
     if writes and turn.get(content_key) is None:
         content = ""  # not None, which templates without a check for it would print
     else:
@@ -95,19 +95,23 @@ def _read_turn(row: NamedRow, place: str, keys: tuple[str, str], turn: Any) -> l
 
 def _present(turn: dict[str, Any], keys: tuple[str, ...], usual: str) -> str:
     """The first of the keys that has a value, beginning with the usual one."""
-    return next((key for key in (usual, *keys) if turn.get(key) is not None), usual)
+    if turn.get(usual) is not None:
+        return usual
+    return next((key for key in keys if turn.get(key) is not None), usual)
 
 
 def _trained(row: NamedRow, turn: dict[str, Any], role: str, place: str) -> bool:
     """Whether the keys of a message leave it in the loss."""
     flags: dict[str, bool] = {}
-    for key in TRAINED:
+    for key in turn.keys() & TRAINED:
         value = turn.get(key)
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowError(place, f"{key!r} of a message must be 0, 1, true or false", f", got {short(value)}.")
         flags[key] = bool(value)
+    if not flags:
+        return True
     if len(set(flags.values())) > 1:
         raise RowError(place, "its keys contradict each other about training", f": {flags}.")
     if role not in ("assistant", CALL):  # nothing of others is trained on, whatever their key says
