@@ -55,9 +55,9 @@ def read_weight(row: NamedRow) -> float:
 
 def _documents(row: NamedRow, given: Any) -> list[dict[str, Any]]:
     """Documents as objects, which is what templates read; a text becomes the ``text`` of one."""
-    documents = structure(given, "documents", row.place)
-    listed = documents if isinstance(documents, list) else [None]
-    documents = [{"text": item} if isinstance(item, str) else item for item in listed]
+    found = structure(given, "documents", row.place)
+    listed = found if isinstance(found, list) else [None]
+    documents: list[Any] = [{"text": item} if isinstance(item, str) else item for item in listed]
     if not all(isinstance(item, dict) for item in documents):
         kind = "'documents' must be a list of objects or texts, or its JSON text"
         raise RowError(row.place, kind, f", got {short(given)}.")

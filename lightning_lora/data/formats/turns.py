@@ -77,7 +77,7 @@ def _read_turn(row: NamedRow, place: str, keys: tuple[str, str], turn: Any) -> l
     role_key, content_key = _present(turn, ROLE_KEYS, keys[0]), _present(turn, CONTENT_KEYS, keys[1])
     role = find_role(read_text(turn, role_key, place), place)
     trained = _trained(row, turn, role, place)
-    rest = _rest(turn, (role_key, content_key), place)
+    rest = _rest(row, turn, (role_key, content_key), place)
     if role == CALL:
         rest["tool_calls"] = _only_calls(turn, content_key, place)
         return [Turn({"role": "assistant", "content": "", **rest}, trained, joins=True)]
@@ -119,13 +119,15 @@ def _trained(row: NamedRow, turn: dict[str, Any], role: str, place: str) -> bool
     return all(flags.values())
 
 
-def _rest(turn: dict[str, Any], read: tuple[str, str], place: str) -> dict[str, Any]:
+def _rest(row: NamedRow, turn: dict[str, Any], read: tuple[str, str], place: str) -> dict[str, Any]:
     """All other keys, calls in the shape that templates read."""
     rest = {}
     for key, value in turn.items():
         if key in read or key in TRAINED or value is None:
             continue
-        if key in ("tool_calls", "function_call"):
+        if key in ("role", "content"):  # beside those of the other format, which were read
+            row.unused.add(key)
+        elif key in ("tool_calls", "function_call"):
             # Templates ask whether there is such a key, so an empty list must not stay.
             if value not in ([], {}, ""):
                 rest["tool_calls"] = rest.get("tool_calls", []) + read_calls(value, key, place)
