@@ -2,7 +2,7 @@
 
 Read in this order: `sft` (the data module), `settings` (how rows become tokens), `sources` (from a name to rows),
 `reading`, `records` and `formats` (from a row to a conversation), `bad_rows` (rows that cannot be used), `tokenizer`,
-`template` and `encoding` (to token ids and a mask), `token_table` (a batch of rows, all of these steps), `processes`
+`chat` and `encoding` (to token ids and a mask), `token_table` (a batch of rows, all of these steps), `processes`
 (several batches at once), `tokens` (a whole source, cached), `source_report` (what is told about it), `split` (the rows
 of a split and their counts), `streaming` (rows that are tokenised while training), `collate`, `packing` and `bins` (to
 batches), `terminal_progress`.

@@ -24,8 +24,8 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
-from . import template
 from .bad_rows import BadRows, RowError
+from .chat.template import template_identity
 from .processes import map_in_order
 from .reading import Row
 from .settings import RowSettings
@@ -61,6 +61,7 @@ def tokenise(
         DataError: If the source cannot be read, or if no row at its beginning is of a known format.
     """
     key = [source.identity(), tokenizer_identity(tokenizer), settings.identity(), limit, code_identity()]
+    key.append(template_identity(tokenizer, settings))
     with progress_on_terminals():
         builder = _TokenFiles(
             functools.partial(_tables, source, tokenizer, settings, limit, num_proc),
@@ -142,7 +143,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
     tokenizer("", padding=False, truncation=False)  # the state of the last call is part of what is hashed
     described: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
-    parts = [described, template.find_template(tokenizer), tokenizer.special_tokens_map]
+    parts = [described, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
