@@ -18,11 +18,15 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 
+from .bad_rows import check_action
 from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
 from .settings import RowSettings
-from .split import SplitStatistics, check_ids, keep_supervised, read_split, row_lengths
+from .source_report import SourceReport
+from .sources import find_sources
+from .split import SplitStatistics, check_columns, check_ids, keep_supervised, read_splits, row_lengths
+from .streaming import Drawn, StreamSampler, TokenStream
 from .tokenizer import find_tokenizer, pad_id
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
@@ -39,7 +43,8 @@ class SFTDataModule(LightningDataModule):
 
     The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
     ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
-    and ``completion``, ``question`` and ``answer``, ``text``. Conversations are rendered by the tokenizer's chat
+    and ``completion``, ``question`` and ``answer``, ``text``. Beside these a row may have a system prompt, tools,
+    documents, options, history and a weight (docs/data.md). Conversations are rendered by the tokenizer's chat
     template. The loss is on every assistant turn and the token that ends it, or on all of a plain text.
 
     Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where
@@ -66,7 +71,7 @@ class SFTDataModule(LightningDataModule):
             several examples up to ``max_length`` tokens; ``batch_size`` then counts the filled rows. ``"batch"`` packs
             the ``batch_size`` examples of each batch into fewer rows, so that optimizer steps stay as they are without
             packing.
-        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        columns: A file's own names of columns and of keys of messages, to known ones: ``{"frage": "question"}``.
         train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
         chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
             tokenizer's default.
@@ -74,11 +79,16 @@ class SFTDataModule(LightningDataModule):
             the day that a template writes as today.
         end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
         prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
+        on_bad_row: What to do if rows cannot be used: ``"error"`` stops with one error about all of them, ``"skip"``
+            leaves them out with a warning.
+        num_proc: Processes that tokenise; the tokens are the same for any number.
+        streaming: Whether to read and tokenise ``train`` while training, without downloading or caching it: for data
+            larger than the disk. The order is then a shuffle among 10,000 rows at a time.
 
     Attributes:
-        statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split.
-        rows: Tokens of each split that was set up, a dataset by name of the split with the columns ``input_ids``,
-            ``supervised`` and ``place`` (the origin of the row).
+        statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split; not of a stream.
+        rows: Tokens of each split that was set up and is no stream, a dataset by name of the split with the columns
+            ``input_ids``, ``supervised`` and ``place`` (the origin of the row).
 
     Raises:
         ConfigError: If a number is out of its range. In ``setup``: if there is no tokenizer, or no data for the stage.
@@ -104,10 +114,18 @@ class SFTDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         end_of_answer: str | None = None,
         prompt_separator: str = "\n",
+        on_bad_row: str = "error",
+        num_proc: int = 1,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
-        numbers |= {"seed": (seed, 0), "max_rows": (max_rows, 1), "validation_rows": (validation_rows, 1)}
+        numbers |= {
+            "num_proc": (num_proc, 1),
+            "seed": (seed, 0),
+            "max_rows": (max_rows, 1),
+            "validation_rows": (validation_rows, 1),
+        }
         for name, (value, least) in numbers.items():
             optional = name.endswith("_rows") and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -126,6 +144,11 @@ class SFTDataModule(LightningDataModule):
             end_of_answer,
             prompt_separator,
         )
+        self.on_bad_row = check_action(on_bad_row)
+        self.num_proc = num_proc
+        if streaming and self.packing == "length":
+            raise ConfigError("packing: true needs all rows at once, and streaming never has them: set packing: batch.")
+        self.streaming = streaming
         self.tokenizer = tokenizer
         self.num_workers = num_workers
         self.seed = seed
@@ -134,6 +157,7 @@ class SFTDataModule(LightningDataModule):
         self.rows: dict[str, Dataset] = {}
         self._pad_id = 0
         self._packed: PackedRows | None = None
+        self._stream: TokenStream | None = None
         if validation is None:
             # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -141,9 +165,7 @@ class SFTDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Read and tokenise the data into the cache; runs in one process per node."""
-        tokenizer = self._find_tokenizer()
-        for split in self._splits(self.trainer.state.fn if self.trainer else None):
-            self._read(split, tokenizer)
+        self._read(self._splits(self.trainer.state.fn if self.trainer else None), self._find_tokenizer())
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -151,8 +173,17 @@ class SFTDataModule(LightningDataModule):
         tokenizer = self._find_tokenizer()
         vocab_size = self._vocab_size()
         self._pad_id = pad_id(tokenizer, vocab_size)
-        for split in self._splits(stage):
-            rows = self._read(split, tokenizer)
+        splits = self._splits(stage)
+        if self.streaming and "train" in splits:
+            sources = find_sources(self.sources["train"] or [], "train")
+            how = (self.limits["train"], self.seed, self.on_bad_row, self.num_proc, vocab_size)
+            self._stream = TokenStream(sources, tokenizer, self.settings, *how)
+            self._stream.check()
+        read, reports = self._read(splits, tokenizer)
+        check_columns(reports, self.settings.columns)
+        for report in reports:
+            report.tell()
+        for split, rows in read.items():
             if vocab_size is not None:
                 check_ids(rows, vocab_size)
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length)
@@ -165,10 +196,14 @@ class SFTDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training rows in an order given by ``seed`` and epoch, of which each device gets its share."""
+        if self.streaming and self._stream is None:
+            raise ConfigError("the stream of training rows is not open; give train= and call setup() first.")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         if self._packed is not None:
             return self._loader(self._packed, self._sampler(**share), CollatePacked(self._pad_id))
         collate = (CollateEvenly if self.packing else Collate)(self._pad_id)
+        if self._stream is not None:
+            return self._loader(Drawn(), StreamSampler(self._stream, **share), collate)
         return self._loader(self._examples("train"), self._sampler(**share), collate)
 
     @override
@@ -230,10 +265,11 @@ class SFTDataModule(LightningDataModule):
             f"batch hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
 
-    def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        names = self.sources[split]
-        assert names is not None
-        return read_split(names, split, tokenizer, self.settings, self.limits[split])
+    def _read(
+        self, splits: list[str], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[dict[str, Dataset], list[SourceReport]]:
+        held = {split: self.sources[split] for split in splits if not (self.streaming and split == "train")}
+        return read_splits(held, tokenizer, self.settings, self.limits, self.on_bad_row, self.num_proc)
 
     def _splits(self, stage: str | None) -> list[str]:
         given = [split for split, names in self.sources.items() if names is not None]
