@@ -133,6 +133,13 @@ def test_lists_of_objects_and_objects_of_lists_are_the_same() -> None:
     assert conversation({"conversations": lists}).messages == chat(("user", "a"), ("assistant", "b"))
 
 
+def test_a_message_in_both_formats_at_once_is_read_by_its_column_and_the_rest_is_told() -> None:
+    turns = [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b", "role": "user", "content": "c"}]
+    record = conversation({"conversations": turns})
+    assert record.messages == chat(("user", "a"), ("assistant", "b"))
+    assert record.unused == {"role", "content"}
+
+
 def test_gaps_of_parquet_are_not_printed(write: Write, tmp_path: Any) -> None:
     """All objects of a list have the same keys in Arrow; what one does not have is None there."""
     call = {"id": "a", "type": "function", "function": {"name": "sum", "arguments": {"x": 1}}}

@@ -82,6 +82,7 @@ RESULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"role": "tool", "content": 3.5}, "3.5"),
     "parts": ({"role": "tool", "content": [{"type": "text", "text": "3"}]}, "3"),
     "nothing": ({"role": "tool", "content": ""}, ""),
+    "true": ({"role": "tool", "content": True}, "true"),
 }
 
 
@@ -177,6 +178,7 @@ def test_no_tools_are_no_variable(tools: Any) -> None:
         ({"messages": [{"from": "function_call"}]}, "messages[0]: no 'content'; it has 'from'."),
         ({"messages": [{"role": "tool", "result": "3"}]}, "messages[0]: no 'content'; it has 'role', 'result'."),
         ({"messages": [{"role": "tool", "content": None}]}, "messages[0]: 'content' must be text, got None"),
+        ({"messages": [{"role": "tool", "content": {"x": b"b"}}]}, "messages[0]: 'content' of a tool must be text or"),
     ],
 )
 def test_what_is_no_tool_is_named(columns: dict[str, Any], message: str) -> None:
