@@ -49,6 +49,7 @@ def test_only_the_assistant_and_its_end_token_are_trained(write: Write, template
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*the text of a special token")
 @pytest.mark.parametrize("answer", [" led by a blank", "é", "日本語", "ends with 👍", "x", "a <|end|> inside"])
 @pytest.mark.parametrize("trims", [True, False])
 def test_both_ways_to_find_the_answers_agree(write: Write, answer: str, trims: bool) -> None:
@@ -58,6 +59,7 @@ def test_both_ways_to_find_the_answers_agree(write: Write, answer: str, trims: b
     assert tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained]) == 2 * f"{answer}<|end|>"
 
 
+@pytest.mark.filterwarnings("ignore:.*does not learn to stop")
 @pytest.mark.parametrize("trims", [True, False])
 def test_a_line_break_that_ends_a_turn_is_trained(write: Write, trims: bool) -> None:
     tokenizer = tiny_tokenizer(SPOKEN, trims=trims)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateError
 
+from lightning_lora.errors import ConfigError
+
 from ..bad_rows import RowError
 from ..records import Conversation, Message
 from .endings import common_prefix
 from .profile import Profile
 from .template import Span, Template, line_of_error
+from .variables import check_names
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,19 @@ class Renderer:
     Args:
         profile: The chat template.
         record: The conversation.
+
+    Raises:
+        RowError: If its variables cannot be given to a template.
     """
 
     def __init__(self, profile: Profile, record: Conversation) -> None:
         self.profile = profile
         self.record = record
-        self._template = profile.template.with_variables(record.variables)
+        try:
+            self._template = profile.template.with_variables(check_names(record.variables))
+        except ConfigError as error:
+            raise RowError(record.place, "variables for the chat template that cannot be used: ", str(error)) from error
+        self._whole: tuple[str, list[Span]] | None = None
 
     def prompt(self, number: int) -> str:
         """The prompt after which the model writes message ``number``."""
@@ -57,7 +67,10 @@ class Renderer:
 
     def through(self, number: int) -> tuple[str, list[Span] | None]:
         """The text of the conversation up to and with message ``number``, and its marks, if the template has any."""
-        text, marks = self._rendered(number + 1)
+        last = number == len(self.record.messages) - 1
+        if last and self._whole is None:
+            self._whole = self._rendered(number + 1)
+        text, marks = self._whole if last and self._whole else self._rendered(number + 1)
         return text, marks if self.profile.marked else None
 
     def answer(self, number: int) -> Answer:
@@ -158,7 +171,7 @@ def _after_opening(message: Message, prompt: str, text: str, profile: Profile) -
     """What follows a prompt that has opened the answer, such as by ``<think>``, if the content begins so too.
 
     The template may have dropped what the content has before the answer proper, so the content says what the model
-    writes, and the template only what closes it.
+    writes, and the template only the calls of tools after it and what closes the turn.
     """
     content = message.get("content")
     if not isinstance(content, str):
@@ -171,11 +184,12 @@ def _after_opening(message: Message, prompt: str, text: str, profile: Profile) -
         return None
     ends = closing_ends(text, shared, profile)
     first = _start_of_closing(text, ends, profile)
-    if not said.endswith(text[len(opened) - length : first].strip()):
+    shown = text[len(opened) - length : first].strip()
+    kept = next((n for n in range(min(len(shown), len(said)), 0, -1) if said.endswith(shown[:n])), 0)
+    if kept < len(shown) and not message.get("tool_calls"):
         return None
-    blank = prompt[len(opened) :]
-    rest = said[length:]
-    return (rest.removeprefix(blank) if rest.startswith(blank) else rest.lstrip()) + text[first:]
+    blank, rest = prompt[len(opened) :], said[length:]
+    return (rest.removeprefix(blank) if rest.startswith(blank) else rest.lstrip()) + shown[kept:] + text[first:]
 
 
 def _start_of_closing(text: str, ends: tuple[int, ...], profile: Profile) -> int:

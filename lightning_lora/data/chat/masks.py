@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,24 +80,13 @@ def _first_token(encoding: Encoding, edge: int) -> tuple[int, bool]:
     """The first token that covers text after an edge, and whether it covers text before the edge too."""
     # Byte-level tokenizers trim blanks off the offsets and give all bytes of a character the same offsets.
     # A token therefore starts where the token before it ended, or earlier if its offset says so.
-    count = len(encoding.ids)
-    index: int | None = None
-    position, length = edge, _end(encoding, count - 1)
-    while index is None and position < length:
-        index = encoding.char_to_token(position)
-        position += 1
-    index = count if index is None else index
-    while index > 0 and _end(encoding, index - 1) > edge:
-        index -= 1
+    count = len(encoding)
+    index = bisect_right(range(count), edge, key=lambda token: _span(encoding, token)[1])
     if index == count or edge == 0:
         return index, False
-    before = _end(encoding, index - 1) if index else 0
+    before = _span(encoding, index - 1)[1] if index else 0
     return index, min(before, _span(encoding, index)[0]) < edge
 
 
 def _span(encoding: Encoding, index: int) -> Span:
     return encoding.token_to_chars(index) or (0, 0)
-
-
-def _end(encoding: Encoding, index: int) -> int:
-    return _span(encoding, index)[1] if index >= 0 else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 
 from ..bad_rows import RowError
 from ..records import Conversation
@@ -110,7 +112,8 @@ def _ended(text: str, end: int, profile: Profile) -> bool:
 def _marked(text: str, span: Span, marks: list[Span], profile: Profile) -> list[Span]:
     """The parts of an answer that the template's marks cover; its header, line breaks and end token are corrected."""
     start, end = span
-    inside = [(max(first, start), min(last, end)) for first, last in marks if first < end and last > start]
+    near = islice(marks, bisect_right(marks, start, key=lambda mark: mark[1]), None)
+    inside = [(max(first, start), min(last, end)) for first, last in takewhile(lambda mark: mark[0] < end, near)]
     if not inside:
         return []
     inside[0] = (start if not text[start : inside[0][0]].strip() else inside[0][0], inside[0][1])

@@ -23,16 +23,25 @@ def check_variables(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise ConfigError(f"chat_template_kwargs must map names to values, got {given!r}.")
-    if taken := sorted(_TAKEN & set(given)):
-        raise ConfigError(f"chat_template_kwargs cannot set {taken}: the conversations of the rows do.")
-    variables = dict(given)
-    if "date" in variables:
-        variables["date"] = parse_day(variables["date"]).isoformat()
+    variables = check_names(given)
     try:
         json.dumps(variables)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"chat_template_kwargs must hold texts, numbers, lists and mappings only: {error}") from error
     return variables
+
+
+def check_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of one row or of all rows, with a ``date`` as text.
+
+    Raises:
+        ConfigError: If a name is one that rendering itself gives, or if ``date`` is no day.
+    """
+    if taken := sorted(_TAKEN & given.keys()):
+        raise ConfigError(f"chat_template_kwargs cannot set {taken}, which rendering itself gives.")
+    if "date" not in given:
+        return dict(given)
+    return {**given, "date": parse_day(given["date"]).isoformat()}
 
 
 def parse_day(given: Any) -> date:
