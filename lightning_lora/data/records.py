@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from lightning_lora.errors import DataError, did_you_mean, first_five
 
+from .bad_rows import RowError
 from .reading import Row
 from .settings import RowSettings
 
@@ -75,12 +78,25 @@ def find_format(row: Row, settings: RowSettings) -> Format:
     """
     for known in FORMATS:
         if all(column in row.columns for column in known.columns):
-            return known
+            return replace(known, read=partial(_with_weight, known.read))
     formats = "; ".join(" + ".join(known.columns) for known in FORMATS)
     raise DataError(
         f"{row.place}: the columns {first_five(map(repr, row.columns)) or '(none)'} fit no known format. "
         f"Known formats: {formats}. Rename the columns."
     )
+
+
+def _with_weight(read: Callable[[Row], Conversation | Text], row: Row) -> Conversation | Text:
+    record, given = read(row), row.columns.get("weight")
+    if given is None or given == "":
+        return record
+    try:
+        weight = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise RowError(row.place, "'weight' must be a finite number of at least 0", f", got {_short(given)}.")
+    return replace(record, weight=weight)
 
 
 def _conversation(column: str, role_key: str, text_key: str, roles: dict[str, str]) -> Callable[[Row], Conversation]:

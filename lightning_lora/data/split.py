@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy
 from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ConfigError, DataError
 
 from .bins import filled_share
+from .sampling.mixture import Mixture, Shares
 from .settings import RowSettings
 from .sources import find_sources
 from .tokens import tokenise
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """Counts of one source of a split.
+
+    Args:
+        rows: Rows that can be used.
+        epoch_rows: Rows of an epoch. They are fewer than ``rows`` if sources are mixed by shares.
+    """
+
+    rows: int
+    epoch_rows: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class SplitStatistics:
         packed_rows: Rows in an epoch after packing; None without packing.
         filled: Share of the positions in an epoch's batches that hold tokens rather than padding; None without packing.
         filled_unpacked: The same share if the rows were not packed; None without packing.
+        weightless_rows: Rows dropped because their weight is 0.
+        sources: The counts of each source, by the name that was given.
     """
 
     rows: int
@@ -43,6 +62,8 @@ class SplitStatistics:
     packed_rows: int | None = None
     filled: float | None = None
     filled_unpacked: float | None = None
+    weightless_rows: int = 0
+    sources: Mapping[str, SourceCounts] = field(default_factory=dict, compare=False)
 
     def with_packing(self, packed: Sequence[Sequence[int]], unpacked: Sequence[Sequence[int]]) -> SplitStatistics:
         """These counts and what packing saves.
@@ -54,9 +75,24 @@ class SplitStatistics:
         num_rows = sum(map(len, packed))
         return replace(self, packed_rows=num_rows, filled=filled_share(packed), filled_unpacked=filled_share(unpacked))
 
+    def with_mixture(self, mixture: Mixture) -> SplitStatistics:
+        """These counts and the rows of each source in an epoch."""
+        pairs = zip(self.sources.items(), mixture.counts, strict=True)
+        return replace(self, sources={name: replace(counts, epoch_rows=rows) for (name, counts), rows in pairs})
+
+
+def source_names(given: Any) -> list[str]:
+    """The names of the sources of a split, in the order given and each once."""
+    return list(dict.fromkeys([given] if isinstance(given, (str, os.PathLike)) else given))
+
 
 def read_split(
-    names: str | list[str], split: str, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
+    names: str | list[str] | Mapping[str, float],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limit: int | None,
+    shares: Shares | None = None,
 ) -> Dataset:
     """Read all rows of a split as tokens, unusable rows included, in the order of the sources.
 
@@ -65,18 +101,42 @@ def read_split(
         split: Name of the split.
         tokenizer: A fast tokenizer.
         settings: How rows become tokens.
-        limit: Number of rows to read; None reads all.
+        limit: Number of conversations to read; None reads all.
+        shares: The share of each source in the limit; None reads the first sources first.
+
+    Returns:
+        A dataset with the columns of `tokens.COLUMNS`, and ``source``, the index of the name of its source, and
+        ``conversation``, a number that the rows of one conversation have in common.
 
     Raises:
         DataError: If a source cannot be read or a row of it cannot be used.
     """
+    named = [names] if isinstance(names, (str, os.PathLike)) else list(names)
+    find_sources(named, split)  # refuses every wrong name before anything is read
     parts: list[Dataset] = []
-    for source in find_sources(names, split):
-        left = None if limit is None else limit - sum(map(len, parts))
-        if left == 0:
-            break
-        parts.append(tokenise(source, tokenizer, settings, left))
-    return concatenate_datasets(parts)
+    origins: list[tuple[int, numpy.ndarray]] = []
+    left, num_conversations = limit, 0
+    for name in named:
+        if limit is not None and shares is not None:
+            left = math.ceil(shares[name] * limit)
+        for source in find_sources(name, split):
+            if left == 0:
+                break
+            part, conversations = _first(tokenise(source, tokenizer, settings, left), left)
+            parts.append(part)
+            origins.append((source_names(named).index(name), num_conversations + conversations))
+            num_conversations = int(origins[-1][1][-1]) + 1
+            left = None if left is None else left - int(conversations[-1]) - 1
+    rows = concatenate_datasets(parts)
+    sources = numpy.concatenate([numpy.full(len(numbers), source) for source, numbers in origins])
+    return rows.add_column("source", sources).add_column("conversation", numpy.concatenate([n for _, n in origins]))
+
+
+def _first(rows: Dataset, limit: int | None) -> tuple[Dataset, numpy.ndarray]:
+    """The rows of the first ``limit`` conversations of a source, and the number of the conversation of each."""
+    numbers = column(rows, "record")
+    count = len(rows) if limit is None else int(numpy.searchsorted(numbers, limit))
+    return (rows if count == len(rows) else rows.select(range(count))), numbers[:count]
 
 
 def check_ids(rows: Dataset, vocab_size: int) -> None:
@@ -85,7 +145,7 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
     Raises:
         DataError: If an id is ``vocab_size`` or more. The message names the first such row.
     """
-    wrong = numpy.flatnonzero(_column(rows, "largest_id") >= vocab_size)
+    wrong = numpy.flatnonzero(column(rows, "largest_id") >= vocab_size)
     if len(wrong):
         row = rows[int(wrong[0])]
         ids = sorted({token for token in row["input_ids"] if token >= vocab_size})
@@ -95,33 +155,66 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
         )
 
 
-def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:
-    """Drop rows without a supervised token, count, and warn about cut and dropped rows.
+def check_context(rows: Dataset, split: str, max_length: int, context: int | None, whose: str) -> None:
+    """Check that no row is longer than the model's context.
+
+    Args:
+        rows: Rows of tokens.
+        split: Name of the split.
+        max_length: Tokens kept of each row.
+        context: Most tokens that the model was made for; None if it is not known, or not limited.
+        whose: What says so, for the message.
+
+    Raises:
+        ConfigError: If a row is longer.
+    """
+    lengths = row_lengths(rows, max_length)
+    if context is not None and (longer := int((lengths > context).sum())):
+        raise ConfigError(
+            f"max_length={max_length} is above the context of {whose}, {context} tokens, and {longer} of {len(rows)} "
+            f"{split} rows are longer than that (the longest has {lengths.max()}). Set max_length={context} to cut "
+            "them, or beyond_context=true to train on positions that the model has never seen."
+        )
+
+
+def keep_supervised(
+    rows: Dataset, split: str, max_length: int, names: Sequence[str] = ()
+) -> tuple[Dataset, SplitStatistics]:
+    """Drop rows without a supervised token or of weight 0, count, and warn about cut and dropped rows.
+
+    Args:
+        rows: Rows of tokens, as `read_split` returns them.
+        split: Name of the split.
+        max_length: Tokens kept of each row.
+        names: Names of the sources.
 
     Raises:
         DataError: If no row is left.
     """
-    length, supervised = _column(rows, "length"), _column(rows, "supervised_tokens")
-    kept = numpy.flatnonzero(supervised)
+    length, supervised, weighs = column(rows, "length"), column(rows, "supervised_tokens"), column(rows, "weight") > 0
+    kept = numpy.flatnonzero((supervised > 0) & weighs)
+    of_sources = numpy.bincount(column(rows, "source")[kept], minlength=len(names)).tolist()
     statistics = SplitStatistics(
         rows=len(kept),
         tokens=int(numpy.minimum(length[kept], max_length).sum()),
-        supervised_tokens=int(supervised.sum()),
+        supervised_tokens=int(supervised[kept].sum()),
         truncated_rows=int((length > max_length).sum()),
-        dropped_rows=len(rows) - len(kept),
+        dropped_rows=int((supervised == 0).sum()),
         longest=int(length.max()),
+        weightless_rows=int(((supervised > 0) & ~weighs).sum()),
+        sources={name: SourceCounts(count, count) for name, count in zip(names, of_sources, strict=False)},
     )
-    notes = _notes(statistics, int(_column(rows, "open_ended").sum()), len(rows), max_length)
+    notes = _notes(statistics, int(column(rows, "open_ended").sum()), len(rows), max_length)
     if not len(kept):
-        raise DataError(f"{split}: no row has a supervised token: {'; '.join(notes)}. Raise max_length.")
+        raise DataError(f"{split}: no row has a supervised token: {'; '.join(notes)}. {_advice(statistics)}")
     if notes:
         rank_zero_warn(f"{split}: {'; '.join(notes)}.", stacklevel=4)
-    return (rows.select(kept) if statistics.dropped_rows else rows), statistics
+    return (rows if len(kept) == len(rows) else rows.select(kept)), statistics
 
 
 def row_lengths(rows: Dataset, max_length: int) -> numpy.ndarray:
     """Number of tokens of each row after cutting, ``(rows,)``."""
-    return numpy.minimum(_column(rows, "length"), max_length)
+    return numpy.minimum(column(rows, "length"), max_length)
 
 
 def _notes(statistics: SplitStatistics, open_ended: int, rows: int, max_length: int) -> list[str]:
@@ -129,10 +222,16 @@ def _notes(statistics: SplitStatistics, open_ended: int, rows: int, max_length: 
     counts = {
         cut: statistics.truncated_rows,
         "left without a supervised token and dropped": statistics.dropped_rows,
+        "of weight 0 and dropped": statistics.weightless_rows,
         "ending with a turn that is not the assistant's and is not trained on": open_ended,
     }
     return [f"{count} of {rows} rows {what}" for what, count in counts.items() if count]
 
 
-def _column(rows: Dataset, name: str) -> numpy.ndarray:
+def _advice(statistics: SplitStatistics) -> str:
+    return "Raise max_length." if statistics.truncated_rows else "Give other rows."
+
+
+def column(rows: Dataset, name: str) -> numpy.ndarray:
+    """All values of a column."""
     return rows.select_columns(name).with_format("numpy")[:][name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
-from . import encoding, reading, records, template
+from . import documents, encoding, reading, records, template
 from .bad_rows import RowError
+from .documents import divide
 from .encoding import Encoded, encode
 from .records import Conversation, Text, find_format
 from .settings import RowSettings
@@ -41,11 +43,14 @@ COLUMNS = Features(
         "supervised_tokens": Value("int32"),
         "largest_id": Value("int32"),
         "open_ended": Value("bool"),
+        "weight": Value("float32"),
+        "record": Value("int64"),
         "place": Value("string"),
     }
 )
 """Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
-after it, the largest id, whether the conversation ends with a turn that is not the assistant's, and the origin."""
+after it, the largest id, whether the conversation ends with a turn that is not the assistant's, factor of the loss, the
+number of the conversation or text within its source, and the origin."""
 
 
 def tokenise(
@@ -123,15 +128,21 @@ def _token_rows(
             raise DataError(f"{source.name} has no rows.")
         read = find_format(first, settings).read
         rows = chain([first], rows)
+        is_document, number = isinstance(source, FileSource) and source.is_document, itertools.count()
         while batch := [read(row) for row in islice(rows, _BATCH)]:
             for record, encoded in zip(batch, encode(tokenizer, batch, settings), strict=True):
                 if isinstance(encoded, RowError):
                     raise encoded
+                if is_document:
+                    for part, row in divide(record, encoded, settings.max_length):
+                        yield _token_row(part, row, settings.max_length, next(number))
+                    continue
+                index = next(number)
                 for row in encoded:
-                    yield _token_row(record, row, settings.max_length)
+                    yield _token_row(record, row, settings.max_length, index)
 
 
-def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -> dict[str, Any]:
+def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int, number: int) -> dict[str, Any]:
     supervised = encoded.supervised[:max_length]
     return {
         "input_ids": encoded.ids[:max_length],
@@ -140,11 +151,13 @@ def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -
         "supervised_tokens": int(supervised.sum()),
         "largest_id": int(encoded.ids[:max_length].max(initial=-1)),
         "open_ended": isinstance(record, Conversation) and record.messages[-1]["role"] != "assistant",
+        "weight": record.weight,
+        "record": number,
         "place": record.place,
     }
 
 
 _CODE = [transformers.__version__, tokenizers.__version__] + [
-    inspect.getsource(module) for module in (reading, records, template, encoding)
+    inspect.getsource(module) for module in (reading, records, template, encoding, documents)
 ]
 """Library versions and code that affect the tokens: a part of the cache key, so that a change makes new tokens."""
