@@ -104,7 +104,7 @@ class RowsDataModule(LightningDataModule):
             if vocab_size is not None:
                 check_ids(rows, vocab_size)
             check_context(rows, split, self.settings.max_length, context, whose)
-            names = source_names(self.sources[self._read_from(split)])
+            names = list(dict.fromkeys(source_names(self.sources[self._read_from(split)])))
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length, names)
 
     def _tables(self, splits: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

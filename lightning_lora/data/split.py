@@ -82,8 +82,8 @@ class SplitStatistics:
 
 
 def source_names(given: Any) -> list[str]:
-    """The names of the sources of a split, in the order given and each once."""
-    return list(dict.fromkeys([given] if isinstance(given, (str, os.PathLike)) else given))
+    """The names of the sources of a split, in the order given."""
+    return [os.fspath(name) for name in ([given] if isinstance(given, (str, os.PathLike)) else given)]
 
 
 def read_split(
@@ -105,13 +105,13 @@ def read_split(
         shares: The share of each source in the limit; None reads the first sources first.
 
     Returns:
-        A dataset with the columns of `tokens.COLUMNS`, and ``source``, the index of the name of its source, and
-        ``conversation``, a number that the rows of one conversation have in common.
+        A dataset with the columns of `tokens.COLUMNS`, and ``source``, the index of the name of its source among
+        the different names, and ``conversation``, a number that the rows of one conversation have in common.
 
     Raises:
         DataError: If a source cannot be read or a row of it cannot be used.
     """
-    named = [names] if isinstance(names, (str, os.PathLike)) else list(names)
+    named = source_names(names)
     find_sources(named, split)  # refuses every wrong name before anything is read
     parts: list[Dataset] = []
     origins: list[tuple[int, numpy.ndarray]] = []
@@ -124,7 +124,7 @@ def read_split(
                 break
             part, conversations = _first(tokenise(source, tokenizer, settings, left), left)
             parts.append(part)
-            origins.append((source_names(named).index(name), num_conversations + conversations))
+            origins.append((list(dict.fromkeys(named)).index(name), num_conversations + conversations))
             num_conversations = int(origins[-1][1][-1]) + 1
             left = None if left is None else left - int(conversations[-1]) - 1
     rows = concatenate_datasets(parts)
@@ -186,7 +186,7 @@ def keep_supervised(
         rows: Rows of tokens, as `read_split` returns them.
         split: Name of the split.
         max_length: Tokens kept of each row.
-        names: Names of the sources.
+        names: The different names of the sources.
 
     Raises:
         DataError: If no row is left.

@@ -169,7 +169,10 @@ NAMES = {
     "in a folder that exists": ("folder/train", r"does not exist"),
     "no match": ("*.jsonl", r"'\*.jsonl' matches no file"),
     "folder": ("folder", r"'folder' is a folder; name the files in it, for example 'folder/\*.jsonl'"),
-    "unknown kind": ("notes.md", r"'notes.md' is of an unknown kind; known kinds: .json, .jsonl, .csv, .tsv, .txt, .parquet"),
+    "unknown kind": (
+        "notes.md",
+        r"'notes.md' is of an unknown kind; known kinds: .json, .jsonl, .csv, .tsv, .txt, .parquet",
+    ),
     "nothing named": ([], r"train is an empty list"),
     "hub": ("nobody/nothing", r"'nobody/nothing' is not a file on disk, and split 'train' of a hub dataset"),
     "hub split": ("nobody/nothing:main:half", r"split 'half' of a hub dataset"),

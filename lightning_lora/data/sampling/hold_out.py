@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import pyarrow
@@ -71,8 +72,9 @@ def _alike(numbers: list[int], keys: list[bytes]) -> list[int]:
 def _keys(rows: Dataset, seed: int) -> Iterator[bytes]:
     """A hash of the tokens of each row that depends on the seed."""
     salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
-    for batch in rows.select_columns("input_ids").with_format("arrow").iter(1000):
-        lists = pyarrow.concat_arrays(batch["input_ids"].chunks)
+    tables: Iterator[Any] = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    for table in tables:
+        lists = pyarrow.concat_arrays(table["input_ids"].chunks)
         ends = numpy.cumsum(lists.value_lengths().to_numpy())
         tokens = lists.flatten().to_numpy()
         for row in numpy.split(tokens, ends[:-1]):
