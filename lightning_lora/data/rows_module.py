@@ -85,6 +85,11 @@ class RowsDataModule(LightningDataModule):
             # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
+    @property
+    def max_length(self) -> int:
+        """Tokens kept of each row."""
+        return self.settings.max_length
+
     @override
     def prepare_data(self) -> None:
         """Read and tokenise the data into the cache; runs in one process per node."""
