@@ -39,16 +39,16 @@ class TokenWeightedLoss(LightningModule):
 
         Args:
             loss_sum: Sum of the losses of the supervised tokens of this micro-batch, nats.
-            num_tokens: Number of supervised tokens of this micro-batch.
+            num_tokens: Number of supervised tokens of this micro-batch, or the sum of their weights.
         """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             if not self._window_tokens:
                 rank_zero_warn("DeepSpeed steps inside its engine: the loss is a mean of means over micro-batches.")
             self._window_tokens = 1
-            return loss_sum / num_tokens.clamp(min=1)
+            return loss_sum / one_if_zero(num_tokens)
         if searching_schedule(self.trainer) is not None:
             # Lightning compares what the steps of a search return, and sums of more tokens are larger.
-            return loss_sum / num_tokens.clamp(min=1)
+            return loss_sum / one_if_zero(num_tokens)
         self._window_tokens = self._window_tokens + num_tokens.detach()
         return loss_sum / _SUM_SCALE
 
@@ -57,7 +57,7 @@ class TokenWeightedLoss(LightningModule):
         """Save the tokens that each rank has counted in an open accumulation window."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self._window_tokens, Tensor):
-            checkpoint[_KEY] = gather_on_rank_zero(int(self._window_tokens))
+            checkpoint[_KEY] = gather_on_rank_zero(self._window_tokens.item())
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -93,13 +93,19 @@ class TokenWeightedLoss(LightningModule):
             return 1.0
         tokens, ranks = self._over_ranks(self._window_tokens)
         # Lightning has divided by the accumulation and averaged over ranks: both are undone here.
-        return _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / max(tokens, 1)
+        return _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / (tokens or 1)
 
-    def _over_ranks(self, tokens: Tensor) -> tuple[int, int]:
+    def _over_ranks(self, tokens: Tensor) -> tuple[float, int]:
         if self.trainer.world_size == 1:
-            return int(tokens), 1
+            return tokens.item(), 1
         mesh = self.device_mesh
         group = mesh["data_parallel"].get_group() if mesh is not None else None
-        total = tokens.clone()
+        # One rank may have a count and another a sum of weights; float64 holds both.
+        total = tokens.to(torch.float64, copy=True)
         torch.distributed.all_reduce(total, group=group)
-        return int(total), torch.distributed.get_world_size(group)
+        return total.item(), torch.distributed.get_world_size(group)
+
+
+def one_if_zero(count: Tensor) -> Tensor:
+    """``count``, or 1 where it is 0, to divide by. A sum of weights may be below 1."""
+    return count.masked_fill(count == 0, 1)

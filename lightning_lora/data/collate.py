@@ -12,7 +12,7 @@ from torch import Tensor
 from .bins import even_rows
 
 Example = dict[str, Any]
-"""The ``input_ids`` and the ``supervised`` mask of one row of a dataset."""
+"""The ``input_ids`` and the ``supervised`` mask of one row of a dataset, and its ``weight`` if rows have weights."""
 
 IGNORE_INDEX = -100
 """Label of a position without loss, the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""
@@ -24,13 +24,16 @@ class Collate:
 
     Args:
         pad_id: Token id that fills ``input_ids``. It is masked everywhere, so any valid id will do.
+        weighted: Whether examples have a ``weight``.
 
     Shape:
         - ``input_ids``, ``attention_mask``, ``labels``: ``(rows, longest)``, int64. ``labels`` holds the ids of the
           supervised tokens and -100 elsewhere; it is not shifted.
+        - ``weights``: ``(rows, longest)``, float32, the weight of the example of each token, if ``weighted``.
     """
 
     pad_id: int
+    weighted: bool = False
 
     def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch with one example in each row."""
@@ -43,7 +46,10 @@ class Collate:
             input_ids[index, : len(ids)] = ids
             attention_mask[index, : len(ids)] = 1
             labels[index, : len(ids)] = torch.where(supervised, ids, IGNORE_INDEX)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if self.weighted:
+            batch["weights"] = torch.tensor([float(row["weight"]) for row in rows])[:, None].repeat(1, shape[1])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,16 @@ class CollatePacked:
 
     Args:
         pad_id: Token id that fills ``input_ids``; any valid id will do.
+        weighted: Whether examples have a ``weight``.
 
     Shape:
         - ``input_ids``, ``labels``, ``position_ids``: ``(packs, longest)``, int64. ``position_ids`` starts at 0 with
           each example; ``labels`` holds the ids of the supervised tokens and -100 elsewhere; it is not shifted.
+        - ``weights``: ``(packs, longest)``, float32, the weight of the example of each token, if ``weighted``.
     """
 
     pad_id: int
+    weighted: bool = False
 
     def __call__(self, packs: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
         """Make a batch with one pack in each row; an empty pack becomes a row of padding."""
@@ -71,6 +80,7 @@ class CollatePacked:
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         position_ids = torch.zeros(shape, dtype=torch.int64)
+        weights = torch.ones(shape)
         for index, pack in enumerate(packs):
             start = 0
             for row in pack:
@@ -79,8 +89,11 @@ class CollatePacked:
                 input_ids[index, place] = ids
                 labels[index, place] = torch.where(supervised, ids, IGNORE_INDEX)
                 position_ids[index, place] = torch.arange(len(ids))
+                if self.weighted:
+                    weights[index, place] = float(row["weight"])
             position_ids[index, start:] = torch.arange(shape[1] - start)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        return batch | {"weights": weights} if self.weighted else batch
 
 
 @dataclass(frozen=True)
@@ -89,11 +102,13 @@ class CollateEvenly:
 
     Args:
         pad_id: Token id that fills ``input_ids``; any valid id will do.
+        weighted: Whether examples have a ``weight``.
     """
 
     pad_id: int
+    weighted: bool = False
 
     def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch with several examples in each row."""
         packs = even_rows([len(row["input_ids"]) for row in rows])
-        return CollatePacked(self.pad_id)([[rows[index] for index in pack] for pack in packs])
+        return CollatePacked(self.pad_id, self.weighted)([[rows[index] for index in pack] for pack in packs])

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from .bins import best_fit
 from .collate import Example
+from .sampling.mixture import Mixture
 
 Pack = tuple[int, ...]
 """Indices of the examples that share one row."""
@@ -21,35 +22,45 @@ class PackedRows(Dataset[list[Example]]):
 
     Args:
         rows: The dataset of `Example`s.
-        lengths: Tokens of each example, ``(rows,)``.
+        lengths: Tokens of each example, ``(rows,)``; with a mixture, those of the examples of an epoch.
         capacity: Most tokens in a pack.
         seed: Decides which examples share a pack.
+        mixture: Chooses the examples of each epoch; None takes all.
 
     Attributes:
         packs: The packs. In each epoch, `PackSampler` exchanges examples of equal length among them.
     """
 
-    def __init__(self, rows: Any, lengths: numpy.ndarray, capacity: int, seed: int) -> None:
+    def __init__(
+        self, rows: Any, lengths: numpy.ndarray, capacity: int, seed: int, mixture: Mixture | None = None
+    ) -> None:
         self.rows = rows
+        self.mixture = mixture
         self.lengths = lengths
         order = numpy.random.default_rng(seed).permutation(len(lengths))
         packs = best_fit(lengths[order].tolist(), capacity)
         self.packs: list[Pack] = [tuple(order[pack].tolist()) for pack in packs]
+
+    def examples(self, epoch: int) -> numpy.ndarray:
+        """The rows of an epoch, in the order of ``lengths``."""
+        return numpy.arange(len(self.lengths)) if self.mixture is None else self.mixture.rows(epoch)
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, pack: Pack | int) -> list[Example]:
         """The examples of a pack, which is given by its indices or by its number."""
-        return [self.rows[row] for row in (self.packs[pack] if isinstance(pack, int) else pack)]
+        if isinstance(pack, int):
+            pack = tuple(self.examples(0)[list(self.packs[pack])].tolist())
+        return [self.rows[row] for row in pack]
 
 
 class PackSampler(DistributedSampler[Any]):
     """Shuffles the packs in each epoch and distributes them over the devices.
 
-    In each epoch, examples of equal length change places and the packs are shuffled. Every example occurs once in an
-    epoch. All epochs and devices have the same number of packs, as Lightning computes the number of steps only once:
-    if the number of packs is not a multiple of the number of devices, empty packs are added and none is repeated.
+    In each epoch, examples of equal length change places and the packs are shuffled. Every example of an epoch occurs
+    once in it. All epochs and devices have the same number of packs, as Lightning computes the number of steps only
+    once: if the number of packs is not a multiple of the number of devices, empty packs are added and none is repeated.
 
     Args:
         packed: The packs.
@@ -66,7 +77,7 @@ class PackSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Pack]:
         """Iterate over the packs of this device in the current epoch."""
         generator = numpy.random.default_rng([self.seed, self.epoch])
-        exchanged = _exchange(self.packed.lengths, generator)
+        exchanged = self.packed.examples(self.epoch)[_exchange(self.packed.lengths, generator)]
         order = generator.permutation(len(self.packed))
         packs = [tuple(exchanged[list(self.packed.packs[pack])].tolist()) for pack in order]
         packs += [()] * (self.total_size - len(packs))

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from lightning_lora.errors import DataError
 
 from .bad_rows import RowError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+COMPRESSED_INSIDE = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ class Row:
 
 
 def file_kind(path: Path) -> str | None:
-    """The suffix that tells how to read a file, without ``.gz``; None for a file of an unknown kind."""
-    zipped = path.suffix.lower() == ".gz"
+    """The suffix that tells how to read a file, without ``.gz`` or ``.zst``; None for a file of an unknown kind."""
+    zipped = path.suffix.lower() in COMPRESSIONS
     suffix = (path.with_suffix("") if zipped else path).suffix.lower()
-    return suffix if suffix in SUFFIXES and not (zipped and suffix == ".parquet") else None
+    return suffix if suffix in SUFFIXES and not (zipped and suffix in COMPRESSED_INSIDE) else None
 
 
 def read_rows(path: Path) -> Generator[Row | RowError, None, None]:
-    """Read the rows of a ``.json``, ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, in order.
+    """Read the rows of a file, in order.
+
+    Args:
+        path: A file of one of the kinds of `file_kind`. A ``.txt`` file is one row with the column ``text``.
 
     Yields:
         A row, or what is wrong with one that cannot be read while those after it can.
@@ -58,7 +63,7 @@ def read_rows(path: Path) -> Generator[Row | RowError, None, None]:
     Raises:
         DataError: If the file is empty, or damaged so that it cannot be read on.
     """
-    read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(file_kind(path) or "", _json_rows)
+    read = _READERS[file_kind(path) or ".json"]
     index = -1
     try:
         with _open(path) as stream:
@@ -75,7 +80,11 @@ def read_rows(path: Path) -> Generator[Row | RowError, None, None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)  # type: ignore[arg-type]
+    return open(path, "rb")
 
 
 def _json_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int | None, dict[str, Any] | RowError]]:
@@ -124,14 +133,18 @@ def _row(place: str, value: Any) -> dict[str, Any] | RowError:
     return RowError(place, "a row must be an object {...}", f", got {type(value).__name__}: {repr(value)[:80]}.")
 
 
-def _csv_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def _tsv_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    yield from _csv_rows(path, stream, "\t")
+
+
+def _csv_rows(path: Path, stream: BinaryIO, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     csv.field_size_limit(sys.maxsize)  # Python's 128 KiB is less than one long document
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, strict=True)
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         for columns in reader:
             if None in columns or None in columns.values():
                 fault = f"does not have the {len(reader.fieldnames or ())} fields of the header"
-                advice = "; put texts with commas or line breaks in quotes."
+                advice = f"; put texts with {'commas' if delimiter == ',' else 'tabs'} or line breaks in quotes."
                 yield reader.line_num, RowError(f"{path}, line {reader.line_num}", fault, advice)
                 continue
             yield reader.line_num, columns
@@ -141,3 +154,33 @@ def _parquet_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[None, dict[str
     for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1000):
         for columns in batch.to_pylist():
             yield None, columns
+
+
+def _arrow_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[None, dict[str, Any]]]:
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if is_file:
+        file = ipc.open_file(stream)
+        batches = map(file.get_batch, range(file.num_record_batches))
+    else:
+        batches = ipc.open_stream(stream)
+    for batch in batches:
+        for columns in batch.to_pylist():
+            yield None, columns
+
+
+def _text_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[None, dict[str, Any]]]:
+    text = stream.read().decode("utf-8-sig")
+    if text.strip():
+        yield None, {"text": text}
+
+
+_READERS = {
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".txt": _text_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}

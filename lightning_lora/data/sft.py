@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
@@ -18,28 +16,27 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 
-from .bad_rows import check_action
 from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
+from .rows_module import RowsDataModule
+from .sampling.mixture import Mixture, MixtureSampler
 from .settings import RowSettings
-from .source_report import SourceReport
-from .sources import find_sources
-from .split import SplitStatistics, check_columns, check_ids, keep_supervised, read_splits, row_lengths
-from .streaming import Drawn, StreamSampler, TokenStream
-from .tokenizer import find_tokenizer, pad_id
-
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
-"""The splits of each stage; the first one is required."""
+from .split import column, row_lengths
+from .streaming import Drawn, StreamSampler
 
 
-class SFTDataModule(LightningDataModule):
+class SFTDataModule(RowsDataModule):
     """Data for supervised fine-tuning: files or hub datasets to batches with a loss on the answers only.
 
     Each of ``train``, ``validation`` and ``test`` is a file, a glob, a hub name, or a list of these. Files are
-    ``.json`` (a list of objects, or one object per line), ``.jsonl`` and ``.csv``, each also with ``.gz``, and
-    ``.parquet``. A name that is not on disk and does not look like a path is a hub name: ``name``, ``owner/name``,
-    ``owner/name:split`` or ``owner/name:config:split``.
+    ``.json`` (a list of objects, or one object per line), ``.jsonl``, ``.csv``, ``.tsv`` and ``.txt``, each also with
+    ``.gz`` or ``.zst``, ``.parquet`` and ``.arrow``. A ``.txt`` file is one text, which becomes as many rows of at most
+    ``max_length`` tokens as it needs. A name that is not on disk and does not look like a path is a hub name: ``name``,
+    ``owner/name``, ``owner/name:split`` or ``owner/name:config:split``.
+
+    ``train`` may also map names to shares, ``{"a.jsonl": 0.7, "b.jsonl": 0.3}``: an epoch then has 70 % of its rows
+    from the first source. It ends before a row would be needed twice; the next epoch goes on with other rows.
 
     The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
     ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
@@ -50,13 +47,14 @@ class SFTDataModule(LightningDataModule):
     Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where
     there is no loss. With ``packing``, training batches have ``position_ids`` instead of ``attention_mask``, which
     start at 0 with each example; `CausalLM` refuses models in which packed examples would see each other. Rows for
-    validation, test and prediction are never packed.
+    validation, test and prediction are never packed. Batches have ``weights`` too, ``(rows, tokens)``, if any row of
+    the split has a ``weight`` other than 1.
 
     Tokens are cached in ``HF_DATASETS_CACHE``. The order of the training rows depends on ``seed`` and the epoch only,
     not on the number of devices or on other random draws.
 
     Args:
-        train: Training rows. None if only validating or testing.
+        train: Training rows, or a mapping from sources to their shares of the rows. None if only validating or testing.
         validation: Rows for the validation loss. None skips validation.
         test: Rows for ``test`` and ``predict``.
         batch_size: Rows in a batch on each device.
@@ -64,8 +62,9 @@ class SFTDataModule(LightningDataModule):
             without a loss.
         tokenizer: A folder, a hub name or a tokenizer. None takes the tokenizer of the model that is trained.
         num_workers: Processes that make batches. 0 makes them in the main process, which is usually fast enough.
-        seed: Seeds the order of the training rows; an integer of at least 0.
-        max_rows: Use only this many rows of ``train``, from the first. None uses all.
+        seed: Seeds the order of the training rows and the choice of ``validation_share``; an integer of at least 0.
+        max_rows: Use only this many rows of ``train``, from the first. None uses all. A conversation that becomes
+            several rows of tokens counts once.
         validation_rows: Use only this many rows of ``validation``, from the first. None uses all.
         packing: False pads each row to the longest one of its batch. True or ``"length"`` fills training rows with
             several examples up to ``max_length`` tokens; ``batch_size`` then counts the filled rows. ``"batch"`` packs
@@ -79,6 +78,9 @@ class SFTDataModule(LightningDataModule):
             the day that a template writes as today.
         end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
         prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
+        validation_share: Share of the conversations of ``train``, above 0 and below 1, that is held out for validation.
+            None holds out none.
+        beyond_context: Allow rows longer than the context of the model.
         on_bad_row: What to do if rows cannot be used: ``"error"`` stops with one error about all of them, ``"skip"``
             leaves them out with a warning.
         num_proc: Processes that tokenise; the tokens are the same for any number.
@@ -88,16 +90,17 @@ class SFTDataModule(LightningDataModule):
     Attributes:
         statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split; not of a stream.
         rows: Tokens of each split that was set up and is no stream, a dataset by name of the split with the columns
-            ``input_ids``, ``supervised`` and ``place`` (the origin of the row).
+            ``input_ids``, ``supervised``, ``weight`` and ``place`` (the origin of the row).
 
     Raises:
-        ConfigError: If a number is out of its range. In ``setup``: if there is no tokenizer, or no data for the stage.
+        ConfigError: If a setting is out of its range. In ``setup``: if there is no tokenizer, no data for the stage, or
+            a row is longer than the context of the model.
         DataError: In ``setup``: if a file or a row cannot be used.
     """
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
+        train: str | list[str] | dict[str, float] | None = None,
         validation: str | list[str] | None = None,
         test: str | list[str] | None = None,
         batch_size: int = 8,
@@ -114,11 +117,12 @@ class SFTDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         end_of_answer: str | None = None,
         prompt_separator: str = "\n",
+        validation_share: float | None = None,
+        beyond_context: bool = False,
         on_bad_row: str = "error",
         num_proc: int = 1,
         streaming: bool = False,
     ) -> None:
-        super().__init__()
         numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
         numbers |= {
             "num_proc": (num_proc, 1),
@@ -132,10 +136,7 @@ class SFTDataModule(LightningDataModule):
                 raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         if not isinstance(packing, bool) and packing not in ("length", "batch"):
             raise ConfigError(f"packing must be true (or 'length'), 'batch' or false, got {packing!r}.")
-        self.packing = "length" if packing is True else packing
-        self.sources = {"train": train, "validation": validation, "test": test}
-        self.batch_size = batch_size
-        self.settings = RowSettings(
+        settings = RowSettings(
             max_length,
             columns or {},
             train_on,
@@ -144,50 +145,35 @@ class SFTDataModule(LightningDataModule):
             end_of_answer,
             prompt_separator,
         )
-        self.on_bad_row = check_action(on_bad_row)
-        self.num_proc = num_proc
+        sources = {"train": train, "validation": validation, "test": test}
+        limits = {"train": max_rows, "validation": validation_rows, "test": None}
+        super().__init__(
+            sources,
+            settings,
+            tokenizer,
+            seed,
+            limits,
+            validation_share,
+            beyond_context,
+            on_bad_row,
+            num_proc,
+            streaming,
+        )
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.packing = "length" if packing is True else packing
         if streaming and self.packing == "length":
             raise ConfigError("packing: true needs all rows at once, and streaming never has them: set packing: batch.")
-        self.streaming = streaming
-        self.tokenizer = tokenizer
-        self.num_workers = num_workers
-        self.seed = seed
-        self.limits = {"train": max_rows, "validation": validation_rows, "test": None}
-        self.statistics: dict[str, SplitStatistics] = {}
-        self.rows: dict[str, Dataset] = {}
-        self._pad_id = 0
+        self._mixture: Mixture | None = None
         self._packed: PackedRows | None = None
-        self._stream: TokenStream | None = None
-        if validation is None:
-            # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
-
-    @override
-    def prepare_data(self) -> None:
-        """Read and tokenise the data into the cache; runs in one process per node."""
-        self._read(self._splits(self.trainer.state.fn if self.trainer else None), self._find_tokenizer())
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Load the tokens, check them against the model and count them; None sets up all splits that were given."""
-        tokenizer = self._find_tokenizer()
-        vocab_size = self._vocab_size()
-        self._pad_id = pad_id(tokenizer, vocab_size)
-        splits = self._splits(stage)
-        if self.streaming and "train" in splits:
-            sources = find_sources(self.sources["train"] or [], "train")
-            how = (self.limits["train"], self.seed, self.on_bad_row, self.num_proc, vocab_size)
-            self._stream = TokenStream(sources, tokenizer, self.settings, *how)
-            self._stream.check()
-        read, reports = self._read(splits, tokenizer)
-        check_columns(reports, self.settings.columns)
-        for report in reports:
-            report.tell()
-        for split, rows in read.items():
-            if vocab_size is not None:
-                check_ids(rows, vocab_size)
-            self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length)
-            if split == "train" and self.packing:
+        super().setup(stage)
+        if "train" in self.rows:
+            self._mix()
+            if self.packing:
                 self._pack()
         if self.num_workers:
             # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
@@ -196,20 +182,20 @@ class SFTDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training rows in an order given by ``seed`` and epoch, of which each device gets its share."""
-        if self.streaming and self._stream is None:
+        if self.streaming and self.stream is None:
             raise ConfigError("the stream of training rows is not open; give train= and call setup() first.")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         if self._packed is not None:
-            return self._loader(self._packed, self._sampler(**share), CollatePacked(self._pad_id))
-        collate = (CollateEvenly if self.packing else Collate)(self._pad_id)
-        if self._stream is not None:
-            return self._loader(Drawn(), StreamSampler(self._stream, **share), collate)
+            return self._loader(self._packed, self._sampler(**share), self._collate(CollatePacked, "train"))
+        collate = self._collate(CollateEvenly if self.packing else Collate, "train")
+        if self.stream is not None:
+            return self._loader(Drawn(), StreamSampler(self.stream, **share), collate)
         return self._loader(self._examples("train"), self._sampler(**share), collate)
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
         """Validation rows in the order of the files; an empty list without ``validation``."""
-        return self._in_file_order("validation") if self.sources["validation"] is not None else []
+        return self._in_file_order("validation") if self._has("validation") else []
 
     @override
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -223,7 +209,7 @@ class SFTDataModule(LightningDataModule):
 
     def _in_file_order(self, split: str) -> DataLoader[dict[str, Tensor]]:
         rows = self._examples(split)
-        return self._loader(rows, SequentialSampler(rows), Collate(self._pad_id))
+        return self._loader(rows, SequentialSampler(rows), self._collate(Collate, split))
 
     def _loader(
         self, rows: Any, sampler: Sampler[Any], collate: Callable[[Any], dict[str, Tensor]]
@@ -239,59 +225,60 @@ class SFTDataModule(LightningDataModule):
         )
 
     def _examples(self, split: str) -> Any:
+        columns = ["input_ids", "supervised", *(["weight"] if self._is_weighted(split) else [])]
+        return self.rows[split].select_columns(columns).with_format("numpy")
+
+    def _collate(self, kind: Callable[..., Callable[[Any], dict[str, Tensor]]], split: str) -> Any:
+        return kind(self._pad_id, self._is_weighted(split))
+
+    def _is_weighted(self, split: str) -> bool:
+        if split == "train" and self.stream is not None:
+            return True  # a later row may have a weight
         if split not in self.rows:
             raise ConfigError(f"no {split} rows are loaded; give {split}= and call setup() first.")
-        return self.rows[split].select_columns(["input_ids", "supervised"]).with_format("numpy")
+        return bool((column(self.rows[split], "weight") != 1).any())
 
     def _sampler(self, num_replicas: int, rank: int) -> DistributedSampler[Any]:
         # Lightning keeps a DistributedSampler as it is; one that it makes would take the global seed.
         if self._packed is not None:
             return PackSampler(self._packed, _scrambled(self.seed), num_replicas, rank)
+        if self._mixture is not None:
+            return MixtureSampler(self._mixture, _scrambled(self.seed), num_replicas, rank)
         return DistributedSampler(self._examples("train"), num_replicas, rank, seed=_scrambled(self.seed))
+
+    def _mix(self) -> None:
+        """Decide which training rows an epoch has if sources have shares."""
+        self._mixture = self._packed = None  # of an earlier setup
+        if self.shares is None:
+            return
+        rows, limit = self.rows["train"], self.limits["train"]
+        lengths = row_lengths(rows, self.settings.max_length)
+        self._mixture = Mixture(lengths, column(rows, "source"), self.shares, limit, _scrambled(self.seed))
+        self.statistics["train"] = counts = self.statistics["train"].with_mixture(self._mixture)
+        parts = (
+            f"{source.epoch_rows:,} from {name} ({source.epoch_rows / len(self._mixture):.1%}), each of its "
+            f"{source.rows:,} rows {source.epoch_rows / source.rows:.2f} times"
+            for name, source in counts.sources.items()
+        )
+        rank_zero_info(f"train: an epoch has {len(self._mixture):,} rows: {'; '.join(parts)}")
 
     def _pack(self) -> None:
         """Decide which training rows share a row, and count what that saves in the first epoch on one device."""
-        self._packed = None  # of an earlier setup
         lengths = row_lengths(self.rows["train"], self.settings.max_length)
         unpacked = batched(lengths[list(self._sampler(1, 0))].tolist(), self.batch_size)
         if self.packing == "length":
-            self._packed = PackedRows(self._examples("train"), lengths, self.settings.max_length, _scrambled(self.seed))
+            in_epoch = lengths if self._mixture is None else self._mixture.lengths
+            capacity, seed = self.settings.max_length, _scrambled(self.seed)
+            self._packed = PackedRows(self._examples("train"), in_epoch, capacity, seed, self._mixture)
             packed = batched([int(lengths[list(pack)].sum()) for pack in self._sampler(1, 0)], self.batch_size)
         else:
             packed = [[sum(batch[i] for i in row) for row in even_rows(batch)] for batch in unpacked]
         self.statistics["train"] = counts = self.statistics["train"].with_packing(packed, unpacked)
+        num_rows = sum(source.epoch_rows for source in counts.sources.values())
         rank_zero_info(
-            f"train: {counts.rows} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the positions in a "
+            f"train: {num_rows} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the positions in a "
             f"batch hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
-
-    def _read(
-        self, splits: list[str], tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[dict[str, Dataset], list[SourceReport]]:
-        held = {split: self.sources[split] for split in splits if not (self.streaming and split == "train")}
-        return read_splits(held, tokenizer, self.settings, self.limits, self.on_bad_row, self.num_proc)
-
-    def _splits(self, stage: str | None) -> list[str]:
-        given = [split for split, names in self.sources.items() if names is not None]
-        if stage is None:
-            return given
-        needed, *optional = _STAGES[stage]
-        if needed not in given:
-            raise ConfigError(f"{stage} needs {needed} rows: give {needed}= files or a hub name.")
-        return [needed, *(split for split in optional if split in given)]
-
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            return find_tokenizer(None, self._module())
-        self.tokenizer = find_tokenizer(self.tokenizer, None)
-        return self.tokenizer
-
-    def _vocab_size(self) -> int | None:
-        size = getattr(self._module(), "vocab_size", None)
-        return size if isinstance(size, int) else None
-
-    def _module(self) -> LightningModule | None:
-        return self.trainer.lightning_module if self.trainer else None
 
 
 def _scrambled(seed: int) -> int:

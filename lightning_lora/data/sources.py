@@ -16,7 +16,7 @@ from lightning_lora.errors import DataError
 from lightning_lora.hub import offline_hint, prepare_hub
 
 from .bad_rows import RowError
-from .reading import SUFFIXES, Row, file_kind, read_rows
+from .reading import COMPRESSED_INSIDE, COMPRESSIONS, SUFFIXES, Row, file_kind, read_rows
 from .terminal_progress import progress_on_terminals
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
@@ -36,6 +36,11 @@ class FileSource:
         """A key that changes if the rows may have changed: absolute path, size in bytes, modification time in ns."""
         status = os.stat(self.name)
         return [os.path.abspath(self.name), status.st_size, status.st_mtime_ns]
+
+    @property
+    def is_document(self) -> bool:
+        """Whether the file is one text that fills as many rows of tokens as it needs."""
+        return file_kind(Path(self.name)) == ".txt"
 
     def rows(self) -> Generator[Row | RowError, None, None]:
         """Read the rows in file order."""
@@ -59,6 +64,7 @@ class HubSource:
     name: str
     config: str | None
     split: str
+    is_document = False
 
     def load(self) -> datasets.Dataset:
         """Download the split, or take it from the cache."""
@@ -151,6 +157,7 @@ def _sources_of(name: str, split: str) -> list[FileSource | HubSource]:
             raise DataError(f"{file!r} is a folder; name the files in it, for example '{file.rstrip('/')}/*.jsonl'.")
         if file_kind(Path(file)) is None:
             raise DataError(
-                f"{file!r} is of an unknown kind; known kinds: {', '.join(SUFFIXES)}, and all but .parquet with .gz."
+                f"{file!r} is of an unknown kind; known kinds: {', '.join(SUFFIXES)}, and all but "
+                f"{' and '.join(COMPRESSED_INSIDE)} with {' or '.join(COMPRESSIONS)}."
             )
     return [FileSource(file) for file in files]

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ConfigError, DataError
 
-from .bad_rows import refuse
 from .bins import filled_share
-from .formats.names import check_renamed
-from .settings import RowSettings
-from .source_report import SourceReport
-from .sources import find_sources
-from .tokens import tokenise
+from .sampling.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """Counts of one source of a split.
+
+    Args:
+        rows: Rows that can be used.
+        epoch_rows: Rows of an epoch. They are fewer than ``rows`` if sources are mixed by shares.
+    """
+
+    rows: int
+    epoch_rows: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class SplitStatistics:
         packed_rows: Rows in an epoch after packing; None without packing.
         filled: Share of the positions in an epoch's batches that hold tokens rather than padding; None without packing.
         filled_unpacked: The same share if the rows were not packed; None without packing.
+        weightless_rows: Rows dropped because their weight is 0.
+        sources: The counts of each source, by the name that was given.
     """
 
     rows: int
@@ -46,6 +55,8 @@ class SplitStatistics:
     packed_rows: int | None = None
     filled: float | None = None
     filled_unpacked: float | None = None
+    weightless_rows: int = 0
+    sources: Mapping[str, SourceCounts] = field(default_factory=dict, compare=False)
 
     def with_packing(self, packed: Sequence[Sequence[int]], unpacked: Sequence[Sequence[int]]) -> SplitStatistics:
         """These counts and what packing saves.
@@ -57,68 +68,10 @@ class SplitStatistics:
         num_rows = sum(map(len, packed))
         return replace(self, packed_rows=num_rows, filled=filled_share(packed), filled_unpacked=filled_share(unpacked))
 
-
-def read_split(
-    names: str | list[str],
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RowSettings,
-    limit: int | None,
-    num_proc: int = 1,
-) -> tuple[Dataset, list[SourceReport]]:
-    """Read all rows of a split as tokens, rows without a loss included, in the order of the sources.
-
-    Args:
-        names: Files, globs or hub names.
-        split: Name of the split.
-        tokenizer: A fast tokenizer.
-        settings: How rows become tokens.
-        limit: Number of rows of the sources to read, bad ones included; None reads all.
-        num_proc: Processes that tokenise.
-
-    Returns:
-        The tokens of the rows that can be used, and what is to be told about each source, bad rows first.
-
-    Raises:
-        DataError: If a source cannot be read.
-    """
-    parts: list[Dataset] = []
-    reports: list[SourceReport] = []
-    for source in find_sources(names, split):
-        left = None if limit is None else limit - sum(report.bad.rows for report in reports)
-        if left == 0:
-            break
-        tokens = tokenise(source, tokenizer, settings, left, num_proc)
-        reports.append(report := SourceReport.of(tokens, source.name))
-        parts.append(_good(tokens) if report.bad.count else tokens)
-    return concatenate_datasets(parts), reports
-
-
-def read_splits(
-    sources: Mapping[str, str | list[str] | None],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RowSettings,
-    limits: Mapping[str, int | None],
-    on_bad_row: str = "error",
-    num_proc: int = 1,
-) -> tuple[dict[str, Dataset], list[SourceReport]]:
-    """Read several splits by `read_split`, and raise one error about all of their bad rows unless these are skipped.
-
-    Raises:
-        DataError: If a source cannot be read, or if rows of it cannot be used.
-    """
-    read: dict[str, Dataset] = {}
-    reports: list[SourceReport] = []
-    for split, names in sources.items():
-        if names is not None:
-            read[split], found = read_split(names, split, tokenizer, settings, limits[split], num_proc)
-            reports += found
-    refuse([report.bad for report in reports], on_bad_row)
-    return read, reports
-
-
-def _good(tokens: Dataset) -> Dataset:
-    return tokens.select(numpy.flatnonzero(tokens.data.column("problem").is_null().to_numpy()))
+    def with_mixture(self, mixture: Mixture) -> SplitStatistics:
+        """These counts and the rows of each source in an epoch."""
+        pairs = zip(self.sources.items(), mixture.counts, strict=True)
+        return replace(self, sources={name: replace(counts, epoch_rows=rows) for (name, counts), rows in pairs})
 
 
 def check_ids(rows: Dataset, vocab_size: int) -> None:
@@ -127,7 +80,7 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
     Raises:
         DataError: If an id is ``vocab_size`` or more. The message names the first such row.
     """
-    wrong = numpy.flatnonzero(_column(rows, "largest_id") >= vocab_size)
+    wrong = numpy.flatnonzero(column(rows, "largest_id") >= vocab_size)
     if len(wrong):
         row = rows[int(wrong[0])]
         ids = sorted({token for token in row["input_ids"] if token >= vocab_size})
@@ -137,57 +90,84 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
         )
 
 
-def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:
-    """Check that every name that the user maps is in a row of one of the sources.
+def check_context(rows: Dataset, split: str, max_length: int, context: int | None, whose: str) -> None:
+    """Check that no row is longer than the model's context.
+
+    Args:
+        rows: Rows of tokens.
+        split: Name of the split.
+        max_length: Tokens kept of each row.
+        context: Most tokens that the model was made for; None if it is not known, or not limited.
+        whose: What says so, for the message.
 
     Raises:
-        DataError: If one is not. The message names the nearest name that nothing reads.
+        ConfigError: If a row is longer.
     """
-    if columns and reports:
-        renamed = {name for report in reports for name in report.renamed}
-        unused = {name for report in reports for name in report.unused}
-        check_renamed(columns, renamed, unused, " and ".join(report.source for report in reports))
+    lengths = row_lengths(rows, max_length)
+    if context is not None and (longer := int((lengths > context).sum())):
+        raise ConfigError(
+            f"max_length={max_length} is above the context of {whose}, {context} tokens, and {longer} of {len(rows)} "
+            f"{split} rows are longer than that (the longest has {lengths.max()}). Set max_length={context} to cut "
+            "them, or beyond_context=true to train on positions that the model has never seen."
+        )
 
 
-def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:
-    """Drop rows without a supervised token, count, and warn about cut and dropped rows.
+def keep_supervised(
+    rows: Dataset, split: str, max_length: int, names: Sequence[str] = ()
+) -> tuple[Dataset, SplitStatistics]:
+    """Drop rows without a supervised token or of weight 0, count, and warn about cut and dropped rows.
+
+    Args:
+        rows: Rows of tokens, as `read_split` returns them.
+        split: Name of the split.
+        max_length: Tokens kept of each row.
+        names: The different names of the sources.
 
     Raises:
         DataError: If no row is left.
     """
-    length, supervised = _column(rows, "length"), _column(rows, "supervised_tokens")
-    kept = numpy.flatnonzero(supervised)
+    length, supervised, weighs = column(rows, "length"), column(rows, "supervised_tokens"), column(rows, "weight") > 0
+    kept = numpy.flatnonzero((supervised > 0) & weighs)
+    of_sources = numpy.bincount(column(rows, "source")[kept], minlength=len(names)).tolist()
     statistics = SplitStatistics(
         rows=len(kept),
         tokens=int(numpy.minimum(length[kept], max_length).sum()),
-        supervised_tokens=int(supervised.sum()),
+        supervised_tokens=int(supervised[kept].sum()),
         truncated_rows=int((length > max_length).sum()),
-        dropped_rows=len(rows) - len(kept),
+        dropped_rows=int((supervised == 0).sum()),
         longest=int(length.max()),
+        weightless_rows=int(((supervised > 0) & ~weighs).sum()),
+        sources={name: SourceCounts(count, count) for name, count in zip(names, of_sources, strict=False)},
     )
     notes = cut_notes(rows, max_length)
     if not len(kept):
-        raise DataError(f"{split}: no row has a supervised token: {'; '.join(notes)}. Raise max_length.")
+        raise DataError(f"{split}: no row has a supervised token: {'; '.join(notes)}. {_advice(statistics)}")
     if notes:
         rank_zero_warn(f"{split}: {'; '.join(notes)}.", stacklevel=4)
-    return (rows.select(kept) if statistics.dropped_rows else rows), statistics
+    return (rows if len(kept) == len(rows) else rows.select(kept)), statistics
 
 
 def cut_notes(rows: Dataset, max_length: int) -> list[str]:
     """What a user must know about cut rows and rows without a loss, one phrase for each."""
-    length, supervised = _column(rows, "length"), _column(rows, "supervised_tokens")
+    length, supervised, weights = (column(rows, name) for name in ("length", "supervised_tokens", "weight"))
     counts = {
         f"longer than max_length={max_length} tokens and cut (the longest has {length.max()})": length > max_length,
         "left without a supervised token and dropped": supervised == 0,
-        "ending with a turn that is not the assistant's and is not trained on": _column(rows, "open_ended"),
+        "of weight 0 and dropped": (supervised > 0) & (weights == 0),
+        "ending with a turn that is not the assistant's and is not trained on": column(rows, "open_ended"),
     }
     return [f"{int(true.sum())} of {len(rows)} rows {what}" for what, true in counts.items() if true.any()]
 
 
 def row_lengths(rows: Dataset, max_length: int) -> numpy.ndarray:
     """Number of tokens of each row after cutting, ``(rows,)``."""
-    return numpy.minimum(_column(rows, "length"), max_length)
+    return numpy.minimum(column(rows, "length"), max_length)
 
 
-def _column(rows: Dataset, name: str) -> numpy.ndarray:
+def _advice(statistics: SplitStatistics) -> str:
+    return "Raise max_length." if statistics.truncated_rows else "Give other rows."
+
+
+def column(rows: Dataset, name: str) -> numpy.ndarray:
+    """All values of a column."""
     return rows.select_columns(name).with_format("numpy")[:][name]

@@ -32,7 +32,7 @@ from .collate import Example
 from .settings import RowSettings
 from .source_report import SourceReport
 from .sources import FileSource, HubSource
-from .split import check_ids, cut_notes
+from .split import check_context, check_ids, cut_notes
 from .tokens import token_tables
 
 BUFFER = 10_000
@@ -52,6 +52,8 @@ class TokenStream:
         on_bad_row: ``"error"`` stops at the first rows that cannot be used, ``"skip"`` leaves them out.
         num_proc: Processes that tokenise while the model trains; 1 tokenises between steps.
         vocab_size: Number of the model's embeddings; None if it is not known.
+        context: Most tokens that the model was made for; None if it is not known, or not limited.
+        whose: What says so, for the message.
     """
 
     sources: Sequence[FileSource | HubSource]
@@ -62,6 +64,8 @@ class TokenStream:
     on_bad_row: str = "error"
     num_proc: int = 1
     vocab_size: int | None = None
+    context: int | None = None
+    whose: str = ""
     told: set[str] = field(default_factory=set)
 
     def check(self) -> None:
@@ -107,7 +111,9 @@ class TokenStream:
                 return
             report = SourceReport(source.name)
             with closing(source.stream()) as rows:
-                for table in token_tables(islice(rows, left), source.name, self.tokenizer, self.settings, num_proc):
+                for table in token_tables(
+                    islice(rows, left), source.name, self.tokenizer, self.settings, num_proc, source.is_document
+                ):
                     report.add(table)
                     self._check(table, report)
                     yield table
@@ -122,6 +128,7 @@ class TokenStream:
         report.tell_new(self.told)
         if self.vocab_size is not None and table["largest_id"].to_numpy().max() >= self.vocab_size:
             check_ids(_as_dataset(table), self.vocab_size)
+        check_context(_as_dataset(table), "train", self.settings.max_length, self.context, self.whose)
 
 
 class StreamSampler(DistributedSampler[Any]):
@@ -175,7 +182,7 @@ def _examples(table: pyarrow.Table) -> Iterator[Example]:
     ends = ids.offsets.to_numpy()
     ids, supervised = ids.values.to_numpy(), supervised.values.to_numpy(zero_copy_only=False)
     weights = table["weight"].to_numpy()
-    for row in numpy.flatnonzero(table["supervised_tokens"].to_numpy()):
+    for row in numpy.flatnonzero((table["supervised_tokens"].to_numpy() > 0) & (weights > 0)):
         place = slice(ends[row], ends[row + 1])
         # Copies: a part of the table would keep all of it in memory for as long as the example is in the buffer.
         yield {"input_ids": ids[place].copy(), "supervised": supervised[place].copy(), "weight": weights[row]}

@@ -14,6 +14,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .bad_rows import RowError
+from .documents import divide
 from .encoding import Encoded, encode
 from .formats.find import find_format
 from .reading import Row
@@ -65,11 +66,14 @@ class ToTokens:
         tokenizer: A fast tokenizer.
         settings: How rows become tokens.
         example: A row of the source whose columns decide the format of all of its rows.
+        are_documents: Whether each row is a text that fills as many rows of tokens as it needs; each of these then
+            counts like a row of its own.
     """
 
     tokenizer: PreTrainedTokenizerBase
     settings: RowSettings
     example: Row
+    are_documents: bool = False
 
     def __call__(self, chunk: Chunk) -> pyarrow.Table:
         """A table with the columns of `COLUMNS`: one or several rows for each row of the chunk, in order."""
@@ -82,6 +86,10 @@ class ToTokens:
             result = record if isinstance(record, RowError) else next(encoded)
             if isinstance(result, RowError):
                 lines.append(_Line(number, result, _NOTHING, result))
+            elif self.are_documents:
+                assert not isinstance(record, RowError)
+                parts = divide(record, result, self.settings.max_length)
+                lines += [_Line(part, *divided) for part, divided in enumerate(parts, start=number)]
             else:
                 lines += [_Line(number, record, row) for row in result]
         return _table(lines, self.settings.max_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.hub import offline_hint, prepare_hub
@@ -34,6 +35,19 @@ def find_tokenizer(given: str | PreTrainedTokenizerBase | None, module: object |
     if not isinstance(given, PreTrainedTokenizerBase):
         raise ConfigError(f"tokenizer must be a folder, a hub name or a tokenizer, got {type(given).__name__}.")
     return given
+
+
+def find_context(tokenizer: PreTrainedTokenizerBase, module: object | None) -> tuple[int | None, str]:
+    """The most tokens of a row that the model was made for, and what says so; None if it is not known or not limited.
+
+    Args:
+        tokenizer: The tokenizer, which may know the length if the module does not say.
+        module: The LightningModule of the run; None outside a Trainer.
+    """
+    if hasattr(module, "context_length"):
+        return module.context_length, "the model"  # type: ignore[union-attr]
+    known = tokenizer.model_max_length
+    return (int(known), "the tokenizer (model_max_length)") if known < VERY_LARGE_INTEGER else (None, "")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:

@@ -85,6 +85,7 @@ def token_tables(
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
     num_proc: int = 1,
+    are_documents: bool = False,
 ) -> Generator[pyarrow.Table, None, None]:
     """Tokenise rows as they are read, in order.
 
@@ -94,6 +95,7 @@ def token_tables(
         tokenizer: A fast tokenizer.
         settings: How rows become tokens.
         num_proc: Processes that tokenise.
+        are_documents: Whether each row is a text that fills as many rows of tokens as it needs.
 
     Yields:
         Tables with the columns of `COLUMNS`.
@@ -112,7 +114,7 @@ def token_tables(
             found.add(error)
         raise DataError(str(found))
     chunks = _chunks(head, rows)
-    yield from map_in_order(ToTokens(tokenizer, settings, example), chunks, num_proc)
+    yield from map_in_order(ToTokens(tokenizer, settings, example, are_documents), chunks, num_proc)
 
 
 def cache_folder() -> str:
@@ -188,7 +190,7 @@ def _tables(
     num_proc: int,
 ) -> Iterator[pyarrow.Table]:
     with closing(source.rows()) as rows:
-        yield from token_tables(islice(rows, limit), source.name, tokenizer, settings, num_proc)
+        yield from token_tables(islice(rows, limit), source.name, tokenizer, settings, num_proc, source.is_document)
 
 
 def _chunks(head: list[Row | RowError], rows: Iterator[Row | RowError]) -> Iterator[Chunk]:

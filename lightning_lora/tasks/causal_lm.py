@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
+from lightning_lora.batch.token_loss import one_if_zero
 from lightning_lora.errors import DataError
 from lightning_lora.tasks.head_loss import IGNORE_INDEX, HeadScores, at_least_float32, head_loss, head_scores
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, plain_head
@@ -27,6 +28,9 @@ class CausalLM(PretrainedTask):
     the supervised tokens of an optimizer step. Logged: ``train_loss``; and for validation and test the loss in nats
     per token (``val_loss``), ``val_perplexity``, and next-token ``val_accuracy``. Prediction gives the mean loss and
     the number of supervised tokens of each row.
+
+    A batch may have ``weights`` too, ``(rows, tokens)``: the loss is then the weighted mean, so that an example of
+    weight 2 counts like the same example twice.
 
     Packed batches (``packing`` of `SFTDataModule`) have ``position_ids`` instead of ``attention_mask``, which start at
     0 with each example. Before the first packed batch of a run, `check_packing` verifies that the model keeps the
@@ -63,11 +67,13 @@ class CausalLM(PretrainedTask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the micro-batch's share of the mean loss over the supervised tokens of the optimizer step."""
         batch, num_rows = self._in_one_row_if_needed(batch), len(batch["input_ids"])
-        labels = _next_token_labels(batch)
-        num_tokens = (labels != IGNORE_INDEX).sum()
-        loss_sum = self._compute_at_head(batch, partial(_loss_sum, labels=labels))
-        loss_sum = self._scores_from_logits(batch).losses.sum() if loss_sum is None else loss_sum.squeeze()
-        self.log("train_loss", loss_sum.detach() / num_tokens.clamp(min=1), prog_bar=True, batch_size=num_rows)
+        labels, weights = _next_token_labels(batch), _next_token_weights(batch)
+        num_tokens = _weighted(labels != IGNORE_INDEX, weights).sum()
+        loss_sum = self._compute_at_head(batch, partial(_loss_sum, labels=labels, factors=weights))
+        if loss_sum is None:
+            loss_sum = _weighted(self._scores_from_logits(batch).losses, weights).sum()
+        loss_sum = loss_sum.squeeze()
+        self.log("train_loss", loss_sum.detach() / one_if_zero(num_tokens), prog_bar=True, batch_size=num_rows)
         return self.token_loss(loss_sum, num_tokens)
 
     @override
@@ -146,15 +152,16 @@ class CausalLM(PretrainedTask):
             self._separates_rows = check_packing(self.model, self, self.vocab_size)
         if self._separates_rows:
             return batch
-        return {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")}
+        names = {"input_ids", "labels", "position_ids", "weights"} & batch.keys()
+        return {name: batch[name].reshape(1, -1) for name in names}
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        supervised = _next_token_labels(batch) != IGNORE_INDEX
+        supervised, weights = _next_token_labels(batch) != IGNORE_INDEX, _next_token_weights(batch)
         losses, correct = self._scores(batch)
-        num_tokens = supervised.sum()
+        num_tokens = _weighted(supervised, weights).sum()
         if num_tokens:
-            self.mean_loss.update(losses, num_tokens)
-            self.mean_accuracy.update(correct & supervised, num_tokens)
+            self.mean_loss.update(_weighted(losses, weights), num_tokens)
+            self.mean_accuracy.update(_weighted(correct & supervised, weights), num_tokens)
 
     def _log_means(self, stage: str) -> None:
         loss = self.mean_loss.compute()
@@ -172,9 +179,29 @@ def _next_token_labels(batch: dict[str, Tensor]) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)
 
 
-def _loss_sum(labels: Tensor, **head: Any) -> Tensor:
+def _next_token_weights(batch: dict[str, Tensor]) -> Tensor | None:
+    """The weight of the token after each token, ``(rows, tokens)``; None if all tokens weigh the same.
+
+    Raises:
+        DataError: If there is not one weight for each token.
+    """
+    weights = batch.get("weights")
+    if weights is None:
+        return None
+    if weights.shape != batch["labels"].shape:
+        shapes = f"weights are {tuple(weights.shape)}, labels {tuple(batch['labels'].shape)}"
+        raise DataError(f"a batch needs one weight for each token: {shapes}.")
+    # The precisions bf16-true and 16-true convert every number of a batch; sums would lose digits.
+    return F.pad(at_least_float32(weights[:, 1:]), (0, 1))
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else values * weights
+
+
+def _loss_sum(labels: Tensor, factors: Tensor | None, **head: Any) -> Tensor:
     # A copy, because FSDP2 warns if a model returns a view.
-    return head_loss(labels=labels, **head).view(1, 1, 1).clone()
+    return head_loss(labels=labels, factors=factors, **head).view(1, 1, 1).clone()
 
 
 def _stacked_scores(labels: Tensor, **head: Any) -> Tensor:

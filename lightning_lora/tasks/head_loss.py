@@ -48,6 +48,7 @@ def head_loss(
     *,
     update: tuple[Tensor, Tensor] | None = None,
     divisor: Tensor | float = 1,
+    factors: Tensor | None = None,
 ) -> Tensor:
     r"""``cross_entropy(hidden weight^T + bias, labels, reduction="sum") / divisor`` without holding all logits.
 
@@ -64,7 +65,9 @@ def head_loss(
         bias: Bias of the output layer, ``(vocab,)``.
         update: A low-rank addition to the logits, ``inner B^T``, given as ``(inner, B)`` of shapes ``(*, r)`` and
             ``(vocab, r)``. With LoRA on the output layer, ``inner`` is ``scale * hidden A^T``.
-        divisor: Divides the sum, such as the number of supervised tokens in the batch; values below 1 count as 1.
+        divisor: Divides the sum, such as the number of supervised tokens in the batch or the sum of their factors; 0
+            counts as 1.
+        factors: Multiplies the loss of each row, ``(*)``; None multiplies by 1.
 
     Returns:
         A scalar in nats, at least float32. If no row has a label it is 0, and so are its gradients.
@@ -78,15 +81,17 @@ def head_loss(
         >>> float(head_loss(hidden, weight, labels, divisor=3).exp())  # five equal scores
         5.0
     """
-    divisor = divisor.clamp(min=1) if torch.is_tensor(divisor) else max(divisor, 1)
+    divisor = divisor.masked_fill(divisor == 0, 1) if torch.is_tensor(divisor) else divisor or 1
     if is_traced():
-        return _plain(hidden, weight, labels, bias, update) / divisor
-    parts, bias, labels, _ = _supervised(hidden, weight, labels, bias, update)
+        return _plain(hidden, weight, labels, bias, update, factors) / divisor
+    parts, bias, labels, rows = _supervised(hidden, weight, labels, bias, update)
+    if factors is not None:
+        factors = factors.flatten()[rows].to(_at_least_float32(parts[0]))
     # Inside a Function, inputs seem to require gradients even while gradients are disabled.
     if torch.is_grad_enabled():
-        loss: Any = _HeadLoss.apply(labels, bias, *parts)
+        loss: Any = _HeadLoss.apply(labels, factors, bias, *parts)
     else:
-        loss = _sum_and_gradients(labels, bias, parts, [False] * (1 + len(parts)))[0]
+        loss = _sum_and_gradients(labels, factors, bias, parts, [False] * (1 + len(parts)))[0]
     return loss / divisor
 
 
@@ -117,17 +122,23 @@ def head_scores(
 
 
 def _plain(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, update: tuple[Tensor, Tensor] | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    update: tuple[Tensor, Tensor] | None,
+    factors: Tensor | None,
 ) -> Tensor:
     logits = F.linear(hidden, weight, bias)
     if update is not None:
         logits = logits + F.linear(*update)
-    return F.cross_entropy(
+    losses = F.cross_entropy(
         at_least_float32(logits).flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE_INDEX,
-        reduction="sum",
+        reduction="sum" if factors is None else "none",
     )
+    return losses if factors is None else (losses * factors.flatten()).sum()
 
 
 def _supervised(
@@ -211,7 +222,7 @@ def _chunks(labels: Tensor, bias: Tensor | None, parts: list[Tensor]) -> Iterato
 
 
 def _sum_and_gradients(
-    labels: Tensor, bias: Tensor | None, parts: list[Tensor], needed: list[bool]
+    labels: Tensor, factors: Tensor | None, bias: Tensor | None, parts: list[Tensor], needed: list[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The summed loss and its gradients for bias and parts where ``needed``; weight gradients are at least float32."""
     total = torch.zeros((), dtype=_at_least_float32(parts[0]), device=labels.device)
@@ -226,15 +237,19 @@ def _sum_and_gradients(
                 torch.zeros_like(part, dtype=_at_least_float32(part)) if is_weight else uninitialised(part, part.shape)
             )
     for chunk in _chunks(labels, bias, parts):
-        total += chunk.losses.sum()
+        total += (chunk.losses if factors is None else chunk.losses * factors[chunk.rows]).sum()
         if any(needed):
-            _add_gradients(chunk, labels, parts, gradients)
+            _add_gradients(chunk, labels, factors, parts, gradients)
     return total, gradients
 
 
-def _add_gradients(chunk: _Chunk, labels: Tensor, parts: list[Tensor], gradients: list[Tensor | None]) -> None:
+def _add_gradients(
+    chunk: _Chunk, labels: Tensor, factors: Tensor | None, parts: list[Tensor], gradients: list[Tensor | None]
+) -> None:
     logit_grads = chunk.probabilities
     logit_grads.scatter_add_(-1, labels[chunk.rows, None], -torch.ones_like(logit_grads[:, :1]))
+    if factors is not None:
+        logit_grads *= factors[chunk.rows, None]
     bias_grad, *part_grads = gradients
     if bias_grad is not None:
         bias_grad += logit_grads.sum(0, dtype=bias_grad.dtype)
@@ -255,8 +270,8 @@ class _HeadLoss(torch.autograd.Function):
     """Summed loss of the supervised rows; forward computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, labels: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
-        total, gradients = _sum_and_gradients(labels, bias, list(parts), list(ctx.needs_input_grad[1:]))
+    def forward(ctx: Any, labels: Tensor, factors: Tensor | None, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        total, gradients = _sum_and_gradients(labels, factors, bias, list(parts), list(ctx.needs_input_grad[2:]))
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, *parts)]
         ctx.save_for_backward(*gradients)
         return total
@@ -268,4 +283,4 @@ class _HeadLoss(torch.autograd.Function):
                 "head_loss has no second derivative (create_graph=True): use F.cross_entropy(F.linear(...)) instead."
             )
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(None if g is None else (g * by_total[0]).to(dtype) for g, dtype in gradients)
+        return None, None, *(None if g is None else (g * by_total[0]).to(dtype) for g, dtype in gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,23 @@ def read_config(name: str, **overrides: Any) -> PreTrainedConfig:
             f"model {name!r} cannot be used: {_first_line(error)} Give a folder with config.json and safetensors "
             f"weights, or a hub name.{offline_hint(name)}"
         ) from error
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most positions that a model was made for, scaled positions included; None if its config sets no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    given = getattr(text, "rope_parameters", None) or {}
+    # One setting for all layers, or one for each type of layer.
+    scalings = [given, *(value for value in given.values() if isinstance(value, Mapping))]
+    scaled = [
+        float(scaling["factor"]) * (scaling.get("original_max_position_embeddings") or limit)
+        for scaling in scalings
+        if scaling.get("factor")
+    ]
+    return int(max([limit, *scaled]))
 
 
 def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_learning_rate
 from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
-from lightning_lora.tasks.loading import head_names, load_model, read_config
+from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, loading_arguments
 from lightning_lora.tasks.running_mean import RunningMean
@@ -123,6 +123,11 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     def vocab_size(self) -> int:
         """Number of rows of the model's embedding table."""
         return self.model_config.get_text_config().vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a row that the model was made for; None if its config sets no limit."""
+        return context_length(self.model_config)
 
     @override
     def configure_model(self) -> None:

@@ -164,7 +164,10 @@ NAMES = {
     "in a folder that exists": ("folder/train", r"does not exist"),
     "no match": ("*.jsonl", r"'\*.jsonl' matches no file"),
     "folder": ("folder", r"'folder' is a folder; name the files in it, for example 'folder/\*.jsonl'"),
-    "unknown kind": ("notes.txt", r"'notes.txt' is of an unknown kind; known kinds: .json, .jsonl, .csv, .parquet"),
+    "unknown kind": (
+        "notes.md",
+        r"'notes.md' is of an unknown kind; known kinds: .json, .jsonl, .csv, .tsv, .txt, .parquet",
+    ),
     "nothing named": ([], r"train is an empty list"),
     "hub": ("nobody/nothing", r"'nobody/nothing' is not a file on disk, and split 'train' of a hub dataset"),
     "hub split": ("nobody/nothing:main:half", r"split 'half' of a hub dataset"),
@@ -179,7 +182,7 @@ def test_names_of_nothing_are_refused(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "notes.md").write_text("hello")
     names, message = NAMES[case]
     with pytest.raises(DataError, match=message):
         SFTDataModule(names, tokenizer=tokenizer).setup()

@@ -46,11 +46,25 @@ class Reader(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def read(path: str, packing: bool, devices: int) -> tuple[list[Any], int]:
-    """The examples of each batch that this process gets in two epochs, and its rank."""
-    reader = Reader()
+class Validated(Reader):
+    """Reads validation rows too, and does not remember them."""
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        """Do nothing."""
+
+
+def read(path: str, packing: bool, devices: int, shares: bool = False) -> tuple[list[Any], int]:
+    """The examples of each batch that this process gets in two epochs, and its rank.
+
+    With ``shares``, two thirds of the rows come from the file itself, the rest from a copy with other answers, and some
+    are held out.
+    """
+    reader = Validated() if shares else Reader()
     trainer = Trainer(**QUIET, strategy="ddp" if devices > 1 else "auto", devices=devices, max_epochs=2)
-    data = SFTDataModule(path, batch_size=2 // devices, max_length=64, seed=5, packing=packing)
+    more: dict[str, Any] = {"train": path}
+    if shares:
+        more = {"train": {path: 2, path.replace("a.jsonl", "b.jsonl"): 1}, "validation_share": 0.27}
+    data = SFTDataModule(batch_size=2 // devices, max_length=64, seed=5, packing=packing, **more)
     trainer.fit(reader, datamodule=data)
     return reader.seen, reader.global_rank
 
@@ -61,9 +75,10 @@ warnings.simplefilter("ignore")
 import datasets.config, torch
 from tests.data.test_two_processes import PACKINGS, read
 datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-for packing in PACKINGS:
-    seen, rank = read(sys.argv[1], packing, devices=2)
-    torch.save(seen, f"{sys.argv[2]}/{packing}{rank}")
+for shares in (False, True):
+    for packing in PACKINGS:
+        seen, rank = read(sys.argv[1], packing, devices=2, shares=shares)
+        torch.save(seen, f"{sys.argv[2]}/{packing}{rank}{shares}")
 """
 
 
@@ -71,6 +86,7 @@ for packing in PACKINGS:
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path.with_name("b.jsonl").write_text("".join(json.dumps(row | {"answer": "no"}) + "\n" for row in ROWS))
     return str(path)
 
 
@@ -86,9 +102,19 @@ def folder(path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_read_together_what_one_reads(
     path: str, folder: Path, packing: bool, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    one, other = (torch.load(folder / f"{packing}{rank}") for rank in range(2))
+    one, other = (torch.load(folder / f"{packing}{rank}False") for rank in range(2))
     together = [batch + more for batch, more in zip(one, other, strict=True)]
     assert together == read(path, packing, devices=1)[0]
     data = SFTDataModule(path, tokenizer=tokenizer)
     data.setup("fit")
     assert sorted(chain(*together)) == sorted(list(data.rows["train"]["input_ids"]) * 2)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=["padded", "packed"])
+def test_two_processes_mix_and_hold_out_what_one_does(path: str, folder: Path, packing: bool) -> None:
+    one, other = (torch.load(folder / f"{packing}{rank}True") for rank in range(2))
+    alone, _ = read(path, packing, devices=1, shares=True)
+    together = [batch + more for batch, more in zip(one, other, strict=True)]
+    for found, expected in zip(together, alone, strict=True):
+        # Rows are repeated to fill the last batch of an epoch.
+        assert found[: len(expected)] == expected

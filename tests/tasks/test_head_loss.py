@@ -86,6 +86,29 @@ def test_loss_and_gradients_are_those_of_linear_and_cross_entropy(
         torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("used", [("hidden", "weight"), ("hidden", "weight", "bias", "inner", "B")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_factors_multiply_the_losses_of_rows(used: tuple[str, ...], dtype: torch.dtype) -> None:
+    made, target = inputs(dtype, **dict.fromkeys(used, True)), labels()
+    given, factors = {name: made[name] for name in used}, torch.rand(ROWS, TOKENS) * 3
+    update = (made["inner"], made["B"]) if "B" in used else None
+    ours = head_loss(made["hidden"], made["weight"], target, given.get("bias"), update=update, factors=factors)
+    rows = [
+        plain(target.where(torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) == row, -100), **given) * float(factor)
+        for row, factor in enumerate(factors.flatten())
+    ]
+    theirs, rtol = torch.stack(rows).sum(), 1e-6 if dtype is torch.float64 else 1e-4
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol)
+    expected, found = gradients(theirs, given), gradients(ours, given)
+    for name in used:
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=rtol)
+    arguments = (made["hidden"], made["weight"], target, given.get("bias"))
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(*arguments, update=update, factors=factors), ours)
+    compiled = torch.compile(head_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, update=update, factors=factors), ours)
+
+
 def test_gradient_is_probability_minus_label_times_weight() -> None:
     given, target = inputs(hidden=True), labels()
     (found,) = torch.autograd.grad(head_loss(given["hidden"], given["weight"], target), given["hidden"])

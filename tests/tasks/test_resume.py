@@ -47,7 +47,8 @@ def run(
     seed_all(0 if ckpt_path is None else 99)
     recorder = Recorder(text.parent if ckpt_path is None else None)
     module = CausalLM(str(llama), 1e-3, lora=lora, warmup_steps=2, schedule="cosine")
-    data = SFTDataModule(str(text), str(text), batch_size=2, max_length=28, validation_rows=4, **settings)
+    settings = {"train": str(text), "validation": str(text), "validation_rows": 4} | settings
+    data = SFTDataModule(batch_size=2, max_length=28, **settings)
     trainer = toys.trainer(
         text.parent,
         callbacks=[recorder],
@@ -66,6 +67,20 @@ def test_with_adapters(packing: bool | str, llama: Path, text: Path) -> None:
     again = partial(run, llama, text, lora=LoRAConfig(rank=2, dropout=0.1), packing=packing)
     whole = again()
     for place in ("batch-0-2", "batch-1-3", "validation-0-3", "epoch-0"):
+        found = unlike(whole, again(ckpt_path=text.parent / f"{place}.ckpt"))
+        assert not found, f"{place}: {found[:5]}"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_with_shares_weights_and_held_out_rows(packing: bool, llama: Path, text: Path) -> None:
+    """The second epoch has other rows than the first, and the weights of an open window are no whole number."""
+    text.write_text("\n".join(json.dumps(row | {"weight": 0.3 + n % 4}) for n, row in enumerate(ROWS)))
+    other = text.with_name("other.jsonl")
+    other.write_text("\n".join(json.dumps(row | {"answer": "no"}) for row in ROWS))
+    settings = {"train": {str(text): 0.6, str(other): 0.4}, "validation": None, "validation_share": 0.3}
+    again = partial(run, llama, text, lora=LoRAConfig(rank=2), packing=packing, **settings)
+    whole = again()
+    for place in ("batch-0-2", "batch-1-3", "epoch-0"):
         found = unlike(whole, again(ckpt_path=text.parent / f"{place}.ckpt"))
         assert not found, f"{place}: {found[:5]}"
 

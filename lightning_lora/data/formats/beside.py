@@ -8,7 +8,7 @@ from ..bad_rows import RowError
 from .row import NamedRow
 from .tools import read_tools
 from .turns import Turn
-from .values import positive_number, read_text, short, structure
+from .values import factor, read_text, short, structure
 
 _RESERVED = ("messages", "add_generation_prompt", "continue_final_message")
 
@@ -47,10 +47,10 @@ def read_weight(row: NamedRow) -> float:
     """The factor of the row's loss from the column ``weight``, 1 without it.
 
     Raises:
-        RowError: If it is not a finite number above 0.
+        RowError: If it is not a finite number of at least 0.
     """
     value = row.take("weight")
-    return 1.0 if value is None else positive_number(value, "weight", row.place)
+    return 1.0 if value is None else factor(value, "weight", row.place)
 
 
 def _documents(row: NamedRow, given: Any) -> list[dict[str, Any]]:

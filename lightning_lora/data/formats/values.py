@@ -89,8 +89,8 @@ def cleaned(value: Any, name: str, place: str, nulls: bool = False) -> Any:
     return value
 
 
-def positive_number(value: Any, name: str, place: str) -> float:
-    """A finite number above 0, which may be written as text.
+def factor(value: Any, name: str, place: str) -> float:
+    """A finite number of at least 0, which may be written as text.
 
     Raises:
         RowError: If it is anything else.
@@ -99,8 +99,8 @@ def positive_number(value: Any, name: str, place: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 < number < math.inf:
-        raise RowError(place, f"{name!r} must be a finite number above 0", f", got {short(value)}.")
+    if not 0 <= number < math.inf:
+        raise RowError(place, f"{name!r} must be a finite number of at least 0", f", got {short(value)}.")
     return number
 
 

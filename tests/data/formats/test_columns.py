@@ -140,12 +140,12 @@ def test_tools_are_shown_by_the_template() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
-    "weight 0": ({"weight": 0}, "'weight' must be a finite number above 0", ", got 0 (int)."),
-    "weight true": ({"weight": True}, "'weight' must be a finite number above 0", ", got True"),
-    "weight text": ({"weight": "much"}, "'weight' must be a finite number above 0", ", got 'much'"),
-    "weight NaN": ({"weight": float("nan")}, "'weight' must be a finite number above 0", ", got nan"),
-    "weight infinite": ({"weight": "inf"}, "'weight' must be a finite number above 0", ", got 'inf'"),
-    "weight list": ({"weight": [1]}, "'weight' must be a finite number above 0", ", got [1]"),
+    "weight -1": ({"weight": -1}, "'weight' must be a finite number of at least 0", ", got -1 (int)."),
+    "weight true": ({"weight": True}, "'weight' must be a finite number of at least 0", ", got True"),
+    "weight text": ({"weight": "much"}, "'weight' must be a finite number of at least 0", ", got 'much'"),
+    "weight NaN": ({"weight": float("nan")}, "'weight' must be a finite number of at least 0", ", got nan"),
+    "weight infinite": ({"weight": "inf"}, "'weight' must be a finite number of at least 0", ", got 'inf'"),
+    "weight list": ({"weight": [1]}, "'weight' must be a finite number of at least 0", ", got [1]"),
     "system": ({"system": 5}, "'system' must be text", ", got 5 (int)."),
     "kwargs": ({"chat_template_kwargs": "a=1"}, "'chat_template_kwargs' must be an object", ", got 'a=1'"),
     "kwargs list": ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object", ", got [1]"),

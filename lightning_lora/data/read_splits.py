@@ -1,0 +1,126 @@
+"""Reading of splits: the tokens of all their sources, and what is told about each source."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from .bad_rows import refuse
+from .formats.names import check_renamed
+from .sampling.mixture import Shares
+from .settings import RowSettings
+from .source_report import SourceReport
+from .sources import find_sources
+from .split import column
+from .tokens import tokenise
+
+
+def source_names(given: Any) -> list[str]:
+    """The names of the sources of a split, in the order given."""
+    return [os.fspath(name) for name in ([given] if isinstance(given, (str, os.PathLike)) else given)]
+
+
+def read_split(
+    names: str | list[str] | Mapping[str, float],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limit: int | None,
+    shares: Shares | None = None,
+    num_proc: int = 1,
+) -> tuple[Dataset, list[SourceReport]]:
+    """Read all rows of a split as tokens, rows without a loss included, in the order of the sources.
+
+    Args:
+        names: Files, globs or hub names.
+        split: Name of the split.
+        tokenizer: A fast tokenizer.
+        settings: How rows become tokens.
+        limit: Number of rows of the sources to read, bad ones included; None reads all.
+        shares: The share of each source in the limit; None reads the first sources first.
+        num_proc: Processes that tokenise.
+
+    Returns:
+        The tokens of the rows that can be used, with the columns of `token_table.COLUMNS`, ``source``, the index of the
+        name of its source among the different names, and ``conversation``, a number that the rows of tokens of one
+        conversation have in common. And what is to be told about each source, bad rows first.
+
+    Raises:
+        DataError: If a source cannot be read.
+    """
+    named = source_names(names)
+    find_sources(named, split)  # refuses every wrong name before anything is read
+    parts: list[Dataset] = []
+    origins: list[tuple[int, numpy.ndarray]] = []
+    reports: list[SourceReport] = []
+    left, num_conversations = limit, 0
+    for name in named:
+        if limit is not None and shares is not None:
+            left = math.ceil(shares[name] * limit)
+        for source in find_sources(name, split):
+            if left == 0:
+                break
+            tokens = _first(tokenise(source, tokenizer, settings, left, num_proc), left)
+            reports.append(report := SourceReport.of(tokens, source.name))
+            parts.append(_good(tokens) if report.bad.count else tokens)
+            origins.append((list(dict.fromkeys(named)).index(name), num_conversations + column(parts[-1], "record")))
+            num_conversations += report.bad.rows
+            left = None if left is None else left - report.bad.rows
+    rows = concatenate_datasets(parts)
+    sources = numpy.concatenate([numpy.full(len(numbers), source) for source, numbers in origins])
+    rows = rows.add_column("source", sources).add_column("conversation", numpy.concatenate([n for _, n in origins]))
+    return rows, reports
+
+
+def read_splits(
+    sources: Mapping[str, str | list[str] | Mapping[str, float] | None],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limits: Mapping[str, int | None],
+    shares: Shares | None = None,
+    on_bad_row: str = "error",
+    num_proc: int = 1,
+) -> tuple[dict[str, Dataset], list[SourceReport]]:
+    """Read several splits by `read_split`, and raise one error about all of their bad rows unless these are skipped.
+
+    Raises:
+        DataError: If a source cannot be read, or if rows of it cannot be used.
+    """
+    read: dict[str, Dataset] = {}
+    reports: list[SourceReport] = []
+    for split, names in sources.items():
+        if names is not None:
+            read[split], found = read_split(
+                names, split, tokenizer, settings, limits[split], shares if split == "train" else None, num_proc
+            )
+            reports += found
+    refuse([report.bad for report in reports], on_bad_row)
+    return read, reports
+
+
+def _first(tokens: Dataset, limit: int | None) -> Dataset:
+    """The rows of tokens of the first ``limit`` rows of a source; a document has more than were read."""
+    count = len(tokens) if limit is None else int(numpy.searchsorted(column(tokens, "record"), limit))
+    return tokens if count == len(tokens) else tokens.select(range(count))
+
+
+def _good(tokens: Dataset) -> Dataset:
+    return tokens.select(numpy.flatnonzero(tokens.data.column("problem").is_null().to_numpy()))
+
+
+def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:
+    """Check that every name that the user maps is in a row of one of the sources.
+
+    Raises:
+        DataError: If one is not. The message names the nearest name that nothing reads.
+    """
+    if columns and reports:
+        renamed = {name for report in reports for name in report.renamed}
+        unused = {name for report in reports for name in report.unused}
+        check_renamed(columns, renamed, unused, " and ".join(report.source for report in reports))

@@ -1,0 +1,197 @@
+"""The part of a data module that does not know what batches are made of: sources to rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from lightning_lora.errors import ConfigError
+
+from .bad_rows import check_action
+from .read_splits import check_columns, read_splits, source_names
+from .sampling.hold_out import hold_out
+from .sampling.mixture import read_shares
+from .settings import RowSettings
+from .source_report import SourceReport
+from .sources import find_sources
+from .split import SplitStatistics, check_context, check_ids, column, keep_supervised
+from .streaming import TokenStream
+from .tokenizer import find_context, find_tokenizer, pad_id
+
+Names = str | list[str]
+"""Files, globs or hub names."""
+
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
+"""The splits of each stage; the first one is required."""
+
+
+class RowsDataModule(LightningDataModule):
+    """Reads the rows of each split as tokens, checks them against the model and counts them.
+
+    A subclass makes batches of ``rows``.
+
+    Args:
+        sources: The sources of ``train``, ``validation`` and ``test``; None for a split without rows. The sources of
+            ``train`` may be a mapping from names to shares.
+        settings: How rows become tokens.
+        tokenizer: A folder, a hub name or a tokenizer. None takes the tokenizer of the model that is trained.
+        seed: Decides which conversations are held out.
+        limits: Most conversations of each split; None takes all.
+        validation_share: Share of the conversations of ``train`` that is held out for validation. None holds out none.
+        beyond_context: Allow rows longer than the model's context.
+        on_bad_row: ``"error"`` stops if rows cannot be used, ``"skip"`` leaves them out.
+        num_proc: Processes that tokenise.
+        streaming: Whether the rows of ``train`` are read and tokenised while training.
+
+    Attributes:
+        stream: The training rows after ``setup`` if they are streamed.
+
+    Raises:
+        ConfigError: If a setting is out of its range or contradicts another one.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Names | Mapping[str, float] | None],
+        settings: RowSettings,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        seed: int,
+        limits: dict[str, int | None],
+        validation_share: float | None,
+        beyond_context: bool,
+        on_bad_row: str = "error",
+        num_proc: int = 1,
+        streaming: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shares = read_shares(sources["train"])
+        for split in ("validation", "test"):
+            if isinstance(sources[split], Mapping):
+                raise ConfigError(f"{split} takes names without shares: all of its rows are used, once.")
+        if validation_share is not None:
+            _check_validation_share(validation_share, sources)
+        if streaming and (self.shares or validation_share is not None):
+            what = "shares of sources" if self.shares else "validation_share"
+            raise ConfigError(f"streaming never has all rows, which {what} needs: give one of them.")
+        self.sources = sources
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.limits = limits
+        self.validation_share = validation_share
+        self.beyond_context = beyond_context
+        self.on_bad_row = check_action(on_bad_row)
+        self.num_proc = num_proc
+        self.streaming = streaming
+        self.stream: TokenStream | None = None
+        self.statistics: dict[str, SplitStatistics] = {}
+        self.rows: dict[str, Dataset] = {}
+        self._pad_id = 0
+        if not self._has("validation"):
+            # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens kept of each row."""
+        return self.settings.max_length
+
+    @override
+    def prepare_data(self) -> None:
+        """Read and tokenise the data into the cache; runs in one process per node."""
+        self._read(self._splits(self.trainer.state.fn if self.trainer else None), self._find_tokenizer())
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokens, check them against the model and count them; None sets up all splits that were given."""
+        tokenizer, module = self._find_tokenizer(), self._module()
+        size = getattr(module, "vocab_size", None)
+        vocab_size = size if isinstance(size, int) else None
+        self._pad_id = pad_id(tokenizer, vocab_size)
+        context, whose = (None, "") if self.beyond_context else find_context(tokenizer, module)
+        splits = self._splits(stage)
+        if self.streaming and "train" in splits:
+            sources = find_sources(source_names(self.sources["train"]), "train")
+            how = (self.limits["train"], self.seed, self.on_bad_row, self.num_proc, vocab_size, context, whose)
+            self.stream = TokenStream(sources, tokenizer, self.settings, *how)
+            self.stream.check()
+            splits.remove("train")
+        for split, rows in self._tables(splits, tokenizer).items():
+            if vocab_size is not None:
+                check_ids(rows, vocab_size)
+            check_context(rows, split, self.settings.max_length, context, whose)
+            names = list(dict.fromkeys(source_names(self.sources[self._read_from(split)])))
+            self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length, names)
+
+    def _tables(self, splits: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+        tables, reports = self._read(splits, tokenizer)
+        if not self.streaming:  # a stream checks its own rows, which may be the only ones with these names
+            check_columns(reports, self.settings.columns)
+        for report in reports:
+            report.tell()
+        if self.validation_share is not None and "train" in tables:
+            tables |= self._divided(tables["train"], self.validation_share)
+        return {split: tables[split] for split in splits}
+
+    def _divided(self, rows: Dataset, share: float) -> dict[str, Dataset]:
+        """The rows of the training sources as two splits."""
+        is_held = hold_out(rows, share, self.seed)
+        conversations = column(rows, "conversation")
+        held, total = numpy.unique(conversations[is_held]), len(numpy.unique(conversations))
+        rank_zero_info(
+            f"train: {len(held):,} of {total:,} conversations ({len(held) / total:.1%}) are held out for validation, "
+            f"{total - len(held):,} are trained on"
+        )
+        last = held[: self.limits["validation"]][-1]
+        return {
+            "train": rows.select((~is_held).nonzero()[0]),
+            "validation": rows.select((is_held & (conversations <= last)).nonzero()[0]),
+        }
+
+    def _read(
+        self, splits: list[str], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[dict[str, Dataset], list[SourceReport]]:
+        read_from = dict.fromkeys(map(self._read_from, splits))
+        held = {split: self.sources[split] for split in read_from if not (self.streaming and split == "train")}
+        return read_splits(held, tokenizer, self.settings, self.limits, self.shares, self.on_bad_row, self.num_proc)
+
+    def _read_from(self, split: str) -> str:
+        """The split whose sources hold the rows of a split."""
+        return "train" if split == "validation" and self.validation_share is not None else split
+
+    def _has(self, split: str) -> bool:
+        return self.sources[self._read_from(split)] is not None
+
+    def _splits(self, stage: str | None) -> list[str]:
+        given = [split for split in self.sources if self._has(split)]
+        if stage is None:
+            return given
+        needed, *optional = _STAGES[stage]
+        if needed not in given:
+            raise ConfigError(f"{stage} needs {needed} rows: give {needed}= files or a hub name.")
+        return [needed, *(split for split in optional if split in given)]
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            return find_tokenizer(None, self._module())
+        self.tokenizer = find_tokenizer(self.tokenizer, None)
+        return self.tokenizer
+
+    def _module(self) -> LightningModule | None:
+        return self.trainer.lightning_module if self.trainer else None
+
+
+def _check_validation_share(share: Any, sources: Mapping[str, Any]) -> None:
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise ConfigError(f"validation_share must be a number between 0 and 1, got {share!r}.")
+    if sources["validation"] is not None:
+        raise ConfigError("validation_share takes rows from train, and validation has its own: give one of them.")
+    if sources["train"] is None:
+        raise ConfigError("validation_share takes rows from train, which is not given.")
