@@ -86,7 +86,9 @@ def test_before_each_answer_stand_the_tokens_of_the_prompt(name: str) -> None:
             assert row.ids[:first].tolist() == prompt, (seed, number)
 
 
-@pytest.mark.parametrize("name", set(FAMILIES) - {"thinking opened by the prompt", "number of messages before each"})
+@pytest.mark.parametrize(
+    "name", sorted(set(FAMILIES) - {"thinking opened by the prompt", "number of messages before each"})
+)
 def test_a_row_is_the_whole_conversation_where_it_can_be(name: str) -> None:
     family, tokenizer = FAMILIES[name], FAMILIES[name].tokenizer()
     for situation in ("one turn", "system", "two turns", "thinking"):
