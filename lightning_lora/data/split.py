@@ -113,8 +113,8 @@ def read_split(
     """
     named = source_names(names)
     find_sources(named, split)  # refuses every wrong name before anything is read
+    different = list(dict.fromkeys(named))
     parts: list[Dataset] = []
-    origins: list[tuple[int, numpy.ndarray]] = []
     left, num_conversations = limit, 0
     for name in named:
         if limit is not None and shares is not None:
@@ -122,21 +122,23 @@ def read_split(
         for source in find_sources(name, split):
             if left == 0:
                 break
-            part, conversations = _first(tokenise(source, tokenizer, settings, left), left)
-            parts.append(part)
-            origins.append((list(dict.fromkeys(named)).index(name), num_conversations + conversations))
-            num_conversations = int(origins[-1][1][-1]) + 1
-            left = None if left is None else left - int(conversations[-1]) - 1
-    rows = concatenate_datasets(parts)
-    sources = numpy.concatenate([numpy.full(len(numbers), source) for source, numbers in origins])
-    return rows.add_column("source", sources).add_column("conversation", numpy.concatenate([n for _, n in origins]))
+            tokens = _with_origin(tokenise(source, tokenizer, settings, left), different.index(name), num_conversations)
+            parts.append(_first(tokens, left))
+            count = int(column(parts[-1], "record")[-1]) + 1
+            num_conversations += count
+            left = None if left is None else left - count
+    return concatenate_datasets(parts)
 
 
-def _first(rows: Dataset, limit: int | None) -> tuple[Dataset, numpy.ndarray]:
-    """The rows of the first ``limit`` conversations of a source, and the number of the conversation of each."""
-    numbers = column(rows, "record")
-    count = len(rows) if limit is None else int(numpy.searchsorted(numbers, limit))
-    return (rows if count == len(rows) else rows.select(range(count))), numbers[:count]
+def _with_origin(tokens: Dataset, source: int, first_conversation: int) -> Dataset:
+    conversations = column(tokens, "record") + first_conversation
+    return tokens.add_column("source", numpy.full(len(tokens), source)).add_column("conversation", conversations)
+
+
+def _first(tokens: Dataset, limit: int | None) -> Dataset:
+    """The rows of the first ``limit`` conversations of a source."""
+    count = len(tokens) if limit is None else int(numpy.searchsorted(column(tokens, "record"), limit))
+    return tokens if count == len(tokens) else tokens.select(range(count))
 
 
 def check_ids(rows: Dataset, vocab_size: int) -> None:
