@@ -17,7 +17,7 @@ from .sampling.mixture import Shares
 from .settings import RowSettings
 from .source_report import SourceReport
 from .sources import find_sources
-from .split import column
+from .split import column, stored_places
 from .tokens import tokenise
 
 
@@ -56,8 +56,8 @@ def read_split(
     """
     named = source_names(names)
     find_sources(named, split)  # refuses every wrong name before anything is read
+    different = list(dict.fromkeys(named))
     parts: list[Dataset] = []
-    origins: list[tuple[int, numpy.ndarray]] = []
     reports: list[SourceReport] = []
     left, num_conversations = limit, 0
     for name in named:
@@ -66,16 +66,13 @@ def read_split(
         for source in find_sources(name, split):
             if left == 0:
                 break
-            tokens = _first(tokenise(source, tokenizer, settings, left, num_proc), left)
+            tokens = tokenise(source, tokenizer, settings, left, num_proc)
+            tokens = _first(_with_origin(tokens, different.index(name), num_conversations), left)
             reports.append(report := SourceReport.of(tokens, source.name))
             parts.append(_good(tokens) if report.bad.count else tokens)
-            origins.append((list(dict.fromkeys(named)).index(name), num_conversations + column(parts[-1], "record")))
             num_conversations += report.bad.rows
             left = None if left is None else left - report.bad.rows
-    rows = concatenate_datasets(parts)
-    sources = numpy.concatenate([numpy.full(len(numbers), source) for source, numbers in origins])
-    rows = rows.add_column("source", sources).add_column("conversation", numpy.concatenate([n for _, n in origins]))
-    return rows, reports
+    return concatenate_datasets(parts), reports
 
 
 def read_splits(
@@ -104,6 +101,11 @@ def read_splits(
     return read, reports
 
 
+def _with_origin(tokens: Dataset, source: int, first_conversation: int) -> Dataset:
+    conversations = column(tokens, "record") + first_conversation
+    return tokens.add_column("source", numpy.full(len(tokens), source)).add_column("conversation", conversations)
+
+
 def _first(tokens: Dataset, limit: int | None) -> Dataset:
     """The rows of tokens of the first ``limit`` rows of a source; a document has more than were read."""
     count = len(tokens) if limit is None else int(numpy.searchsorted(column(tokens, "record"), limit))
@@ -111,7 +113,8 @@ def _first(tokens: Dataset, limit: int | None) -> Dataset:
 
 
 def _good(tokens: Dataset) -> Dataset:
-    return tokens.select(numpy.flatnonzero(tokens.data.column("problem").is_null().to_numpy()))
+    is_good = tokens.data.column("problem").is_null().to_numpy()[stored_places(tokens)]
+    return tokens.select(numpy.flatnonzero(is_good))
 
 
 def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:

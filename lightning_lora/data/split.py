@@ -170,4 +170,12 @@ def _advice(statistics: SplitStatistics) -> str:
 
 def column(rows: Dataset, name: str) -> numpy.ndarray:
     """All values of a column."""
-    return rows.select_columns(name).with_format("numpy")[:][name]
+    return rows.data.column(name).to_numpy()[stored_places(rows)]
+
+
+def stored_places(rows: Dataset) -> numpy.ndarray | slice:
+    """Where the rows of a dataset are in the table that it selects from.
+
+    datasets would take each row of a selection by itself: seconds for 100,000 rows.
+    """
+    return slice(None) if rows._indices is None else rows._indices.column(0).to_numpy()

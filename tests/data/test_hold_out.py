@@ -116,6 +116,7 @@ def test_conversations_with_a_row_in_common_stay_together() -> None:
         held = hold_out(rows, 0.5, seed).tolist()
         assert len(set(held[:4])) == 1
         assert sum(held) == (4 if held[0] else 3)
+        assert hold_out(rows.select(range(6, -1, -1)), 0.5, seed).tolist() == held[::-1]
 
 
 def test_a_trainer_validates_on_them(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:

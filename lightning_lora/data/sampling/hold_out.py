@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy
-import pyarrow
 from datasets import Dataset
 
 from lightning_lora.errors import DataError
+
+from ..split import column, stored_places
 
 
 def hold_out(rows: Dataset, share: float, seed: int) -> numpy.ndarray:
@@ -31,9 +31,8 @@ def hold_out(rows: Dataset, share: float, seed: int) -> numpy.ndarray:
     Raises:
         DataError: If the rows cannot be divided.
     """
-    conversations = rows.select_columns("conversation").with_format("numpy")[:]["conversation"]
-    numbers = numpy.unique(conversations, return_inverse=True)[1]
-    keys = list(_keys(rows, seed))
+    numbers = numpy.unique(column(rows, "conversation"), return_inverse=True)[1]
+    keys = numpy.array(list(_keys(rows, seed)), dtype=object)[stored_places(rows)].tolist()
     groups = _alike(numbers.tolist(), keys)
     sizes = Counter(groups)
     smallest_keys: dict[int, bytes] = {}
@@ -70,11 +69,9 @@ def _alike(numbers: list[int], keys: list[bytes]) -> list[int]:
 
 
 def _keys(rows: Dataset, seed: int) -> Iterator[bytes]:
-    """A hash of the tokens of each row that depends on the seed."""
+    """A hash of the tokens of each stored row that depends on the seed."""
     salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
-    tables: Any = rows.select_columns("input_ids").with_format("arrow").iter(1000)
-    for table in tables:
-        lists = pyarrow.concat_arrays(table["input_ids"].chunks)
+    for lists in filter(len, rows.data.column("input_ids").chunks):
         ends = numpy.cumsum(lists.value_lengths().to_numpy())
         tokens = lists.flatten().to_numpy()
         for row in numpy.split(tokens, ends[:-1]):
