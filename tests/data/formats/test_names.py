@@ -56,7 +56,8 @@ def test_a_mapped_column_comes_before_one_of_that_name_which_is_then_unused() ->
 
 def test_two_columns_of_one_name_are_refused_only_where_both_are_filled() -> None:
     columns = {"q": "question", "frage": "question"}
-    for row in ({"q": "Hi", "answer": "Yes"}, {"q": None, "frage": "Hi", "answer": "Yes"}):
+    gap = {"q": None, "frage": None, "answer": "Yes"}
+    for row in ({"q": "Hi", "answer": "Yes"}, {**gap, "frage": "Hi"}, {**gap, "q": "Hi"}):
         assert conversation(row, columns=columns).messages[0]["content"] == "Hi"
     with pytest.raises(RowError, match="row 0: columns maps both 'q' and 'frage' to 'question', and the row has both"):
         conversation({"q": "Hi", "frage": "Ho", "answer": "Yes"}, columns=columns)
