@@ -16,6 +16,11 @@ from .profile import Profile
 from .template import Span, Template, line_of_error
 from .variables import check_names
 
+OTHER_PROMPT = (
+    "the chat template ends a prompt in words that do not begin the finished answer, which its {% generation %} marks "
+    "show; the model learns answers after another prompt than it is given later"
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -28,12 +33,14 @@ class Answer:
             Empty if it closes with no token.
         marks: The parts of ``text`` inside of ``{% generation %}``; None if the template has no such marks or none
             that fit this text.
+        notes: What is told about rows with such an answer.
     """
 
     text: str
     start: int
     ends: tuple[int, ...]
     marks: list[Span] | None = None
+    notes: frozenset[str] = frozenset()
 
     @property
     def end(self) -> int:
@@ -95,7 +102,8 @@ class Renderer:
         if marks:
             own = marks[len(self._rendered(number)[1]) :]
             if own:
-                return Answer(text, own[0][0], closing_ends(text, own[0][0], self.profile), marks)
+                ends = closing_ends(text, own[0][0], self.profile)
+                return Answer(text, own[0][0], ends, marks, frozenset({OTHER_PROMPT}))
         return self._refuse(prompt, text)
 
     def _after_header(self, number: int, prompt: str, text: str) -> str | None:

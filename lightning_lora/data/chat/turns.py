@@ -60,6 +60,7 @@ def find_examples(profile: Profile, record: Conversation) -> list[Example]:
     spans = find_alike(renderer, numbers, whole)
     if spans is None:
         answers = [renderer.answer(number) for number in numbers]
+        notes = notes.union(*(answer.notes for answer in answers))
         spans = [span for answer in answers if (span := span_in(whole, answer, profile)) is not None]
         if len(spans) < len(answers) or (profile.closes and _open_inside(whole, spans, profile)):
             return [_single(answer, profile, notes) for answer in answers]

@@ -29,7 +29,7 @@ DATED = FAMILIES["date in the header"]
 
 
 def texts(tokenizer: PreTrainedTokenizerFast, rows: list[Encoded]) -> list[str]:
-    return [tokenizer.decode(row.ids) for row in rows]
+    return [str(tokenizer.decode(row.ids)) for row in rows]
 
 
 def notes(rows: list[Encoded]) -> str:
@@ -191,6 +191,14 @@ def test_marks_that_leave_text_out_are_kept_and_told() -> None:
     assert "marks of the chat template leave out text" in notes(rows)
     for name in ("header inside the marks", "marks without the end", "line break inside the marks"):
         assert not notes(encoded(FAMILIES[name].tokenizer(), TWO)), "a header, an end, a line break are put right"
+
+
+def test_marks_tell_the_answer_where_the_prompt_does_not() -> None:
+    answer = "<|assistant|>" + MARK + BODY + END + UNMARK
+    tokenizer = tiny_tokenizer(build(answer, prompt="<|assistant|><think>"))
+    rows = encoded(tokenizer, TWO)
+    assert [trained(tokenizer, row) for row in rows] == [["b.<|end|>", "d.<|end|>"]]
+    assert "after another prompt than it is given later" in notes(rows)
 
 
 @pytest.mark.parametrize(

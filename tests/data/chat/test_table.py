@@ -40,7 +40,7 @@ def runs(row: Encoded) -> list[tuple[int, int]]:
 
 
 def trained(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> list[str]:
-    return [tokenizer.decode(row.ids[first:last]) for first, last in runs(row)]
+    return [str(tokenizer.decode(row.ids[first:last])) for first, last in runs(row)]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
