@@ -180,7 +180,7 @@ class SFTDataModule(LightningDataModule):
             self._stream = TokenStream(sources, tokenizer, self.settings, *how)
             self._stream.check()
         read, reports = self._read(splits, tokenizer)
-        check_columns(reports, self.settings.columns)
+        check_columns(reports, self.settings.columns, " and ".join(read))
         for report in reports:
             report.tell()
         for split, rows in read.items():

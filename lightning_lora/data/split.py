@@ -137,8 +137,8 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
         )
 
 
-def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:
-    """Check that every name that the user maps is in a row of one of the sources.
+def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str], where: str) -> None:
+    """Check that every name that the user maps is in a row of one of the sources; ``where`` names the splits.
 
     Raises:
         DataError: If one is not. The message names the nearest name that nothing reads.
@@ -146,7 +146,7 @@ def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -
     if columns and reports:
         renamed = {name for report in reports for name in report.renamed}
         unused = {name for report in reports for name in report.unused}
-        check_renamed(columns, renamed, unused, " and ".join(report.source for report in reports))
+        check_renamed(columns, renamed, unused, where)
 
 
 def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:

@@ -50,6 +50,7 @@ class Renderer:
         self.profile = profile
         self.record = record
         self._template = profile.template.with_variables(record.variables)
+        self._texts: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
 
     def prompt(self, number: int) -> str:
         """The prompt after which the model writes message ``number``."""
@@ -94,7 +95,10 @@ class Renderer:
         return text.rpartition(header)[2]
 
     def _rendered(self, count: int, prompt: bool = False) -> tuple[str, list[Span]]:
-        return render(self._template, self.record, self.record.messages[:count], prompt, self.profile.marked)
+        if (count, prompt) not in self._texts:
+            messages = self.record.messages[:count]
+            self._texts[count, prompt] = render(self._template, self.record, messages, prompt, self.profile.marked)
+        return self._texts[count, prompt]
 
     def _refuse(self, prompt: str, text: str) -> Answer:
         shared = len(common_prefix(prompt, text))
