@@ -117,8 +117,8 @@ def _good(tokens: Dataset) -> Dataset:
     return tokens.select(numpy.flatnonzero(is_good))
 
 
-def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:
-    """Check that every name that the user maps is in a row of one of the sources.
+def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str], where: str) -> None:
+    """Check that every name that the user maps is in a row of one of the sources; ``where`` names the splits.
 
     Raises:
         DataError: If one is not. The message names the nearest name that nothing reads.
@@ -126,4 +126,4 @@ def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -
     if columns and reports:
         renamed = {name for report in reports for name in report.renamed}
         unused = {name for report in reports for name in report.unused}
-        check_renamed(columns, renamed, unused, " and ".join(report.source for report in reports))
+        check_renamed(columns, renamed, unused, where)

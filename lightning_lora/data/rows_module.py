@@ -133,7 +133,7 @@ class RowsDataModule(LightningDataModule):
     def _tables(self, splits: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
         tables, reports = self._read(splits, tokenizer)
         if not self.streaming:  # a stream checks its own rows, which may be the only ones with these names
-            check_columns(reports, self.settings.columns)
+            check_columns(reports, self.settings.columns, " and ".join(tables))
         for report in reports:
             report.tell()
         if self.validation_share is not None and "train" in tables:

@@ -66,7 +66,7 @@ class Renderer:
             self._template = profile.template.with_variables(check_names(record.variables))
         except ConfigError as error:
             raise RowError(record.place, "variables for the chat template that cannot be used: ", str(error)) from error
-        self._whole: tuple[str, list[Span]] | None = None
+        self._texts: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
 
     def prompt(self, number: int) -> str:
         """The prompt after which the model writes message ``number``."""
@@ -74,10 +74,7 @@ class Renderer:
 
     def through(self, number: int) -> tuple[str, list[Span] | None]:
         """The text of the conversation up to and with message ``number``, and its marks, if the template has any."""
-        last = number == len(self.record.messages) - 1
-        if last and self._whole is None:
-            self._whole = self._rendered(number + 1)
-        text, marks = self._whole if last and self._whole else self._rendered(number + 1)
+        text, marks = self._rendered(number + 1)
         return text, marks if self.profile.marked else None
 
     def answer(self, number: int) -> Answer:
@@ -115,7 +112,10 @@ class Renderer:
         return text.rpartition(header)[2]
 
     def _rendered(self, count: int, prompt: bool = False) -> tuple[str, list[Span]]:
-        return render(self._template, self.record, self.record.messages[:count], prompt, self.profile.marked)
+        if (count, prompt) not in self._texts:
+            messages = self.record.messages[:count]
+            self._texts[count, prompt] = render(self._template, self.record, messages, prompt, self.profile.marked)
+        return self._texts[count, prompt]
 
     def _refuse(self, prompt: str, text: str) -> Answer:
         shared = len(common_prefix(prompt, text))

@@ -34,7 +34,9 @@ def tokenise_marked(
     """
     if not texts:
         return []
-    encodings: list[Encoding] = tokenizer(list(texts), **PLAIN).encodings  # type: ignore[assignment]
+    tokenizer("", **PLAIN)  # sets the options; what it makes of ids and offsets as lists is not needed, and is slow
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    encodings: list[Encoding] = backend.encode_batch(list(texts), add_special_tokens=False)
     edges = [[edge for span in row for edge in span] for row in spans]
     places = [[_first_token(encoding, edge) for edge in row] for encoding, row in zip(encodings, edges, strict=True)]
     wall = _wall(tokenizer)
