@@ -131,8 +131,9 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the model's embedding table."""
-        return self.model_config.get_text_config().vocab_size
+        """Number of rows of the model's embedding table; resizing the table of a loaded model changes it."""
+        config = self.model_config if self.model is None else self.model.config
+        return config.get_text_config().vocab_size
 
     @override
     def configure_model(self) -> None:
