@@ -73,9 +73,9 @@ def _on_loss(lora: ArmResult, full: ArmResult, update: UpdateShare) -> str:
         f"loss: after {steps} steps LoRA is {abs(behind):.2f} nats {word}, with {share:.0%} of the trained parameters."
     )
     if behind < 0:
-        return said
+        return f"{said}."
     return (
-        f"{said} This base has seen no mathematics and has much to learn; an update of rank {update.rank} in width "
+        f"{said}. This base has seen no mathematics and has much to learn; an update of rank {update.rank} in width "
         f"{update.width} learns only a part of it in these steps."
     )
 
@@ -93,9 +93,10 @@ def _on_time(lora: ArmResult, full: ArmResult, update: UpdateShare) -> str:
 
 
 def _on_memory(lora: ArmResult, full: ArmResult) -> str:
-    saved = _BYTES_OF_TRAINING * (full.trainable - lora.trainable)
+    saved = _BYTES_OF_TRAINING * (full.trainable - lora.trainable) / 2**20
+    grown = lora.peak_megabytes - lora.base_megabytes
     return (
-        f"memory: gradients and Adam's moments take {_BYTES_OF_TRAINING} bytes a trained parameter, here "
-        f"{saved / 2**20:.0f} MB less with LoRA, beside {lora.peak_megabytes - lora.base_megabytes:.0f} MB of which most are activations. Of 7 billion "
-        f"parameters it would be {_BYTES_OF_TRAINING * 7e9 / 1e9:.0f} GB: there LoRA decides whether the run fits."
+        f"memory: gradients and Adam's moments take {_BYTES_OF_TRAINING} bytes a trained parameter, here {saved:.0f} MB "
+        f"less with LoRA, beside {grown:.0f} MB of which most are activations. For 7 billion parameters they take "
+        f"{_BYTES_OF_TRAINING * 7} GB, and LoRA decides whether the run fits."
     )
