@@ -96,7 +96,7 @@ def _on_memory(lora: ArmResult, full: ArmResult) -> str:
     saved = _BYTES_OF_TRAINING * (full.trainable - lora.trainable) / 2**20
     grown = lora.peak_megabytes - lora.base_megabytes
     return (
-        f"memory: gradients and Adam's moments take {_BYTES_OF_TRAINING} bytes a trained parameter, here {saved:.0f} MB "
-        f"less with LoRA, beside {grown:.0f} MB of which most are activations. For 7 billion parameters they take "
+        f"memory: gradients and Adam's moments take {_BYTES_OF_TRAINING} bytes a trained parameter, here {saved:.0f} "
+        f"MB less with LoRA, beside {grown:.0f} MB of which most are activations. For 7 billion parameters they take "
         f"{_BYTES_OF_TRAINING * 7} GB, and LoRA decides whether the run fits."
     )
