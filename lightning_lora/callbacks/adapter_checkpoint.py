@@ -17,13 +17,14 @@ from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.trainer_access import run_folder
 
 from .adapter_ema import averaged
+from .merge_on_fit_end import tokenizer_of
 
 
 class AdapterCheckpoint(Callback):
     """Writes the adapter as a folder that PEFT loads: ``last`` after every validation and at the end, and ``best``.
 
     The folders hold weights only, with `AdapterEMA` the averaged weights. To continue a run use the checkpoints of
-    Lightning's ``ModelCheckpoint``.
+    Lightning's ``ModelCheckpoint``. The module's ``tokenizer``, if it has one, is written beside the weights.
 
     Args:
         dirpath: Folder in which ``last`` and ``best`` are written. None: ``adapters`` in the run folder.
@@ -103,5 +104,12 @@ class AdapterCheckpoint(Callback):
         summary = {"step": trainer.global_step, "epoch": trainer.current_epoch} | facts
         # The metrics in the summary were measured with the average.
         with averaged(trainer, pl_module), full_parameters(trainer.strategy.model or pl_module):
-            save_adapter(pl_module, folder / name, summary)
+            save_adapter(pl_module, folder / name, summary, _tokenizer(trainer, pl_module))
         trainer.strategy.barrier("adapter written")
+
+
+def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:
+    try:
+        return tokenizer_of(module) if trainer.is_global_zero else None
+    except ConfigError:  # a model without a tokenizer; whoever loads the adapter needs none either
+        return None

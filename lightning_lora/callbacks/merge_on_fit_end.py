@@ -53,10 +53,20 @@ class MergeOnFitEnd(Callback):
             rank_zero_info(f"merged model written to {path}")
 
 
+def tokenizer_of(module: LightningModule) -> Any:
+    """The tokenizer of the module's latest run; None where it has none that can be written.
+
+    Raises:
+        ConfigError: If the tokenizer of a task of this package cannot be loaded.
+    """
+    # The tasks of this package know with which chat template they were trained.
+    found = getattr(module, "trained_tokenizer", None) or getattr(module, "tokenizer", None)
+    return found if hasattr(found, "save_pretrained") else None
+
+
 def _tokenizer(module: LightningModule) -> Any:
-    """The module's tokenizer, or None where it has none or it cannot be loaded."""
     try:
-        return getattr(module, "tokenizer", None)
+        return tokenizer_of(module)
     except ConfigError as error:
         rank_zero_warn(f"the merged model has no tokenizer: {error}")
         return None

@@ -54,10 +54,16 @@ def _merge_arguments(parser: ArgumentParser) -> None:
 
 
 def _merge(arguments: Namespace) -> None:
+    from lightning_lora.cli.end_tokens import end_tokens
     from lightning_lora.files.merge.merge_files import merge_files
 
     certificate = merge_files(
-        arguments.base, arguments.adapter, arguments.out, arguments.dtype, arguments.allow_other_base
+        arguments.base,
+        arguments.adapter,
+        arguments.out,
+        arguments.dtype,
+        arguments.allow_other_base,
+        end_tokens(Path(arguments.adapter), Path(arguments.base)),
     )
     print(f"{arguments.out}: {certificate}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -16,7 +17,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_lora.cli.demo_arm import BATCH_SIZE, ArmResult, train_arm
-from lightning_lora.cli.embedded import MODEL
+from lightning_lora.cli.demo_remarks import remarks, update_share
+from lightning_lora.cli.embedded import MODEL, VALIDATION
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.save_load import load_adapter
@@ -57,11 +59,16 @@ def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
     with atomic_file(out / "results.json") as file:
         file.write(json.dumps([asdict(arm) for arm in arms], indent=2).encode())
     print()
-    Console(highlight=False).print(results_table(arms))
+    console = Console(highlight=False)
+    console.print(results_table(arms))
+    adapter = read_adapter_folder(out / "adapter")
+    console.print(remarks(*arms, update_share(adapter.shapes, adapter.ranks)))
+    print()
     _merge_and_check(out)
     print(
         f"curves: {out / 'curves.png'}   numbers: {out / 'results.json'}   {time.perf_counter() - started:.0f} s in all"
     )
+    print(f"\nnext:\n{next_commands(out)}")
 
 
 def results_table(arms: list[ArmResult]) -> Table:
@@ -77,6 +84,17 @@ def results_table(arms: list[ArmResult]) -> Table:
             f"{arm.peak_megabytes:.0f} MB (+{arm.peak_megabytes - arm.base_megabytes:.0f})",
         )
     return table
+
+
+def next_commands(out: Path) -> str:
+    """What to run after the demo, a command a line, ready to paste."""
+    asked, question = shlex.quote(str(VALIDATION)), shlex.quote("A box holds 6 eggs. How many eggs are in 4 boxes?")
+    adapter, merged = (shlex.quote(str(out / name)) for name in ("adapter", "merged"))
+    return (
+        f"  lightning-lora generate {adapter} --prompts {asked} --limit 3 --compare\n"
+        f"  lightning-lora generate {merged} --prompt {question}\n"
+        f"  lightning-lora inspect {adapter}"
+    )
 
 
 def draw_curves(arms: list[ArmResult], path: Path) -> None:

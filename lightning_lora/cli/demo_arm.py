@@ -85,7 +85,8 @@ def train_arm(
     record.base_megabytes = _peak_megabytes()
     trainer.fit(model, data)
     if adapter is not None:
-        save_adapter(model, adapter, {"step": steps, "val_loss": round(record.val_losses[max(record.val_losses)], 4)})
+        summary = {"step": steps, "val_loss": round(record.val_losses[max(record.val_losses)], 4)}
+        save_adapter(model, adapter, summary, model.trained_tokenizer)
     return ArmResult(
         name=name,
         learning_rate=learning_rate * (1 if lora is None else lora.lr_multiplier),

@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from lightning_lora.cli.end_tokens import end_tokens
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
@@ -17,6 +18,7 @@ from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.files.adapter.vllm_rules import vllm_flags
 from lightning_lora.files.atomic import atomic_folder
+from lightning_lora.files.generation_config import GENERATION_FILE, add_stops, stops_of
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
 from lightning_lora.files.merge.merge_files import merge_files
@@ -65,6 +67,11 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
         else:
             _export_checkpoint(source, out, format)
     done = f"{origin} written to {out} as {'a PEFT adapter' if format == 'peft' else 'a merged model'}"
+    if format == "peft" and _missing_stops(out):
+        done += (
+            f"\nits base does not stop where its answers end: pass eos_token_id={stops_of(out)} to generate(), as in "
+            f"{out / GENERATION_FILE}"
+        )
     if target == "vllm":
         done += f"\nserve it with: vllm serve {_serve_arguments(out, format)}"
     if target == "llama.cpp":
@@ -103,29 +110,33 @@ def _export_folder(source: Path, out: Path, format: str, server: str | None = No
                 f"{source} was trained on {base!r}, which is not a folder on this machine: run `lightning-lora merge "
                 f"BASE {source} {out}`."
             )
-        merge_files(base, source, out)
+        merge_files(base, source, out, end_tokens=end_tokens(source, Path(base)))
         return
     if server == "llama.cpp":
         check_llama_cpp(folder, _base_config(base))
     if server == "vllm":
         vllm_flags(folder)
     with atomic_folder(out, replaces=CONFIG_FILE) as target:
-        for name in (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE, "README.md"):
+        for name in (CONFIG_FILE, TENSOR_FILE, MANIFEST_FILE, GENERATION_FILE, "README.md"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
         if server:
             fold_scales(folder, server, target)
-        places = [place for place in (source, Path(base or "")) if (place / "tokenizer_config.json").is_file()]
+        of_base = Path(base) if base and Path(base).is_dir() else None
+        places = [place for place in (source, of_base) if place and (place / "tokenizer_config.json").is_file()]
         if places:
             AutoTokenizer.from_pretrained(places[0]).save_pretrained(target)
+        ends = end_tokens(source, of_base)
+        if ends:
+            add_stops(target, [*_stops_of_base(base), *ends])
 
 
 def _export_checkpoint(source: Path, out: Path, format: str) -> None:
     task = _load_task(source)
     if format == "merged":
-        save_merged(task, out, task.tokenizer)
+        save_merged(task, out, task.trained_tokenizer)
     else:
-        save_adapter(task, out, tokenizer=task.tokenizer)
+        save_adapter(task, out, tokenizer=task.trained_tokenizer)
 
 
 def _load_task(source: Path) -> PretrainedTask:
@@ -158,11 +169,32 @@ def _conversion(out: Path, format: str) -> str:
         return f"python convert_hf_to_gguf.py {out}"
     base = read_json(out / CONFIG_FILE).get("base_model_name_or_path")
     option = "--base" if base and Path(base).is_dir() else "--base-model-id"
-    return f"python convert_lora_to_gguf.py {out} {option} {base}"
+    missing = _missing_stops(out)
+    run = f", and serve it with --override-kv tokenizer.ggml.eot_token_id=int:{missing[0]}" if missing else ""
+    return f"python convert_lora_to_gguf.py {out} {option} {base}{run}"
 
 
 def _serve_arguments(out: Path, format: str) -> str:
     if format == "merged":
         return str(out)
     folder = read_adapter_folder(out)
-    return f"{folder.peft.get('base_model_name_or_path')} {vllm_flags(folder)} --lora-modules adapter={out}"
+    stops = f" --generation-config {out}" if _missing_stops(out) else ""
+    return f"{folder.peft.get('base_model_name_or_path')} {vllm_flags(folder)} --lora-modules adapter={out}{stops}"
+
+
+def _missing_stops(out: Path) -> list[int]:
+    """The tokens that end the answers of an adapter, and at which its base alone would go on."""
+    if not (out / GENERATION_FILE).is_file():
+        return []
+    base = _stops_of_base(read_json(out / CONFIG_FILE).get("base_model_name_or_path"))
+    return [token for token in stops_of(out) if token not in base]
+
+
+def _stops_of_base(base: str | None) -> list[int]:
+    """The tokens at which a base stops, a folder or a hub name; empty if it is not on this machine."""
+    try:
+        found = None if base is None else GenerationConfig.from_pretrained(base, local_files_only=True).eos_token_id
+    except (OSError, ValueError):
+        config = _base_config(base) or {}
+        found = config.get("eos_token_id")
+    return [] if found is None else [found] if isinstance(found, int) else list(found)

@@ -2,6 +2,6 @@
 
 Read in this order: `atomic` (every write), `json_object`, `safetensors_file` and `safetensors_header`,
 `checkpoint_manifest`, `whole_checkpoint` and `lightning_checkpoint` (reading a ``.ckpt`` safely), `events` (a log in
-lines), `folder_lock`, `scratch`; then the rooms `adapter` (PEFT folders) and `merge` (folding adapters in, on disk and
-in memory).
+lines), `generation_config` (where a model stops), `folder_lock`, `scratch`; then the rooms `adapter` (PEFT folders) and
+`merge` (folding adapters in, on disk and in memory).
 """

@@ -8,16 +8,25 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
 from lightning_lora.tasks.head_loss import IGNORE_INDEX, HeadScores, at_least_float32, head_loss, head_scores
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, plain_head
 from lightning_lora.tasks.packing_check import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
+from lightning_lora.tasks.untrained_tokens import Unlearnable, frozen_output, unlearnable_tokens
+
+_TOKENIZER_KEY = "lightning_lora_tokenizer"
+# Of a fit: the user is told of tokens that cannot be learned if one of these holds them.
+_FIRST_BATCHES = 16
 
 
 class CausalLM(PretrainedTask):
@@ -44,6 +53,10 @@ class CausalLM(PretrainedTask):
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     # Whether the model returns the output of its output layer unchanged; None: not checked yet.
     _head_is_last: bool | None = None
+    # Tokens that LoRA cannot learn to write; None if there are none, or once the user was told.
+    _unlearnable: Unlearnable | None = None
+    # The tokens at which the base stops; None: the model is not loaded yet.
+    _stops_of_base: list[int] | None = None
     # Whether the model keeps packed examples apart in a batch of several rows; None: not checked yet.
     _separates_rows: bool | None = None
 
@@ -59,15 +72,34 @@ class CausalLM(PretrainedTask):
 
     @override
     def on_fit_start(self) -> None:
-        """Check packing again in every run, as the model may have changed."""
+        """Check packing and the end of turn again in every run, as model and data may have changed."""
         super().on_fit_start()
         self._separates_rows = None
+        self._trained_tokenizer = tokenizer_of_data(self._data(), self)
+        self._look_at_ends()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the tokenizer and chat template of the run if they are not the model's own."""
+        super().on_save_checkpoint(checkpoint)
+        if self._trained_tokenizer is not None:
+            checkpoint[_TOKENIZER_KEY] = to_record(self._trained_tokenizer)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the tokenizer and chat template of the checkpoint's run, and stop where its answers end."""
+        super().on_load_checkpoint(checkpoint)
+        if _TOKENIZER_KEY in checkpoint:
+            self._trained_tokenizer = from_record(checkpoint[_TOKENIZER_KEY], self)
+        self._stop_at_ends()
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the micro-batch's share of the mean loss over the supervised tokens of the optimizer step."""
         batch, num_rows = self._in_one_row_if_needed(batch), len(batch["input_ids"])
         labels, weights = _next_token_labels(batch), _next_token_weights(batch)
+        if self._unlearnable is not None and batch_idx < _FIRST_BATCHES:
+            self._tell_of_unlearnable(labels)
         num_tokens = _weighted(labels != IGNORE_INDEX, weights).sum()
         loss_sum = self._compute_at_head(batch, partial(_loss_sum, labels=labels, factors=weights))
         if loss_sum is None:
@@ -142,6 +174,50 @@ class CausalLM(PretrainedTask):
                 "a batch has attention_mask (padded rows) or position_ids (packed rows), not both: drop one."
             )
         return self(batch["input_ids"], position_ids=batch["position_ids"])
+
+    @override
+    def _model_is_whole(self) -> None:
+        """Let the model stop where answers end; later, a strategy may have sharded its output layer."""
+        assert self.model is not None
+        self._stops_of_base = stopping_ids(getattr(self.model, "generation_config", None), ())
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            self._stop_at_ends()
+        elif isinstance(self._trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            self._trained_tokenizer = tokenizer_of_data(self._data(), self)
+            self._look_at_ends()
+
+    def _data(self) -> Any:
+        """The data module of the run, or None."""
+        return getattr(self._trainer, "datamodule", None)
+
+    def _stop_at_ends(self) -> list[int]:
+        """Add the tokens that end an answer to those at which the model stops, and return them."""
+        if self.model is None or self._stops_of_base is None:
+            return []
+        try:
+            ends = end_ids(self.trained_tokenizer)
+        except ConfigError:  # a model without a tokenizer
+            return []
+        stop_at(self.model, list(dict.fromkeys([*self._stops_of_base, *ends])))
+        return ends
+
+    def _look_at_ends(self) -> None:
+        """Let the model stop where answers end, and find out which tokens of the answers LoRA cannot learn."""
+        ends = self._stop_at_ends()
+        if not lora_layers(self) or not ends or frozen_output(self.model) is None:
+            return
+        stops, settings = [*(self._stops_of_base or []), *ends], getattr(self._data(), "settings", None)
+        others = [getattr(settings, "end_of_answer", None)]
+        self._unlearnable = unlearnable_tokens(
+            self.model, self.trained_tokenizer, ends, stops, others, self.num_pretrained_tokens
+        )
+
+    def _tell_of_unlearnable(self, labels: Tensor) -> None:
+        assert self._unlearnable is not None
+        advice = self._unlearnable.advice(labels)
+        if advice is not None:
+            rank_zero_warn(advice)
+            self._unlearnable = None
 
     def _in_one_row_if_needed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reshape a packed batch to one row if the model keeps examples apart only in a single row."""

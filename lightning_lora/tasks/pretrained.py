@@ -22,6 +22,7 @@ from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
+from lightning_lora.lora.vocabulary import num_tokens
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_learning_rate
 from lightning_lora.mixin.precision import bitsandbytes_plugin
@@ -53,6 +54,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """The transformers class that loads the model, such as ``AutoModelForCausalLM``."""
     new_head: ClassVar[bool] = False
     """Whether the output layer belongs to this task and may be missing from the pretrained weights."""
+    # The tokenizer of the latest run; None: the model's own, as it is.
+    _trained_tokenizer: Any = None
 
     def __init__(
         self,
@@ -106,6 +109,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.mean_accuracy = RunningMean()
         self.model_config = read_config(self.model_name, **self._config_overrides())
         check_quantization(quantization, lora, getattr(self.model_config, "quantization_config", None))
+        # Tokens of the checkpoint; resize_token_embeddings changes the number in the config.
+        self.num_pretrained_tokens = num_tokens(self.model_config)
         self.model: PreTrainedModel | None = None
         if self.lora is not None:
             self.lora = self._resolve_lora(LoRAConfig.from_dict(self.lora))
@@ -115,14 +120,20 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         """The tokenizer in the model's folder or repository."""
         try:
             return AutoTokenizer.from_pretrained(self.model_name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # missing files, a missing library, a tokenizer that needs its author's code
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"there is no usable tokenizer beside model {self.model_name!r}: {reason}") from error
 
     @property
+    def trained_tokenizer(self) -> Any:
+        """The tokenizer to write beside what was trained: that of the latest run, with its chat template."""
+        return self.tokenizer if self._trained_tokenizer is None else self._trained_tokenizer
+
+    @property
     def vocab_size(self) -> int:
-        """Number of rows of the model's embedding table."""
-        return self.model_config.get_text_config().vocab_size
+        """Number of rows of the model's embedding table; resizing the table of a loaded model changes it."""
+        config = self.model_config if self.model is None else self.model.config
+        return config.get_text_config().vocab_size
 
     @property
     def context_length(self) -> int | None:
@@ -139,6 +150,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         # transformers returns models in eval mode and Lightning leaves them so.
         self.model.train()
         self.apply_lora()
+        self._model_is_whole()
         shard_model(self.model, self._trainer)
 
     @override
@@ -206,6 +218,9 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         for module in self.children():
             if isinstance(module, Metric):
                 module.reset()
+
+    def _model_is_whole(self) -> None:
+        """Look at the weights once they are loaded and adapted, before a strategy shards them."""
 
     def _config_overrides(self) -> dict[str, Any]:
         """Entries of the model's config that this task sets."""

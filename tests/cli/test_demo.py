@@ -58,6 +58,13 @@ def test_the_curves_are_a_picture(demo: tuple[Path, str]) -> None:
 def test_the_result_is_told(demo: tuple[Path, str]) -> None:
     for words in ("LoRA rank 32", "full", "trained", "merged and adapter model agree"):
         assert words in demo[1]
+    for words in ("loss: after 12 steps", "time: LoRA is", "memory: gradients", "lightning-lora generate demo/adapter"):
+        assert words in demo[1]
+
+
+def test_adapter_and_merged_model_know_where_answers_end(demo: tuple[Path, str]) -> None:
+    for name in ("adapter", "merged"):
+        assert json.loads((demo[0] / name / "generation_config.json").read_text())["eos_token_id"] == [0, 4]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(["--steps", "1"], "at least 3"), (["--out", "here"], "is a file")])

@@ -23,6 +23,7 @@ from lightning_lora.files.adapter.peft_trained import SavedModules
 from lightning_lora.files.adapter.resized_tables import check_copies, check_rows, resized_tables, stored_name
 from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.atomic import atomic_folder, sha256
+from lightning_lora.files.generation_config import GENERATION_FILE
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import attach_targets, freeze, lora_state_dict
 from lightning_lora.lora.base_values import keep_base_values
@@ -53,7 +54,8 @@ def save_adapter(
         module: An adapted module whose updates are not merged.
         path: The folder to write.
         summary: Facts of the training run for manifest and card: name to number or text.
-        tokenizer: A tokenizer to write beside the adapter, if given.
+        tokenizer: A tokenizer to write beside the adapter, if given, and with it the generation config of the model.
+            PEFT does not read the latter; ``vllm serve --generation-config`` and ``lightning-lora merge`` do.
 
     Returns:
         The folder.
@@ -93,7 +95,8 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
     tensors |= {PREFIX + stored_name(name, root): tensor for name, tensor in copies.items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _write(Path(path), peft, tensors, manifest, tokenizer)
+        beside_tensors = () if tokenizer is None else (tokenizer, getattr(layout.root, "generation_config", None))
+        _write(Path(path), peft, tensors, manifest, *beside_tensors)
     return Path(path)
 
 
@@ -259,7 +262,14 @@ def _manifest(layout: PEFTLayout, not_base: Collection[str], summary: Mapping[st
     )
 
 
-def _write(path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifest: Manifest, tokenizer: Any) -> None:
+def _write(
+    path: Path,
+    peft: dict[str, Any],
+    tensors: dict[str, Tensor],
+    manifest: Manifest,
+    tokenizer: Any = None,
+    generation_config: Any = None,
+) -> None:
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_folder(path, replaces=CONFIG_FILE) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n")
@@ -276,3 +286,6 @@ def _write(path: Path, peft: dict[str, Any], tensors: dict[str, Tensor], manifes
         (folder / "README.md").write_text(model_card(peft, manifest))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if generation_config is not None:
+            # Not its save_pretrained, which refuses some configs: an adapter is not lost for that.
+            (folder / GENERATION_FILE).write_text(generation_config.to_json_string())

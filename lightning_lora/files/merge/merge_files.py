@@ -6,8 +6,7 @@ One block of a tensor is in memory at a time, whatever the size of the tensor, a
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from lightning_lora.files.atomic import atomic_folder, sha256
-from lightning_lora.files.json_object import read_json
+from lightning_lora.files.generation_config import add_stops, stops_of
 from lightning_lora.files.merge.base_check import BaseCheck
+from lightning_lora.files.merge.beside_weights import copy_others, update_config, update_index
 from lightning_lora.files.merge.plan import MergePlan, plan_merge
 from lightning_lora.files.merge.rounding import BlockError, merged_block, rounded_block, sum_dtype, tensor_error
 from lightning_lora.files.merge.row_blocks import BLOCK
-from lightning_lora.files.merge.tied_tensors import TiedTensors, equal_tensors, untied_config
+from lightning_lora.files.merge.tied_tensors import equal_tensors
 from lightning_lora.files.safetensors_file import TensorFile, open_tensors, safetensors_files, write_blocks
 from lightning_lora.files.safetensors_header import read_header
 from lightning_lora.files.scratch import Scratch
@@ -32,13 +32,19 @@ from lightning_lora.lora.reports import MergeReport
 
 CERTIFICATE_FILE = "merge_certificate.json"
 MERGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def merge_files(
-    base: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None, allow_other_base: bool = False
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+    end_tokens: Sequence[int] = (),
 ) -> MergeReport:
     """Write ``base`` with ``adapter`` folded in to ``out``, shard by shard; the base is only read, and once.
+
+    A tokenizer in the adapter's folder takes the place of the base's.
 
     Args:
         base: Folder of a Hugging Face checkpoint in safetensors.
@@ -46,6 +52,7 @@ def merge_files(
         out: The folder to write; appears whole or not at all.
         dtype: Type of all weights in ``out``: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None: each keeps its own.
         allow_other_base: Merge even if the weights are not those the adapter was trained on.
+        end_tokens: Ids at which generation is to stop too, beside those of the base and of the adapter's folder.
 
     Returns:
         The rounding errors, which are also written to ``merge_certificate.json`` in ``out``.
@@ -69,7 +76,10 @@ def merge_files(
         merge = _Merge(plan, MERGE_DTYPES.get(dtype or ""), allow_other_base)
         for file in headers:
             merge.write_shard(file, target / file.name)
-        _copy_others(base, target, dtype, plan.tied)
+        copy_others(base, folder.path, target)
+        update_index(target, dtype, plan.tied)
+        update_config(target, dtype, plan.tied)
+        add_stops(target, [*stops_of(folder.path), *end_tokens])
         report = MergeReport(merge.losses, merge.max_errors, str(base), sha256(folder.path / TENSOR_FILE), dtype)
         (target / CERTIFICATE_FILE).write_text(json.dumps(_certificate(report), indent=2) + "\n")
     return report
@@ -171,26 +181,3 @@ class _Merge:
             start = stop
         self.check.finish(name)
         self.max_errors[name], self.losses[name] = tensor_error(errors)
-
-
-def _copy_others(base: Path, target: Path, dtype: str | None, tied: TiedTensors) -> None:
-    """Copy the files beside the weights, with what changed in index and config."""
-    for file in base.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.suffix not in _PICKLES:
-            shutil.copyfile(file, target / file.name)
-    index = target / "model.safetensors.index.json"
-    if (dtype is not None or tied.sources) and index.is_file():
-        content = read_json(index)
-        content["weight_map"] |= {name: content["weight_map"][source] for name, source in tied.sources.items()}
-        headers = [read_header(target / file) for file in set(content["weight_map"].values())]
-        spans = [span for header in headers for span in header.tensors.values()]
-        content["metadata"] = content.get("metadata", {}) | {"total_size": sum(span.end - span.start for span in spans)}
-        index.write_text(json.dumps(content, indent=2) + "\n")
-    if (dtype is not None or tied.declared) and (target / "config.json").is_file():
-        config = read_json(target / "config.json")
-        if dtype is not None:
-            config["dtype"] = dtype
-            config.pop("torch_dtype", None)
-        (target / "config.json").write_text(
-            json.dumps(untied_config(config) if tied.declared else config, indent=2) + "\n"
-        )
