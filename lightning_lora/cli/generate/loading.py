@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_lora.data.tokenizer import find_tokenizer
@@ -171,7 +171,7 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Within the context, injection does not tell what will train."""
-    logger = logging.getLogger(rank_zero_info.__module__)
+    logger = logging.getLogger(rank_zero.__name__)
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
