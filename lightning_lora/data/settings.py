@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_lora.errors import ConfigError, did_you_mean
 
+from .formats.names import check_names
+
 TRAINED = ("answers", "last answer")
 
 
@@ -18,7 +20,7 @@ class RowSettings:
 
     Args:
         max_length: Tokens kept of each row, from its beginning.
-        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        columns: A file's own names of columns and of keys of messages, to known ones: ``{"frage": "question"}``.
         train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
         chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
             tokenizer's default.
@@ -37,6 +39,7 @@ class RowSettings:
     prompt_separator: str = "\n"
 
     def __post_init__(self) -> None:
+        check_names(self.columns)
         if self.train_on not in TRAINED:
             hint = did_you_mean(str(self.train_on), TRAINED)
             raise ConfigError(f"train_on must be one of {TRAINED}, got {self.train_on!r}{hint}")

@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
-from . import encoding, reading, records, template
+from . import encoding, formats, reading, records, template
 from .bad_rows import RowError
 from .encoding import Encoded, encode
-from .records import Conversation, Text, find_format
+from .formats.find import find_format
+from .records import Conversation, Text
 from .settings import RowSettings
 from .sources import FileSource, HubSource
 from .terminal_progress import progress_on_terminals
@@ -42,10 +43,13 @@ COLUMNS = Features(
         "largest_id": Value("int32"),
         "open_ended": Value("bool"),
         "place": Value("string"),
+        "renamed": Value("string"),
+        "unused": Value("string"),
     }
 )
 """Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
-after it, the largest id, whether the conversation ends with a turn that is not the assistant's, and the origin."""
+after it, the largest id, whether the conversation ends with a turn that is not the assistant's, the origin, and, one on
+a line, the user's names that were mapped and names that nothing reads."""
 
 
 def tokenise(
@@ -141,10 +145,15 @@ def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -
         "largest_id": int(encoded.ids[:max_length].max(initial=-1)),
         "open_ended": isinstance(record, Conversation) and record.messages[-1]["role"] != "assistant",
         "place": record.place,
+        "renamed": "\n".join(sorted(record.renamed)),
+        "unused": "\n".join(sorted(record.unused | encoded.unused)),
     }
 
 
-_CODE = [transformers.__version__, tokenizers.__version__] + [
-    inspect.getsource(module) for module in (reading, records, template, encoding)
+_CODE = [
+    transformers.__version__,
+    tokenizers.__version__,
+    *(inspect.getsource(module) for module in (reading, records, template, encoding)),
+    *(path.read_text(encoding="utf-8") for path in sorted(Path(formats.__path__[0]).glob("*.py"))),
 ]
 """Library versions and code that affect the tokens: a part of the cache key, so that a change makes new tokens."""

@@ -10,8 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.data.formats.find import find_format
+from lightning_lora.data.formats.values import parsed
 from lightning_lora.data.reading import Row
-from lightning_lora.data.records import Conversation, Message, Text, find_format
+from lightning_lora.data.records import Conversation, Message, Text
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.sources import find_sources
 from lightning_lora.errors import DataError
@@ -84,9 +86,6 @@ def read_prompt(row: Row, settings: RowSettings) -> Prompt:
     Raises:
         DataError: If the row holds no prompt.
     """
-    # A file of prompts may have other columns than the file that the run was trained on.
-    columns = {own: known for own, known in settings.columns.items() if own in row.columns}
-    settings = dataclasses.replace(settings, columns=columns)
     try:
         record = find_format(row, settings).read(row)
     except DataError:
@@ -137,10 +136,10 @@ def _read_with_any_answer(row: Row, settings: RowSettings) -> Conversation | Non
 
 
 def _with_any_answer(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, turns in columns.items():
+    for name, value in columns.items():
+        turns = parsed(value)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            answer = {"from": "gpt", "value": _ANY_ANSWER} if "from" in turns[-1] else None
-            yield columns | {name: [*turns, answer or {"role": "assistant", "content": _ANY_ANSWER}]}
+            yield columns | {name: [*turns, {"role": "assistant", "content": _ANY_ANSWER}]}
     for name in _ANSWER_COLUMNS:
         yield columns | {name: _ANY_ANSWER}
 
