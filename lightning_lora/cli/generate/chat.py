@@ -22,16 +22,15 @@ from lightning_lora.data.records import Conversation, Message
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataError
 
-from .answers import INTERRUPTED, Answer, generate
+from .answers import END_OF_TURN, Answer, generate
 from .decoding import Sampling
 from .loading import Loaded
 from .prompt_tokens import stop_ids
-from .view import BASE, TUNED, printable, terminal
+from .view import ANSWER, BASE, TUNED, printable, terminal
 
-HELP = (
-    "/base or /tuned: who answers; /compare: both, and only the tuned answer is remembered; /reset: forget all; "
-    "/quit or Ctrl-D: end. Ctrl-C stops an answer."
-)
+HELP = "/reset: forget all; /quit or Ctrl-D: end; Ctrl-C: stop the answer"
+HELP_WITH_BASE = f"/compare: both answer, and the tuned answer is remembered; /base: the base answers; {HELP}"
+_SPEAKERS = {"/compare": (BASE, TUNED), "/base": (BASE,)}
 
 
 @dataclass
@@ -72,8 +71,8 @@ class Dialogue:
         for speaker in self.speakers:
             console.print(StyledText(f"{speaker}> ", "bold"), end="")
             answers[speaker] = self._answer(speaker, record, console)
-            if answers[speaker].stop == INTERRUPTED:
-                console.print(StyledText("(interrupted)", "dim"))
+            if answers[speaker].stop != END_OF_TURN:
+                console.print(StyledText(f"({answers[speaker].stop})", "dim"))
         said = answers[self.speakers[-1]].text
         self.messages = [*record.messages, {"role": "assistant", "content": said}]
 
@@ -90,8 +89,9 @@ class Dialogue:
 def chat(loaded: Loaded, rows: RowSettings, sampling: Sampling, system: str | None, compare: bool) -> None:
     """Read messages from standard input and answer them until it ends."""
     console = terminal()
-    dialogue = Dialogue(loaded, rows, sampling, system, (BASE, TUNED) if compare else (TUNED,))
-    print(HELP, file=sys.stderr)
+    alone = (TUNED,) if loaded.has_base else (ANSWER,)
+    dialogue = Dialogue(loaded, rows, sampling, system, (BASE, TUNED) if compare else alone)
+    _help(dialogue)
     while (text := _read()) is not None and text != "/quit":
         if text.startswith("/"):
             _obey(dialogue, text)
@@ -115,19 +115,21 @@ def _read() -> str | None:
 
 
 def _obey(dialogue: Dialogue, command: str) -> None:
-    speakers = {"/base": (BASE,), "/tuned": (TUNED,), "/compare": (BASE, TUNED)}
-    if command in speakers and command != "/tuned" and not dialogue.loaded.has_base:
-        print("there is no base to ask: start with --compare, or name one with --base", file=sys.stderr)
-    elif command in speakers:
+    if command in _SPEAKERS and dialogue.loaded.has_base:
         # The same command again goes back to the tuned model.
-        same = dialogue.speakers == speakers[command]
-        dialogue.speakers = (TUNED,) if same else speakers[command]
+        dialogue.speakers = (TUNED,) if dialogue.speakers == _SPEAKERS[command] else _SPEAKERS[command]
         print(f"now answering: {' and '.join(dialogue.speakers)}", file=sys.stderr)
+    elif command in _SPEAKERS:
+        print("there is no base to ask: start with --compare, or name one with --base", file=sys.stderr)
     elif command == "/reset":
         dialogue.reset()
         print("the conversation starts anew", file=sys.stderr)
     else:
-        print(HELP, file=sys.stderr)
+        _help(dialogue)
+
+
+def _help(dialogue: Dialogue) -> None:
+    print(HELP_WITH_BASE if dialogue.loaded.has_base else HELP, file=sys.stderr)
 
 
 class _Printer(TextStreamer):

@@ -51,7 +51,7 @@ def run_generate(arguments: Namespace) -> None:
     rows = _row_settings(arguments, run.rows)
     prompts = [] if arguments.chat else _prompts(arguments, run, rows)
     with ExitStack() as stack:
-        file = stack.enter_context(_out(arguments.out)) if arguments.out else None
+        file = _open(arguments.out, stack) if arguments.out else None
         loaded = load(source, how, run.tokenizer, arguments.compare)
         _note(f"{loaded.origin}, {how.dtype} on {how.device}")
         _note(f"{sampling}{_unused(loaded)}")
@@ -61,7 +61,7 @@ def run_generate(arguments: Namespace) -> None:
         with _memory_advice(how.device):
             _answer_all(loaded, prompts, rows, sampling, arguments.compare, file)
     if arguments.out:
-        _note(f"{len(prompts)} answers written to {arguments.out}")
+        _note(f"{len(prompts)} {'answer' if len(prompts) == 1 else 'answers'} written to {arguments.out}")
 
 
 def _answer_all(
@@ -135,10 +135,14 @@ def _check_chat(arguments: Namespace) -> None:
         raise ConfigError(f"--chat asks for your messages as it goes: leave out --{' and --'.join(others)}.")
 
 
-def _out(path: Path) -> Any:
+def _open(path: Path, stack: ExitStack) -> BinaryIO:
+    """Open the file of the answers, which appears when ``stack`` is left without an error."""
     if path.is_dir():
         raise ConfigError(f"--out {path} is a folder: name a file in it, such as {path / 'answers.jsonl'}.")
-    return atomic_file(path)
+    try:
+        return stack.enter_context(atomic_file(path))
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error.strerror}.") from error
 
 
 @contextmanager

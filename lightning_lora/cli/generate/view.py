@@ -16,8 +16,8 @@ from .prompts import Prompt
 
 SIDE_BY_SIDE = 100
 """Columns of a terminal from which on two answers stand side by side."""
-TUNED, BASE, REFERENCE = "tuned", "base", "reference"
-_STYLES = {TUNED: "bold green", BASE: "bold blue", REFERENCE: "bold magenta"}
+ANSWER, TUNED, BASE, REFERENCE = "answer", "tuned", "base", "reference"
+_STYLES = {ANSWER: "bold green", TUNED: "bold green", BASE: "bold blue", REFERENCE: "bold magenta"}
 _TAB = "    "
 
 
@@ -55,14 +55,14 @@ def show(console: Console, number: int, prompt: Prompt, tuned: Answer, base: Ans
         number: Number of the prompt, from 1.
         prompt: The prompt.
         tuned: The answer of the trained model.
-        base: The answer of the base; None shows the other alone.
+        base: The answer of the base; None shows the one answer.
     """
     # Without the folders of the file, which would fill the line.
     place = printable(prompt.record.place.rpartition("/")[2])
     console.rule(StyledText(f"{number}  {place}", "dim"), align="left", style="dim")
     console.print(StyledText(_asked(prompt.record)))
     console.print()
-    columns = [_column(TUNED, tuned.text, _note(tuned))]
+    columns = [_column(ANSWER if base is None else TUNED, tuned.text, _note(tuned))]
     if base is not None:
         columns.insert(0, _column(BASE, base.text, _note(base)))
     if prompt.reference is not None:

@@ -205,3 +205,13 @@ def test_turns_without_a_template_are_refused_and_name_the_row() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Sampling(**wrong)
+
+
+def test_a_stopped_answer_is_interrupted_not_ended(tuned: Any, tokenizer: Any) -> None:
+    def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        written.append(1)
+        return torch.full((len(input_ids),), len(written) == 3)
+
+    written: list[int] = []
+    (answer,) = generate(tuned, tokenizer, asked(QUESTIONS[0]), SETTINGS, SHORT, criteria=[stop])  # pyright: ignore
+    assert (answer.stop, answer.tokens) == ("interrupted", 3)
