@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
-from . import encoding, formats, reading, records, template
+from . import chat, encoding, formats, reading, records
 from .bad_rows import RowError
+from .chat.template import template_identity
 from .encoding import Encoded, encode
 from .formats.find import find_format
 from .records import Conversation, Text
@@ -72,6 +73,7 @@ def tokenise(
     """
     try:
         key = [source.identity(), tokenizer_identity(tokenizer), settings.identity(), limit]
+        key.append(template_identity(tokenizer, settings))
         with progress_on_terminals():
             return Dataset.from_generator(
                 partial(_token_rows, source, tokenizer, settings, limit),
@@ -113,7 +115,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
     tokenizer("", padding=False, truncation=False)  # the state of the last call is part of what is hashed
     described: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
-    parts = [described, template.find_template(tokenizer), tokenizer.special_tokens_map]
+    parts = [described, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -153,7 +155,11 @@ def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -
 _CODE = [
     transformers.__version__,
     tokenizers.__version__,
-    *(inspect.getsource(module) for module in (reading, records, template, encoding)),
-    *(path.read_text(encoding="utf-8") for path in sorted(Path(formats.__path__[0]).glob("*.py"))),
+    *(inspect.getsource(module) for module in (reading, records, encoding)),
+    *(
+        path.read_text(encoding="utf-8")
+        for room in (chat, formats)
+        for path in sorted(Path(room.__path__[0]).glob("*.py"))
+    ),
 ]
 """Library versions and code that affect the tokens: a part of the cache key, so that a change makes new tokens."""

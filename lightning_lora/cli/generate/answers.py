@@ -79,7 +79,7 @@ def encode_prompts(
     Raises:
         DataError: If a conversation cannot be rendered, or leaves no room for an answer in the context of the model.
     """
-    prompts = [prompt_ids(tokenizer, conversation, settings) for conversation in conversations]
+    prompts = prompt_ids(tokenizer, conversations, settings)
     limit = context_length(model)
     for conversation, ids in zip(conversations, prompts, strict=True):
         if not ids:

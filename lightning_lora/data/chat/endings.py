@@ -38,10 +38,22 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[
     return tuple(dict.fromkeys([*found, *_after_call(tokenizer, template)]))
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A pattern that finds tokens which the tokenizer never splits, such as ``<|end|>``; no white space."""
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Tokens that the tokenizer never splits, such as ``<|end|>``, the longest first; no white space."""
     names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+    return tuple(sorted(names, key=len, reverse=True))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Those of the `added_tokens` that are special."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(name for name in added_tokens(tokenizer) if name in special)
+
+
+def prompt_end(template: Template) -> str:
+    """What a template writes after a question that is the last message of a prompt."""
+    text = _try(template, [_user(QUESTION)], prompt=True)
+    return text.rpartition(QUESTION)[2] if QUESTION in text else ""
 
 
 def common_prefix(first: str, second: str) -> str:
@@ -53,8 +65,8 @@ def common_prefix(first: str, second: str) -> str:
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
     text = _try(template, [_user(QUESTION), _assistant(ANSWER)])
-    found = added_tokens(tokenizer).findall(text.rpartition(ANSWER)[2]) if ANSWER in text else []
-    special = _special(tokenizer)
+    found = _pattern(tokenizer).findall(text.rpartition(ANSWER)[2]) if ANSWER in text else []
+    special = special_tokens(tokenizer)
     return [token for token in found if token in special] or found
 
 
@@ -66,7 +78,7 @@ def _between_turns(tokenizer: PreTrainedTokenizerBase, template: Template) -> li
     before = text.partition(QUESTION)[0]
     between = text.partition(ANSWER)[2].partition(REPLY)[0]
     header = common_prefix(before[::-1], between[::-1])
-    first = added_tokens(tokenizer).search(between)
+    first = _pattern(tokenizer).search(between)
     if first is None or (first.end() > len(between) - len(header) and first[0] != tokenizer.eos_token):
         return []
     return [first[0]]
@@ -75,18 +87,18 @@ def _between_turns(tokenizer: PreTrainedTokenizerBase, template: Template) -> li
 def _after_call(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
     call = {"type": "function", "function": {"name": TOOL, "arguments": {}}}
     text = _try(template, [_user(QUESTION), {**_assistant(""), "tool_calls": [call]}]).rstrip()
-    last = [match for match in added_tokens(tokenizer).finditer(text) if match.end() == len(text)]
-    return [match[0] for match in last if TOOL in text and match[0] in _special(tokenizer)]
+    last = [token for token in special_tokens(tokenizer) if text.endswith(token)]
+    return last[:1] if TOOL in text else []
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+def _pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, added_tokens(tokenizer))) or r"(?!)")
 
 
-def _try(template: Template, messages: Sequence[Mapping[str, Any]]) -> str:
+def _try(template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
     # A template may refuse what it is not made for, tools above all; that is an answer.
     try:
-        return template.render(messages)
+        return template.render(messages, prompt)
     except (TemplateError, TypeError, ValueError):
         return ""
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from lightning_lora.errors import ConfigError, did_you_mean
+
+from ..settings import RowSettings
+from .names import Names, read_names
+from .variables import parse_day
 
 Span = tuple[int, int]
 """Index of the first character of a part of a text, and of the character after its last."""
@@ -65,44 +71,80 @@ def _file_or_text(given: str, named: Mapping[str, str]) -> str:
     )
 
 
+def template_identity(tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> list[str | None]:
+    """A key that changes if the chat template renders conversations differently: its text, and the day if it writes it.
+
+    Raises:
+        ConfigError: If there is no such template, or if it cannot be read.
+    """
+    found = [find_template(tokenizer, settings.chat_template, tools) for tools in (False, True)]
+    dated = any(text is not None and Template(text).names.date for text in found)
+    return [*found, settings.today.isoformat() if dated and "date" not in settings.chat_template_kwargs else None]
+
+
 @dataclass(frozen=True)
 class Template:
-    """A chat template with the variables that all conversations share.
+    """A chat template with the variables that conversations share.
 
     Args:
         text: The template.
         variables: Values of names in the template, special tokens included.
         today: The day that the template writes as today.
+
+    Raises:
+        ConfigError: If the text is no template.
     """
 
     text: str
     variables: Mapping[str, Any] = field(default_factory=dict)
     today: date = field(default_factory=date.today)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, **variables: Any) -> str:
+    def __post_init__(self) -> None:
+        try:
+            _compile_jinja_template(self.text)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+
+    @property
+    def names(self) -> Names:
+        """What the template reads."""
+        return read_names(self.text)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Template:
+        """This template with further variables; ``date`` is the day that it writes as today.
+
+        Raises:
+            ConfigError: If ``date`` is no day.
+        """
+        if not variables:
+            return self
+        today = parse_day(variables["date"]) if "date" in variables else self.today
+        return replace(self, variables={**self.variables, **variables}, today=today)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
         """The text of some messages, as ``apply_chat_template`` renders it.
 
         Args:
             messages: The messages.
             prompt: Whether to end with the words after which the model writes its answer.
-            variables: Values of this conversation, such as ``tools``.
         """
-        return self._render(messages, prompt, variables)[0]
+        return self._render(messages, prompt, marked=False)[0]
 
-    def render_marked(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[str, list[Span]]:
+    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
         """The text of some messages, and the parts of it inside of ``{% generation %}``."""
-        return self._render(messages, False, variables, marked=True)
+        return self._render(messages, prompt=False, marked=True)
 
-    def _render(
-        self, messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any], marked: bool = False
-    ) -> tuple[str, list[Span]]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool, marked: bool) -> tuple[str, list[Span]]:
         # Not apply_chat_template: it does not return the marks, and its mask is empty for answers that begin with a
         # blank. As there, a key without a value is an absent key.
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        options = {**self.variables, **variables, "add_generation_prompt": prompt}
         with self._calendar():
             rendered: Any = render_jinja_template(
-                [given], chat_template=self.text, return_assistant_tokens_mask=marked, **options
+                [given],
+                chat_template=self.text,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **self.variables,
             )
         texts, marks = rendered
         return texts[0], marks[0] if marked else []
@@ -117,3 +159,14 @@ class Template:
             yield
         finally:
             names["strftime_now"] = clock
+
+
+def line_of_error(error: BaseException) -> str:
+    """Where in its template an error was raised, for the end of a message; empty if it was raised elsewhere."""
+    line: int | None = None
+    frame: TracebackType | None = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "<template>":
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return "" if line is None else f" (line {line} of the template)"

@@ -54,7 +54,7 @@ def answers(tuned: Any, tokenizer: Any) -> list[Answer]:
 
 def test_answers_are_those_of_a_plain_loop_over_the_logits(tuned: Any, tokenizer: Any, answers: list[Answer]) -> None:
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        written = by_hand(tuned, prompt_ids(tokenizer, prompt, SETTINGS), 16, {0, 4})
+        written = by_hand(tuned, prompt_ids(tokenizer, [prompt], SETTINGS)[0], 16, {0, 4})
         assert answer.tokens == len(written)
         assert answer.text == tokenizer.decode(written[:-1] if written[-1] in (0, 4) else written)
 
@@ -92,7 +92,7 @@ def test_an_answer_stops_where_the_template_ends_a_turn_even_if_the_model_does_n
     model.generation_config.eos_token_id = model.config.eos_token_id = 0
     prompts = asked("Hi", QUESTIONS[0])
     for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, SETTINGS, Sampling(60)), strict=True):
-        ids = prompt_ids(tokenizer, prompt, SETTINGS)
+        ids = prompt_ids(tokenizer, [prompt], SETTINGS)[0]
         written = by_hand(model, ids, 60, {4})
         assert written[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
         assert (answer.stop, answer.tokens) == ("end of turn", len(written))
@@ -138,10 +138,10 @@ def test_a_prompt_longer_than_the_context_is_named(tuned: Any, tokenizer: Any) -
 
 
 def test_a_full_context_ends_one_answer_and_not_its_neighbours(tuned: Any, tokenizer: Any) -> None:
-    plain = prompt_ids(tokenizer, asked("")[0], SETTINGS)
+    plain = prompt_ids(tokenizer, asked(""), SETTINGS)[0]
     word = tokenizer(" 1", add_special_tokens=False)["input_ids"]
     long = asked(" 1" * ((1020 - len(plain)) // len(word)))[0]
-    room = 1024 - len(prompt_ids(tokenizer, long, SETTINGS))
+    room = 1024 - len(prompt_ids(tokenizer, [long], SETTINGS)[0])
     together = generate(tuned, tokenizer, [PROMPTS[1], long, PROMPTS[2]], SETTINGS, SHORT)
     assert (together[1].stop, together[1].tokens) == ("context", room)
     assert 0 < room < 16
@@ -156,14 +156,14 @@ def test_prompts_are_what_stood_before_the_answer_in_training(template: str | No
     question, answer = {"role": "user", "content": "two and three?"}, {"role": "assistant", "content": "five."}
     ((row,),) = encode(tokenizer, [Conversation("row", [question, answer])], settings)  # pyright: ignore
     before = row.ids[: int(row.supervised.argmax())].tolist()
-    assert prompt_ids(tokenizer, Conversation("row", [question]), settings) == before
+    assert prompt_ids(tokenizer, [Conversation("row", [question])], settings) == [before]
     assert before.count(tokenizer.bos_token_id) <= 1
 
 
 def test_a_text_is_continued_after_the_begin_token_of_training() -> None:
     tokenizer = tiny_tokenizer(starts=True)
     ((row,),) = encode(tokenizer, [Text("row", "two and three")], SETTINGS)  # pyright: ignore
-    assert prompt_ids(tokenizer, Text("row", "two and three"), SETTINGS) == row.ids[:-1].tolist()
+    assert prompt_ids(tokenizer, [Text("row", "two and three")], SETTINGS) == [row.ids[:-1].tolist()]
 
 
 def test_variables_of_settings_and_of_the_row_reach_the_template() -> None:
@@ -173,13 +173,13 @@ def test_variables_of_settings_and_of_the_row_reach_the_template() -> None:
     record = Conversation(
         "row", [{"role": "user", "content": "x"}], variables={"tools": [{"name": "t"}], "b": "2", "c": "3"}
     )
-    assert tokenizer.decode(prompt_ids(tokenizer, record, settings)).startswith("t/one/2/3/")
+    assert tokenizer.decode(prompt_ids(tokenizer, [record], settings)[0]).startswith("t/one/2/3/")
 
 
 def test_a_template_of_the_settings_decides_prompt_and_end(base: Any) -> None:
     tokenizer = tiny_tokenizer(MARKED)
     settings = RowSettings(max_length=64, chat_template=SPOKEN)
-    ids = prompt_ids(tokenizer, asked("hello")[0], settings)
+    (ids,) = prompt_ids(tokenizer, asked("hello"), settings)
     assert tokenizer.decode(ids) == "user: hello\n\nassistant:"
 
 
@@ -187,7 +187,7 @@ def test_turns_without_a_template_are_refused_and_name_the_row() -> None:
     tokenizer = tiny_tokenizer(None)
     record = Conversation("data.jsonl, row 7", [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
     with pytest.raises(DataError, match=r"data.jsonl, row 7: the tokenizer has no chat template"):
-        prompt_ids(tokenizer, record, SETTINGS)
+        prompt_ids(tokenizer, [record], SETTINGS)
 
 
 @pytest.mark.parametrize(
