@@ -18,8 +18,8 @@ def fit(where: Path, method: str, *options: str) -> Path:
         "fit", *configs("sft.yaml", method), *EMBEDDED, "--data.init_args.max_rows=8", *options, cwd=where
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = (where / "runs" / "sft").iterdir()
-    return folder
+    (config,) = where.rglob("config.yaml")
+    return config.parent
 
 
 def generated(source: Path, out: Path, *options: str) -> list[dict[str, Any]]:

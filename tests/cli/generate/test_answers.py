@@ -215,3 +215,27 @@ def test_a_stopped_answer_is_interrupted_not_ended(tuned: Any, tokenizer: Any) -
     written: list[int] = []
     (answer,) = generate(tuned, tokenizer, asked(QUESTIONS[0]), SETTINGS, SHORT, criteria=[stop])  # pyright: ignore
     assert (answer.stop, answer.tokens) == ("interrupted", 3)
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|end|>{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if thinks is defined and not thinks %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+"""Drops the thinking of earlier turns, and opens an empty one in the prompt where it is to be left out."""
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED, SPOKEN, THINKING])
+@pytest.mark.parametrize("variables", [{}, {"thinks": False}])
+def test_the_prompt_of_a_later_turn_is_that_of_its_training_row(template: str, variables: dict[str, Any]) -> None:
+    tokenizer = tiny_tokenizer(template)
+    settings = RowSettings(max_length=1024, chat_template_kwargs=variables if template is THINKING else {})
+    first = {"role": "assistant", "content": "five.", **({"reasoning_content": "2+3"} if template is THINKING else {})}
+    turns = [{"role": "user", "content": "two and three?"}, first, {"role": "user", "content": "sure?"}]
+    (rows,) = encode(tokenizer, [Conversation("row", [*turns, {"role": "assistant", "content": "yes"}])], settings)
+    assert not isinstance(rows, Exception)
+    row = rows[-1]
+    starts = [i for i, trained in enumerate(row.supervised) if trained and not row.supervised[i - 1]]
+    assert prompt_ids(tokenizer, [Conversation("row", turns)], settings) == [row.ids[: starts[-1]].tolist()]
