@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main as cli
+from lightning_lora.cli.commands import COMMANDS
 from lightning_lora.cli.embedded import MODEL, VALIDATION
 from lightning_lora.cli.generate.run_settings import read_run_settings
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ConfigError
 from tests.cli.generate.runs import SHORT
-from tests.support import warm
+from tests.support import toys, warm
 from tests.support.commands import COMMAND
 
 
@@ -183,6 +186,16 @@ def test_a_prompt_that_is_too_long_is_found_before_any_answer(
     printed = capsys.readouterr()
     assert "p.txt, line 10: the prompt has" in printed.err
     assert printed.out == ""
+
+
+def test_commands_in_the_documentation_are_understood() -> None:
+    page = (toys.ROOT / "docs" / "generate.md").read_text()
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("lightning-lora generate")]
+    parser = ArgumentParser(exit_on_error=False)
+    COMMANDS["generate"].configure(parser)
+    assert len(commands) >= 5
+    for command in commands:
+        assert parser.parse_args(command[2:]).run == Path("runs/sft/version_0")
 
 
 def test_a_process_says_nothing_but_its_notes(adapter: Path, tmp_path: Path) -> None:
