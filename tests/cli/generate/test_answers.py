@@ -219,7 +219,7 @@ def test_a_stopped_answer_is_interrupted_not_ended(tuned: Any, tokenizer: Any) -
 
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
-    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if loop.last %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
     "{{ m.content }}<|end|>{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% if thinks is defined and not thinks %}<think></think>{% endif %}"
     "{% endif %}"
