@@ -40,7 +40,7 @@ class SFTDataModule(LightningDataModule):
     The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
     ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
     and ``completion``, ``question`` and ``answer``, ``text``. Beside these a row may have a system prompt, tools,
-    documents, options, history and a weight: see the page on data. Conversations are rendered by the tokenizer's chat
+    documents, options, history and a weight (docs/data.md). Conversations are rendered by the tokenizer's chat
     template. The loss is on every assistant turn and the token that ends it, or on all of a plain text.
 
     Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where

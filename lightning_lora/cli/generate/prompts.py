@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,8 +104,10 @@ def read_prompt(row: Row, settings: RowSettings) -> Prompt:
 
 
 def _read(name: str, settings: RowSettings) -> Iterator[Prompt]:
-    if Path(name).suffix.lower() == ".txt" and Path(name).is_file():
-        yield from _lines(Path(name))
+    if name.lower().endswith(".txt") and (files := sorted(glob(os.path.expanduser(name), recursive=True))):
+        # Unlike in training, where such a file is one long text.
+        for file in files:
+            yield from _lines(Path(file))
         return
     for source in find_sources(name, "test"):
         for row in source.rows():

@@ -38,12 +38,8 @@ def read_variables(row: NamedRow) -> dict[str, Any]:
     for column in ("functions", "tools"):
         if (given := row.take(column)) is not None and (tools := read_tools(given, column, row.place)):
             variables["tools"] = tools
-    if (given := row.take("documents")) is not None:
-        documents = structure(given, "documents", row.place)
-        if not isinstance(documents, list):
-            raise RowError(row.place, "'documents' must be a list, or its JSON text", f", got {short(given)}.")
-        if documents:
-            variables["documents"] = documents
+    if (given := row.take("documents")) is not None and (documents := _documents(row, given)):
+        variables["documents"] = documents
     return variables
 
 
@@ -55,6 +51,17 @@ def read_weight(row: NamedRow) -> float:
     """
     value = row.take("weight")
     return 1.0 if value is None else positive_number(value, "weight", row.place)
+
+
+def _documents(row: NamedRow, given: Any) -> list[dict[str, Any]]:
+    """Documents as objects, which is what templates read; a text becomes the ``text`` of one."""
+    found = structure(given, "documents", row.place)
+    listed = found if isinstance(found, list) else [None]
+    documents: list[Any] = [{"text": item} if isinstance(item, str) else item for item in listed]
+    if not all(isinstance(item, dict) for item in documents):
+        kind = "'documents' must be a list of objects or texts, or its JSON text"
+        raise RowError(row.place, kind, f", got {short(given)}.")
+    return documents
 
 
 def _template_variables(row: NamedRow) -> dict[str, Any]:

@@ -41,8 +41,11 @@ def read_results(turn: dict[str, Any], key: str, place: str) -> list[str]:
     """
     value = turn.get(key)
     if value is not None and not isinstance(value, str) and not _is_parts(value):
-        value = json.dumps(cleaned(value, key, place), ensure_ascii=False)
-        return [read_content({key: value}, key, place, empty=True)]
+        try:
+            return [json.dumps(cleaned(value, key, place), ensure_ascii=False)]
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = f"{key!r} of a tool must be text or a value of JSON"
+            raise RowError(place, kind, f", got {short(value)}.") from error
     text = read_content(turn, key, place, empty=True)
     results = _RESPONSE.findall(text)
     return results if results and not _RESPONSE.sub("", text) else [text]

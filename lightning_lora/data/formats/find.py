@@ -13,7 +13,7 @@ from ..reading import Row
 from ..records import Conversation, Text
 from ..settings import RowSettings
 from .beside import read_variables, read_weight, with_system
-from .names import COLUMNS, FORMATS
+from .names import BESIDE, COLUMNS, FORMATS
 from .question import read_answer, read_question
 from .row import NamedRow
 from .suggest import suggest_names
@@ -44,9 +44,11 @@ class Format:
             named.take("text")
             text, weight = read_text(named.columns, "text", row.place), read_weight(named)
             return Text(row.place, text, weight, named.left(), frozenset(named.renamed))
-        turns = with_system(named, self._turns(named))
+        turns, variables, weight = self._turns(named), {}, 1.0
+        if not BESIDE.isdisjoint(named.columns):
+            turns = with_system(named, turns)
+            variables, weight = read_variables(named), read_weight(named)
         messages, untrained = [turn.message for turn in turns], _untrained(turns, row.place, self.settings)
-        variables, weight = read_variables(named), read_weight(named)
         renamed = frozenset(named.renamed)
         return Conversation(row.place, messages, untrained, variables, weight, named.left(), renamed)
 

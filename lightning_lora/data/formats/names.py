@@ -20,13 +20,13 @@ FORMATS = (
 )
 """Columns of the known formats. A row with the columns of several formats is read by the first of them."""
 
-BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs", "weight")
+BESIDE = frozenset(("system", "tools", "functions", "documents", "chat_template_kwargs", "weight"))
 """Columns that a conversation may have in any format."""
-QUESTION = ("input", "context", "options", "choices", "history")
+QUESTION = frozenset(("input", "context", "options", "choices", "history"))
 """Columns that a question may have."""
 COLUMNS = frozenset(name for names in (*FORMATS, BESIDE, QUESTION) for name in names)
 
-TRAINED = ("weight", "train", "training", "loss", "loss_weight", "loss_mask")
+TRAINED = frozenset(("weight", "train", "training", "loss", "loss_weight", "loss_mask"))
 """Keys of a message that say whether it is trained on: OpenAI's; axolotl's; ms-swift's, XTuner's, LLaMA-Factory's."""
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bad_rows import RowError
+from .names import QUESTION
 from .row import NamedRow
 from .turns import Turn, read_turns
 from .values import parsed, read_text, short
@@ -23,6 +24,8 @@ def read_question(row: NamedRow, column: str) -> list[Turn]:
         return [Turn(turn.message, trained=False) for turn in read_turns(row, column)]
     row.take(column)
     asked = read_text(row.columns, column, row.place)
+    if QUESTION.isdisjoint(row.columns):
+        return [Turn({"role": "user", "content": asked})]
     options = [option for name in ("options", "choices") for option in _options(row, name)]
     passages = [_passage(row, name) for name in (("input", "context") if column == "instruction" else ("context",))]
     asked = "\n\n".join(text for text in ("\n".join([asked, *options]), *passages) if text)

@@ -51,6 +51,8 @@ class NamedRow:
 
     def left(self) -> frozenset[str]:
         """Names of filled columns that nothing has read, and `unused`."""
+        if not self.unused and self.columns.keys() <= self._taken:
+            return frozenset()
         columns = (name for name, value in self.columns.items() if name not in self._taken and value not in (None, ""))
         return frozenset([*self.unused, *(self._own.get(name, name) for name in columns)])
 

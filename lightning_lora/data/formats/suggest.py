@@ -35,8 +35,9 @@ def suggest_names(columns: Iterable[str]) -> dict[str, str]:
 
 def _assigned(wanted: tuple[str, ...], columns: list[str]) -> tuple[float, dict[str, str]]:
     """How near the columns are to the wanted ones, and the column that would be each; order decides among strangers."""
-    free = [column for column in columns if column in wanted or column not in COLUMNS] or columns
-    pairs = sorted(((_nearness(own, known), own, known) for own in free for known in wanted), key=lambda pair: -pair[0])
+    # Columns that mean something beside the wanted ones are taken last.
+    strangers = sorted(columns, key=lambda own: own in COLUMNS)
+    pairs = sorted(((_nearness(own, known), own, known) for own in columns for known in wanted), reverse=True)
     own_of: dict[str, str] = {}
     total = 0.0
     for near, own, known in pairs:
@@ -44,10 +45,9 @@ def _assigned(wanted: tuple[str, ...], columns: list[str]) -> tuple[float, dict[
             own_of[known] = own
             total += near
     for known in wanted:
-        left = [own for own in free if own not in own_of.values()]
-        if known not in own_of and left:
-            own_of[known] = left[0]
-    return total / len(wanted), {own_of[known]: known for known in wanted if known in own_of}
+        if known not in own_of:
+            own_of[known] = next(own for own in strangers if own not in own_of.values())
+    return total / len(wanted), {own_of[known]: known for known in wanted}
 
 
 def _nearness(own: str, known: str) -> float:

@@ -77,14 +77,14 @@ def _read_turn(row: NamedRow, place: str, keys: tuple[str, str], turn: Any) -> l
     role_key, content_key = _present(turn, ROLE_KEYS, keys[0]), _present(turn, CONTENT_KEYS, keys[1])
     role = find_role(read_text(turn, role_key, place), place)
     trained = _trained(row, turn, role, place)
-    rest = _rest(turn, (role_key, content_key), place)
+    rest = _rest(row, turn, (role_key, content_key), place)
     if role == CALL:
         rest["tool_calls"] = _only_calls(turn, content_key, place)
         return [Turn({"role": "assistant", "content": "", **rest}, trained, joins=True)]
     if role == "tool":
         results = read_results(turn, content_key, place)
         return [Turn({"role": role, "content": result, **rest}) for result in results]
-    writes = role == "assistant" and any(rest.get(key) for key in ("tool_calls", *THINKING))
+    writes = bool(rest) and role == "assistant" and any(rest.get(key) for key in ("tool_calls", *THINKING))
     if writes and turn.get(content_key) is None:
         content = ""  # not None, which templates without a check for it would print
     else:
@@ -95,19 +95,23 @@ def _read_turn(row: NamedRow, place: str, keys: tuple[str, str], turn: Any) -> l
 
 def _present(turn: dict[str, Any], keys: tuple[str, ...], usual: str) -> str:
     """The first of the keys that has a value, beginning with the usual one."""
-    return next((key for key in (usual, *keys) if turn.get(key) is not None), usual)
+    if turn.get(usual) is not None:
+        return usual
+    return next((key for key in keys if turn.get(key) is not None), usual)
 
 
 def _trained(row: NamedRow, turn: dict[str, Any], role: str, place: str) -> bool:
     """Whether the keys of a message leave it in the loss."""
     flags: dict[str, bool] = {}
-    for key in TRAINED:
+    for key in turn.keys() & TRAINED:
         value = turn.get(key)
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowError(place, f"{key!r} of a message must be 0, 1, true or false", f", got {short(value)}.")
         flags[key] = bool(value)
+    if not flags:
+        return True
     if len(set(flags.values())) > 1:
         raise RowError(place, "its keys contradict each other about training", f": {flags}.")
     if role not in ("assistant", CALL):  # nothing of others is trained on, whatever their key says
@@ -115,13 +119,15 @@ def _trained(row: NamedRow, turn: dict[str, Any], role: str, place: str) -> bool
     return all(flags.values())
 
 
-def _rest(turn: dict[str, Any], read: tuple[str, str], place: str) -> dict[str, Any]:
+def _rest(row: NamedRow, turn: dict[str, Any], read: tuple[str, str], place: str) -> dict[str, Any]:
     """All other keys, calls in the shape that templates read."""
     rest = {}
     for key, value in turn.items():
         if key in read or key in TRAINED or value is None:
             continue
-        if key in ("tool_calls", "function_call"):
+        if key in ("role", "content"):  # beside those of the other format, which were read
+            row.unused.add(key)
+        elif key in ("tool_calls", "function_call"):
             # Templates ask whether there is such a key, so an empty list must not stay.
             if value not in ([], {}, ""):
                 rest["tool_calls"] = rest.get("tool_calls", []) + read_calls(value, key, place)

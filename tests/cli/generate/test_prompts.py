@@ -84,6 +84,7 @@ def test_every_line_of_a_text_file_is_a_prompt(tmp_path: Path) -> None:
     prompts = read_prompts(str(file), SETTINGS)
     assert [messages(prompt)[0]["content"] for prompt in prompts] == ["one?", " two "]
     assert prompts[1].record.place == f"{file}, line 3"
+    assert read_prompts(str(tmp_path / "*.txt"), SETTINGS) == prompts
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe"])
