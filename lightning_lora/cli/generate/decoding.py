@@ -106,7 +106,7 @@ def continue_tokens(
             if criteria:
                 options["stopping_criteria"] = list(criteria)
             ids, mask = left_padded(batch, pad_id, model.device)
-            output: Any = model.generate(ids, attention_mask=mask, generation_config=config, **options)
+            output: Any = model.generate(ids, attention_mask=mask, generation_config=config, **options)  # pyright: ignore[reportCallIssue]
             found += [_until_stop(row, stop_ids) for row in output[:, ids.shape[1] :].tolist()]
     return found
 

@@ -149,10 +149,9 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
     checkpoint = read_checkpoint(path)
     settings = _task_settings(checkpoint, path)
     recorded = settings["model"]
-    if how.base:
-        settings["model"] = how.base
+    settings |= {"dtype": how.dtype, **({"model": how.base} if how.base else {})}
     try:
-        task = CausalLM(**settings | {"dtype": how.dtype})
+        task = CausalLM(**settings)
     except ConfigError as error:
         hint = "" if how.base else f" The run has named it so: name its present place with --base, for {recorded!r}."
         raise ConfigError(f"{path}: {error}{hint}") from error

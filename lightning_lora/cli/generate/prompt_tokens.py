@@ -50,8 +50,9 @@ def prompt_ids(
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> list[int]:
     """Tokens at which an answer ends: those of the chat template, of the tokenizer, and of the model."""
     of_model: Any = getattr(model.generation_config, "eos_token_id", None)
-    of_model = of_model if isinstance(of_model, list) else [of_model]
-    found = {*of_model, tokenizer.eos_token_id, end_of_answer_id(tokenizer, settings)}
+    of_tokenizer: Any = tokenizer.eos_token_id
+    found = {*(of_model if isinstance(of_model, list) else [of_model]), of_tokenizer}
+    found.add(end_of_answer_id(tokenizer, settings))
     for tools in (False, True):
         profile = find_profile(tokenizer, settings, tools)
         found.update(end_of_turn_ids(tokenizer, profile.template.text) if profile else ())

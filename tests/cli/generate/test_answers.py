@@ -126,8 +126,7 @@ def test_draws_come_from_the_seed_and_leave_other_draws_alone(tuned: Any, tokeni
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy(tuned: Any, tokenizer: Any, answers: list[Answer]) -> None:
-    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
-        sampling = Sampling(16, temperature=2.0, **narrow)
+    for sampling in (Sampling(16, temperature=2.0, top_k=1), Sampling(16, temperature=2.0, top_p=1e-6)):
         assert generate(tuned, tokenizer, PROMPTS, SETTINGS, sampling) == answers
 
 
@@ -173,7 +172,8 @@ def test_variables_of_settings_and_of_the_row_reach_the_template() -> None:
     record = Conversation(
         "row", [{"role": "user", "content": "x"}], variables={"tools": [{"name": "t"}], "b": "2", "c": "3"}
     )
-    assert tokenizer.decode(prompt_ids(tokenizer, [record], settings)[0]).startswith("t/one/2/3/")
+    (ids,) = prompt_ids(tokenizer, [record], settings)
+    assert str(tokenizer.decode(ids)).startswith("t/one/2/3/")
 
 
 def test_a_template_of_the_settings_decides_prompt_and_end(base: Any) -> None:

@@ -26,9 +26,9 @@ def chat(source: Path, folder: Path, text: str, *options: str) -> tuple[int, str
     """Exit code, output and notes of a conversation in which ``text`` is typed, then Ctrl-D."""
     (folder / "in").write_text(text)
     arguments = ["generate", source, "--chat", "--device=cpu", f"--max_new_tokens={MOST}", *options]
-    files = {name: folder / name for name in ("stdout", "stderr")}
-    code = warm.Process(*COMMAND, *arguments, cwd=folder, stdin=folder / "in", **files).wait(60)
-    return code, files["stdout"].read_text(), files["stderr"].read_text()
+    out, err = folder / "out", folder / "err"
+    code = warm.Process(*COMMAND, *arguments, cwd=folder, stdin=folder / "in", stdout=out, stderr=err).wait(60)
+    return code, out.read_text(), err.read_text()
 
 
 def answer(model: Any, tokenizer: Any, *turns: str, system: str | None = None) -> tuple[str, str]:
@@ -91,16 +91,16 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(adapter: Path, tm
     os.mkfifo(tmp_path / "in")
     # Open for both, so that neither side waits for the other.
     keyboard = os.open(tmp_path / "in", os.O_RDWR)
-    files = {name: tmp_path / name for name in ("stdout", "stderr")}
-    files["stdout"].touch()
+    out, err = tmp_path / "out", tmp_path / "err"
+    out.touch()
     draws = ["--temperature=3", "--seed=1", "--max_new_tokens=1000"]  # an answer that does not end for a while
     arguments = ["generate", adapter, "--chat", "--device=cpu", *draws]
-    process = warm.Process(*COMMAND, *arguments, cwd=tmp_path, stdin=tmp_path / "in", **files)
+    process = warm.Process(*COMMAND, *arguments, cwd=tmp_path, stdin=tmp_path / "in", stdout=out, stderr=err)
 
     def printed(words: str, count: int = 1) -> str:
         deadline = time.monotonic() + 60
-        while (text := files["stdout"].read_text()).count(words) < count and time.monotonic() < deadline:
-            assert process.poll() is None, files["stderr"].read_text()
+        while (text := out.read_text()).count(words) < count and time.monotonic() < deadline:
+            assert process.poll() is None, err.read_text()
             time.sleep(0.02)
         assert text.count(words) >= count, text
         return text
@@ -112,7 +112,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(adapter: Path, tm
     assert printed("(interrupted)\nyou> ").count("(interrupted)") == 1
     process.send_signal(signal.SIGINT)  # at the prompt it only leaves the line
     deadline = time.monotonic() + 60
-    while "/quit or Ctrl-D to end" not in files["stderr"].read_text() and time.monotonic() < deadline:
+    while "/quit or Ctrl-D to end" not in err.read_text() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.write(keyboard, b"Again\n")
     printed("tuned> ", 2)
