@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ def test_the_template_of_the_run_can_be_replaced(run_folder: Path, tmp_path: Pat
     options = ["--chat_template", tmp_path / "template.jinja", "--chat_template_kwargs", '{"greeting": "Good day!"}']
     assert call(run_folder, "--prompt=What is 2 + 3?", *options, "--out", other) == 0
     assert lines(out)[0]["answer"] != lines(other)[0]["answer"]
+
+
+def test_the_template_of_the_run_is_used(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    shutil.copytree(adapter, tmp_path / "adapters" / "last")
+    answers = []
+    for settings in (
+        {},
+        {"chat_template": "{{ word }} {{ messages[0].content }}", "chat_template_kwargs": {"word": "A"}},
+    ):
+        write_config(tmp_path, **settings)
+        assert call(tmp_path, "--prompt=What is 2 + 3?", "--out", out) == 0
+        answers.append(lines(out)[0]["answer"])
+    assert answers[0] != answers[1]
 
 
 BAD: dict[str, tuple[list[str], str]] = {
