@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import AdapterFileError, ConfigError, did_you_mean
+from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigError, did_you_mean
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
@@ -138,7 +138,13 @@ def _load_adapter_folder(path: Path, how: Loading, tokenizer: str | None, compar
     if not name:
         raise ConfigError(f"{path} does not say on which base it was trained: name it with --base.")
     model = _load_base(name, how, None if how.base else path)
-    load_adapter(model, path, how.allow_other_base)
+    try:
+        load_adapter(model, path, how.allow_other_base)
+    except BaseMismatchError as error:
+        raise BaseMismatchError(
+            f"{error} On this command line: --base names another base, --allow-other-base takes this one. The run folder "
+            "of a run on a quantised base loads that base."
+        ) from error
     has_tokenizer = (path / "tokenizer_config.json").is_file()
     return Loaded(
         model, find_tokenizer(tokenizer or (str(path) if has_tokenizer else name), None), f"{path} on {name}", True
@@ -236,3 +242,5 @@ def _move(model: PreTrainedModel, device: str) -> None:
         model.to(device)  # pyright: ignore[reportArgumentType]
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the model does not fit on {device}: give --device cpu, or --dtype bfloat16.") from error
+    except ValueError as error:  # of transformers, for 8-bit weights
+        raise ConfigError(f"the model cannot be moved to {device}: {error} Give --device cpu.") from error
