@@ -142,8 +142,8 @@ def _load_adapter_folder(path: Path, how: Loading, tokenizer: str | None, compar
         load_adapter(model, path, how.allow_other_base)
     except BaseMismatchError as error:
         raise BaseMismatchError(
-            f"{error} On this command line: --base names another base, --allow-other-base takes this one. The run folder "
-            "of a run on a quantised base loads that base."
+            f"{error} On this command line: --base names another base, --allow-other-base takes this one. The run "
+            "folder of a run on a quantised base loads that base."
         ) from error
     has_tokenizer = (path / "tokenizer_config.json").is_file()
     return Loaded(
