@@ -2,8 +2,8 @@
 
 Read in this order: `main` (which command) with `missing_package` (its advice), `commands` (those beside ``fit``),
 `lora_cli` (``fit`` and the others of LightningCLI) with `parser`, `run_config` and `probe`, `demo`, `demo_arm` and
-`demo_remarks` on the `embedded` model and data, `export` and `end_tokens`, `inspection` and `inspection_table`, `quiet`
-(the libraries below us).
+`demo_remarks` on the `embedded` model and data, `export` and `end_tokens`, `generate` (what a model answers),
+`inspection` and `inspection_table`, `quiet` (the libraries below us).
 """
 
 from typing import TYPE_CHECKING
