@@ -35,7 +35,8 @@ from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
-from lightning_lora.cli.quiet import quiet_libraries
+from lightning_lora.cli.preview import expand_arguments
+from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.study.batch_probe import BatchProbe
@@ -58,6 +59,15 @@ DEFAULTS = (
 )
 # A probe leaves nothing behind that a run could go on from.
 PROBE_DEFAULTS = (RunLock, FiniteGradients, MemoryAdvice, LoRAGuard)
+# A preview trains nothing.
+PREVIEW_TRAINER = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class LoRACLI(LightningCLI):
@@ -82,9 +92,9 @@ class LoRACLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and ``probe``, which takes the arguments of ``fit``."""
+        """Lightning's subcommands, and ``probe`` and ``preview``, which take the arguments of ``fit``."""
         subcommands = LightningCLI.subcommands()
-        return subcommands | {"probe": subcommands["fit"]}
+        return subcommands | {"probe": subcommands["fit"], "preview": subcommands["fit"]}
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
@@ -135,8 +145,24 @@ class LoRACLI(LightningCLI):
                 lora.allow_other_base = True
 
     @override
+    def before_instantiate_classes(self) -> None:
+        """Leave out what ``preview`` does not need: loggers and callbacks, and a model to check LoRA settings on."""
+        if self.subcommand != "preview":
+            return
+        tell_infos(False)
+        settings: Any = self.config["preview"]
+        for name in ("logger", "callbacks", "plugins", "profiler"):
+            settings["trainer"][name] = False if name == "logger" else None
+        model = settings["model"]
+        if str(model.get("class_path")).startswith("lightning_lora."):
+            # Building a model to check the LoRA settings on would take longer than all else.
+            model["init_args"]["lora"] = model["init_args"]["quantization"] = None
+
+    @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         defaults = DEFAULTS
+        if self.subcommand == "preview":
+            return self.trainer_class(**PREVIEW_TRAINER)
         if self.subcommand == "probe":
             prepare_probe(config)
             self.save_config_callback, defaults = None, PROBE_DEFAULTS
@@ -194,6 +220,9 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         # In the environment, so that the processes a strategy starts see them too.
         os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
     _restrict_imports()
+    if arguments[0] == "preview":
+        tell_infos(False)
+        arguments = ["preview", *expand_arguments(arguments[1:])]
     sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
     LoRACLI()
     if torch.distributed.is_initialized():

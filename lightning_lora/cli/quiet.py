@@ -37,6 +37,12 @@ def quiet_libraries() -> None:
             sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
+def tell_infos(shown: bool) -> None:
+    """Show, or leave out, what Lightning and we say of the Trainer and the data. Warnings are always shown."""
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.INFO if shown else logging.WARNING)
+
+
 @dataclass(frozen=True)
 class _LeaveOut:
     """A logging filter; equal ones are added to a logger once."""
