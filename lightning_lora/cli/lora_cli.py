@@ -33,6 +33,7 @@ from lightning_lora.callbacks import (
 from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.checkpoints.verified_io import is_local
+from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
 from lightning_lora.cli.preview import expand_arguments
@@ -56,6 +57,7 @@ DEFAULTS = (
     CheckpointGuard,
     AdapterCheckpoint,
     SteadyLoggers,
+    EndOfRun,
 )
 # A probe leaves nothing behind that a run could go on from.
 PROBE_DEFAULTS = (RunLock, FiniteGradients, MemoryAdvice, LoRAGuard)
@@ -98,6 +100,8 @@ class LoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
+        if end := found(self.trainer, EndOfRun):
+            end.keep_metrics(self.trainer)
         # The folder of another logger may be known only when it has begun, and then the callback itself is in time.
         if isinstance(self.trainer.logger, CSVLogger) and (lock := found(self.trainer, RunLock)):
             lock.acquire(self.trainer)
