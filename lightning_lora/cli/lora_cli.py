@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -46,6 +46,8 @@ from lightning_lora.trainer_access import found
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
+RUNS = "runs"
+"""The folder for loggers whose ``save_dir`` is empty, without a ``default_root_dir``."""
 # RunLock comes first: nothing may be written in a folder where another run writes.
 DEFAULTS = (
     RunLock,
@@ -78,11 +80,13 @@ class LoRACLI(LightningCLI):
     In a script of your own: ``from lightning_lora.cli import LoRACLI`` and ``LoRACLI(MyModule, MyData)``. Arguments are
     those of LightningCLI; a model or data class that is not given is chosen by class path in the config. The optimizer
     is the module's own: the one LightningCLI would build sees the parameters before the adapters exist, and trains
-    nothing. The callbacks of `DEFAULTS` and `LoRAProgressBar` are added unless the config brings its own.
+    nothing. The callbacks of `DEFAULTS` and `LoRAProgressBar` are added unless the config brings its own. A logger with
+    an empty ``save_dir`` writes in ``trainer.default_root_dir``, or in ``runs`` without one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         quiet_libraries()
+        self._filled: list[Any] = []
         kwargs.setdefault("seed_everything_default", 0)
         kwargs.setdefault("parser_class", LoRAArgumentParser)
         kwargs.setdefault("trainer_class", ProbingTrainer)
@@ -150,7 +154,11 @@ class LoRACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Leave out what ``preview`` does not need: loggers and callbacks, and a model to check LoRA settings on."""
+        """Give loggers their folder, and leave out what ``preview`` does not need: loggers, callbacks, LoRA settings."""
+        root = self._get(self.config, "trainer.default_root_dir") or RUNS
+        for logger in self._loggers_without_folder():
+            logger["init_args"]["save_dir"] = str(root)
+            self._filled.append(logger)
         if self.subcommand != "preview":
             return
         tell_infos(False)
@@ -164,6 +172,8 @@ class LoRACLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        while self._filled:  # the config that is saved beside the run can be moved again
+            self._filled.pop()["init_args"]["save_dir"] = ""
         defaults = DEFAULTS
         if self.subcommand == "preview":
             return self.trainer_class(**PREVIEW_TRAINER)
@@ -181,6 +191,16 @@ class LoRACLI(LightningCLI):
                 raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
             callbacks.append(TargetBatchSize(rows))
         return super()._instantiate_trainer(config, callbacks)
+
+    def _loggers_without_folder(self) -> list[Any]:
+        """The loggers of the config whose ``save_dir`` is empty."""
+        given = self._get(self.config, "trainer.logger")
+        loggers = given if isinstance(given, list) else [given]
+        return [
+            logger
+            for logger in loggers
+            if isinstance(logger, Namespace) and logger.get("init_args", Namespace()).get("save_dir") == ""
+        ]
 
     @override
     def _parse_ckpt_path(self) -> None:

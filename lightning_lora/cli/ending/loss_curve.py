@@ -93,6 +93,7 @@ def draw(curve: LossCurve, path: Path) -> None:
         axes.plot(steps, losses, color="tab:orange", marker="o", linewidth=1, label=curve.validation_name)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_file(path) as file:
@@ -100,11 +101,13 @@ def draw(curve: LossCurve, path: Path) -> None:
 
 
 def smoothed(losses: tuple[float, ...]) -> numpy.ndarray:
-    """The mean over neighbouring steps, a twentieth of all before and after each; fewer at both ends.
+    """The mean over a step and its neighbours, at least one and a twentieth of all on each side; fewer at both ends.
 
-    >>> smoothed((1.0, 3.0)).tolist()
-    [1.0, 3.0]
+    >>> smoothed((1.0, 2.0, 6.0)).tolist()
+    [1.5, 3.0, 4.0]
     """
-    kernel = numpy.ones(2 * (len(losses) // 20) + 1)
+    if len(losses) < 3:
+        return numpy.array(losses)
+    kernel = numpy.ones(2 * max(1, len(losses) // 20) + 1)
     counts = numpy.convolve(numpy.ones(len(losses)), kernel, mode="same")
     return numpy.convolve(losses, kernel, mode="same") / counts
