@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_lora.callbacks import (
@@ -34,12 +37,14 @@ from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.ending.end_of_run import EndOfRun
+from lightning_lora.cli.mistakes.config_files import check_config_files
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
 from lightning_lora.cli.preview import expand_arguments
 from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.cli.missing_package import missing_package
+from lightning_lora.errors import AdapterFileError, ConfigError, did_you_mean, user_error
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.trainer_access import found
 
@@ -104,6 +109,10 @@ class LoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
+        if self.datamodule is None and not is_overridden("train_dataloader", self.model):
+            raise ConfigError(
+                "there is no data: give --config FILE that names some, as cli_configs/sft.yaml does, or --data CLASS_PATH."
+            )
         if end := found(self.trainer, EndOfRun):
             end.keep_metrics(self.trainer)
         # The folder of another logger may be known only when it has begun, and then the callback itself is in time.
@@ -118,6 +127,19 @@ class LoRACLI(LightningCLI):
     def before_probe(self) -> None:
         """Lock the folder of the probe."""
         self.before_fit()
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Check the config files before they are parsed."""
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list):
+            try:
+                check_config_files(arguments)
+            except ConfigError as error:
+                _refuse(parser, error)
+            for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
+                each.given = arguments  # pyright: ignore[reportAttributeAccessIssue]
+        super().parse_arguments(parser, args)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -190,7 +212,14 @@ class LoRACLI(LightningCLI):
             if any(isinstance(callback, TargetBatchSize) for callback in own):
                 raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
             callbacks.append(TargetBatchSize(rows))
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if user_error(error) or missing_package(error):
+                raise
+            known = StrategyRegistry.available_strategies() if "strategy name" in str(error) else ()
+            near = did_you_mean(str(config.get("strategy")), known)
+            raise ConfigError(f"trainer: {' '.join(str(error).split()).rstrip('.!')}{near}") from error
 
     def _loggers_without_folder(self) -> list[Any]:
         """The loggers of the config whose ``save_dir`` is empty."""
@@ -215,6 +244,13 @@ class LoRACLI(LightningCLI):
             if not os.path.samefile(whole, path):
                 settings["ckpt_path"] = str(whole)
         super()._parse_ckpt_path()
+
+
+def _refuse(parser: LightningArgumentParser, error: ConfigError) -> NoReturn:
+    """Exit with code 2 and the error as it is, or as another parser of the user's choice puts it."""
+    if isinstance(parser, LoRAArgumentParser):
+        parser.refuse(str(error))
+    parser.error(str(error))
 
 
 def _check_ckpt_path(path: str, is_fit: bool) -> None:

@@ -166,7 +166,9 @@ def _written(trainer: Trainer, folder: Path) -> dict[str, Path]:
     best = Path(keeper.best_model_path) if keeper and keeper.monitor and keeper.best_model_path else None
     if best and best.exists():
         files["best checkpoint"] = best
-    checkpoints = Path(keeper.dirpath) if keeper and keeper.dirpath and is_local(keeper.dirpath) else folder / "checkpoints"
+    checkpoints = (
+        Path(keeper.dirpath) if keeper and keeper.dirpath and is_local(keeper.dirpath) else folder / "checkpoints"
+    )
     last = max(checkpoints.glob("*.ckpt"), key=os.path.getmtime, default=None)
     if last and best and os.path.samefile(last, best):
         files["best and last checkpoint"] = files.pop("best checkpoint")
