@@ -1,4 +1,4 @@
-"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict`` and ``probe``."""
+"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict``, ``probe`` and ``preview``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -14,9 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_lora.callbacks import (
@@ -33,18 +31,16 @@ from lightning_lora.callbacks import (
     SteadyLoggers,
     TargetBatchSize,
 )
-from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.fallback import choose_checkpoint
-from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.cli.mistakes.config_files import check_config_files
+from lightning_lora.cli.mistakes.running import check_ckpt_path, check_data, trainer_error
 from lightning_lora.cli.parser import LoRAArgumentParser
-from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
 from lightning_lora.cli.preview import expand_arguments
+from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
-from lightning_lora.cli.missing_package import missing_package
-from lightning_lora.errors import AdapterFileError, ConfigError, did_you_mean, user_error
+from lightning_lora.errors import ConfigError
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.trainer_access import found
 
@@ -109,10 +105,7 @@ class LoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
-        if self.datamodule is None and not is_overridden("train_dataloader", self.model):
-            raise ConfigError(
-                "there is no data: give --config FILE that names some, as cli_configs/sft.yaml does, or --data CLASS_PATH."
-            )
+        check_data(self.model, self.datamodule)
         if end := found(self.trainer, EndOfRun):
             end.keep_metrics(self.trainer)
         # The folder of another logger may be known only when it has begun, and then the callback itself is in time.
@@ -136,7 +129,8 @@ class LoRACLI(LightningCLI):
             try:
                 check_config_files(arguments)
             except ConfigError as error:
-                _refuse(parser, error)
+                refuse = getattr(parser, "refuse", parser.error)  # a parser of the user's choice has no such method
+                refuse(str(error))
             for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
                 each.given = arguments  # pyright: ignore[reportAttributeAccessIssue]
         super().parse_arguments(parser, args)
@@ -176,7 +170,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Give loggers their folder, and leave out what ``preview`` does not need: loggers, callbacks, LoRA settings."""
+        """Give loggers their folder, and leave out what ``preview`` does not need."""
         root = self._get(self.config, "trainer.default_root_dir") or RUNS
         for logger in self._loggers_without_folder():
             logger["init_args"]["save_dir"] = str(root)
@@ -215,11 +209,7 @@ class LoRACLI(LightningCLI):
         try:
             return super()._instantiate_trainer(config, callbacks)
         except (MisconfigurationException, TypeError, ValueError) as error:
-            if user_error(error) or missing_package(error):
-                raise
-            known = StrategyRegistry.available_strategies() if "strategy name" in str(error) else ()
-            near = did_you_mean(str(config.get("strategy")), known)
-            raise ConfigError(f"trainer: {' '.join(str(error).split()).rstrip('.!')}{near}") from error
+            raise trainer_error(error, config) from error
 
     def _loggers_without_folder(self) -> list[Any]:
         """The loggers of the config whose ``save_dir`` is empty."""
@@ -238,31 +228,12 @@ class LoRACLI(LightningCLI):
         settings: Any = self.config[subcommand] if subcommand else {}
         path = settings.get("ckpt_path")
         if path:
-            _check_ckpt_path(path, is_fit=subcommand in ("fit", "probe"))
+            check_ckpt_path(path, is_fit=subcommand in ("fit", "probe"))
         if path and Path(path).is_file():
             whole = choose_checkpoint(Path(path), fall_back=subcommand in ("fit", "probe")).path
             if not os.path.samefile(whole, path):
                 settings["ckpt_path"] = str(whole)
         super()._parse_ckpt_path()
-
-
-def _refuse(parser: LightningArgumentParser, error: ConfigError) -> NoReturn:
-    """Exit with code 2 and the error as it is, or as another parser of the user's choice puts it."""
-    if isinstance(parser, LoRAArgumentParser):
-        parser.refuse(str(error))
-    parser.error(str(error))
-
-
-def _check_ckpt_path(path: str, is_fit: bool) -> None:
-    """Raise `AdapterFileError` for a path that can be no checkpoint, before the model is built."""
-    if path == "best" or (path == "last" and not is_fit):
-        raise AdapterFileError(
-            f"ckpt_path {path!r} stands for a checkpoint of a fit in the same process, and a command is a process of "
-            "its own: give the path, as runs/sft/version_0/checkpoints/last.ckpt."
-        )
-    if path not in ("last", "hpc") and is_local(path) and not Path(path).exists():
-        raise AdapterFileError(f"ckpt_path: there is no {path}.")
-    refuse_other_files(path)
 
 
 def _example(subcommand: str) -> str:
@@ -280,11 +251,15 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         # In the environment, so that the processes a strategy starts see them too.
         os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
     _restrict_imports()
-    if arguments[0] == "preview":
-        tell_infos(False)
+    is_preview = arguments[0] == "preview"
+    if is_preview:
         arguments = ["preview", *expand_arguments(arguments[1:])]
     sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
-    LoRACLI()
+    try:
+        tell_infos(not is_preview)
+        LoRACLI()
+    finally:
+        tell_infos(True)
     if torch.distributed.is_initialized():
         # Threads of gloo that are left at exit may abort a process whose work is done.
         torch.distributed.destroy_process_group()

@@ -10,11 +10,11 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lightning_lora.cli.missing_package import missing_package_advice
 from lightning_lora.cli.mistakes.class_paths import wrong_class_path
 from lightning_lora.cli.mistakes.config_files import place_of
-from lightning_lora.cli.mistakes.options import arguments_of, full_names, nearest
+from lightning_lora.cli.mistakes.options import arguments_at, full_names, nearest
 from lightning_lora.cli.mistakes.values import last_class, wrong_value
-from lightning_lora.cli.missing_package import missing_package_advice
 from lightning_lora.errors import did_you_mean
 
 _NOT_ALLOWED = r"Importing '.*?' is not allowed"
@@ -60,7 +60,7 @@ class LoRAArgumentParser(LightningArgumentParser):
             return where + sentence
         if (found := re.search(_UNKNOWN_IN_CLASS, message)) and (kind := last_class(message)):
             place = self._place(f"{outer.group(1)}.init_args.{found.group(1)}") if outer else ""
-            return f"{where}{found.group(0)}{place}{did_you_mean(found.group(1), arguments_of(kind))}"
+            return f"{where}{found.group(0)}{place}{did_you_mean(found.group(1), arguments_at(kind))}"
         if found := re.search(_UNKNOWN, message):
             return self._unknown(next(filter(None, found.groups())))
         if found := re.search(_NO_SUBCLASS, message):

@@ -24,10 +24,9 @@ def find_source(run: Path) -> Path:
     steps = {folder: _adapter_step(folder) for folder in run.rglob("adapters/last") if (folder / CONFIG_FILE).is_file()}
     steps |= {file: read_checkpoint(file)["global_step"] for file in sorted(run.rglob("*.ckpt"))}
     if not steps:
-        what = "is a model, not a run: it" if (run / "config.json").is_file() else ""
+        place = f"{run} is a model, not a run: it" if (run / "config.json").is_file() else f"{run}"
         raise AdapterFileError(
-            f"{' '.join(filter(None, [str(run), what]))} holds no checkpoint (*.ckpt) and no adapter folder: give a run "
-            "folder, a checkpoint or an adapter folder."
+            f"{place} holds no checkpoint (*.ckpt) and no adapter folder: give a run folder or a file."
         )
     return max(steps, key=lambda source: (steps[source], source.is_file()))
 

@@ -124,7 +124,8 @@ class EndOfRun(Callback):
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and tell once, on the first rank, if there is a file that training has written."""
         has_trained, self._has_trained = self._has_trained, False
-        if not has_trained or not trainer.is_global_zero or not is_local(self._folder):
+        is_told = has_trained and trainer.is_global_zero and is_local(self._folder)
+        if not is_told or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         files = _written(trainer, Path(self._folder))
         if not files:

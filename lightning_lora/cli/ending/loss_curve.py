@@ -72,7 +72,8 @@ def read_metrics(path: Path) -> LossCurve:
         for row in csv.DictReader(file):
             values = {name: value for name, value in row.items() if name and value}
             step = int(values["step"]) + 1  # Lightning counts from 0
-            curve.train |= {step: float(values[name]) for name in TRAIN if name in values}
+            if (name := next(filter(values.get, TRAIN), None)) is not None:
+                curve.train[step] = float(values[name])
             if (name := validation_metric(values)) is not None:
                 curve.validation[step], curve.validation_name = float(values[name]), name
     return curve
@@ -81,6 +82,7 @@ def read_metrics(path: Path) -> LossCurve:
 def draw(curve: LossCurve, path: Path) -> None:
     """Draw the training loss of each step as a thin line, smoothed as a thick one, and validation as marks."""
     from matplotlib.figure import Figure  # late: the start of a run does not wait for it
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -93,7 +95,7 @@ def draw(curve: LossCurve, path: Path) -> None:
         axes.plot(steps, losses, color="tab:orange", marker="o", linewidth=1, label=curve.validation_name)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_file(path) as file:

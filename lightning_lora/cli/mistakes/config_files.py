@@ -99,8 +99,8 @@ def _described(error: yaml.MarkedYAMLError, text: str) -> str:
     if "\t" in line[: len(line) - len(line.lstrip())]:
         return f"{where}: indented with a tab; YAML takes spaces only."
     return (
-        f"{where}: {error.problem}. Is the line indented as its neighbours are? Settings of one group begin in the same "
-        "column, two columns behind the name of the group."
+        f"{where}: {error.problem}. Is the line indented as its neighbours are? Settings of one group begin in the "
+        "same column, two columns behind the name of the group."
     )
 
 

@@ -50,11 +50,14 @@ def full_names(known: Iterable[str]) -> set[str]:
     return names
 
 
-def arguments_of(kind: type | str) -> list[str]:
-    """Names of the arguments of a class, which may be given by its path; those of its base classes too."""
-    if isinstance(kind, str):
-        module, _, name = kind.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
+def arguments_at(path: str) -> list[str]:
+    """Names of the arguments of the class at a path, such as ``package.module.Class``."""
+    module, _, name = path.rpartition(".")
+    return arguments_of(getattr(importlib.import_module(module), name))
+
+
+def arguments_of(kind: type) -> list[str]:
+    """Names of the arguments of a class; those of its base classes too."""
     # Not inspect.signature: a task passes options on to its base class as **settings.
     return ArgumentParser().add_class_arguments(kind)
 

@@ -66,8 +66,8 @@ def _words(types: str) -> str:
     words = [f"one of {', '.join(choices)}"] if choices else []
     types = re.sub(r"\w*\.?Literal\[.*?\],? ?", "", types)
     for plain, generic in re.findall(r"<class '(.+?)'>|(\w[\w.]*(?:\[.*?\])?)", types):
-        name = (plain or generic.partition("[")[0]).rpartition(".")[2]
-        words.append(_WORDS.get(name, name))
+        name = str(plain or generic.partition("[")[0]).rpartition(".")[2]
+        words.append(_WORDS.get(name) or name)
     return " or ".join(dict.fromkeys(words))
 
 
