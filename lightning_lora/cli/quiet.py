@@ -29,6 +29,8 @@ def quiet_libraries() -> None:
         logging.getLogger(logger).addFilter(_LeaveOut(words))
     # Lightning 2.6 asks torch 2.13 in a way that torch will drop.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")
+    # Lightning 2.6 says at every start without TensorBoard what it takes instead.
+    warnings.filterwarnings("ignore", message="Starting from v1.9.0, `tensorboardX` has been removed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         # transformers reads the variable when it is imported, here and in the processes that a strategy starts.
