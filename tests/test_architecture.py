@@ -24,6 +24,7 @@ MODELS = (*LIGHTNING, "transformers", "datasets")
 # From the bottom up: a room imports from itself and those above its row, and from no other library of these.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "versions": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
     "lightning_private": LIGHTNING,

@@ -91,6 +91,39 @@ def _export(arguments: Namespace) -> None:
     print(export(arguments.run, arguments.out, arguments.format, arguments.target))
 
 
+def _generate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run folder, a checkpoint, an adapter folder, or a model folder")
+    asked = parser.add_argument_group("what is asked (by default three rows of the validation file of the run)")
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="a question (repeatable)")
+    asked.add_argument("--prompts", metavar="FILE", help="a file with rows as for training, or a .txt with lines")
+    asked.add_argument("--system", metavar="TEXT", help="system message of every conversation")
+    asked.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of the file")
+    asked.add_argument("--chat", action="store_true", help="talk to the model; /compare, /base, /reset, /quit")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--compare", action="store_true", help="show what the base answers beside it")
+    answers.add_argument("--out", type=Path, metavar="FILE", help="write all answers to this file, as JSON lines")
+    answers.add_argument("--max_new_tokens", type=int, metavar="N", help="tokens of an answer at most (default: 256)")
+    answers.add_argument("--temperature", type=float, help="0 takes the most probable token (the default)")
+    answers.add_argument("--top_p", type=float, help="draw from the most probable tokens up to this sum (default: 1)")
+    answers.add_argument("--top_k", type=int, metavar="N", help="draw from the N most probable tokens (default: all)")
+    answers.add_argument("--seed", type=int, help="seed of the draws (default: 0)")
+    answers.add_argument("--batch_size", type=int, metavar="N", help="prompts answered together (default: 8)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--which", metavar="last|best", help="which model of a run folder (default: last)")
+    model.add_argument("--base", help="folder or hub name of the base, in place of the recorded one")
+    model.add_argument("--allow-other-base", action="store_true", help="use a base the adapter was not trained on")
+    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)")
+    model.add_argument("--device", help="a device as torch names it (default: a GPU if there is one, else cpu)")
+    model.add_argument("--chat_template", help="name, file or text of a chat template, in place of that of the run")
+    model.add_argument("--chat_template_kwargs", metavar="JSON", help="variables of the chat template")
+
+
+def _generate(arguments: Namespace) -> None:
+    from lightning_lora.cli.generate.command import run_generate
+
+    run_generate(arguments)
+
+
 def _inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", help="a run folder, an adapter folder or an adapter-only checkpoint")
     parser.add_argument("--verify", action="store_true", help="require hashes, and say that they agree")
@@ -143,6 +176,12 @@ COMMANDS = {
         "lightning-lora export runs/sft/version_0 exported --format peft --for vllm",
         _export_arguments,
         _export,
+    ),
+    "generate": Command(
+        "Answer prompts with a trained model, beside the answers of its base; or chat with it.",
+        "lightning-lora generate runs/sft/version_0 --compare",
+        _generate_arguments,
+        _generate,
     ),
     "inspect": Command(
         "Show what an adapter or checkpoint is: base, ranks, roles, norms, spectra, health.",

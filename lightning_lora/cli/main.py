@@ -9,6 +9,7 @@ from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
+from lightning_lora.versions import installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview")
 _USAGE = """\
@@ -41,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage(), end="")
         return 0 if command else 2
     if command == "--version":
-        from importlib.metadata import version
-
-        print(f"lightning-lora {version('lightning-lora')}")
+        print(f"lightning-lora {installed_version('lightning-lora')}")
         return 0
     quiet_libraries()
     if command in COMMANDS:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 from transformers import PreTrainedTokenizerBase
@@ -12,9 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import ConfigError
 
 from .bad_rows import RowError
+from .chat.endings import end_of_turn_ids, special_tokens
+from .chat.masks import PLAIN, tokenise_marked
+from .chat.profile import Profile, end_of_answer_id, find_profile
+from .chat.template import find_template
+from .chat.turns import TYPED, Example, find_examples
 from .records import Conversation, Text
 from .settings import RowSettings
-from .template import Span, find_template, render_conversations
+
+DOUBLED = "the text holds the begin or end token already, so it is not put there again"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Encoded:
         ids: Token ids.
         supervised: Whether each token is trained on. The first token never is, as nothing precedes it.
         unused: Names of keys and variables of the conversation that the template does not read.
+        notes: What else is to be told about the row, in the same words for every row that it is true of.
 
     Shape:
         - ``ids``: ``(tokens,)``, int64; ``supervised``: ``(tokens,)``, bool.
@@ -33,6 +39,7 @@ class Encoded:
     ids: numpy.ndarray
     supervised: numpy.ndarray
     unused: frozenset[str] = frozenset()
+    notes: frozenset[str] = frozenset()
 
 
 def encode(
@@ -40,96 +47,159 @@ def encode(
 ) -> list[list[Encoded] | RowError]:
     """Tokenise records, in order: the rows of tokens that each becomes, or why it cannot be used.
 
-    Conversations are rendered by the tokenizer's chat template. Without a template, a single question and answer
-    becomes the question, a line break, the answer and the end token; question and answer are tokenised separately. A
-    plain text becomes the text and the end token. Both start with the begin token if the tokenizer adds one.
+    Conversations are rendered by the chat template; one becomes several rows if the template renders earlier turns
+    differently, one for each answer. Without a template, a single question and answer becomes the question, the
+    separator, the answer and the end token; question and answer are tokenised separately. A plain text becomes the text
+    and the end token. Both start with the begin token if the tokenizer adds one. What is there already is not doubled.
 
     Raises:
-        ConfigError: If the tokenizer has no end token and the row needs one.
+        ConfigError: If the tokenizer has no end token and the row needs one, if there is no such template, or if
+            ``end_of_answer`` is not one token.
     """
-    try:
-        return [[row] for row in _encode(tokenizer, records)]
-    except RowError as error:
-        if len(records) == 1:
-            return [error]
-        return [encode(tokenizer, [record], settings)[0] for record in records]
+    closing = end_of_answer_id(tokenizer, settings)
+    with_tools = [isinstance(record, Conversation) and bool(record.variables.get("tools")) for record in records]
+    results: dict[int, list[Encoded] | RowError] = {}
+    for tools in sorted(set(with_tools)):
+        chosen = [number for number, has in enumerate(with_tools) if has == tools]
+        texts = [(i, record) for i in chosen if isinstance(record := records[i], Text)]
+        chats = [(i, record) for i in chosen if isinstance(record := records[i], Conversation)]
+        results |= _each(texts, _encode_texts(tokenizer, [record for _, record in texts], settings))
+        profile = find_profile(tokenizer, settings, tools) if chats else None
+        if profile is None:
+            results |= _each(chats, _encode_pairs(tokenizer, [record for _, record in chats], settings))
+        else:
+            results |= _encode_chats(tokenizer, profile, chats, closing)
+    for rows in results.values():
+        for row in rows if isinstance(rows, list) else ():
+            row.supervised[:1] = False
+    return [results[number] for number in range(len(records))]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Conversation | Text]) -> list[Encoded]:
-    texts = [record for record in records if isinstance(record, Text)]
-    conversations = [record for record in records if isinstance(record, Conversation)]
-    template = find_template(tokenizer)
-    if texts:
-        encoded = _encode_texts(tokenizer, texts)
-    elif template is None:
-        encoded = _encode_pairs(tokenizer, conversations)
-    else:
-        encoded = _encode_spans(tokenizer, *render_conversations(tokenizer, template, conversations))
-    for row in encoded:
-        row.supervised[:1] = False
-    return encoded
+def _each(
+    records: Sequence[tuple[int, Conversation | Text]], rows: list[Encoded | RowError]
+) -> Iterator[tuple[int, list[Encoded] | RowError]]:
+    for (number, _), row in zip(records, rows, strict=True):
+        yield number, row if isinstance(row, RowError) else [row]
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, records: list[Text]) -> list[Encoded]:
-    start, end = _start_ids(tokenizer), [_end_id(tokenizer)]
-    rows = [numpy.array([*start, *ids, *end]) for ids in _ids(tokenizer, [record.text for record in records])]
-    return [Encoded(ids, numpy.ones(len(ids), dtype=bool)) for ids in rows]
+def _encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    profile: Profile,
+    records: list[tuple[int, Conversation]],
+    closing: int | None,
+) -> dict[int, list[Encoded] | RowError]:
+    results: dict[int, list[Encoded] | RowError] = {number: [] for number, _ in records}
+    made: list[tuple[int, Conversation, Example]] = []
+    for number, record in records:
+        try:
+            made += [(number, record, example) for example in find_examples(profile, record)]
+        except RowError as error:
+            results[number] = error
+    examples = [example for *_, example in made]
+    tokens = tokenise_marked(tokenizer, [one.text for one in examples], [one.spans for one in examples])
+    for (number, record, example), (ids, mask) in zip(made, tokens, strict=True):
+        if example.closes and closing is not None:
+            ids, mask = numpy.append(ids, closing), numpy.append(mask, True)
+        rows = results[number]
+        assert isinstance(rows, list)
+        rows.append(Encoded(ids, mask, _unread(profile, record), example.notes))
+    return results
 
 
-def _encode_pairs(tokenizer: PreTrainedTokenizerBase, records: list[Conversation]) -> list[Encoded]:
-    for record in records:
-        roles = [message["role"] for message in record.messages]
-        if roles != ["user", "assistant"]:
-            raise RowError(
-                record.place,
-                f"the tokenizer has no chat template, and the turns {roles} need one (only a single "
-                "user turn with an answer does not). Use the tokenizer of an instruction-tuned model, or set its "
-                "chat_template.",
-            )
-    start, end = _start_ids(tokenizer), [_end_id(tokenizer)]
-    prompts = _ids(tokenizer, [record.messages[0]["content"] + "\n" for record in records])
-    answers = _ids(tokenizer, [record.messages[1]["content"] for record in records])
-    rows = [
-        (len(start) + len(prompt), numpy.array([*start, *prompt, *answer, *end]))
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    return [Encoded(ids, numpy.arange(len(ids)) >= boundary) for boundary, ids in rows]
+def _unread(profile: Profile, record: Conversation) -> frozenset[str]:
+    keys = {key for message in record.messages for key, value in message.items() if value is not None}
+    names = profile.names
+    read = names.variables | ({"date"} if names.date else set())
+    return names.unread(keys - {"role", "content"}) | (record.variables.keys() - read)
 
 
-def _encode_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: list[list[Span]]) -> list[Encoded]:
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_PLAIN)
-    return [
-        Encoded(numpy.array(ids, dtype=numpy.int64), _covers(numpy.array(offsets).reshape(-1, 2), row_spans))
-        for ids, offsets, row_spans in zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
-    ]
+def _encode_texts(
+    tokenizer: PreTrainedTokenizerBase, records: list[Text], settings: RowSettings
+) -> list[Encoded | RowError]:
+    if not records:
+        return []
+    frame = _Frame(tokenizer, settings)
+    rows: list[Encoded | RowError] = []
+    for ids in _ids(tokenizer, [record.text for record in records]):
+        whole = [*frame.before(ids), *ids, *frame.after(ids)]
+        doubled = (frame.starts and not frame.before(ids)) or not frame.after(ids)
+        notes = frozenset({DOUBLED} if doubled else ())
+        rows.append(Encoded(numpy.array(whole), numpy.ones(len(whole), dtype=bool), notes=notes))
+    return rows
 
 
-def _covers(offsets: numpy.ndarray, spans: list[Span]) -> numpy.ndarray:
-    """Whether each token covers a character of a span."""
-    # Byte-level tokenizers trim blanks off the offsets and give all bytes of a character the same offsets.
-    # A token therefore starts where the token before it ended, or earlier if its offset says so.
-    ends = offsets[:, 1]
-    starts = numpy.minimum(offsets[:, 0], numpy.concatenate([[0], ends[:-1]]))
-    covered = numpy.zeros(len(offsets), dtype=bool)
-    for first, last in spans:
-        covered |= (starts < last) & (ends > first)
-    return covered
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, records: list[Conversation], settings: RowSettings
+) -> list[Encoded | RowError]:
+    if not records:
+        return []
+    refused = [_needs_template(record) for record in records]
+    pairs = [record for record, error in zip(records, refused, strict=True) if error is None]
+    prompts = [record.messages[0]["content"] for record in pairs]
+    joined = [text if text[-1:].isspace() else text + settings.prompt_separator for text in prompts]
+    answers = _ids(tokenizer, [record.messages[1]["content"] for record in pairs])
+    frame = _Frame(tokenizer, settings)
+    rows = iter(_encode_pair(frame, *pair) for pair in zip(pairs, _ids(tokenizer, joined), answers, strict=True))
+    return [next(rows) if error is None else error for error in refused]
+
+
+def _encode_pair(frame: _Frame, record: Conversation, prompt: list[int], answer: list[int]) -> Encoded:
+    before, after = frame.before(prompt), frame.after(answer)
+    ids = numpy.array([*before, *prompt, *answer, *after])
+    mask = numpy.arange(len(ids)) >= len(before) + len(prompt)
+    if 1 in record.untrained:
+        mask[:] = False
+    notes = {DOUBLED} if (frame.starts and not before) or not after else set[str]()
+    if frame.special & {*prompt, *answer[:-1]}:
+        notes.add(TYPED)
+    keys = {key for message in record.messages for key in message}
+    return Encoded(ids, mask, frozenset((keys - {"role", "content"}) | set(record.variables)), frozenset(notes))
+
+
+def _needs_template(record: Conversation) -> RowError | None:
+    roles = [message["role"] for message in record.messages]
+    if roles == ["user", "assistant"] and all(isinstance(message.get("content"), str) for message in record.messages):
+        return None
+    return RowError(
+        record.place,
+        "the tokenizer has no chat template, and these turns need one (only a single user turn with an answer does "
+        "not). Use the tokenizer of an instruction-tuned model, or give a chat_template. ",
+        f"The turns are {roles}.",
+    )
+
+
+class _Frame:
+    """The tokens around a text that no chat template renders: the begin token, if the tokenizer adds one, and the end.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        settings: How rows become tokens.
+
+    Raises:
+        ConfigError: If the tokenizer has no end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no eos_token, so the model could not learn where to stop; set one.")
+        first = tokenizer("a", **{**PLAIN, "add_special_tokens": True})["input_ids"][0]  # type: ignore[index]
+        self.starts = [first] if first == tokenizer.bos_token_id else []
+        self.special = frozenset(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))  # type: ignore[arg-type]
+        self._end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        chosen = settings.chat_template is not None or isinstance(tokenizer.chat_template, str)
+        template = find_template(tokenizer, settings.chat_template) if chosen else None
+        self._ends = {self._end, *(end_of_turn_ids(tokenizer, template) if template else ())}
+        self._blank = frozenset(i for text in ("\n", "\n\n", " ") for i in _ids(tokenizer, [text])[0][:1])
+
+    def before(self, ids: Sequence[int]) -> list[int]:
+        """What is put before some tokens: nothing if they begin with a special token."""
+        return [] if ids and ids[0] in self.special else self.starts
+
+    def after(self, ids: Sequence[int]) -> list[int]:
+        """What is put after some tokens: nothing if they end with the end token, or with that of a turn."""
+        last = next((token for token in reversed(ids) if token not in self._blank), None)
+        return [] if last in self._ends else [self._end]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, **_PLAIN)["input_ids"]  # type: ignore[return-value]
-
-
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = tokenizer("a", **_PLAIN)["input_ids"][0]  # type: ignore[index]
-    return [first] if first == tokenizer.bos_token_id else []
-
-
-def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no eos_token, so the model could not learn where to stop; set one.")
-    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-
-
-_PLAIN: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
-"""Tokenizer options; rows are cut in `tokens` and padded in `collate`."""
+    return tokenizer(texts, **PLAIN)["input_ids"] if texts else []  # type: ignore[return-value]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from lightning_lora.errors import ConfigError, did_you_mean
+
+from .chat.variables import check_variables
+from .formats.names import check_names
 
 TRAINED = ("answers", "last answer")
 
@@ -18,14 +22,17 @@ class RowSettings:
 
     Args:
         max_length: Tokens kept of each row, from its beginning.
-        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        columns: A file's own names of columns and of keys of messages, to known ones: ``{"frage": "question"}``.
         train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
         chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
             tokenizer's default.
         chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``. ``date`` (``YYYY-MM-DD``) is
             the day that a template writes as today.
         end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
-        prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
+        prompt_separator: Text between prompt and answer for a tokenizer without a chat template; none is put after a
+            prompt that ends in white space.
+        today: The day on which the settings were made. It is no part of the `identity`, but of that of a chat template
+            that writes it.
     """
 
     max_length: int
@@ -35,12 +42,15 @@ class RowSettings:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     end_of_answer: str | None = None
     prompt_separator: str = "\n"
+    today: date = field(default_factory=date.today)
 
     def __post_init__(self) -> None:
+        check_names(self.columns)
+        object.__setattr__(self, "chat_template_kwargs", check_variables(self.chat_template_kwargs))
         if self.train_on not in TRAINED:
             hint = did_you_mean(str(self.train_on), TRAINED)
             raise ConfigError(f"train_on must be one of {TRAINED}, got {self.train_on!r}{hint}")
 
     def identity(self) -> dict[str, Any]:
         """A key that changes if rows may become other tokens."""
-        return dataclasses.asdict(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "today"}

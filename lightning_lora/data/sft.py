@@ -22,7 +22,7 @@ from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
 from .settings import RowSettings
-from .split import SplitStatistics, check_ids, keep_supervised, read_split, row_lengths
+from .split import SplitStatistics, check_columns, check_ids, keep_supervised, read_split, row_lengths
 from .tokenizer import find_tokenizer, pad_id
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
@@ -39,7 +39,8 @@ class SFTDataModule(LightningDataModule):
 
     The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
     ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
-    and ``completion``, ``question`` and ``answer``, ``text``. Conversations are rendered by the tokenizer's chat
+    and ``completion``, ``question`` and ``answer``, ``text``. Beside these a row may have a system prompt, tools,
+    documents, options, history and a weight (docs/data.md). Conversations are rendered by the tokenizer's chat
     template. The loss is on every assistant turn and the token that ends it, or on all of a plain text.
 
     Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where
@@ -66,7 +67,7 @@ class SFTDataModule(LightningDataModule):
             several examples up to ``max_length`` tokens; ``batch_size`` then counts the filled rows. ``"batch"`` packs
             the ``batch_size`` examples of each batch into fewer rows, so that optimizer steps stay as they are without
             packing.
-        columns: A file's own column names, to the names of a known format: ``{"frage": "question"}``.
+        columns: A file's own names of columns and of keys of messages, to known ones: ``{"frage": "question"}``.
         train_on: ``"answers"`` trains on every answer of the assistant, ``"last answer"`` on the last one only.
         chat_template: The chat template: its name in the tokenizer, a file, or the template itself. None takes the
             tokenizer's default.
@@ -151,8 +152,9 @@ class SFTDataModule(LightningDataModule):
         tokenizer = self._find_tokenizer()
         vocab_size = self._vocab_size()
         self._pad_id = pad_id(tokenizer, vocab_size)
-        for split in self._splits(stage):
-            rows = self._read(split, tokenizer)
+        read = {split: self._read(split, tokenizer) for split in self._splits(stage)}
+        check_columns(read, self.settings.columns)
+        for split, rows in read.items():
             if vocab_size is not None:
                 check_ids(rows, vocab_size)
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length)

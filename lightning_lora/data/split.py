@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import DataError
 
 from .bins import filled_share
+from .formats.names import check_renamed
 from .settings import RowSettings
 from .sources import find_sources
 from .tokens import tokenise
@@ -93,6 +94,20 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
             f"{row['place']}: token ids {ids[:5]} are not below the model's vocab_size={vocab_size} "
             f"({len(wrong)} of {len(rows)} rows); the tokenizer belongs to another model."
         )
+
+
+def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:
+    """Check that every name that the user maps is in a row of one of the splits.
+
+    Raises:
+        DataError: If one is not. The message names the nearest name that nothing reads.
+    """
+    if columns:
+        names = {"renamed": set[str](), "unused": set[str]()}
+        for name, found in names.items():
+            for rows in splits.values():
+                found.update(word for words in rows.unique(name) for word in words.split("\n") if word)
+        check_renamed(columns, names["renamed"], names["unused"], " and ".join(splits))
 
 
 def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:

@@ -22,10 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
-from . import encoding, reading, records, template
+from . import chat, encoding, formats, reading, records
 from .bad_rows import RowError
+from .chat.template import template_identity
 from .encoding import Encoded, encode
-from .records import Conversation, Text, find_format
+from .formats.find import find_format
+from .records import Conversation, Text
 from .settings import RowSettings
 from .sources import FileSource, HubSource
 from .terminal_progress import progress_on_terminals
@@ -42,10 +44,13 @@ COLUMNS = Features(
         "largest_id": Value("int32"),
         "open_ended": Value("bool"),
         "place": Value("string"),
+        "renamed": Value("string"),
+        "unused": Value("string"),
     }
 )
 """Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
-after it, the largest id, whether the conversation ends with a turn that is not the assistant's, and the origin."""
+after it, the largest id, whether the conversation ends with a turn that is not the assistant's, the origin, and, one on
+a line, the user's names that were mapped and names that nothing reads."""
 
 
 def tokenise(
@@ -68,6 +73,7 @@ def tokenise(
     """
     try:
         key = [source.identity(), tokenizer_identity(tokenizer), settings.identity(), limit]
+        key.append(template_identity(tokenizer, settings))
         with progress_on_terminals():
             return Dataset.from_generator(
                 partial(_token_rows, source, tokenizer, settings, limit),
@@ -109,7 +115,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
     tokenizer("", padding=False, truncation=False)  # the state of the last call is part of what is hashed
     described: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
-    parts = [described, template.find_template(tokenizer), tokenizer.special_tokens_map]
+    parts = [described, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -141,10 +147,19 @@ def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -
         "largest_id": int(encoded.ids[:max_length].max(initial=-1)),
         "open_ended": isinstance(record, Conversation) and record.messages[-1]["role"] != "assistant",
         "place": record.place,
+        "renamed": "\n".join(sorted(record.renamed)),
+        "unused": "\n".join(sorted(record.unused | encoded.unused)),
     }
 
 
-_CODE = [transformers.__version__, tokenizers.__version__] + [
-    inspect.getsource(module) for module in (reading, records, template, encoding)
+_CODE = [
+    transformers.__version__,
+    tokenizers.__version__,
+    *(inspect.getsource(module) for module in (reading, records, encoding)),
+    *(
+        path.read_text(encoding="utf-8")
+        for room in (chat, formats)
+        for path in sorted(Path(room.__path__[0]).glob("*.py"))
+    ),
 ]
 """Library versions and code that affect the tokens: a part of the cache key, so that a change makes new tokens."""

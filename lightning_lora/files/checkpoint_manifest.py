@@ -12,7 +12,6 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from packaging.version import InvalidVersion, Version
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.files.atomic import atomic_file, sha256
+from lightning_lora.versions import installed_version
 
 SUFFIX = ".manifest.json"
 LIBRARIES = ("lightning-lora", "lightning", "torch")
@@ -72,7 +72,7 @@ def manifest_of(path: Path) -> Path:
 
 def write_manifest(path: Path, versions: Sequence[CheckpointVersion]) -> None:
     """Write the manifest of the checkpoint at ``path``: the versions that the file may be, the newest last."""
-    libraries = {name: version(name) for name in LIBRARIES}
+    libraries = {name: installed_version(name) for name in LIBRARIES}
     content = {"format": FORMAT, "versions": [asdict(one) for one in versions], "libraries": libraries}
     with atomic_file(manifest_of(path)) as file:
         file.write(json.dumps(content, indent=1).encode())
@@ -101,7 +101,7 @@ def other_libraries(path: Path) -> list[str]:
     """Libraries that are now at another minor release than when ``path`` was written: ``torch 2.12.1 (now 2.13.0)``."""
     try:
         written = json.loads(manifest_of(path).read_bytes())["libraries"]
-        present = {name: version(name) for name in LIBRARIES if name in written}
+        present = {name: installed_version(name) for name in LIBRARIES if name in written}
         return [
             f"{name} {written[name]} (now {now})"
             for name, now in present.items()

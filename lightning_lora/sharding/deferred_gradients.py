@@ -50,7 +50,7 @@ def _deferred(module: nn.Module) -> Iterator[Any]:
     """FSDP2's handles of all parameters with a deferred gradient."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
-            for group in _state(child)._fsdp_param_groups:
+            for group in _parameter_groups(child):
                 for parameter in group.fsdp_params:
                     # The unsharded parameter exists from its first use on.
                     whole = getattr(parameter, "_unsharded_param", None)
@@ -58,6 +58,14 @@ def _deferred(module: nn.Module) -> Iterator[Any]:
                         whole.grad is not None or parameter.unsharded_accumulated_grad is not None
                     ):
                         yield parameter
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    state = _state(module)
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    # Up to torch 2.11 a module has one group at most.
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _state(module: FSDPModule) -> Any:

@@ -44,6 +44,7 @@ def start(*arguments: object, libraries: tuple[str, ...]) -> tuple[str, list[str
         (["mrege"], "2", "error: unknown command 'mrege'; did you mean 'merge'"),
         (["fti"], "2", "error: unknown command 'fti'; did you mean 'fit'"),
         (["merge", "--help"], "0", "example: lightning-lora merge"),
+        (["generate", "--help"], "0", "example: lightning-lora generate"),
         (["inspect"], "2", "the following arguments are required: path"),
     ],
 )

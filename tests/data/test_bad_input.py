@@ -86,18 +86,13 @@ FILES = {
     ),
     "ShareGPT role": (
         "a.jsonl",
-        [{"conversations": [{"from": "tool", "value": "a"}]}],
-        r"conversations\[0\]: unknown role 'tool'.*gpt",
+        [{"conversations": [{"from": "gptt", "value": "a"}]}],
+        r"conversations\[0\]: unknown role 'gptt'; did you mean 'gpt'.*human, .*gpt",
     ),
     "no answer": (
         "a.jsonl",
         [turns("user", "assistant"), turns("system", "user")],
         r"row 1 .*: the assistant has no turn",
-    ),
-    "two answers": (
-        "a.jsonl",
-        [turns("user", "assistant", "assistant")],
-        r"row 0 .*: turns 1 and 2 are both by the assistant",
     ),
 }
 

@@ -93,7 +93,7 @@ def wake(module: nn.Module, seed: int = 1, size: float = 0.05) -> None:
     """Give both factors of every adapter random values, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for factor in factor_parameters(module).values():
-        factor.data.copy_(size * torch.randn(factor.shape, generator=generator))
+        factor.data.copy_(size * torch.randn(factor.shape, generator=generator, device="cpu"))
 
 
 def state_bytes(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:

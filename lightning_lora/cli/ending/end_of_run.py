@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -135,7 +135,9 @@ class EndOfRun(Callback):
         for logger in trainer.loggers:
             logger.save()
         files |= {name: Path(self._folder, file) for name, file in (("metrics", METRICS), ("loss curve", PICTURE))}
-        rank_zero_info("\n".join(self._lines(pl_module, {name: path for name, path in files.items() if path.exists()})))
+        files = {name: path for name, path in files.items() if path.exists()}
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        rank_zero_info("\n".join(self._lines(pl_module, data, files)))
 
     def _draw(self) -> None:
         try:
@@ -145,10 +147,10 @@ class EndOfRun(Callback):
                 f"{PICTURE} is not drawn: {type(error).__name__}: {error}. Nothing else of the run is affected."
             )
 
-    def _lines(self, pl_module: LightningModule, files: dict[str, Path]) -> list[str]:
+    def _lines(self, pl_module: LightningModule, data: LightningDataModule | None, files: dict[str, Path]) -> list[str]:
         folder = Path(self._folder)
         places = (f"{name} {_inside(path, folder)}" for name, path in files.items())
-        commands = next_commands(pl_module, folder, files.get("adapter"))
+        commands = next_commands(pl_module, data, folder, files.get("adapter"))
         losses = self.curve.described()
         if commands:
             losses = f"{losses}. Next:" if losses else "next:"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
 from lightning_lora.lora.targets.shared_weights import every_name, untie
 from lightning_lora.lora.travelling import changed_tensors, record_tensors
+from lightning_lora.versions import installed_version
 
 
 def save_adapter(
@@ -249,7 +249,7 @@ def _manifest(layout: PEFTLayout, not_base: Collection[str], summary: Mapping[st
             **layout.storage(name),
         )
     return Manifest(
-        versions={name: version(name) for name in ("lightning-lora", "lightning", "torch")},
+        versions={name: installed_version(name) for name in ("lightning-lora", "lightning", "torch")},
         config=next(iter(layout.weights.values()))[0].lora_spec.config.to_dict(),
         layers=layers,
         following=tuple(sorted(following_layers(layout.root).keys() | other_names(layout.root).keys())),

@@ -1,0 +1,125 @@
+"""Conversations to answers: the whole way, for the command and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_lora.data.records import Conversation, Text
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.tokenizer import pad_id
+from lightning_lora.errors import DataError
+
+from .decoding import Sampling, context_length, continue_tokens
+from .prompt_tokens import prompt_ids, stop_ids
+
+if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
+    from transformers import PreTrainedModel
+    from transformers.generation.stopping_criteria import StoppingCriteria
+    from transformers.generation.streamers import BaseStreamer
+
+END_OF_TURN, MAX_NEW_TOKENS, CONTEXT, INTERRUPTED = "end of turn", "max_new_tokens", "context", "interrupted"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model has written.
+
+    Args:
+        text: The answer without the token that ended it. Other special tokens are shown as they are written.
+        stop: Why it ends: ``"end of turn"``, ``"max_new_tokens"``, ``"context"`` (the model's context is full) or
+            ``"interrupted"``.
+        tokens: Number of tokens written, the one that ended the turn included.
+    """
+
+    text: str
+    stop: str
+    tokens: int
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation | Text],
+    settings: RowSettings | None = None,
+    sampling: Sampling | None = None,
+    streamer: BaseStreamer | None = None,
+    criteria: Sequence[StoppingCriteria] = (),
+) -> list[Answer]:
+    """Answer conversations, or continue texts, in order.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer.
+        conversations: Conversations up to the answer that is asked for, and texts.
+        settings: How conversations become tokens; those of the training. None takes the tokenizer's chat template.
+        sampling: How tokens are chosen. None is greedy.
+        streamer: Is handed the tokens of a single answer as they come.
+        criteria: Further reasons to stop.
+
+    Raises:
+        DataError: If a conversation cannot be rendered, or is longer than the context of the model.
+    """
+    settings = settings or RowSettings(max_length=1024)
+    prompts = encode_prompts(model, tokenizer, conversations, settings)
+    return answer_tokens(model, tokenizer, prompts, settings, sampling or Sampling(), streamer, criteria)
+
+
+def encode_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation | Text],
+    settings: RowSettings,
+) -> list[list[int]]:
+    """Token ids of all prompts.
+
+    Raises:
+        DataError: If a conversation cannot be rendered, or leaves no room for an answer in the context of the model.
+    """
+    prompts = prompt_ids(tokenizer, conversations, settings)
+    limit = context_length(model)
+    for conversation, ids in zip(conversations, prompts, strict=True):
+        if not ids:
+            raise DataError(f"{conversation.place}: the prompt has no tokens.")
+        if limit is not None and len(ids) >= limit:
+            raise DataError(
+                f"{conversation.place}: the prompt has {len(ids)} tokens, and the context of the model is {limit}: "
+                "shorten it."
+            )
+    return prompts
+
+
+def answer_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: RowSettings,
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+    criteria: Sequence[StoppingCriteria] = (),
+) -> list[Answer]:
+    """Answers to prompts that `encode_prompts` has made; the other arguments are those of `generate`."""
+    stops, limit = stop_ids(model, tokenizer, settings), context_length(model)
+    filler = pad_id(tokenizer, model.config.get_text_config().vocab_size)
+    found = continue_tokens(model, prompts, sampling, stops, filler, streamer, criteria)
+    reasons = [
+        END_OF_TURN if ids[-1] in stops else _why_not_ended(len(prompt), len(ids), sampling.max_new_tokens, limit)
+        for prompt, ids in zip(prompts, found, strict=True)
+    ]
+    return [
+        Answer(_text(tokenizer, ids[:-1] if reason == END_OF_TURN else ids), reason, len(ids))
+        for ids, reason in zip(found, reasons, strict=True)
+    ]
+
+
+def _why_not_ended(before: int, written: int, most: int, limit: int | None) -> str:
+    if written >= most:
+        return MAX_NEW_TOKENS
+    return CONTEXT if limit is not None and before + written >= limit else INTERRUPTED
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

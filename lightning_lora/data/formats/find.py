@@ -1,0 +1,103 @@
+"""The format of a row, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lora.errors import DataError, did_you_mean, first_five
+
+from ..bad_rows import RowError
+from ..reading import Row
+from ..records import Conversation, Text
+from ..settings import RowSettings
+from .beside import read_variables, read_weight, with_system
+from .names import BESIDE, COLUMNS, FORMATS
+from .question import read_answer, read_question
+from .row import NamedRow
+from .suggest import suggest_names
+from .turns import Turn, read_turns
+from .values import read_text
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a training example in columns.
+
+    Args:
+        columns: Columns that a row must have, one of `names.FORMATS`.
+        settings: How rows become tokens.
+    """
+
+    columns: tuple[str, ...]
+    settings: RowSettings
+
+    def read(self, row: Row) -> Conversation | Text:
+        """Convert a row to a conversation or a text.
+
+        Raises:
+            RowError: If the row cannot be used.
+        """
+        named = NamedRow(row, self.settings)
+        if self.columns == ("text",):
+            named.take("text")
+            text, weight = read_text(named.columns, "text", row.place), read_weight(named)
+            return Text(row.place, text, weight, named.left(), frozenset(named.renamed))
+        turns, variables, weight = self._turns(named), {}, 1.0
+        if not BESIDE.isdisjoint(named.columns):
+            turns = with_system(named, turns)
+            variables, weight = read_variables(named), read_weight(named)
+        messages, untrained = [turn.message for turn in turns], _untrained(turns, row.place, self.settings)
+        renamed = frozenset(named.renamed)
+        return Conversation(row.place, messages, untrained, variables, weight, named.left(), renamed)
+
+    def _turns(self, row: NamedRow) -> list[Turn]:
+        if self.columns == ("messages",):
+            return read_turns(row, "messages")
+        if self.columns == ("conversations",):
+            return read_turns(row, "conversations", ("from", "value"))
+        question, answer = self.columns
+        return [*read_question(row, question), *read_answer(row, answer)]
+
+
+def find_format(row: Row, settings: RowSettings) -> Format:
+    """The first of the known formats whose columns the row has, filled ones before empty ones.
+
+    Raises:
+        DataError: If no format fits. The message names the columns of the row, the known formats and a mapping to try.
+    """
+    columns = NamedRow(row, settings).columns
+    filled = {name for name, value in columns.items() if value is not None}
+    for present in (filled, columns.keys()):
+        for known in FORMATS:
+            if present >= set(known):
+                return Format(known, settings)
+    shown = first_five(map(repr, row.columns)) or "(none)"
+    formats = "; ".join(map(" + ".join, FORMATS))
+    advice = _advice(row.columns, columns, settings.columns)
+    raise DataError(f"{row.place}: the columns {shown} fit no known format. Known formats: {formats}. {advice}")
+
+
+def _advice(own: Mapping[str, Any], columns: Mapping[str, Any], mapping: Mapping[str, str]) -> str:
+    """What to write for the columns of a row that fit no format."""
+    absent = [
+        f"columns maps {name!r}, which the row does not have{did_you_mean(name, own)} "
+        for name, known in mapping.items()
+        if name not in own and known in COLUMNS
+    ]
+    found = {name: known for name, known in mapping.items() if name in own} | suggest_names(columns)
+    names = ", ".join(f"{name}: {known}" for name, known in found.items())
+    todo = f"Map your names to known ones, for example columns: {{{names}}}." if names else "Rename the columns."
+    return "".join(absent) + todo
+
+
+def _untrained(turns: Sequence[Turn], place: str, settings: RowSettings) -> frozenset[int]:
+    """Indices of messages of the assistant that are not trained on."""
+    answers = [number for number, turn in enumerate(turns) if turn.message["role"] == "assistant"]
+    if not answers:
+        roles = [turn.message["role"] for turn in turns]
+        kind = "the assistant has no turn, so there is nothing to train on"
+        raise RowError(place, kind, f"; the roles are {roles}.")
+    excluded = {number for number in answers if not turns[number].trained}
+    return frozenset(excluded | set(answers[:-1]) if settings.train_on == "last answer" else excluded)
