@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader, IterableDataset
 
 
@@ -71,8 +72,9 @@ def obstacle(loader: object, num_batches: int) -> str | None:
         return f"a {kind} starts from its beginning"
     if isinstance(loader.dataset, IterableDataset):
         return f"the rows of an iterable dataset ({type(loader.dataset).__name__}) start from their beginning"
-    if num_batches > len(loader):
-        return f"a {kind} of {len(loader)} batches has begun again within the epoch"
+    length = sized_len(loader)  # None for a stream of rows
+    if length is not None and num_batches > length:
+        return f"a {kind} of {length} batches has begun again within the epoch"
     return None
 
 

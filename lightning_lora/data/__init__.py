@@ -2,12 +2,27 @@
 
 Read in this order: `sft` (the data module), `settings` (how rows become tokens), `sources` (from a name to rows),
 `reading`, `records` and `formats` (from a row to a conversation), `bad_rows` (rows that cannot be used), `tokenizer`,
-`chat` and `encoding` (to token ids and a mask), `tokens` (all of these steps, cached), `split` (the rows of a split and
-their counts), `collate`, `packing` and `bins` (to batches), `terminal_progress`.
+`chat` and `encoding` (to token ids and a mask), `token_table` (a batch of rows, all of these steps), `processes`
+(several batches at once), `tokens` (a whole source, cached), `source_report` (what is told about it), `split` (the rows
+of a split and their counts), `streaming` (rows that are tokenised while training), `collate`, `packing` and `bins` (to
+batches), `terminal_progress`.
 """
 
 from __future__ import annotations
 
-from .sft import SFTDataModule
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .sft import SFTDataModule
 
 __all__ = ["SFTDataModule"]
+
+
+def __getattr__(name: str) -> object:
+    # Imported when first asked for: processes that tokenise start without torch and Lightning, four times as fast.
+    if name != "SFTDataModule":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .sft import SFTDataModule
+
+    globals()[name] = SFTDataModule
+    return SFTDataModule

@@ -24,6 +24,8 @@ from pyarrow import parquet
 
 from lightning_lora.errors import DataError
 
+from .bad_rows import RowError
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -47,17 +49,23 @@ def file_kind(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES and not (zipped and suffix == ".parquet") else None
 
 
-def read_rows(path: Path) -> Generator[Row, None, None]:
+def read_rows(path: Path) -> Generator[Row | RowError, None, None]:
     """Read the rows of a ``.json``, ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, in order.
 
+    Yields:
+        A row, or what is wrong with one that cannot be read while those after it can.
+
     Raises:
-        DataError: If the file is empty, damaged or not UTF-8, or if a line is not a row.
+        DataError: If the file is empty, or damaged so that it cannot be read on.
     """
     read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(file_kind(path) or "", _json_rows)
     index = -1
     try:
         with _open(path) as stream:
             for index, (line, columns) in enumerate(read(path, stream)):
+                if isinstance(columns, RowError):
+                    yield columns
+                    continue
                 yield Row(f"{path}, row {index}" + (f" (line {line})" if line else ""), columns)
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError, pyarrow.ArrowException) as error:
         after = f" after row {index}" if index >= 0 else ""
@@ -70,57 +78,62 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
-def _json_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int | None, dict[str, Any]]]:
+def _json_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int | None, dict[str, Any] | RowError]]:
     lines = ((number, _decoded(path, number, line)) for number, line in enumerate(stream, start=1))
-    filled = ((number, text) for number, text in lines if text.strip())
+    filled = ((number, text) for number, text in lines if isinstance(text, RowError) or text.strip())
     first, start = next(filled, (1, ""))
-    if start.lstrip().startswith("["):
+    if isinstance(start, str) and start.lstrip().startswith("["):
         # The skipped blank lines are restored, so that an error in the list names the right line.
         yield from _listed_rows(path, "\n" * (first - 1) + start + stream.read().decode("utf-8"))
         return
     for number, text in chain([(first, start)] if start else [], filled):
-        yield number, _row(f"{path}, line {number}", _parsed(path, number, text))
+        value = text if isinstance(text, RowError) else _parsed(path, number, text.rstrip())
+        yield number, _row(f"{path}, line {number}", value)
 
 
-def _listed_rows(path: Path, text: str) -> Iterator[tuple[None, dict[str, Any]]]:
-    for index, value in enumerate(_parsed(path, 1, text)):
+def _listed_rows(path: Path, text: str) -> Iterator[tuple[None, dict[str, Any] | RowError]]:
+    values = _parsed(path, 1, text)
+    if isinstance(values, RowError):
+        raise values  # not one row of the list can be read
+    for index, value in enumerate(values):
         yield None, _row(f"{path}, row {index}", value)
 
 
-def _decoded(path: Path, number: int, line: bytes) -> str:
+def _decoded(path: Path, number: int, line: bytes) -> str | RowError:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number}: not UTF-8 ({error}); save the file in that encoding.") from error
+        return RowError(f"{path}, line {number}", "not UTF-8", f" ({error}); save the file in that encoding.")
 
 
 def _parsed(path: Path, first_line: int, text: str) -> Any:
+    """The value of a text, or what is wrong with it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
-        raise DataError(
-            f"{place}: not JSON ({error.msg}). A JSON file holds one object per line, or one list of objects."
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{path}, line {first_line}: nested too deeply.") from error
+        advice = "A JSON file holds one object per line, or one list of objects."
+        return RowError(place, "not JSON", f" ({error.msg}). {advice}")
+    except RecursionError:
+        return RowError(f"{path}, line {first_line}", "nested too deeply", ".")
 
 
-def _row(place: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: a row must be an object {{...}}, got {type(value).__name__}: {repr(value)[:80]}.")
-    return value
+def _row(place: str, value: Any) -> dict[str, Any] | RowError:
+    if isinstance(value, (dict, RowError)):
+        return value
+    return RowError(place, "a row must be an object {...}", f", got {type(value).__name__}: {repr(value)[:80]}.")
 
 
-def _csv_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     csv.field_size_limit(sys.maxsize)  # Python's 128 KiB is less than one long document
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         for columns in reader:
             if None in columns or None in columns.values():
-                fields = f"the {len(reader.fieldnames or ())} fields of the header"
-                place = f"{path}, line {reader.line_num}"
-                raise DataError(f"{place}: does not have {fields}; put texts with commas or line breaks in quotes.")
+                fault = f"does not have the {len(reader.fieldnames or ())} fields of the header"
+                advice = "; put texts with commas or line breaks in quotes."
+                yield reader.line_num, RowError(f"{path}, line {reader.line_num}", fault, advice)
+                continue
             yield reader.line_num, columns
 
 

@@ -18,11 +18,15 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 
+from .bad_rows import check_action
 from .bins import batched, even_rows
 from .collate import Collate, CollateEvenly, CollatePacked
 from .packing import PackedRows, PackSampler
 from .settings import RowSettings
-from .split import SplitStatistics, check_columns, check_ids, keep_supervised, read_split, row_lengths
+from .source_report import SourceReport
+from .sources import find_sources
+from .split import SplitStatistics, check_columns, check_ids, keep_supervised, read_splits, row_lengths
+from .streaming import Drawn, StreamSampler, TokenStream
 from .tokenizer import find_tokenizer, pad_id
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
@@ -75,11 +79,16 @@ class SFTDataModule(LightningDataModule):
             the day that a template writes as today.
         end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
         prompt_separator: Text between prompt and answer for a tokenizer without a chat template.
+        on_bad_row: What to do if rows cannot be used: ``"error"`` stops with one error about all of them, ``"skip"``
+            leaves them out with a warning.
+        num_proc: Processes that tokenise; the tokens are the same for any number.
+        streaming: Whether to read and tokenise ``train`` while training, without downloading or caching it: for data
+            larger than the disk. The order is then a shuffle among 10,000 rows at a time.
 
     Attributes:
-        statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split.
-        rows: Tokens of each split that was set up, a dataset by name of the split with the columns ``input_ids``,
-            ``supervised`` and ``place`` (the origin of the row).
+        statistics: Counts of each split that was set up, a `SplitStatistics` by name of the split; not of a stream.
+        rows: Tokens of each split that was set up and is no stream, a dataset by name of the split with the columns
+            ``input_ids``, ``supervised`` and ``place`` (the origin of the row).
 
     Raises:
         ConfigError: If a number is out of its range. In ``setup``: if there is no tokenizer, or no data for the stage.
@@ -105,10 +114,18 @@ class SFTDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         end_of_answer: str | None = None,
         prompt_separator: str = "\n",
+        on_bad_row: str = "error",
+        num_proc: int = 1,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
-        numbers |= {"seed": (seed, 0), "max_rows": (max_rows, 1), "validation_rows": (validation_rows, 1)}
+        numbers |= {
+            "num_proc": (num_proc, 1),
+            "seed": (seed, 0),
+            "max_rows": (max_rows, 1),
+            "validation_rows": (validation_rows, 1),
+        }
         for name, (value, least) in numbers.items():
             optional = name.endswith("_rows") and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -127,6 +144,11 @@ class SFTDataModule(LightningDataModule):
             end_of_answer,
             prompt_separator,
         )
+        self.on_bad_row = check_action(on_bad_row)
+        self.num_proc = num_proc
+        if streaming and self.packing == "length":
+            raise ConfigError("packing: true needs all rows at once, and streaming never has them: set packing: batch.")
+        self.streaming = streaming
         self.tokenizer = tokenizer
         self.num_workers = num_workers
         self.seed = seed
@@ -135,6 +157,7 @@ class SFTDataModule(LightningDataModule):
         self.rows: dict[str, Dataset] = {}
         self._pad_id = 0
         self._packed: PackedRows | None = None
+        self._stream: TokenStream | None = None
         if validation is None:
             # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -142,9 +165,7 @@ class SFTDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Read and tokenise the data into the cache; runs in one process per node."""
-        tokenizer = self._find_tokenizer()
-        for split in self._splits(self.trainer.state.fn if self.trainer else None):
-            self._read(split, tokenizer)
+        self._read(self._splits(self.trainer.state.fn if self.trainer else None), self._find_tokenizer())
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -152,8 +173,16 @@ class SFTDataModule(LightningDataModule):
         tokenizer = self._find_tokenizer()
         vocab_size = self._vocab_size()
         self._pad_id = pad_id(tokenizer, vocab_size)
-        read = {split: self._read(split, tokenizer) for split in self._splits(stage)}
-        check_columns(read, self.settings.columns)
+        splits = self._splits(stage)
+        if self.streaming and "train" in splits:
+            sources = find_sources(self.sources["train"] or [], "train")
+            how = (self.limits["train"], self.seed, self.on_bad_row, self.num_proc, vocab_size)
+            self._stream = TokenStream(sources, tokenizer, self.settings, *how)
+            self._stream.check()
+        read, reports = self._read(splits, tokenizer)
+        check_columns(reports, self.settings.columns)
+        for report in reports:
+            report.tell()
         for split, rows in read.items():
             if vocab_size is not None:
                 check_ids(rows, vocab_size)
@@ -167,10 +196,14 @@ class SFTDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training rows in an order given by ``seed`` and epoch, of which each device gets its share."""
+        if self.streaming and self._stream is None:
+            raise ConfigError("the stream of training rows is not open; give train= and call setup() first.")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         if self._packed is not None:
             return self._loader(self._packed, self._sampler(**share), CollatePacked(self._pad_id))
         collate = (CollateEvenly if self.packing else Collate)(self._pad_id)
+        if self._stream is not None:
+            return self._loader(Drawn(), StreamSampler(self._stream, **share), collate)
         return self._loader(self._examples("train"), self._sampler(**share), collate)
 
     @override
@@ -232,10 +265,11 @@ class SFTDataModule(LightningDataModule):
             f"batch hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
 
-    def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        names = self.sources[split]
-        assert names is not None
-        return read_split(names, split, tokenizer, self.settings, self.limits[split])
+    def _read(
+        self, splits: list[str], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[dict[str, Dataset], list[SourceReport]]:
+        held = {split: self.sources[split] for split in splits if not (self.streaming and split == "train")}
+        return read_splits(held, tokenizer, self.settings, self.limits, self.on_bad_row, self.num_proc)
 
     def _splits(self, stage: str | None) -> list[str]:
         given = [split for split, names in self.sources.items() if names is not None]

@@ -15,6 +15,7 @@ import datasets
 from lightning_lora.errors import DataError
 from lightning_lora.hub import offline_hint, prepare_hub
 
+from .bad_rows import RowError
 from .reading import SUFFIXES, Row, file_kind, read_rows
 from .terminal_progress import progress_on_terminals
 
@@ -36,9 +37,13 @@ class FileSource:
         status = os.stat(self.name)
         return [os.path.abspath(self.name), status.st_size, status.st_mtime_ns]
 
-    def rows(self) -> Generator[Row, None, None]:
+    def rows(self) -> Generator[Row | RowError, None, None]:
         """Read the rows in file order."""
         return read_rows(Path(self.name))
+
+    def stream(self) -> Generator[Row | RowError, None, None]:
+        """Read the rows in file order; a file is never held in memory as a whole, unless it is one JSON list."""
+        return self.rows()
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,38 @@ class HubSource:
 
     def load(self) -> datasets.Dataset:
         """Download the split, or take it from the cache."""
+        return self._load(streaming=False)
+
+    def identity(self) -> list[Any]:
+        """A key that changes if the rows may have changed: name and fingerprint of the downloaded revision."""
+        return [self.name, self.config, self.split, self.load()._fingerprint]
+
+    def rows(self) -> Generator[Row, None, None]:
+        """Download the split and read its rows in order."""
+        return self._rows(self.load())
+
+    def stream(self) -> Generator[Row, None, None]:
+        """Read the rows in the order of the split while they are downloaded; nothing is kept on disk."""
+        index = -1
+        rows = self._rows(self._load(streaming=True))
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # network, a damaged file: each library raises its own
+                after = f" after row {index}" if index >= 0 else ""
+                raise DataError(
+                    f"{self.name}:{self.split} cannot be read{after}: {error}. Is it damaged, or the hub out of reach?"
+                ) from error
+            if row is None:
+                return
+            index += 1
+            yield row
+
+    def _load(self, streaming: bool) -> Any:
         prepare_hub(self.name)
         try:
             with progress_on_terminals():
-                return datasets.load_dataset(self.name, self.config, split=self.split)
+                return datasets.load_dataset(self.name, self.config, split=self.split, streaming=streaming)
         except Exception as error:  # network, unknown name, missing configuration: each library raises its own
             raise DataError(
                 f"{self.name!r} is not a file on disk, and split {self.split!r} of a hub dataset of that name cannot "
@@ -68,14 +101,13 @@ class HubSource:
                 f"{offline_hint(self.name)}"
             ) from error
 
-    def identity(self) -> list[Any]:
-        """A key that changes if the rows may have changed: name and fingerprint of the downloaded revision."""
-        return [self.name, self.config, self.split, self.load()._fingerprint]
-
-    def rows(self) -> Generator[Row, None, None]:
-        """Read the rows in the order of the split."""
-        for index, columns in enumerate(self.load()):
-            yield Row(f"{self.name}:{self.split}, row {index}", dict(columns))
+    def _rows(self, loaded: datasets.Dataset | datasets.IterableDataset) -> Generator[Row, None, None]:
+        index = 0
+        for batch in loaded.iter(batch_size=1000):  # much faster than one row after the other
+            assert isinstance(batch, dict)
+            for values in zip(*batch.values(), strict=True):
+                yield Row(f"{self.name}:{self.split}, row {index}", dict(zip(batch, values, strict=True)))
+                index += 1
 
 
 def is_path_like(name: str) -> bool:

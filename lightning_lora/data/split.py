@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import DataError
 
+from .bad_rows import refuse
 from .bins import filled_share
 from .formats.names import check_renamed
 from .settings import RowSettings
+from .source_report import SourceReport
 from .sources import find_sources
 from .tokens import tokenise
 
@@ -57,27 +59,66 @@ class SplitStatistics:
 
 
 def read_split(
-    names: str | list[str], split: str, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
-) -> Dataset:
-    """Read all rows of a split as tokens, unusable rows included, in the order of the sources.
+    names: str | list[str],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limit: int | None,
+    num_proc: int = 1,
+) -> tuple[Dataset, list[SourceReport]]:
+    """Read all rows of a split as tokens, rows without a loss included, in the order of the sources.
 
     Args:
         names: Files, globs or hub names.
         split: Name of the split.
         tokenizer: A fast tokenizer.
         settings: How rows become tokens.
-        limit: Number of rows to read; None reads all.
+        limit: Number of rows of the sources to read, bad ones included; None reads all.
+        num_proc: Processes that tokenise.
+
+    Returns:
+        The tokens of the rows that can be used, and what is to be told about each source, bad rows first.
 
     Raises:
-        DataError: If a source cannot be read or a row of it cannot be used.
+        DataError: If a source cannot be read.
     """
     parts: list[Dataset] = []
+    reports: list[SourceReport] = []
     for source in find_sources(names, split):
-        left = None if limit is None else limit - sum(map(len, parts))
+        left = None if limit is None else limit - sum(report.bad.rows for report in reports)
         if left == 0:
             break
-        parts.append(tokenise(source, tokenizer, settings, left))
-    return concatenate_datasets(parts)
+        tokens = tokenise(source, tokenizer, settings, left, num_proc)
+        reports.append(report := SourceReport.of(tokens, source.name))
+        parts.append(_good(tokens) if report.bad.count else tokens)
+    return concatenate_datasets(parts), reports
+
+
+def read_splits(
+    sources: Mapping[str, str | list[str] | None],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limits: Mapping[str, int | None],
+    on_bad_row: str = "error",
+    num_proc: int = 1,
+) -> tuple[dict[str, Dataset], list[SourceReport]]:
+    """Read several splits by `read_split`, and raise one error about all of their bad rows unless these are skipped.
+
+    Raises:
+        DataError: If a source cannot be read, or if rows of it cannot be used.
+    """
+    read: dict[str, Dataset] = {}
+    reports: list[SourceReport] = []
+    for split, names in sources.items():
+        if names is not None:
+            read[split], found = read_split(names, split, tokenizer, settings, limits[split], num_proc)
+            reports += found
+    refuse([report.bad for report in reports], on_bad_row)
+    return read, reports
+
+
+def _good(tokens: Dataset) -> Dataset:
+    return tokens.select(numpy.flatnonzero(tokens.data.column("problem").is_null().to_numpy()))
 
 
 def check_ids(rows: Dataset, vocab_size: int) -> None:
@@ -96,18 +137,16 @@ def check_ids(rows: Dataset, vocab_size: int) -> None:
         )
 
 
-def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:
-    """Check that every name that the user maps is in a row of one of the splits.
+def check_columns(reports: Sequence[SourceReport], columns: Mapping[str, str]) -> None:
+    """Check that every name that the user maps is in a row of one of the sources.
 
     Raises:
         DataError: If one is not. The message names the nearest name that nothing reads.
     """
-    if columns:
-        names = {"renamed": set[str](), "unused": set[str]()}
-        for name, found in names.items():
-            for rows in splits.values():
-                found.update(word for words in rows.unique(name) for word in words.split("\n") if word)
-        check_renamed(columns, names["renamed"], names["unused"], " and ".join(splits))
+    if columns and reports:
+        renamed = {name for report in reports for name in report.renamed}
+        unused = {name for report in reports for name in report.unused}
+        check_renamed(columns, renamed, unused, " and ".join(report.source for report in reports))
 
 
 def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset, SplitStatistics]:
@@ -126,7 +165,7 @@ def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset
         dropped_rows=len(rows) - len(kept),
         longest=int(length.max()),
     )
-    notes = _notes(statistics, int(_column(rows, "open_ended").sum()), len(rows), max_length)
+    notes = cut_notes(rows, max_length)
     if not len(kept):
         raise DataError(f"{split}: no row has a supervised token: {'; '.join(notes)}. Raise max_length.")
     if notes:
@@ -134,19 +173,20 @@ def keep_supervised(rows: Dataset, split: str, max_length: int) -> tuple[Dataset
     return (rows.select(kept) if statistics.dropped_rows else rows), statistics
 
 
+def cut_notes(rows: Dataset, max_length: int) -> list[str]:
+    """What a user must know about cut rows and rows without a loss, one phrase for each."""
+    length, supervised = _column(rows, "length"), _column(rows, "supervised_tokens")
+    counts = {
+        f"longer than max_length={max_length} tokens and cut (the longest has {length.max()})": length > max_length,
+        "left without a supervised token and dropped": supervised == 0,
+        "ending with a turn that is not the assistant's and is not trained on": _column(rows, "open_ended"),
+    }
+    return [f"{int(true.sum())} of {len(rows)} rows {what}" for what, true in counts.items() if true.any()]
+
+
 def row_lengths(rows: Dataset, max_length: int) -> numpy.ndarray:
     """Number of tokens of each row after cutting, ``(rows,)``."""
     return numpy.minimum(_column(rows, "length"), max_length)
-
-
-def _notes(statistics: SplitStatistics, open_ended: int, rows: int, max_length: int) -> list[str]:
-    cut = f"longer than max_length={max_length} tokens and cut (the longest has {statistics.longest})"
-    counts = {
-        cut: statistics.truncated_rows,
-        "left without a supervised token and dropped": statistics.dropped_rows,
-        "ending with a turn that is not the assistant's and is not trained on": open_ended,
-    }
-    return [f"{count} of {rows} rows {what}" for what, count in counts.items() if count]
 
 
 def _column(rows: Dataset, name: str) -> numpy.ndarray:

@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import datasets.config
+import pyarrow
 import tokenizers
 import transformers
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, DataError, LoRAError
 
-from . import chat, encoding, formats, reading, records
-from .bad_rows import RowError
+from .bad_rows import BadRows, RowError
 from .chat.template import template_identity
-from .encoding import Encoded, encode
-from .formats.find import find_format
-from .records import Conversation, Text
+from .processes import map_in_order
+from .reading import Row
 from .settings import RowSettings
 from .sources import FileSource, HubSource
 from .terminal_progress import progress_on_terminals
+from .token_table import COLUMNS, Chunk, ToTokens, find_example
 
-_BATCH = 1000
+_CHUNK = 1000
 """Number of rows tokenised together."""
-
-COLUMNS = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "supervised": List(Value("bool")),
-        "length": Value("int32"),
-        "supervised_tokens": Value("int32"),
-        "largest_id": Value("int32"),
-        "open_ended": Value("bool"),
-        "place": Value("string"),
-        "renamed": Value("string"),
-        "unused": Value("string"),
-    }
-)
-"""Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
-after it, the largest id, whether the conversation ends with a turn that is not the assistant's, the origin, and, one on
-a line, the user's names that were mapped and names that nothing reads."""
 
 
 def tokenise(
-    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
+    source: FileSource | HubSource,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limit: int | None,
+    num_proc: int = 1,
 ) -> Dataset:
     """Tokenise the rows of a source, or take the tokens from the cache if nothing has changed.
 
@@ -63,28 +51,68 @@ def tokenise(
         tokenizer: A fast tokenizer.
         settings: How rows become tokens.
         limit: Number of rows to read, from the first; None reads all.
+        num_proc: Processes that tokenise. The tokens are the same for any number.
 
     Returns:
-        A dataset with the columns of `COLUMNS`.
+        A dataset with the columns of `COLUMNS`, in which rows that cannot be used have no tokens but a ``problem``.
 
     Raises:
         ConfigError: If the cache folder cannot be written.
-        DataError: If the source cannot be read or a row of it cannot be used.
+        DataError: If the source cannot be read, or if no row at its beginning is of a known format.
     """
-    try:
-        key = [source.identity(), tokenizer_identity(tokenizer), settings.identity(), limit]
-        key.append(template_identity(tokenizer, settings))
-        with progress_on_terminals():
-            return Dataset.from_generator(
-                partial(_token_rows, source, tokenizer, settings, limit),
-                features=COLUMNS,
-                cache_dir=cache_folder(),
-                fingerprint=hashlib.sha256(json.dumps([key, _CODE]).encode()).hexdigest()[:32],
-            )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, LoRAError):
-            raise error.__cause__ from error.__cause__.__cause__
-        raise DataError(f"{source.name} cannot be tokenised: {error.__cause__ or error}") from error
+    key = [source.identity(), tokenizer_identity(tokenizer), settings.identity(), limit, code_identity()]
+    key.append(template_identity(tokenizer, settings))
+    with progress_on_terminals():
+        builder = _TokenFiles(
+            functools.partial(_tables, source, tokenizer, settings, limit, num_proc),
+            cache_dir=cache_folder(),
+            config_id=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
+        )
+        try:
+            builder.download_and_prepare()
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, LoRAError):
+                raise error.__cause__ from error.__cause__.__cause__
+            raise DataError(f"{source.name} cannot be tokenised: {error.__cause__ or error}") from error
+        tokens = builder.as_dataset(split="train")
+    assert isinstance(tokens, Dataset)
+    return tokens
+
+
+def token_tables(
+    rows: Iterable[Row | RowError],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    num_proc: int = 1,
+) -> Generator[pyarrow.Table, None, None]:
+    """Tokenise rows as they are read, in order.
+
+    Args:
+        rows: The rows of one source.
+        name: Name of the source, for messages.
+        tokenizer: A fast tokenizer.
+        settings: How rows become tokens.
+        num_proc: Processes that tokenise.
+
+    Yields:
+        Tables with the columns of `COLUMNS`.
+
+    Raises:
+        DataError: If there is no row, or if none at the beginning is of a known format.
+    """
+    rows = iter(rows)
+    head = list(islice(rows, _CHUNK))
+    if not head:
+        raise DataError(f"{name} has no rows.")
+    example = find_example(head, settings)
+    if isinstance(example, list):
+        found = BadRows(name, rows=len(head))
+        for error in example:
+            found.add(error)
+        raise DataError(str(found))
+    chunks = _chunks(head, rows)
+    yield from map_in_order(ToTokens(tokenizer, settings, example), chunks, num_proc)
 
 
 def cache_folder() -> str:
@@ -119,47 +147,52 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _token_rows(
-    source: FileSource | HubSource, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, limit: int | None
-) -> Iterator[dict[str, Any]]:
-    with closing(source.rows()) as whole:
-        rows = islice(whole, limit)
-        first = next(rows, None)
-        if first is None:
-            raise DataError(f"{source.name} has no rows.")
-        read = find_format(first, settings).read
-        rows = chain([first], rows)
-        while batch := [read(row) for row in islice(rows, _BATCH)]:
-            for record, encoded in zip(batch, encode(tokenizer, batch, settings), strict=True):
-                if isinstance(encoded, RowError):
-                    raise encoded
-                for row in encoded:
-                    yield _token_row(record, row, settings.max_length)
+@functools.cache
+def code_identity() -> str:
+    """A hash of all that decides what a row becomes besides the settings: library versions and this room's source.
+
+    All of the room counts, not a list of files that could miss one.
+    """
+    digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__}".encode())
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
-def _token_row(record: Conversation | Text, encoded: Encoded, max_length: int) -> dict[str, Any]:
-    supervised = encoded.supervised[:max_length]
-    return {
-        "input_ids": encoded.ids[:max_length],
-        "supervised": supervised,
-        "length": len(encoded.ids),
-        "supervised_tokens": int(supervised.sum()),
-        "largest_id": int(encoded.ids[:max_length].max(initial=-1)),
-        "open_ended": isinstance(record, Conversation) and record.messages[-1]["role"] != "assistant",
-        "place": record.place,
-        "renamed": "\n".join(sorted(record.renamed)),
-        "unused": "\n".join(sorted(record.unused | encoded.unused)),
-    }
+class _TokenFiles(datasets.ArrowBasedBuilder):
+    """Writes tables to the cache of ``datasets``, whole or not at all, in one process at a time."""
+
+    def __init__(self, tables: Callable[[], Iterator[pyarrow.Table]], **options: Any) -> None:
+        self.tables = tables
+        super().__init__(**options)
+
+    @override
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=COLUMNS)
+
+    @override
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name="train")]
+
+    @override
+    def _generate_tables(self, **_: Any) -> Iterator[tuple[Any, pyarrow.Table]]:
+        return enumerate(self.tables())  # type: ignore[return-value]
 
 
-_CODE = [
-    transformers.__version__,
-    tokenizers.__version__,
-    *(inspect.getsource(module) for module in (reading, records, encoding)),
-    *(
-        path.read_text(encoding="utf-8")
-        for room in (chat, formats)
-        for path in sorted(Path(room.__path__[0]).glob("*.py"))
-    ),
-]
-"""Library versions and code that affect the tokens: a part of the cache key, so that a change makes new tokens."""
+def _tables(
+    source: FileSource | HubSource,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    limit: int | None,
+    num_proc: int,
+) -> Iterator[pyarrow.Table]:
+    with closing(source.rows()) as rows:
+        yield from token_tables(islice(rows, limit), source.name, tokenizer, settings, num_proc)
+
+
+def _chunks(head: list[Row | RowError], rows: Iterator[Row | RowError]) -> Iterator[Chunk]:
+    start = 0
+    for chunk in chain([head], iter(lambda: list(islice(rows, _CHUNK)), [])):
+        yield Chunk(start, chunk)
+        start += len(chunk)

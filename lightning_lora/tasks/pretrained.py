@@ -149,13 +149,20 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         )
         if self.schedule == "constant" and not self.warmup_steps:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == -1:  # what Lightning says of epochs without a length
+            steps = math.inf
+        if steps == math.inf and self.schedule != "constant":
+            raise ConfigError(
+                f"schedule={self.schedule!r} needs the number of steps, and a stream does not tell: set "
+                "trainer.max_steps, or schedule='constant'."
+            )
         if self.warmup_steps >= steps:
             rank_zero_warn(f"warmup_steps={self.warmup_steps}, but the run has {steps} steps: it never leaves warm-up.")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         from transformers import get_scheduler  # imports torchao, bitsandbytes and peft: not for `fit --help`
 
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)  # type: ignore[arg-type]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override

@@ -59,12 +59,14 @@ def test_whatever_changes_the_tokens_makes_them_anew(write: Write, own_cache: Pa
     assert arrow_files(own_cache) == 7
 
 
-def test_nothing_half_made_stays_after_an_error(write: Write, own_cache: Path) -> None:
-    path = write("a.jsonl", [*ROWS, {"question": "Hello"}])
+def test_nothing_half_made_stays_after_an_error(write: Write, own_cache: Path, tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % (number * 7919) for number in range(3000)))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[:-30])
     for _ in range(2):
-        with pytest.raises(ValueError, match="row 3"):
-            places(path, tiny_tokenizer())
-    assert arrow_files(own_cache) == 0
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz cannot be read after row 2"):
+            places(str(path), tiny_tokenizer())
+    assert not [entry for entry in own_cache.rglob("*") if entry.suffix in (".arrow", ".incomplete")]
 
 
 def test_a_cache_that_cannot_be_written_is_named(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

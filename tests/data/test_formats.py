@@ -37,6 +37,7 @@ def tokens(path: str | list[str], tokenizer: PreTrainedTokenizerFast) -> list[tu
     return [(row["input_ids"], row["supervised"]) for row in data.rows["train"]]  # type: ignore[index]
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing reads 'id'")
 @pytest.mark.parametrize("template", ["marked", "none"])
 def test_every_format_gives_the_same_tokens(write: Write, template: str) -> None:
     tokenizer = tiny_tokenizer() if template == "marked" else tiny_tokenizer(template=None)
@@ -88,6 +89,7 @@ def test_a_file_with_a_bracket_in_its_name_is_a_file(write: Write, tokenizer: Pr
     assert len(tokens(write("a [1].jsonl", PAIRS), tokenizer)) == 20
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing reads 'id'")
 def test_files_of_different_formats_go_together(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     files = [write(f"{n}.jsonl", [row(*SAMPLES[0])]) for n, row in enumerate(FORMATS.values())]
     assert len({str(row) for row in tokens(files, tokenizer)}) == 1

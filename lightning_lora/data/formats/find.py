@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.errors import DataError, did_you_mean, first_five
+from lightning_lora.errors import did_you_mean, first_five
 
 from ..bad_rows import RowError
 from ..reading import Row
@@ -67,7 +67,7 @@ def find_format(row: Row, settings: RowSettings) -> Format:
     """The first of the known formats whose columns the row has, filled ones before empty ones.
 
     Raises:
-        DataError: If no format fits. The message names the columns of the row, the known formats and a mapping to try.
+        RowError: If no format fits. The message names the columns of the row, the known formats and a mapping to try.
     """
     columns = NamedRow(row, settings).columns
     filled = {name for name, value in columns.items() if value is not None}
@@ -78,7 +78,7 @@ def find_format(row: Row, settings: RowSettings) -> Format:
     shown = first_five(map(repr, row.columns)) or "(none)"
     formats = "; ".join(map(" + ".join, FORMATS))
     advice = _advice(row.columns, columns, settings.columns)
-    raise DataError(f"{row.place}: the columns {shown} fit no known format. Known formats: {formats}. {advice}")
+    raise RowError(row.place, f"the columns {shown} fit no known format", f". Known formats: {formats}. {advice}")
 
 
 def _advice(own: Mapping[str, Any], columns: Mapping[str, Any], mapping: Mapping[str, str]) -> str:

@@ -1,0 +1,152 @@
+"""Tables of tokens: what a batch of rows becomes, and all that is told about the rows at the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy
+import pyarrow
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from .bad_rows import RowError
+from .encoding import Encoded, encode
+from .formats.find import find_format
+from .reading import Row
+from .records import Conversation, Text
+from .settings import RowSettings
+
+COLUMNS = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "supervised": List(Value("bool")),
+        "length": Value("int32"),
+        "supervised_tokens": Value("int32"),
+        "largest_id": Value("int32"),
+        "open_ended": Value("bool"),
+        "weight": Value("float32"),
+        "place": Value("string"),
+        "record": Value("int64"),
+        "problem": Value("string"),
+        "detail": Value("string"),
+        "renamed": List(Value("string")),
+        "unused": List(Value("string")),
+        "notes": List(Value("string")),
+    }
+)
+"""Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
+after it, the largest id, whether the conversation ends with a turn that is not the assistant's, factor of the loss, the
+origin, the number of the conversation or text within its source, and what is told about the row. A row that cannot be
+used has no tokens; ``problem`` and ``detail`` say what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a source.
+
+    Args:
+        start: Number of the first of them within the source.
+        rows: The rows, or what is wrong with those that cannot be read.
+    """
+
+    start: int
+    rows: list[Row | RowError]
+
+
+@dataclass(frozen=True)
+class ToTokens:
+    """Converts chunks of rows to tables of tokens; it can be sent to other processes.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        settings: How rows become tokens.
+        example: A row of the source whose columns decide the format of all of its rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: RowSettings
+    example: Row
+
+    def __call__(self, chunk: Chunk) -> pyarrow.Table:
+        """A table with the columns of `COLUMNS`: one or several rows for each row of the chunk, in order."""
+        read = find_format(self.example, self.settings).read
+        records = [row if isinstance(row, RowError) else _or_error(read, row) for row in chunk.rows]
+        good = [record for record in records if not isinstance(record, RowError)]
+        encoded = iter(encode(self.tokenizer, good, self.settings) if good else ())
+        lines: list[_Line] = []
+        for number, record in enumerate(records, start=chunk.start):
+            result = record if isinstance(record, RowError) else next(encoded)
+            if isinstance(result, RowError):
+                lines.append(_Line(number, result, _NOTHING, result))
+            else:
+                lines += [_Line(number, record, row) for row in result]
+        return _table(lines, self.settings.max_length)
+
+
+def find_example(rows: Sequence[Row | RowError], settings: RowSettings) -> Row | list[RowError]:
+    """The first row that is of a known format; if there is none, what is wrong with each row."""
+    errors: list[RowError] = []
+    for row in rows:
+        found = row if isinstance(row, RowError) else _or_error(partial(find_format, settings=settings), row)
+        if not isinstance(found, RowError):
+            assert isinstance(row, Row)
+            return row
+        errors.append(found)
+    return errors
+
+
+class _Line(NamedTuple):
+    number: int
+    record: Conversation | Text | RowError
+    row: Encoded
+    problem: RowError | None = None
+
+
+_NOTHING = Encoded(numpy.zeros(0, dtype=numpy.int64), numpy.zeros(0, dtype=bool))
+
+
+def _or_error(read: Callable[[Row], Any], row: Row) -> Any:
+    try:
+        return read(row)
+    except RowError as error:
+        return error
+
+
+def _table(lines: list[_Line], max_length: int) -> pyarrow.Table:
+    lengths = numpy.array([len(line.row.ids) for line in lines], dtype=numpy.int64)
+    kept = numpy.minimum(lengths, max_length)
+    ends = numpy.cumsum(kept)
+    ids = numpy.concatenate([line.row.ids[:max_length] for line in lines]).astype(numpy.int32)
+    supervised = numpy.concatenate([line.row.supervised[:max_length] for line in lines])
+    trained = numpy.concatenate([[0], numpy.cumsum(supervised)])
+    offsets = pyarrow.array(numpy.concatenate([[0], ends]), pyarrow.int32())
+    columns = {
+        "input_ids": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(ids)),
+        "supervised": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(supervised)),
+        "length": lengths,
+        "supervised_tokens": trained[ends] - trained[ends - kept],
+        "largest_id": [int(line.row.ids[:max_length].max(initial=-1)) for line in lines],
+        "open_ended": _open_ended(lines),
+        "weight": [getattr(line.record, "weight", 1.0) for line in lines],
+        "place": [line.record.place for line in lines],
+        "record": [line.number for line in lines],
+        "problem": [line.problem and line.problem.kind for line in lines],
+        "detail": [line.problem and line.problem.detail for line in lines],
+        "renamed": [sorted(getattr(line.record, "renamed", ())) for line in lines],
+        "unused": [sorted(line.row.unused | getattr(line.record, "unused", frozenset())) for line in lines],
+        "notes": [sorted(line.row.notes) for line in lines],
+    }
+    return pyarrow.table(list(columns.values()), schema=COLUMNS.arrow_schema)
+
+
+def _open_ended(lines: list[_Line]) -> list[bool]:
+    """Whether each row holds the end of a conversation that ends with a turn that is not the assistant's."""
+    last = [line.number != after.number for line, after in pairwise(lines)] + [True]
+    return [
+        is_last and isinstance(line.record, Conversation) and line.record.messages[-1]["role"] != "assistant"
+        for line, is_last in zip(lines, last, strict=True)
+    ]
