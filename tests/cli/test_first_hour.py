@@ -54,29 +54,29 @@ def test_from_a_file_of_ones_own_to_generated_text(tmp_path: Path) -> None:
     assert "quelle" in shown  # it is not used
 
     settings = "--model.init_args.model base --data.init_args.train fragen.csv --data.init_args.validation fragen.csv"
-    short = "--data.init_args.batch_size 4 --data.init_args.validation_rows 5 --trainer.max_epochs 3"
-    own = f"{settings} {columns} {short} --trainer.accelerator cpu"
+    short = "--data.init_args.batch_size 4 --trainer.max_epochs 12 --trainer.check_val_every_n_epoch 6"
+    own = f"{settings} {columns} {short} --trainer.val_check_interval 1.0 --trainer.accelerator cpu"
     fitted = run(f"lightning-lora fit {shlex.join(configs('sft.yaml', 'lora.yaml'))} {own}", tmp_path)
     place, losses, *commands = fitted[fitted.index("run in ") :].splitlines()[:5]
     assert place.startswith("run in runs/sft/version_0: adapter adapters/last, last checkpoint checkpoints/")
     assert place.endswith("metrics metrics.csv, loss curve loss.png")
     assert re.match(r"best val_loss [\d.]+ at step \d+.* Next:", losses)
-    assert all((tmp_path / "runs/sft/version_0" / name).exists() for name in ("adapters/last", "metrics.csv", "loss.png"))
+    assert all(
+        (tmp_path / "runs/sft/version_0" / name).exists() for name in ("adapters/last", "metrics.csv", "loss.png")
+    )
 
     generate, merge, export = (command.strip() for command in commands)
-    answers = run(generate, tmp_path)
-    assert "In welchem Land liegt Oslo?" in answers
-    tuned = [line for line in answers.splitlines() if "In " in line and line.rstrip().endswith(".")]
-    assert tuned, answers
+    compared = run(generate, tmp_path)
+    assert answers("tuned", compared) == ["In Norwegen.", "In Italien.", "In Österreich."]
+    assert not any(answer.startswith("In ") for answer in answers("base", compared))
 
-    assert "merged" in run(merge, tmp_path)
-    assert "exported" in run(export, tmp_path)
-    asked = shlex.quote("Wo liegt Rom?")
-    of_merged = run(f"lightning-lora generate runs/sft/version_0/merged --prompt {asked}", tmp_path)
-    of_adapter = run(f"lightning-lora generate runs/sft/version_0/exported --prompt {asked}", tmp_path)
-    assert _answer(of_merged) == _answer(of_adapter)
-    assert _answer(of_merged).startswith("In ")
+    run(merge, tmp_path)
+    run(export, tmp_path)
+    for folder in ("merged", "exported"):
+        asked = run(f"lightning-lora generate runs/sft/version_0/{folder} --prompt 'Wo liegt Kairo?'", tmp_path)
+        assert answers("answer", asked) == ["In Ägypten."], folder
 
 
-def _answer(printed: str) -> str:
-    return printed
+def answers(whose: str, printed: str) -> list[str]:
+    """The answers that ``generate`` prints, each of which ends with the end of a turn."""
+    return re.findall(rf"^{whose}  \d+ tokens, end of turn\n(.+)$", printed, flags=re.MULTILINE)

@@ -143,7 +143,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answer(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with the error of a command, which must end with code 2."""
+    """What a command prints, which must be one line with an error and end with code 2."""
     capsys.readouterr()
     try:
         code = cli.main(arguments)
@@ -152,10 +152,11 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     printed = capsys.readouterr().err
     assert code == 2, printed
     assert "Traceback (" not in printed
-    lines = [line for line in printed.splitlines() if not line.startswith(("Seed", "GPU", "TPU", "tip: "))]
+    # Kinds of bad rows follow in indented lines.
+    lines = [line for line in printed.splitlines() if not line.startswith(("Seed", "GPU", "TPU", "tip: ", "  "))]
     assert len(lines) == 1, printed
     assert lines[0].startswith("error: ")
-    return lines[0]
+    return printed
 
 
 @pytest.mark.filterwarnings("ignore")
