@@ -237,6 +237,8 @@ class LoRACLI(LightningCLI):
 
 
 def _example(subcommand: str) -> str:
+    if subcommand == "preview":
+        return "example: lightning-lora preview rows.jsonl --model FOLDER (or the arguments of fit)"
     return f"example: lightning-lora {subcommand} --config cli_configs/sft.yaml --config cli_configs/lora.yaml"
 
 

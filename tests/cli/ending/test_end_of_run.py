@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +197,28 @@ def test_what_the_command_prints_is_there_and_its_next_commands_run(tmp_path: Pa
     again = lightning_lora("fit", f"--config={config}", "--trainer.default_root_dir=new", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "new/sft/version_0/metrics.csv").is_file()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_of_two_processes_tells_once(tmp_path: Path) -> None:
+    fit = ["fit", *configs("sft.yaml", "lora.yaml", "strategy/ddp.yaml"), *EMBEDDED, "--trainer.max_epochs=500"]
+    outputs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    processes = [
+        warm.Process(*COMMAND, *fit, cwd=tmp_path, env=environment, stdout=output)
+        for environment, output in zip(warm.ranks(2), outputs, strict=True)
+    ]
+    try:
+        run = tmp_path / "runs/sft/version_0"
+        deadline = time.monotonic() + warm.LIMIT
+        while not (run / "adapters/last").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGINT)
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.kill_all()
+    told = [output.read_text() for output in outputs]
+    assert codes[0] == 130, told
+    assert [text.count("run in runs/sft/version_0: adapter adapters/last, ") for text in told] == [1, 0]
+    assert "last checkpoint checkpoints/stopped.ckpt" in told[0]
+    assert (run / "loss.png").read_bytes().startswith(PNG)
