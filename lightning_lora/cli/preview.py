@@ -6,7 +6,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -48,9 +48,8 @@ def preview_data(trainer: Trainer, data: LightningDataModule | None) -> None:
     notes = _set_up(trainer, data)
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     tokenizer = data._find_tokenizer()
-    rows = data.rows["train"]
-    for number in range(min(ROWS, len(rows))):
-        show_row(console, tokenizer, rows[number], f"row {number + 1}")
+    for number, row in enumerate(_first_rows(data), start=1):
+        show_row(console, tokenizer, row, f"row {number}")
     for split, counts in data.statistics.items():
         console.print(_summary(split, counts, data.settings.max_length))
     for note in notes:
@@ -95,6 +94,15 @@ def segments(tokenizer: Any, ids: Sequence[int], supervised: Sequence[bool]) -> 
         found.append((text[len(before) :], is_trained))
         before = text
     return [segment for segment in found if segment[0]]
+
+
+def _first_rows(data: SFTDataModule) -> list[dict[str, Any]]:
+    """The first training rows; of a stream, those that are drawn first."""
+    if "train" in data.rows:
+        rows = data.rows["train"]
+        return [rows[number] for number in range(min(ROWS, len(rows)))]
+    drawn = list(islice(iter(data.train_dataloader().sampler), ROWS))
+    return [{**example, "place": "as drawn from the stream", "length": len(example["input_ids"])} for example in drawn]
 
 
 def _set_up(trainer: Trainer, data: LightningDataModule) -> list[str]:

@@ -77,6 +77,15 @@ def test_it_takes_what_fit_takes(
     assert list(folder.iterdir()) == [folder / "rows.jsonl"]
 
 
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_rows_of_a_stream_are_shown_as_they_are_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = ["--data.init_args.streaming=true", "--data.init_args.max_length=600"]
+    assert cli.main(["preview", "rows.jsonl", f"--model={MODEL}", *stream]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(", as drawn from the stream: ") == 3
+    assert "trained | " in printed
+
+
 def test_segments_join_to_the_text_of_the_row_wherever_the_mask_changes() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     text = "<|user|>\nGrüße \U0001f469\u200d\U0001f467, 12 + 3<|end|>"
