@@ -4,3 +4,5 @@ project = "lightning-lora"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "alabaster"
+# Links to headings of other pages are checked.
+myst_heading_anchors = 3

@@ -26,6 +26,13 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    """Every page is listed, and every link to a page or a heading leads there."""
+    done = warm.run("-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dummy", ROOT / "docs", tmp_path / "built")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())

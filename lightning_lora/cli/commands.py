@@ -5,12 +5,14 @@ Each imports what it needs when it runs, so that one command does not wait for t
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,22 @@ class Command:
     run: Callable[[Namespace], None]
 
 
+class CommandParser(ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest option and an example."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        known = [option for action in self._actions for option in action.option_strings]
+        near = did_you_mean(words.split()[0].partition("=")[0], known) if is_unknown else "."
+        print(f"error: {message}{near} {self.epilog}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def run_command(name: str, arguments: list[str]) -> None:
     """Parse the arguments of a command and run it; exits with code 2 on a wrong option."""
     command = COMMANDS[name]
-    parser = ArgumentParser(f"lightning-lora {name}", description=command.help, epilog=f"example: {command.example}")
+    parser = CommandParser(f"lightning-lora {name}", description=command.help, epilog=f"example: {command.example}")
     command.configure(parser)
     command.run(parser.parse_args(arguments))
 
@@ -55,8 +69,10 @@ def _merge_arguments(parser: ArgumentParser) -> None:
 
 def _merge(arguments: Namespace) -> None:
     from lightning_lora.cli.end_tokens import end_tokens
+    from lightning_lora.cli.run_source import check_merge_order
     from lightning_lora.files.merge.merge_files import merge_files
 
+    check_merge_order(Path(arguments.base), Path(arguments.adapter))
     certificate = merge_files(
         arguments.base,
         arguments.adapter,
@@ -115,7 +131,7 @@ def _generate(arguments: Namespace) -> None:
 
 
 def _inspect_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("path", help="an adapter folder or an adapter-only checkpoint")
+    parser.add_argument("path", help="a run folder, an adapter folder or an adapter-only checkpoint")
     parser.add_argument("--verify", action="store_true", help="require hashes, and say that they agree")
 
 
@@ -124,10 +140,11 @@ def _inspect(arguments: Namespace) -> None:
 
     from lightning_lora.cli.inspection import inspect_path, verify_hashes
     from lightning_lora.cli.inspection_table import show
+    from lightning_lora.cli.run_source import find_source
 
     # Threads take longer to start than the spectra of thin matrices take.
     torch.set_num_threads(1)
-    inspection = inspect_path(arguments.path)
+    inspection = inspect_path(find_source(Path(arguments.path)))
     show(inspection)
     if arguments.verify:
         print(verify_hashes(inspection))
@@ -174,7 +191,7 @@ COMMANDS = {
     ),
     "inspect": Command(
         "Show what an adapter or checkpoint is: base, ranks, roles, norms, spectra, health.",
-        "lightning-lora inspect runs/sft/version_0/adapters/last --verify",
+        "lightning-lora inspect runs/sft/version_0 --verify",
         _inspect_arguments,
         _inspect,
     ),

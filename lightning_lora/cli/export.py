@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from lightning_lora.cli.end_tokens import end_tokens
+from lightning_lora.cli.run_source import find_source
 from lightning_lora.errors import AdapterFileError, ConfigError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
@@ -77,28 +78,6 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
     if target == "llama.cpp":
         done += f"\nconvert it with: {_conversion(out, format)}"
     return done
-
-
-def find_source(run: Path) -> Path:
-    """The checkpoint or adapter folder to export: ``run`` itself, or the latest one in a run folder.
-
-    Raises:
-        AdapterFileError: If a run folder holds neither.
-    """
-    if run.is_file() or (run / CONFIG_FILE).is_file():
-        return run
-    # The latest by optimizer step, as file times change with clocks and copies; at the same step the checkpoint.
-    steps = {folder: _adapter_step(folder) for folder in run.rglob("adapters/last") if (folder / CONFIG_FILE).is_file()}
-    steps |= {file: read_checkpoint(file)["global_step"] for file in sorted(run.rglob("*.ckpt"))}
-    if not steps:
-        raise AdapterFileError(
-            f"{run} holds no checkpoint (*.ckpt) and no adapter folder: give a run folder or a file."
-        )
-    return max(steps, key=lambda source: (steps[source], source.is_file()))
-
-
-def _adapter_step(folder: Path) -> int:
-    return read_adapter_folder(folder).manifest.summary.get("step", -1)
 
 
 def _export_folder(source: Path, out: Path, format: str, server: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict`` and ``probe``."""
+"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict``, ``probe`` and ``preview``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_lora.callbacks import (
@@ -30,20 +31,24 @@ from lightning_lora.callbacks import (
     SteadyLoggers,
     TargetBatchSize,
 )
-from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.fallback import choose_checkpoint
-from lightning_lora.checkpoints.verified_io import is_local
+from lightning_lora.cli.ending.end_of_run import EndOfRun
+from lightning_lora.cli.mistakes.config_files import check_config_files
+from lightning_lora.cli.mistakes.running import check_ckpt_path, check_data, trainer_error
 from lightning_lora.cli.parser import LoRAArgumentParser
+from lightning_lora.cli.preview import expand_arguments
 from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
-from lightning_lora.cli.quiet import quiet_libraries
+from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.errors import ConfigError
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.trainer_access import found
 
 # What a config may name: a class path imports and calls whatever it points at.
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
+RUNS = "runs"
+"""The folder for loggers whose ``save_dir`` is empty, without a ``default_root_dir``."""
 # RunLock comes first: nothing may be written in a folder where another run writes.
 DEFAULTS = (
     RunLock,
@@ -55,9 +60,19 @@ DEFAULTS = (
     CheckpointGuard,
     AdapterCheckpoint,
     SteadyLoggers,
+    EndOfRun,
 )
 # A probe leaves nothing behind that a run could go on from.
 PROBE_DEFAULTS = (RunLock, FiniteGradients, MemoryAdvice, LoRAGuard)
+# A preview trains nothing.
+PREVIEW_TRAINER = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class LoRACLI(LightningCLI):
@@ -66,11 +81,13 @@ class LoRACLI(LightningCLI):
     In a script of your own: ``from lightning_lora.cli import LoRACLI`` and ``LoRACLI(MyModule, MyData)``. Arguments are
     those of LightningCLI; a model or data class that is not given is chosen by class path in the config. The optimizer
     is the module's own: the one LightningCLI would build sees the parameters before the adapters exist, and trains
-    nothing. The callbacks of `DEFAULTS` and `LoRAProgressBar` are added unless the config brings its own.
+    nothing. The callbacks of `DEFAULTS` and `LoRAProgressBar` are added unless the config brings its own. A logger with
+    an empty ``save_dir`` writes in ``trainer.default_root_dir``, or in ``runs`` without one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         quiet_libraries()
+        self._filled: list[Any] = []
         kwargs.setdefault("seed_everything_default", 0)
         kwargs.setdefault("parser_class", LoRAArgumentParser)
         kwargs.setdefault("trainer_class", ProbingTrainer)
@@ -82,12 +99,15 @@ class LoRACLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and ``probe``, which takes the arguments of ``fit``."""
+        """Lightning's subcommands, and ``probe`` and ``preview``, which take the arguments of ``fit``."""
         subcommands = LightningCLI.subcommands()
-        return subcommands | {"probe": subcommands["fit"]}
+        return subcommands | {"probe": subcommands["fit"], "preview": subcommands["fit"]}
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
+        check_data(self.model, self.datamodule)
+        if end := found(self.trainer, EndOfRun):
+            end.keep_metrics(self.trainer)
         # The folder of another logger may be known only when it has begun, and then the callback itself is in time.
         if isinstance(self.trainer.logger, CSVLogger) and (lock := found(self.trainer, RunLock)):
             lock.acquire(self.trainer)
@@ -100,6 +120,20 @@ class LoRACLI(LightningCLI):
     def before_probe(self) -> None:
         """Lock the folder of the probe."""
         self.before_fit()
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Check the config files before they are parsed."""
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list):
+            try:
+                check_config_files(arguments)
+            except ConfigError as error:
+                refuse = getattr(parser, "refuse", parser.error)  # a parser of the user's choice has no such method
+                refuse(str(error))
+            for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
+                each.given = arguments  # pyright: ignore[reportAttributeAccessIssue]
+        super().parse_arguments(parser, args)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -135,8 +169,30 @@ class LoRACLI(LightningCLI):
                 lora.allow_other_base = True
 
     @override
+    def before_instantiate_classes(self) -> None:
+        """Give loggers their folder, and leave out what ``preview`` does not need."""
+        root = self._get(self.config, "trainer.default_root_dir") or RUNS
+        for logger in self._loggers_without_folder():
+            logger["init_args"]["save_dir"] = str(root)
+            self._filled.append(logger)
+        if self.subcommand != "preview":
+            return
+        tell_infos(False)
+        settings: Any = self.config["preview"]
+        for name in ("logger", "callbacks", "plugins", "profiler"):
+            settings["trainer"][name] = False if name == "logger" else None
+        model = settings["model"]
+        if str(model.get("class_path")).startswith("lightning_lora."):
+            # Building a model to check the LoRA settings on would take longer than all else.
+            model["init_args"]["lora"] = model["init_args"]["quantization"] = None
+
+    @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        while self._filled:  # the config that is saved beside the run can be moved again
+            self._filled.pop()["init_args"]["save_dir"] = ""
         defaults = DEFAULTS
+        if self.subcommand == "preview":
+            return self.trainer_class(**PREVIEW_TRAINER)
         if self.subcommand == "probe":
             prepare_probe(config)
             self.save_config_callback, defaults = None, PROBE_DEFAULTS
@@ -150,7 +206,20 @@ class LoRACLI(LightningCLI):
             if any(isinstance(callback, TargetBatchSize) for callback in own):
                 raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
             callbacks.append(TargetBatchSize(rows))
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise trainer_error(error, config) from error
+
+    def _loggers_without_folder(self) -> list[Any]:
+        """The loggers of the config whose ``save_dir`` is empty."""
+        given = self._get(self.config, "trainer.logger")
+        loggers = given if isinstance(given, list) else [given]
+        return [
+            logger
+            for logger in loggers
+            if isinstance(logger, Namespace) and logger.get("init_args", Namespace()).get("save_dir") == ""
+        ]
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -159,7 +228,7 @@ class LoRACLI(LightningCLI):
         settings: Any = self.config[subcommand] if subcommand else {}
         path = settings.get("ckpt_path")
         if path:
-            _check_ckpt_path(path, is_fit=subcommand in ("fit", "probe"))
+            check_ckpt_path(path, is_fit=subcommand in ("fit", "probe"))
         if path and Path(path).is_file():
             whole = choose_checkpoint(Path(path), fall_back=subcommand in ("fit", "probe")).path
             if not os.path.samefile(whole, path):
@@ -167,19 +236,9 @@ class LoRACLI(LightningCLI):
         super()._parse_ckpt_path()
 
 
-def _check_ckpt_path(path: str, is_fit: bool) -> None:
-    """Raise `AdapterFileError` for a path that can be no checkpoint, before the model is built."""
-    if path == "best" or (path == "last" and not is_fit):
-        raise AdapterFileError(
-            f"ckpt_path {path!r} stands for a checkpoint of a fit in the same process, and a command is a process of "
-            "its own: give the path, as runs/sft/version_0/checkpoints/last.ckpt."
-        )
-    if path not in ("last", "hpc") and is_local(path) and not Path(path).exists():
-        raise AdapterFileError(f"ckpt_path: there is no {path}.")
-    refuse_other_files(path)
-
-
 def _example(subcommand: str) -> str:
+    if subcommand == "preview":
+        return "example: lightning-lora preview rows.jsonl --model FOLDER (or the arguments of fit)"
     return f"example: lightning-lora {subcommand} --config cli_configs/sft.yaml --config cli_configs/lora.yaml"
 
 
@@ -194,8 +253,15 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         # In the environment, so that the processes a strategy starts see them too.
         os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
     _restrict_imports()
+    is_preview = arguments[0] == "preview"
+    if is_preview:
+        arguments = ["preview", *expand_arguments(arguments[1:])]
     sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
-    LoRACLI()
+    try:
+        tell_infos(not is_preview)
+        LoRACLI()
+    finally:
+        tell_infos(True)
     if torch.distributed.is_initialized():
         # Threads of gloo that are left at exit may abort a process whose work is done.
         torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
 from lightning_lora.versions import installed_version
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe")
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview")
 _USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
@@ -19,6 +19,7 @@ LoRA without regret for any LightningModule.
 
   fit, validate, test, predict
                Run a model: lightning-lora fit --config cli_configs/sft.yaml
+  preview      Show three rows as the model sees them: lightning-lora preview rows.jsonl --model FOLDER
   probe        Train for a while, then find the largest batch that does no harm.
 {commands}
   --allow PREFIX   let configs name classes of your own package (repeatable)

@@ -4,63 +4,83 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from lightning_lora.cli.missing_package import missing_package_advice
-from lightning_lora.data import SFTDataModule
+from lightning_lora.cli.mistakes.class_paths import wrong_class_path
+from lightning_lora.cli.mistakes.config_files import place_of
+from lightning_lora.cli.mistakes.options import arguments_at, full_names, nearest
+from lightning_lora.cli.mistakes.values import last_class, wrong_value
 from lightning_lora.errors import did_you_mean
-from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.tasks import CausalLM, SequenceClassifier
 
-_OURS = (CausalLM, SequenceClassifier, SFTDataModule, LoRAConfig)
-# The parser tries every member of a union and reports all failures; one of these patterns finds what the user did.
-_CAUSES = (
-    r"Importing '.*?' is not allowed",
-    r"(?:Option|Group|Key|Subcommand) ['\"].*? (?:is not accepted|does not accept option .*|is not expected)",
-    r"Import path does not correspond to a subclass of \w+",
-    r"Expected a dot import path string: .*",
-    r"unrecognized arguments: .*",
+_NOT_ALLOWED = r"Importing '.*?' is not allowed"
+_NO_SUBCLASS = r"Import path does not correspond to a subclass of \w+"
+_UNKNOWN_IN_CLASS = r"(?:Option|Group|Key) ['\"](.*?)['\"] is not (?:accepted|expected)"
+_UNKNOWN = (
+    r"(?:does not accept option|Option|Group|Key) ['\"](.*?)['\"]|unrecognized arguments: (\S+)|ambiguous option: (\S+)"
 )
+_ALLOW = "configs may name classes of known packages only. For your own: lightning-lora --allow PREFIX ..."
+_NO_MODEL = "there is no model: give --config FILE that names one, as cli_configs/sft.yaml does, or --model CLASS_PATH."
 
 
 class LoRAArgumentParser(LightningArgumentParser):
-    """A parser that exits with code 2 and one message, which names the known options nearest to an unknown one."""
+    """A parser that exits with code 2 and one line, which names the known options nearest to an unknown one.
+
+    Attributes:
+        given: The command line, in which the place of a wrong setting is looked up.
+    """
+
+    given: Sequence[str] = ()
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"error: {self._shorten(message)}", file=sys.stderr)
+        self.refuse(self._shorten(message))
+
+    def refuse(self, sentence: str) -> NoReturn:
+        """Print a sentence as an error and exit with code 2."""
+        print(f"error: {sentence}", file=sys.stderr)
         print(f"tip: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
     def _shorten(self, message: str) -> str:
         if missing := missing_package_advice(message):
             return missing
-        for pattern in _CAUSES:
-            found = re.search(pattern, message)
-            if found:
-                key = re.search(r"Parser key \"(.*?)\"", message)
-                where = f"{key.group(1)}: " if key else ""
-                return f"{where}{found.group(0)}{self._nearest(found.group(0))}{_advice(found.group(0))}"
-        return message
+        outer = re.search(r"Parser key \"(.*?)\"", message)
+        where = f"{outer.group(1)}: " if outer else ""
+        if found := re.search(_NOT_ALLOWED, message):
+            return f"{where}{found.group(0)}: {_ALLOW}"
+        if sentence := wrong_class_path(message):
+            return where + sentence
+        if (found := re.search(_UNKNOWN_IN_CLASS, message)) and (kind := last_class(message)):
+            place = self._place(f"{outer.group(1)}.init_args.{found.group(1)}") if outer else ""
+            return f"{where}{found.group(0)}{place}{did_you_mean(found.group(1), arguments_at(kind))}"
+        if found := re.search(_UNKNOWN, message):
+            return self._unknown(next(filter(None, found.groups())))
+        if found := re.search(_NO_SUBCLASS, message):
+            return where + found.group(0)
+        if wrong := wrong_value(message):
+            return f"{wrong[0]}{self._place(wrong[0])} {wrong[1]}"
+        if re.search(r"required: (\w+\.)?model$", message):
+            return _NO_MODEL
+        return " ".join(message.split())
 
-    def _nearest(self, cause: str) -> str:
-        """The end of a sentence with the options nearest to the last name in ``cause``."""
-        names = re.findall(r"[\w.]*\w", cause.partition(": ")[2] or "".join(re.findall(r"['\"](.*?)['\"]", cause)[-1:]))
+    def _unknown(self, name: str) -> str:
+        key = name.lstrip("-").partition("=")[0]
+        if not name.startswith("-") and name in self.given:
+            return f"{name!r} is no option: options begin with --{nearest(key, self._options())}"
+        return f"there is no option {key!r}{self._place(key)}{nearest(key, self._options())}"
+
+    def _options(self) -> set[str]:
         parsers = [self, *getattr(self._subcommands_action, "choices", {}).values()]
-        options = {action.dest for parser in parsers for action in parser._actions}
-        # Not inspect.signature: a task passes options on to its base class as **settings.
-        options |= {name for kind in _OURS for name in ArgumentParser().add_class_arguments(kind)}
-        return did_you_mean(names[0], sorted(options)) if names else ""
+        return full_names(action.dest for parser in parsers for action in parser._actions)
 
-
-def _advice(cause: str) -> str:
-    if cause.startswith("Importing"):
-        return ": configs may name classes of known packages only. For your own: lightning-lora --allow PREFIX ..."
-    return ""
+    def _place(self, key: str) -> str:
+        place = place_of(key, self.given)
+        return f" ({place})" if place else ""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from typing_extensions import override
 
 from lightning_lora.callbacks import AdapterCheckpoint, AdaptiveAccumulation, BatchSizeMonitor, MergeOnFitEnd
+from lightning_lora.cli.preview import preview_data
 from lightning_lora.errors import ConfigError, GuardError
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.trainer_access import found
@@ -23,7 +24,7 @@ _REMOVED = (Checkpoint, AdapterCheckpoint, MergeOnFitEnd, AdaptiveAccumulation)
 
 
 class ProbingTrainer(Trainer):
-    """Lightning's Trainer with one more method, `probe`."""
+    """Lightning's Trainer with two more methods, `probe` and `preview`."""
 
     def probe(
         self,
@@ -55,6 +56,28 @@ class ProbingTrainer(Trainer):
             raise SystemExit(143) from stop  # Lightning would exit with code 0
         if probe.result is None:
             raise GuardError(f"the run ended at step {self.global_step}, before the probe at {probe.at:g}.")
+
+    def preview(
+        self,
+        model: LightningModule,
+        train_dataloaders: TRAIN_DATALOADERS | LightningDataModule | None = None,
+        val_dataloaders: EVAL_DATALOADERS | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show three rows as the model sees them, the trained tokens marked, and what of the data is used.
+
+        Args:
+            model: The module that would be trained; its weights are not loaded.
+            train_dataloaders: Not used.
+            val_dataloaders: Not used.
+            datamodule: The data module whose rows are shown.
+            ckpt_path: Not used.
+            weights_only: Not used.
+        """
+        self.strategy.connect(model)
+        preview_data(self, datamodule)
 
 
 def prepare_probe(config: dict[str, Any]) -> None:

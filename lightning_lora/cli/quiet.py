@@ -29,12 +29,20 @@ def quiet_libraries() -> None:
         logging.getLogger(logger).addFilter(_LeaveOut(words))
     # Lightning 2.6 asks torch 2.13 in a way that torch will drop.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")
+    # Lightning 2.6 says at every start without TensorBoard what it takes instead.
+    warnings.filterwarnings("ignore", message="Starting from v1.9.0, `tensorboardX` has been removed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         # transformers reads the variable when it is imported, here and in the processes that a strategy starts.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "transformers" in sys.modules:
             sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+def tell_infos(shown: bool) -> None:
+    """Show, or leave out, what Lightning and we say of the Trainer and the data. Warnings are always shown."""
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.INFO if shown else logging.WARNING)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or unsafe files
+        if damage := examine(path).damage:
+            raise AdapterFileError(f"{path} is not a checkpoint, or a damaged one: {damage}.") from error
         raise AdapterFileError(
             f"{path} is not a checkpoint that can be loaded safely: {str(error).splitlines()[0]} It is never unpickled."
         ) from error

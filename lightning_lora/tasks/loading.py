@@ -32,6 +32,8 @@ def read_config(name: str, **overrides: Any) -> PreTrainedConfig:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise ConfigError(f"model {name!r} is not a folder on this machine.")
+    if Path(name).is_file():
+        raise ConfigError(f"model {name!r} is a file; give the folder of a model, with config.json and its weights.")
     prepare_hub(name)
     try:
         return AutoConfig.from_pretrained(name, **overrides)

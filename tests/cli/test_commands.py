@@ -46,8 +46,13 @@ def test_fit_prints_layers_rate_and_progress_without_control_characters(run_fold
     assert "💡" not in printed
 
 
-def test_inspect_shows_roles_and_verifies_hashes(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(run_folder / "adapters/last"), "--verify"]) == 0
+@pytest.mark.parametrize("path", ["adapters/last", ""])
+def test_inspect_shows_roles_and_verifies_hashes(
+    path: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run, ignore=shutil.ignore_patterns("*.ckpt"))  # of a run folder the latest is taken
+    assert cli.main(["inspect", str(run / path), "--verify"]) == 0
     printed = capsys.readouterr().out
     for words in ("adapter folder", "attention", "mlp", "every layer has an update", "verified"):
         assert words in printed
@@ -203,7 +208,8 @@ def test_own_classes_need_to_be_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "validate", "test", "predict", "probe", "demo", "merge", "export", "inspect", "consolidate"]
+    "command",
+    ["fit", "validate", "test", "predict", "probe", "preview", "demo", "merge", "export", "inspect", "consolidate"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

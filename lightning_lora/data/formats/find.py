@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +89,11 @@ def _advice(own: Mapping[str, Any], columns: Mapping[str, Any], mapping: Mapping
         if name not in own and known in COLUMNS
     ]
     found = {name: known for name, known in mapping.items() if name in own} | suggest_names(columns)
+    if not found:
+        return "".join(absent) + "Rename the columns."
     names = ", ".join(f"{name}: {known}" for name, known in found.items())
-    todo = f"Map your names to known ones, for example columns: {{{names}}}." if names else "Rename the columns."
+    option = f"--data.init_args.columns={shlex.quote(json.dumps(found, ensure_ascii=False))}"
+    todo = f"Map your names to known ones, for example columns: {{{names}}}. On the command line: {option}"
     return "".join(absent) + todo
 
 

@@ -1,0 +1,184 @@
+"""The callback that draws the loss of a run, and says where its files are and which commands come next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.callbacks import AdapterCheckpoint
+from lightning_lora.checkpoints.verified_io import is_local
+from lightning_lora.cli.ending.loss_curve import LossCurve, draw, read_metrics, validation_metric
+from lightning_lora.cli.ending.next_commands import next_commands, shown
+from lightning_lora.files.adapter.peft_format import CONFIG_FILE
+from lightning_lora.trainer_access import found, run_folder
+
+PICTURE, METRICS = "loss.png", "metrics.csv"
+_BUFFER = 256
+"""Losses that wait on the device until they are read: reading waits for the device."""
+
+
+class EndOfRun(Callback):
+    """Draws ``loss.png`` into the run folder when a run ends or is stopped, and says where its files are.
+
+    The lines name adapter, checkpoints, metrics and picture, the best validation loss, and the commands that generate
+    text, merge and export. Nothing is said of a run that has written neither adapter nor checkpoint.
+
+    Attributes:
+        curve: The losses so far. Those of a run that is continued come from the ``metrics.csv`` in this run's folder,
+            or in that of the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.curve = LossCurve()
+        self._folder = ""
+        self._has_trained = False
+        self._last_step = 0
+        self._logged: Tensor | None = None
+        self._window: list[Tensor] = []
+        self._buffer: list[tuple[int, Tensor]] = []
+
+    def keep_metrics(self, trainer: Trainer) -> None:
+        """Read the metrics that lie in the folder of a CSV logger: it deletes them when it is first used."""
+        if isinstance(trainer.logger, CSVLogger) and is_local(trainer.logger.log_dir):
+            self.curve = read_metrics(Path(trainer.logger.log_dir, METRICS))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the run folder, which all ranks must do."""
+        self._folder, self._has_trained = run_folder(trainer), False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the losses up to the first step from the run that this one continues."""
+        self._last_step, self._window, self._buffer = trainer.global_step, [], []
+        earlier = self.curve
+        if trainer.ckpt_path and is_local(str(trainer.ckpt_path)):
+            beside = Path(trainer.ckpt_path).parent
+            for folder in (beside.parent, beside):
+                earlier = earlier if earlier.train else read_metrics(folder / METRICS)
+        self.curve = earlier.up_to(trainer.global_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the loss of an optimizer step: the mean over its micro-batches."""
+        if (loss := self._loss(trainer, pl_module, outputs)) is not None:
+            self._window.append(loss.detach())
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step, self._has_trained = trainer.global_step, True
+        if self._window:
+            self._buffer.append((trainer.global_step, torch.stack(self._window).float().mean()))
+            self._window = []
+        if len(self._buffer) == _BUFFER:
+            self._read_buffer()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the validation loss."""
+        name = validation_metric(trainer.callback_metrics)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and name is not None:
+            self.curve.validation_name = name
+            self.curve.validation[trainer.global_step] = float(trainer.callback_metrics[name])
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Draw and tell, after other callbacks have written their files."""
+        if stage == "fit":
+            self._end(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draw and tell of a run that is stopped or fails."""
+        if trainer.state.fn == "fit":
+            self._end(trainer, pl_module)
+
+    def _loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
+        logged, previous = trainer.callback_metrics.get("train_loss"), self._logged
+        self._logged = logged
+        if logged is not None and logged is not previous:  # the same object again is the mean of the last epoch
+            return logged
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return None
+        # Lightning divides it by the accumulation, but not with manual optimization.
+        return (loss * trainer.accumulate_grad_batches if pl_module.automatic_optimization else loss).reshape(())
+
+    def _read_buffer(self) -> None:
+        if self._buffer:
+            steps, losses = zip(*self._buffer, strict=True)
+            self.curve.train |= zip(steps, torch.stack(losses).tolist(), strict=True)
+            self._buffer = []
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and tell once, on the first rank, if there is a file that training has written."""
+        has_trained, self._has_trained = self._has_trained, False
+        is_told = has_trained and trainer.is_global_zero and is_local(self._folder)
+        if not is_told or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        files = _written(trainer, Path(self._folder))
+        if not files:
+            return
+        self._read_buffer()
+        self._draw()
+        for logger in trainer.loggers:
+            logger.save()
+        files |= {name: Path(self._folder, file) for name, file in (("metrics", METRICS), ("loss curve", PICTURE))}
+        files = {name: path for name, path in files.items() if path.exists()}
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        rank_zero_info("\n".join(self._lines(pl_module, data, files)))
+
+    def _draw(self) -> None:
+        try:
+            draw(self.curve, Path(self._folder, PICTURE))
+        except Exception as error:  # a full disk, a backend that does not start: the run is worth more than its picture
+            rank_zero_warn(
+                f"{PICTURE} is not drawn: {type(error).__name__}: {error}. Nothing else of the run is affected."
+            )
+
+    def _lines(self, pl_module: LightningModule, data: LightningDataModule | None, files: dict[str, Path]) -> list[str]:
+        folder = Path(self._folder)
+        places = (f"{name} {_inside(path, folder)}" for name, path in files.items())
+        commands = next_commands(pl_module, data, folder, files.get("adapter"))
+        losses = self.curve.described()
+        if commands:
+            losses = f"{losses}. Next:" if losses else "next:"
+        return [f"run in {shown(folder)}: {', '.join(places)}", *filter(None, [losses]), *(f"  {c}" for c in commands)]
+
+
+def _written(trainer: Trainer, folder: Path) -> dict[str, Path]:
+    """Adapter folders and checkpoints of a run, by what they are."""
+    files: dict[str, Path] = {}
+    writer = found(trainer, AdapterCheckpoint)
+    adapters = Path(writer.dirpath) if writer and writer.dirpath else folder / "adapters"
+    for name, words in (("last", "adapter"), ("best", "best adapter")):
+        if (adapters / name / CONFIG_FILE).is_file() and (name == "last" or (writer and writer.monitor)):
+            files[words] = adapters / name
+    keeper = found(trainer, ModelCheckpoint)
+    best = Path(keeper.best_model_path) if keeper and keeper.monitor and keeper.best_model_path else None
+    if best and best.exists():
+        files["best checkpoint"] = best
+    checkpoints = (
+        Path(keeper.dirpath) if keeper and keeper.dirpath and is_local(keeper.dirpath) else folder / "checkpoints"
+    )
+    last = max(checkpoints.glob("*.ckpt"), key=os.path.getmtime, default=None)
+    if last and best and os.path.samefile(last, best):
+        files["best and last checkpoint"] = files.pop("best checkpoint")
+    elif last:
+        files["last checkpoint"] = last
+    return files
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else shown(path)

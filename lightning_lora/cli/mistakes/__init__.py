@@ -1,0 +1,3 @@
+"""What is wrong with a command line, in one line: `config_files` (the files), `values` (settings of a wrong type),
+`class_paths` and `options` (names that are not known), `running` (what the Trainer would find later).
+"""

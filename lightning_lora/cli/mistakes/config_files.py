@@ -1,0 +1,146 @@
+"""Checks config files before they are parsed: what is wrong, in which file and line; and where a setting is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from lightning_lora.errors import ConfigError, did_you_mean, first_five
+
+_OPTIONS = ("-c", "--config")
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Read every config file on a command line.
+
+    Raises:
+        ConfigError: If one does not exist, is no YAML, holds no settings, gives a name twice, or has settings of a
+            class beside its ``init_args``.
+    """
+    for name in config_files(arguments):
+        root = _parsed(name)
+        for mapping in _mappings(root):
+            _check_mapping(name, mapping)
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The names of the config files on a command line, in order."""
+    names = []
+    for place, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if option in _OPTIONS:
+            names += [value] if equals else list(arguments[place + 1 : place + 2])
+    return [name for name in names if not name.lstrip().startswith("{")]  # a config may be given as text
+
+
+def place_of(key: str, arguments: Sequence[str]) -> str | None:
+    """Where a setting is given: on the command line, or the file and line; None if nowhere.
+
+    Args:
+        key: Dotted name of the setting.
+        arguments: The command line.
+    """
+    short = key.replace(".init_args", "")
+    if any(word.partition("=")[0].removeprefix("--").replace(".init_args", "") == short for word in arguments):
+        return "on the command line"
+    for name in reversed(config_files(arguments)):
+        line = _line_of(_parsed(name), key.split("."))
+        if line is not None:
+            return f"{name}, line {line}"
+    return None
+
+
+def _parsed(name: str) -> yaml.MappingNode:
+    text = _text(name)
+    if text.startswith("Traceback (most recent call last)"):
+        raise ConfigError(
+            f"config {name}, line 1: a traceback of Python, not settings; the command that wrote it failed with "
+            f"{text.strip().splitlines()[-1]!r}."
+        )
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"config {name}{_described(error, text)}") from error
+    except yaml.YAMLError as error:  # a character that no YAML may hold
+        raise ConfigError(f"config {name} is not YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(root, yaml.MappingNode):
+        held = "is empty" if root is None else f"holds {_kind(root)}, not settings"
+        raise ConfigError(f"config {name} {held}: a config names settings, such as 'model:' or 'trainer:'.")
+    return root
+
+
+def _text(name: str) -> str:
+    path = Path(name)
+    if not path.exists():
+        folder = path.parent if path.parent.is_dir() else Path()
+        known = [str(folder / file.name) for kind in ("*.yaml", "*.yml", "*.json") for file in folder.glob(kind)]
+        raise ConfigError(f"config {name!r} does not exist (looked from {os.getcwd()}){did_you_mean(name, known)}")
+    if not path.is_file():
+        raise ConfigError(f"config {name!r} is not a file but a folder; name a file in it, such as config.yaml.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {name} cannot be read as text ({error}); is it a config at all?") from error
+
+
+def _described(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Line and content of the place where YAML stopped, and what is likely wrong there."""
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return f" is not YAML: {error.problem}."
+    lines = text.splitlines()
+    number = min(mark.line, len(lines) - 1)
+    line = lines[number]
+    where = f", line {number + 1}, {line.strip()!r}"
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return f"{where}: indented with a tab; YAML takes spaces only."
+    return (
+        f"{where}: {error.problem}. Is the line indented as its neighbours are? Settings of one group begin in the "
+        "same column, two columns behind the name of the group."
+    )
+
+
+def _kind(node: yaml.Node) -> str:
+    return "a list" if isinstance(node, yaml.SequenceNode) else f"the text {str(node.value)[:40]!r}"
+
+
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _check_mapping(name: str, mapping: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in mapping.value:
+        line = key.start_mark.line + 1
+        if key.value in lines and key.value != "<<":
+            raise ConfigError(
+                f"config {name}: {key.value!r} is given twice in one group, in lines {lines[key.value]} and {line}; "
+                "YAML would forget the first."
+            )
+        lines[key.value] = line
+    stray = [key for key in lines if key not in _CLASS_KEYS]
+    if stray and ("class_path" in lines or "init_args" in lines):
+        raise ConfigError(
+            f"config {name}, line {lines[stray[0]]}: {first_five(map(repr, stray))} beside "
+            f"{'class_path' if 'class_path' in lines else 'init_args'}; settings of a class go below its init_args, "
+            "indented by two more columns."
+        )
+
+
+def _line_of(node: yaml.Node, names: list[str]) -> int | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for key, value in node.value:
+        if key.value == names[0]:
+            return key.start_mark.line + 1 if len(names) == 1 else _line_of(value, names[1:])
+    return None
