@@ -62,7 +62,7 @@ def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
     console = Console(highlight=False)
     console.print(results_table(arms))
     adapter = read_adapter_folder(out / "adapter")
-    console.print(remarks(*arms, update_share(adapter.shapes, adapter.ranks)))
+    console.print(remarks(arms[0], arms[1], update_share(adapter.shapes, adapter.ranks)))
     print()
     _merge_and_check(out)
     print(

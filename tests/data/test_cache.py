@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerFast
 
-from lightning_lora.data import SFTDataModule
+from lightning_lora.data import SFTDataModule, tokens
 from lightning_lora.errors import ConfigError
 from tests.data.conftest import Write
+from tests.support import warm
 from tests.support.tiny_tokenizer import UNMARKED, tiny_tokenizer
 
 ROWS = [{"question": "Hello", "answer": "five"}] * 3
@@ -57,6 +59,46 @@ def test_whatever_changes_the_tokens_makes_them_anew(write: Write, own_cache: Pa
     write("a.jsonl", [{"question": "Hello", "answer": "fife"}])
     assert len(places(path, tiny_tokenizer())) == 1, "a file of the same size written anew"
     assert arrow_files(own_cache) == 7
+
+
+def test_all_code_of_the_room_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a row passes through is in this room, and each file of it changes the key."""
+    used = {Path(module.__file__ or "") for name, module in sys.modules.items() if name.startswith("lightning_lora.data")}
+    keys = [tokens.code_identity.__wrapped__()]
+    read = Path.read_bytes
+    for changed in sorted(used):
+        monkeypatch.setattr(Path, "read_bytes", lambda path, changed=changed: read(path) + b"#" * (path == changed))
+        keys.append(tokens.code_identity.__wrapped__())
+    assert {"encoding.py", "find.py", "template.py", "reading.py"} <= {path.name for path in used}
+    assert len(set(keys)) == len(keys)
+
+
+FILLS = """
+import sys, time
+import datasets.config
+from pathlib import Path
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.sources import FileSource
+from lightning_lora.data.tokens import tokenise
+from tests.support import warm
+from tests.support.tiny_tokenizer import tiny_tokenizer
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+here, rank = Path(sys.argv[2]), __import__("os").environ["RANK"]
+(here / f"ready{rank}").touch()
+while len(list(here.glob("ready*"))) < 2:
+    time.sleep(0.001)
+print(tokenise(FileSource(sys.argv[1]), tiny_tokenizer(), RowSettings(64), None).data.table.num_rows)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_at_once(write: Write, own_cache: Path) -> None:
+    path = write("a.jsonl", [{"question": str(n), "answer": "five"} for n in range(3500)])
+    own_cache.mkdir()
+    done = warm.run_ranks(2, "-c", FILLS, path, own_cache)
+    assert [one.stdout.split()[-1] for one in done] == ["3500", "3500"]
+    assert arrow_files(own_cache) == 1
+    assert not list(own_cache.rglob("*.incomplete"))
 
 
 def test_nothing_half_made_stays_after_an_error(write: Write, own_cache: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.data.bad_rows import RowError
 from lightning_lora.data.formats.find import find_format
 from lightning_lora.data.formats.values import parsed
 from lightning_lora.data.reading import Row
@@ -111,6 +112,8 @@ def _read(name: str, settings: RowSettings) -> Iterator[Prompt]:
         return
     for source in find_sources(name, "test"):
         for row in source.rows():
+            if isinstance(row, RowError):
+                raise row
             yield read_prompt(row, settings)
 
 

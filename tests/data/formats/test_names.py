@@ -132,6 +132,7 @@ def test_a_mapping_that_no_row_needs_is_refused(write: Write) -> None:
         assert "Names that nothing reads: id, kontext." in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing reads 'id'")
 def test_a_mapping_may_belong_to_some_rows_or_files_only(write: Write) -> None:
     files = [write("a.jsonl", ROWS), write("b.jsonl", [{"frage": "Hello", "antwort": "five"}])]
     data = module(files, {**GERMAN, "kontext": "context"})
