@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 from datasets import Dataset
@@ -71,7 +72,8 @@ def _alike(numbers: list[int], keys: list[bytes]) -> list[int]:
 def _keys(rows: Dataset, seed: int) -> Iterator[bytes]:
     """A hash of the tokens of each stored row that depends on the seed."""
     salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
-    for lists in filter(len, rows.data.column("input_ids").chunks):
+    chunks: list[Any] = rows.data.column("input_ids").chunks
+    for lists in filter(len, chunks):
         ends = numpy.cumsum(lists.value_lengths().to_numpy())
         tokens = lists.flatten().to_numpy()
         for row in numpy.split(tokens, ends[:-1]):
