@@ -25,7 +25,8 @@ ROWS = [{"question": f"{n:03d}", "answer": "five"} for n in range(50)]
 
 
 def ready(path: Any, tokenizer: PreTrainedTokenizerFast, stage: str | None = "fit", **options: Any) -> SFTDataModule:
-    data = SFTDataModule(path, tokenizer=tokenizer, **{"validation_share": 0.2} | options)
+    options = {"validation_share": 0.2} | options
+    data = SFTDataModule(path, tokenizer=tokenizer, **options)
     data.setup(stage)
     return data
 
@@ -74,7 +75,7 @@ def test_rows_with_the_same_tokens_stay_on_one_side(write: Write, tokenizer: Pre
 
 def row_per_answer(_tokenizer: Any, records: Any, settings: Any) -> Any:
     """Stands for a template that renders earlier turns differently: one row of tokens for each answer."""
-    whole = encoding_encode(_tokenizer, records, settings)
+    whole: Any = encoding_encode(_tokenizer, records, settings)
     return [[row] * (1 + int(record.messages[0]["content"]) % 3) for record, (row,) in zip(records, whole, strict=True)]
 
 

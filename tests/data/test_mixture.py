@@ -42,7 +42,8 @@ def paths(write: Write) -> dict[str, str]:
 
 def ready(paths: dict[str, str], shares: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **options: Any) -> Any:
     train = {paths[name]: share for name, share in shares.items()}
-    data = SFTDataModule(train, tokenizer=tokenizer, **{"max_length": 64} | options)
+    options = {"max_length": 64} | options
+    data = SFTDataModule(train, tokenizer=tokenizer, **options)
     data.setup("fit")
     return data
 
@@ -106,6 +107,7 @@ def test_an_epoch_has_the_rows_that_the_start_tells(
 ) -> None:
     with caplog.at_level("INFO"):
         data = ready(paths, {"a": 0.5, "b": 0.3, "c": 0.2}, tokenizer)
+    counts: Counter[str] = Counter()
     # c runs out after 9 / 0.2 = 45 rows: 22.5 of a and 13.5 of b.
     for epoch in range(3):
         rows = epoch_of(data, epoch)

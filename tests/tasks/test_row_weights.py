@@ -126,7 +126,7 @@ def test_the_monitor_measures_and_changes_nothing(folder: Path, tmp_path: Path, 
     """With one micro-batch in a step it compares the gradients of rows."""
     monitor = BatchSizeMonitor()
     monitor.warmup_steps = 0
-    options = {"accumulate_grad_batches": accumulation, "max_epochs": 3}
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulation, "max_epochs": 3}
     with_it, without = (
         trained(folder, tmp_path, padded(weighted()), **options, callbacks=callbacks) for callbacks in ([monitor], [])
     )
