@@ -5,8 +5,8 @@ tokens), `sources` (from a name to rows), `reading`, `records` and `formats` (fr
 (rows that cannot be used), `tokenizer`, `chat` and `encoding` (to token ids and a mask), `documents` (texts of many
 rows), `token_table` (a batch of rows, all of these steps), `processes` (several batches at once), `tokens` (a whole
 source, cached), `source_report` (what is told about it), `read_splits` (the sources of a split), `split` (its counts),
-`sampling` (held-out rows, sources mixed by shares), `streaming` (rows that are tokenised while training), `collate`,
-`packing` and `bins` (to batches), `terminal_progress`.
+`sampling` (held-out rows, sources mixed by shares), `streaming` (rows that are tokenised while training), `batches`
+(padded or packed), `terminal_progress`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 
-from .bins import batched, even_rows
-from .collate import Collate, CollateEvenly, CollatePacked
-from .packing import PackedRows, PackSampler
+from .batches.bins import batched, even_rows
+from .batches.collate import Collate, CollateEvenly, CollatePacked
+from .batches.packing import PackedRows, PackSampler
 from .rows_module import RowsDataModule
 from .sampling.mixture import Mixture, MixtureSampler
 from .settings import RowSettings

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lora.errors import ConfigError, DataError
 
-from .bins import filled_share
+from .batches.bins import filled_share
 from .sampling.mixture import Mixture
 
 

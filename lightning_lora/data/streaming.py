@@ -28,7 +28,7 @@ from typing_extensions import override
 from lightning_lora.errors import DataError
 
 from .bad_rows import refuse
-from .collate import Example
+from .batches.collate import Example
 from .settings import RowSettings
 from .source_report import SourceReport
 from .sources import FileSource, HubSource

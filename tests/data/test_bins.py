@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from lightning_lora.data import bins
-from lightning_lora.data.bins import best_fit, even_rows
+from lightning_lora.data.batches.bins import best_fit, even_rows
 
 
 @pytest.mark.parametrize("shortest", [1, 40])

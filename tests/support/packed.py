@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig
-from lightning_lora.data.collate import Collate, CollateEvenly, CollatePacked
+from lightning_lora.data.batches.collate import Collate, CollateEvenly, CollatePacked
 from lightning_lora.tasks import CausalLM
 from tests.architectures.decoders import GROUPED, SHAPE
 from tests.support import tiny_models, toys

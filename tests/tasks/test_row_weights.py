@@ -15,7 +15,7 @@ from lightning_lora import LoRAConfig
 from lightning_lora.batch.token_loss import one_if_zero
 from lightning_lora.callbacks import BatchSizeMonitor
 from lightning_lora.data import SFTDataModule
-from lightning_lora.data.collate import Collate, CollateEvenly, CollatePacked
+from lightning_lora.data.batches.collate import Collate, CollateEvenly, CollatePacked
 from lightning_lora.errors import DataError
 from lightning_lora.tasks import CausalLM
 from tests.support import tiny_models, toys

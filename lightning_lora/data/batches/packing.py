@@ -9,9 +9,9 @@ import numpy
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
+from ..sampling.mixture import Mixture
 from .bins import best_fit
 from .collate import Example
-from .sampling.mixture import Mixture
 
 Pack = tuple[int, ...]
 """Indices of the examples that share one row."""
