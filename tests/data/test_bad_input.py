@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError, DataError
 from tests.data.conftest import Write
-from tests.support.tiny_tokenizer import NUMBERED, STRICT, UNMARKED, tiny_tokenizer
+from tests.support.tiny_tokenizer import STRICT, UNMARKED, tiny_tokenizer
 
 GOOD = {"question": "Hello", "answer": "five"}
 
@@ -108,16 +108,24 @@ def test_bad_files_are_refused(write: Write, tokenizer: PreTrainedTokenizerFast,
     assert path in str(caught.value)
 
 
+THINKS = UNMARKED.replace("<|assistant|>{{ '\n' }}{{ '' }}{% endif %}", "<|assistant|>{{ '\n' }}<think>{% endif %}")
+
 TEMPLATES = {
     "refused": (
         STRICT,
         [turns("user", "assistant"), turns("system", "user", "assistant")],
         r"row 1 .*: the chat template refuses this conversation: no system turn, please",
     ),
-    "no prefix": (
-        NUMBERED,
-        [turns("user", "assistant"), turns("user", "assistant", "user", "assistant")],
-        r"renders turn 1 differently .*generation",
+    "other words in the prompt": (
+        THINKS,
+        [turns("user", "assistant")],
+        r"row 0 .*: what the model writes after the prompt cannot be told: .* The prompt goes on with '<think>', the "
+        r"finished answer with ",
+    ),
+    "wrong type": (
+        "{% for m in messages %}\n{{ m.content + 5 }}{% endfor %}",
+        [turns("user", "assistant")],
+        r"row 0 .*: the chat template refuses this conversation: TypeError: .* \(line 2 of the template\)",
     ),
     "starts with the assistant": (UNMARKED, [turns("assistant", "user")], r"row 0 .*: starts with the assistant"),
     "several turns": (

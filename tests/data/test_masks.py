@@ -70,10 +70,10 @@ def test_a_line_break_that_ends_a_turn_is_trained(write: Write, trims: bool) -> 
 
 @pytest.mark.parametrize("trims", [True, False])
 @pytest.mark.parametrize("answer", ["five  ", "  five", " é"])
-def test_blanks_at_the_edge_of_an_answer_are_trained(write: Write, answer: str, trims: bool) -> None:
+def test_blanks_at_the_edge_and_an_end_outside_the_marks_are_trained(write: Write, answer: str, trims: bool) -> None:
     tokenizer = tiny_tokenizer(OPEN, trims=trims)
     ids, mask = only_row(write("a.jsonl", [{"question": "Hello", "answer": answer}]), tokenizer)
-    assert tokenizer.decode([i for i, used in zip(ids, mask, strict=True) if used]) == answer
+    assert tokenizer.decode([i for i, used in zip(ids, mask, strict=True) if used]) == f"{answer}<|end|>"
 
 
 @pytest.mark.filterwarnings("ignore:train. 1 of 1 rows ending with a turn")

@@ -19,8 +19,6 @@ MARKED = (
     "{% if add_generation_prompt %}<|assistant|>\n{{ '' }}{% endif %}"
 ).replace("|>\n", "|>{{ '\n' }}")
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-NUMBERED = UNMARKED.replace("<|{{", "{{ messages | length }}<|{{")
-"""Renders the number of turns before each one, so that no prefix stays a prefix."""
 OPEN = MARKED.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>")
 """Leaves the end token out of the marks."""
 SPOKEN = (
