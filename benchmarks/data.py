@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(*arguments.measure, arguments.num_proc)))
+        way, path = arguments.measure
+        print(json.dumps(measure(way, path, arguments.num_proc)))
         return
     before = load()
     print(

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy
 import pytest
 
-from lightning_lora.data import bins
+from lightning_lora.data.batches import bins
 from lightning_lora.data.batches.bins import best_fit, even_rows
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerFast
 
-from lightning_lora.data import SFTDataModule, encoding, tokens
+from lightning_lora.data import SFTDataModule, encoding, token_table
 from lightning_lora.data.sampling.hold_out import hold_out
 from lightning_lora.errors import ConfigError, DataError
 from tests.data.conftest import QUIET, Write
@@ -84,7 +84,7 @@ encoding_encode = encoding.encode
 
 @pytest.fixture
 def split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "encode", row_per_answer)
+    monkeypatch.setattr(token_table, "encode", row_per_answer)
 
 
 @pytest.mark.usefixtures("split_rows")

@@ -204,8 +204,8 @@ def test_packing_comes_from_yaml_and_the_command_line(write: Write, given: str, 
     parser.add_class_arguments(SFTDataModule, "data")
     parser.add_argument("--config", action="config")
     config = write("c.yaml", f"data:\n  packing: {given}\n")
-    for arguments in (["--config", config], [f"--data.batches.packing={given}"]):
-        assert parser.instantiate(parser.parse_args(arguments)).data.batches.packing == packing
+    for arguments in (["--config", config], [f"--data.packing={given}"]):
+        assert parser.instantiate(parser.parse_args(arguments)).data.packing == packing
 
 
 def test_lightning_leaves_the_sampler_alone(path: str, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -46,7 +46,7 @@ def paths(write: Write) -> list[str]:
 
 def numbers(batches: Any, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
     """The questions in each batch."""
-    return [[tokenizer.decode(ids)[9:12] for ids, _ in examples(batch)] for batch in batches]
+    return [[str(tokenizer.decode(ids))[9:12] for ids, _ in examples(batch)] for batch in batches]
 
 
 def epoch(data: SFTDataModule, number: int) -> list[list[str]]:
@@ -87,7 +87,7 @@ def test_the_examples_are_those_of_rows_in_memory(paths: list[str], tokenizer: P
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_devices_share_the_stream(paths: list[str], tokenizer: PreTrainedTokenizerFast, devices: int) -> None:
-    stream = ready(paths, tokenizer)._stream
+    stream = ready(paths, tokenizer).stream
     assert stream is not None
     whole = [row["input_ids"].tolist() for row in stream.examples(5)]
     shares = []
@@ -140,7 +140,7 @@ def test_what_a_stream_cannot_do_is_refused(paths: list[str], tokenizer: PreTrai
         SFTDataModule(paths, tokenizer=tokenizer, streaming=True).train_dataloader()
     with pytest.raises(DataError, match="does not exist"):
         ready(["absent.jsonl"], tokenizer)
-    stream = ready(paths, tokenizer)._stream
+    stream = ready(paths, tokenizer).stream
     assert stream is not None
     with pytest.raises(DataError, match="no row has a supervised token"):
         list(replace(stream, settings=RowSettings(2)).examples(0))

@@ -10,7 +10,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_lora import ConfigError
-from lightning_lora.cli.parser import LoRAArgumentParser
+from lightning_lora.cli.mistakes.options import arguments_of, nearest
 from lightning_lora.tasks import CausalLM, SequenceClassifier
 from lightning_lora.tasks.pretrained import PretrainedTask
 from tests.support import toys
@@ -74,6 +74,5 @@ def test_every_setting_is_kept_as_a_hyperparameter(kind: type[PretrainedTask], l
     assert dict(module.hparams) == shared | {"model": str(llama_folder), "schedule": "linear"} | KINDS[kind]
 
 
-def test_an_unknown_setting_of_a_base_class_gets_its_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_lora.cli.parser._OURS", (SequenceClassifier,))
-    assert LoRAArgumentParser()._nearest("Option 'quantisation' is not accepted") == "; did you mean 'quantization'?"
+def test_an_unknown_setting_of_a_base_class_gets_its_nearest_name() -> None:
+    assert nearest("quantisation", arguments_of(SequenceClassifier)) == "; did you mean 'quantization'?"

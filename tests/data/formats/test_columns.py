@@ -127,6 +127,7 @@ def test_a_csv_may_hold_everything_as_json_text(tmp_path: Path) -> None:
         writer.writerow([*given, "weight", "system"])
         writer.writerow([*map(json.dumps, given.values()), "0.5", ""])
     (row,) = read_rows(tmp_path / "a.csv")
+    assert isinstance(row, Row)
     record = conversation(row.columns)
     assert record.messages[1]["tool_calls"][0]["function"] == {"name": "sum", "arguments": {"x": None}}
     assert record.variables == {"tools": [tool], "documents": given["documents"], "enable_thinking": False}

@@ -185,7 +185,8 @@ def test_only_an_adapted_head_learns_to_stop(untied: bool, tmp_path: Path) -> No
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loader: Any = torch.utils.data.DataLoader([{k: v[0] for k, v in batch.items()}] * 8, batch_size=4)
+        rows: Any = [{k: v[0] for k, v in batch.items()}] * 8
+        loader: Any = torch.utils.data.DataLoader(rows, batch_size=4)
         toys.trainer(tmp_path, max_epochs=60).fit(module, loader)
     assert module.model is not None
     logits = module(batch["input_ids"], batch["attention_mask"])[0, 2]
