@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_lora.data.bad_rows import RowError
-from lightning_lora.data.reading import read_rows
+from lightning_lora.data.reading import Row, read_rows
 from lightning_lora.data.records import Text
 from tests.data.formats.reading import chat, conversation, read, rendered
 

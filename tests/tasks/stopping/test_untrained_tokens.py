@@ -209,7 +209,7 @@ from pathlib import Path
 from lightning_lora import LoRAConfig
 from lightning_lora.sharding import FSDP2Strategy
 from tests.support import toys
-from tests.tasks.test_untrained_tokens import said
+from tests.tasks.stopping.test_untrained_tokens import said
 import torch, datasets.config, tempfile
 
 untrained, trained, strategy, out = sys.argv[1:]
