@@ -58,7 +58,7 @@ def test_rows_are_shown_as_the_model_sees_them(
     ]
     assert "        | \\x1b[31m[red] \\u202e<|end|>⏎" in second
     assert "trained | [[a]] \\t\\x07 ünï \U0001f469\u200d\U0001f467<|end|>" in second
-    assert "600 tokens (cut, 114 more are left out)" in third
+    assert "600 tokens (cut, 111 more are left out)" in third
     assert f"... {600 - HEAD - TAIL} tokens are not shown ..." in third
     assert re.search(r"train: 4 rows, .* trained \(\d\d\.\d%\); 1 rows cut at max_length=600", counts)
     assert "note: train: 1 of 4 rows longer than max_length=600 tokens and cut" in counts
