@@ -81,7 +81,9 @@ def test_a_run_that_writes_nothing_says_nothing(tmp_path: Path, told: Any) -> No
 
 
 class Fails(Callback):
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 6:
             raise RuntimeError("on purpose")
 
