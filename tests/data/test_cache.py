@@ -63,7 +63,9 @@ def test_whatever_changes_the_tokens_makes_them_anew(write: Write, own_cache: Pa
 
 def test_all_code_of_the_room_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a row passes through is in this room, and each file of it changes the key."""
-    used = {Path(module.__file__ or "") for name, module in sys.modules.items() if name.startswith("lightning_lora.data")}
+    used = {
+        Path(module.__file__ or "") for name, module in sys.modules.items() if name.startswith("lightning_lora.data")
+    }
     keys = [tokens.code_identity.__wrapped__()]
     read = Path.read_bytes
     for changed in sorted(used):

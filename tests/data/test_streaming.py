@@ -46,7 +46,7 @@ def paths(write: Write) -> list[str]:
 
 def numbers(batches: Any, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
     """The questions in each batch."""
-    return [[tokenizer.decode(ids)[9:12] for ids, _ in examples(batch)] for batch in batches]
+    return [[str(tokenizer.decode(ids))[9:12] for ids, _ in examples(batch)] for batch in batches]
 
 
 def epoch(data: SFTDataModule, number: int) -> list[list[str]]:
