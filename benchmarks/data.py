@@ -129,10 +129,10 @@ def main() -> None:
     for count in arguments.rows:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
         with tempfile.TemporaryDirectory() as folder:
-            make_rows(count, path := Path(folder, "rows.jsonl"))
+            make_rows(count, file := Path(folder, "rows.jsonl"))
             for _ in range(arguments.repetitions):
                 for name in random.sample(list(WAYS), len(WAYS)):
-                    found[name].append(measured(name, path, arguments.num_proc))
+                    found[name].append(measured(name, file, arguments.num_proc))
         for name, runs in found.items():
             wall, cpu, memory = (statistics.median(run[key] for run in runs) for key in ("seconds", "cpu", "bytes"))
             ratios = [run["cpu"] / other["cpu"] for run, other in zip(runs, found["datasets.map"], strict=True)]
