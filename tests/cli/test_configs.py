@@ -97,7 +97,11 @@ SPLITTING = {"lora.yaml": "", "full.yaml": "tensor parallelism is for adapters",
 @pytest.mark.parametrize("case", SPLITTING)
 def test_layers_are_split_with_adapters_only(case: str, tmp_path: Path) -> None:
     method = case if case.endswith(".yaml") else "lora.yaml"
-    model = [] if case == "five heads" else [f"--model.init_args.model={toys.save_llama(tmp_path / 'llama')}"]
+    model = (
+        []
+        if case == "five heads"
+        else [f"--model.init_args.model={toys.save_llama(tmp_path / 'llama', max_position_embeddings=128)}"]
+    )
     command = [*configs("sft.yaml", method, f"strategy/{SPLITS}"), *EMBEDDED, *model, "--trainer.max_steps=2"]
     done = lightning_lora("fit", *command, cwd=tmp_path, ranks=2)
     assert done.returncode == (2 if SPLITTING[case] else 0), done.stdout + done.stderr

@@ -87,7 +87,10 @@ def job() -> dict[str, str]:
 def assert_same_adapter(folder: Path, expected: Path) -> None:
     found, wanted = (load_file(where / "adapters/last/adapter_model.safetensors") for where in (folder, expected))
     assert any(tensor.abs().max() > 1e-3 for name, tensor in wanted.items() if "lora_B" in name)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        # By norm: AdamW turns the rounding of a gradient near zero into part of a step, so single entries differ more.
+        torch.testing.assert_close((found[name] - tensor).norm() / tensor.norm(), torch.tensor(0.0), rtol=0, atol=1e-4)
 
 
 def run_folder(folder: Path, version: int = 0) -> Path:
