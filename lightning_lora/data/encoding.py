@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import ConfigError
 
 from .bad_rows import RowError
+from .chat.answer import render_ahead
 from .chat.endings import end_of_turn_ids, special_tokens
 from .chat.masks import PLAIN, tokenise_marked
 from .chat.profile import Profile, end_of_answer_id, find_profile
@@ -90,9 +91,10 @@ def _encode_chats(
 ) -> dict[int, list[Encoded] | RowError]:
     results: dict[int, list[Encoded] | RowError] = {number: [] for number, _ in records}
     made: list[tuple[int, Conversation, Example]] = []
-    for number, record in records:
+    texts = render_ahead(profile, [record for _, record in records])
+    for (number, record), rendered in zip(records, texts, strict=True):
         try:
-            made += [(number, record, example) for example in find_examples(profile, record)]
+            made += [(number, record, example) for example in find_examples(profile, record, rendered)]
         except RowError as error:
             results[number] = error
     examples = [example for *_, example in made]

@@ -22,6 +22,10 @@ OTHER_PROMPT = (
 )
 
 
+Texts = dict[tuple[int, bool], tuple[str, list[Span]]]
+"""Text and marks of the first messages of a conversation, by their number and whether a prompt follows them."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """The text of a conversation through one of its answers.
@@ -54,19 +58,20 @@ class Renderer:
     Args:
         profile: The chat template.
         record: The conversation.
+        texts: What `render_ahead` has rendered of it.
 
     Raises:
         RowError: If its variables cannot be given to a template.
     """
 
-    def __init__(self, profile: Profile, record: Conversation) -> None:
+    def __init__(self, profile: Profile, record: Conversation, texts: Texts | None = None) -> None:
         self.profile = profile
         self.record = record
         try:
             self._template = profile.template.with_variables(check_names(record.variables))
         except ConfigError as error:
             raise RowError(record.place, "variables for the chat template that cannot be used: ", str(error)) from error
-        self._texts: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
+        self._texts = {} if texts is None else texts
 
     def prompt(self, number: int) -> str:
         """The prompt after which the model writes message ``number``."""
@@ -126,6 +131,31 @@ class Renderer:
             "write it into the content ('<think>...</think>answer'), or use another chat_template. ",
             f"The prompt goes on with {prompt[shared:][:60]!r}, the finished answer with {text[shared:][:60]!r}.",
         )
+
+
+def render_ahead(profile: Profile, records: Sequence[Conversation]) -> list[Texts]:
+    """Render what every conversation needs, many together: all of it, and the prompt of its last answer.
+
+    Nothing is rendered ahead if the template refuses one of them, or of one with variables of its own: a `Renderer`
+    then renders each by itself, and says which is refused.
+    """
+    texts: list[Texts] = [{} for _ in records]
+    numbered = [(number, record) for number, record in enumerate(records) if not record.variables]
+    last = {
+        number: max((i for i, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
+        for number, record in numbered
+    }
+    wholes = [(number, len(record.messages), False) for number, record in numbered]
+    prompts = [(number, last[number], True) for number, _ in numbered if last[number]]
+    for wanted in (wholes, prompts):
+        parts = [records[number].messages[:count] for number, count, _ in wanted]
+        try:
+            rendered = profile.template.render_all(parts, wanted is prompts, profile.marked and wanted is wholes)
+        except Exception:  # a template can raise anything
+            return [{} for _ in records]
+        for (number, count, prompt), text in zip(wanted, rendered, strict=True):
+            texts[number][count, prompt] = text
+    return texts
 
 
 def render(

@@ -135,19 +135,28 @@ class Template:
         return self._render(messages, prompt=False, marked=True)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool, marked: bool) -> tuple[str, list[Span]]:
+        return self.render_all([messages], prompt, marked)[0]
+
+    def render_all(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], prompt: bool, marked: bool
+    ) -> list[tuple[str, list[Span]]]:
+        """The texts of several conversations and their marks; a call for many costs less than one for each."""
         # Not apply_chat_template: it does not return the marks, and its mask is empty for answers that begin with a
         # blank. As there, a key without a value is an absent key.
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = [
+            [{key: value for key, value in message.items() if value is not None} for message in messages]
+            for messages in conversations
+        ]
         with self._calendar():
             rendered: Any = render_jinja_template(
-                [given],
+                given,
                 chat_template=self.text,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
                 **self.variables,
             )
         texts, marks = rendered
-        return texts[0], marks[0] if marked else []
+        return list(zip(texts, marks if marked else [[] for _ in texts], strict=True))
 
     @contextmanager
     def _calendar(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from itertools import islice, takewhile
 
 from ..bad_rows import RowError
 from ..records import Conversation
-from .answer import Answer, Renderer, closing_ends, message_texts, span_in
+from .answer import Answer, Renderer, Texts, closing_ends, message_texts, span_in
 from .long import find_alike
 from .profile import Profile
 from .template import Span
@@ -39,17 +39,22 @@ class Example:
     notes: frozenset[str] = field(default_factory=frozenset)
 
 
-def find_examples(profile: Profile, record: Conversation) -> list[Example]:
+def find_examples(profile: Profile, record: Conversation, texts: Texts | None = None) -> list[Example]:
     """The texts that a conversation becomes: one, or one for each answer.
 
     A conversation becomes one text if in the text of all of it each answer follows the same prompt as in inference, and
     reads as it does when it is the last one. Otherwise each answer becomes a text of its own. An answer is trained on
     from the first character that the model writes through the token that ends the turn.
 
+    Args:
+        profile: The chat template.
+        record: The conversation.
+        texts: What `answer.render_ahead` has rendered of it.
+
     Raises:
         RowError: If the template refuses the conversation, or if an answer cannot be told from its prompt.
     """
-    renderer = Renderer(profile, record)
+    renderer = Renderer(profile, record, texts)
     numbers = list(_trained(record))
     whole, marks = renderer.through(len(record.messages) - 1)
     notes = frozenset(_notes(profile, record))
