@@ -53,7 +53,7 @@ def preview_data(trainer: Trainer, data: LightningDataModule | None) -> None:
     for split, counts in data.statistics.items():
         console.print(_summary(split, counts, data.settings.max_length))
     for note in notes:
-        console.print(f"note: {_printable(note)}")
+        console.print("note: " + "\n".join(map(_printable, note.splitlines())))
 
 
 def show_row(console: Console, tokenizer: Any, row: dict[str, Any], name: str) -> None:
