@@ -59,7 +59,8 @@ class SourceReport:
         for note, count in self.notes.most_common():
             self._warn(f"{count:,} of {plural_rows(self.rows)}: {note}")
         if self.rows > read:
-            rank_zero_info(f"{self.source}: {read:,} conversations became {plural_rows(self.rows)}")
+            chats = f"{read:,} conversation{'s' * (read != 1)}"
+            rank_zero_info(f"{self.source}: {chats} became {plural_rows(self.rows)}, one for each answer")
 
     def tell_new(self, told: set[str]) -> None:
         """Warn about what was not ``told`` before, for rows that are used while they are still being read."""

@@ -35,6 +35,10 @@ def chunks(count: int) -> Iterator[Chunk]:
         yield Chunk(start, [Row(f"row {start}", {"question": f"{start}", "answer": "five"})])
 
 
+def test_results_come_in_order_for_more_items_than_processes_hold() -> None:
+    assert list(map_in_order(abs, range(-40, 0), 2)) == list(range(40, 0, -1))
+
+
 UNGUARDED = """
 import json, sys
 import datasets.config

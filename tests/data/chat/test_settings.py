@@ -231,3 +231,15 @@ def test_reasoning_is_read_under_any_of_its_names() -> None:
     rows = encoded(tokenizer, messages)
     assert trained(tokenizer, rows[0]) == ["<think>hm</think>b.<|end|>", "<think>hm</think>d.<|end|>"]
     assert not rows[0].unused
+
+
+def test_conversations_that_become_several_rows_are_told_from_the_cache_too(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer(FAMILIES["thinking in the last turn only"].template)
+    path = write("a.jsonl", [{"messages": TWO}] * 3)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            SFTDataModule(path, tokenizer=tokenizer).setup("fit")
+        assert f"{path}: 3 conversations became 6 rows, one for each answer" in caplog.text
