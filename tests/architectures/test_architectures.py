@@ -147,6 +147,7 @@ LAWS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_every_law_holds(entry: Architecture, tmp_path: Path, subtests: pytest.Subtests) -> None:
     model = AdaptedModel(entry)

@@ -157,6 +157,7 @@ def test_a_narrow_parameter_has_a_wide_average(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in trained(module).values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize(("make", "accumulate"), [(DiceyLoRA, 1), (DiceyLoRA, 3), (DiceyFull, 1)])
 def test_a_run_that_averages_goes_on_exactly(

@@ -123,6 +123,7 @@ class TellAll(Callback):
         self.tell(trainer, "validation", trainer.fit_loop.batch_idx, batch_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "workers"), [(("train", 4), 2), (("train", 6), 0), (("validation", 3, 0), 0)])
 def test_the_run_that_goes_on_is_bit_equal_to_one_never_stopped(place: Any, workers: int, tmp_path: Path) -> None:
     """Places in the middle of an epoch, in a short last window, and in a validation; windows have three batches."""

@@ -24,6 +24,7 @@ from tests.support.cramped import NUM_ROWS, Cramped, Data, fit, source
 pytestmark = toys.expected_warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "micro_batch"), [(NUM_ROWS, 8), (7, 4), (1, 1)])
 @pytest.mark.parametrize("options", [{}, {"drop_last": True}])
 def test_a_search_ends_in_the_run_that_was_given_what_it_finds(

@@ -120,6 +120,7 @@ def test_a_checkpoint_io_of_the_user_may_take_any_folder(things: Path, tmp_path:
         toys.trainer(tmp_path, plugins=[Own()]).fit(Toy(), toys.loader(), ckpt_path=things / "empty")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize(
     ("path", "words"),

@@ -100,6 +100,7 @@ LOSSES: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", LOSSES)
 def test_every_part_of_what_is_saved_is_needed(lost: str, tmp_path: Path) -> None:
     place, lose = LOSSES[lost]

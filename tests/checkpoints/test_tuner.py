@@ -50,6 +50,7 @@ class CountSteps(Callback):
         self.first = trainer.global_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["scale_batch_size", "lr_find"])
 def test_the_tuner_leaves_base_adapters_and_step_counter_unchanged(tool: str, tmp_path: Path) -> None:
     module = Sized()

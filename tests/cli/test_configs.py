@@ -110,6 +110,7 @@ def test_layers_are_split_with_adapters_only(case: str, tmp_path: Path) -> None:
     assert written != bool(SPLITTING[case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["true", "batch"])
 def test_packing_goes_on_top_of_a_method(packing: str, tmp_path: Path) -> None:
     done = lightning_lora(
@@ -124,6 +125,7 @@ def test_packing_goes_on_top_of_a_method(packing: str, tmp_path: Path) -> None:
     assert "val_loss" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_the_other_stages_run(subcommand: str, tmp_path: Path) -> None:
     test_data = [f"--data.init_args.test={Path(EMBEDDED[2].partition('=')[2])}", "--trainer.limit_test_batches=1"]

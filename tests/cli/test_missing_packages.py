@@ -27,6 +27,7 @@ LOGGER = "--trainer.logger=lightning.pytorch.loggers."
 NAMED = "error: the package nothing_at_all is not installed: pip install nothing_at_all"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

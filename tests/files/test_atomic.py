@@ -217,6 +217,7 @@ def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "a" / CONFIG_FILE).read_text() == "new"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")
 def test_a_folder_without_write_permission_raises_and_stays_as_it_was() -> None:
     script = """

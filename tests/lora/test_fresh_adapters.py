@@ -113,6 +113,7 @@ def test_the_gradient_of_the_input_is_the_bases_bit_for_bit(dtype: torch.dtype) 
         assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_fresh_experts_change_no_bit_of_output_and_gradient(

@@ -133,6 +133,7 @@ def test_a_run_is_checked_once_and_not_disturbed(tmp_path: Path) -> None:
         assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true"])
 @pytest.mark.parametrize("model", ["llama, sdpa", "gpt2", "olmoe"])
 def test_low_precision_is_no_leak(model: str, precision: Any, tmp_path: Path) -> None:

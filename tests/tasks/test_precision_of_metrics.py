@@ -25,6 +25,7 @@ def rows(batch_size: int, count: int = 150) -> Any:
     return DataLoader(toys.token_rows(count), batch_size=batch_size)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @every_precision
 def test_the_loss_of_an_evaluation_is_the_float64_mean_of_its_rows(
     llama_folder: Path, tmp_path: Path, precision: Any
@@ -59,6 +60,7 @@ def test_the_training_loss_has_the_digits_of_float32(llama_folder: Path, tmp_pat
     assert any(float(loss) != float(loss.bfloat16()) for loss in seen)
 
 
+@pytest.mark.slow
 @every_precision
 def test_a_classifier_averages_its_rows_in_float64(llama_folder: Path, tmp_path: Path, precision: Any) -> None:
     module = make_classifier(llama_folder)

@@ -40,6 +40,7 @@ def make(folder: Path, **options: Any) -> CausalLM:
     return CausalLM(str(folder), **({"learning_rate": 2e-3, "lora": LORA, "quantization": "nf4"} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("quantization", LAYER)
 def test_the_base_is_quantised_but_for_its_head_and_trains(

@@ -62,6 +62,7 @@ def run(
     return recorder.outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True, "batch"])
 def test_with_adapters(packing: bool | str, llama: Path, text: Path) -> None:
     again = partial(run, llama, text, lora=LoRAConfig(rank=2, dropout=0.1), packing=packing)
@@ -71,6 +72,7 @@ def test_with_adapters(packing: bool | str, llama: Path, text: Path) -> None:
         assert not found, f"{place}: {found[:5]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_with_shares_weights_and_held_out_rows(packing: bool, llama: Path, text: Path) -> None:
     """The second epoch has other rows than the first, and the weights of an open window are no whole number."""
@@ -102,6 +104,7 @@ def test_with_workers(packing: bool | str, llama: Path, text: Path) -> None:
         assert not found, f"{place}: {found[:5]}"
 
 
+@pytest.mark.slow
 def test_tokens_of_an_open_window_are_needed(llama: Path, text: Path) -> None:
     whole = run(llama, text, lora=LoRAConfig(rank=2))
     checkpoint = torch.load(text.parent / "batch-0-2.ckpt", weights_only=True)

@@ -31,6 +31,7 @@ def call(*arguments: object) -> int:
     return cli.main(["generate", *SHORT, *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_without_prompts_the_first_rows_of_the_runs_validation_file_are_asked(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def test_run_checkpoint_and_adapter_answer_alike_and_so_does_the_base_in_them(
     assert columns(lines, "base_answer") == base_texts
 
 
+@pytest.mark.slow
 def test_a_run_of_full_fine_tuning_is_compared_with_its_base(
     full_run: Path, tmp_path: Path, tokenizer: Any, base_texts: list[str]
 ) -> None:

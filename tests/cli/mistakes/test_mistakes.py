@@ -159,6 +159,7 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return printed
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_mistake_in_arguments_is_one_line(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +170,7 @@ def test_a_mistake_in_arguments_is_one_line(name: str, folder: Path, capsys: pyt
     assert tree(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_mistake_in_a_config_is_one_line(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

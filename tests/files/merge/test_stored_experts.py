@@ -51,6 +51,7 @@ def merged_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "out").eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["own factors", "shared factors"])
 @pytest.mark.parametrize("fused", [False, True], ids=["as published", "as in the model"])
 @pytest.mark.parametrize("name", BUILDERS)

@@ -58,6 +58,7 @@ def tables(model: Any) -> list[Tensor]:
     return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("way", WAYS)
 @every_family

@@ -41,6 +41,7 @@ def wrapped(model: Any, option: str, ensure_weight_tying: bool, layers: str, nam
     return theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("ensure_weight_tying", [False, True])
 @pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])

@@ -97,6 +97,7 @@ def test_only_the_gradients_asked_for_are_computed(learning: tuple[bool, ...]) -
     assert tuple(leaf.grad is not None for leaf in (x, A, B)) == learning
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_can_be_differentiated_again(dropout: float) -> None:

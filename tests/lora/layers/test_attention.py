@@ -261,6 +261,7 @@ def test_the_guard_sees_adapters_that_others_compute_with(tmp_path: Path) -> Non
     assert len(toys.moved(module)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "eval"])
 def test_a_compiled_encoder_computes_the_same(mode: bool) -> None:
     module, x = adapted(encoder()).train(mode), tokens().float()

@@ -126,6 +126,7 @@ SILENT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SILENT)
 def test_nothing_is_said_where(name: str, untrained: Path, tmp_path: Path) -> None:
@@ -171,6 +172,7 @@ def test_a_token_that_was_added_is_told(trained: Path, tmp_path: Path) -> None:
     assert "cannot learn to stop" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("untied", [False, True], ids=["head frozen", "head adapted"])
 def test_only_an_adapted_head_learns_to_stop(untied: bool, tmp_path: Path) -> None:
     """With equal rows the end has at most its share of their probability, however long the training is."""
