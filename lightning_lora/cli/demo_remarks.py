@@ -70,13 +70,13 @@ def _on_loss(lora: ArmResult, full: ArmResult, update: UpdateShare) -> str:
         return f"loss: after {steps} steps both are equal within {_SAME_LOSS} nats."
     word, share = "behind" if behind > 0 else "ahead", lora.trainable / full.trainable
     said = (
-        f"loss: after {steps} steps LoRA is {abs(behind):.2f} nats {word}, with {share:.0%} of the trained parameters."
+        f"loss: after {steps} steps LoRA is {abs(behind):.2f} nats {word}, with {share:.0%} of the trained parameters"
     )
     if behind < 0:
         return f"{said}."
     return (
-        f"{said}. This base has seen no mathematics and has much to learn; an update of rank {update.rank} in width "
-        f"{update.width} learns only a part of it in these steps."
+        f"{said}. This may be why: the base has seen no mathematics and has much to learn, and an update of rank "
+        f"{update.rank} in width {update.width} can take up less of it at a time. One seed; rates are in docs/results.md."
     )
 
 

@@ -101,7 +101,6 @@ def tour() -> tuple[dict[int, int], list[int]]:
     return schedule, windows
 
 
-@pytest.mark.slow
 def test_every_change_at_every_step_keeps_windows_whole(tmp_path: Path) -> None:
     """V12: all pairs of 1 to 8, asked for at all places, each made at the first place where nothing is left over."""
     schedule, windows = tour()
