@@ -76,7 +76,7 @@ def _on_loss(lora: ArmResult, full: ArmResult, update: UpdateShare) -> str:
         return f"{said}."
     return (
         f"{said}. This may be why: the base has seen no mathematics and has much to learn, and an update of rank "
-        f"{update.rank} in width {update.width} can take up less of it at a time. One seed; rates are in docs/results.md."
+        f"{update.rank} in width {update.width} can take up less of it at a time. This is one seed."
     )
 
 
