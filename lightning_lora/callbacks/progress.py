@@ -21,6 +21,25 @@ from lightning_lora.lora.layers.adapted import factor_parameters
 BAR_SECONDS = 0.5  # between two readings for the bar; each waits for the device
 
 
+class LossOfBatch:
+    """Finds the loss of a batch in ``on_train_batch_end``; one object sees the batches of one run, in order."""
+
+    def __init__(self) -> None:
+        self._logged: Tensor | None = None
+
+    def __call__(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
+        """``train_loss`` if the module logs it at every step, else what ``training_step`` returns; None without one."""
+        logged, previous = trainer.callback_metrics.get("train_loss"), self._logged
+        self._logged = logged
+        if logged is not None and logged is not previous:  # the same object again is the mean of the last epoch
+            return logged
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return None
+        # Lightning divides it by the accumulation, but not with manual optimization.
+        return loss * trainer.accumulate_grad_batches if pl_module.automatic_optimization else loss
+
+
 class LoRAProgressBar(RichProgressBar):
     """Shows loss, learning rate of the adapters, tokens per second and peak memory during training.
 
@@ -77,7 +96,7 @@ class LoRAProgressBar(RichProgressBar):
         if self._enabled:
             self._epoch = trainer.current_epoch
             self._throughput.add(batch)
-            self._loss = self._current_loss(trainer, pl_module, outputs)
+            self._loss = self._loss_of(trainer, pl_module, outputs)
             if self._is_due(trainer.global_step):
                 self._report(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -120,7 +139,7 @@ class LoRAProgressBar(RichProgressBar):
         self.readings: dict[str, str] = {}
         self._last_step = self._epoch = 0
         self._loss: Tensor | None = None
-        self._logged_loss: Tensor | None = None
+        self._loss_of = LossOfBatch()
         self._val_metrics: set[str] = set()
         self._other_metrics: set[str] = set()
 
@@ -129,17 +148,6 @@ class LoRAProgressBar(RichProgressBar):
             return not self.readings or self._throughput.seconds >= BAR_SECONDS
         # Not by the remainder: with manual optimization one batch can take several optimizer steps.
         return step // self.every_n_steps > self._last_step // self.every_n_steps
-
-    def _current_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
-        logged, previous = trainer.callback_metrics.get("train_loss"), self._logged_loss
-        self._logged_loss = logged
-        if logged is not None and logged is not previous:  # the same object again is the mean of the last epoch
-            return logged
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return None
-        # Lightning divides it by the accumulation, but not with manual optimization.
-        return loss * trainer.accumulate_grad_batches if pl_module.automatic_optimization else loss
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read all numbers and show them; this waits for the device."""

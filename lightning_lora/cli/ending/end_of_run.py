@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.callbacks import AdapterCheckpoint
+from lightning_lora.callbacks.progress import LossOfBatch
 from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.ending.loss_curve import LossCurve, draw, read_metrics, validation_metric
 from lightning_lora.cli.ending.next_commands import next_commands, shown
@@ -43,7 +46,7 @@ class EndOfRun(Callback):
         self._folder = ""
         self._has_trained = False
         self._last_step = 0
-        self._logged: Tensor | None = None
+        self._loss_of = LossOfBatch()
         self._window: list[Tensor] = []
         self._buffer: list[tuple[int, Tensor]] = []
 
@@ -73,15 +76,14 @@ class EndOfRun(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the loss of an optimizer step: the mean over its micro-batches."""
-        if (loss := self._loss(trainer, pl_module, outputs)) is not None:
-            self._window.append(loss.detach())
+        if (loss := self._loss_of(trainer, pl_module, outputs)) is not None:
+            self._window.append(loss.detach().reshape(()))
         if trainer.global_step == self._last_step:
             return
         self._last_step, self._has_trained = trainer.global_step, True
-        if self._window:
-            self._buffer.append((trainer.global_step, torch.stack(self._window).float().mean()))
-            self._window = []
-        if len(self._buffer) == _BUFFER:
+        self._buffer += ((trainer.global_step, loss) for loss in self._window)
+        self._window = []
+        if len(self._buffer) >= _BUFFER:
             self._read_buffer()
 
     @override
@@ -104,21 +106,12 @@ class EndOfRun(Callback):
         if trainer.state.fn == "fit":
             self._end(trainer, pl_module)
 
-    def _loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
-        logged, previous = trainer.callback_metrics.get("train_loss"), self._logged
-        self._logged = logged
-        if logged is not None and logged is not previous:  # the same object again is the mean of the last epoch
-            return logged
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return None
-        # Lightning divides it by the accumulation, but not with manual optimization.
-        return (loss * trainer.accumulate_grad_batches if pl_module.automatic_optimization else loss).reshape(())
-
     def _read_buffer(self) -> None:
         if self._buffer:
             steps, losses = zip(*self._buffer, strict=True)
-            self.curve.train |= zip(steps, torch.stack(losses).tolist(), strict=True)
+            values = zip(steps, torch.stack(losses).tolist(), strict=True)
+            for step, group in groupby(values, key=itemgetter(0)):
+                self.curve.train[step] = fmean(loss for _, loss in group)
             self._buffer = []
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
