@@ -50,6 +50,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(name for name in added_tokens(tokenizer) if name in special)
 
 
+def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """A pattern that finds each of some tokens in a text, and nothing if there are none."""
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
 def prompt_end(template: Template) -> str:
     """What a template writes after a question that is the last message of a prompt."""
     text = _try(template, [_user(QUESTION)], prompt=True)
@@ -65,7 +70,7 @@ def common_prefix(first: str, second: str) -> str:
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
     text = _try(template, [_user(QUESTION), _assistant(ANSWER)])
-    found = _pattern(tokenizer).findall(text.rpartition(ANSWER)[2]) if ANSWER in text else []
+    found = any_of(added_tokens(tokenizer)).findall(text.rpartition(ANSWER)[2]) if ANSWER in text else []
     special = special_tokens(tokenizer)
     return [token for token in found if token in special] or found
 
@@ -78,7 +83,7 @@ def _between_turns(tokenizer: PreTrainedTokenizerBase, template: Template) -> li
     before = text.partition(QUESTION)[0]
     between = text.partition(ANSWER)[2].partition(REPLY)[0]
     header = common_prefix(before[::-1], between[::-1])
-    first = _pattern(tokenizer).search(between)
+    first = any_of(added_tokens(tokenizer)).search(between)
     if first is None or (first.end() > len(between) - len(header) and first[0] != tokenizer.eos_token):
         return []
     return [first[0]]
@@ -89,10 +94,6 @@ def _after_call(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[
     text = _try(template, [_user(QUESTION), {**_assistant(""), "tool_calls": [call]}]).rstrip()
     last = [token for token in special_tokens(tokenizer) if text.endswith(token)]
     return last[:1] if TOOL in text else []
-
-
-def _pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, added_tokens(tokenizer))) or r"(?!)")
 
 
 def _try(template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_lora.errors import ConfigError, did_you_mean
 
 from ..settings import RowSettings
-from .endings import added_tokens, end_tokens, prompt_end, special_tokens
+from .endings import added_tokens, any_of, end_tokens, prompt_end, special_tokens
 from .names import Names
 from .template import Template, find_template
 
@@ -81,8 +81,8 @@ def find_profile(tokenizer: PreTrainedTokenizerBase, settings: RowSettings, tool
         ends,
         added_tokens(tokenizer),
         frozenset(special),
-        _pattern(ends),
-        _pattern(special),
+        any_of(ends),
+        any_of(special),
         prompt_end(template),
         _MARKS.search(text) is not None,
         settings.end_of_answer is not None,
@@ -125,7 +125,3 @@ def _named(given: str | None) -> str:
     if given is None:
         return "the tokenizer's chat template"
     return "the given chat template" if "{" in given else f"chat template {given!r}"
-
-
-def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")

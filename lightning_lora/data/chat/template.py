@@ -128,14 +128,11 @@ class Template:
             messages: The messages.
             prompt: Whether to end with the words after which the model writes its answer.
         """
-        return self._render(messages, prompt, marked=False)[0]
+        return self.render_all([messages], prompt, marked=False)[0][0]
 
     def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
         """The text of some messages, and the parts of it inside of ``{% generation %}``."""
-        return self._render(messages, prompt=False, marked=True)
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool, marked: bool) -> tuple[str, list[Span]]:
-        return self.render_all([messages], prompt, marked)[0]
+        return self.render_all([messages], prompt=False, marked=True)[0]
 
     def render_all(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], prompt: bool, marked: bool
