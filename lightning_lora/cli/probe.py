@@ -60,8 +60,6 @@ class ProbingTrainer(Trainer):
     def preview(
         self,
         model: LightningModule,
-        train_dataloaders: TRAIN_DATALOADERS | LightningDataModule | None = None,
-        val_dataloaders: EVAL_DATALOADERS | None = None,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
@@ -70,11 +68,9 @@ class ProbingTrainer(Trainer):
 
         Args:
             model: The module that would be trained; its weights are not loaded.
-            train_dataloaders: Not used.
-            val_dataloaders: Not used.
             datamodule: The data module whose rows are shown.
-            ckpt_path: Not used.
-            weights_only: Not used.
+            ckpt_path: Not used; it may stand in the config of a run.
+            weights_only: Not used, likewise.
         """
         self.strategy.connect(model)
         preview_data(self, datamodule)
