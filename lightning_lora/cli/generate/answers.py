@@ -12,8 +12,9 @@ from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.tokenizer import pad_id
 from lightning_lora.errors import DataError
+from lightning_lora.tasks.loading import context_length
 
-from .decoding import Sampling, context_length, continue_tokens
+from .decoding import Sampling, continue_tokens
 from .prompt_tokens import prompt_ids, stop_ids
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
@@ -80,7 +81,7 @@ def encode_prompts(
         DataError: If a conversation cannot be rendered, or leaves no room for an answer in the context of the model.
     """
     prompts = prompt_ids(tokenizer, conversations, settings)
-    limit = context_length(model)
+    limit = context_length(model.config)
     for conversation, ids in zip(conversations, prompts, strict=True):
         if not ids:
             raise DataError(f"{conversation.place}: the prompt has no tokens.")
@@ -102,7 +103,7 @@ def answer_tokens(
     criteria: Sequence[StoppingCriteria] = (),
 ) -> list[Answer]:
     """Answers to prompts that `encode_prompts` has made; the other arguments are those of `generate`."""
-    stops, limit = stop_ids(model, tokenizer, settings), context_length(model)
+    stops, limit = stop_ids(model, tokenizer, settings), context_length(model.config)
     filler = pad_id(tokenizer, model.config.get_text_config().vocab_size)
     found = continue_tokens(model, prompts, sampling, stops, filler, streamer, criteria)
     reasons = [

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.tasks.loading import context_length
 
 if TYPE_CHECKING:  # the modules import torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
@@ -65,12 +66,6 @@ class Sampling:
         return f"{chosen}, seed {self.seed}, {most}"
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model was made for; None if its config does not say."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
-
-
 def continue_tokens(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -94,7 +89,7 @@ def continue_tokens(
         streamer: Is handed the tokens as they come, for a single prompt.
         criteria: Further reasons to stop.
     """
-    limit = context_length(model)
+    limit = context_length(model.config)
     budgets = [min(sampling.max_new_tokens, limit - len(p)) if limit else sampling.max_new_tokens for p in prompts]
     found: list[list[int]] = []
     devices = [model.device] if model.device.type == "cuda" else []

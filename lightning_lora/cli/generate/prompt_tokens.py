@@ -15,6 +15,7 @@ from lightning_lora.data.chat.profile import end_of_answer_id, find_profile
 from lightning_lora.data.encoding import encode
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
+from lightning_lora.tasks.end_of_turn import stopping_ids
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
@@ -49,10 +50,8 @@ def prompt_ids(
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> list[int]:
     """Tokens at which an answer ends: those of the chat template, of the tokenizer, and of the model."""
-    of_model: Any = getattr(model.generation_config, "eos_token_id", None)
     of_tokenizer: Any = tokenizer.eos_token_id
-    found = {*(of_model if isinstance(of_model, list) else [of_model]), of_tokenizer}
-    found.add(end_of_answer_id(tokenizer, settings))
+    found = {*stopping_ids(model.generation_config, ()), of_tokenizer, end_of_answer_id(tokenizer, settings)}
     for tools in (False, True):
         profile = find_profile(tokenizer, settings, tools)
         found.update(end_of_turn_ids(tokenizer, profile.template.text) if profile else ())

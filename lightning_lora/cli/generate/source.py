@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards
-from lightning_lora.cli.export import find_source
+from lightning_lora.cli.run_source import find_source
 from lightning_lora.errors import AdapterFileError, ConfigError, did_you_mean
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.lightning_checkpoint import read_checkpoint
