@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.text import Text
 
+from lightning_lora.cli.escapes import acts_on_terminal, escaped
 from lightning_lora.cli.quiet import tell_infos
 from lightning_lora.data import SFTDataModule
 from lightning_lora.data.split import SplitStatistics
@@ -25,7 +26,6 @@ HEAD, TAIL = 250, 150
 """Tokens shown of a longer row, from its beginning and from its end."""
 _MARK = "trained | "
 _TRAINED, _SPECIAL = "bold green", "dim"
-_JOINERS = "\u200c\u200d"  # of letters and emoji; other invisible characters are escaped
 
 Segment = tuple[str, bool]
 """Text of neighbouring tokens, and whether they are trained on."""
@@ -137,16 +137,12 @@ def _lines(text: str) -> list[str]:
 
 def _printable(text: str) -> str:
     """``text`` without characters that a terminal obeys or cannot show: these are escaped."""
-    return "".join(_escaped(character) if _is_hidden(character) else _encodable(character) for character in text)
+    return "".join(escaped(character) if _is_hidden(character) else _encodable(character) for character in text)
 
 
 def _is_hidden(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category in ("Zl", "Zp") or (category.startswith("C") and character not in _JOINERS)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    # A character without a meaning of its own has no picture that one could read.
+    return acts_on_terminal(character) or unicodedata.category(character) in ("Co", "Cn")
 
 
 def _encodable(character: str, instead: str | None = None) -> str:
@@ -154,7 +150,7 @@ def _encodable(character: str, instead: str | None = None) -> str:
     try:
         character.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        return _escaped(character) if instead is None else instead
+        return escaped(character) if instead is None else instead
     return character
 
 

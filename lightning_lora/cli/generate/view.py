@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as StyledText
 
+from lightning_lora.cli.escapes import acts_on_terminal, escaped
 from lightning_lora.data.records import Conversation, Message, Text
 
 from .answers import END_OF_TURN, Answer
@@ -33,18 +33,7 @@ def printable(text: str) -> str:
     'red: \\x1b[31m'
     """
     text = text.replace("\r\n", "\n").replace("\t", _TAB)
-    # Cc: control characters; Cf: among others those that turn the direction of writing; Cs: halves of characters.
-    return "".join(_escaped(char) if char != "\n" else char for char in text)
-
-
-def _escaped(char: str) -> str:
-    if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or char in _JOINERS:
-        return char
-    return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"\\u{ord(char):04x}"
-
-
-_JOINERS = "\u200c\u200d"
-"""Characters of category Cf that belong to words and to emoji."""
+    return "".join(escaped(char) if char != "\n" and acts_on_terminal(char) else char for char in text)
 
 
 def show(console: Console, number: int, prompt: Prompt, tuned: Answer, base: Answer | None = None) -> None:
