@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora import disable_lora, load_adapter, merge_lora
 from lightning_lora.cli.embedded import MODEL, VALIDATION
-from lightning_lora.cli.generate.answers import Answer, generate
+from lightning_lora.cli.generate.answers import Answer, encode_prompts, generate
 from lightning_lora.cli.generate.decoding import Sampling
 from lightning_lora.cli.generate.prompt_tokens import prompt_ids
 from lightning_lora.data.encoding import encode
@@ -134,6 +134,16 @@ def test_a_prompt_longer_than_the_context_is_named(tuned: Any, tokenizer: Any) -
     prompts = asked("Hi", "word " * 2000)
     with pytest.raises(DataError, match=r"row 1: the prompt has \d{4} tokens, and the context of the model is 1024"):
         generate(tuned, tokenizer, prompts, SETTINGS, SHORT)
+
+
+def test_a_context_that_is_scaled_counts_whole_as_in_training(
+    tuned: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Conversation("row 1", [{"role": "user", "content": "a b " * 800}])
+    scaled = {**tuned.config.rope_parameters, "factor": 4.0, "original_max_position_embeddings": 1024}
+    monkeypatch.setattr(tuned.config, "rope_parameters", scaled)
+    (ids,) = encode_prompts(tuned, tokenizer, [long], RowSettings(max_length=1024))
+    assert 1024 < len(ids) < 4096
 
 
 def test_a_full_context_ends_one_answer_and_not_its_neighbours(tuned: Any, tokenizer: Any) -> None:
