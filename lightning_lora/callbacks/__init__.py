@@ -1,9 +1,8 @@
 """Lightning callbacks. All of them except `AdaptiveAccumulation` work without arguments.
 
 LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Rows of an optimizer
-step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults: `checkpoint_guard`, `finite_gradients`
-with `finite`, `graceful_stop` with `spared_workers`, `memory_advice`, `rank_watch`, `run_lock`, `steady_loggers`.
-Display: `progress`.
+step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training: `checkpoint_guard`,
+`finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint
@@ -12,15 +11,15 @@ from .adaptive_accumulation import AdaptiveAccumulation
 from .batch_size_monitor import BatchSizeMonitor
 from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
-from .graceful_stop import GracefulStop
 from .guard import LoRAGuard
 from .lora import LoRA
 from .memory_advice import MemoryAdvice
 from .merge_on_fit_end import MergeOnFitEnd
+from .process.graceful_stop import GracefulStop
+from .process.rank_watch import RankWatch
+from .process.run_lock import RunLock
+from .process.steady_loggers import SteadyLoggers
 from .progress import LoRAProgressBar
-from .rank_watch import RankWatch
-from .run_lock import RunLock
-from .steady_loggers import SteadyLoggers
 from .target_batch_size import TargetBatchSize
 
 __all__ = [

@@ -13,14 +13,14 @@ import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader
 
-from lightning_lora.callbacks.spared_workers import spare_workers
+from lightning_lora.callbacks.process.spared_workers import spare_workers
 from tests.support import toys
 
 SPARED = ("INT", "TERM")
 
 LEFT_OVER = """
 import sys
-from lightning_lora.callbacks.spared_workers import spare_workers
+from lightning_lora.callbacks.process.spared_workers import spare_workers
 from tests.support import toys
 from torch.utils.data import DataLoader
 

@@ -1,0 +1,96 @@
+"""Raises the rank of adapters without changing what the module computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
+from lightning_lora.lora.layers.adapted import adapted_weights
+from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.lora.merging import check_not_merged
+from lightning_lora.lora.shards import check_not_sharded
+
+
+@torch.no_grad()
+def grow_adapters(module: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Raise the rank of adapted weights in place; the module computes the same before and after.
+
+    Of the factor that started random, the new part is drawn as for a new adapter; of the factor that started at zero,
+    it is zero. The scale stays, so alpha becomes ``alpha * new rank / old rank`` (``alpha * sqrt(...)`` with rsLoRA).
+    The parameter objects stay, with new data of another shape and no gradient: the state that an optimizer has for them
+    must be extended by the caller. If an error is raised, nothing has been changed.
+
+    Args:
+        module: The adapted module.
+        ranks: Name of an adapted weight, as in `adapted_weights`, to its new rank, at least the present one.
+
+    Raises:
+        TargetNotFoundError: If a name is not that of an adapted weight.
+        ConfigError: If a rank is below the present one or above the full rank of the weight, or updates are merged.
+        AlreadyShardedError: If the factors are sharded.
+    """
+    check_not_sharded(module)
+    check_not_merged(module, "raise the rank of adapters")
+    weights = adapted_weights(module)
+    for name, rank in ranks.items():
+        if name not in weights:
+            raise TargetNotFoundError(f"{name!r} is no adapted weight{did_you_mean(name, weights)}")
+        _check_rank(name, *weights[name], rank)
+    for name, rank in ranks.items():
+        layer, weight = weights[name]
+        if rank != layer.lora_specs[weight].rank:
+            _grow(layer, weight, rank)
+    _update_followers(module)
+
+
+def grown_spec(spec: AdapterSpec, rank: int) -> AdapterSpec:
+    """``spec`` at another rank with the same scale."""
+    ratio = rank / spec.rank
+    factor = ratio if spec.config.scaling == "standard" else math.sqrt(ratio)
+    return replace(spec, rank=rank, alpha=spec.alpha * factor)
+
+
+def _check_rank(name: str, layer: LoRALayer, weight: str, rank: int) -> None:
+    spec, shape = layer.lora_specs[weight], layer.weights(layer)[weight]
+    highest = max(spec.rank, min(shape.num_in, shape.num_out))
+    if not isinstance(rank, int) or isinstance(rank, bool) or not spec.rank <= rank <= highest:
+        raise ConfigError(
+            f"the rank of {name!r}, a ({shape.num_out}, {shape.num_in}) weight, can be raised from {spec.rank} to "
+            f"{highest} at most, got {rank!r}."
+        )
+
+
+def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
+    before = [factor.data for factor in layer.lora_pair(weight)]
+    layer.lora_specs = layer.lora_specs | {weight: grown_spec(layer.lora_specs[weight], rank)}
+    shapes = layer.factor_shapes(layer, weight, layer.lora_specs[weight])
+    for factor, shape in zip(layer.lora_pair(weight), shapes, strict=True):
+        factor.data = factor.new_empty(shape)
+        factor.grad = None
+    kept = {name: factor.data for name, factor in layer.lora_factors().items()}
+    others = {name: data.clone() for name, data in kept.items()}
+    layer.reset_factors()
+    own = {id(factor) for factor in layer.lora_pair(weight)}
+    for name, factor in layer.lora_factors().items():
+        if id(factor) not in own:
+            factor.data.copy_(others[name])
+    for factor, old in zip(layer.lora_pair(weight), before, strict=True):
+        _leading(factor.data, old).copy_(old)
+
+
+def _leading(wide: Tensor, narrow: Tensor) -> Tensor:
+    """The part of ``wide`` that the values of ``narrow`` have; the rank is the axis in which they differ."""
+    return wide[tuple(slice(0, length) for length in narrow.shape)]
+
+
+def _update_followers(module: nn.Module) -> None:
+    """Layers that share factors with another layer take its rank too."""
+    owners = {id(layer.lora_pair(weight)[0]): layer for layer, weight in adapted_weights(module).values()}
+    for layer in module.modules():
+        if isinstance(layer, LoRALayer) and layer.lora_follows:
+            layer.lora_specs = dict(owners[id(layer.lora_pair()[0])].lora_specs)
