@@ -1,6 +1,6 @@
 """Lightning callbacks. All of them except `AdaptiveAccumulation` work without arguments.
 
-LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Rows of an optimizer
+LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`, `rank_growth`. Rows of an optimizer
 step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training: `checkpoint_guard`,
 `finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`.
 """
@@ -20,6 +20,7 @@ from .process.rank_watch import RankWatch
 from .process.run_lock import RunLock
 from .process.steady_loggers import SteadyLoggers
 from .progress import LoRAProgressBar
+from .rank_growth import RankGrowth
 from .target_batch_size import TargetBatchSize
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LoRAProgressBar",
     "MemoryAdvice",
     "MergeOnFitEnd",
+    "RankGrowth",
     "RankWatch",
     "RunLock",
     "SteadyLoggers",

@@ -1,4 +1,4 @@
-"""Raises the rank of adapters without changing what the module computes."""
+"""Raises the rank of adapters without changing what the module computes, or gives them the ranks of a file."""
 
 from __future__ import annotations
 
@@ -45,6 +45,32 @@ def grow_adapters(module: nn.Module, ranks: Mapping[str, int]) -> None:
         layer, weight = weights[name]
         if rank != layer.lora_specs[weight].rank:
             _grow(layer, weight, rank)
+    _update_followers(module)
+
+
+@torch.no_grad()
+def take_ranks(module: nn.Module, specs: Mapping[str, tuple[int, float]]) -> None:
+    """Give adapted weights other ranks and alphas, before the factors of a file with these are loaded.
+
+    A factor of another rank gets zeros for values and no gradient; the parameter objects stay.
+
+    Args:
+        module: The adapted module.
+        specs: Name of an adapted weight to its new rank and alpha.
+
+    Raises:
+        AlreadyShardedError: If a rank would change and the factors are sharded.
+    """
+    weights = adapted_weights(module)
+    if any(rank != weights[name][0].lora_specs[weights[name][1]].rank for name, (rank, _) in specs.items()):
+        check_not_sharded(module)
+    for name, (rank, alpha) in specs.items():
+        layer, weight = weights[name]
+        spec = replace(layer.lora_specs[weight], rank=rank, alpha=alpha)
+        layer.lora_specs = layer.lora_specs | {weight: spec}
+        for factor, shape in zip(layer.lora_pair(weight), layer.factor_shapes(layer, weight, spec), strict=True):
+            if factor.shape != shape:
+                factor.data, factor.grad = factor.new_zeros(shape), None
     _update_followers(module)
 
 
