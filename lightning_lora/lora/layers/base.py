@@ -75,6 +75,8 @@ class LoRALayer(nn.Module):
     lora_held: bool
     # Copies of the base weights while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
+    # The factor that starts at zero, which LoRA+ trains at a higher rate.
+    zero_factor = "lora_B"
     # Called with the input of the written-out update, after dropout, of which there is no other trace.
     lora_watcher: Callable[[Tensor], None] | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.base import AdapterSpec
+from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.adaptable import Candidate, Candidates
 
 
@@ -54,6 +56,16 @@ def _check_patterns(selected: Candidates, config: LoRAConfig) -> None:
                 raise TargetNotFoundError(
                     f"{option} {pattern!r} matches none of the {len(selected)} adapted layers{hint}"
                 )
+
+
+def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
+    """Raise `TargetNotFoundError` if a pattern of ``lr_multiplier_pattern`` matches none of the trained ``names``."""
+    for pattern in config.lr_multiplier_pattern:
+        if not any(matches(name, pattern) for name in names):
+            hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
+            raise TargetNotFoundError(
+                f"lr_multiplier_pattern {pattern!r} matches neither an adapted layer nor a module trained in full{hint}"
+            )
 
 
 def _default_rank(root: nn.Module, weight: Candidate, config: LoRAConfig) -> int:
