@@ -56,6 +56,9 @@ class LoRAConfig:
             the embedding. ``"refuse"``: raise an error. ``"untie"``: give each layer that is adapted or trained in
             full its own copy of the weight. ``"both"``: adapt the shared weight, with one update for all layers that
             share it.
+        dora: Also learn a magnitude ``m`` for each output feature: the weight is ``m (W + scale * B A)``, divided by
+            the norm of each row of that sum. ``m`` starts as the norms of ``W``. For linear layers, convolutions and
+            embeddings. A step costs more, and the benefit is disputed (docs/dora.md).
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -63,7 +66,8 @@ class LoRAConfig:
     References:
         Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685;
         Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/ (defaults);
-        Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732.
+        Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732;
+        Liu et al., *DoRA*, ICML 2024, https://arxiv.org/abs/2402.09353.
 
     Example:
         >>> config = LoRAConfig(rank=16, targets=["q_proj", "*.mlp.*"], rank_pattern={"down_proj": 4})
@@ -87,6 +91,7 @@ class LoRAConfig:
     adapter_dtype: str | None = None
     share_expert_factors: bool = False
     tied_weights: str = "refuse"
+    dora: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -98,7 +103,7 @@ class LoRAConfig:
         _check_choice("scaling", self.scaling, _SCALINGS)
         _check_choice("init", self.init, _INITS)
         _check_choice("tied_weights", self.tied_weights, _TIED_WEIGHTS)
-        for name in ("adapt_head", "adapt_embeddings", "share_expert_factors"):
+        for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.adapter_dtype is not None:
