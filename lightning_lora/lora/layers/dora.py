@@ -79,21 +79,22 @@ class DoRALayer(LoRALayer):
 
     def _scaled(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer without magnitude, times the ratio."""
+        bias: Any = self.bias
+        bias = None if bias is None else self._over_features(bias)
+        ratio = self._over_features(self.lora_ratio())
         if not self.lora_dropout:
-            y = super().forward(x, *args, **kwargs)
-            return rescaled(y, self._over_features(self.bias), self._over_features(self.lora_ratio()))
+            return rescaled(super().forward(x, *args, **kwargs), bias, ratio)
         # As in the paper's code and PEFT, the factor on the base's own product sees the dropped input too.
         dropped = F.dropout(x, self.lora_dropout)
         if self.lora_watcher is not None:
             self.lora_watcher(dropped)
         with _disabled(self):
             y, product = super().forward(x, *args, **kwargs), super().forward(dropped, *args, **kwargs)
-        ratio = self._over_features(self.lora_ratio()).to(y.dtype)
-        bias = self._over_features(self.bias)
         product = product if bias is None else product - bias.to(y.dtype)
-        return y + (ratio - 1) * product + ratio * self._update_of(dropped).to(y.dtype)
+        update = self._update_of(dropped).to(y.dtype)
+        return y + (ratio - 1).to(y.dtype) * product + ratio.to(y.dtype) * update
 
-    def _over_features(self, values: Tensor | None) -> Tensor | None:
+    def _over_features(self, values: Tensor) -> Tensor:
         """Values of each output feature, in a shape that broadcasts to the output."""
         return values
 
@@ -148,8 +149,8 @@ class DoRAConv(DoRALayer, LoRAConv):
         return self._scaled(input)
 
     @override
-    def _over_features(self, values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.reshape(-1, *[1] * len(self.kernel_size))
+    def _over_features(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * len(self.kernel_size))
 
     @override
     def _update_of(self, dropped: Tensor) -> Tensor:
