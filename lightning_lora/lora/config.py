@@ -62,6 +62,9 @@ class LoRAConfig:
         lr_multiplier_pattern: Factors on the learning rate of single layers, as a mapping from name pattern to factor,
             in place of ``lr_multiplier`` for adapters and of 1 for modules that are trained in full. The first match
             wins.
+        dora: Also learn a magnitude ``m`` for each output feature: the weight is ``m (W + scale * B A)``, divided by
+            the norm of each row of that sum. ``m`` starts as the norms of ``W``. For linear layers, convolutions and
+            embeddings. A step costs more, and the benefit is disputed (docs/dora.md).
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -70,7 +73,8 @@ class LoRAConfig:
         Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685;
         Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/ (defaults);
         Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732;
-        Hayou et al., *LoRA+*, ICML 2024, https://arxiv.org/abs/2402.12354. ``docs/hyperparameters.md`` says what speaks
+        Hayou et al., *LoRA+*, ICML 2024, https://arxiv.org/abs/2402.12354;
+        Liu et al., *DoRA*, ICML 2024, https://arxiv.org/abs/2402.09353. ``docs/hyperparameters.md`` says what speaks
         for each setting.
 
     Example:
@@ -97,6 +101,7 @@ class LoRAConfig:
     tied_weights: str = "refuse"
     lora_plus_ratio: float = 1.0
     lr_multiplier_pattern: dict[str, float] = field(default_factory=dict)
+    dora: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -109,7 +114,7 @@ class LoRAConfig:
         _check_choice("scaling", self.scaling, _SCALINGS)
         _check_choice("init", self.init, _INITS)
         _check_choice("tied_weights", self.tied_weights, _TIED_WEIGHTS)
-        for name in ("adapt_head", "adapt_embeddings", "share_expert_factors"):
+        for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.adapter_dtype is not None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora.errors import first_five
 from lightning_lora.lora.layers.adapted import join, learning_layers, lora_layers
-from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.base import MAGNITUDE, LoRALayer
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.selection import is_inside
 from lightning_lora.lora.travelling import record_tensors
@@ -103,7 +103,8 @@ def hold_copies(root: nn.Module, copies: Mapping[str, str]) -> dict[str, str]:
 def _copy_factors(source: LoRALayer, target: LoRALayer) -> None:
     factors = source.lora_factors()
     for name, factor in target.lora_factors().items():
-        if name in factors and factors[name].shape == factor.shape and not factor.is_meta:
+        # A magnitude is that of the copy's own weights, which may differ from the original's.
+        if name in factors and factors[name].shape == factor.shape and not factor.is_meta and name != MAGNITUDE:
             factor.copy_(factors[name])
 
 

@@ -95,7 +95,7 @@ def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
     before = [factor.data for factor in layer.lora_pair(weight)]
     layer.lora_specs = layer.lora_specs | {weight: grown_spec(layer.lora_specs[weight], rank)}
     shapes = layer.factor_shapes(layer, weight, layer.lora_specs[weight])
-    for factor, shape in zip(layer.lora_pair(weight), shapes, strict=True):
+    for factor, shape in zip(layer.lora_pair(weight), shapes, strict=False):  # a magnitude has no rank
         factor.data = factor.new_empty(shape)
         factor.grad = None
     kept = {name: factor.data for name, factor in layer.lora_factors().items()}

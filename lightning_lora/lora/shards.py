@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AlreadyShardedError
 from lightning_lora.lora.layers.adapted import factor_parameters
+from lightning_lora.lora.layers.base import MAGNITUDE
 
 if TYPE_CHECKING:  # each takes a second to import, which merging on disk does without
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -85,8 +86,9 @@ def full_parameters(module: nn.Module) -> Iterator[None]:
 
 def check_not_flattened(module: nn.Module, action: str) -> None:
     """Raise `AlreadyShardedError` if FSDP1 has flattened a factor of ``module``, so that it cannot be read."""
-    # A factor has at least two axes, a shard of a flat parameter one.
-    shards = [name for name, factor in factor_parameters(module).items() if is_flattened(factor) and factor.dim() < 2]
+    # A factor has at least two axes, a shard of a flat parameter one; a magnitude has one too.
+    factors = {name: factor for name, factor in factor_parameters(module).items() if not name.endswith(MAGNITUDE)}
+    shards = [name for name, factor in factors.items() if is_flattened(factor) and factor.dim() < 2]
     if shards:
         raise AlreadyShardedError(
             f"cannot {action}: FSDP1 has flattened {len(shards)} factors ({shards[0]}, ...), and only its outermost "

@@ -147,9 +147,9 @@ def _other_adapters(root: nn.Module, lora: LoRAConfig) -> Iterator[str]:
         spec = layer.lora_specs[weight]
         rank = _rank(name, layer, weight, lora)
         asked = AdapterSpec(rank, first_match(name, lora.alpha_pattern, lora.alpha), spec.role, lora)
-        was, now = ((each.rank, each.scale, each.config.dropout) for each in (spec, asked))
+        was, now = ((each.rank, each.scale, each.config.dropout, each.config.dora) for each in (spec, asked))
         if was != now:
-            labels = ("rank", "scale", "dropout")
+            labels = ("rank", "scale", "dropout", "dora")
             odd = [f"{label} {a:g} -> {b:g}" for label, a, b in zip(labels, was, now, strict=True) if a != b]
             yield f"{name}: {', '.join(odd)}"
 

@@ -98,6 +98,11 @@ def _check_adapters(module: nn.Module, styles: Mapping[str, str]) -> None:
             f"{len(outside)} adapted layers are outside the model's tensor-parallel plan: {first_five(outside)}. "
             f"Exclude them, or use tensor_parallel_size=1."
         )
+    if any(layer.lora_spec.config.dora for layer in layers.values()):
+        raise ConfigError(
+            "dora needs the norms of whole rows, which tensor parallelism splits: set dora to False, or use "
+            "tensor_parallel_size=1."
+        )
     if any(layer.lora_spec.config.dropout for layer in layers.values()):
         raise ConfigError(
             "lora dropout would differ between tensor-parallel processes: set dropout to 0, or use "

@@ -11,6 +11,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.dora import DoRALayer
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.lora.layers.shared_factors import LoRATiedHead
 from lightning_lora.lora.patterns import plain_name
@@ -40,6 +41,11 @@ def row_layers(module: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[st
         if not parameter.requires_grad:
             continue
         holders = holders_of[id(parameter)]
+        if any(isinstance(layer, DoRALayer) for layer in holders.values()):
+            raise ConfigError(
+                f"per-row gradients do not exist for {next(iter(holders))}, which has a magnitude (dora): set "
+                f"accumulate_grad_batches=2 with half the batch."
+            )
         if not holders or not all(_is_linear(layer) and name not in uncalled for name, layer in holders.items()):
             name = names.get(id(parameter), "a parameter of the optimizer")
             raise ConfigError(f"per-row gradients exist for adapted linear layers only, and {name} is trained too.")

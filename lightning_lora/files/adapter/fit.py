@@ -17,6 +17,7 @@ from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints, fingerprint, other_weights
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, join
 from lightning_lora.lora.layers.base import AdapterSpec, is_factor
+from lightning_lora.lora.layers.dora import with_magnitude
 from lightning_lora.lora.layers.registry import kind_of_named
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
@@ -132,12 +133,14 @@ def _targets(
     refused = {plain_name(name): reason for name, reason in refused_layers(root).items()}
     shapes = folder.shapes
     targets: dict[str, Target] = {}
-    problems = []
+    problems, dora = [], " with a magnitude (DoRA)" if folder.config.dora else ""
     for name, (layer, parameter) in owners.items():
         module = modules[layer]
         kind = kind_of_named(module)
+        if kind is not None and folder.config.dora:
+            kind = with_magnitude(kind)
         if kind is None:
-            problems.append(f"{name} is a {type(module).__name__}, which cannot be adapted")
+            problems.append(f"{name} is a {type(module).__name__}, which cannot be adapted{dora}")
         elif layer in refused:
             problems.append(f"{name} cannot be adapted: {refused[layer]}")
         elif shapes[name] != (shape := kind.weights(module)[parameter]):
@@ -162,6 +165,8 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
             sharing = owners[id(getattr(target.module, parameter))]
             others = [layer for owner in sharing if (layer := owner.rpartition(".")[0]) != name]
             if others and following.issuperset(others):
+                if folder.config.dora:
+                    raise AdapterFileError(f"{folder.path}: {name} and {others[0]} cannot share magnitudes (DoRA).")
                 followers |= dict.fromkeys(others, name)
             elif not following.isdisjoint(others):
                 raise AdapterFileError(

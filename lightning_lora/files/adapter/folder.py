@@ -25,12 +25,13 @@ from lightning_lora.files.adapter.peft_format import (
     stored_weight,
     without_adapter_name,
 )
+from lightning_lora.files.adapter.peft_magnitudes import check_pair, magnitudes_of, read_magnitudes
 from lightning_lora.files.adapter.peft_patterns import is_base_copy
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_owner
-from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, WeightShape
+from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, AdapterSpec, WeightShape
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class AdapterFolder:
         manifest: Contents of ``lightning_lora.json``; empty for a folder written by PEFT.
         config: The settings of the adapter.
         ranks: Adapted weight to rank.
-        factors: Adapter tensors by the names this package uses, ``<module>.lora_A``.
+        factors: Adapter tensors by the names this package uses, ``<module>.lora_A``; with DoRA magnitudes too.
         stacked: Factors of targeted parameters in PEFT's layout, by its module names. Only the model tells what they
             are: fused experts, or a single matrix.
         trained: Tensors of modules trained in full, by parameter name, and others that training changed.
@@ -68,6 +69,11 @@ class AdapterFolder:
     def pairs(self) -> dict[str, FactorPair]:
         """Adapted weight to its ``A`` and ``B``."""
         return _pairs(self.factors, self.path)
+
+    @cached_property
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Adapted weight to its magnitude; empty without DoRA."""
+        return magnitudes_of(self.factors)
 
     @property
     def shapes(self) -> dict[str, WeightShape]:
@@ -142,6 +148,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     trained = {name: tensor for name, tensor in trained.items() if name not in manifest.beside}
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
+    factors = read_magnitudes(factors, peft, manifest, tensor_file)
     with _usable_settings(folder):
         factors, stacked = peft_experts.split_stacked(factors, projections, manifest, peft)
     if manifest.is_present:
@@ -233,6 +240,7 @@ def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:
         if A is None or B is None or A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1]:
             shapes = ", ".join(f"{f[-1]} {tuple(pair[f].shape) if f in pair else 'missing'}" for f in FACTORS)
             raise AdapterFileError(f"{where}: the factors of {name!r} do not fit: {shapes}.")
+        check_pair(name, pair.get(MAGNITUDE), B, where)
         pairs[name] = (A, B)
     return pairs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ library_name: peft
 | rank | {{ ranks }} |
 | alpha | {{ config.alpha }} ({{ config.scaling }} scaling) |
 | targets | {{ config.targets if config.targets is string else config.targets | join(", ") }} |
-| adapter parameters | {{ "{:,}".format(parameters) }} |
+{% if config.dora %}| method | DoRA: a magnitude for each output feature |
+{% endif %}| adapter parameters | {{ "{:,}".format(parameters) }} |
 | base fingerprint | `{{ fingerprint }}` |
 {% for name, value in summary.items() %}| {{ name }} | {{ value }} |
 {% endfor %}
@@ -46,7 +48,7 @@ def model_card(peft: Mapping[str, Any], manifest: Manifest) -> str:
         roles=", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles)),
         ranks=ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         config=manifest.config,
-        parameters=sum(shape[0] * shape[1] for name, shape in manifest.tensors.items() if ".lora_" in name),
+        parameters=sum(math.prod(shape) for name, shape in manifest.tensors.items() if ".lora_" in name),
         fingerprint=manifest.base_fingerprint,
         summary=manifest.summary,
         versions=", ".join(f"{name} {number}" for name, number in manifest.versions.items()),

@@ -108,6 +108,8 @@ def check_llama_cpp(folder: AdapterFolder, base: dict[str, Any] | None) -> None:
 
 
 def _reasons(folder: AdapterFolder, base: dict[str, Any] | None) -> Iterable[str]:
+    if folder.config.dora:
+        yield "its converter knows no magnitudes (DoRA)"
     norms = sorted(name for name in folder.trained if "norm" in name)
     others = sorted(set(folder.trained) - set(norms))
     if norms:

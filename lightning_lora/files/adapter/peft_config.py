@@ -56,7 +56,6 @@ _UNSUPPORTED = {
     "megatron_config": (None,),
     "trainable_token_indices": (None,),
     "use_bdlora": (False, None),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "kasa_config": (None,),
     "velora_config": (None,),
@@ -106,6 +105,7 @@ def to_peft(layout: PEFTLayout, saved: Collection[str]) -> dict[str, Any]:
             "target_modules": _target_modules(layout.root, named) if named else [],
             "target_parameters": sorted(fused + [".".join(item) for item in parameters.items()]) or None,
             "task_type": _task_type(layout.root, saved),
+            "use_dora": config.dora,
             "use_rslora": config.scaling == "rslora",
         }
     )
@@ -167,6 +167,7 @@ def to_lora_config(peft: Mapping[str, Any], ranks: Mapping[str, int], trained: I
         dropout=float(peft.get("lora_dropout", 0.0)),
         scaling="rslora" if peft.get("use_rslora") else "standard",
         trainable=tuple(trained),
+        dora=bool(peft.get("use_dora")),
     )
 
 

@@ -1,6 +1,7 @@
 """PEFT's file names and tensor names.
 
-A tensor is called ``base_model.model.<module>.lora_A.weight`` there and ``<module>.lora_A`` here.
+A tensor is called ``base_model.model.<module>.lora_A.weight`` there and ``<module>.lora_A`` here, and a magnitude
+``base_model.model.<module>.lora_magnitude_vector``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, first_five
-from lightning_lora.lora.layers.base import FACTORS, LoRALayer, is_factor
+from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, LoRALayer, is_factor
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 
 FactorPair = tuple[Tensor, Tensor]
@@ -22,14 +23,19 @@ TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # The last parts of the names of the two factors of a layer.
 LINEAR_LEAVES = ("lora_A.weight", "lora_B.weight")
+MAGNITUDE_LEAF = "lora_magnitude_vector"
 
 # A live PeftModel puts the name of the adapter behind that of a factor, and keeps copies of modules trained in full.
-_LIVE_FACTOR = re.compile(r"\.(?:lora_[AB](?=\.[^.]+\.weight$)|lora_embedding_[AB](?=\.[^.]+$))\.([^.]+)")
+_LIVE_FACTOR = re.compile(
+    r"\.(?:(?:lora_[AB]|lora_magnitude_vector)(?=\.[^.]+\.weight$)|lora_embedding_[AB](?=\.[^.]+$))\.([^.]+)"
+)
 _LIVE_MODULE = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
 
 _PARTS = ("base_layer", "original_module", "modules_to_save")
 _EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 _FACTOR_OF_LEAF = dict(zip(LINEAR_LEAVES + _EMBEDDING_LEAVES, FACTORS * 2, strict=True))
+# The second name is that of a live model's state dict.
+_FACTOR_OF_LEAF |= dict.fromkeys((MAGNITUDE_LEAF, f"{MAGNITUDE_LEAF}.weight"), MAGNITUDE)
 
 
 def factor_leaves(layer: LoRALayer) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
+from lightning_lora.files.adapter.peft_magnitudes import stored_magnitudes
 from lightning_lora.files.adapter.peft_trained import SavedModules
 from lightning_lora.files.adapter.resized_tables import check_copies, check_rows, resized_tables, stored_name
 from lightning_lora.files.adapter.stored_layers import with_model_names
@@ -91,7 +92,8 @@ def _save(module: nn.Module, path: str | Path, summary: Mapping[str, Any] | None
         base_copies=tuple(sorted(copies)),
     )
     peft = to_peft(layout, saved.names)
-    tensors = layout.tensors(factors) | {PREFIX + name: tensor for name, tensor in (trained | beside | moved).items()}
+    tensors = layout.tensors(factors) | stored_magnitudes(layout, factors)
+    tensors |= {PREFIX + name: tensor for name, tensor in (trained | beside | moved).items()}
     tensors |= {PREFIX + stored_name(name, root): tensor for name, tensor in copies.items()}
     layout.warn_of_differences()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

@@ -15,6 +15,8 @@ def vllm_flags(folder: AdapterFolder) -> str:
     Raises:
         AdapterFileError: If vLLM would refuse the adapter.
     """
+    if folder.config.dora:
+        raise AdapterFileError("vLLM loads no adapters with magnitudes (DoRA). Export it merged instead.")
     rank = max(folder.ranks.values())
     if rank > _MAX_RANKS[-1]:
         raise AdapterFileError(f"vLLM serves adapters up to rank {_MAX_RANKS[-1]}, this one has rank {rank}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ class _Merge:
         check = self.check.part(name, shape)
         errors: list[BlockError] = []
         start = 0
-        for update in self.plan.update(name, shape).blocks(sum_dtype(stored, dtype)):
+        whole = self.plan.update(name, shape).with_ratio(partial(self._read, file, name))
+        for update in whole.blocks(sum_dtype(stored, dtype)):
             stop = start + torch.Size(update.shape).numel()
             weight = self._read(file, name, start, stop)
             check.add(weight)

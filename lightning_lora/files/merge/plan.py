@@ -64,12 +64,13 @@ class MergePlan:
         weight = self.weight(name)
         assert weight is not None
         (A, B), scale = self.folder.pairs[weight], self.folder.spec(weight).scale
+        magnitude = self.folder.magnitudes.get(weight)
         if name in self.experts:
             return self.experts[name].update(name, A, B, scale, shape)
         entry = self.folder.manifest.layers.get(weight)
         transposed = weight in self.transposed
         kernel_transposed = entry is not None and entry.stored == "transposed kernel matrix"
-        return matrix_update(weight, A, B, scale, shape, transposed, kernel_transposed)
+        return matrix_update(weight, A, B, scale, shape, transposed, kernel_transposed, magnitude)
 
 
 def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparison) -> MergePlan:

@@ -47,7 +47,7 @@ def merged_block(
     """
     shape, wide = update.shape, update.right.dtype
     exact = scratch.empty("weight", shape, wide).copy_(weight)
-    change = update.compute(out=scratch.empty("update", shape, wide))
+    change = update.change(exact, out=scratch.empty("update", shape, wide))
     total = torch.add(exact, change, out=scratch.empty("sum", shape, wide))
     merged = scratch.empty("written", shape, dtype).copy_(total)
     error = _block_error(exact, change, total.copy_(merged))

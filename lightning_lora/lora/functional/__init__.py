@@ -3,12 +3,14 @@
 Read in this order: `update` (the formulas), `fused_linear` (one differentiable function for a layer or a group of
 siblings), `linear_group` (its tensors and settings), `linear_products` (its products and gradients), `narrow_products`
 (products with a thin side), `gated_input` (computing ``silu(gate) * up`` again), `seeded_dropout`, `experts` and
-`fused_experts`, `spectrum` (singular values of an update), `torch_internals` (what torch has no public function for).
+`fused_experts`, `spectrum` (singular values of an update), `magnitude` (norms and magnitudes of DoRA),
+`torch_internals` (what torch has no public function for).
 """
 
 from lightning_lora.lora.functional.fused_linear import can_fuse, fused_lora_linears
 from lightning_lora.lora.functional.linear_group import AdaptedWeight
 from lightning_lora.lora.functional.linear_products import base_product
+from lightning_lora.lora.functional.magnitude import magnitude_ratio, rescaled, row_norms
 from lightning_lora.lora.functional.spectrum import effective_rank, singular_values
 from lightning_lora.lora.functional.update import (
     embedding_update,
@@ -27,8 +29,11 @@ __all__ = [
     "embedding_update",
     "fused_lora_linears",
     "linear_update",
+    "magnitude_ratio",
     "merged_weight",
+    "rescaled",
     "rounding_loss",
+    "row_norms",
     "singular_values",
     "uniform_bound",
     "weight_update",

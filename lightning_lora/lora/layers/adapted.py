@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_lora.lora.layers.base import FACTORS, LoRALayer
+from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, LoRALayer
 from lightning_lora.lora.patterns import plain_name
 
 
@@ -85,13 +85,13 @@ def held_factors(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def factor_owner(name: str) -> tuple[str, str]:
-    """``(name of the adapted weight, "lora_A" or "lora_B")`` from the dotted name of a factor.
+    """``(name of the adapted weight, "lora_A", "lora_B" or "lora_magnitude")`` from the dotted name of a factor.
 
     >>> factor_owner("layers.0.up_proj.lora_A"), factor_owner("layers.0.experts.down_proj_lora_B")
     (('layers.0.up_proj', 'lora_A'), ('layers.0.experts.down_proj', 'lora_B'))
     """
     module, _, leaf = name.rpartition(".")
-    if leaf in FACTORS:
+    if leaf in (*FACTORS, MAGNITUDE):
         return module, leaf
     return join(module, leaf[: -len("_lora_A")]), leaf[-len("lora_A") :]
 

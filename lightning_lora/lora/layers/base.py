@@ -16,6 +16,7 @@ from lightning_lora.lora.functional import merged_weight, rounding_loss, uniform
 from lightning_lora.lora.layers.class_swap import base_type, reduce_swapped, swapped_type
 
 FACTORS = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class LoRALayer(nn.Module):
         return f"{weight}_" if len(cls.weights(module)) > 1 else ""
 
     @classmethod
-    def factor_shapes(cls, module: Any, weight: str, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of ``A`` and ``B`` for a weight of an unadapted module."""
+    def factor_shapes(cls, module: Any, weight: str, spec: AdapterSpec) -> tuple[tuple[int, ...], ...]:
+        """Shapes of ``A`` and ``B`` for a weight of an unadapted module, and of the magnitude where there is one."""
         num_in, num_out, num_experts = cls.weights(module)[weight]
         experts = (num_experts,) if num_experts else ()
         return (*experts, spec.rank, num_in), (*experts, num_out, spec.rank)
@@ -137,7 +138,7 @@ class LoRALayer(nn.Module):
         return getattr(self, f"{prefix}lora_A"), getattr(self, f"{prefix}lora_B")
 
     def lora_factors(self) -> dict[str, nn.Parameter]:
-        """Attribute name to factor: ``lora_A`` and ``lora_B``, or the factors of several weights."""
+        """Attribute name to factor: ``lora_A`` and ``lora_B``, or those of several weights; and a magnitude if any."""
         prefixes = [self.lora_prefix(weight) for weight in self.lora_specs]
         return {f"{prefix}{end}": getattr(self, f"{prefix}{end}") for prefix in prefixes for end in FACTORS}
 
@@ -217,13 +218,13 @@ class LoRALayer(nn.Module):
 
 
 def is_factor(name: str) -> bool:
-    """Whether a dotted parameter name belongs to a factor.
+    """Whether a dotted parameter name belongs to a factor or a magnitude.
 
     >>> is_factor("layers.0.up_proj.lora_A"), is_factor("experts.down_proj_lora_B"), is_factor("layers.0.weight")
     (True, True, False)
     """
     leaf = name.rpartition(".")[2]
-    return leaf in FACTORS or leaf.endswith(("_lora_A", "_lora_B"))
+    return leaf in (*FACTORS, MAGNITUDE) or leaf.endswith(("_lora_A", "_lora_B"))
 
 
 def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
@@ -264,7 +265,7 @@ def _add_factors(layer: LoRALayer, name: str) -> None:
     weight, spec = getattr(layer, name), layer.lora_specs[name]
     # Explicit device and dtype: Lightning changes both defaults around `configure_model`.
     options = {"device": weight.device, "dtype": _factor_dtype(weight.dtype, spec.config)}
-    for end, shape in zip(FACTORS, layer.factor_shapes(layer, name, spec), strict=True):
+    for end, shape in zip((*FACTORS, MAGNITUDE), layer.factor_shapes(layer, name, spec), strict=False):
         layer.register_parameter(f"{layer.prefix(layer, name)}{end}", nn.Parameter(torch.empty(shape, **options)))
 
 

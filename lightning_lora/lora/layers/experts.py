@@ -51,7 +51,7 @@ class LoRAFusedExperts(LoRALayer):
 
     @classmethod
     @override
-    def factor_shapes(cls, module: Any, weight: str, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(cls, module: Any, weight: str, spec: AdapterSpec) -> tuple[tuple[int, ...], ...]:
         A, B = super().factor_shapes(module, weight, spec)
         if spec.config.share_expert_factors:
             inward = weight == cls.parameter_names(module)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.lora.layers.dora import with_magnitude
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
@@ -96,6 +97,8 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     trained = [join(top, name) if name else top for top, name in inner]
     adapters = [name for weight in selected.values() for name in (weight.name, weight.layer)]
     check_rate_patterns(config, [*adapters, *trained])
+    if config.dora:
+        layers = _with_magnitudes(root, layers, tied)
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
     _warn_of_half_adapted_experts(root, candidates, selected, config)
@@ -119,6 +122,29 @@ def _layers(root: nn.Module, selected: Candidates, config: LoRAConfig) -> tuple[
         target = Target(weight.layer, root.get_submodule(weight.layer), weight.kind(root), {})
         layers.setdefault(weight.layer, target).specs[weight.parameter] = spec
     return tuple(layers.values())
+
+
+def _with_magnitudes(root: nn.Module, layers: Iterable[Target], tied: TiedWeights) -> tuple[Target, ...]:
+    """The same layers as kinds with a magnitude.
+
+    Raises:
+        ConfigError: If a layer has no such kind, or shares its update with another layer.
+    """
+    read = output_projections(root)
+    kinds = [(target, None if target.name in read else with_magnitude(target.kind)) for target in layers]
+    lacking = [f"{target.name} ({type(target.module).__name__})" for target, kind in kinds if kind is None]
+    if lacking:
+        raise ConfigError(
+            f"dora=True is for linear layers, convolutions and embeddings, and {len(lacking)} of the targeted layers "
+            f"have no magnitude: {first_five(lacking)}. Name them in exclude, or set dora to False."
+        )
+    if tied.followers:
+        name, source = next(iter(tied.followers.items()))
+        raise ConfigError(
+            f"dora=True cannot give {name} the update of {source}, with which it shares its weight: set tied_weights "
+            f"to 'untie', or dora to False."
+        )
+    return tuple(replace(target, kind=kind) for target, kind in kinds if kind is not None)
 
 
 def without_dropout(root: nn.Module, layers: Iterable[Target]) -> list[str]:
