@@ -18,7 +18,7 @@ MAX_GROUPS = 64
 def layer_groups(module: nn.Module) -> dict[str, list[str]]:
     """Names of groups to the names of their adapted weights: by the number in the name, and the role.
 
-    Without a number a weight is a group of its own. More than 64 groups are joined by role.
+    Without a number, or a known role, a weight is a group of its own. More than 64 groups are joined by role.
     """
     weights = adapted_weights(module)
     by_layer: dict[str, list[str]] = {}
@@ -26,7 +26,7 @@ def layer_groups(module: nn.Module) -> dict[str, list[str]]:
     for name, (layer, weight) in weights.items():
         role = layer.lora_specs[weight].role
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        by_layer.setdefault(f"layer {number[1]} {role}" if number else name, []).append(name)
+        by_layer.setdefault(f"layer {number[1]} {role}" if number and role != "other" else name, []).append(name)
         by_role.setdefault(role, []).append(name)
     return by_layer if len(by_layer) <= MAX_GROUPS else by_role
 

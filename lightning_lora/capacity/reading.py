@@ -45,7 +45,7 @@ class GroupReading:
 
     @property
     def state(self) -> Literal["full", "idle", "spare", ""]:
-        """``"full"``, ``"idle"`` or ``"spare"``; empty where the measurements do not tell. Needs a low learning rate."""
+        """``"full"``, ``"idle"`` or ``"spare"`` at a low learning rate; empty where the measurements do not tell."""
         if self.share is not None and self.share < IDLE_BELOW:
             return "idle"
         if self.truncation is None:
@@ -107,7 +107,9 @@ class CapacityReading:
         """Share of the gain that is lost at half of the rank; None if there is no gain. All of it at rank 1."""
         if not self.has_gained:
             return None
-        assert self.loss is not None and self.bare_loss is not None and self.half_loss is not None
+        assert self.loss is not None
+        assert self.bare_loss is not None
+        assert self.half_loss is not None
         return (self.half_loss - self.loss) / (self.bare_loss - self.loss)
 
     @property
@@ -166,7 +168,7 @@ class CapacityReading:
             return f"{half}, but the learning rate ({self.rate:.0%} of its peak) has not decayed, which hides full ones"
         if self.verdict == "SPARE":
             return half
-        if self.capture is None:
+        if self.capture is None or self.capture_high is None:
             return f"{half}; tangent capture could not be told from noise or was not measured"
         interval = f"{self.capture:.2f} ({self.capture_low:.2f} to {self.capture_high:.2f})"
         return f"{half}, and tangent capture is {interval} where full adapters stay below {FULL_BELOW}"
