@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_lora.lora.targets.roles import register_role
     from lightning_lora.mixin.lora_mixin import LoRAMixin
     from lightning_lora.study.batch_probe import BatchProbe
+    from lightning_lora.study.rank_probe import RankProbe
 
 __all__ = [
     "AdapterFileError",
@@ -61,6 +62,7 @@ __all__ = [
     "MergeReport",
     "NoiseScale",
     "ParameterCount",
+    "RankProbe",
     "RunFolderError",
     "TargetNotFoundError",
     "count_parameters",
@@ -89,6 +91,7 @@ _MODULES = {
     "MergeReport": "lora.reports",
     "NoiseScale": "batch.noise.noise_scale",
     "ParameterCount": "lora.reports",
+    "RankProbe": "study.rank_probe",
     "count_parameters": "lora.reports",
     "disable_lora": "lora.adapter",
     "inject_lora": "lora.adapter",

@@ -1,14 +1,16 @@
 """Lightning callbacks. All of them except `AdaptiveAccumulation` work without arguments.
 
-LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`, `rank_growth`. Rows of an optimizer
-step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training: `checkpoint_guard`,
-`finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`.
+LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Room for what is
+learnt: `capacity_monitor`, `rank_growth`. Rows of an optimizer step: `batch_size_monitor`, `adaptive_accumulation`,
+`target_batch_size`. Faults of training: `checkpoint_guard`, `finite_gradients` with `finite`, `memory_advice`. Faults
+of processes and files: `process`. Display: `progress`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .adapter_ema import AdapterEMA
 from .adaptive_accumulation import AdaptiveAccumulation
 from .batch_size_monitor import BatchSizeMonitor
+from .capacity_monitor import CapacityMonitor
 from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
 from .guard import LoRAGuard
@@ -28,6 +30,7 @@ __all__ = [
     "AdapterEMA",
     "AdaptiveAccumulation",
     "BatchSizeMonitor",
+    "CapacityMonitor",
     "CheckpointGuard",
     "FiniteGradients",
     "GracefulStop",
