@@ -1,8 +1,9 @@
 """Lightning callbacks. All of them except `AdaptiveAccumulation` work without arguments.
 
-LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`, `rank_growth`. Rows of an optimizer
-step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training: `checkpoint_guard`,
-`finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`.
+LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`, `rank_growth`. Rows
+of an optimizer step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training:
+`checkpoint_guard`, `finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`.
+Display: `progress`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint
