@@ -16,9 +16,9 @@ from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import trains_in_children
+from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.growth_plan import GroupGrowth, num_factor_parameters, plan_growth
-from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, held_factors
 from lightning_lora.trainer_access import found
 
@@ -34,9 +34,9 @@ class RankGrowth(Callback):
 
     The module computes the same before and after, as the new part starts at zero and the scale stays. The state of the
     optimizer is extended (`lightning_lora.lora.grown_state.extend_state`), an `AdapterEMA` follows, and DDP is set up
-    anew. Groups grow before the first batch of an optimizer step. Checkpoints hold the ranks; a module with the settings
-    that the run began with takes them over when it loads one. Each growth is printed, and is an event ``rank_growth``
-    in ``events.jsonl``.
+    anew. Groups grow before the first batch of an optimizer step. Checkpoints hold the ranks; a module with the
+    settings that the run began with takes them over when it loads one. Each growth is printed, and is an event
+    ``rank_growth`` in ``events.jsonl``.
 
     Args:
         max_rank: The highest rank of a weight. None: four times its rank at the start.
@@ -216,5 +216,5 @@ def _refuse_trainer(trainer: Trainer, module: LightningModule) -> None:
         )
     if callback := found(trainer, WeightAveraging):
         raise ConfigError(
-            f"{type(callback).__name__} keeps a copy of the module, whose rank cannot follow RankGrowth: use AdapterEMA."
+            f"{type(callback).__name__} keeps a copy of the module, whose ranks would not grow: use AdapterEMA."
         )
