@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def built(name: str, **settings: Any) -> tuple[nn.Module, nn.Module, Tensor]:
+def built(name: str, **settings: Any) -> tuple[Any, Any, Tensor]:
     """The base, the adapted module, and inputs, in float64."""
     torch.manual_seed(0)
     base = CASES[name][0]().double().eval()
@@ -129,7 +129,7 @@ def test_pissa_is_that_of_peft() -> None:
     torch.manual_seed(0)
     base = linear()
     settings = {"target_modules": ["0", "2"], "init_lora_weights": "pissa"}
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=3, **settings)).double()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=3, **settings)).double()
     ours = copy.deepcopy(base)
     inject_lora(ours, LoRAConfig(rank=2, alpha=3.0, init="pissa"))
     ours.double()
@@ -162,7 +162,7 @@ def test_a_saved_pissa_adapter_is_a_plain_lora_of_twice_the_rank_to_peft_and_to_
     x = torch.randn(5, 10)
     train(module, x)
     save_adapter(module, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert theirs.peft_config["default"].init_lora_weights is True
     assert (theirs(x) - module(x)).abs().max() < 1e-5
     again = copy.deepcopy(base)
@@ -218,7 +218,7 @@ def test_each_expert_starts_from_its_own_weight(init: str) -> None:
 
 
 def test_orthogonal_factors_are_those_of_peft() -> None:
-    theirs = peft.get_peft_model(
+    theirs: Any = peft.get_peft_model(
         nn.Sequential(nn.Linear(300, 200)),
         peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights="orthogonal"),
     )
