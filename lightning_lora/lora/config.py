@@ -13,7 +13,7 @@ from lightning_lora.errors import ConfigError, did_you_mean
 
 _TARGETS = ("all", "attention", "mlp", "experts")
 _SCALINGS = ("standard", "rslora")
-_INITS = ("default", "gaussian", "orthogonal")
+_INITS = ("default", "gaussian", "orthogonal", "pissa")
 _TIED_WEIGHTS = ("refuse", "untie", "both")
 _ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 
@@ -41,7 +41,9 @@ class LoRAConfig:
         scaling: Scale of the update: ``"standard"`` (alpha / rank) or ``"rslora"`` (alpha / sqrt(rank)).
         init: Initial values of A. ``"default"``: uniform in ``[-1/sqrt(in), 1/sqrt(in)]``. ``"gaussian"``: normal with
             standard deviation 1/rank. ``"orthogonal"``: A and B are both random, in rank spaces orthogonal to each
-            other, so that ``B A`` starts at zero; needs even ranks.
+            other, so that ``B A`` starts at zero; needs even ranks. ``"pissa"``: A and B start as the principal part of
+            the weight, which a second half of the factors takes off again and keeps; they have twice the rank.
+            Embeddings always start as by default.
         lr_multiplier: Factor on the learning rate of the adapters. Give the task the learning rate of full fine-tuning;
             the adapters train at this many times it.
         adapt_head: Also adapt the output head.
@@ -73,6 +75,7 @@ class LoRAConfig:
         Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685;
         Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/ (defaults);
         Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732;
+        Meng et al., *PiSSA*, NeurIPS 2024, https://arxiv.org/abs/2404.02948;
         Hayou et al., *LoRA+*, ICML 2024, https://arxiv.org/abs/2402.12354;
         Liu et al., *DoRA*, ICML 2024, https://arxiv.org/abs/2402.09353. ``docs/hyperparameters.md`` says what speaks
         for each setting.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
-from lightning_lora.lora.layers.adapted import factor_parameters, held_factors
+from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, lora_layers
 from lightning_lora.lora.shards import reshard
 from lightning_lora.mixin.multipliers import adapter_groups, full_groups, group_multiplier
 from lightning_lora.mixin.rates import ASKED, held_groups
@@ -71,10 +71,28 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
             f"({first_five(missing)}). The optimizer was built before the adapters existed, or from other parameters: "
             f"build it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
         )
+    _check_decay(module, optimizers)
     held = held_factors(module)
     frozen = [n for n, factor in factor_parameters(module).items() if not factor.requires_grad and n not in held]
     if frozen:
         raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")
+
+
+def _check_decay(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse weight decay of factors that hold their start, which must stay as it is."""
+    starting = {
+        id(factor)
+        for layer in lora_layers(module).values()
+        for weight, spec in layer.lora_specs.items()
+        for factor in layer.lora_pair(weight)
+        if spec.start
+    }
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("weight_decay")]
+    if any(id(parameter) in starting for group in groups for parameter in group["params"]):
+        raise GuardError(
+            "weight decay would change the part of the adapters that keeps their start (init='pissa'): set "
+            "weight_decay=0 for adapters, as self.lora_parameter_groups(lr) does."
+        )
 
 
 def _held(optimizer: Any) -> list[nn.Parameter]:
