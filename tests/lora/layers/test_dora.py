@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -346,10 +347,13 @@ def test_dora_is_true_or_false() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_layer_computes_the_same_and_is_fresh_at_first() -> None:
     base, module, x = built("linear", torch.float32)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), base(x), rtol=1e-6, atol=1e-6)
+    compiled = torch.compile(module, fullgraph=True)
+    # The ratio is 1 in compiled code too, where sums are taken in another order.
+    assert torch.equal(compiled(x), base(x))
     wake(module)
     expected = module(x)
     expected.square().sum().backward()
