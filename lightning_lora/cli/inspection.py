@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class LayerInspection:
         norm: Frobenius norm of the update, in weight units.
         largest: Largest singular value of the update.
         effective_rank: Number of directions that the update uses; see `lightning_lora.lora.functional.effective_rank`.
+        magnitude_change: How far training has moved the magnitudes (DoRA) from the norms of the base, relatively; None
+            without magnitudes, and where the file does not say.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerInspection:
     norm: float
     largest: float
     effective_rank: float
+    magnitude_change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,19 @@ def verify_hashes(inspection: Inspection) -> str:
 def _inspect_folder(path: Path) -> Inspection:
     folder = read_adapter_folder(path)
     manifest = folder.manifest
-    roles = {name: entry.role for name, entry in manifest.layers.items()}
+    entries = manifest.layers
+    roles = {name: entry.role for name, entry in entries.items()}
+    layers = _layers(folder.factors, folder.config, roles, manifest.alphas or folder.config.alpha_pattern)
     return Inspection(
         path=path,
         kind="adapter folder" if manifest.is_present else "PEFT adapter folder",
         base=folder.peft.get("base_model_name_or_path"),
         fingerprint=manifest.base_fingerprint or None,
         config=folder.config,
-        layers=_layers(folder.factors, folder.config, roles, manifest.alphas or folder.config.alpha_pattern),
+        layers=tuple(
+            replace(layer, magnitude_change=entry.magnitude_change if (entry := entries.get(layer.name)) else None)
+            for layer in layers
+        ),
         trained=tuple(folder.trained),
         summary=manifest.summary,
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lightning_lora.cli.inspection import Inspection
+from lightning_lora.cli.inspection import Inspection, LayerInspection
 from lightning_lora.errors import first_five
 
 
@@ -27,7 +27,9 @@ def show(inspection: Inspection) -> None:
 
 
 def _table(inspection: Inspection) -> Table:
-    table = Table("role", "layers", "rank", "norm of update", "largest singular value", "effective rank")
+    titles = ["role", "layers", "rank", "norm of update", "largest singular value", "effective rank"]
+    has_magnitudes = any(layer.magnitude_change is not None for layer in inspection.layers)
+    table = Table(*titles, *(["change of magnitudes"] if has_magnitudes else []))
     for role in dict.fromkeys(layer.role for layer in inspection.layers):
         layers = [layer for layer in inspection.layers if layer.role == role]
         table.add_row(
@@ -37,8 +39,15 @@ def _table(inspection: Inspection) -> Table:
             _span([layer.norm for layer in layers]),
             _span([layer.largest for layer in layers]),
             _span([layer.effective_rank for layer in layers]),
+            *([_share(layers)] if has_magnitudes else []),
         )
     return table
+
+
+def _share(layers: Sequence[LayerInspection]) -> str:
+    """The change of the magnitudes of some layers, in percent."""
+    values = [layer.magnitude_change for layer in layers if layer.magnitude_change is not None]
+    return f"{_span([100 * value for value in values])} %" if values else "-"
 
 
 def _span(values: Sequence[float]) -> str:

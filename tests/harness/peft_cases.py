@@ -34,7 +34,6 @@ from tests.harness.peft_tables import Absent, Row, rows
 
 # Words that a refusal must hold for a setting that means another function than plain LoRA.
 FEATURES = (
-    "use_dora",
     "lora_bias",
     "alora_invocation_tokens",
     "trainable_token_indices",

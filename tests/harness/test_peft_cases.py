@@ -114,6 +114,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.1\.self_attn\..*", "use_rslora": True},
     ),
     "every linear layer": (llama, {"target_modules": "all-linear"}),
+    "magnitudes": (llama, {"target_modules": ["q_proj", "up_proj", "embed_tokens"], "use_dora": True}),
+    "magnitudes of layers that fan out": (
+        gpt2,
+        {"target_modules": ["c_attn", "c_proj", "wpe"], "fan_in_fan_out": True, "use_dora": True, "use_rslora": True},
+    ),
     "linear layers that fan out": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "square layers, of which the last does not fan out": (
         narrow_gpt2,
@@ -163,7 +168,6 @@ def test_a_gradient_that_peft_does_not_compute_is_proven_by_its_own_outputs() ->
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type, dict[str, Any], str]] = {
     "another method": (seeded(Custom), peft.LoHaConfig, {"target_modules": ["small"]}, "of type 'LOHA'"),
-    "magnitudes": (seeded(Custom), peft.LoraConfig, {"target_modules": ["small"], "use_dora": True}, "use_dora=True"),
     "groups": (
         seeded(lambda: nn.Sequential(nn.Unflatten(1, (10, 1)), nn.Conv1d(10, 10, 1, groups=5))),
         peft.LoraConfig,

@@ -19,7 +19,6 @@ from tests.support.tiny_models import llama, portrait
 pytestmark = peft_warnings
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora=True"),
     "bias of the update": ({"lora_bias": True}, "lora_bias=True"),
     "all biases": ({"bias": "all"}, "bias='all'"),
     "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),

@@ -32,6 +32,8 @@ class WeightEntry:
         swapped: Whether the stored factors of the experts take inputs for outputs.
         shared: ``lora_A`` or ``lora_B`` if all experts share this factor, else None.
         stored: How factors that are not stored as plain matrices are stored, else None.
+        magnitude_change: How far training has moved the magnitudes (DoRA) from the norms of the base, relatively; None
+            without magnitudes, and where the base was sharded.
     """
 
     rank: int
@@ -43,10 +45,11 @@ class WeightEntry:
     swapped: bool = False
     shared: str | None = None
     stored: str | None = None
+    magnitude_change: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as it is written; what does not concern the weight is left out."""
-        unused = {"stored"} if self.stored is None else set()
+        unused = {name for name in ("stored", "magnitude_change") if getattr(self, name) is None}
         unused |= set() if self.experts else {"experts", "swapped", "shared"}
         return {name: value for name, value in vars(self).items() if name not in unused}
 

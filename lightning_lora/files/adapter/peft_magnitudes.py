@@ -16,8 +16,10 @@ from lightning_lora.files.adapter.manifest import Manifest
 from lightning_lora.files.adapter.peft_format import MAGNITUDE_LEAF, PREFIX
 from lightning_lora.files.adapter.peft_layers import PEFTLayout, difference
 from lightning_lora.lora.layers.adapted import factor_owner, join, other_names
-from lightning_lora.lora.layers.base import MAGNITUDE
+from lightning_lora.lora.layers.base import MAGNITUDE, LoRALayer
 from lightning_lora.lora.layers.conv import LoRAConv
+from lightning_lora.lora.layers.dora import DoRALayer
+from lightning_lora.lora.shards import is_dtensor
 
 
 def stored_magnitudes(layout: PEFTLayout, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,6 +34,11 @@ def stored_magnitudes(layout: PEFTLayout, factors: Mapping[str, Tensor]) -> dict
                 magnitude = magnitude.reshape(1, -1, *[1] * len(layer.kernel_size))
             stored[f"{PREFIX}{join(name, MAGNITUDE_LEAF)}"] = magnitude.clone()
     return stored
+
+
+def magnitude_change(layer: LoRALayer) -> float | None:
+    """How far training has moved the magnitudes of a layer; None if it has none, or its base is sharded."""
+    return layer.magnitude_change() if isinstance(layer, DoRALayer) and not is_dtensor(layer.weight) else None
 
 
 def magnitudes_of(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
-from lightning_lora.files.adapter.peft_magnitudes import stored_magnitudes
+from lightning_lora.files.adapter.peft_magnitudes import magnitude_change, stored_magnitudes
 from lightning_lora.files.adapter.peft_trained import SavedModules
 from lightning_lora.files.adapter.resized_tables import check_copies, check_rows, resized_tables, stored_name
 from lightning_lora.files.adapter.stored_layers import with_model_names
@@ -251,6 +251,7 @@ def _manifest(layout: PEFTLayout, not_base: Collection[str], summary: Mapping[st
             role=spec.role,
             parameter=parameter,
             base=base[parameter].digest if parameter in base else None,
+            magnitude_change=magnitude_change(layer),
             **layout.storage(name),
         )
     return Manifest(

@@ -10,14 +10,14 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_lora.lora.functional import linear_update, magnitude_ratio, rescaled, row_norms
 from lightning_lora.lora.layers.base import MAGNITUDE, AdapterSpec, LoRALayer
@@ -27,6 +27,7 @@ from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.lora.layers.quantised_weights import dequantised, is_quantised
+from lightning_lora.lora.shards import is_dtensor, is_flattened
 
 
 class DoRALayer(LoRALayer):
@@ -57,13 +58,53 @@ class DoRALayer(LoRALayer):
 
     def lora_norms(self) -> Tensor:
         """``||W + scale * B A||`` of every output feature, ``(out,)``."""
+        return self._norms(self.lora_spec.scale)
+
+    def _norms(self, scale: float) -> Tensor:
         weight = self.base_weight()
         matrix = weight.T if self.lora_output_axis else weight.flatten(1)
-        return row_norms(matrix, *self.lora_pair(), self.lora_spec.scale)
+        return row_norms(matrix, *self.lora_pair(), scale)
+
+    @torch.no_grad()
+    def magnitude_change(self) -> float:
+        """How far the magnitudes are from the norms of ``W``, ``|m - ||W||| / |||W|||`` over all output features."""
+        norms = self._norms(0.0)
+        return float((self.lora_magnitude - norms).norm() / norms.norm())
 
     def lora_ratio(self) -> Tensor:
         """``m / ||W + scale * B A||`` of every output feature, ``(out,)``."""
         return magnitude_ratio(self.lora_magnitude, self.lora_norms())
+
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether nothing has been learnt: the magnitudes are the norms of the weight. False if these are sharded."""
+        tensors = (self.weight, *self.lora_factors().values())
+        if self.lora_merged or any(t.is_meta or is_dtensor(t) or is_flattened(t) for t in tensors) or self.lora_moved:
+            return False
+        magnitude = self.lora_magnitude.detach()
+        return torch.allclose(self.lora_norms().to(magnitude.dtype), magnitude, rtol=0, atol=0, equal_nan=True)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let fresh magnitudes follow a weight that gets another type or is quantised; never lower their own type."""
+        is_fresh, before = self._is_fresh, self.lora_magnitude.data
+        super()._apply(fn, recurse)
+        magnitude = self.lora_magnitude
+        dtype = torch.promote_types(before.dtype, magnitude.dtype)
+        if is_fresh and not magnitude.is_meta:
+            magnitude.data = self.lora_norms().to(dtype)
+        elif dtype != magnitude.dtype and not is_dtensor(magnitude):
+            magnitude.data = before.to(magnitude.device)
+        return self
+
+    @override
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Let fresh magnitudes follow a base weight that is loaded without adapters."""
+        is_fresh = self._is_fresh
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if is_fresh and f"{prefix}{MAGNITUDE}" not in state_dict and not self.lora_magnitude.is_meta:
+            with torch.no_grad():
+                self.lora_magnitude.copy_(self.lora_norms())
 
     def base_weight(self) -> Tensor:
         """The frozen weight in the layout of the parameter, also while the update is merged."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def norm(module: LightningModule) -> float:
 ADAPTERS: Any = two_processes.Toy.lora
 TASKS: dict[str, Any] = {
     "toy-lora": lambda folder: Toy(ADAPTERS),
+    "toy-dora": lambda folder: Toy(replace(ADAPTERS, dora=True)),
     "toy-full": lambda folder: Toy(None),
     "toy-lora-clip": lambda folder: Toy(ADAPTERS, sgd=True),
     "toy-full-clip": lambda folder: Toy(None, sgd=True),
