@@ -40,18 +40,25 @@ def inject_below(module: nn.Module, root_name: str | None, root: nn.Module, conf
     """
     if root is module or root_name is None:
         return inject_lora(module, config)
-    outside = _outside(module, root)
-    around = set(_names_of(root_name))
-    opened = _opened(outside, around, root, config.trainable)
-    elsewhere = {pattern for pattern in opened if not _is_in(root, pattern)}
-    inside = replace(config, trainable=tuple(pattern for pattern in config.trainable if pattern not in elsewhere))
+    outside, around = _outside(module, root), set(_names_of(root_name))
+    inside, opened = split_trainable(module, root_name, root, config)
     report = inject_lora(root, inside)
     for layer in lora_layers(root).values():
         layer.lora_specs.update({name: replace(spec, config=config) for name, spec in layer.lora_specs.items()})
-    names = {name for found in opened.values() for name in found}
-    _freeze_rest(module, root_name, root, outside, names)
-    trained = (*report.trainable, *_tops(sorted(names), around))
+    _freeze_rest(module, root_name, root, outside, set(opened))
+    trained = (*report.trainable, *_tops(sorted(opened), around))
     return replace(report, trainable=trained, parameters=count_parameters(module))
+
+
+def split_trainable(
+    module: nn.Module, root_name: str, root: nn.Module, config: LoRAConfig
+) -> tuple[LoRAConfig, dict[str, nn.Parameter]]:
+    """The settings for ``root`` alone, and the parameters outside it that ``trainable`` opens, by name."""
+    outside = _outside(module, root)
+    opened = _opened(outside, set(_names_of(root_name)), root, config.trainable)
+    elsewhere = {pattern for pattern in opened if not _is_in(root, pattern)}
+    inside = replace(config, trainable=tuple(pattern for pattern in config.trainable if pattern not in elsewhere))
+    return inside, {name: outside[name] for found in opened.values() for name in found}
 
 
 def _outside(module: nn.Module, root: nn.Module) -> dict[str, nn.Parameter]:

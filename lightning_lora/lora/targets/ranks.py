@@ -58,9 +58,12 @@ def _check_patterns(selected: Candidates, config: LoRAConfig) -> None:
 
 def _default_rank(root: nn.Module, weight: Candidate, config: LoRAConfig) -> int:
     """The rank of a weight without a pattern of its own: the active experts of a mixture share it."""
-    if weight.role != "experts" or config.share_expert_factors:
-        return config.rank
-    return max(1, config.rank // active_experts(root, weight.layer))
+    return max(1, config.rank // rank_divisor(root, weight, config))
+
+
+def rank_divisor(root: nn.Module, weight: Candidate, config: LoRAConfig) -> int:
+    """What the rank of a weight without a pattern of its own is divided by: 1, or the active experts of a mixture."""
+    return 1 if weight.role != "experts" or config.share_expert_factors else active_experts(root, weight.layer)
 
 
 # Names that libraries give the number of active experts, in a mixture, its router or its config.

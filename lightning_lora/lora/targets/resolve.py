@@ -55,6 +55,7 @@ class Targets:
         tied: What happens to weights that several layers share.
         unknown: Name of every weight matrix in a module of an unknown kind to the class of the module.
         new: Weights that no checkpoint seems to hold.
+        weights: The weights to adapt, by name; those that follow another layer are left out.
     """
 
     layers: tuple[Target, ...]
@@ -63,6 +64,7 @@ class Targets:
     tied: TiedWeights
     unknown: dict[str, str]
     new: NewWeights
+    weights: Candidates
 
 
 def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
@@ -96,7 +98,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     unknown = unknown_weights(root, candidates, trainable)
     reasons = skipped | refused | dict.fromkeys(unknown, REASON)
     left_alone = {name: reason for name, reason in reasons.items() if name not in adapted}
-    return Targets(layers, trainable, left_alone, tied, unknown, new)
+    return Targets(layers, trainable, left_alone, tied, unknown, new, selected)
 
 
 def _nothing_adaptable(root: nn.Module, refused: dict[str, str]) -> str:

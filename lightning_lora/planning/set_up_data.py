@@ -1,0 +1,71 @@
+"""A copy of a data module that is set up as training would set it up, while the user's own stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+Data = TypeVar("Data", bound=LightningDataModule)
+_GENERATORS = torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random
+
+
+@contextmanager
+def set_up(datamodule: Data, module: LightningModule | None) -> Iterator[Data]:
+    """Set up a copy of ``datamodule`` for ``fit``; within the context, random draws do not count for later ones.
+
+    The copy is shallow: what ``setup`` assigns stays in it, and its random generators are copies.
+
+    Args:
+        datamodule: The data module; a module set up before is set up anew.
+        module: The module that would be trained, whose tokenizer, vocabulary and context length count.
+    """
+    twin = copy.copy(datamodule)
+    for name, value in vars(datamodule).items():
+        if isinstance(value, (dict, list)):
+            setattr(twin, name, copy.copy(value))
+        elif isinstance(value, _GENERATORS):
+            setattr(twin, name, copy_generator(value))
+    with isolate_rng():
+        twin.trainer = quiet_trainer()
+        twin.trainer.state.fn = TrainerFn.FITTING
+        if module is not None:
+            twin.trainer.strategy.connect(module)
+        twin.prepare_data()
+        twin.setup("fit")
+        yield twin
+
+
+def copy_generator(generator: Any) -> Any:
+    """A generator with the same state, which draws without changing the first one."""
+    return generator.clone_state() if isinstance(generator, torch.Generator) else copy.deepcopy(generator)
+
+
+def quiet_trainer(**options: Any) -> Trainer:
+    """A Trainer on one device at hand that writes and prints nothing."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        return Trainer(
+            accelerator="auto",
+            devices=1,
+            plugins=[LightningEnvironment()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )
+    finally:
+        logger.setLevel(level)
