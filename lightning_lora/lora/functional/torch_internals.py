@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
+"""Types of tensors that compute as torch's own do; those without values (``FakeTensorMode``) are traced so."""
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the numbers of ``tensor`` can be read: it is neither on the meta device nor fake."""
+    return not tensor.is_meta and type(tensor) is not FakeTensor
+
 
 
 def saved_tensor_hooks() -> tuple[Any, Any] | None:
