@@ -27,10 +27,12 @@ class StepTrace:
     Args:
         memory: Bytes at the peak, by what they are for.
         flops: Floating-point operations of forward and backward of one micro-batch.
+        largest_layer: Bytes of the weights of the largest block, which FSDP holds whole when it computes.
     """
 
     memory: MemoryParts
     flops: int
+    largest_layer: int = 0
 
 
 def trace_step(
@@ -78,7 +80,7 @@ class _Step:
         live.move(_state_tensors(self.optimizers), "optimizer")
         live.start_again()
         self._run()
-        return StepTrace(MemoryParts(**live.peak), self.flops)
+        return StepTrace(MemoryParts(**live.peak), self.flops, _largest_layer(self.module))
 
     def _take_stock(self) -> None:
         """Count what the module holds, copies of the base's values included, and watch its gradients."""
@@ -141,6 +143,13 @@ class _Step:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     for tensor in (*module.parameters(), *module.buffers()):
         yield from stored_parts(tensor) if is_quantised(tensor) else (tensor,)
+
+
+def _largest_layer(module: nn.Module) -> int:
+    """Bytes of the largest item of a list of blocks, or of the largest layer where there is no such list."""
+    blocks = [block for child in module.modules() if isinstance(child, nn.ModuleList) for block in child]
+    layers = blocks or [child for child in module.modules() if child._parameters]
+    return max((sum(tensor.nbytes for tensor in _tensors(layer)) for layer in layers), default=0)
 
 
 def _state_tensors(optimizers: list[Optimizer]) -> Iterator[Tensor]:
