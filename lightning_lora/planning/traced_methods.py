@@ -62,7 +62,8 @@ class TracedMethods:
 
     def memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts:
         """Bytes on one device."""
-        return divide(self.trace(name, rows, rank).memory, strategy, self.devices)
+        trace = self.trace(name, rows, rank)
+        return divide(trace.memory, strategy, self.devices, layer=trace.largest_layer)
 
     def placements(self, rank: int) -> dict[str, list[Placement]]:
         """The ways to place each method with one row on each device, best first."""
@@ -80,7 +81,8 @@ class TracedMethods:
         if name == "qlora":
             return {}
         counts = [2**power for power in range(1, 7) if 2**power > self.devices]
-        return {count: divide(self.trace(name, 1, rank).memory, "fsdp2", count) for count in counts}
+        trace = self.trace(name, 1, rank)
+        return {count: divide(trace.memory, "fsdp2", count, layer=trace.largest_layer) for count in counts}
 
     def largest_micro_batch(self, name: str, rank: int | None, strategy: str, share: int, budget: int) -> int:
         """The most rows of a micro-batch that fit, of those that divide a device's ``share`` of a step's rows.
