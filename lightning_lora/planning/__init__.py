@@ -4,9 +4,6 @@
 sets it up), `token_rows` (rows of tokens), `label_counts` and `dataset_targets` (labels of any other data),
 `adapter_sizes` (trained parameters at every rank), `capacity` (whether they have room for the data), `base_bits` (what
 the base does not know of the data yet), `device_table` and `devices` (what a run is planned for), `cost` (operations,
-disk, time), `timed_steps` (steps timed here), `largest_batches` (the batch that needs the most memory),
-`traced_methods` (each method traced), `epoch` (steps as Lightning counts them), `settings` (rate, batch, steps),
-`method` (LoRA, QLoRA or full), `plan_cost` (the cost of the choice), `verdict` (in words), `reason` (why a value was
-chosen), `plan` (everything together), `make_plan` (how it is made), `page` (how it is printed), `config_file` and
-`fit_config` (the YAML that ``fit`` runs).
+disk, time), `timed_steps` (steps timed here), `reason` (why a value was chosen), `advice` (what is recommended, and how
+it is told), `plan` (everything together) and `make_plan` (how it is made).
 """

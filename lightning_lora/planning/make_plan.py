@@ -15,22 +15,22 @@ from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.adapter_sizes import adapter_sizes
-from lightning_lora.planning.base_bits import BaseBits, measure_base_bits
+from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import capacity_table, highest_rank, needed_rank
 from lightning_lora.planning.count_data import count_data
 from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.devices import Devices, find_devices
-from lightning_lora.planning.epoch import Epoch, RunLength
-from lightning_lora.planning.fit_config import fit_config
-from lightning_lora.planning.largest_batches import largest_batches
-from lightning_lora.planning.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
+from lightning_lora.planning.advice.epoch import Epoch, RunLength
+from lightning_lora.planning.advice.fit_config import fit_config
+from lightning_lora.planning.advice.largest_batches import largest_batches
+from lightning_lora.planning.advice.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
 from lightning_lora.planning.plan import Plan
-from lightning_lora.planning.plan_cost import PlanCost, plan_cost
+from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.reason import Reason
 from lightning_lora.planning.set_up_data import set_up
-from lightning_lora.planning.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
-from lightning_lora.planning.traced_methods import TracedMethods
-from lightning_lora.planning.verdict import notes_on_data, sentence
+from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
+from lightning_lora.planning.advice.traced_methods import TracedMethods
+from lightning_lora.planning.advice.verdict import notes_on_data, sentence
 from lightning_lora.tasks import CausalLM
 
 
@@ -73,7 +73,7 @@ def plan(
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
     used = _lora_config(module, lora)
     counts = count_data(data, module)
-    bits = measure_base_bits(module, data) if measure else None
+    bits = _measured_bits(module, data) if measure else None
     with set_up(data, module) as ready:
         loader = ready.train_dataloader()
         epoch = Epoch.of(loader)
@@ -132,7 +132,7 @@ class _Run:
         }
         cost = plan_cost(traces, method, batch, self.devices, self.counts)
         change = None if method.fits else self._change(traces, method)
-        made = fit_config(self.module, self.data, config, settings, method, self.lora, self.trainer, topics, cost)
+        made, why = fit_config(self.module, self.data, config, settings, method, self.lora, self.trainer, topics)
         return Plan(
             model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",
             data=self.counts,
@@ -151,8 +151,8 @@ class _Run:
             lr_multiplier=self.lora.lr_multiplier,
             length=str(length),
             sureness=f"capacity ratios are upper bounds on the need; memory is traced, within about 10 %; {cost.how}",
-            config=made[0],
-            config_reasons=made[1],
+            config=made,
+            config_reasons=why,
             numbers=cost.numbers,
         )
 
@@ -206,6 +206,12 @@ class _Run:
         memory = traces.memory(method.name, 1, method.rank, "single")
         sharded = traces.sharded(method.name, method.rank)
         return smallest_change(memory, self.devices.memory, sharded, self.counts.longest_row)
+
+
+def _measured_bits(module: LightningModule, data: LightningDataModule) -> BaseBits:
+    from lightning_lora.planning.base_bits import measure_base_bits
+
+    return measure_base_bits(module, data)
 
 
 def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | None) -> LoRAConfig:

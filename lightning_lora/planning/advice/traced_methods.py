@@ -13,7 +13,7 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, trace_step
 from lightning_lora.memory.strategies import divide
-from lightning_lora.planning.method import Placement
+from lightning_lora.planning.advice.method import Placement
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.tasks.variants import variant
 

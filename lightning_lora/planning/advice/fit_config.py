@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_lora.data import SFTDataModule
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.planning.config_file import class_settings, plain, without_defaults
-from lightning_lora.planning.method import Method, strategy_setting
+from lightning_lora.planning.advice.config_file import class_settings, plain, without_defaults
+from lightning_lora.planning.advice.method import Method, strategy_setting
 from lightning_lora.planning.reason import Reason
 from lightning_lora.tasks.pretrained import PretrainedTask
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_lora.planning.method import NAMES
+from lightning_lora.planning.advice.method import NAMES
 
 if TYPE_CHECKING:
     from lightning_lora.planning.plan import Plan
