@@ -139,7 +139,7 @@ class _Run:
             capacity=tuple(rows),
             method=method.name,
             fits=method.fits,
-            sentence=sentence(method, self.counts, own, self.devices.memory, change),
+            sentence=sentence(method, self.counts, own, room.most_rank, self.devices.memory, change),
             settings=settings,
             memory=memory,
             seconds=cost.seconds,

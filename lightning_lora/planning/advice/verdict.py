@@ -11,7 +11,7 @@ from lightning_lora.planning.advice.method import NAMES, Method
 
 
 def sentence(
-    method: Method, counts: DataCounts, rows: Sequence[CapacityRow], budget: int, change: str | None
+    method: Method, counts: DataCounts, rows: Sequence[CapacityRow], most: int, budget: int, change: str | None
 ) -> str:
     """One or two sentences: is LoRA enough, at which rank; or what does not fit and what would make it fit."""
     if not method.fits:
@@ -20,7 +20,7 @@ def sentence(
             f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
             f"The smallest change: {change}."
         )
-    largest = max(rows, key=lambda row: row.rank)
+    largest = max((row for row in rows if row.rank <= most), key=lambda row: row.rank, default=rows[0])
     if method.name == "full":
         return (
             f"full fine-tuning: {_amount(counts)} are more than adapters can surely hold "
