@@ -2,7 +2,8 @@
 
 LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Rows of an optimizer
 step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training: `checkpoint_guard`,
-`finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`.
+`finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`,
+`planned_run`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint
@@ -15,6 +16,7 @@ from .guard import LoRAGuard
 from .lora import LoRA
 from .memory_advice import MemoryAdvice
 from .merge_on_fit_end import MergeOnFitEnd
+from .planned_run import PlannedRun
 from .process.graceful_stop import GracefulStop
 from .process.rank_watch import RankWatch
 from .process.run_lock import RunLock
@@ -35,6 +37,7 @@ __all__ = [
     "LoRAProgressBar",
     "MemoryAdvice",
     "MergeOnFitEnd",
+    "PlannedRun",
     "RankWatch",
     "RunLock",
     "SteadyLoggers",

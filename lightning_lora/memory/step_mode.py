@@ -77,13 +77,13 @@ class StepMode(TorchDispatchMode):
         flops = _flops(func, args, kwargs, result)
         if flops is not None:
             self.flops += flops
-        inside = _INSIDE.get(str(func))
-        if inside is not None:
-            self.live.for_a_moment(inside(*args))
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 is_scores = tensor.ndim > 1 and tensor.shape[-1] in self.class_counts and tensor.is_floating_point()
                 self.live.add(tensor, "logits" if is_scores else "activations")
+        inside = _INSIDE.get(str(func))
+        if inside is not None:
+            self.live.for_a_moment(inside(*args))
 
 
 def _all_known(tensors: Sequence[Tensor]) -> bool:
@@ -141,7 +141,16 @@ def _one(mode: StepMode, x: Tensor) -> Any:
     return True if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
 
 
+def _grouped_product(mode: StepMode, x: Tensor, matrices: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:
+    """A grouped product in any type: torch's rule for tensors without values knows bfloat16 only."""
+    if x.ndim == 2 and matrices.ndim == 2:
+        assert offs is not None
+        return x.new_empty(len(offs), x.shape[0], matrices.shape[1])
+    return x.new_empty(*x.shape[:-1], matrices.shape[-1])
+
+
 _MADE_UP: dict[Any, Any] = {
+    aten._grouped_mm.default: _grouped_product,
     aten.topk.default: _even_choice,
     aten.argmax.default: _even_maximum,
     aten.sort.default: _as_it_came,
@@ -155,8 +164,28 @@ def _dequantised(x: Tensor, _: Tensor, shape: Sequence[int], *__: Any) -> int:
     return math.prod(shape) * x.element_size()
 
 
-# Operations that hold more inside than they return.
-_INSIDE: dict[str, Any] = {"bitsandbytes.gemm_4bit.default": _dequantised}
+def _widened(x: Tensor, _: int, dtype: torch.dtype | None = None, **__: Any) -> int:
+    return 0 if dtype in (None, x.dtype) else x.numel() * dtype.itemsize
+
+
+def _reordered(x: Tensor, weight: Tensor, _: Tensor | None, stride: Sequence[int], *__: Any) -> int:
+    outputs = x.shape[0] * weight.shape[0] * math.prod(-(-n // s) for n, s in zip(x.shape[2:], stride, strict=False))
+    return max(x.nbytes + weight.nbytes, outputs * x.element_size())
+
+
+def _reordered_backward(d_y: Tensor, x: Tensor, *arguments: Any) -> int:
+    needs_weight = arguments[-1][1]
+    return x.nbytes + d_y.nbytes if needs_weight else max(x.nbytes, d_y.nbytes)
+
+
+# Operations that hold more inside than they return, on a CPU: copies in the layout of oneDNN, in another type, or of a
+# dequantised weight; as the allocator's events show.
+_INSIDE: dict[str, Any] = {
+    "bitsandbytes.gemm_4bit.default": _dequantised,
+    "aten.softmax.int_out": _widened,
+    "aten.convolution.default": _reordered,
+    "aten.convolution_backward.default": _reordered_backward,
+}
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int | None:

@@ -162,6 +162,8 @@ def compute_dtype(precision: object) -> str:
     name = str(precision)
     if name.startswith(("bf16", "transformer-engine")):
         return "bfloat16"
+    if name.startswith("64"):
+        return "float64"
     return "float16" if name.startswith("16") else "float32"
 
 

@@ -61,5 +61,7 @@ def whole(tensor: Tensor) -> Tensor:
     """``tensor`` with the same memory, but as nobody's view: autograd forbids to change an output that is a view."""
     if not tensor._is_view():
         return tensor
+    if type(tensor) is FakeTensor:
+        return tensor.data  # the storage of a fake tensor that was set by hand never ends
     place = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     return tensor.new_empty(0).set_(*place)  # pyright: ignore[reportCallIssue, reportArgumentType]
