@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.planning.epoch import Epoch, RunLength
-from lightning_lora.planning.settings import alarm, choose_rate, choose_rows, divide, tinker_rate
+from lightning_lora.planning.advice.epoch import Epoch, RunLength
+from lightning_lora.planning.advice.settings import alarm, choose_rate, choose_rows, divide, tinker_rate
 from tests.support import toys
 
 pytestmark = [*toys.expected_warnings]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.batch.division import divisors
-from lightning_lora.planning.epoch import Epoch, RunLength
+from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.reason import Reason
 
 FEW_STEPS, ENOUGH_STEPS = 100, 1000

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_lora.planning.method import NAMES
+from lightning_lora.planning.advice.method import NAMES
 
 if TYPE_CHECKING:
     from lightning_lora.planning.plan import Plan
@@ -86,8 +86,7 @@ def _capacity(plan: Plan) -> Iterator[str]:
         mark = "  <-" if row.rank == chosen else ""
         sizes = f"{row.parameters:>16,} {_ratio(row.ratio_a):>9} {_ratio(row.ratio_b):>9}"
         yield f"{'':<{_INDENT}}{row.rank:>6} {sizes}  {row.verdict}{mark}"
-    unit = "tokens" if plan.data.unit == "tokens" else plan.data.unit
-    yield f"{'':<{_INDENT}}A: {unit} per parameter; B: bits per 2 bits of parameters; upper bounds"
+    yield f"{'':<{_INDENT}}A: {plan.data.unit} per parameter; B: bits of data per 2 bits; upper bounds"
 
 
 def _ratio(ratio: float | None) -> str:
@@ -114,18 +113,22 @@ def _memory(plan: Plan) -> Iterator[str]:
     if not known:
         return
     largest = max(plan.memory[name].total for name in known)  # type: ignore[union-attr]
-    unit, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    unit, size = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
     heads = ("weights", "adapters", "grads", "optim", "activ", "logits", "total")
-    yield f"{'memory':<{_INDENT}}{unit:<6}" + "".join(f"{head:>9}" for head in heads)
+    yield f"{'memory':<{_INDENT}}{unit:<6}" + "".join(f"{head:>9}"[1:] for head in heads)
     for name in known:
         parts = plan.memory[name]
         assert parts is not None
         sizes = (parts.weights, parts.adapters, parts.gradients, parts.optimizer, parts.activations + parts.overhead)
-        cells = "".join(f"{each / size:>9.3g}" for each in (*sizes, parts.logits, parts.total))
+        cells = "".join(f"{_number(each / size):>8}" for each in (*sizes, parts.logits, parts.total))
         yield f"{'':<{_INDENT}}{name:<6}{cells}" + (" *" if parts.total > plan.budget else "")
     over = any(plan.memory[name].total > plan.budget for name in known)  # type: ignore[union-attr]
     mark = "; * does not fit" if over else ""
-    yield from _part("", f"one device with {settings_rows(plan)}; it has {plan.budget / size:,.4g} {unit}{mark}")
+    yield from _part("", f"one device with {settings_rows(plan)}; it has {plan.budget / size:,.5g} {unit}{mark}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 or value == 0 else f"{value:.3g}"
 
 
 def settings_rows(plan: Plan) -> str:

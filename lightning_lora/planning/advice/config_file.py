@@ -50,9 +50,19 @@ def without_defaults(kind: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(kind).parameters
     kept = {}
     for name, value in arguments.items():
-        if name not in known or known[name].default != value:
+        default = known[name].default if name in known else inspect.Parameter.empty
+        if default != value and not (default is None and value in ({}, [], ())):
             kept[name] = plain(value)
     return kept
+
+
+def without_class_defaults(settings: Any) -> Any:
+    """The settings of a class in a config, without arguments that equal their defaults."""
+    if not isinstance(settings, Mapping) or "class_path" not in settings:
+        return settings
+    module, _, name = settings["class_path"].rpartition(".")
+    kept = without_defaults(getattr(import_module(module), name), settings.get("init_args") or {})
+    return {"class_path": settings["class_path"], "init_args": kept}
 
 
 def plain(value: Any) -> Any:
