@@ -75,6 +75,7 @@ class Student(LoRAMixin, LightningModule):
 
 
 def rows(seed: int, count: int) -> TensorDataset:
+    """Inputs, and outputs of the teacher, which is the same for seeds that differ by thousands."""
     x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return TensorDataset(x, teacher(seed % 1000)(x))
@@ -92,7 +93,6 @@ def allocated(data: TensorDataset) -> LoRAConfig:
 def train(method: str, rate: float, seed: int, folder: str) -> tuple[float, int]:
     """Mean squared error of unseen rows over the teacher's variance, and adapter parameters at the end."""
     data, unseen = rows(seed, ROWS), rows(seed + 5000, 1000)
-    unseen = TensorDataset(unseen.tensors[0], teacher(seed % 1000)(unseen.tensors[0]).detach())
     full = RANK * 2 * WIDTH * DEPTH
     config = {"fixed": LoRAConfig(rank=RANK), "grown": LoRAConfig(rank=RANK // 2, alpha=16.0)}.get(method)
     torch.manual_seed(seed)

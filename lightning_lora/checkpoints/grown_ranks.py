@@ -19,8 +19,8 @@ _SETTINGS = ("rank", "alpha", "rank_pattern", "alpha_pattern", "scaling", "share
 def ranks_to_take(module: nn.Module, manifest: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
     """Name of each adapted weight that has another rank in the checkpoint, to its rank and alpha there.
 
-    Empty unless the checkpoint's run began with the settings of ``module``, so that only growth explains the difference:
-    `RankGrowth` in that run, or in one that ``module`` has made.
+    Empty unless the checkpoint's run began with the settings of ``module``, so that only growth explains the
+    difference: `RankGrowth` in that run, or in one that ``module`` has made.
 
     Raises:
         AdapterFileError: If ranks have to change and the module is sharded.
@@ -38,8 +38,8 @@ def ranks_to_take(module: nn.Module, manifest: Mapping[str, Any]) -> dict[str, t
             name, (rank, alpha) = next(iter(taken.items()))
             raise AdapterFileError(
                 f"{len(taken)} of {len(specs)} layers have another rank in the checkpoint, because ranks grew in its "
-                f"run, and a sharded module cannot take it over. Load it on one device or with DDP, or give every grown "
-                f"layer its rank and alpha, such as rank_pattern={{{name!r}: {rank}}}, alpha_pattern={{{name!r}: "
+                f"run, and a sharded module cannot take it over. Load it on one device or with DDP, or give every "
+                f"grown layer its rank and alpha, such as rank_pattern={{{name!r}: {rank}}}, alpha_pattern={{{name!r}: "
                 f"{alpha:g}}}."
             ) from error
     return taken
