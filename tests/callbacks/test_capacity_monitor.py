@@ -100,7 +100,7 @@ def test_what_is_measured_is_what_the_module_gives_by_hand(tmp_path: Path) -> No
     assert reading.base_loss is not None
     bits = 20 * (reading.base_loss - reading.train_loss) / math.log(2) / reading.parameters
     assert reading.bits_per_parameter == pytest.approx(bits)
-    assert train < reading.base_loss
+    assert reading.train_loss == pytest.approx(train, rel=1e-5)
 
 
 def test_a_run_leaves_events_a_picture_and_one_sentence(tmp_path: Path, capsys: Any) -> None:
@@ -166,7 +166,7 @@ class Images(LoRAMixin):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.lora_parameter_groups(1e-2))
         return [optimizer], [
-            {"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 8), "interval": "step"}
+            {"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 16), "interval": "step"}
         ]
 
 
@@ -174,7 +174,7 @@ def test_a_classifier_of_images_is_measured(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data: Dataset[Any] = TensorDataset(torch.randn(32, 3, 6, 6), torch.randint(0, 4, (32,)))
     monitor = CapacityMonitor()
-    toys.trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Images(), DataLoader(data, 4))
+    toys.trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(Images(), DataLoader(data, 2))
     assert monitor.reading.loss is not None
     assert monitor.reading.groups["net.0"].capture is None
     assert monitor.reading.tokens == 32
@@ -190,7 +190,7 @@ def test_a_language_model_is_trained_bit_equal_with_a_monitor(packing: Any, tmp_
         data = SFTDataModule(
             str(TRAIN), str(VALIDATION), batch_size=2, max_length=600, max_rows=24, validation_rows=6, packing=packing
         )
-        toys.trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, callbacks=list(callbacks)).fit(module, data)
+        toys.trainer(tmp_path, max_epochs=3, accumulate_grad_batches=1, callbacks=list(callbacks)).fit(module, data)
         return module
 
     monitor = CapacityMonitor(num_rows=8)
