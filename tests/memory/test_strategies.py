@@ -43,7 +43,9 @@ def test_what_cannot_be_divided_is_refused(strategy: str, devices: int, message:
 
 @pytest.mark.parametrize("limit", [99, 100, 109, 110, 125, 1000, 12345])
 def test_the_largest_micro_batch_is_exact_on_a_line(limit: int) -> None:
-    assert largest_micro_batch(lambda rows: MemoryParts(activations=90 + 10 * rows), limit) == max(0, (limit - 90) // 10)
+    assert largest_micro_batch(lambda rows: MemoryParts(activations=90 + 10 * rows), limit) == max(
+        0, (limit - 90) // 10
+    )
 
 
 def test_a_size_that_does_not_fit_by_its_own_trace_is_lowered() -> None:
