@@ -94,7 +94,8 @@ def _convert(module: LightningModule, plugin: Any) -> None:
     factors = {id(factor) for factor in factor_parameters(module).values()}
     converted: dict[int, Tensor] = {}
     for owner in module.modules():
-        for held in (owner._parameters, owner._buffers):
+        places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for held in places:
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_floating_point() or tensor.dtype is dtype:
                     continue
