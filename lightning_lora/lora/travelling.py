@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.lora.functional.torch_internals import has_values
 from lightning_lora.lora.fingerprint import tensor_digest, whole_digest
+from lightning_lora.lora.functional.torch_internals import has_values
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.patterns import plain_name

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits")
+KINDS: tuple[str, ...] = ("weights", "adapters", "gradients", "optimizer", "activations", "logits")
 
 
 class LiveBytes:
@@ -20,7 +20,7 @@ class LiveBytes:
     """
 
     def __init__(self) -> None:
-        self.held = dict.fromkeys(KINDS, 0)
+        self.held: dict[str, int] = dict.fromkeys(KINDS, 0)
         self.peak = dict(self.held)
         self._total = self._peak_total = 0
         # Key of a storage to its kind, its bytes, and the reference that tells of its end.

@@ -9,13 +9,16 @@ from lightning_lora.memory.parts import MemoryParts
 
 _MOST = 2**20
 """Rows above which nobody asks."""
+_TRIES = 6
+"""Sizes traced beside the first two."""
 
 
 def largest_micro_batch(trace: Callable[[int], MemoryParts], limit: int) -> int:
     """The most rows of a micro-batch whose step stays within ``limit`` bytes; 0 if not even one row does.
 
-    Two sizes are traced, and the line through them is followed to the limit. The size found is traced too, and lowered
-    until its own trace is within the limit: some parts, such as the chunks of a loss, do not grow along a line.
+    Two sizes are traced, and the line through them is followed to the limit. The size found is traced too. If
+    it does not fit, as parts such as attention do not grow along a line, sizes between are traced, six at most. The
+    result has always been traced.
 
     Args:
         trace: The memory of a step with so many rows.
@@ -29,17 +32,21 @@ def largest_micro_batch(trace: Callable[[int], MemoryParts], limit: int) -> int:
     second = trace(2).total
     if second > limit:
         return 1
-    low, high = (1, first), (2, second)
-    rows = _on_the_line(low, high, limit)
-    fits = 2
-    while rows > fits:
+    fits, fails = (2, second), None
+    rows = max(2, _on_the_line((1, first), (2, second), limit))
+    for _ in range(_TRIES):
+        if rows <= fits[0]:
+            break
         found = trace(rows).total
         if found <= limit:
-            return rows
-        # The line was too low: draw it anew from the largest size that fits to the one that does not.
-        low, high = high, (rows, found)
-        rows = min(rows - 1, _on_the_line((2, second), high, limit))
-    return fits
+            fits = (rows, found)
+            if fails is None:
+                break
+        else:
+            fails = (rows, found)
+        assert fails is not None
+        rows = min(fails[0] - 1, max(fits[0] + 1, _on_the_line(fits, fails, limit)))
+    return fits[0]
 
 
 def _on_the_line(low: tuple[int, int], high: tuple[int, int], limit: int) -> int:

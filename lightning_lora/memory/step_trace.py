@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
@@ -47,7 +48,7 @@ def trace_step(
 
     Two optimizer steps run as Lightning runs them: forward, gradients set to None, backward, clipping, optimizer. The
     second is counted, for the optimizer has its state by then. The batch keeps its values, so that labels, masks and
-    lengths count as they are; where code asks for numbers that depend on weights, see `lightning_lora.memory.step_mode`.
+    lengths count as they are; numbers that depend on weights are made up (`lightning_lora.memory.step_mode`).
 
     Args:
         module: Any LightningModule with automatic optimization; it is left as it is. Its weights need not be loaded.
@@ -124,8 +125,6 @@ class _Step:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip)
 
     def _batch(self, batch: Any) -> Any:
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
         with unset_fake_temporarily():
             kept = known_batch(batch)
         kept = self.trainer.precision_plugin.convert_input(kept)
