@@ -111,9 +111,7 @@ class PlannedRun(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the measurement of memory."""
         self._events = RunEvents(trainer, "PlannedRun")
-        self._first_step = trainer.global_step
-        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        self._trained = trained
+        self._trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start, self._is_running = self._clock(), True
@@ -152,18 +150,20 @@ class PlannedRun(Callback):
     def _restart(self) -> None:
         self._tokens: Tensor | int = 0
         self._is_running = False
-        self._start, self._trained, self._first_step = 0.0, 0, 0
+        self._start, self._took, self._trained = 0.0, 0.0, 0
         self._resident: int | None = None
         self._peak_before: int | None = None
 
     def _seconds(self) -> float:
-        return self._clock() - self._start if self._is_running else 0.0
+        """Seconds of this part so far; after its end, those that it took."""
+        return self._clock() - self._start if self._is_running else self._took
 
     def _tell(self, trainer: Trainer, module: LightningModule, tokens: int | None, stopped: bool = False) -> None:
         """Print and write once, if there was a step."""
         if not self._is_running or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        seconds, self._is_running = self._seconds(), False
+        self._took = seconds = self._seconds()
+        self._is_running = False
         earlier, memory = self._earlier, self._memory(module)
         self.measured = {
             "steps": trainer.global_step,

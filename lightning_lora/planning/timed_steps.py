@@ -195,8 +195,9 @@ class _Stopwatch(Callback):
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Record a validation batch."""
-        self.validation.append(self._now(pl_module) - self._val_mark)
+        """Record a validation batch of the sanity check."""
+        if trainer.sanity_checking:
+            self.validation.append(self._now(pl_module) - self._val_mark)
 
     def _now(self, module: LightningModule) -> float:
         if module.device.type != "cpu":

@@ -22,6 +22,8 @@ from lightning_lora.planning.devices import Device, find_devices
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
 
+pytestmark = toys.expected_warnings
+
 # hidden_size, intermediate_size, num_attention_heads, num_key_value_heads of Llama-3.1-8B and Llama-3.2-1B
 SHAPES = {"8B": (4096, 14336, 32, 8), "1B": (2048, 8192, 32, 8)}
 TOKENS = 64
@@ -82,8 +84,12 @@ def test_adapters_cost_as_much_as_full_fine_tuning_at_the_published_rank(full: d
         assert Flops(flops(name, rank), full[name]).ratio == pytest.approx(1, rel=0.02)
 
 
-def test_recomputing_activations_makes_it_three_quarters() -> None:
-    assert flops("1B", 1, True) / flops("1B", None, True) == pytest.approx(0.75, rel=0.01)
+def test_recomputing_activations_costs_adapters_more_than_three_quarters() -> None:
+    """Six passes against eight would be 3/4, but without adapters torch does not recompute the last layer of a block."""
+    width, inner, *_ = SHAPES["1B"]
+    block = 2 * width * width + 2 * width * width // 4 + 3 * width * inner
+    expected = 6 / (8 - 2 * width * inner / block)
+    assert flops("1B", 1, True) / flops("1B", None, True) == pytest.approx(expected, rel=0.01)
 
 
 def test_parameters_are_counted_without_memory(llama_folder: Path) -> None:
