@@ -23,6 +23,9 @@ from lightning_lora.sharding.collectives import total_of_ranks
 from .progress import peak_bytes
 
 _KEY = "lightning_lora_planned_run"
+# Of the part before a checkpoint: Lightning calls no callback where the earlier part had none.
+_NOTHING: dict[str, float | None] = {"tokens": 0, "seconds": 0.0}
+_NOT_COUNTED: dict[str, float | None] = {"tokens": None, "seconds": None}
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -96,7 +99,7 @@ class PlannedRun(Callback):
                 raise ConfigError(f"{name} of PlannedRun must not be negative, got {value}.")
         self.measured: dict[str, float | None] = {}
         self._clock = time.perf_counter
-        self._earlier = {"tokens": 0, "seconds": 0.0}
+        self._earlier: dict[str, float | None] = dict(_NOTHING)
         self._restart()
 
     @override
@@ -104,7 +107,7 @@ class PlannedRun(Callback):
         """Note the memory before the model is built."""
         if stage == "fit":
             self._restart()
-            self._earlier = {"tokens": 0, "seconds": 0.0}
+            self._earlier = dict(_NOT_COUNTED if trainer.ckpt_path else _NOTHING)
             self._resident, self._peak_before = _resident_bytes(), peak_bytes(torch.device("cpu"))
 
     @override
@@ -139,13 +142,13 @@ class PlannedRun(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save tokens and seconds so far."""
-        tokens = self._earlier["tokens"] + _total(trainer, self._tokens)
-        checkpoint[_KEY] = {"tokens": tokens, "seconds": self._earlier["seconds"] + self._seconds()}
+        own = {"tokens": _total(trainer, self._tokens), "seconds": self._seconds()}
+        checkpoint[_KEY] = {name: _sum(self._earlier[name], value) for name, value in own.items()}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue with tokens and seconds of the earlier part; unknown if it ran without this callback."""
-        self._earlier = checkpoint.get(_KEY) or {"tokens": None, "seconds": None}
+        self._earlier = checkpoint.get(_KEY) or dict(_NOT_COUNTED)
 
     def _restart(self) -> None:
         self._tokens: Tensor | int = 0
@@ -167,10 +170,10 @@ class PlannedRun(Callback):
         earlier, memory = self._earlier, self._memory(module)
         self.measured = {
             "steps": trainer.global_step,
-            "tokens": None if None in (tokens, earlier["tokens"]) else tokens + earlier["tokens"],  # type: ignore[operator]
+            "tokens": _sum(earlier["tokens"], tokens),
             "trained_parameters": self._trained,
             "peak_bytes": memory[0],
-            "seconds": None if earlier["seconds"] is None else seconds + earlier["seconds"],
+            "seconds": _sum(earlier["seconds"], seconds),
         }
         steps_note = self._why_steps(trainer, stopped)
         rows = list(self._rows(steps_note, memory[1]))
@@ -221,6 +224,10 @@ def _total(trainer: Trainer, own: Tensor | int) -> int:
     sampler = trainer.distributed_sampler_kwargs
     copies = trainer.world_size // int(sampler["num_replicas"]) if sampler else trainer.world_size
     return int(total_of_ranks(trainer, torch.as_tensor(own))) // max(1, copies)
+
+
+def _sum(earlier: float | None, own: float | None) -> float | None:
+    return None if earlier is None or own is None else earlier + own
 
 
 def _labels(batch: Any) -> int:

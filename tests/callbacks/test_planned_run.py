@@ -89,10 +89,10 @@ def test_a_continued_run_counts_its_earlier_part(tmp_path: Path) -> None:
 def test_an_earlier_part_that_nobody_counted_is_not_guessed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toys.fit(Toy(), tmp_path / "a", max_steps=2).save_checkpoint(tmp_path / "first.ckpt")
     with caplog.at_level(logging.INFO):
-        planned = run(tmp_path / "b", PlannedRun(4, 8), ckpt=tmp_path / "first.ckpt")
-    assert planned.measured["steps"] == 4
+        planned = run(tmp_path / "b", PlannedRun(8, 16), ckpt=tmp_path / "first.ckpt", max_epochs=2)
+    assert planned.measured["steps"] == 8
     assert planned.measured["tokens"] is planned.measured["seconds"] is None
-    assert lines(caplog)["tokens"][:2] == ["8", "-"]
+    assert lines(caplog)["tokens"][:2] == ["16", "-"]
 
 
 class Breaks(Callback):
