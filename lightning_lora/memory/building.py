@@ -21,12 +21,7 @@ from lightning_lora.memory.step_mode import StepMode
 
 _building: ContextVar[bool] = ContextVar("lightning_lora_building_without_memory", default=False)
 _PLAIN = (Tensor, nn.Parameter)
-_LOGGERS = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric",
-    "lightning.pytorch",
-)
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric", "lightning.pytorch")
 
 
 def builds_without_memory() -> bool:

@@ -30,12 +30,7 @@ from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
-from lightning_lora.tasks.quantised_loading import (
-    check_quantization,
-    check_strategy,
-    loading_arguments,
-    quantise_without_values,
-)
+from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, loading_arguments, quantise_without_values
 from lightning_lora.tasks.running_mean import RunningMean
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft

@@ -20,6 +20,7 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and type(tensor) is not FakeTensor
 
 
+
 def saved_tensor_hooks() -> tuple[Any, Any] | None:
     """Innermost pair of hooks on saved tensors in force, or None; activation checkpointing and offloading set them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
