@@ -23,6 +23,9 @@ from lightning_lora.sharding.collectives import total_of_ranks
 from .progress import peak_bytes
 
 _KEY = "lightning_lora_planned_run"
+# Of the part before a checkpoint: Lightning calls no callback where the earlier part had none.
+_NOTHING: dict[str, float | None] = {"tokens": 0, "seconds": 0.0}
+_NOT_COUNTED: dict[str, float | None] = {"tokens": None, "seconds": None}
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -96,7 +99,7 @@ class PlannedRun(Callback):
                 raise ConfigError(f"{name} of PlannedRun must not be negative, got {value}.")
         self.measured: dict[str, float | None] = {}
         self._clock = time.perf_counter
-        self._earlier = {"tokens": 0, "seconds": 0.0}
+        self._earlier: dict[str, float | None] = dict(_NOTHING)
         self._restart()
 
     @override
@@ -104,16 +107,14 @@ class PlannedRun(Callback):
         """Note the memory before the model is built."""
         if stage == "fit":
             self._restart()
-            self._earlier = {"tokens": 0, "seconds": 0.0}
+            self._earlier = dict(_NOT_COUNTED if trainer.ckpt_path else _NOTHING)
             self._resident, self._peak_before = _resident_bytes(), peak_bytes(torch.device("cpu"))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the measurement of memory."""
         self._events = RunEvents(trainer, "PlannedRun")
-        self._first_step = trainer.global_step
-        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        self._trained = trained
+        self._trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start, self._is_running = self._clock(), True
@@ -141,36 +142,38 @@ class PlannedRun(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save tokens and seconds so far."""
-        tokens = self._earlier["tokens"] + _total(trainer, self._tokens)
-        checkpoint[_KEY] = {"tokens": tokens, "seconds": self._earlier["seconds"] + self._seconds()}
+        own = {"tokens": _total(trainer, self._tokens), "seconds": self._seconds()}
+        checkpoint[_KEY] = {name: _sum(self._earlier[name], value) for name, value in own.items()}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue with tokens and seconds of the earlier part; unknown if it ran without this callback."""
-        self._earlier = checkpoint.get(_KEY) or {"tokens": None, "seconds": None}
+        self._earlier = checkpoint.get(_KEY) or dict(_NOT_COUNTED)
 
     def _restart(self) -> None:
         self._tokens: Tensor | int = 0
         self._is_running = False
-        self._start, self._trained, self._first_step = 0.0, 0, 0
+        self._start, self._took, self._trained = 0.0, 0.0, 0
         self._resident: int | None = None
         self._peak_before: int | None = None
 
     def _seconds(self) -> float:
-        return self._clock() - self._start if self._is_running else 0.0
+        """Seconds of this part so far; after its end, those that it took."""
+        return self._clock() - self._start if self._is_running else self._took
 
     def _tell(self, trainer: Trainer, module: LightningModule, tokens: int | None, stopped: bool = False) -> None:
         """Print and write once, if there was a step."""
         if not self._is_running or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        seconds, self._is_running = self._seconds(), False
+        self._took = seconds = self._seconds()
+        self._is_running = False
         earlier, memory = self._earlier, self._memory(module)
         self.measured = {
             "steps": trainer.global_step,
-            "tokens": None if None in (tokens, earlier["tokens"]) else tokens + earlier["tokens"],  # type: ignore[operator]
+            "tokens": _sum(earlier["tokens"], tokens),
             "trained_parameters": self._trained,
             "peak_bytes": memory[0],
-            "seconds": None if earlier["seconds"] is None else seconds + earlier["seconds"],
+            "seconds": _sum(earlier["seconds"], seconds),
         }
         steps_note = self._why_steps(trainer, stopped)
         rows = list(self._rows(steps_note, memory[1]))
@@ -221,6 +224,10 @@ def _total(trainer: Trainer, own: Tensor | int) -> int:
     sampler = trainer.distributed_sampler_kwargs
     copies = trainer.world_size // int(sampler["num_replicas"]) if sampler else trainer.world_size
     return int(total_of_ranks(trainer, torch.as_tensor(own))) // max(1, copies)
+
+
+def _sum(earlier: float | None, own: float | None) -> float | None:
+    return None if earlier is None or own is None else earlier + own
 
 
 def _labels(batch: Any) -> int:

@@ -165,7 +165,9 @@ class _Stopwatch(Callback):
         self._size += batch_size(batch)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Record a step that has ended, and stop after enough."""
         if trainer.global_step == self._last_step:
             return
@@ -189,14 +191,25 @@ class _Stopwatch(Callback):
         self._left_out += self._now(pl_module) - self._val_begun
 
     @override
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Note when a validation batch begins."""
         self._val_mark = self._now(pl_module)
 
     @override
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Record a validation batch."""
-        self.validation.append(self._now(pl_module) - self._val_mark)
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Record a validation batch of the sanity check."""
+        if trainer.sanity_checking:
+            self.validation.append(self._now(pl_module) - self._val_mark)
 
     def _now(self, module: LightningModule) -> float:
         if module.device.type != "cpu":

@@ -22,6 +22,8 @@ from lightning_lora.planning.devices import Device, find_devices
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
 
+pytestmark = toys.expected_warnings
+
 # hidden_size, intermediate_size, num_attention_heads, num_key_value_heads of Llama-3.1-8B and Llama-3.2-1B
 SHAPES = {"8B": (4096, 14336, 32, 8), "1B": (2048, 8192, 32, 8)}
 TOKENS = 64
@@ -82,8 +84,12 @@ def test_adapters_cost_as_much_as_full_fine_tuning_at_the_published_rank(full: d
         assert Flops(flops(name, rank), full[name]).ratio == pytest.approx(1, rel=0.02)
 
 
-def test_recomputing_activations_makes_it_three_quarters() -> None:
-    assert flops("1B", 1, True) / flops("1B", None, True) == pytest.approx(0.75, rel=0.01)
+def test_recomputing_activations_costs_adapters_more_than_three_quarters() -> None:
+    """Six passes against eight would be 3/4, but only without adapters the last layer of a block is not recomputed."""
+    width, inner, *_ = SHAPES["1B"]
+    block = 2 * width * width + 2 * width * width // 4 + 3 * width * inner
+    expected = 6 / (8 - 2 * width * inner / block)
+    assert flops("1B", 1, True) / flops("1B", None, True) == pytest.approx(expected, rel=0.01)
 
 
 def test_parameters_are_counted_without_memory(llama_folder: Path) -> None:
@@ -96,18 +102,20 @@ def test_parameters_are_counted_without_memory(llama_folder: Path) -> None:
 
 
 def test_checkpoint_and_adapter_have_the_size_that_was_told(tmp_path: Path, llama_folder: Path) -> None:
-    module = CausalLM(str(llama_folder), lora=LoRAConfig(rank=16))
     rows = DataLoader(toys.token_rows(), batch_size=4)  # pyright: ignore[reportArgumentType]
-    told = Disk.of(trace_step(module, next(iter(rows))).memory)
-    runner = toys.trainer(tmp_path)
-    runner.fit(module, rows)
-    runner.save_checkpoint(tmp_path / "run.ckpt")
-    module.save_adapter(tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    assert told.adapter == pytest.approx(file.stat().st_size, abs=6_000)
-    # Names, settings and versions beside the tensors do not grow with the model.
-    assert 0 <= (tmp_path / "run.ckpt").stat().st_size - told.checkpoint < 60_000
-    assert told.whole_checkpoint > told.checkpoint
+    told, adapters, checkpoints = [], [], []
+    for rank in (4, 16):
+        module = CausalLM(str(llama_folder), lora=LoRAConfig(rank=rank))
+        told.append(Disk.of(trace_step(module, next(iter(rows))).memory))
+        runner = toys.trainer(tmp_path)
+        runner.fit(module, rows)
+        runner.save_checkpoint(tmp_path / "run.ckpt")
+        checkpoints.append((tmp_path / "run.ckpt").stat().st_size)
+        adapters.append((module.save_adapter(tmp_path / f"{rank}") / "adapter_model.safetensors").stat().st_size)
+    # Names, settings and versions beside the numbers do not grow with the rank.
+    assert adapters[1] - adapters[0] == pytest.approx(told[1].adapter - told[0].adapter, rel=0.02)
+    assert checkpoints[1] - checkpoints[0] == pytest.approx(told[1].checkpoint - told[0].checkpoint, rel=0.02)
+    assert told[0].adapter < told[0].checkpoint < told[0].whole_checkpoint
 
 
 def work(**changes: Any) -> StepWork:
