@@ -118,9 +118,7 @@ def highest_rank(sizes: AdapterSizes) -> int:
     return max((rank for rank in RANKS if rank <= sizes.narrowest // 4), default=1)
 
 
-def recommended_rank(
-    rows: Sequence[CapacityRow], highest: int, floor: int = FLOOR, default: int = DEFAULT
-) -> int:
+def recommended_rank(rows: Sequence[CapacityRow], highest: int, floor: int = FLOOR, default: int = DEFAULT) -> int:
     """The rank to train with: the needed one, but at least ``default``, and not above ``highest``.
 
     Args:

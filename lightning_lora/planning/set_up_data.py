@@ -15,9 +15,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import Sampler
 
 Data = TypeVar("Data", bound=LightningDataModule)
-_GENERATORS = torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random
+Thing = TypeVar("Thing")
+_GENERATORS = numpy.random.Generator, numpy.random.RandomState, random.Random
 
 
 @contextmanager
@@ -30,12 +32,7 @@ def set_up(datamodule: Data, module: LightningModule | None) -> Iterator[Data]:
         datamodule: The data module; a module set up before is set up anew.
         module: The module that would be trained, whose tokenizer, vocabulary and context length count.
     """
-    twin = copy.copy(datamodule)
-    for name, value in vars(datamodule).items():
-        if isinstance(value, (dict, list)):
-            setattr(twin, name, copy.copy(value))
-        elif isinstance(value, _GENERATORS):
-            setattr(twin, name, copy_generator(value))
+    twin = copy_with_generators(datamodule)
     with isolate_rng():
         twin.trainer = quiet_trainer()
         twin.trainer.state.fn = TrainerFn.FITTING
@@ -46,9 +43,23 @@ def set_up(datamodule: Data, module: LightningModule | None) -> Iterator[Data]:
         yield twin
 
 
-def copy_generator(generator: Any) -> Any:
-    """A generator with the same state, which draws without changing the first one."""
-    return generator.clone_state() if isinstance(generator, torch.Generator) else copy.deepcopy(generator)
+def copy_with_generators(thing: Thing) -> Thing:
+    """A shallow copy with lists, mappings and random generators of its own, so that drawing leaves the first as is.
+
+    Samplers inside it are copied in the same way.
+    """
+    twin = copy.copy(thing)
+    for name, value in vars(thing).items():
+        if isinstance(value, torch.Generator):
+            value = value.clone_state()
+        elif isinstance(value, _GENERATORS):
+            value = copy.deepcopy(value)
+        elif isinstance(value, (dict, list)):
+            value = copy.copy(value)
+        elif isinstance(value, Sampler):
+            value = copy_with_generators(value)
+        twin.__dict__[name] = value
+    return twin
 
 
 def quiet_trainer(**options: Any) -> Trainer:
