@@ -141,7 +141,7 @@ class _Run:
             "seconds": None if cost.seconds is None else round(cost.seconds, 1),
         }
         planned = {name: value for name, value in planned.items() if value is not None}
-        made, why = fit_config(self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned)
+        made, reasons = fit_config(self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned)
         return Plan(
             model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",
             data=self.counts,
@@ -154,14 +154,17 @@ class _Run:
             seconds=cost.seconds,
             cost=cost.words,
             topics=tuple(topics),
-            notes=notes_on_data(self.counts, self.bits),
+            notes=(
+                *notes_on_data(self.counts, self.bits),
+                *(f"QLoRA could not be traced: {why}" for why in traces.failed.values()),
+            ),
             budget=self.devices.memory,
             targets=rows[0].targets,
             lr_multiplier=self.lora.lr_multiplier,
             length=str(length),
             sureness=f"capacity ratios are upper bounds on the need; memory is traced, within about 10 %; {cost.how}",
             config=made,
-            config_reasons=why,
+            config_reasons=reasons,
             numbers=cost.numbers,
         )
 
@@ -202,7 +205,7 @@ class _Run:
         found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}
         for name in traces.names:
             way = "ddp" if name == "qlora" and method.strategy == "fsdp2" else method.strategy
-            found[name] = traces.memory(name, micro, method.rank or default, way)
+            found[name] = traces.known_memory(name, micro, method.rank or default, way)
         return found
 
     def _tokens(self, length: RunLength, batch: PlannedBatch) -> int | None:

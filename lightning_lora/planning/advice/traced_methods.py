@@ -41,6 +41,7 @@ class TracedMethods:
     ) -> None:
         self.module, self.config, self.batch = module, config, batch
         self.precision, self.clip, self.devices = precision, clip, devices
+        self.failed: dict[str, str] = {}
         self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
 
     @property
@@ -64,6 +65,16 @@ class TracedMethods:
         """Bytes on one device."""
         trace = self.trace(name, rows, rank)
         return divide(trace.memory, strategy, self.devices, layer=trace.largest_layer)
+
+    def known_memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts | None:
+        """Bytes on one device; None if a base in 4 bits cannot be traced here, which `failed` then explains."""
+        try:
+            return self.memory(name, rows, rank, strategy)
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            if name != "qlora":
+                raise
+            self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None
 
     def placements(self, rank: int, share: int, budget: int) -> Mapping[str, Sequence[Placement]]:
         """The ways to place each method, best first, traced when they are asked for.
@@ -120,7 +131,8 @@ class _Placements(Mapping[str, Sequence[Placement]]):
         ways = ["single"] if methods.devices == 1 else ["ddp", "fsdp2"]
         traced = None if name == "full" else self.rank
         # bitsandbytes weights cannot be sharded
-        return [Placement(way, self._memory(name, way), traced) for way in (ways[:1] if name == "qlora" else ways)]
+        found = [(way, self._memory(name, way)) for way in (ways[:1] if name == "qlora" else ways)]
+        return [Placement(way, memory, traced) for way, memory in found if memory is not None]
 
     def __iter__(self) -> Iterator[str]:
         return iter(("lora", "qlora", "full"))
@@ -128,9 +140,8 @@ class _Placements(Mapping[str, Sequence[Placement]]):
     def __len__(self) -> int:
         return 3
 
-    def _memory(self, name: str, way: str) -> MemoryParts:
-        for rows in (self.share, 1):
-            memory = self.methods.memory(name, rows, self.rank, way)
-            if memory.total <= self.budget:
-                break
+    def _memory(self, name: str, way: str) -> MemoryParts | None:
+        memory = self.methods.known_memory(name, self.share, self.rank, way)
+        if memory is not None and memory.total > self.budget:
+            return self.methods.known_memory(name, 1, self.rank, way)
         return memory
