@@ -71,7 +71,11 @@ def _built(
                 plugin = trainer.precision_plugin
                 with trainer.strategy.tensor_init_context(), plugin.module_init_context():
                     built.configure_model()
-                plugin.convert_module(built)
+                    wanted = torch.get_default_dtype()
+                # Conversion swaps every parameter, which fails for one that something watches; most need none.
+                names = built.named_parameters()
+                if any(p.is_floating_point() and p.dtype != wanted and "lora_" not in name for name, p in names):
+                    plugin.convert_module(built)
                 yield built, mode
     finally:
         _building.reset(token)

@@ -141,7 +141,9 @@ class _Run:
             "seconds": None if cost.seconds is None else round(cost.seconds, 1),
         }
         planned = {name: value for name, value in planned.items() if value is not None}
-        made, reasons = fit_config(self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned)
+        made, reasons = fit_config(
+            self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned
+        )
         return Plan(
             model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",
             data=self.counts,
@@ -199,9 +201,7 @@ class _Run:
         can_set = isinstance(getattr(self.data, "batch_size", None), int)
         return rows // self.devices.count if can_set else self.epoch.batch_size
 
-    def _memory(
-        self, traces: TracedMethods, method: Method, micro: int, default: int
-    ) -> dict[str, MemoryParts | None]:
+    def _memory(self, traces: TracedMethods, method: Method, micro: int, default: int) -> dict[str, MemoryParts | None]:
         found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}
         for name in traces.names:
             way = "ddp" if name == "qlora" and method.strategy == "fsdp2" else method.strategy
