@@ -61,7 +61,7 @@ def _usage() -> str:
 
 def _run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
     if arguments[0] == "plan":
-        from lightning_lora.cli.plan import run_plan
+        from lightning_lora.cli.plan.command import run_plan
 
         return run_plan(arguments[1:], allowed)
     from lightning_lora.cli.lora_cli import run_trainer_command

@@ -103,17 +103,18 @@ class _Run:
         own = [row for row in rows if row.targets == rows[0].targets]
         most = highest_rank(adapter_sizes(self.module, self.lora))
         traces = self._traces()
+        target, batch_reason = self._rows(target_rows, length)
         default = min(DEFAULT_RANK, max(row.rank for row in own))
         room = Room(
             verdicts={row.rank: row.verdict for row in own},
             needed=needed_rank(rows),
             most_rank=max(most, 1),
-            placements=traces.placements(default),
+            placements=traces.placements(default, self._share(target), self.devices.memory),
             budget=self.devices.memory,
             asked_rank=self.lora.rank,
         )
         method = choose_method(room)
-        batch, batch_reason = self._batch(target_rows, length, traces, method)
+        batch = self._batch(target, length, traces, method)
         memory = self._memory(traces, method, batch.batch_size, default)
         rate, rate_reason = self._rate()
         few = alarm(batch.steps, self.lora.lr_multiplier)
@@ -132,7 +133,17 @@ class _Run:
         }
         cost = plan_cost(traces, method, batch, self.devices, self.counts)
         change = None if method.fits else self._change(traces, method)
-        made, why = fit_config(self.module, self.data, config, settings, method, self.lora, self.trainer, topics)
+        planned = {
+            "steps": batch.steps,
+            "tokens": self._tokens(length, batch),
+            "trained_parameters": cost.parameters.trained,
+            "peak_bytes": cost.peak,
+            "seconds": None if cost.seconds is None else round(cost.seconds, 1),
+        }
+        planned = {name: value for name, value in planned.items() if value is not None}
+        made, reasons = fit_config(
+            self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned
+        )
         return Plan(
             model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",
             data=self.counts,
@@ -145,14 +156,17 @@ class _Run:
             seconds=cost.seconds,
             cost=cost.words,
             topics=tuple(topics),
-            notes=notes_on_data(self.counts, self.bits),
+            notes=(
+                *notes_on_data(self.counts, self.bits),
+                *(f"QLoRA could not be traced: {why}" for why in traces.failed.values()),
+            ),
             budget=self.devices.memory,
             targets=rows[0].targets,
             lr_multiplier=self.lora.lr_multiplier,
             length=str(length),
             sureness=f"capacity ratios are upper bounds on the need; memory is traced, within about 10 %; {cost.how}",
             config=made,
-            config_reasons=why,
+            config_reasons=reasons,
             numbers=cost.numbers,
         )
 
@@ -164,34 +178,43 @@ class _Run:
         clip = self.trainer.get("gradient_clip_val")
         return TracedMethods(self.module, self.lora, self.batch, precision, clip, self.devices.count)
 
-    def _batch(
-        self, target: int | None, length: RunLength, traces: TracedMethods, method: Method
-    ) -> tuple[PlannedBatch, Reason]:
-        count = self.devices.count
-        own = getattr(self.data, "batch_size", None)
-        can_set = isinstance(own, int)
+    def _rows(self, target: int | None, length: RunLength) -> tuple[int, Reason]:
+        """Rows of an optimizer step on all devices."""
         if target is not None:
-            divided = divide_rows(target, count, own if can_set else self.epoch.batch_size)
-            rows, reason = divided.rows, Reason(f"{target} rows per step", "yours", "target_batch_size")
-        else:
-            rows, reason = choose_rows(self.epoch, length, count)
-        if not can_set:
-            micro = self.epoch.batch_size
-            accumulation = max(1, round(rows / (micro * count)))
-            steps = length.steps(self.epoch, micro, accumulation, count)
-            return PlannedBatch(micro, accumulation, count, steps), reason
-        share = max(1, rows // count)
-        most = traces.largest_micro_batch(method.name, method.rank, method.strategy, share, self.devices.memory)
-        return divide(rows, count, most, self.epoch, length), reason
+            own = getattr(self.data, "batch_size", self.epoch.batch_size)
+            divided = divide_rows(target, self.devices.count, own)
+            return divided.rows, Reason(f"{target} rows per step", "yours", "target_batch_size")
+        return choose_rows(self.epoch, length, self.devices.count)
 
-    def _memory(
-        self, traces: TracedMethods, method: Method, micro: int, default: int
-    ) -> dict[str, MemoryParts | None]:
+    def _batch(self, rows: int, length: RunLength, traces: TracedMethods, method: Method) -> PlannedBatch:
+        count = self.devices.count
+        if isinstance(getattr(self.data, "batch_size", None), int):
+            share = rows // count
+            most = traces.largest_micro_batch(method.name, method.rank, method.strategy, share, self.devices.memory)
+            return divide(rows, count, most, self.epoch, length)
+        micro = self.epoch.batch_size
+        accumulation = max(1, round(rows / (micro * count)))
+        return PlannedBatch(micro, accumulation, count, length.steps(self.epoch, micro, accumulation, count))
+
+    def _share(self, rows: int) -> int:
+        """Rows of a step on one device that are in memory at once, if they fit."""
+        can_set = isinstance(getattr(self.data, "batch_size", None), int)
+        return rows // self.devices.count if can_set else self.epoch.batch_size
+
+    def _memory(self, traces: TracedMethods, method: Method, micro: int, default: int) -> dict[str, MemoryParts | None]:
         found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}
         for name in traces.names:
             way = "ddp" if name == "qlora" and method.strategy == "fsdp2" else method.strategy
-            found[name] = traces.memory(name, micro, method.rank or default, way)
+            found[name] = traces.known_memory(name, micro, method.rank or default, way)
         return found
+
+    def _tokens(self, length: RunLength, batch: PlannedBatch) -> int | None:
+        """Supervised tokens of the whole run; None if it does not take every row of every epoch once."""
+        rows, tokens = self.epoch.rows, self.counts.supervised_tokens
+        is_whole = rows is not None and rows % batch.devices == 0 and not self.epoch.drop_last
+        if tokens is None or not is_whole or length.limit_train_batches is not None or length.max_steps != -1:
+            return None
+        return tokens * length.epochs
 
     def _rate(self) -> tuple[float | None, Reason]:
         rate = getattr(self.module, "learning_rate", getattr(self.module, "lr", None))

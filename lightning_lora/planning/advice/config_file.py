@@ -19,9 +19,7 @@ GIVEN = "as given"
 _WIDTH = 118
 
 
-def write_config(
-    path: str | Path, config: Mapping[str, Any], reasons: Mapping[str, Reason], heading: str = ""
-) -> Path:
+def write_config(path: str | Path, config: Mapping[str, Any], reasons: Mapping[str, Reason], heading: str = "") -> Path:
     """Write settings as YAML. A comment above a value says why it was chosen and who says so.
 
     Args:

@@ -126,7 +126,9 @@ def _trainer(
     reasons["trainer.accumulate_grad_batches"] = rows
     where = Reason(f"{planned['devices']} devices", "those that were named, or are here", "this plan")
     fits = Reason(method.strategy, "the first strategy in whose memory the method fits", "traced")
-    types = Reason(planned["precision"], "yours; without any bf16 on a GPU, with adapters in float32", "arXiv 2305.14314")
+    types = Reason(
+        planned["precision"], "yours; without any bf16 on a GPU, with adapters in float32", "arXiv 2305.14314"
+    )
     reasons |= {"trainer.devices": where, "trainer.strategy": fits, "trainer.precision": types}
     return made
 
@@ -153,7 +155,11 @@ def data_arguments(data: LightningDataModule) -> Settings | None:
     if not isinstance(data, SFTDataModule):
         return None
     own = vars(data) | data.sources | vars(data.settings)
-    own |= {"max_rows": data.limits["train"], "validation_rows": data.limits["validation"], "max_length": data.max_length}
+    own |= {
+        "max_rows": data.limits["train"],
+        "validation_rows": data.limits["validation"],
+        "max_length": data.max_length,
+    }
     names = inspect.signature(SFTDataModule).parameters
     if own["tokenizer"] is not None and not isinstance(own["tokenizer"], str):
         return None

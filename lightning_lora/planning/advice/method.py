@@ -147,7 +147,9 @@ def _wanted_rank(room: Room, is_unknown: bool, best: str) -> tuple[int, Reason]:
     if rank == room.needed:
         return rank, Reason(f"rank {rank}", "the smallest rank that is inside both upper bounds", _BOUNDS)
     rank = min(rank, max(room.verdicts))
-    return rank, Reason(f"rank {rank}", f"rank {room.needed} would do by the upper bounds; more costs little", CONVENTION)
+    return rank, Reason(
+        f"rank {rank}", f"rank {room.needed} would do by the upper bounds; more costs little", CONVENTION
+    )
 
 
 def smallest_change(memory: MemoryParts, budget: int, sharded: Mapping[int, MemoryParts], length: int | None) -> str:

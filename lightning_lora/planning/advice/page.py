@@ -114,7 +114,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         return
     largest = max(plan.memory[name].total for name in known)  # type: ignore[union-attr]
     unit, size = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
-    heads = ("weights", "adapters", "grads", "optim", "activ", "logits", "total")
+    heads = ("weights", "adapt", "grads", "optim", "activ", "logits", "total")
     yield f"{'memory':<{_INDENT}}{unit:<6}" + "".join(f"{head:>9}"[1:] for head in heads)
     for name in known:
         parts = plan.memory[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class TracedMethods:
     ) -> None:
         self.module, self.config, self.batch = module, config, batch
         self.precision, self.clip, self.devices = precision, clip, devices
+        self.failed: dict[str, str] = {}
         self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
 
     @property
@@ -65,16 +66,25 @@ class TracedMethods:
         trace = self.trace(name, rows, rank)
         return divide(trace.memory, strategy, self.devices, layer=trace.largest_layer)
 
-    def placements(self, rank: int) -> dict[str, list[Placement]]:
-        """The ways to place each method with one row on each device, best first."""
-        ways = ["single"] if self.devices == 1 else ["ddp", "fsdp2"]
-        found: dict[str, list[Placement]] = {"lora": [], "qlora": [], "full": []}
-        for name in self.names:
-            # bitsandbytes weights cannot be sharded
-            for way in ways[:1] if name == "qlora" else ways:
-                traced = None if name == "full" else rank
-                found[name].append(Placement(way, self.memory(name, 1, rank, way), traced))
-        return found
+    def known_memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts | None:
+        """Bytes on one device; None if a base in 4 bits cannot be traced here, which `failed` then explains."""
+        try:
+            return self.memory(name, rows, rank, strategy)
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            if name != "qlora":
+                raise
+            self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None
+
+    def placements(self, rank: int, share: int, budget: int) -> Mapping[str, Sequence[Placement]]:
+        """The ways to place each method, best first, traced when they are asked for.
+
+        Args:
+            rank: Rank of the traces.
+            share: Rows of a step on one device. Where so many fit at once, fewer are not traced.
+            budget: Bytes of one device.
+        """
+        return _Placements(self, rank, share, budget)
 
     def sharded(self, name: str, rank: int | None) -> dict[int, MemoryParts]:
         """Bytes on each of more devices under FSDP2, with one row on each."""
@@ -87,8 +97,11 @@ class TracedMethods:
     def largest_micro_batch(self, name: str, rank: int | None, strategy: str, share: int, budget: int) -> int:
         """The most rows of a micro-batch that fit, of those that divide a device's ``share`` of a step's rows.
 
-        Two sizes are traced; the size that a line through them allows is traced too, and lowered while it is too large.
+        The share itself is tried first. Else two sizes are traced, and the size that a line through them allows is
+        traced too, and lowered while it is too large.
         """
+        if self.memory(name, share, rank, strategy).total <= budget:
+            return share
         one = self.memory(name, 1, rank, strategy).total
         two = self.memory(name, min(2, share), rank, strategy).total
         slope = max(1, two - one)
@@ -103,3 +116,32 @@ class TracedMethods:
             return variant(self.module, None)
         config = replace(self.config, rank=rank or self.config.rank)
         return variant(self.module, config, "nf4" if name == "qlora" else None)
+
+
+class _Placements(Mapping[str, Sequence[Placement]]):
+    """The placements of each method; a trace takes seconds, so a method is traced only if it is asked for."""
+
+    def __init__(self, methods: TracedMethods, rank: int, share: int, budget: int) -> None:
+        self.methods, self.rank, self.share, self.budget = methods, rank, share, budget
+
+    def __getitem__(self, name: str) -> Sequence[Placement]:
+        methods = self.methods
+        if name not in methods.names:
+            return []
+        ways = ["single"] if methods.devices == 1 else ["ddp", "fsdp2"]
+        traced = None if name == "full" else self.rank
+        # bitsandbytes weights cannot be sharded
+        found = [(way, self._memory(name, way)) for way in (ways[:1] if name == "qlora" else ways)]
+        return [Placement(way, memory, traced) for way, memory in found if memory is not None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("lora", "qlora", "full"))
+
+    def __len__(self) -> int:
+        return 3
+
+    def _memory(self, name: str, way: str) -> MemoryParts | None:
+        memory = self.methods.known_memory(name, self.share, self.rank, way)
+        if memory is not None and memory.total > self.budget:
+            return self.methods.known_memory(name, 1, self.rank, way)
+        return memory
