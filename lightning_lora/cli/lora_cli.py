@@ -103,7 +103,11 @@ class LoRACLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, and ``probe``, ``preview`` and ``plan``, which take the arguments of ``fit``."""
         subcommands = LightningCLI.subcommands()
-        return subcommands | {"probe": subcommands["fit"], "preview": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
+        return subcommands | {
+            "probe": subcommands["fit"],
+            "preview": {"model", "datamodule"},
+            "plan": {"model", "datamodule"},
+        }
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
