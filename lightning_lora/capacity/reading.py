@@ -152,7 +152,8 @@ class CapacityReading:
             name: GroupReading(**(group | {"spectrum": tuple(group["spectrum"])}))
             for name, group in saved["groups"].items()
         }
-        return cls(**(dict(saved) | {"groups": groups}))
+        values: dict[str, Any] = {**saved, "groups": groups}
+        return cls(**values)
 
     def sentence(self) -> str:
         """The verdict in one sentence, with the numbers behind it."""
