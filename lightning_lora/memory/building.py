@@ -127,7 +127,7 @@ def _stand_in(precision: Any, accumulate_grad_batches: int) -> Trainer:
 
 def fake_copy(module: LightningModule, mode: FakeTensorMode) -> LightningModule:
     """A copy of ``module`` without values, and without its trainer."""
-    memo: dict[int, Any] = {id(owner): None for owner in _owners(module)}
+    memo: dict[int, Any] = {id(owner): None for owner in trainers_of(module)}
     for parameter in module.parameters():
         if type(parameter) not in _PLAIN and not hasattr(type(parameter), "__tensor_flatten__"):
             memo[id(parameter)] = _without_values(parameter, mode)
@@ -135,7 +135,8 @@ def fake_copy(module: LightningModule, mode: FakeTensorMode) -> LightningModule:
         return copy.deepcopy(module, memo)
 
 
-def _owners(module: LightningModule) -> Iterator[Any]:
+def trainers_of(module: LightningModule) -> Iterator[Any]:
+    """The trainers that ``module`` and its children refer to, which a copy of it must not copy."""
     for child in module.modules():
         for name in ("_trainer", "_fabric"):
             owner = child.__dict__.get(name)

@@ -11,6 +11,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.class_swap import mix_in
+from lightning_lora.memory.building import trainers_of
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.tasks.pretrained import PretrainedTask
 
@@ -37,7 +38,7 @@ def variant(module: LightningModule, lora: LoRAConfig | None, quantization: str 
     if lora_layers(module):
         raise ConfigError(f"{type(module).__name__} is adapted already: give the module before configure_model ran.")
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    memo |= {id(owner): None for name in ("_trainer", "_fabric") if (owner := module.__dict__.get(name)) is not None}
+    memo |= {id(trainer): None for trainer in trainers_of(module)}
     made = copy.deepcopy(module, memo)
     if isinstance(made, LoRAMixin):
         made.lora = lora
