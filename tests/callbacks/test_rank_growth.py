@@ -165,7 +165,7 @@ def test_optimizer_state_of_the_old_part_stays_and_the_new_part_moves_no_faster(
         if name in ("AdamW", "fused", "foreach") and parameter.endswith("lora_B"):
             new = move.clone()
             new[corner] = 0
-            assert 0 < float(new.max()) <= 0.01, "zeros for the squares would make its first step 3.2 rates long"
+            assert 0 < float(new.max()) <= 0.01
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning")
