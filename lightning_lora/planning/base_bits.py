@@ -27,7 +27,7 @@ from lightning_lora.tasks.pretrained import PretrainedTask
 
 from .count_data import unique_rows
 from .label_counts import count_labels, epoch_rows
-from .set_up_data import quiet_trainer, set_up
+from .set_up_data import quiet_trainer, set_up, without_infos
 
 ROWS, TOKENS = 2048, 2_000_000
 """Rows and tokens of a sample, whichever is reached first."""
@@ -169,7 +169,7 @@ def _row_nats(module: LightningModule, sample: _Sample, precision: Any) -> tuple
         # multiple of 64, where adapted layers compute by themselves.
         twin.lora = LoRAConfig(rank=1) if _is_quantised(twin) else None
     trainer = quiet_trainer(precision=precision)
-    with warnings.catch_warnings(), disable_lora(twin) if lora_layers(twin) else nullcontext():
+    with warnings.catch_warnings(), without_infos(), disable_lora(twin) if lora_layers(twin) else nullcontext():
         warnings.filterwarnings("ignore", ".*does not have many workers")
         loader = DataLoader(sample.batches, batch_size=None, collate_fn=_as_it_is)
         predicted = trainer.predict(twin, loader) or []

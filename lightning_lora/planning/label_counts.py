@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +32,21 @@ def count_labels(loaders: Any) -> DataCounts:
         DataError: If there is no row, or no row has a label.
     """
     with isolate_rng():
-        counts = [_count(loader) for loader in CombinedLoader(loaders).flattened]
+        counts = [_count(loader) for loader in _flattened(loaders)]
     if not counts:
         raise DataError("train: there is no training loader, so there are no rows.")
     return counts[0] if len(counts) == 1 else _together(counts)
+
+
+def _flattened(loaders: Any) -> list[Any]:
+    """All loaders of what a data module may return: one, or a list or mapping of them."""
+    if isinstance(loaders, CombinedLoader):
+        return loaders.flattened
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return [loader for part in loaders for loader in _flattened(part)]
+    return [] if loaders is None else [loaders]
 
 
 def _count(loader: Any) -> DataCounts:
@@ -60,13 +71,17 @@ def _count(loader: Any) -> DataCounts:
 
 def epoch_rows(loader: Any) -> numpy.ndarray:
     """The numbers of the rows of an epoch, as a copy of the loader's sampler draws them."""
-    batches, sampler = loader.batch_sampler, loader.sampler
-    if type(batches) not in (BatchSampler, type(None)):
-        return numpy.array([row for batch in copy_with_generators(batches) for row in batch], dtype=numpy.int64)
+    batches = loader.batch_sampler
+    own = type(batches) in (BatchSampler, type(None))
+    # Beside a batch sampler, the loader has a sampler of its own, which it does not use.
+    sampler = batches.sampler if isinstance(batches, BatchSampler) else loader.sampler
+    drawn = sampler if own else batches
     is_whole = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
-    if is_whole and len(sampler) == len(loader.dataset):
+    # An iterator gives its rows only once: it is left alone.
+    if isinstance(drawn, Iterator) or (own and is_whole and len(sampler) == len(loader.dataset)):
         return numpy.arange(len(loader.dataset))
-    return numpy.array(list(copy_with_generators(sampler)), dtype=numpy.int64)
+    drawn = copy_with_generators(drawn)
+    return numpy.array(list(drawn) if own else [row for batch in drawn for row in batch], dtype=numpy.int64)
 
 
 class _Tally:

@@ -49,7 +49,7 @@ def copy_with_generators(thing: Thing) -> Thing:
     Samplers inside it are copied in the same way.
     """
     twin = copy.copy(thing)
-    for name, value in vars(thing).items():
+    for name, value in getattr(thing, "__dict__", {}).items():
         if isinstance(value, torch.Generator):
             value = value.clone_state()
         elif isinstance(value, _GENERATORS):
@@ -64,10 +64,7 @@ def copy_with_generators(thing: Thing) -> Thing:
 
 def quiet_trainer(**options: Any) -> Trainer:
     """A Trainer on one device at hand that writes and prints nothing."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
+    with without_infos():
         return Trainer(
             accelerator="auto",
             devices=1,
@@ -78,5 +75,17 @@ def quiet_trainer(**options: Any) -> Trainer:
             enable_model_summary=False,
             **options,
         )
+
+
+@contextmanager
+def without_infos() -> Iterator[None]:
+    """Leave out what Lightning and we tell of a Trainer and a module; warnings are shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
