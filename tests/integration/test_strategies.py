@@ -137,6 +137,7 @@ REFUSED = {
     "all": "tensor parallelism is for adapters, but 11 parameters are trained in full: table.weight",
     "outside": "1 adapted layers are outside the model's tensor-parallel plan: head. Exclude them",
     "dropout": "lora dropout would differ between tensor-parallel processes: set dropout to 0",
+    "dora": "dora needs the norms of whole rows, which tensor parallelism splits: set dora to False",
     "odd": "2 tensor-parallel processes cannot divide head (1) evenly: set a tensor_parallel_size",
 }
 

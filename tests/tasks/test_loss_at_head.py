@@ -13,9 +13,10 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAConfig, lora_layers
+from lightning_lora import LoRAConfig, inject_lora, lora_layers
 from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.loss_at_head import plain_head
 from tests.architectures.decoders import GROUPED, SHAPE, VOCAB
 from tests.support import tiny_models, toys
 from tests.tasks.test_head_loss import Largest
@@ -239,3 +240,11 @@ def test_checkpointed_blocks_train_the_same(tmp_path: Path) -> None:
         assert module._head_is_last
         states.append(module.state_dict())
     torch.testing.assert_close(states[0], states[1])
+
+
+def test_a_head_with_a_magnitude_computes_its_logits() -> None:
+    # The loss by rows knows ``W`` and ``B A``, and not the factor on their sum.
+    for adapt_head in (False, True):
+        model = tiny_models.llama()
+        inject_lora(model, LoRAConfig(rank=2, adapt_head=adapt_head, dora=True))
+        assert (plain_head(model) is None) is adapt_head

@@ -188,6 +188,7 @@ def splitting(folder: Path) -> None:
         "all": (None, plan),
         "outside": (LoRAConfig(rank=1, targets=["up", "head"]), plan),
         "dropout": (LoRAConfig(rank=2, targets=["up", "down"], dropout=0.1), plan),
+        "dora": (LoRAConfig(rank=2, targets=["up", "down"], dora=True), plan),
         "odd": (LoRAConfig(rank=1, targets=["head"]), plan | {"head": "colwise"}),
     }
     said = {name: refusal(mesh, *settings) for name, settings in refused.items()}
