@@ -15,22 +15,22 @@ from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.adapter_sizes import adapter_sizes
+from lightning_lora.planning.advice.epoch import Epoch, RunLength
+from lightning_lora.planning.advice.fit_config import fit_config
+from lightning_lora.planning.advice.largest_batches import largest_batches
+from lightning_lora.planning.advice.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
+from lightning_lora.planning.advice.plan_cost import plan_cost
+from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
+from lightning_lora.planning.advice.traced_methods import TracedMethods
+from lightning_lora.planning.advice.verdict import notes_on_data, sentence
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import capacity_table, highest_rank, needed_rank
 from lightning_lora.planning.count_data import count_data
 from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.devices import Devices, find_devices
-from lightning_lora.planning.advice.epoch import Epoch, RunLength
-from lightning_lora.planning.advice.fit_config import fit_config
-from lightning_lora.planning.advice.largest_batches import largest_batches
-from lightning_lora.planning.advice.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
 from lightning_lora.planning.plan import Plan
-from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.reason import Reason
 from lightning_lora.planning.set_up_data import set_up
-from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
-from lightning_lora.planning.advice.traced_methods import TracedMethods
-from lightning_lora.planning.advice.verdict import notes_on_data, sentence
 from lightning_lora.tasks import CausalLM
 
 

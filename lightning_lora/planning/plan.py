@@ -9,10 +9,10 @@ from typing import Any
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.planning.capacity import CapacityRow
 from lightning_lora.planning.advice.config_file import write_config
-from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.advice.page import page
+from lightning_lora.planning.capacity import CapacityRow
+from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.reason import Reason
 
 

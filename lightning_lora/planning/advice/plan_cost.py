@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.memory.building import built_without_memory
-from lightning_lora.planning.cost import Disk, Flops, Parameters, RunSeconds, StepWork, seconds_from_table
-from lightning_lora.planning.data_counts import DataCounts
-from lightning_lora.planning.devices import Devices
 from lightning_lora.planning.advice.method import Method
 from lightning_lora.planning.advice.settings import PlannedBatch
 from lightning_lora.planning.advice.traced_methods import TracedMethods
+from lightning_lora.planning.cost import Disk, Flops, Parameters, RunSeconds, StepWork, seconds_from_table
+from lightning_lora.planning.data_counts import DataCounts
+from lightning_lora.planning.devices import Devices
 
 
 @dataclass(frozen=True)

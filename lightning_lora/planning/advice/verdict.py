@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_lora.planning.advice.method import NAMES, Method
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import CapacityRow
 from lightning_lora.planning.data_counts import DataCounts
-from lightning_lora.planning.advice.method import NAMES, Method
 
 
 def sentence(
