@@ -76,7 +76,7 @@ def test_rows_of_a_step_grow_with_the_data(rows: int, expected: int) -> None:
 
 
 def test_rows_of_a_step_are_lowered_for_a_hundred_steps() -> None:
-    rows, reason = choose_rows(Epoch(900, 8), RunLength(1), 1)
+    rows, _ = choose_rows(Epoch(900, 8), RunLength(1), 1)
     assert rows == 8
     assert divide(rows, 1, 64, Epoch(900, 8), RunLength(1)).steps == 113
     assert choose_rows(Epoch(10, 8), RunLength(1), 1)[0] == 1

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning_lora.planning.advice.method import NAMES
-
-if TYPE_CHECKING:
-    from lightning_lora.planning.plan import Plan
 
 LINES, COLUMNS = 40, 80
 _INDENT = 10
@@ -20,8 +17,8 @@ DISAGREE = (
 )
 
 
-def page(plan: Plan) -> str:
-    """The plan in words and tables."""
+def page(plan: Any) -> str:
+    """A `Plan` in words and tables."""
     lines = [
         *textwrap.wrap(f"Plan: {plan.sentence}", COLUMNS, subsequent_indent="      "),
         *_part("model", plan.model),
@@ -51,12 +48,12 @@ def _note(text: str, room: int) -> list[str]:
     return [lines[0][: COLUMNS - 4] + " ..."] if room > 0 else []
 
 
-def _said(plan: Plan, topic: str) -> str:
+def _said(plan: Any, topic: str) -> str:
     reasons = [reason for name, reason in plan.topics if name == topic]
     return "; ".join(f"{reason.value}: {reason.why}" for reason in reasons)
 
 
-def _data(plan: Plan) -> str:
+def _data(plan: Any) -> str:
     data = plan.data
     told = [f"{data.rows:,} rows"]
     if data.unique_supervised_tokens is not None:
@@ -70,7 +67,7 @@ def _data(plan: Plan) -> str:
     return ", ".join(told)
 
 
-def _capacity(plan: Plan) -> Iterator[str]:
+def _capacity(plan: Any) -> Iterator[str]:
     """The table of ranks, for the planned targets, and one line for the others."""
     rows = [row for row in plan.capacity if row.targets == plan.targets]
     chosen = plan.settings["rank"]
@@ -93,7 +90,7 @@ def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.3g}"
 
 
-def _settings(plan: Plan) -> str:
+def _settings(plan: Any) -> str:
     settings = plan.settings
     rate = settings["learning_rate"]
     told = [] if rate is None else [f"learning_rate {rate:g}"]
@@ -107,12 +104,12 @@ def _settings(plan: Plan) -> str:
     return ", ".join(told) + ". " + _said(plan, "settings")
 
 
-def _memory(plan: Plan) -> Iterator[str]:
+def _memory(plan: Any) -> Iterator[str]:
     """A row for each method, a column for each part, in GiB or MiB on one device."""
     known: Sequence[str] = [name for name in NAMES if plan.memory.get(name) is not None]
     if not known:
         return
-    largest = max(plan.memory[name].total for name in known)  # type: ignore[union-attr]
+    largest = max(plan.memory[name].total for name in known)
     unit, size = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
     heads = ("weights", "adapt", "grads", "optim", "activ", "logits", "total")
     yield f"{'memory':<{_INDENT}}{unit:<6}" + "".join(f"{head:>9}"[1:] for head in heads)
@@ -122,7 +119,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         sizes = (parts.weights, parts.adapters, parts.gradients, parts.optimizer, parts.activations + parts.overhead)
         cells = "".join(f"{_number(each / size):>8}" for each in (*sizes, parts.logits, parts.total))
         yield f"{'':<{_INDENT}}{name:<6}{cells}" + (" *" if parts.total > plan.budget else "")
-    over = any(plan.memory[name].total > plan.budget for name in known)  # type: ignore[union-attr]
+    over = any(plan.memory[name].total > plan.budget for name in known)
     mark = "; * does not fit" if over else ""
     yield from _part("", f"one device with {settings_rows(plan)}; it has {plan.budget / size:,.5g} {unit}{mark}")
 
@@ -131,7 +128,7 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 or value == 0 else f"{value:.3g}"
 
 
-def settings_rows(plan: Plan) -> str:
+def settings_rows(plan: Any) -> str:
     """The rows of the longest length that the table of memory is for."""
     rows = plan.settings["batch_size"]
     return f"{rows} row{'' if rows == 1 else 's'} of the longest length, {plan.settings['strategy']}"
