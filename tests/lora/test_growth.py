@@ -11,8 +11,8 @@ import torch
 from lightning_lora.errors import ConfigError, TargetNotFoundError
 from lightning_lora.lora.adapter import inject_lora, lora_state_dict
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.grown_state import extend_state
+from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.layers.adapted import adapted_weights
 from tests.support import moe_models, tiny_models
 

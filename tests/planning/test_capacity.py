@@ -181,7 +181,8 @@ def test_a_million_tokens_are_more_than_rank_1_can_surely_hold() -> None:
     assert text == (
         "1,000,000 trained tokens in unique rows, an upper bound on what there is to learn, are more than the 928 "
         "trained parameters of rank 1 (all) can surely hold: learning may become slower than in full fine-tuning, "
-        "though it does not stop. No rank up to 512 keeps the bound; whether more rank helps can only be measured (RankProbe)."
+        "though it does not stop. No rank up to 512 keeps the bound; whether more rank helps can only be measured "
+        "(RankProbe)."
     )
     with torch.device("meta"):
         large = LlamaForCausalLM(LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=8))

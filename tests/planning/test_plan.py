@@ -100,7 +100,9 @@ def test_objects_are_planned_and_stay_as_they_are(tmp_path: Path) -> None:
     data = SFTDataModule(train=str(TRAIN), max_rows=10, max_length=96)
     task = CausalLM(str(MODEL), lora=ll.LoRAConfig(rank=4))
     plan = ll.plan(task, data, trainer={"max_epochs": 2})
-    assert task.model is None and data.rows == {} and data.trainer is None
+    assert task.model is None
+    assert data.rows == {}
+    assert data.trainer is None
     assert plan.settings["steps"] == 2 * -(-plan.data.rows // plan.settings["rows_per_step"])
     assert any("step-starved" in reason.why for reason in plan.reasons)
     assert len(str(plan).splitlines()) <= 40
@@ -112,7 +114,8 @@ def test_regression_cannot_be_told(tmp_path: Path) -> None:
     before = toys.snapshot(module)
     plan = ll.plan(module, Tensors(torch.randn(64, 2)))
     assert "cannot tell" in plan.sentence
-    assert plan.memory["lora"] is not None and plan.memory["qlora"] is None
+    assert plan.memory["lora"] is not None
+    assert plan.memory["qlora"] is None
     assert toys.same(before, toys.snapshot(module))
     assert max(map(len, str(plan).splitlines())) <= 80
     with pytest.raises(ll.ConfigError, match="no config is written"):

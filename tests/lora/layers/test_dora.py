@@ -177,27 +177,6 @@ def test_norms_do_not_depend_on_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(whole, (weight + 0.5 * B @ A).norm(dim=1).double(), rtol=1e-5, atol=0)
 
 
-class OwnForward(nn.Linear):
-    """A linear layer that does more than multiply."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.tanh(nn.functional.linear(input, self.weight / self.weight.mean(), self.bias))
-
-
-def test_a_forward_of_its_own_sees_the_effective_weight() -> None:
-    module = nn.Sequential(OwnForward(4, 3).double())
-    inject_lora(module, LoRAConfig(rank=2, targets=["0"], dora=True))
-    wake(module)
-    x = torch.randn(5, 4, dtype=torch.float64)
-    y = module(x)
-    y.sum().backward()
-    assert lora_layers(module)["0"].lora_magnitude.grad is not None
-    merge_lora(module)
-    torch.testing.assert_close(module(x), y)
-    with pytest.raises(ConfigError, match=r"dropout=0\.1 cannot act"):
-        inject_lora(nn.Sequential(OwnForward(4, 3)), LoRAConfig(rank=2, targets=["0"], dora=True, dropout=0.1))
-
-
 def test_layers_with_one_input_are_computed_together_with_equal_results() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import (
     ConfigError,
@@ -18,6 +18,27 @@ from lightning_lora import (
 )
 from lightning_lora.lora.growth import grow_adapters
 from tests.lora.layers.test_dora import Build, built, wake
+
+
+class OwnForward(nn.Linear):
+    """A linear layer that does more than multiply."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.linear(input, self.weight / self.weight.mean(), self.bias))
+
+
+def test_a_forward_of_its_own_sees_the_effective_weight() -> None:
+    module = nn.Sequential(OwnForward(4, 3).double())
+    inject_lora(module, LoRAConfig(rank=2, targets=["0"], dora=True))
+    wake(module)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y = module(x)
+    y.sum().backward()
+    assert lora_layers(module)["0"].lora_magnitude.grad is not None
+    merge_lora(module)
+    torch.testing.assert_close(module(x), y)
+    with pytest.raises(ConfigError, match=r"dropout=0\.1 cannot act"):
+        inject_lora(nn.Sequential(OwnForward(4, 3)), LoRAConfig(rank=2, targets=["0"], dora=True, dropout=0.1))
 
 
 def test_growing_the_rank_keeps_magnitude_and_function() -> None:
