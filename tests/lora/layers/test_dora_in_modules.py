@@ -13,8 +13,10 @@ from lightning_lora import (
     LoRAConfig,
     count_parameters,
     inject_lora,
+    lora_layers,
     lora_state_dict,
     matched_rank,
+    merge_lora,
 )
 from lightning_lora.lora.growth import grow_adapters
 from tests.lora.layers.test_dora import Build, built, wake
