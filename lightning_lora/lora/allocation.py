@@ -61,8 +61,8 @@ def allocate_ranks(
     """Choose the rank of each layer that ``config`` adapts, at no more parameters than ``config`` has.
 
     Each layer gets between 1 and twice the rank of ``config``, at most what its weight can hold. Nothing of ``module``
-    is changed; it computes in eval mode meanwhile. One gradient of a weight is held at a time, and two thin sketches per
-    layer.
+    is changed; it computes in eval mode meanwhile. One gradient of a weight is held at a time, and two thin sketches
+    per layer.
 
     Example::
 

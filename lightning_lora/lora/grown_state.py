@@ -35,8 +35,8 @@ def extend_state(optimizer: Optimizer, shapes: Mapping[nn.Parameter, torch.Size]
     The state of the old part stays bit for bit, and so does the number of steps. In the new part, averages of the
     gradient are zero, and averages of its square start at the mean of the old part. Zero there would be wrong: Adam
     corrects both averages for the number of steps that the *parameter* has made, so that the new part would move
-    ``(1 - beta1^n) / sqrt(1 - beta2^n)`` times too far in its n-th step, about 6 times after 10 steps, late in a run. As it is, its
-    first steps are ``1 - beta1^n`` of what they would be.
+    ``(1 - beta1^n) / sqrt(1 - beta2^n)`` times too far in its n-th step, about 6 times after 10 steps, late in a run.
+    As it is, its first steps are ``1 - beta1^n`` of what they would be.
 
     Args:
         optimizer: Any optimizer that passes `check_can_grow`.
