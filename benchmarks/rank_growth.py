@@ -21,7 +21,7 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,7 +54,7 @@ def teacher(seed: int) -> nn.Sequential:
         rank = HIGH_RANK if index in HIGH_LAYERS else 1
         left, right = (torch.randn(WIDTH, rank, generator=draw) for _ in range(2))
         update = left @ right.T
-        block[0].weight.data += 2.0 * update / update.norm()
+        block.get_submodule("0").get_parameter("weight").data += 2.0 * update / update.norm()
     return model
 
 
@@ -86,8 +86,9 @@ def allocated(data: TensorDataset) -> LoRAConfig:
     config, model = LoRAConfig(rank=RANK), network()
     batches = [data[index : index + BATCH] for index in range(0, 8 * BATCH, BATCH)]
     found = allocate_ranks(model, lambda batch: (model(batch[0]) - batch[1]).square().mean(), batches, config)
-    patterns = ({f"net.{name}": value for name, value in p.items()} for p in (found.rank_pattern, found.alpha_pattern))
-    return LoRAConfig(rank=RANK, rank_pattern=next(patterns), alpha_pattern=next(patterns))
+    ranks = {f"net.{name}": rank for name, rank in found.rank_pattern.items()}
+    alphas = {f"net.{name}": alpha for name, alpha in found.alpha_pattern.items()}
+    return LoRAConfig(rank=RANK, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def train(method: str, rate: float, seed: int, folder: str) -> tuple[float, int]:
@@ -97,7 +98,9 @@ def train(method: str, rate: float, seed: int, folder: str) -> tuple[float, int]
     config = {"fixed": LoRAConfig(rank=RANK), "grown": LoRAConfig(rank=RANK // 2, alpha=16.0)}.get(method)
     torch.manual_seed(seed)
     module = Student(config or allocated(data), rate)
-    callbacks = [RankGrowth(max_rank=4 * RANK, budget=full, threshold=0.02)] if method == "grown" else []
+    callbacks: list[Callback] = (
+        [RankGrowth(max_rank=4 * RANK, budget=full, threshold=0.02)] if method == "grown" else []
+    )
     trainer = Trainer(
         max_steps=STEPS,
         accelerator="cpu",

@@ -60,15 +60,15 @@ class Around(Callback):
         self.after: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.after.append(outputs(pl_module))
+        self.after.append(computed(pl_module))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs_: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.before.append(outputs(pl_module))
+        self.before.append(computed(pl_module))
 
 
-def outputs(module: LightningModule) -> Tensor:
+def computed(module: LightningModule) -> Tensor:
     with torch.no_grad():
         return module(toys.rows(8).tensors[0])
 
@@ -135,10 +135,14 @@ def test_optimizer_state_of_the_old_part_stays_and_the_new_part_moves_no_faster(
     states: list[dict[str, dict[str, Any]]] = []
 
     class Look(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
             self.copy(trainer, pl_module)
 
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             self.copy(trainer, pl_module)
 
         def copy(self, trainer: Trainer, module: LightningModule) -> None:
@@ -174,22 +178,22 @@ def test_a_checkpoint_brings_its_ranks_and_an_earlier_one_takes_them_back(tmp_pa
     trainer = toys.trainer(tmp_path, max_epochs=2, callbacks=[grow_often(every_n_steps=5)])
     trainer.fit(module, toys.loader())
     trainer.save_checkpoint(tmp_path / "grown.ckpt")
-    expected, grown = outputs(module), ranks(module)
+    expected, grown = computed(module), ranks(module)
     assert set(grown.values()) != {1}
     loaded = WideLoRA.load_from_checkpoint(tmp_path / "grown.ckpt", map_location="cpu")
     assert ranks(loaded) == grown
-    assert torch.equal(outputs(loaded), expected)
+    assert torch.equal(computed(loaded), expected)
     fresh = WideLoRA()
     toys.trainer(tmp_path).validate(fresh, toys.loader(), ckpt_path=tmp_path / "grown.ckpt", weights_only=True)
-    assert torch.equal(outputs(fresh), expected)
+    assert torch.equal(computed(fresh), expected)
     start = WideLoRA()
     early = toys.trainer(tmp_path)
     early.fit(start, toys.loader())
     early.save_checkpoint(tmp_path / "early.ckpt")
-    small = outputs(start)
+    small = computed(start)
     toys.trainer(tmp_path).test(fresh, toys.loader(), ckpt_path=tmp_path / "early.ckpt", weights_only=True)
     assert set(ranks(fresh).values()) == {1}
-    assert torch.equal(outputs(fresh), small)
+    assert torch.equal(computed(fresh), small)
 
 
 def test_a_checkpoint_of_other_settings_is_refused_as_before(tmp_path: Path) -> None:
@@ -204,14 +208,14 @@ def test_a_checkpoint_of_other_settings_is_refused_as_before(tmp_path: Path) -> 
 def test_folders_of_a_grown_adapter_have_its_ranks_and_merge(tmp_path: Path) -> None:
     module = WideLoRA()
     toys.fit(module, tmp_path, max_epochs=2, callbacks=[grow_often(max_rank=3)])
-    expected = outputs(module)
+    expected = computed(module)
     save_adapter(module, tmp_path / "adapter")
     again = Wide()
     load_adapter(again, tmp_path / "adapter")
     assert ranks(again) == ranks(module)
-    assert torch.allclose(outputs(again), expected, atol=1e-6)
+    assert torch.allclose(computed(again), expected, atol=1e-6)
     module.merge_lora()
-    assert torch.allclose(outputs(module), expected, atol=1e-5)
+    assert torch.allclose(computed(module), expected, atol=1e-5)
 
 
 def test_a_plain_module_adapted_by_the_callback_grows_in_either_order(tmp_path: Path) -> None:

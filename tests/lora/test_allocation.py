@@ -72,6 +72,7 @@ def test_a_sketch_finds_the_shares_of_the_gradient_itself() -> None:
     for batch in batches():
         module(batch).backward()
     for name, layer in (("narrow", module.narrow), ("broad", module.broad)):
+        assert layer.weight.grad is not None
         squares = torch.linalg.svdvals(layer.weight.grad.double()).square()
         rank = found.rank_pattern[name]
         assert found.shares[name] == pytest.approx(float(squares[:rank].sum() / squares.sum()), rel=0.15)
