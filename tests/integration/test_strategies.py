@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter, lora_state_dict
+from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts import strategy_runs
 from tests.support import toys, warm
@@ -62,6 +63,15 @@ def test_in_bf16_they_differ_by_its_rounding(run: str, folder: Path) -> None:
     # One unit in the last place of bfloat16 is 2^-8.
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=2**-7, atol=0)
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=2**-7)
+
+
+def test_magnitudes_under_fsdp1_are_trained_as_on_one_device_and_written_whole(folder: Path) -> None:
+    found, expected = traces(folder, "fsdp1/toy-dora")
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+    written = read_adapter_folder(folder / "fsdp1" / "adapters" / "last").factors
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, expected["weights"][name], rtol=1e-5, atol=1e-5)
+    assert sum(name.endswith("lora_magnitude") for name in written) == 4
 
 
 def test_the_runs_are_hard_enough(folder: Path) -> None:

@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_lora import LoRAConfig
 from lightning_lora.batch.token_loss import TokenWeightedLoss
-from lightning_lora.callbacks import LoRAGuard
+from lightning_lora.callbacks import AdapterCheckpoint, LoRAGuard
 from lightning_lora.lora.shards import reshard
 from lightning_lora.sharding import FSDP2Strategy
 from lightning_lora.sharding.collectives import gather_on_rank_zero
 from lightning_lora.tasks import CausalLM
 from tests.integration.scripts import two_processes
+from tests.integration.scripts.fsdp1_on_cpu import BlockwiseFSDPOnCPU
 from tests.support import toys
 
 NUM_ROWS, MICRO_BATCH, WINDOW, NUM_EPOCHS = 40, 4, 3, 5
@@ -112,6 +113,7 @@ QUANTISED: dict[str, Any] = {
 STRATEGIES: dict[str, Any] = {
     "single": lambda: "auto",
     "ddp": lambda: "ddp",
+    "fsdp1": BlockwiseFSDPOnCPU,
     "fsdp2": FSDP2Strategy,
     "fsdp2-deferring": lambda: FSDP2Strategy(defer_gradients=True),
     "tp": lambda: FSDP2Strategy(tensor_parallel_size=2),
@@ -130,6 +132,8 @@ def loader(num_replicas: int, rank: int) -> Any:
 def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
     module = (TASKS | QUANTISED)[task](folder)
+    # Only the outermost wrapper of FSDP1 can put weights together, which a folder is written by.
+    folders = [AdapterCheckpoint(dirpath=str(folder / strategy / "adapters"))] if strategy == "fsdp1" else []
     trainer = toys.trainer(
         folder / strategy,
         devices=ranks,
@@ -139,7 +143,8 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
         max_epochs=NUM_EPOCHS,
         gradient_clip_val=CLIP if task.endswith("clip") else None,
         precision="bf16-mixed" if task.endswith("bf16") else "32-true",
-        callbacks=[LoRAGuard()] if module.lora is not None else [],
+        callbacks=[LoRAGuard(), *folders] if module.lora is not None else [],
+        enable_checkpointing=bool(folders),
     )
     split = 2 if strategy.startswith("tp") else 1
     # Processes that split the layers follow each other, and see the same rows.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
     ConfigError,
@@ -26,50 +24,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.lora.functional import row_norms
-from tests.lora.models import Doubled
-
-Build = Callable[[], nn.Module]
-
-
-def rows(*shape: int) -> Callable[[], Tensor]:
-    return lambda: torch.randn(*shape)
-
-
-# Builder of the layer, its input, and whether its weight is stored with the output features last.
-LAYERS: dict[str, tuple[Build, Callable[[], Tensor], bool]] = {
-    "linear": (lambda: nn.Linear(12, 10), rows(3, 7, 12), False),
-    "linear without bias": (lambda: nn.Linear(12, 10, bias=False), rows(5, 12), False),
-    "many rows": (lambda: nn.Linear(12, 10), rows(64, 12), False),
-    "a user's linear": (lambda: Doubled(12, 10), rows(3, 12), False),
-    "transposed linear": (lambda: Conv1D(10, 12), rows(3, 7, 12), True),
-    "convolution": (lambda: nn.Conv2d(4, 10, 3, stride=2, padding=1), rows(3, 4, 6, 6), False),
-    "convolution of one image": (lambda: nn.Conv2d(4, 10, 3), rows(4, 6, 6), False),
-    "groups": (lambda: nn.Conv1d(4, 10, 3, groups=2, padding_mode="circular", padding=1), rows(3, 4, 8), False),
-    "three dimensions": (lambda: nn.Conv3d(4, 10, 2, bias=False), rows(3, 4, 4, 4, 4), False),
-    "embedding": (lambda: nn.Embedding(20, 10), lambda: torch.arange(12).reshape(3, 4), True),
-}
-every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def built(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, Tensor]:
-    """The base in a container, the same adapted with a magnitude, and an input."""
-    build, draw, _ = LAYERS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        base, x = nn.Sequential(build()).to(dtype), draw()
-        module = copy.deepcopy(base)
-        inject_lora(module, LoRAConfig(rank=3, alpha=5.0, targets=["0"], dora=True))
-    return base, module, x.to(dtype) if x.is_floating_point() else x
-
-
-def wake(module: nn.Module) -> None:
-    """Give factors random values and move magnitudes by a third."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, tensor in module.named_parameters():
-            if "lora_" in name:
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-                tensor.mul_(1 + 0.3 * noise) if "magnitude" in name else tensor.copy_(0.4 * noise)
+from tests.lora.layers.dora_layers import LAYERS, built, every_layer, wake
 
 
 def written_out(base: nn.Module, A: Tensor, B: Tensor, m: Tensor, x: Tensor, features_last: bool) -> Tensor:
@@ -177,6 +132,27 @@ def test_norms_do_not_depend_on_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(whole, (weight + 0.5 * B @ A).norm(dim=1).double(), rtol=1e-5, atol=0)
 
 
+class OwnForward(nn.Linear):
+    """A linear layer that does more than multiply."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.linear(input, self.weight / self.weight.mean(), self.bias))
+
+
+def test_a_forward_of_its_own_sees_the_effective_weight() -> None:
+    module = nn.Sequential(OwnForward(4, 3).double())
+    inject_lora(module, LoRAConfig(rank=2, targets=["0"], dora=True))
+    wake(module)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y = module(x)
+    y.sum().backward()
+    assert lora_layers(module)["0"].lora_magnitude.grad is not None
+    merge_lora(module)
+    torch.testing.assert_close(module(x), y)
+    with pytest.raises(ConfigError, match=r"dropout=0\.1 cannot act"):
+        inject_lora(nn.Sequential(OwnForward(4, 3)), LoRAConfig(rank=2, targets=["0"], dora=True, dropout=0.1))
+
+
 def test_layers_with_one_input_are_computed_together_with_equal_results() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -218,11 +194,6 @@ def test_activation_checkpointing_and_deterministic_mode_give_the_same_gradients
     assert all(torch.equal(a, b) for grads in found[1:] for a, b in zip(grads, found[0], strict=True))
 
 
-def test_dora_is_true_or_false() -> None:
-    with pytest.raises(ConfigError, match="dora must be true or false, got 1"):
-        LoRAConfig(dora=1)  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -243,43 +214,3 @@ def test_a_compiled_layer_computes_the_same_and_is_fresh_at_first() -> None:
         if p.grad is not None:
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
     assert gradients.keys() == {"0.lora_A", "0.lora_B", "0.lora_magnitude"}
-
-
-@every_layer
-@pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
-def test_a_fresh_layer_stays_fresh_when_its_type_changes(name: str, before: str, after: str) -> None:
-    base, module, x = built(name, getattr(torch, before))
-    dtype = getattr(torch, after)
-    base, module = base.to(dtype).requires_grad_(False), module.to(dtype)
-    x = x.to(dtype) if x.is_floating_point() else x
-    assert torch.equal(module(x), base(x))
-    assert lora_layers(module)["0"].lora_magnitude.dtype == getattr(torch, max(before, after, key=WIDTHS.index))
-    wake(module)
-    magnitude = lora_state_dict(module)["0.lora_magnitude"].clone()
-    torch.testing.assert_close(lora_state_dict(module.double())["0.lora_magnitude"], magnitude.double())
-
-
-WIDTHS = ["bfloat16", "float32", "float64"]
-
-
-def test_fresh_magnitudes_follow_base_weights_that_are_loaded_later() -> None:
-    base, module, x = built("linear", torch.float32)
-    other = nn.Sequential(nn.Linear(12, 10))
-    assert not module.load_state_dict(other.state_dict(), strict=False).unexpected_keys
-    assert torch.equal(module(x), other(x))
-    wake(module)
-    magnitude = lora_state_dict(module)["0.lora_magnitude"].clone()
-    module.load_state_dict(base.state_dict(), strict=False)
-    assert torch.equal(lora_state_dict(module)["0.lora_magnitude"], magnitude)
-
-
-def test_a_module_built_without_memory_is_fresh_once_its_weights_are_loaded() -> None:
-    with torch.device("meta"):
-        module = nn.Sequential(nn.Linear(12, 10))
-    inject_lora(module, LoRAConfig(rank=2, dora=True))
-    assert module[0].lora_magnitude.is_meta
-    module.to_empty(device="cpu")
-    lora_layers(module)["0"].reset_parameters()
-    base, x = nn.Sequential(nn.Linear(12, 10)), torch.randn(3, 12)
-    module.load_state_dict(base.state_dict(), strict=False)
-    assert torch.equal(module(x), base(x))

@@ -1,4 +1,4 @@
-"""Layers with a magnitude inside modules: growth, copies, counts, and what is refused."""
+"""Magnitudes in modules: what is counted, grown, copied, refused, and what follows a weight that changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora import (
     ConfigError,
@@ -16,31 +16,11 @@ from lightning_lora import (
     lora_layers,
     lora_state_dict,
     matched_rank,
-    merge_lora,
 )
 from lightning_lora.lora.growth import grow_adapters
-from tests.lora.layers.test_dora import Build, built, wake
+from tests.lora.layers.dora_layers import Build, built, every_layer, wake
 
-
-class OwnForward(nn.Linear):
-    """A linear layer that does more than multiply."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.tanh(nn.functional.linear(input, self.weight / self.weight.mean(), self.bias))
-
-
-def test_a_forward_of_its_own_sees_the_effective_weight() -> None:
-    module = nn.Sequential(OwnForward(4, 3).double())
-    inject_lora(module, LoRAConfig(rank=2, targets=["0"], dora=True))
-    wake(module)
-    x = torch.randn(5, 4, dtype=torch.float64)
-    y = module(x)
-    y.sum().backward()
-    assert lora_layers(module)["0"].lora_magnitude.grad is not None
-    merge_lora(module)
-    torch.testing.assert_close(module(x), y)
-    with pytest.raises(ConfigError, match=r"dropout=0\.1 cannot act"):
-        inject_lora(nn.Sequential(OwnForward(4, 3)), LoRAConfig(rank=2, targets=["0"], dora=True, dropout=0.1))
+WIDTHS = ["bfloat16", "float32", "float64"]
 
 
 def test_growing_the_rank_keeps_magnitude_and_function() -> None:
@@ -139,3 +119,45 @@ def test_untied_tables_and_heads_have_magnitudes_of_their_own() -> None:
         "embed.lora_magnitude": (6,),
         "head.lora_magnitude": (9,),
     }
+
+
+def test_dora_is_true_or_false() -> None:
+    with pytest.raises(ConfigError, match="dora must be true or false, got 1"):
+        LoRAConfig(dora=1)  # pyright: ignore[reportArgumentType]
+
+
+@every_layer
+@pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
+def test_a_fresh_layer_stays_fresh_when_its_type_changes(name: str, before: str, after: str) -> None:
+    base, module, x = built(name, getattr(torch, before))
+    dtype = getattr(torch, after)
+    base, module = base.to(dtype).requires_grad_(False), module.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    assert torch.equal(module(x), base(x))
+    assert lora_layers(module)["0"].lora_magnitude.dtype == getattr(torch, max(before, after, key=WIDTHS.index))
+    wake(module)
+    magnitude = lora_state_dict(module)["0.lora_magnitude"].clone()
+    torch.testing.assert_close(lora_state_dict(module.double())["0.lora_magnitude"], magnitude.double())
+
+
+def test_fresh_magnitudes_follow_base_weights_that_are_loaded_later() -> None:
+    base, module, x = built("linear", torch.float32)
+    other = nn.Sequential(nn.Linear(12, 10))
+    assert not module.load_state_dict(other.state_dict(), strict=False).unexpected_keys
+    assert torch.equal(module(x), other(x))
+    wake(module)
+    magnitude = lora_state_dict(module)["0.lora_magnitude"].clone()
+    module.load_state_dict(base.state_dict(), strict=False)
+    assert torch.equal(lora_state_dict(module)["0.lora_magnitude"], magnitude)
+
+
+def test_a_module_built_without_memory_is_fresh_once_its_weights_are_loaded() -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(12, 10))
+    inject_lora(module, LoRAConfig(rank=2, dora=True))
+    assert module[0].lora_magnitude.is_meta
+    module.to_empty(device="cpu")
+    lora_layers(module)["0"].reset_parameters()
+    base, x = nn.Sequential(nn.Linear(12, 10)), torch.randn(3, 12)
+    module.load_state_dict(base.state_dict(), strict=False)
+    assert torch.equal(module(x), base(x))
