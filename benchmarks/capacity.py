@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ def store_in_adapters(rows: int, seed: int, rank: int, steps: int = STEPS) -> fl
     return float(stored(readout(x).detach(), labels))
 
 
-def _train(parameters: list[Tensor], scores: Callable[[], Tensor], labels: Tensor, steps: int) -> None:
+def _train(parameters: Sequence[Tensor], scores: Callable[[], Tensor], labels: Tensor, steps: int) -> None:
     optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

@@ -88,8 +88,18 @@ def test_lora_without_regret_counts_the_head_in_its_table(
 
 
 def test_every_expert_of_a_30b_mixture_has_the_rank_over_the_active_experts() -> None:
-    sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
-    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    }
+    experts: dict[str, Any] = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "head_dim": 128,
+    }
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, vocab_size=151936))
     # gate and up are one matrix of (2 * 768, 2048), down is (2048, 768).

@@ -58,7 +58,9 @@ def by_hand(folder: Path, data: SFTDataModule) -> float:
     assert module.model is not None
     data.prepare_data()
     data.setup("fit")
-    different = {(tuple(row["input_ids"]), tuple(row["supervised"])) for row in data.rows["train"]}
+    table = data.rows["train"].to_dict()
+    assert isinstance(table, dict)
+    different = set(zip(map(tuple, table["input_ids"]), map(tuple, table["supervised"]), strict=True))
     nats = 0.0
     for ids, supervised in different:
         with torch.no_grad():
@@ -193,6 +195,7 @@ def test_a_new_head_a_stream_and_wrong_numbers_are_refused(folders: dict[str, Pa
     module = CausalLM(str(folders["random"]))
     with pytest.raises(ConfigError, match="streaming: false"):
         measure_base_bits(module, SFTDataModule(rows, streaming=True, max_rows=4))
-    for settings in ({"rows": 1}, {"rows": 2.0}, {"tokens": 0}):
+    wrong: list[dict[str, Any]] = [{"rows": 1}, {"rows": 2.0}, {"tokens": 0}]
+    for settings in wrong:
         with pytest.raises(ConfigError, match="must be a whole number"):
             measure_base_bits(module, SFTDataModule(rows), **settings)
