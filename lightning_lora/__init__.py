@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from lightning_lora.lora.reports import InjectionReport, MergeReport, ParameterCount, count_parameters
     from lightning_lora.lora.targets.roles import register_role
     from lightning_lora.mixin.lora_mixin import LoRAMixin
+    from lightning_lora.planning.make_plan import plan
+    from lightning_lora.planning.plan import Plan
     from lightning_lora.study.batch_probe import BatchProbe
+    from lightning_lora.study.rank_probe import RankProbe
 
 __all__ = [
     "AdapterFileError",
@@ -61,6 +64,8 @@ __all__ = [
     "MergeReport",
     "NoiseScale",
     "ParameterCount",
+    "Plan",
+    "RankProbe",
     "RunFolderError",
     "TargetNotFoundError",
     "count_parameters",
@@ -73,6 +78,7 @@ __all__ = [
     "matched_rank",
     "merge_lora",
     "noise_scale",
+    "plan",
     "register_layer",
     "register_role",
     "remove_lora",
@@ -89,6 +95,8 @@ _MODULES = {
     "MergeReport": "lora.reports",
     "NoiseScale": "batch.noise.noise_scale",
     "ParameterCount": "lora.reports",
+    "Plan": "planning.plan",
+    "RankProbe": "study.rank_probe",
     "count_parameters": "lora.reports",
     "disable_lora": "lora.adapter",
     "inject_lora": "lora.adapter",
@@ -99,6 +107,7 @@ _MODULES = {
     "matched_rank": "lora.matched_rank",
     "merge_lora": "lora.merging",
     "noise_scale": "batch.noise.noise_scale",
+    "plan": "planning.make_plan",
     "register_layer": "lora.layers",
     "register_role": "lora.targets.roles",
     "remove_lora": "lora.adapter",

@@ -73,6 +73,11 @@ def call_before_weights_return(prepare: Callable[[Trainer], None]) -> None:
     _MultiProcessingLauncher._recover_results_in_main_process = prepared
 
 
+def trains_in_children(trainer: Trainer) -> bool:
+    """Whether the run is in child processes of which the calling process takes the weights back at the end."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def is_trained(module: LightningModule, parameter: Tensor) -> bool:
     """Whether ``parameter`` is trained; ``toggle_optimizer`` freezes those of other optimizers for the time being."""
     before: Any = module._param_requires_grad_state  # by parameter, whatever its type says

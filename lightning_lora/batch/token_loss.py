@@ -95,6 +95,19 @@ class TokenWeightedLoss(LightningModule):
         # Lightning has divided by the accumulation and averaged over ranks: both are undone here.
         return _SUM_SCALE * ranks * self.trainer.accumulate_grad_batches / (tokens or 1)
 
+    def mean_of_micro_batch(self, returned: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss per token, nats, and the number of tokens, of what ``training_step`` has just returned.
+
+        The window is empty before and afterwards: this is for passes between steps.
+
+        Args:
+            returned: What ``training_step`` returned for the only micro-batch of the window.
+        """
+        tokens, self._window_tokens = self._window_tokens, 0
+        if not isinstance(tokens, Tensor):
+            return returned, torch.ones((), device=returned.device)  # a mean already: see `token_loss`
+        return returned * _SUM_SCALE / one_if_zero(tokens), tokens
+
     def _over_ranks(self, tokens: Tensor) -> tuple[float, int]:
         if self.trainer.world_size == 1:
             return tokens.item(), 1

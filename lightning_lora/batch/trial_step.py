@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -44,9 +44,22 @@ def longest_batch(trainer: Trainer, loader: DataLoader[Any], num_rows: int) -> A
         batches: Any = loader.batch_sampler
         indices = islice((index for batch in batches for index in batch), _NUM_ROWS)
         rows = heapq.nlargest(num_rows, (loader.dataset[index] for index in indices), key=row_size)
-        batch = trainer.precision_plugin.convert_input(loader.collate_fn(rows))
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return on_device(trainer, loader.collate_fn(rows))
+
+
+def on_device(trainer: Trainer, batch: Any) -> Any:
+    """A batch as a loader makes it, on the device and with the precision of the run."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def training_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor | None:
+    """What ``training_step`` returns as the loss of a batch; None if it skips the batch."""
+    arguments: Any = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)  # pyright: ignore[reportArgumentType]
+    with trainer.precision_plugin.train_step_context():
+        output = module.training_step(*arguments.values())
+    return output["loss"] if isinstance(output, Mapping) else output
 
 
 def row_size(row: Any) -> int:
@@ -90,24 +103,15 @@ def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     attribute refers to is restored too if it is a tensor, list, dictionary or set.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    tensors = [(tensor, _copy(tensor)) for tensor in (*trained, *module.buffers())]
-    attributes = [(child, _attributes(child)) for child in module.modules()]
+    tensors = [(tensor, _copy(tensor)) for tensor in trained]
     optimizers = [(optimizer, _optimizer_state(optimizer)) for optimizer in trainer.optimizers]
-    for child in module.modules():
-        if isinstance(child, LightningModule):
-            child.__dict__["log"] = _no_log
     try:
-        with kept_random_state(trainer.strategy.root_device):
+        with observed(trainer, module):
             yield
     finally:
         for parameter in trained:
             parameter.grad = None
-        for child, values in attributes:
-            _restore_attributes(child, values)
-        with torch.no_grad():
-            for tensor, before in tensors:
-                if before is not None:
-                    tensor.copy_(before)
+        _restore_tensors(tensors)
         for optimizer, (state, groups) in optimizers:
             optimizer.state.clear()
             optimizer.state.update(state)
@@ -115,19 +119,42 @@ def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
                 group.update(before)
 
 
-def _step(trainer: Trainer, module: LightningModule, batch: Any) -> None:
-    arguments: Any = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)  # pyright: ignore[reportArgumentType]
+@contextmanager
+def observed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Restore buffers, attributes and random numbers on exit, and log nothing inside; for passes without a step.
 
+    Attributes are those of `untouched`, and among them whether each submodule trains or evaluates.
+    """
+    buffers = [(tensor, _copy(tensor)) for tensor in module.buffers()]
+    attributes = [(child, _attributes(child)) for child in module.modules()]
+    for child in module.modules():
+        if isinstance(child, LightningModule):
+            child.__dict__["log"] = _no_log
+    try:
+        with kept_random_state(trainer.strategy.root_device):
+            yield
+    finally:
+        for child, values in attributes:
+            _restore_attributes(child, values)
+        _restore_tensors(buffers)
+
+
+def _step(trainer: Trainer, module: LightningModule, batch: Any) -> None:
     def closure() -> Any:
-        with trainer.precision_plugin.train_step_context():
-            output = module.training_step(*arguments.values())
-        loss = output["loss"] if isinstance(output, Mapping) else output
+        loss = training_loss(trainer, module, batch)
         if loss is not None:
             module.backward(loss)
         return loss
 
     for optimizer in trainer.optimizers:
         optimizer.step(closure)
+
+
+def _restore_tensors(tensors: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    with torch.no_grad():
+        for tensor, before in tensors:
+            if before is not None:
+                tensor.copy_(before)
 
 
 def _no_log(*_: Any, **__: Any) -> None:

@@ -1,25 +1,29 @@
 """Lightning callbacks. All of them except `AdaptiveAccumulation` work without arguments.
 
-LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Rows of an optimizer
-step: `batch_size_monitor`, `adaptive_accumulation`, `target_batch_size`. Faults of training: `checkpoint_guard`,
-`finite_gradients` with `finite`, `memory_advice`. Faults of processes and files: `process`. Display: `progress`.
+LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Room for what is
+learnt: `capacity_monitor`, `rank_growth`. Rows of an optimizer step: `batch_size_monitor`, `adaptive_accumulation`,
+`target_batch_size`. Faults of training: `checkpoint_guard`, `finite_gradients` with `finite`, `memory_advice`. Faults
+of processes and files: `process`. Display: `progress`, `planned_run`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .adapter_ema import AdapterEMA
 from .adaptive_accumulation import AdaptiveAccumulation
 from .batch_size_monitor import BatchSizeMonitor
+from .capacity_monitor import CapacityMonitor
 from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
 from .guard import LoRAGuard
 from .lora import LoRA
 from .memory_advice import MemoryAdvice
 from .merge_on_fit_end import MergeOnFitEnd
+from .planned_run import PlannedRun
 from .process.graceful_stop import GracefulStop
 from .process.rank_watch import RankWatch
 from .process.run_lock import RunLock
 from .process.steady_loggers import SteadyLoggers
 from .progress import LoRAProgressBar
+from .rank_growth import RankGrowth
 from .target_batch_size import TargetBatchSize
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "AdapterEMA",
     "AdaptiveAccumulation",
     "BatchSizeMonitor",
+    "CapacityMonitor",
     "CheckpointGuard",
     "FiniteGradients",
     "GracefulStop",
@@ -35,6 +40,8 @@ __all__ = [
     "LoRAProgressBar",
     "MemoryAdvice",
     "MergeOnFitEnd",
+    "PlannedRun",
+    "RankGrowth",
     "RankWatch",
     "RunLock",
     "SteadyLoggers",

@@ -148,6 +148,17 @@ class AdapterEMA(Callback):
             if not was_in:
                 self._swap_out(module)
 
+    def follow_growth(self, module: nn.Module) -> None:
+        """Give averages of parameters that have grown their new shape; the average of a new part starts with it.
+
+        Call it between two optimizer steps, outside validation.
+        """
+        for name, parameter in _trained_parameters(module).items():
+            average = self._average.get(name)
+            if average is not None and average.shape != parameter.shape:
+                self._average[name] = _wide(parameter)
+                self._average[name][tuple(slice(0, length) for length in average.shape)] = average
+
     def _forget(self) -> None:
         self._average: dict[str, Tensor] = {}
         # The trained weights, while the module holds their average.

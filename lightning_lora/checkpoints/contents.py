@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_lora.checkpoints.grown_ranks import ranks_to_take, taken_shapes
 from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.checkpoints.wrapped_names import STATE_KEYS
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
@@ -17,6 +18,7 @@ from lightning_lora.lightning_private import is_trained
 from lightning_lora.lora.adapter import check_tensors
 from lightning_lora.lora.config import LoRAConfig, setting_changes
 from lightning_lora.lora.fingerprint import WeightPrint, fingerprint, other_weights
+from lightning_lora.lora.growth import take_ranks
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters
 from lightning_lora.lora.layers.quantised_weights import quantised_layers, scale_keys
 from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
@@ -58,6 +60,7 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
         "module": f"{type(module).__module__}.{type(module).__qualname__}",
         "config": next(iter(specs.values())).config.to_dict(),
         "roles": {name: spec.role for name, spec in specs.items()},
+        "ranks": {name: spec.rank for name, spec in specs.items()},
         "alphas": {name: spec.alpha for name, spec in specs.items()},
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
         "moved": {name: list(checkpoint["state_dict"].get(name, p).shape) for name, p in moved.items()},
@@ -99,6 +102,8 @@ def check_and_complete(
 ) -> None:
     """Check a loaded checkpoint against the adapted ``module``, then add the module's frozen weights to it.
 
+    The module takes over ranks that have grown in the run of the checkpoint.
+
     Args:
         module: The adapted module that will load the checkpoint.
         checkpoint: The loaded checkpoint; modified in place.
@@ -111,12 +116,16 @@ def check_and_complete(
     """
     manifest = _manifest(checkpoint)
     moved = manifest.get("moved", {})
+    taken = ranks_to_take(module, manifest)
+    shapes = taken_shapes(module, taken)
     # FSDP1 has already checked the shapes of the parameters that it has flattened.
     expected = {
-        name: _shaped(manifest["tensors"].get(name, ())) if is_flattened(parameter) else parameter
+        name: _shaped(manifest["tensors"].get(name, ()))
+        if is_flattened(parameter)
+        else _shaped(shapes.get(id(parameter), parameter.shape))
         for name, parameter in _trained_parameters(module).items()
     }
-    _check_adapters(module, manifest, expected)
+    _check_adapters(module, manifest, expected, taken)
     own_moved = {
         key: _shaped(moved[key]) if is_flattened(parameter) else parameter
         for name, parameter in module.named_parameters()
@@ -126,6 +135,7 @@ def check_and_complete(
     if not allow_other_base:
         root = f"{prefix}." if (prefix := getattr(module, "lora_root", None)) else ""
         _check_base(base, manifest, {plain_name(name).removeprefix(root) for name in moved})
+    take_ranks(module, taken)
     restore_siblings(module, manifest.get("siblings", {}))
     frozen, scales = _frozen_names(module) - own_moved.keys(), _scale_names(module)
     for key in STATE_KEYS:
@@ -170,7 +180,12 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _check_adapters(module: LightningModule, manifest: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+def _check_adapters(
+    module: LightningModule,
+    manifest: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    taken: Mapping[str, tuple[int, float]],
+) -> None:
     """Compare names, shapes and scales; the same factors at another scale would be another function."""
     weights = adapted_weights(module)
     changes = setting_changes(manifest["config"], next(iter(weights.values()))[0].lora_spec.config.to_dict())
@@ -182,7 +197,9 @@ def _check_adapters(module: LightningModule, manifest: Mapping[str, Any], expect
     wrong = []
     for name, (layer, weight) in weights.items():
         spec, alpha = layer.lora_specs[weight], manifest.get("alphas", {}).get(name)
-        if alpha is not None and (scale := trained_with.scale(spec.rank, alpha)) != spec.scale:
+        if name in taken or alpha is None:  # growth keeps the scale
+            continue
+        if (scale := trained_with.scale(spec.rank, alpha)) != spec.scale:
             wrong.append(f"{name} has {scale:g} there and {spec.scale:g} here")
     if wrong:
         raise AdapterFileError(

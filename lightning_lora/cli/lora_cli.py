@@ -1,4 +1,4 @@
-"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict``, ``probe`` and ``preview``."""
+"""LightningCLI with LoRA's defaults: ``fit``, ``validate``, ``test``, ``predict``, ``probe``, ``preview``, ``plan``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ DEFAULTS = (
 )
 # A probe leaves nothing behind that a run could go on from.
 PROBE_DEFAULTS = (RunLock, FiniteGradients, MemoryAdvice, LoRAGuard)
-# A preview trains nothing.
+# These train nothing.
+PREVIEWS = ("preview", "plan")
 PREVIEW_TRAINER = {
     "accelerator": "cpu",
     "devices": 1,
@@ -87,6 +88,7 @@ class LoRACLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         quiet_libraries()
+        self.config_planned: Any = None
         self._filled: list[Any] = []
         kwargs.setdefault("seed_everything_default", 0)
         kwargs.setdefault("parser_class", LoRAArgumentParser)
@@ -99,9 +101,13 @@ class LoRACLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and ``probe`` and ``preview``, which take the arguments of ``fit``."""
+        """Lightning's subcommands, and ``probe``, ``preview`` and ``plan``, which take the arguments of ``fit``."""
         subcommands = LightningCLI.subcommands()
-        return subcommands | {"probe": subcommands["fit"], "preview": {"model", "datamodule"}}
+        return subcommands | {
+            "probe": subcommands["fit"],
+            "preview": {"model", "datamodule"},
+            "plan": {"model", "datamodule"},
+        }
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
@@ -171,18 +177,20 @@ class LoRACLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         """Give loggers their folder, and leave out what ``preview`` does not need."""
+        if self.subcommand == "plan":
+            self.config_planned = self.config["plan"].clone()
         root = self._get(self.config, "trainer.default_root_dir") or RUNS
         for logger in self._loggers_without_folder():
             logger["init_args"]["save_dir"] = str(root)
             self._filled.append(logger)
-        if self.subcommand != "preview":
+        if self.subcommand not in PREVIEWS:
             return
         tell_infos(False)
-        settings: Any = self.config["preview"]
+        settings: Any = self.config[self.subcommand]
         for name in ("logger", "callbacks", "plugins", "profiler"):
             settings["trainer"][name] = False if name == "logger" else None
         model = settings["model"]
-        if str(model.get("class_path")).startswith("lightning_lora."):
+        if self.subcommand == "preview" and str(model.get("class_path")).startswith("lightning_lora."):
             # Building a model to check the LoRA settings on would take longer than all else.
             model["init_args"]["lora"] = model["init_args"]["quantization"] = None
 
@@ -191,7 +199,7 @@ class LoRACLI(LightningCLI):
         while self._filled:  # the config that is saved beside the run can be moved again
             self._filled.pop()["init_args"]["save_dir"] = ""
         defaults = DEFAULTS
-        if self.subcommand == "preview":
+        if self.subcommand in PREVIEWS:
             return self.trainer_class(**PREVIEW_TRAINER)
         if self.subcommand == "probe":
             prepare_probe(config)
@@ -242,8 +250,8 @@ def _example(subcommand: str) -> str:
     return f"example: lightning-lora {subcommand} --config cli_configs/sft.yaml --config cli_configs/lora.yaml"
 
 
-def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
-    """Run ``fit`` or another command of `LoRACLI`.
+def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI:
+    """Run ``fit`` or another command of `LoRACLI`, and return it.
 
     Args:
         arguments: The command and what follows it.
@@ -258,13 +266,14 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         arguments = ["preview", *expand_arguments(arguments[1:])]
     sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
     try:
-        tell_infos(not is_preview)
-        LoRACLI()
+        tell_infos(arguments[0] not in PREVIEWS)
+        cli = LoRACLI()
     finally:
         tell_infos(True)
     if torch.distributed.is_initialized():
         # Threads of gloo that are left at exit may abort a process whose work is done.
         torch.distributed.destroy_process_group()
+    return cli
 
 
 def _restrict_imports() -> None:

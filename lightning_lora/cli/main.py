@@ -11,7 +11,7 @@ from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
 from lightning_lora.versions import installed_version
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview")
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
 _USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
@@ -20,6 +20,7 @@ LoRA without regret for any LightningModule.
   fit, validate, test, predict
                Run a model: lightning-lora fit --config cli_configs/sft.yaml
   preview      Show three rows as the model sees them: lightning-lora preview rows.jsonl --model FOLDER
+  plan         Before training: is LoRA enough, at which rank, at what cost: lightning-lora plan MODEL DATA
   probe        Train for a while, then find the largest batch that does no harm.
 {commands}
   --allow PREFIX   let configs name classes of your own package (repeatable)
@@ -59,6 +60,10 @@ def _usage() -> str:
 
 
 def _run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
+    if arguments[0] == "plan":
+        from lightning_lora.cli.plan.command import run_plan
+
+        return run_plan(arguments[1:], allowed)
     from lightning_lora.cli.lora_cli import run_trainer_command
 
     run_trainer_command(arguments, allowed)

@@ -24,7 +24,7 @@ _REMOVED = (Checkpoint, AdapterCheckpoint, MergeOnFitEnd, AdaptiveAccumulation)
 
 
 class ProbingTrainer(Trainer):
-    """Lightning's Trainer with two more methods, `probe` and `preview`."""
+    """Lightning's Trainer with three more methods, `probe`, `preview` and `plan`."""
 
     def probe(
         self,
@@ -74,6 +74,27 @@ class ProbingTrainer(Trainer):
         """
         self.strategy.connect(model)
         preview_data(self, datamodule)
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Check that there is something to plan; the plan itself is made from the module and the data module.
+
+        Args:
+            model: The module that would be trained; its weights are not loaded.
+            datamodule: The data module with its training rows.
+            ckpt_path: Not used; it may stand in the config of a run.
+            weights_only: Not used, likewise.
+
+        Raises:
+            ConfigError: If there is no data module.
+        """
+        if datamodule is None:
+            raise ConfigError("plan counts the rows of a data module, and none is given: add data: to the config.")
 
 
 def prepare_probe(config: dict[str, Any]) -> None:

@@ -175,7 +175,8 @@ class RowsDataModule(LightningDataModule):
             return given
         needed, *optional = _STAGES[stage]
         if needed not in given:
-            raise ConfigError(f"{stage} needs {needed} rows: give {needed}= files or a hub name.")
+            name = getattr(stage, "value", stage)  # Lightning gives a member of an enumeration
+            raise ConfigError(f"{name} needs {needed} rows: give {needed}= files or a hub name.")
         return [needed, *(split for split in optional if split in given)]
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:

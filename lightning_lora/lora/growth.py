@@ -1,4 +1,4 @@
-"""Raises the rank of adapters without changing what the module computes."""
+"""Raises the rank of adapters without changing what the module computes, or gives them the ranks of a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.lora.layers.adapted import adapted_weights
-from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, LoRALayer
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.shards import check_not_sharded
 
@@ -48,6 +48,32 @@ def grow_adapters(module: nn.Module, ranks: Mapping[str, int]) -> None:
     _update_followers(module)
 
 
+@torch.no_grad()
+def take_ranks(module: nn.Module, specs: Mapping[str, tuple[int, float]]) -> None:
+    """Give adapted weights other ranks and alphas, before the factors of a file with these are loaded.
+
+    A factor of another rank gets zeros for values and no gradient; the parameter objects stay.
+
+    Args:
+        module: The adapted module.
+        specs: Name of an adapted weight to its new rank and alpha.
+
+    Raises:
+        AlreadyShardedError: If a rank would change and the factors are sharded.
+    """
+    weights = adapted_weights(module)
+    if any(rank != weights[name][0].lora_specs[weights[name][1]].rank for name, (rank, _) in specs.items()):
+        check_not_sharded(module)
+    for name, (rank, alpha) in specs.items():
+        layer, weight = weights[name]
+        spec = replace(layer.lora_specs[weight], rank=rank, alpha=alpha)
+        layer.lora_specs = layer.lora_specs | {weight: spec}
+        for factor, shape in zip(layer.lora_pair(weight), layer.factor_shapes(layer, weight, spec), strict=True):
+            if factor.shape != shape:
+                factor.data, factor.grad = factor.new_zeros(shape), None
+    _update_followers(module)
+
+
 def grown_spec(spec: AdapterSpec, rank: int) -> AdapterSpec:
     """``spec`` at another rank with the same scale."""
     ratio = rank / spec.rank
@@ -79,7 +105,10 @@ def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
     for name, factor in layer.lora_factors().items():
         if id(factor) not in own:
             factor.data.copy_(others[name])
-    for factor, old in zip(layer.lora_pair(weight), before, strict=True):
+    for name, factor, old in zip(FACTORS, layer.lora_pair(weight), before, strict=True):
+        if name == layer.zero_factor:
+            # Some first values leave it random too.
+            factor.data.zero_()
         _leading(factor.data, old).copy_(old)
 
 

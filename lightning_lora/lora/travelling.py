@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.lora.fingerprint import tensor_digest, whole_digest
+from lightning_lora.lora.functional.torch_internals import has_values
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.patterns import plain_name
@@ -91,6 +92,6 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _digest(tensor: Tensor) -> str | None:
     """A digest of the values; None if there are none yet."""
-    if is_lazy(tensor) or tensor.is_meta:
+    if is_lazy(tensor) or not has_values(tensor):
         return None
     return tensor_digest(tensor, exact=True) if isinstance(tensor, nn.Parameter) else whole_digest(tensor)

@@ -24,6 +24,7 @@ from lightning_lora.lora import merging
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
+from lightning_lora.lora.functional.torch_internals import has_values
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
@@ -236,7 +237,7 @@ class LoRAMixin(LightningModule):
 
     def _record_base(self) -> None:
         root = self._lora_module()
-        if not any(parameter.is_meta for parameter in root.parameters()):
+        if all(map(has_values, root.parameters())):
             trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
             self._lora_base = base_prints(root, trained)
 

@@ -1,6 +1,8 @@
 """Compares runs in pairs, from one snapshot.
 
-Read in this order: `batch_probe` (tries other batches), `batch_branches` (a branch for each batch), `branch` (one short
-run), `snapshot` (what it starts from), `row_order` (which rows it trains on), `row_losses` (how it is scored), `paired`
-(statistics of differences), `batch_probe_result` and `batch_probe_plot`.
+Read in this order: `probe` (when and how a run is probed), `batch_probe` (tries other batches), `batch_branches` (a
+branch for each batch), `rank_probe` (tries more rank), `rank_branches` (with more rank and without), `branch` (one
+short run), `snapshot` (what it starts from), `row_order` (which rows it trains on), `row_losses` (how it is scored),
+`paired` (statistics of differences), `batch_probe_result` and `batch_probe_plot`, `rank_probe_result` and
+`rank_probe_plot`.
 """

@@ -20,7 +20,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.merging import merge_layers
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from lightning_lora.study.branch import BranchPoint, present_phase
+from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.paired import Comparison, compared
 from lightning_lora.study.row_losses import HeldOut
 from lightning_lora.study.snapshot import copy_module, isolated
@@ -96,7 +96,7 @@ class BatchBranches:
 
     def _losses(self, point: BranchPoint, batch: int, rows: Sequence[Any], held_out: HeldOut) -> Tensor:
         losses = [
-            point.losses_after(_shuffled(rows, seed)[: self.num_rows], batch, batch / self.batch_rows, held_out, seed)
+            point.losses_after(shuffled(rows, seed)[: self.num_rows], batch, batch / self.batch_rows, held_out, seed)
             for seed in range(self.num_seeds)
         ]
         stacked = torch.stack(losses)
@@ -115,10 +115,8 @@ def compare_batches(
     start = point.losses_now(held_out)
     full: dict[int, Tensor] = {}
     if full_ft:
-        phase = present_phase(point.optimizer_state) if point.optimizer_state is not None else point.rate_factor
-        fresh = (None, point.loader, point.micro_batch, point.trainer_options, phase)
-        full = branches.train(BranchPoint(fully_trained(point.module), *fresh), rows, held_out)
-        point = BranchPoint(point.module, *fresh)
+        full = branches.train(point.with_fresh_moments(fully_trained(point.module)), rows, held_out)
+        point = point.with_fresh_moments(point.module)
     losses = branches.train(point, rows, held_out)
     small, large = branches.batches[0], branches.batches[-1]
     extra = (losses[large] - full[large]) - (losses[small] - full[small]) if full else None
@@ -160,7 +158,8 @@ def _means(losses: Mapping[int, Tensor]) -> dict[int, float]:
     return {batch: float(loss.mean()) for batch, loss in losses.items()}
 
 
-def _shuffled(rows: Sequence[Any], seed: int) -> Sequence[Any]:
+def shuffled(rows: Sequence[Any], seed: int) -> Sequence[Any]:
+    """``rows`` in an order of their own for each seed; seed 0 keeps the order of the run."""
     if seed == 0:
         return rows
     return [rows[place] for place in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()]

@@ -16,28 +16,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.batch.calibration import PROBE_FILE
-from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
-from lightning_lora.errors import ConfigError, DataError
-from lightning_lora.lightning_private import is_accumulating
+from lightning_lora.errors import ConfigError
 from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from lightning_lora.study.branch import BranchPoint, check_one_optimizer
+from lightning_lora.study.branch import BranchPoint
+from lightning_lora.study.probe import Probe
 from lightning_lora.study.row_losses import HeldOut, check_gives_losses
 from lightning_lora.study.row_order import check_loader, next_rows, rows_per_batch
 from lightning_lora.study.snapshot import copy_module, isolated
-from lightning_lora.trainer_access import found, move_last
+from lightning_lora.trainer_access import found
 
 
-class BatchProbe(Callback):
+class BatchProbe(Probe):
     """Trains short branches with several batches from one snapshot, and finds the largest harmless batch.
 
     All branches train on the same rows in the same order: the rows that the run would see next, if its sampler can tell
@@ -73,6 +70,9 @@ class BatchProbe(Callback):
         DataError: If there are no validation rows, or too few training rows.
     """
 
+    compared = "batch"
+    elsewhere = "drop it, and run lightning-lora probe on one device."
+
     def __init__(
         self,
         at: float = 0.3,
@@ -84,26 +84,12 @@ class BatchProbe(Callback):
         full_ft: bool = False,
         stop: bool = False,
     ) -> None:
-        if not 0 < at < math.inf or (at >= 1 and at != int(at)):
-            raise ConfigError(f"at must be a fraction of the steps below 1, or a whole number of steps, got {at}.")
+        super().__init__(at, min_steps, min_epoch, held_out_rows, num_seeds, stop)
         if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios):
             raise ConfigError(f"ratios must be at least two positive numbers, got {list(ratios)}.")
-        if min_steps < 1 or held_out_rows < 2 or num_seeds < 1 or not 0 <= min_epoch <= 1:
-            raise ConfigError(
-                f"min_steps and num_seeds must be at least 1, held_out_rows at least 2 and min_epoch in [0, 1], got "
-                f"min_steps={min_steps}, num_seeds={num_seeds}, held_out_rows={held_out_rows}, min_epoch={min_epoch}."
-            )
-        self.at = at
         self.ratios = tuple(ratios)
-        self.min_steps = min_steps
-        self.min_epoch = min_epoch
-        self.held_out_rows = held_out_rows
-        self.num_seeds = num_seeds
         self.full_ft = full_ft
-        self.stop = stop
         self.result: BatchProbeResult | None = None
-        self._is_due = True
-        self._step = 0
 
     def run(
         self,
@@ -142,74 +128,13 @@ class BatchProbe(Callback):
         return self._probe(point, self._branches(batch_rows or micro_batch, len(rows)), rows, held_out)
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several devices, and move behind the other callbacks, which may watch layers until a batch ends."""
-        if stage != "fit":
-            return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size != 1:
-            raise ConfigError(
-                f"BatchProbe works on one device, and this run has {type(trainer.strategy).__name__} with "
-                f"{trainer.world_size}: drop it, and run lightning-lora probe on one device."
-            )
-        move_last(trainer, self)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse runs that cannot be probed, before the first step."""
-        check_one_optimizer(trainer, pl_module)
-        check_gives_losses(pl_module)
-        planned = trainer.estimated_stepping_batches
-        if self.at < 1 and math.isinf(planned):
-            raise ConfigError(f"at={self.at} is a fraction, and the run has no end: give a number of steps.")
-        self._step = max(1, round(self.at * planned)) if self.at < 1 else int(self.at)
-        if self._step > planned:
-            raise ConfigError(f"at={self.at:g} is beyond the run, which has {planned:.0f} optimizer steps: lower it.")
-        if trainer.val_dataloaders is None and trainer.enable_validation:
-            # Lightning makes it in the first epoch that ends with a validation.
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            trainer.training = True
-        self._held_out(trainer.val_dataloaders)
+    def _check_run(self, trainer: Trainer, module: LightningModule) -> None:
         self._branches_of_run(trainer)
-        self._events = RunEvents(trainer, "BatchProbe")
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Probe after the step is done, when no accumulation window is open."""
-        if not self._is_due or trainer.global_step < self._step or is_accumulating(trainer):
-            return
-        self._is_due = False
-        try:
-            self._probe_run(trainer, pl_module)
-        except SIGTERMException:
-            rank_zero_warn("the batch probe was cut short by SIGTERM.")  # the run itself answers the signal
-        except Exception as error:
-            if self.stop:
-                raise  # the run was only for the probe
-            rank_zero_warn(f"the batch probe failed at step {trainer.global_step}, and the run continues: {error}")
-        trainer.should_stop = trainer.should_stop or self.stop
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the run is still to be probed."""
-        return {"is_due": self._is_due}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Probe a resumed run only if it was not probed before; with ``stop``, always."""
-        self._is_due = self.stop or state_dict["is_due"]
-
     def _probe_run(self, trainer: Trainer, module: LightningModule) -> None:
-        loader, branches = self._branches_of_run(trainer)
-        options = {
-            "plugins": [trainer.precision_plugin],
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        }
-        point = BranchPoint(module, trainer.optimizers[0].state_dict(), loader, rows_per_batch(loader), options)
-        rows = next_rows(loader, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        branches = self._branches_of_run(trainer)
+        point, rows = self._point_of_run(trainer, module)
         held_out = self._held_out(trainer.val_dataloaders)
         monitor = found(trainer, BatchSizeMonitor)
         estimate = monitor.estimate if monitor is not None else None
@@ -247,20 +172,7 @@ class BatchProbe(Callback):
     def _branches(self, batch_rows: int, available: int) -> BatchBranches:
         return BatchBranches.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available, self.num_seeds)
 
-    def _branches_of_run(self, trainer: Trainer) -> tuple[DataLoader[Any], BatchBranches]:
+    def _branches_of_run(self, trainer: Trainer) -> BatchBranches:
         loader = check_loader(trainer.train_dataloader, "training")
         batch_rows = rows_per_batch(loader) * trainer.accumulate_grad_batches
-        return loader, self._branches(batch_rows, len(next_rows(loader)))
-
-    def _held_out(self, loader: object) -> HeldOut:
-        """Held-out rows spread evenly over the dataset, which may be sorted."""
-        if isinstance(loader, (list, tuple)) and len(loader) == 1:
-            loader = loader[0]
-        if loader is None or (isinstance(loader, list) and not loader):
-            raise DataError("a probe compares batches on held-out rows: give the run validation data.")
-        loader = check_loader(loader, "validation")
-        count = len(loader.dataset)  # pyright: ignore[reportArgumentType]
-        if count < 2:
-            raise DataError(f"a probe compares batches on held-out rows, got {count}: give at least 256 of them.")
-        number = min(count, self.held_out_rows)
-        return loader, [place * count // number for place in range(number)]
+        return self._branches(batch_rows, len(next_rows(loader)))

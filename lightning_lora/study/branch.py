@@ -59,6 +59,11 @@ class BranchPoint:
         self.trainer_options = dict(trainer_options or {})
         self.rate_factor = rate_factor
 
+    def with_fresh_moments(self, module: LightningModule) -> BranchPoint:
+        """The same point with other weights, and fresh moments at the present learning rates."""
+        phase = present_phase(self.optimizer_state) if self.optimizer_state is not None else self.rate_factor
+        return BranchPoint(module, None, self.loader, self.micro_batch, self.trainer_options, phase)
+
     def losses_after(
         self,
         rows: Sequence[Any],

@@ -18,13 +18,12 @@ ENOUGH_SEEDS = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """A larger batch against a smaller one on the same held-out rows.
+    """A larger batch, or rank, against a smaller one on the same held-out rows.
 
     Args:
-        small: Rows per step of the smaller batch.
-        large: Rows per step of the larger batch.
-        difference: Mean loss of the larger batch minus that of the smaller, nats; positive where the larger batch has
-            learnt less.
+        small: Rows per step of the smaller batch, or the smaller rank.
+        large: Rows per step of the larger batch, or the larger rank.
+        difference: Mean loss of the larger minus that of the smaller, nats; positive where the larger has learnt less.
         error: Standard error of ``difference``, nats.
     """
 
@@ -50,8 +49,13 @@ class Comparison:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the larger batch is worse by more than the tolerance and two standard errors."""
+        """Whether the larger is worse by more than the tolerance and two standard errors."""
         return self.difference > max(TOLERANCE, 2 * self.error)
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the larger is better by more than the tolerance and two standard errors."""
+        return -self.difference > max(TOLERANCE, 2 * self.error)
 
     def __str__(self) -> str:
         return f"{self.difference:+.4f} +- {2 * self.error:.4f} nats"

@@ -4,7 +4,7 @@ Read in this order: `pretrained` (what all tasks share), `causal_lm`, `sequence_
 evaluation), `loading` (config and weights), `quantised_loading` (in 4 or 8 bits), `placement` (on several devices),
 `end_of_turn` (where a model stops, and the tokenizer of a run), `untrained_tokens` (what LoRA cannot learn to write),
 `loss_at_head` and `head_loss` (the loss in place of the output layer), `packing_check` (whether a model keeps packed
-examples apart).
+examples apart), `variants` (the same module with another method).
 """
 
 from lightning_lora.tasks.causal_lm import CausalLM

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.checkpoints.random_state import kept_random_state
+from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES
 from lightning_lora.lora.layers.linear import LoRALinear
 
 # Attributes of a module that hold the hooks on its input, its output and their gradients.
@@ -93,7 +94,7 @@ def compute_at_head(head: nn.Linear, logits: Callable[[], Tensor], compute: Call
 
 
 def _is_dense(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return type(weight) in PLAIN_TYPES and weight.is_floating_point()
 
 
 def _update(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor] | None:

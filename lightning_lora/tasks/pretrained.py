@@ -23,13 +23,19 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
 from lightning_lora.lora.vocabulary import num_tokens
+from lightning_lora.memory.building import builds_without_memory
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_learning_rate
 from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
-from lightning_lora.tasks.quantised_loading import check_quantization, check_strategy, loading_arguments
+from lightning_lora.tasks.quantised_loading import (
+    check_quantization,
+    check_strategy,
+    loading_arguments,
+    quantise_without_values,
+)
 from lightning_lora.tasks.running_mean import RunningMean
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
@@ -262,8 +268,16 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
 
     def _load(self) -> PreTrainedModel:
         dtype = getattr(torch, self.dtype_name) if self.dtype_name else torch.get_default_dtype()
+        if builds_without_memory():
+            return self._load_without_values(dtype)
         arguments = {"config": self.model_config, "dtype": dtype, **self._quantised_loading(dtype)}
         return load_model(self.auto_class, self.model_name, new_head=self.new_head, **arguments)
+
+    def _load_without_values(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model as `_load` returns it, for a trace: nothing is read, and weights have no values."""
+        model = self.auto_class.from_config(self.model_config, dtype=dtype)
+        quantization = self._quantised_loading(dtype)
+        return quantise_without_values(model, quantization["quantization_config"]) if quantization else model
 
     def _quantised_loading(self, dtype: torch.dtype) -> dict[str, Any]:
         if self.quantization is None:

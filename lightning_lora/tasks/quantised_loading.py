@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BitsAndBytesConfig
 
 from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.lora.layers.quantised_weights import is_bitsandbytes
 
 QUANTIZATIONS = ("nf4", "int8")
 # transformers needs both to quantise while loading; nothing else here uses them.
@@ -84,3 +87,45 @@ def loading_arguments(
     # Without a device map, transformers loads to a GPU if there is one.
     device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def quantise_without_values(model: Any, config: BitsAndBytesConfig) -> Any:
+    """Replace the layers of a model without values as transformers does while loading, for a trace.
+
+    Args:
+        model: A model whose weights are fake tensors.
+        config: The configuration from `loading_arguments`.
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    weights = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    biases = {name: model.get_submodule(name).bias for name in weights}
+    with unset_fake_temporarily():
+        replace_with_bnb_linear(model, config.llm_int8_skip_modules, config)
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        if is_bitsandbytes(layer):
+            stored = _in_8_bits(weight) if config.load_in_8bit else _in_4_bits(weight)
+            layer._parameters.update(weight=stored, bias=biases[name])
+    return model
+
+
+def _in_4_bits(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import quantize_4bit
+
+    stored, state = quantize_4bit(weight.detach(), blocksize=64, quant_type="nf4")
+    return _as_parameter(stored, quant_state=state, quant_type="nf4", blocksize=64, bnb_quantized=True)
+
+
+def _in_8_bits(weight: Tensor) -> Tensor:
+    codes = torch.empty_like(weight, dtype=torch.int8, requires_grad=False)
+    scales = torch.empty(len(weight), dtype=torch.float32)
+    return _as_parameter(codes, CB=codes, SCB=scales, has_fp16_weights=False)
+
+
+def _as_parameter(stored: Any, **attributes: Any) -> Tensor:
+    """A tensor without values that counts as a parameter and has the attributes of bitsandbytes' own class."""
+    stored._is_param = True
+    for name, value in attributes.items():
+        setattr(stored, name, value)
+    return stored

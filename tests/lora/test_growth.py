@@ -11,6 +11,7 @@ import torch
 from lightning_lora.errors import ConfigError, TargetNotFoundError
 from lightning_lora.lora.adapter import inject_lora, lora_state_dict
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.grown_state import extend_state
 from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.layers.adapted import adapted_weights
 from tests.support import moe_models, tiny_models
@@ -83,3 +84,21 @@ def test_a_rank_that_cannot_be_is_refused_and_changes_nothing(
     with pytest.raises(error, match=text):
         grow_adapters(model, {"model.layers.1.mlp.up_proj": 4, **ranks})
     assert tiny_models.state_bytes(model) == before
+
+
+def test_a_part_that_grows_late_in_a_run_moves_no_faster_than_the_rate() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 8))
+    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1500):
+        weight.grad = torch.randn(2, 8, generator=generator)
+        optimizer.step()
+    shape, old = weight.shape, weight.detach().clone()
+    weight.data, weight.grad = torch.cat([old, torch.zeros(2, 8)]), None
+    extend_state(optimizer, {weight: shape})
+    for _ in range(10):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(4, 8)
+        optimizer.step()
+        # With zeros for the squares the tenth step is six rates long.
+        assert 0 < float((weight.detach() - before)[2:].abs().max()) <= 0.0115

@@ -17,12 +17,15 @@ from lightning_lora.lora.layers.shared_factors import LoRATiedHead
 from lightning_lora.lora.patterns import plain_name
 
 
-def row_layers(module: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, list[LoRALayer]]:
+def row_layers(
+    module: nn.Module, parameters: Iterable[nn.Parameter], skips_others: bool = False
+) -> dict[str, list[LoRALayer]]:
     """The adapted linear layers that hold ``parameters``, by name. Layers that share factors are one entry.
 
     Args:
         module: The module being trained; rows are the first dimension of its batches.
         parameters: The parameters being trained.
+        skips_others: Whether to leave out parameters outside of adapted linear layers, instead of raising.
 
     Raises:
         ConfigError: If a parameter is trained outside of adapted linear layers, or hooks do not see the computation.
@@ -47,6 +50,8 @@ def row_layers(module: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[st
                 f"accumulate_grad_batches=2 with half the batch."
             )
         if not holders or not all(_is_linear(layer) and name not in uncalled for name, layer in holders.items()):
+            if skips_others:
+                continue
             name = names.get(id(parameter), "a parameter of the optimizer")
             raise ConfigError(f"per-row gradients exist for adapted linear layers only, and {name} is trained too.")
         found[next(iter(holders))] = list(holders.values())

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.lora.functional.gated_input import gated_input, recomputed, source_gradients
 from lightning_lora.lora.functional.linear_group import AdaptedWeight, GroupTensors, Settings
@@ -29,7 +29,7 @@ from lightning_lora.lora.functional.linear_products import (
     split_outputs,
 )
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
-from lightning_lora.lora.functional.torch_internals import is_traced
+from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES, is_traced
 
 # Tokens, as a multiple of a layer's longer side, above which the sum is cheaper (benchmarks/products.py).
 _MERGED_TOKENS = 2
@@ -88,9 +88,9 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     frozen = [weight] if bias is None else [weight, bias]
     return (
-        all(type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad for tensor in frozen)
+        all(type(tensor) in PLAIN_TYPES and not tensor.requires_grad for tensor in frozen)
         and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in frozen)
-        and type(x) in (Tensor, nn.Parameter)
+        and type(x) in PLAIN_TYPES
         and not torch.is_autocast_enabled(x.device.type)
         and not is_traced()
     )

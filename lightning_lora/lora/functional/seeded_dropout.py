@@ -81,6 +81,11 @@ def drop(x: Tensor, dropout: float, seed: int) -> Tensor:
     return x * _latest.mask.view(x.shape)
 
 
+def forget_mask() -> None:
+    """Forget the latest mask: the next one of the same seed is drawn again, as after a trace without values."""
+    _latest.mask = _latest.mask_key = None
+
+
 def kept_share(dropout: float) -> float:
     """The exact probability of keeping an entry."""
     return 1 - _threshold(dropout) / 256 if dropout else 1.0

@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
+"""Types of tensors that compute as torch's own do; those without values (``FakeTensorMode``) are traced so."""
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the numbers of ``tensor`` can be read: it is neither on the meta device nor fake."""
+    return not tensor.is_meta and type(tensor) is not FakeTensor
 
 
 def saved_tensor_hooks() -> tuple[Any, Any] | None:
@@ -51,5 +60,7 @@ def whole(tensor: Tensor) -> Tensor:
     """``tensor`` with the same memory, but as nobody's view: autograd forbids to change an output that is a view."""
     if not tensor._is_view():
         return tensor
+    if type(tensor) is FakeTensor:
+        return tensor.data  # the storage of a fake tensor that was set by hand never ends
     place = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     return tensor.new_empty(0).set_(*place)  # pyright: ignore[reportCallIssue, reportArgumentType]

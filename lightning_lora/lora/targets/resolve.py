@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, first_five
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.dora import with_magnitude
@@ -17,7 +18,7 @@ from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
 from lightning_lora.lora.targets.new_weights import NewWeights, find_new_weights
-from lightning_lora.lora.targets.ranks import adapter_specs
+from lightning_lora.lora.targets.ranks import adapter_specs, check_rate_patterns
 from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
 from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
 from lightning_lora.lora.targets.unknown_weights import REASON, unknown_weights
@@ -56,6 +57,7 @@ class Targets:
         tied: What happens to weights that several layers share.
         unknown: Name of every weight matrix in a module of an unknown kind to the class of the module.
         new: Weights that no checkpoint seems to hold.
+        weights: The weights to adapt, by name; those that follow another layer are left out.
     """
 
     layers: tuple[Target, ...]
@@ -64,6 +66,7 @@ class Targets:
     tied: TiedWeights
     unknown: dict[str, str]
     new: NewWeights
+    weights: Candidates
 
 
 def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
@@ -90,6 +93,10 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     selected, skipped = select(root, candidates, trainable, config)
     tied = resolve_tied_weights(root, selected, trainable, config)
     layers = _layers(root, selected, config)
+    inner = [(top, name) for top, part in trainable.items() for name, _ in part.named_modules()]
+    trained = [join(top, name) if name else top for top, name in inner]
+    adapters = [name for weight in selected.values() for name in (weight.name, weight.layer)]
+    check_rate_patterns(config, [*adapters, *trained])
     if config.dora:
         layers = _with_magnitudes(root, layers, tied)
     _check_dropout(root, layers, config)
@@ -99,7 +106,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     unknown = unknown_weights(root, candidates, trainable)
     reasons = skipped | refused | dict.fromkeys(unknown, REASON)
     left_alone = {name: reason for name, reason in reasons.items() if name not in adapted}
-    return Targets(layers, trainable, left_alone, tied, unknown, new)
+    return Targets(layers, trainable, left_alone, tied, unknown, new, selected)
 
 
 def _nothing_adaptable(root: nn.Module, refused: dict[str, str]) -> str:

@@ -1,0 +1,251 @@
+"""What a run was planned to take, beside what it took."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.batch.counting import count_rows, count_supervised
+from lightning_lora.batch.run_events import RunEvents
+from lightning_lora.errors import ConfigError
+from lightning_lora.sharding.collectives import total_of_ranks
+
+from .progress import peak_bytes
+
+_KEY = "lightning_lora_planned_run"
+# Of the part before a checkpoint: Lightning calls no callback where the earlier part had none.
+_NOTHING: dict[str, float | None] = {"tokens": 0, "seconds": 0.0}
+_NOT_COUNTED: dict[str, float | None] = {"tokens": None, "seconds": None}
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    planned: float | None
+    measured: float | None
+    is_exact: bool
+    note: str = ""
+
+    def cells(self) -> tuple[str, str, str, str]:
+        return self.name, self._shown(self.planned), self._shown(self.measured), self._remark()
+
+    def _shown(self, value: float | None) -> str:
+        if value is None:
+            return "-"
+        if self.name == "peak memory":
+            size, unit = next(((size, unit) for size, unit in _UNITS if value >= size), (1, "bytes"))
+            return f"{value / size:,.4g} {unit}"
+        return f"{value:,.0f}" if self.is_exact else f"{value:,.3g}"
+
+    def _remark(self) -> str:
+        if self.planned is None or self.measured is None:
+            return self.note if self.measured is None else ""
+        if self.is_exact:
+            return "as planned" if self.planned == self.measured else self.note
+        apart = f"{self.measured / self.planned - 1:+.0%}" if self.planned else ""
+        return "; ".join(filter(None, [apart, self.note]))
+
+
+class PlannedRun(Callback):
+    """Prints what a run was planned to take beside what it took, when it ends or is stopped.
+
+    ``lightning-lora plan --write-config`` puts it into the config. Steps, supervised tokens and trained parameters
+    are exact; where they differ from the plan, the likely reason is said. The numbers also go into ``events.jsonl``
+    in the run folder. Tokens are those of all processes and of all parts of a run that was continued; memory and
+    seconds are those of the first process, seconds of all parts. Without arguments only the measured numbers are told.
+
+    Memory is the peak that torch allocated on the GPU during training, which leaves out the context of CUDA. On a CPU
+    it is what the resident memory of the process grew by at its peak, since before the model was built.
+
+    Args:
+        steps: Planned optimizer steps.
+        tokens: Planned supervised tokens of the whole run; rows, where data has no tokens.
+        trained_parameters: Planned number of trained parameters.
+        peak_bytes: Planned peak memory of a device.
+        seconds: Planned seconds of training with validation.
+
+    Raises:
+        ConfigError: If a number is negative.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        tokens: int | None = None,
+        trained_parameters: int | None = None,
+        peak_bytes: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        self.planned: dict[str, float | None] = {
+            "steps": steps,
+            "tokens": tokens,
+            "trained_parameters": trained_parameters,
+            "peak_bytes": peak_bytes,
+            "seconds": seconds,
+        }
+        for name, value in self.planned.items():
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} of PlannedRun must not be negative, got {value}.")
+        self.measured: dict[str, float | None] = {}
+        self._clock = time.perf_counter
+        self._earlier: dict[str, float | None] = dict(_NOTHING)
+        self._restart()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the memory before the model is built."""
+        if stage == "fit":
+            self._restart()
+            self._earlier = dict(_NOT_COUNTED if trainer.ckpt_path else _NOTHING)
+            self._resident, self._peak_before = _resident_bytes(), peak_bytes(torch.device("cpu"))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and the measurement of memory."""
+        self._events = RunEvents(trainer, "PlannedRun")
+        self._trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._start, self._is_running = self._clock(), True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the tokens of a batch; a count on a GPU stays there."""
+        tokens = count_supervised(batch)
+        self._tokens = self._tokens + (_labels(batch) if tokens is None else tokens)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell, after the last step."""
+        self._tell(trainer, pl_module, _total(trainer, self._tokens))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell of a run that was interrupted or failed."""
+        # Other processes may be gone, so they are not asked.
+        own = int(self._tokens) if trainer.world_size == 1 else None
+        self._tell(trainer, pl_module, own, stopped=True)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save tokens and seconds so far."""
+        own = {"tokens": _total(trainer, self._tokens), "seconds": self._seconds()}
+        checkpoint[_KEY] = {name: _sum(self._earlier[name], value) for name, value in own.items()}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue with tokens and seconds of the earlier part; unknown if it ran without this callback."""
+        self._earlier = checkpoint.get(_KEY) or dict(_NOT_COUNTED)
+
+    def _restart(self) -> None:
+        self._tokens: Tensor | int = 0
+        self._is_running = False
+        self._start, self._took, self._trained = 0.0, 0.0, 0
+        self._resident: int | None = None
+        self._peak_before: int | None = None
+
+    def _seconds(self) -> float:
+        """Seconds of this part so far; after its end, those that it took."""
+        return self._clock() - self._start if self._is_running else self._took
+
+    def _tell(self, trainer: Trainer, module: LightningModule, tokens: int | None, stopped: bool = False) -> None:
+        """Print and write once, if there was a step."""
+        if not self._is_running or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        self._took = seconds = self._seconds()
+        self._is_running = False
+        earlier, memory = self._earlier, self._memory(module)
+        self.measured = {
+            "steps": trainer.global_step,
+            "tokens": _sum(earlier["tokens"], tokens),
+            "trained_parameters": self._trained,
+            "peak_bytes": memory[0],
+            "seconds": _sum(earlier["seconds"], seconds),
+        }
+        steps_note = self._why_steps(trainer, stopped)
+        rows = list(self._rows(steps_note, memory[1]))
+        rank_zero_info("\n".join(_aligned(rows)))
+        self._events.write(
+            "planned_and_measured",
+            trainer.global_step,
+            {"planned": self.planned, "measured": self.measured, "stopped": stopped, "memory_is": memory[1]},
+        )
+
+    def _rows(self, steps_note: str, memory_note: str) -> Iterator[_Row]:
+        is_as_planned = self.planned["steps"] == self.measured["steps"]
+        tokens_note = "other rows than planned: data, max_length or drop_last" if is_as_planned else "follows the steps"
+        if self.measured["tokens"] is None:
+            tokens_note = "not known: an earlier part was not counted, or other processes were not asked"
+        notes = {
+            "steps": ("steps", True, steps_note),
+            "tokens": ("tokens", True, tokens_note),
+            "trained_parameters": ("parameters", True, "another model, method, rank or targets than planned"),
+            "peak_bytes": ("peak memory", False, memory_note),
+            "seconds": ("seconds", False, "" if is_as_planned else "follows the steps"),
+        }
+        for name, (shown, is_exact, note) in notes.items():
+            yield _Row(shown, self.planned[name], self.measured[name], is_exact, note)
+
+    def _why_steps(self, trainer: Trainer, stopped: bool) -> str:
+        if stopped:
+            return "the run was stopped"
+        if trainer.global_step == trainer.max_steps:
+            return f"max_steps is {trainer.max_steps}"
+        planned = self.planned["steps"]
+        if trainer.should_stop and planned is not None and trainer.global_step < planned:
+            return "the run was stopped, or a callback ended it"
+        return "other data, epochs, batch size, accumulation or number of devices than planned"
+
+    def _memory(self, module: LightningModule) -> tuple[int | None, str]:
+        """The measured peak, and what it is."""
+        peak = peak_bytes(module.device)
+        if module.device.type == "cuda":
+            return peak, "allocated by torch on the GPU"
+        if module.device.type != "cpu" or peak is None or self._resident is None or peak == self._peak_before:
+            return None, "not measured here, or hidden by an earlier peak of the process"
+        return peak - self._resident, "growth of the process's resident memory"
+
+
+def _total(trainer: Trainer, own: Tensor | int) -> int:
+    """Sum over ranks; a collective. Ranks of tensor parallelism see the same rows, which count once."""
+    sampler = trainer.distributed_sampler_kwargs
+    copies = trainer.world_size // int(sampler["num_replicas"]) if sampler else trainer.world_size
+    return int(total_of_ranks(trainer, torch.as_tensor(own))) // max(1, copies)
+
+
+def _sum(earlier: float | None, own: float | None) -> float | None:
+    return None if earlier is None or own is None else earlier + own
+
+
+def _labels(batch: Any) -> int:
+    """Labels of a batch that is no sequence of supervised tokens, else its rows."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels.numel() if isinstance(labels, Tensor) else count_rows(batch)
+
+
+def _resident_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not tell."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else None
+
+
+def _aligned(rows: list[_Row]) -> Iterator[str]:
+    cells = [("", "planned", "measured", ""), *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(3)]
+    yield "planned and measured:"
+    for name, planned, measured, remark in cells:
+        line = f"  {name:<{widths[0]}}  {planned:>{widths[1]}}  {measured:>{widths[2]}}  {remark}"
+        yield line.rstrip()

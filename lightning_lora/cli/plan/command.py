@@ -1,0 +1,133 @@
+"""``lightning-lora plan``: the page, ``plan.json`` and the YAML of a run that has not begun."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.errors import ConfigError
+
+EXAMPLE = "example: lightning-lora plan --config cli_configs/sft.yaml --config cli_configs/lora.yaml --memory 24GiB"
+_CLASSES = ["--model=lightning_lora.tasks.CausalLM", "--data=lightning_lora.data.SFTDataModule"]
+
+
+def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
+    """Plan a run, print the page and write ``plan.json``.
+
+    Args:
+        arguments: What follows ``plan`` on the command line.
+        allowed: Prefixes of class paths that a config may name beside those of known packages.
+
+    Raises:
+        ConfigError: If a setting is refused, or nothing fits into the memory.
+        DataError: If the data cannot be used.
+    """
+    options, rest = _parsed(list(arguments))
+    # Read before anything slow: a wrong unit is told at once.
+    from lightning_lora.planning.devices import find_devices
+
+    devices = find_devices(options.memory, options.devices, options.device)
+    from lightning_lora.cli.lora_cli import run_trainer_command
+
+    cli = run_trainer_command(["plan", *_expanded(rest)], allowed)
+    from lightning_lora.planning.make_plan import plan
+
+    config = _fit_settings(cli.config_planned)
+    trainer = config.get("trainer") or {}
+    count = options.devices or _asked_devices(trainer, devices.count)
+    made = plan(
+        cli.model,
+        cli.datamodule,
+        memory=options.memory,
+        devices=count,
+        device=options.device,
+        measure=options.measure,
+        target_batch_size=cli.config_planned.get("target_batch_size"),
+        trainer=trainer,
+        config=config,
+    )
+    print(made)
+    root = trainer.get("default_root_dir") or "."
+    file = Path(options.json or Path(root) / "plan.json")
+    _write_json(file, made.to_dict())
+    print(f"written: {file}")
+    if options.write_config:
+        print(f"written: {made.write_config(options.write_config)}")
+    if not made.fits:
+        raise ConfigError(made.sentence)
+
+
+def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
+    """The options of ``plan`` itself, and the arguments of ``fit``."""
+    from lightning_lora.cli.commands import CommandParser
+
+    parser = CommandParser(
+        "lightning-lora plan",
+        usage="lightning-lora plan [options] (--config FILE ... | MODEL DATA) [options of fit]",
+        description="Before training: is LoRA enough, at which rank, with which settings, and what does it take.",
+        epilog=f"Every option of fit is taken too, see lightning-lora fit --help. {EXAMPLE}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--memory", metavar="24GiB", help="memory of one device (default: of those at hand)")
+    parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: those at hand)")
+    parser.add_argument("--device", metavar="NAME", help="a device of the table, such as h100 or rtx4090")
+    parser.add_argument("--json", metavar="FILE", help="where to write the plan (default: plan.json)")
+    parser.add_argument("--write-config", metavar="FILE", help="write a YAML that fit runs, with all reasons")
+    parser.add_argument("--measure", action="store_true", help="run the base on a sample of rows, for its own bits")
+    return parser.parse_known_args(arguments)
+
+
+def _expanded(arguments: list[str]) -> list[str]:
+    """Arguments of ``fit`` for ``MODEL DATA`` in front of others."""
+    names = []
+    while arguments and not arguments[0].startswith("-"):
+        names.append(arguments.pop(0))
+    if not names:
+        if not arguments:
+            raise ConfigError(f"plan needs a model and data: MODEL DATA, or --config FILE. {EXAMPLE}")
+        return arguments
+    if len(names) == 1:
+        raise ConfigError(f"plan takes MODEL DATA: {names[0]!r} is one of the two. {EXAMPLE}")
+    model, *data = names
+    train = data[0] if len(data) == 1 else data
+    named = [f"--model.init_args.model={model}", f"--data.init_args.train={train}"]
+    # A config comes first, so that what is named counts more.
+    configs = any(word.partition("=")[0] in ("-c", "--config") for word in arguments)
+    return [*arguments, *named] if configs else [*_CLASSES, *named, *arguments]
+
+
+def _fit_settings(given: Any) -> dict[str, Any]:
+    """What ``fit`` would be given: seed, model, data and trainer."""
+    from lightning_lora.planning.advice.config_file import plain, without_class_defaults
+
+    settings = {name: plain(given.get(name)) for name in ("model", "data", "trainer")}
+    for name in ("model", "data"):
+        settings[name] = without_class_defaults(settings[name])
+    kept = {name: value for name, value in (settings["trainer"] or {}).items() if value is not None}
+    return settings | {"trainer": kept, "seed_everything": given.get("seed_everything", 0)}
+
+
+def _asked_devices(trainer: dict[str, Any], here: int) -> int | None:
+    """The devices of the config, if it names a number."""
+    asked = trainer.get("devices")
+    if isinstance(asked, str) and asked.isdigit():
+        asked = int(asked)
+    if isinstance(asked, list):
+        asked = len(asked)
+    if isinstance(asked, bool) or not isinstance(asked, int):
+        return None
+    nodes = trainer.get("num_nodes") or 1
+    return (here if asked == -1 else asked) * int(nodes)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    from lightning_lora.files.atomic import atomic_file
+
+    try:
+        with atomic_file(file) as opened:
+            opened.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"the plan cannot be written to {file}: {error.strerror or error}.") from error

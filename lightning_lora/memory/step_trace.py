@@ -1,0 +1,168 @@
+"""One training step of a LightningModule, traced: its memory at the peak and its floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten
+
+from lightning_lora.lora.layers.adapted import factor_parameters
+from lightning_lora.lora.layers.quantised_weights import is_quantised, stored_parts
+from lightning_lora.memory.building import _built
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.memory.step_mode import StepMode, known_batch
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What a training step takes on one device.
+
+    Args:
+        memory: Bytes at the peak, by what they are for.
+        flops: Floating-point operations of forward and backward of one micro-batch.
+        largest_layer: Bytes of the weights of the largest block, which FSDP holds whole when it computes.
+    """
+
+    memory: MemoryParts
+    flops: int
+    largest_layer: int = 0
+
+
+def trace_step(
+    module: LightningModule,
+    batch: Any,
+    *,
+    precision: Any = "32-true",
+    gradient_clip_val: float | None = None,
+    accumulate_grad_batches: int = 1,
+) -> StepTrace:
+    """Trace a training step of ``module`` without values and without memory for weights or activations.
+
+    Two optimizer steps run as Lightning runs them: forward, gradients set to None, backward, clipping, optimizer. The
+    second is counted, for the optimizer has its state by then. The batch keeps its values, so that labels, masks and
+    lengths count as they are; numbers that depend on weights are made up (`lightning_lora.memory.step_mode`).
+
+    Args:
+        module: Any LightningModule with automatic optimization; it is left as it is. Its weights need not be loaded.
+        batch: One micro-batch as the training loader makes it.
+        precision: The precision of the Trainer.
+        gradient_clip_val: As the Trainer has it.
+        accumulate_grad_batches: Micro-batches of an optimizer step.
+
+    Returns:
+        Memory of one device that holds the whole model, without overhead; `lightning_lora.memory.strategies` divides
+        it. And the floating-point operations.
+    """
+    with _built(module, precision, accumulate_grad_batches) as (built, mode):
+        return _Step(built, mode, batch, gradient_clip_val).traced()
+
+
+class _Step:
+    def __init__(self, module: LightningModule, mode: StepMode, batch: Any, clip: float | None) -> None:
+        self.module, self.mode, self.clip = module, mode, clip
+        self.trainer: Trainer = module.trainer
+        self.log, module.log = module.log, _no_log  # type: ignore[method-assign]
+        self._take_stock()
+        self.batch = self._batch(batch)
+        self.optimizers = self._optimizers()
+        self.flops = 0
+
+    def traced(self) -> StepTrace:
+        live = self.mode.live
+        self._run()
+        live.move(_state_tensors(self.optimizers), "optimizer")
+        live.start_again()
+        self._run()
+        return StepTrace(MemoryParts(**live.peak), self.flops, _largest_layer(self.module))
+
+    def _take_stock(self) -> None:
+        """Count what the module holds, copies of the base's values included, and watch its gradients."""
+        live = self.mode.live
+        self.mode.class_counts = set(_class_counts(self.module))
+        live.move_all("weights")
+        live.move(_tensors(self.module), "weights")
+        live.move(factor_parameters(self.module).values(), "adapters")
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: live.move([p.grad], "gradients"))
+
+    def _run(self) -> None:
+        """The micro-batches of an optimizer step, and the step."""
+        micro_batches = min(2, self.trainer.accumulate_grad_batches)
+        for number in range(micro_batches):
+            before = self.mode.flops
+            loss = self._loss(number)
+            if number == 0:
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+            if loss is not None:
+                self.module.backward(loss / self.trainer.accumulate_grad_batches)
+            del loss
+            self.flops = self.mode.flops - before
+        for optimizer in self.optimizers:
+            self.module.on_before_optimizer_step(optimizer)
+            self._clip(optimizer)
+            optimizer.step()
+
+    def _loss(self, number: int) -> Any:
+        arguments = self.batch, number
+        count = self.module.training_step.__code__.co_argcount - 1
+        with self.trainer.precision_plugin.train_step_context():
+            output = self.module.training_step(*arguments[:count])
+        return output["loss"] if isinstance(output, Mapping) else output
+
+    def _clip(self, optimizer: Optimizer) -> None:
+        if self.clip:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+
+    def _batch(self, batch: Any) -> Any:
+        with unset_fake_temporarily():
+            kept = known_batch(batch)
+        kept = self.trainer.precision_plugin.convert_input(kept)
+        for tensor in tree_flatten(kept)[0]:
+            if isinstance(tensor, Tensor):
+                self.mode.live.add(tensor, "activations")
+        return kept
+
+    def _optimizers(self) -> list[Optimizer]:
+        optimizers, _ = _init_optimizers_and_lr_schedulers(self.module)
+        self.trainer.strategy.optimizers = optimizers
+        return [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield from stored_parts(tensor) if is_quantised(tensor) else (tensor,)
+
+
+def _largest_layer(module: nn.Module) -> int:
+    """Bytes of the largest item of a list of blocks, or of the largest layer where there is no such list."""
+    blocks = [block for child in module.modules() if isinstance(child, nn.ModuleList) for block in child]
+    layers = blocks or [child for child in module.modules() if child._parameters]
+    return max((sum(tensor.nbytes for tensor in _tensors(layer)) for layer in layers), default=0)
+
+
+def _state_tensors(optimizers: list[Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        yield from (item for item in tree_flatten(list(optimizer.state.values()))[0] if isinstance(item, Tensor))
+
+
+def _class_counts(module: nn.Module) -> Iterator[int]:
+    """Sizes of the vocabulary or the classes: of the model's head, or else of the last linear layer."""
+    heads = [head for child in module.modules() if (head := getattr(child, "get_output_embeddings", lambda: None)())]
+    linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
+    for head in heads or linear[-1:]:
+        yield head.out_features
+
+
+def _no_log(*_: Any, **__: Any) -> None:
+    """Takes the place of ``LightningModule.log``."""

@@ -1,0 +1,111 @@
+"""The YAML of a plan: what ``fit`` runs, each value with its reason and source as a comment."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lora.files.atomic import atomic_file
+from lightning_lora.planning.reason import Reason
+
+GIVEN = "as given"
+_WIDTH = 118
+
+
+def write_config(path: str | Path, config: Mapping[str, Any], reasons: Mapping[str, Reason], heading: str = "") -> Path:
+    """Write settings as YAML. A comment above a value says why it was chosen and who says so.
+
+    Args:
+        path: The file to write; it appears whole or not at all.
+        config: Nested settings of ``fit``.
+        reasons: Why, by dotted name. A name's reason counts for everything below it; all others are as given.
+        heading: Comment at the top.
+    """
+    path = Path(path)
+    lines = [*_comment(heading, 0), *_lines(config, reasons, "", 0)]
+    with atomic_file(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    return path
+
+
+def class_settings(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A class and those of its arguments that differ from the defaults, as a config names them."""
+    settings: dict[str, Any] = {"class_path": f"{_public_module(kind)}.{kind.__qualname__}"}
+    if init := without_defaults(kind, arguments):
+        settings["init_args"] = init
+    return settings
+
+
+def without_defaults(kind: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that differ from the defaults of a class."""
+    known = inspect.signature(kind).parameters
+    kept = {}
+    for name, value in arguments.items():
+        default = known[name].default if name in known else inspect.Parameter.empty
+        if default != value and not (default is None and value in ({}, [], ())):
+            kept[name] = plain(value)
+    return kept
+
+
+def without_class_defaults(settings: Any) -> Any:
+    """The settings of a class in a config, without arguments that equal their defaults."""
+    if not isinstance(settings, Mapping) or "class_path" not in settings:
+        return settings
+    module, _, name = settings["class_path"].rpartition(".")
+    kept = without_defaults(getattr(import_module(module), name), settings.get("init_args") or {})
+    return {"class_path": settings["class_path"], "init_args": kept}
+
+
+def plain(value: Any) -> Any:
+    """A setting as mappings, lists, strings and numbers."""
+    if hasattr(value, "as_dict"):  # a Namespace of jsonargparse
+        value = value.as_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _public_module(kind: type) -> str:
+    """The shortest module that exports the class."""
+    parts = kind.__module__.split(".")
+    for end in range(1, len(parts)):
+        if getattr(import_module(".".join(parts[:end])), kind.__name__, None) is kind:
+            return ".".join(parts[:end])
+    return kind.__module__
+
+
+def _lines(config: Mapping[str, Any], reasons: Mapping[str, Reason], above: str, depth: int) -> Iterator[str]:
+    for name, value in config.items():
+        path = f"{above}.{name}" if above else name
+        reason = reasons.get(path)
+        if reason is not None:
+            yield from _comment(f"{reason.value}: {reason.why} ({reason.source}).", depth)
+        indent = "  " * depth
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}:"
+            yield from _lines(value, reasons, path, depth + 1)
+        else:
+            told = any(path == each or path.startswith(f"{each}.") for each in reasons)
+            yield f"{indent}{name}: {_scalar(value)}" + ("" if told else f"  # {GIVEN}")
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _comment(text: str, depth: int) -> list[str]:
+    start = "  " * depth + "# "
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, _WIDTH - len(start))]
+    return [start + line for line in lines]

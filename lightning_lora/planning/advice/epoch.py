@@ -1,0 +1,105 @@
+"""The optimizer steps of a run, counted as Lightning counts them, before there is a Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_lora.effective_batch import loader_batch_size
+from lightning_lora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a training loader draws in one epoch on one device.
+
+    Args:
+        rows: Rows (or packs of rows) of an epoch; None for a stream, which does not tell.
+        batch_size: Rows of a batch.
+        drop_last: Whether a last batch with fewer rows is left out.
+    """
+
+    rows: int | None
+    batch_size: int
+    drop_last: bool = False
+
+    @classmethod
+    def of(cls, loader: Any) -> Epoch:
+        """The epoch of a loader; one that tells only its number of batches has one row in each."""
+        rows = loader_batch_size(loader)
+        if isinstance(loader, DataLoader) and rows is not None and isinstance(loader.batch_sampler, BatchSampler):
+            return cls(_length(loader.sampler), rows, loader.drop_last or loader.batch_sampler.drop_last)
+        return cls(_length(loader), 1)
+
+    def batches(self, micro_batch: int, devices: int, limit: float | int | None = None) -> int | None:
+        """Batches of each device in an epoch; a distributed sampler repeats rows until devices have equally many.
+
+        Args:
+            micro_batch: Rows of a batch on one device.
+            devices: Devices that see different rows.
+            limit: ``limit_train_batches`` of the Trainer.
+        """
+        if self.rows is None:
+            return limit if isinstance(limit, int) else None
+        share = math.ceil(self.rows / devices)
+        batches = share // micro_batch if self.drop_last else math.ceil(share / micro_batch)
+        if isinstance(limit, float):
+            return int(batches * limit)
+        return batches if limit is None else min(batches, limit)
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run goes on, from the settings of a Trainer.
+
+    Args:
+        epochs: Most epochs; -1 for no limit.
+        max_steps: Most optimizer steps; -1 for no limit.
+        limit_train_batches: Batches of an epoch that are used: a number, a share, or None for all.
+    """
+
+    epochs: int = 1
+    max_steps: int = -1
+    limit_train_batches: float | int | None = None
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> RunLength:
+        """The length that settings of a Trainer give; without any, one epoch."""
+        epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps")
+        steps = -1 if steps is None else int(steps)
+        if epochs is None:
+            epochs = 1 if steps == -1 else -1
+        return cls(int(epochs), steps, trainer.get("limit_train_batches"))
+
+    def steps(self, epoch: Epoch, micro_batch: int, accumulation: int, devices: int) -> int:
+        """Optimizer steps of the run; the last step of an epoch may have fewer micro-batches.
+
+        Raises:
+            ConfigError: If nothing tells when the run ends.
+        """
+        batches = epoch.batches(micro_batch, devices, self.limit_train_batches)
+        if batches is None or self.epochs == -1:
+            if self.max_steps == -1:
+                raise ConfigError(
+                    "nothing tells how long the run is: the rows are a stream, or max_epochs is -1. Set "
+                    "trainer.max_steps."
+                )
+            return self.max_steps
+        steps = math.ceil(batches / accumulation) * self.epochs
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)
+
+    def __str__(self) -> str:
+        if self.max_steps != -1:
+            return f"at most {self.max_steps:,} steps"
+        return f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+
+
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:  # a stream
+        return None

@@ -1,0 +1,185 @@
+"""LoRA at which rank, QLoRA, or full fine-tuning: from the capacity of adapters and the memory of the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.planning.reason import Reason
+
+DEFAULT_RANK, LEAST_RANK = 32, 8
+"""The rank where less would do and memory allows more; and the least rank that is recommended for capacity."""
+CONVENTION = "convention; no source finds harm in a larger rank (TML: rank hardly matters early)"
+NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A method on the devices at hand, with one row on each.
+
+    Args:
+        strategy: ``"single"``, ``"ddp"`` or ``"fsdp2"``.
+        memory: Bytes on one device with the smallest micro-batch.
+        traced_rank: The rank at which this was traced; None without adapters.
+    """
+
+    strategy: str
+    memory: MemoryParts
+    traced_rank: int | None = None
+
+    def at_rank(self, rank: int) -> int:
+        """Bytes on one device at another rank: adapters, their gradients and their optimizer state grow with it."""
+        if self.traced_rank is None:
+            return self.memory.total
+        parts = self.memory
+        return parts.total + _by_rank(parts) * (rank - self.traced_rank) // self.traced_rank
+
+
+@dataclass(frozen=True)
+class Method:
+    """The recommended method.
+
+    Args:
+        name: ``"lora"``, ``"qlora"`` or ``"full"``.
+        rank: Rank of the adapters; None without any.
+        strategy: ``"single"``, ``"ddp"`` or ``"fsdp2"``.
+        fits: Whether it fits into the memory of the devices.
+        verdict: ``"inside"``, ``"tight"``, ``"over"`` or ``"cannot tell"`` at this rank.
+        reasons: Why.
+    """
+
+    name: str
+    rank: int | None
+    strategy: str
+    fits: bool
+    verdict: str
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a method is chosen from.
+
+    Args:
+        verdicts: The verdict of each rank that the layers allow.
+        needed: The smallest rank that is inside; None if none is, or nothing is known.
+        most_rank: The highest sensible rank: a quarter of the smallest side of an adapted matrix, at most 512.
+        placements: For each method the ways to place it, best first; none if it is not available.
+        budget: Bytes of a device.
+        asked_rank: The rank of the user's config, kept where nothing is known of the data.
+    """
+
+    verdicts: Mapping[int, str]
+    needed: int | None
+    most_rank: int
+    placements: Mapping[str, Sequence[Placement]]
+    budget: int
+    asked_rank: int | None = None
+
+    def place(self, method: str, rank: int) -> Placement | None:
+        """The first placement of a method that fits at this rank."""
+        return next((way for way in self.placements[method] if way.at_rank(rank) <= self.budget), None)
+
+
+def choose_method(room: Room) -> Method:
+    """Choose: LoRA while adapters have room, QLoRA if the base does not fit otherwise, full if adapters are too small.
+
+    If nothing fits, the method that is nearest is returned with ``fits=False``.
+    """
+    is_unknown = set(room.verdicts.values()) <= {"cannot tell"}
+    best = _best_verdict(room)
+    if best == "over" and not is_unknown and (way := room.place("full", 0)):
+        why = "the data holds more than adapters of any sensible rank can store, and full fine-tuning fits"
+        return Method("full", None, way.strategy, True, "over", (Reason("full fine-tuning", why, _BOUNDS),))
+    wanted, reason = _wanted_rank(room, is_unknown, best)
+    for name in ("lora", "qlora"):
+        for rank in [wanted, *sorted((rank for rank in room.verdicts if rank < wanted), reverse=True)]:
+            if way := room.place(name, rank):
+                return _adapted(room, name, rank, wanted, way, reason)
+    # Named by what comes nearest to fitting.
+    near = [(way.at_rank(1), name, way) for name, ways in room.placements.items() for way in ways]
+    _, name, way = min(near, key=lambda each: each[0])
+    rank = None if name == "full" else 1
+    why = f"not even {NAMES[name]}{' at rank 1' if rank else ''} with one row fits"
+    verdict = "over" if name == "full" else room.verdicts.get(1, "cannot tell")
+    return Method(name, rank, way.strategy, False, verdict, (Reason("nothing fits", why, "traced"),))
+
+
+_BOUNDS = "upper bounds: 1 token per parameter (Tinker), 2 bits per parameter at half use (arXiv 2404.05405)"
+
+
+def _adapted(room: Room, name: str, rank: int, wanted: int, way: Placement, reason: Reason) -> Method:
+    reasons = [reason]
+    if rank < wanted:
+        why = f"rank {wanted} does not fit into memory, {rank} is the largest that does"
+        reasons = [Reason(f"rank {rank}", why, "traced"), reason]
+    if name == "qlora":
+        why = "the base fits into memory in 4 bits only; 4 bits do not change what adapters can store"
+        reasons.insert(0, Reason("QLoRA", why, "traced; arXiv 2305.14314"))
+    verdict = room.verdicts.get(rank, "cannot tell")
+    if verdict == "over":
+        why = "slower learning, no floor: try a RankProbe at half of the data, and watch with CapacityMonitor"
+        reasons.append(Reason("expect", why, "TML"))
+    return Method(name, rank, way.strategy, True, verdict, tuple(reasons))
+
+
+def _best_verdict(room: Room) -> str:
+    """The best verdict of any sensible rank."""
+    order = ("inside", "tight", "cannot tell", "over")
+    found = {verdict for rank, verdict in room.verdicts.items() if rank <= room.most_rank}
+    return next((verdict for verdict in order if verdict in found), "cannot tell")
+
+
+def _wanted_rank(room: Room, is_unknown: bool, best: str) -> tuple[int, Reason]:
+    """The rank to use if memory allows, and why."""
+    limit = max([rank for rank in room.verdicts if rank <= max(room.most_rank, 1)], default=1)
+    if is_unknown or not room.verdicts:
+        rank = room.asked_rank or min(DEFAULT_RANK, max(room.verdicts, default=DEFAULT_RANK))
+        why = "nothing is known of the information in the targets, so no rank can be derived; a RankProbe can tell"
+        return rank, Reason(f"rank {rank}", why, "convention")
+    if best in ("over", "tight") or room.needed is None or room.needed > limit:
+        why = f"the highest sensible rank (at most 512 and a quarter of a layer's smallest side); the data is {best}"
+        return limit, Reason(f"rank {limit}", why, _BOUNDS)
+    rank = max(room.needed, LEAST_RANK, DEFAULT_RANK)
+    if rank == room.needed:
+        return rank, Reason(f"rank {rank}", "the smallest rank that is inside both upper bounds", _BOUNDS)
+    rank = min(rank, max(room.verdicts))
+    return rank, Reason(
+        f"rank {rank}", f"rank {room.needed} would do by the upper bounds; more costs little", CONVENTION
+    )
+
+
+def smallest_change(memory: MemoryParts, budget: int, sharded: Mapping[int, MemoryParts], length: int | None) -> str:
+    """The smallest change that would make a method fit, in words.
+
+    Args:
+        memory: The method that comes nearest, on one device with one row.
+        budget: Bytes of a device.
+        sharded: The same divided by FSDP2 among more devices.
+        length: Tokens of the longest row; None if rows are no token sequences.
+    """
+    changes = []
+    fixed = memory.total - memory.activations - memory.logits
+    if length is not None and fixed < budget:
+        shorter = int(length * (budget - fixed) / max(1, memory.activations + memory.logits)) // 8 * 8
+        if shorter >= 16:
+            changes.append(f"rows of at most {shorter} tokens (max_length; now {length})")
+    devices = next((count for count, parts in sorted(sharded.items()) if parts.total <= budget), None)
+    if devices is not None:
+        changes.append(f"{devices} such devices with FSDP2 (cli_configs/strategy/fsdp2.yaml)")
+    changes.append(f"a device with {memory.total / 2**30:.3g} GiB, or a smaller model")
+    return "; or ".join(changes)
+
+
+def _by_rank(parts: MemoryParts) -> int:
+    return dataclasses.replace(parts, weights=0, activations=0, logits=0, overhead=0).total
+
+
+def strategy_setting(name: str) -> Any:
+    """The Trainer's ``strategy`` for a name, as in ``cli_configs/strategy``."""
+    if name == "fsdp2":
+        return {"class_path": "lightning_lora.sharding.FSDP2Strategy"}
+    return "ddp" if name == "ddp" else "auto"

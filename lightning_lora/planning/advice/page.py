@@ -1,0 +1,134 @@
+"""The page of a plan: at most 40 lines of 80 columns, without colours."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning_lora.planning.advice.method import NAMES
+
+LINES, COLUMNS = 40, 80
+_INDENT = 10
+_SHOWN_RANKS = (1, 8, 32, 128, 512)
+DISAGREE = (
+    "PEFT starts at rank 8 on a few layers, TRL at 16, axolotl at 32; the rates differ by 10. Attention only, as many "
+    "do, is worse at equal parameters (TML), and was not in one math task. TRL's batch below 32 is TRL's inference."
+)
+
+
+def page(plan: Any) -> str:
+    """A `Plan` in words and tables."""
+    lines = [
+        *textwrap.wrap(f"Plan: {plan.sentence}", COLUMNS, subsequent_indent="      "),
+        *_part("model", plan.model),
+        *_part("data", _data(plan)),
+        *_capacity(plan),
+        *_part("method", _said(plan, "method")),
+        *_part("settings", _settings(plan)),
+        *_memory(plan),
+        *_part("cost", plan.cost),
+    ]
+    for note in [*plan.notes, f"sources disagree: {DISAGREE}", f"how sure: {plan.sureness}"]:
+        lines += _note(note, LINES - len(lines))
+    return "\n".join(lines[:LINES])
+
+
+def _part(name: str, text: str) -> list[str]:
+    if not text:
+        return []
+    first = f"{name:<{_INDENT}}"
+    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=" " * _INDENT, break_on_hyphens=False)
+
+
+def _note(text: str, room: int) -> list[str]:
+    lines = textwrap.wrap(text, COLUMNS, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    if len(lines) <= room:
+        return lines
+    return [lines[0][: COLUMNS - 4] + " ..."] if room > 0 else []
+
+
+def _said(plan: Any, topic: str) -> str:
+    reasons = [reason for name, reason in plan.topics if name == topic]
+    return "; ".join(f"{reason.value}: {reason.why}" for reason in reasons)
+
+
+def _data(plan: Any) -> str:
+    data = plan.data
+    told = [f"{data.rows:,} rows"]
+    if data.unique_supervised_tokens is not None:
+        told.append(f"{data.unique_supervised_tokens:,} unique supervised {data.unit}")
+    if data.bits is not None and data.unit != "tokens":
+        told.append(f"{data.bits:,.0f} bits of targets")
+    counts = {"repeated": data.duplicate_rows, "cut": data.truncated_rows, "without target": data.unsupervised_rows}
+    told += [f"{count:,} {name}" for name, count in counts.items() if count or data.unit == "tokens"]
+    if data.longest_row is not None:
+        told.append(f"longest {data.longest_row:,} tokens")
+    return ", ".join(told)
+
+
+def _capacity(plan: Any) -> Iterator[str]:
+    """The table of ranks, for the planned targets, and one line for the others."""
+    rows = [row for row in plan.capacity if row.targets == plan.targets]
+    chosen = plan.settings["rank"]
+    shown = [row for row in rows if row.rank in (*_SHOWN_RANKS, chosen)]
+    if not shown:
+        return
+    if all(row.verdict == "cannot tell" for row in shown):
+        sizes = ", ".join(f"rank {row.rank} has {row.parameters:,}" for row in shown if row.rank in (1, 32, chosen))
+        yield from _part("capacity", f"cannot tell: the targets' information is unknown; parameters: {sizes}")
+        return
+    yield f"{'capacity':<{_INDENT}}{'rank':>6} {'parameters':>16} {'A':>9} {'B':>9}  verdict"
+    for row in shown:
+        mark = "  <-" if row.rank == chosen else ""
+        sizes = f"{row.parameters:>16,} {_ratio(row.ratio_a):>9} {_ratio(row.ratio_b):>9}"
+        yield f"{'':<{_INDENT}}{row.rank:>6} {sizes}  {row.verdict}{mark}"
+    yield f"{'':<{_INDENT}}A: {plan.data.unit} per parameter; B: bits of data per 2 bits; upper bounds"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3g}"
+
+
+def _settings(plan: Any) -> str:
+    settings = plan.settings
+    rate = settings["learning_rate"]
+    told = [] if rate is None else [f"learning_rate {rate:g}"]
+    if rate is not None and plan.method != "full":
+        told[0] += f" (adapters {rate * plan.lr_multiplier:g})"
+    told.append(
+        f"{settings['batch_size']} rows x {settings['accumulate_grad_batches']} accumulated x "
+        f"{settings['devices']} device{'s' if settings['devices'] > 1 else ''} = {settings['rows_per_step']} per step"
+    )
+    told.append(f"{settings['steps']:,} steps ({plan.length})")
+    return ", ".join(told) + ". " + _said(plan, "settings")
+
+
+def _memory(plan: Any) -> Iterator[str]:
+    """A row for each method, a column for each part, in GiB or MiB on one device."""
+    known: Sequence[str] = [name for name in NAMES if plan.memory.get(name) is not None]
+    if not known:
+        return
+    largest = max(plan.memory[name].total for name in known)
+    unit, size = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
+    heads = ("weights", "adapt", "grads", "optim", "activ", "logits", "total")
+    yield f"{'memory':<{_INDENT}}{unit:<6}" + "".join(f"{head:>9}"[1:] for head in heads)
+    for name in known:
+        parts = plan.memory[name]
+        assert parts is not None
+        sizes = (parts.weights, parts.adapters, parts.gradients, parts.optimizer, parts.activations + parts.overhead)
+        cells = "".join(f"{_number(each / size):>8}" for each in (*sizes, parts.logits, parts.total))
+        yield f"{'':<{_INDENT}}{name:<6}{cells}" + (" *" if parts.total > plan.budget else "")
+    over = any(plan.memory[name].total > plan.budget for name in known)
+    mark = "; * does not fit" if over else ""
+    yield from _part("", f"one device with {settings_rows(plan)}; it has {plan.budget / size:,.5g} {unit}{mark}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 or value == 0 else f"{value:.3g}"
+
+
+def settings_rows(plan: Any) -> str:
+    """The rows of the longest length that the table of memory is for."""
+    rows = plan.settings["batch_size"]
+    return f"{rows} row{'' if rows == 1 else 's'} of the longest length, {plan.settings['strategy']}"

@@ -1,0 +1,147 @@
+"""LoRA, QLoRA and full fine-tuning of one module, each traced for its memory and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_lora.batch.division import divisors
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.memory.step_trace import StepTrace, trace_step
+from lightning_lora.memory.strategies import divide
+from lightning_lora.planning.advice.method import Placement
+from lightning_lora.tasks.pretrained import PretrainedTask
+from lightning_lora.tasks.variants import variant
+
+
+class TracedMethods:
+    """Traces of the three methods, each made once for a number of rows and a rank.
+
+    Args:
+        module: The module as the user gave it; it is not changed.
+        config: The LoRA settings; the rank is given with each trace.
+        batch: A function from a number of rows to the batch that needs the most memory.
+        precision: The Trainer's precision for each method.
+        clip: The Trainer's ``gradient_clip_val``.
+        devices: Devices that train together.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        config: LoRAConfig,
+        batch: Callable[[int], Any],
+        precision: Mapping[str, str],
+        clip: float | None,
+        devices: int,
+    ) -> None:
+        self.module, self.config, self.batch = module, config, batch
+        self.precision, self.clip, self.devices = precision, clip, devices
+        self.failed: dict[str, str] = {}
+        self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The methods that this module can be trained by: only our tasks load a base in 4 bits."""
+        return ["lora", "qlora", "full"] if isinstance(self.module, PretrainedTask) else ["lora", "full"]
+
+    def trace(self, name: str, rows: int, rank: int | None) -> StepTrace:
+        """The trace of a method with ``rows`` rows in a micro-batch."""
+        key = name, rows, None if name == "full" else rank
+        if key not in self._traces:
+            self._traces[key] = trace_step(
+                self.variant(name, rank),
+                self.batch(rows),
+                precision=self.precision[name],
+                gradient_clip_val=self.clip,
+            )
+        return self._traces[key]
+
+    def memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts:
+        """Bytes on one device."""
+        trace = self.trace(name, rows, rank)
+        return divide(trace.memory, strategy, self.devices, layer=trace.largest_layer)
+
+    def known_memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts | None:
+        """Bytes on one device; None if a base in 4 bits cannot be traced here, which `failed` then explains."""
+        try:
+            return self.memory(name, rows, rank, strategy)
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            if name != "qlora":
+                raise
+            self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None
+
+    def placements(self, rank: int, share: int, budget: int) -> Mapping[str, Sequence[Placement]]:
+        """The ways to place each method, best first, traced when they are asked for.
+
+        Args:
+            rank: Rank of the traces.
+            share: Rows of a step on one device. Where so many fit at once, fewer are not traced.
+            budget: Bytes of one device.
+        """
+        return _Placements(self, rank, share, budget)
+
+    def sharded(self, name: str, rank: int | None) -> dict[int, MemoryParts]:
+        """Bytes on each of more devices under FSDP2, with one row on each."""
+        if name == "qlora":
+            return {}
+        counts = [2**power for power in range(1, 7) if 2**power > self.devices]
+        trace = self.trace(name, 1, rank)
+        return {count: divide(trace.memory, "fsdp2", count, layer=trace.largest_layer) for count in counts}
+
+    def largest_micro_batch(self, name: str, rank: int | None, strategy: str, share: int, budget: int) -> int:
+        """The most rows of a micro-batch that fit, of those that divide a device's ``share`` of a step's rows.
+
+        The share itself is tried first. Else two sizes are traced, and the size that a line through them allows is
+        traced too, and lowered while it is too large.
+        """
+        if self.memory(name, share, rank, strategy).total <= budget:
+            return share
+        one = self.memory(name, 1, rank, strategy).total
+        two = self.memory(name, min(2, share), rank, strategy).total
+        slope = max(1, two - one)
+        for rows in divisors(share):
+            if one + slope * (rows - 1) <= budget and self.memory(name, rows, rank, strategy).total <= budget:
+                return rows
+        return 1
+
+    def variant(self, name: str, rank: int | None) -> LightningModule:
+        """The module as a method trains it, not built yet."""
+        if name == "full":
+            return variant(self.module, None)
+        config = replace(self.config, rank=rank or self.config.rank)
+        return variant(self.module, config, "nf4" if name == "qlora" else None)
+
+
+class _Placements(Mapping[str, Sequence[Placement]]):
+    """The placements of each method; a trace takes seconds, so a method is traced only if it is asked for."""
+
+    def __init__(self, methods: TracedMethods, rank: int, share: int, budget: int) -> None:
+        self.methods, self.rank, self.share, self.budget = methods, rank, share, budget
+
+    def __getitem__(self, name: str) -> Sequence[Placement]:
+        methods = self.methods
+        if name not in methods.names:
+            return []
+        ways = ["single"] if methods.devices == 1 else ["ddp", "fsdp2"]
+        traced = None if name == "full" else self.rank
+        # bitsandbytes weights cannot be sharded
+        found = [(way, self._memory(name, way)) for way in (ways[:1] if name == "qlora" else ways)]
+        return [Placement(way, memory, traced) for way, memory in found if memory is not None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("lora", "qlora", "full"))
+
+    def __len__(self) -> int:
+        return 3
+
+    def _memory(self, name: str, way: str) -> MemoryParts | None:
+        memory = self.methods.known_memory(name, self.share, self.rank, way)
+        if memory is not None and memory.total > self.budget:
+            return self.methods.known_memory(name, 1, self.rank, way)
+        return memory

@@ -1,0 +1,183 @@
+"""The devices that a run is planned for: those at hand, or those that the user names."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
+
+EFFICIENCY = 0.35
+"""Share of the peak FLOP/s that training reaches in bfloat16, above a few thousand tokens in a micro-batch.
+
+Measured on one H100 (docs/gpu.md, 8,192 tokens): operations of forward and backward, with attention, over the time of
+the step. Llama-1B 0.29 with adapters and 0.37 in full, eight layers of Llama-8B 0.42 and 0.41.
+"""
+
+_UNITS = {"b": 1} | {
+    f"{letter}{end}": base**power for power, letter in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))
+}
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Args:
+        name: What it is called.
+        kind: ``"cuda"``, ``"mps"``, ``"cpu"``, or ``"unknown"`` if only its memory was named.
+        memory: Its bytes.
+        flops: Peak FLOP/s by dtype (``"float32"``, ``"bfloat16"``, ``"float16"``), empty if not known.
+        bandwidth: Bytes per second of its memory; None if not known.
+        efficiency: Share of the peak that training reaches.
+        source: Where these numbers come from.
+    """
+
+    name: str
+    kind: str
+    memory: int
+    flops: Mapping[str, float] = field(default_factory=dict)
+    bandwidth: float | None = None
+    efficiency: float = EFFICIENCY
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Equal devices that train together.
+
+    Args:
+        device: One of them.
+        count: How many.
+        is_here: Whether they are in this machine, so that steps can be tried on them.
+    """
+
+    device: Device
+    count: int
+    is_here: bool
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one device."""
+        return self.device.memory
+
+    def __str__(self) -> str:
+        where = "here" if self.is_here else "named"
+        return f"{self.count} x {self.device.name} with {self.memory / 2**30:.3g} GiB ({where})"
+
+
+def find_devices(
+    memory: str | None = None, count: int | None = None, name: str | None = None, efficiency: float | None = None
+) -> Devices:
+    """The devices at hand, or others that are named.
+
+    Without arguments all GPUs of this machine, else its CPU. ``count`` alone means so many of those at hand.
+
+    Args:
+        memory: Bytes of one device with their unit, ``"24GiB"``. Without ``name`` nothing else is known of it.
+        count: Number of devices, at least 1.
+        name: A device of the table, ``"h100"``.
+        efficiency: Share of the peak FLOP/s that training reaches, above 0 and at most 1; None for the measured one.
+
+    Raises:
+        ConfigError: If a value is not valid, or the name is not in the table.
+    """
+    size = None if memory is None else parse_bytes(memory)
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ConfigError(f"devices must be a whole number of at least 1, got {count!r}.")
+    if name is not None:
+        found = Devices(_listed(name), 1, is_here=False)
+    elif size is not None:
+        unknown = Device("unnamed device", "unknown", size, source="its memory was named, nothing else is known of it")
+        found = Devices(unknown, 1, is_here=False)
+    else:
+        found = _at_hand()
+    device = found.device if size is None else replace(found.device, memory=size)
+    if efficiency is not None:
+        device = replace(device, efficiency=_share(efficiency))
+    number = found.count if count is None else count
+    return Devices(device, number, found.is_here and number <= found.count)
+
+
+def parse_bytes(text: Any) -> int:
+    """Bytes from a number with a unit: powers of 1024 are ``KiB``, ``MiB``, ``GiB``, ``TiB``, of 1000 ``KB`` to ``TB``.
+
+    >>> parse_bytes("24GiB"), parse_bytes("24 GB"), parse_bytes("1.5 MiB")
+    (25769803776, 24000000000, 1572864)
+
+    Raises:
+        ConfigError: If the text is no number, has no unit or an unknown one, or is not above zero.
+    """
+    written = str(text).strip()
+    match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?|[+-]?\.\d+)\s*([a-zA-Z]*)", written)
+    if match is None:
+        raise ConfigError(f"memory must be a number with a unit, such as 24GiB, got {written!r}.")
+    number, unit = match.groups()
+    if unit.lower() not in _UNITS:
+        what = f"has the unknown unit {unit!r}" if unit else "has no unit"
+        raise ConfigError(f"memory {written!r} {what}: write {number}GiB (powers of 1024) or {number}GB (of 1000).")
+    size = int(float(number) * _UNITS[unit.lower()]) if float(number) > 0 else 0
+    if size < 1:
+        raise ConfigError(f"memory must be above zero, got {written!r}.")
+    return size
+
+
+def _listed(name: Any) -> Device:
+    key = re.sub(r"^(nvidia|amd|geforce)[\s-]+", "", str(name).strip().lower())
+    if key not in DATA_SHEETS:
+        key = key.replace(" ", "").replace("_", "-")
+    if key not in DATA_SHEETS:
+        key = sheet_of(str(name)) or key
+    if key not in DATA_SHEETS:
+        known = ", ".join(DATA_SHEETS)
+        raise ConfigError(
+            f"device {name!r} is not in the table ({known}){did_you_mean(key, DATA_SHEETS)} "
+            f"Of other devices give the memory."
+        )
+    return _from_sheet(key, key, DATA_SHEETS[key].memory)
+
+
+def _from_sheet(key: str, name: str, memory: int) -> Device:
+    sheet = DATA_SHEETS[key]
+    return Device(name, "cuda", memory, sheet.flops, sheet.bandwidth, source=f"data sheet of {key}")
+
+
+def _at_hand() -> Devices:
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
+        smallest = sizes.index(min(sizes))
+        name = torch.cuda.get_device_name(smallest)
+        key = sheet_of(name)
+        if key is not None:
+            return Devices(_from_sheet(key, name, min(sizes)), count, is_here=True)
+        return Devices(Device(name, "cuda", min(sizes), source="its driver; no data sheet here"), count, is_here=True)
+    if torch.backends.mps.is_available():
+        size = torch.mps.recommended_max_memory()
+        return Devices(Device("Apple GPU", "mps", size, source="the size that Metal recommends"), 1, is_here=True)
+    name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return Devices(Device(name, "cpu", machine_memory(), source="the operating system"), 1, is_here=True)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: those of the machine, or the limit of its container."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in map(Path, _CGROUP_LIMITS):
+        limit = path.read_text().strip() if path.is_file() else "max"
+        sizes += [int(limit)] if limit.isdigit() else []
+    return min(sizes)
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigError(f"efficiency must be a number above 0 and at most 1, got {value!r}.")
+    return float(value)

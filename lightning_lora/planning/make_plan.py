@@ -1,0 +1,248 @@
+"""Makes a plan: counts the data, traces the methods, chooses, and says why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lightning_lora.batch.division import divide_rows
+from lightning_lora.data import SFTDataModule
+from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.planning.adapter_sizes import adapter_sizes
+from lightning_lora.planning.advice.epoch import Epoch, RunLength
+from lightning_lora.planning.advice.fit_config import fit_config
+from lightning_lora.planning.advice.largest_batches import largest_batches
+from lightning_lora.planning.advice.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
+from lightning_lora.planning.advice.plan_cost import plan_cost
+from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
+from lightning_lora.planning.advice.traced_methods import TracedMethods
+from lightning_lora.planning.advice.verdict import notes_on_data, sentence
+from lightning_lora.planning.base_bits import BaseBits
+from lightning_lora.planning.capacity import capacity_table, highest_rank, needed_rank
+from lightning_lora.planning.count_data import count_data
+from lightning_lora.planning.data_counts import DataCounts
+from lightning_lora.planning.devices import Devices, find_devices
+from lightning_lora.planning.plan import Plan
+from lightning_lora.planning.reason import Reason
+from lightning_lora.planning.set_up_data import set_up
+from lightning_lora.tasks import CausalLM
+
+
+def plan(
+    model: LightningModule | str,
+    datamodule: LightningDataModule | str,
+    *,
+    lora: LoRAConfig | dict[str, Any] | None = None,
+    memory: str | None = None,
+    devices: int | None = None,
+    device: str | None = None,
+    measure: bool = False,
+    target_batch_size: int | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan a run before it is started: is LoRA enough, at which rank, and what does it take. Nothing is changed.
+
+    No weights are read unless ``measure`` asks for it.
+
+    Args:
+        model: A LightningModule, or folder or hub name of a causal language model.
+        datamodule: A LightningDataModule, or file, glob or hub name of rows for `SFTDataModule`.
+        lora: LoRA settings in place of the module's own.
+        memory: Memory of one device with its unit, such as ``"24GiB"``. None takes that of the devices at hand.
+        devices: Number of devices. None takes those at hand.
+        device: Name of a device in the table, such as ``"h100"``.
+        measure: Run the base model on a sample of rows, for the bits that it does not know yet.
+        target_batch_size: Rows of an optimizer step on all devices. None recommends a number.
+        trainer: Settings of the Trainer, such as ``{"max_epochs": 3, "precision": "bf16-true"}``.
+        config: The settings of ``fit`` that ``model`` and ``datamodule`` came from, for `Plan.write_config`.
+
+    Raises:
+        ConfigError: If a setting is refused or contradicts another one, or the model cannot be found.
+        DataError: If the data cannot be used or holds no target.
+    """
+    settings = dict(trainer or {})
+    found = find_devices(memory, devices, device)
+    module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
+    data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
+    used = _lora_config(module, lora)
+    counts = count_data(data, module)
+    bits = _measured_bits(module, data) if measure else None
+    with set_up(data, module) as ready:
+        loader = ready.train_dataloader()
+        epoch = Epoch.of(loader)
+        if not counts.rows and not epoch.rows and epoch.rows is not None:
+            raise DataError("the training data has no rows: there is nothing to plan.")
+        run = _Run(module, data, used, counts, bits, found, epoch, settings, largest_batches(ready, loader))
+        return run.plan(target_batch_size, config)
+
+
+@dataclass
+class _Run:
+    """Everything that the parts of a plan are made from."""
+
+    module: LightningModule
+    data: LightningDataModule
+    lora: LoRAConfig
+    counts: DataCounts
+    bits: BaseBits | None
+    devices: Devices
+    epoch: Epoch
+    trainer: dict[str, Any]
+    batch: Any
+
+    def plan(self, target_rows: int | None, config: Mapping[str, Any] | None) -> Plan:
+        length = RunLength.of(self.trainer)
+        rows = capacity_table(self.module, self.counts, self.bits, self.lora)
+        own = [row for row in rows if row.targets == rows[0].targets]
+        most = highest_rank(adapter_sizes(self.module, self.lora))
+        traces = self._traces()
+        target, batch_reason = self._rows(target_rows, length)
+        default = min(DEFAULT_RANK, max(row.rank for row in own))
+        room = Room(
+            verdicts={row.rank: row.verdict for row in own},
+            needed=needed_rank(rows),
+            most_rank=max(most, 1),
+            placements=traces.placements(default, self._share(target), self.devices.memory),
+            budget=self.devices.memory,
+            asked_rank=self.lora.rank,
+        )
+        method = choose_method(room)
+        batch = self._batch(target, length, traces, method)
+        memory = self._memory(traces, method, batch.batch_size, default)
+        rate, rate_reason = self._rate()
+        few = alarm(batch.steps, self.lora.lr_multiplier)
+        topics = [("method", reason) for reason in method.reasons]
+        topics += [("settings", each) for each in (rate_reason, batch_reason, few) if each is not None]
+        settings = {
+            "rank": method.rank,
+            "learning_rate": rate,
+            "batch_size": batch.batch_size,
+            "accumulate_grad_batches": batch.accumulate_grad_batches,
+            "devices": batch.devices,
+            "strategy": method.strategy,
+            "precision": traces.precision[method.name],
+            "rows_per_step": batch.rows,
+            "steps": batch.steps,
+        }
+        cost = plan_cost(traces, method, batch, self.devices, self.counts)
+        change = None if method.fits else self._change(traces, method)
+        planned = {
+            "steps": batch.steps,
+            "tokens": self._tokens(length, batch),
+            "trained_parameters": cost.parameters.trained,
+            "peak_bytes": cost.peak,
+            "seconds": None if cost.seconds is None else round(cost.seconds, 1),
+        }
+        planned = {name: value for name, value in planned.items() if value is not None}
+        made, reasons = fit_config(
+            self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned
+        )
+        return Plan(
+            model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",
+            data=self.counts,
+            capacity=tuple(rows),
+            method=method.name,
+            fits=method.fits,
+            sentence=sentence(method, self.counts, own, room.most_rank, self.devices.memory, change),
+            settings=settings,
+            memory=memory,
+            seconds=cost.seconds,
+            cost=cost.words,
+            topics=tuple(topics),
+            notes=(
+                *notes_on_data(self.counts, self.bits),
+                *(f"QLoRA could not be traced: {why}" for why in traces.failed.values()),
+            ),
+            budget=self.devices.memory,
+            targets=rows[0].targets,
+            lr_multiplier=self.lora.lr_multiplier,
+            length=str(length),
+            sureness=f"capacity ratios are upper bounds on the need; memory is traced, within about 10 %; {cost.how}",
+            config=made,
+            config_reasons=reasons,
+            numbers=cost.numbers,
+        )
+
+    def _traces(self) -> TracedMethods:
+        given = self.trainer.get("precision")
+        is_gpu = self.devices.device.kind != "cpu"
+        defaults = {"lora": "bf16-true", "qlora": "bf16-true", "full": "bf16-mixed"} if is_gpu else {}
+        precision = {name: str(given or defaults.get(name, "32-true")) for name in ("lora", "qlora", "full")}
+        clip = self.trainer.get("gradient_clip_val")
+        return TracedMethods(self.module, self.lora, self.batch, precision, clip, self.devices.count)
+
+    def _rows(self, target: int | None, length: RunLength) -> tuple[int, Reason]:
+        """Rows of an optimizer step on all devices."""
+        if target is not None:
+            own = getattr(self.data, "batch_size", self.epoch.batch_size)
+            divided = divide_rows(target, self.devices.count, own)
+            return divided.rows, Reason(f"{target} rows per step", "yours", "target_batch_size")
+        return choose_rows(self.epoch, length, self.devices.count)
+
+    def _batch(self, rows: int, length: RunLength, traces: TracedMethods, method: Method) -> PlannedBatch:
+        count = self.devices.count
+        if isinstance(getattr(self.data, "batch_size", None), int):
+            share = rows // count
+            most = traces.largest_micro_batch(method.name, method.rank, method.strategy, share, self.devices.memory)
+            return divide(rows, count, most, self.epoch, length)
+        micro = self.epoch.batch_size
+        accumulation = max(1, round(rows / (micro * count)))
+        return PlannedBatch(micro, accumulation, count, length.steps(self.epoch, micro, accumulation, count))
+
+    def _share(self, rows: int) -> int:
+        """Rows of a step on one device that are in memory at once, if they fit."""
+        can_set = isinstance(getattr(self.data, "batch_size", None), int)
+        return rows // self.devices.count if can_set else self.epoch.batch_size
+
+    def _memory(self, traces: TracedMethods, method: Method, micro: int, default: int) -> dict[str, MemoryParts | None]:
+        found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}
+        for name in traces.names:
+            way = "ddp" if name == "qlora" and method.strategy == "fsdp2" else method.strategy
+            found[name] = traces.known_memory(name, micro, method.rank or default, way)
+        return found
+
+    def _tokens(self, length: RunLength, batch: PlannedBatch) -> int | None:
+        """Supervised tokens of the whole run; None if it does not take every row of every epoch once."""
+        rows, tokens = self.epoch.rows, self.counts.supervised_tokens
+        is_whole = rows is not None and rows % batch.devices == 0 and not self.epoch.drop_last
+        if tokens is None or not is_whole or length.limit_train_batches is not None or length.max_steps != -1:
+            return None
+        return tokens * length.epochs
+
+    def _rate(self) -> tuple[float | None, Reason]:
+        rate = getattr(self.module, "learning_rate", getattr(self.module, "lr", None))
+        known = inspect.signature(type(self.module)).parameters
+        standard = known["learning_rate"].default if "learning_rate" in known else None
+        rate = rate if isinstance(rate, (int, float)) else None
+        given = None if rate is not None and rate == standard else rate
+        model_config = getattr(self.module, "model_config", None)
+        return choose_rate(given, rate, model_config, self.lora.lr_multiplier)
+
+    def _change(self, traces: TracedMethods, method: Method) -> str:
+        memory = traces.memory(method.name, 1, method.rank, "single")
+        sharded = traces.sharded(method.name, method.rank)
+        return smallest_change(memory, self.devices.memory, sharded, self.counts.longest_row)
+
+
+def _measured_bits(module: LightningModule, data: LightningDataModule) -> BaseBits:
+    from lightning_lora.planning.base_bits import measure_base_bits
+
+    return measure_base_bits(module, data)
+
+
+def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | None) -> LoRAConfig:
+    own = given if given is not None else getattr(module, "lora", None)
+    if own is not None and not isinstance(own, (LoRAConfig, Mapping)):
+        raise ConfigError(f"lora must be a LoRAConfig, a mapping or None, got {type(own).__name__}.")
+    return LoRAConfig() if own is None else replace(LoRAConfig.from_dict(own))
+
+
+def _name(module: LightningModule) -> str:
+    return getattr(module, "model_name", None) or type(module).__name__

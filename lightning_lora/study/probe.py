@@ -1,0 +1,153 @@
+"""What probes share: when a run is probed, what it must be like for that, and the rows that branches are scored on."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_lora.batch.run_events import RunEvents
+from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.lightning_private import is_accumulating
+from lightning_lora.study.branch import BranchPoint, check_one_optimizer
+from lightning_lora.study.row_losses import HeldOut, check_gives_losses
+from lightning_lora.study.row_order import check_loader, next_rows, rows_per_batch
+from lightning_lora.trainer_access import move_last
+
+
+class Probe(Callback, ABC):
+    """Trains short branches from a snapshot of a run, once, and continues the run as if nothing had been.
+
+    Args:
+        at: The step to probe after: a fraction of the planned optimizer steps if below 1, else a number of steps.
+        min_steps: Least number of optimizer steps of a branch.
+        min_epoch: Least fraction of the training rows that a branch trains on.
+        held_out_rows: Validation rows to compare on, spread evenly; all if there are fewer.
+        num_seeds: Number of orders of the data to repeat every branch with.
+        stop: Whether to end the run after the probe.
+    """
+
+    compared: ClassVar[str]
+    """What the probe compares, for messages: ``"batch"`` or ``"rank"``."""
+    elsewhere: ClassVar[str]
+    """What to do in a run on several devices, for a message."""
+
+    def __init__(
+        self, at: float, min_steps: int, min_epoch: float, held_out_rows: int, num_seeds: int, stop: bool
+    ) -> None:
+        if not 0 < at < math.inf or (at >= 1 and at != int(at)):
+            raise ConfigError(f"at must be a fraction of the steps below 1, or a whole number of steps, got {at}.")
+        if min_steps < 1 or held_out_rows < 2 or num_seeds < 1 or not 0 <= min_epoch <= 1:
+            raise ConfigError(
+                f"min_steps and num_seeds must be at least 1, held_out_rows at least 2 and min_epoch in [0, 1], got "
+                f"min_steps={min_steps}, num_seeds={num_seeds}, held_out_rows={held_out_rows}, min_epoch={min_epoch}."
+            )
+        self.at = at
+        self.min_steps = min_steps
+        self.min_epoch = min_epoch
+        self.held_out_rows = held_out_rows
+        self.num_seeds = num_seeds
+        self.stop = stop
+        self._is_due = True
+        self._step = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse several devices, and move behind the other callbacks, which may watch layers until a batch ends."""
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size != 1:
+            raise ConfigError(
+                f"{type(self).__name__} works on one device, and this run has {type(trainer.strategy).__name__} with "
+                f"{trainer.world_size}: {self.elsewhere}"
+            )
+        move_last(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse runs that cannot be probed, before the first step."""
+        check_one_optimizer(trainer, pl_module)
+        check_gives_losses(pl_module)
+        planned = trainer.estimated_stepping_batches
+        if self.at < 1 and math.isinf(planned):
+            raise ConfigError(f"at={self.at} is a fraction, and the run has no end: give a number of steps.")
+        self._step = max(1, round(self.at * planned)) if self.at < 1 else int(self.at)
+        if self._step > planned:
+            raise ConfigError(f"at={self.at:g} is beyond the run, which has {planned:.0f} optimizer steps: lower it.")
+        if trainer.val_dataloaders is None and trainer.enable_validation:
+            # Lightning makes it in the first epoch that ends with a validation.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+        self._held_out(trainer.val_dataloaders)
+        self._check_run(trainer, pl_module)
+        self._events = RunEvents(trainer, type(self).__name__)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe after the step is done, when no accumulation window is open."""
+        if not self._is_due or trainer.global_step < self._step or is_accumulating(trainer):
+            return
+        self._is_due = False
+        try:
+            self._probe_run(trainer, pl_module)
+        except SIGTERMException:
+            rank_zero_warn(f"the {self.compared} probe was cut short by SIGTERM.")  # the run answers the signal
+        except Exception as error:
+            if self.stop:
+                raise  # the run was only for the probe
+            rank_zero_warn(
+                f"the {self.compared} probe failed at step {trainer.global_step}, and the run continues: {error}"
+            )
+        trainer.should_stop = trainer.should_stop or self.stop
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the run is still to be probed."""
+        return {"is_due": self._is_due}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Probe a resumed run only if it was not probed before; with ``stop``, always."""
+        self._is_due = self.stop or state_dict["is_due"]
+
+    @abstractmethod
+    def _check_run(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raise an error if the run cannot be probed."""
+
+    @abstractmethod
+    def _probe_run(self, trainer: Trainer, module: LightningModule) -> None:
+        """Probe the run as it is now, and report the result."""
+
+    @staticmethod
+    def _point_of_run(trainer: Trainer, module: LightningModule) -> tuple[BranchPoint, list[int]]:
+        """The point that branches of a run start from, and the rows that it would train on next."""
+        loader = check_loader(trainer.train_dataloader, "training")
+        options = {
+            "plugins": [trainer.precision_plugin],
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        }
+        point = BranchPoint(module, trainer.optimizers[0].state_dict(), loader, rows_per_batch(loader), options)
+        return point, next_rows(loader, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def _held_out(self, loader: object) -> HeldOut:
+        """Held-out rows spread evenly over the dataset, which may be sorted."""
+        if isinstance(loader, (list, tuple)) and len(loader) == 1:
+            loader = loader[0]
+        if loader is None or (isinstance(loader, list) and not loader):
+            raise DataError("a probe compares branches on held-out rows: give the run validation data.")
+        loader = check_loader(loader, "validation")
+        count = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+        if count < 2:
+            raise DataError(f"a probe compares branches on held-out rows, got {count}: give at least 256 of them.")
+        number = min(count, self.held_out_rows)
+        return loader, [place * count // number for place in range(number)]

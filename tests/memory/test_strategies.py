@@ -1,0 +1,68 @@
+"""A strategy divides memory, and the largest micro-batch is one whose own trace fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.memory.micro_batch import largest_micro_batch
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.memory.strategies import STRATEGIES, divide
+
+ONE = MemoryParts(weights=1000, adapters=10, gradients=11, optimizer=20, activations=300, logits=50)
+
+
+def test_one_device_holds_everything_under_every_strategy() -> None:
+    assert all(divide(ONE, strategy, 1) == ONE for strategy in STRATEGIES)
+
+
+def test_ddp_adds_buckets_of_the_size_of_the_gradients() -> None:
+    assert divide(ONE, "ddp", 4) == divide(ONE, "auto", 4)
+    assert divide(ONE, "ddp", 4).total == ONE.total + ONE.gradients
+
+
+def test_zero_2_splits_gradients_and_optimizer_only() -> None:
+    part = divide(ONE, "deepspeed", 2)
+    assert (part.weights, part.gradients, part.optimizer, part.overhead) == (1000, 6, 10, 11)
+
+
+def test_fsdp2_splits_all_but_activations_and_holds_two_layers_whole() -> None:
+    part = divide(ONE, "fsdp2", 4, layer=100)
+    assert (part.weights, part.adapters, part.gradients, part.optimizer) == (250, 3, 3, 5)
+    assert (part.activations, part.logits, part.overhead) == (300, 50, 200)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "message"),
+    [("fsdp3", 2, "did you mean 'fsdp"), ("single", 2, "use ddp or fsdp2"), ("ddp", 0, "1 or more, got 0")],
+)
+def test_what_cannot_be_divided_is_refused(strategy: str, devices: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        divide(ONE, strategy, devices)
+
+
+@pytest.mark.parametrize("limit", [99, 100, 109, 110, 125, 1000, 12345])
+def test_the_largest_micro_batch_is_exact_on_a_line(limit: int) -> None:
+    assert largest_micro_batch(lambda rows: MemoryParts(activations=90 + 10 * rows), limit) == max(
+        0, (limit - 90) // 10
+    )
+
+
+def test_a_size_that_does_not_fit_by_its_own_trace_is_lowered() -> None:
+    def trace(rows: int) -> MemoryParts:
+        return MemoryParts(activations=rows + rows * rows // 50)
+
+    rows = largest_micro_batch(trace, 1000)
+    assert trace(rows).total <= 1000
+    assert rows >= 150  # the largest is 200
+
+
+def test_few_traces_are_made() -> None:
+    sizes: list[int] = []
+
+    def trace(rows: int) -> MemoryParts:
+        sizes.append(rows)
+        return MemoryParts(activations=5 + 2 * rows)
+
+    assert largest_micro_batch(trace, 1005) == 500
+    assert sizes == [1, 2, 500]
