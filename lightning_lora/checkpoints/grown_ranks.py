@@ -51,6 +51,6 @@ def taken_shapes(module: nn.Module, taken: Mapping[str, tuple[int, float]]) -> d
     for name, (rank, alpha) in taken.items():
         layer, weight = weights[name]
         spec = replace(layer.lora_specs[weight], rank=rank, alpha=alpha)
-        for factor, shape in zip(layer.lora_pair(weight), layer.factor_shapes(layer, weight, spec), strict=True):
+        for factor, shape in zip(layer.lora_pair(weight), layer.factor_shapes(layer, weight, spec), strict=False):
             shapes[id(factor)] = shape
     return shapes

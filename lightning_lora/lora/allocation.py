@@ -130,7 +130,8 @@ def _cost(target: Target, weight: str | None = None) -> int:
     """Parameters of one rank of a layer."""
     weight = weight or next(iter(target.specs))
     spec = target.specs[weight]
-    return sum(map(math.prod, target.kind.factor_shapes(target.module, weight, spec))) // spec.rank
+    A, B = target.kind.factor_shapes(target.module, weight, spec)[:2]  # a magnitude has no rank
+    return (math.prod(A) + math.prod(B)) // spec.rank
 
 
 class _Sketch:

@@ -120,6 +120,11 @@ class LoRAConfig:
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if self.dora and self.init == "pissa":
+            raise ConfigError(
+                "dora=True starts at the norms of the base weights, and init='pissa' takes their principal part out of "
+                "them: set init to 'default', or dora to False."
+            )
         if self.adapter_dtype is not None:
             self._set("adapter_dtype", _dtype_name(self.adapter_dtype))
         self._set("targets", _checked_targets(self.targets))

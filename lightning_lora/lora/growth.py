@@ -68,7 +68,7 @@ def take_ranks(module: nn.Module, specs: Mapping[str, tuple[int, float]]) -> Non
         layer, weight = weights[name]
         spec = replace(layer.lora_specs[weight], rank=rank, alpha=alpha)
         layer.lora_specs = layer.lora_specs | {weight: spec}
-        for factor, shape in zip(layer.lora_pair(weight), layer.factor_shapes(layer, weight, spec), strict=True):
+        for factor, shape in zip(layer.lora_pair(weight), layer.factor_shapes(layer, weight, spec), strict=False):
             if factor.shape != shape:
                 factor.data, factor.grad = factor.new_zeros(shape), None
     _update_followers(module)

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import adapted_weights, lora_layers
 from lightning_lora.lora.layers.base import FACTORS, LoRALayer
+from lightning_lora.lora.layers.dora import DoRALayer
 from lightning_lora.lora.patterns import matches, names_around, plain_name
 from lightning_lora.lora.targets.ranks import check_rate_patterns
 
@@ -42,7 +43,7 @@ def adapter_groups(module: nn.Module, factors: Iterable[nn.Parameter]) -> list[d
     owned = {
         id(factor): (_first(_names(module, name, layer, weight), config, config.lr_multiplier), end)
         for name, (layer, weight) in adapted_weights(module).items()
-        for end, factor in zip(_ends(layer), layer.lora_pair(weight), strict=True)
+        for end, factor in _starts(layer, weight)
     }
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for factor in factors:
@@ -85,9 +86,12 @@ def _first(names: Iterable[str], config: LoRAConfig, default: float) -> float:
     return next((float(v) for pattern, v in table.items() if any(matches(n, pattern) for n in own)), default)
 
 
-def _ends(layer: LoRALayer) -> tuple[bool, bool]:
-    """Which of ``lora_A`` and ``lora_B`` starts at zero."""
-    return FACTORS[0] == layer.zero_factor, FACTORS[1] == layer.zero_factor
+def _starts(layer: LoRALayer, weight: str) -> Iterator[tuple[bool, nn.Parameter]]:
+    """Whether a factor starts at zero, and the factor; for ``lora_A``, ``lora_B`` and a magnitude, which does not."""
+    for end, factor in zip(FACTORS, layer.lora_pair(weight), strict=True):
+        yield end == layer.zero_factor, factor
+    if isinstance(layer, DoRALayer):
+        yield False, layer.lora_magnitude
 
 
 def _names(module: nn.Module, name: str, layer: LoRALayer, weight: str) -> list[str]:

@@ -30,16 +30,18 @@ class WeightSize(NamedTuple):
         full_rank: The highest rank that an update of this weight can have.
         divisor: What the rank is divided by: the active experts of a mixture, else 1.
         fixed: The rank that ``rank_pattern`` gives the weight; 0 if it follows ``rank``.
+        magnitudes: Adapter parameters at any rank, one for each output feature with DoRA.
     """
 
     per_rank: int
     full_rank: int
     divisor: int
     fixed: int
+    magnitudes: int = 0
 
     def parameters(self, rank: int) -> int:
         """Adapter parameters of the weight if the settings say ``rank``."""
-        return self.per_rank * (self.fixed or min(self.full_rank, max(1, rank // self.divisor)))
+        return self.magnitudes + self.per_rank * (self.fixed or min(self.full_rank, max(1, rank // self.divisor)))
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def _size(root: nn.Module, weight: Candidate, config: LoRAConfig) -> WeightSize:
         full_rank=min(shape.num_in, shape.num_out),
         divisor=rank_divisor(root, weight, config),
         fixed=weight.first_match(config.rank_pattern, 0),
+        magnitudes=shape.num_out if config.dora else 0,
     )
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_lora import AdapterFileError, ConfigError, LoRAConfig, load_adapter, lora_layers, lora_state_dict
+from lightning_lora import (
+    AdapterFileError,
+    ConfigError,
+    LoRAConfig,
+    inject_lora,
+    load_adapter,
+    lora_layers,
+    lora_state_dict,
+)
 from lightning_lora.callbacks import (
     AdapterCheckpoint,
     AdapterEMA,
@@ -20,9 +28,12 @@ from lightning_lora.callbacks import (
     LoRA,
     LoRAGuard,
     MergeOnFitEnd,
+    RankGrowth,
 )
 from lightning_lora.cli import main as cli
 from lightning_lora.lora.layers.base import MAGNITUDE
+from lightning_lora.memory.step_trace import trace_step
+from lightning_lora.planning.adapter_sizes import adapter_sizes
 from tests.support import resuming, toys
 from tests.support.monitored import EveryStep
 from tests.support.resuming import DiceyLoRA
@@ -178,3 +189,45 @@ def test_the_callback_writes_a_folder_that_a_plain_module_loads(
         assert words in said
         assert "merged" in said.lower()
         assert not (tmp_path / "out").exists()
+
+
+def test_lora_plus_leaves_magnitudes_at_the_rate_of_the_adapters(tmp_path: Path) -> None:
+    module = Mine()
+    module.lora = replace(DORA, lora_plus_ratio=4.0, lr_multiplier_pattern={"net.second": 3.0})
+    module.apply_lora()
+    rates = {id(p): group["lr"] for group in module.lora_parameter_groups(0.01) for p in group["params"]}
+    for name, multiplier in (("net.first", 10), ("net.second", 3)):
+        found = [rates[id(factor)] for factor in lora_layers(module)[name].lora_factors().values()]
+        assert found == pytest.approx([0.01 * multiplier, 0.04 * multiplier, 0.01 * multiplier])
+
+
+class Wide(DiceyDoRA):
+    """Layers with room to grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = toys.Net(width=16)
+        self.lora = LoRAConfig(rank=1, alpha=2, dora=True)
+
+
+def test_a_run_whose_ranks_grow_goes_on_exactly(tmp_path: Path) -> None:
+    growth = lambda: RankGrowth(every_n_steps=2, threshold=0.01, budget=10_000)  # noqa: E731
+    whole = resuming.run(Wide, tmp_path, callbacks=[growth()])
+    kept = whole.checkpoint["state_dict"]
+    assert kept["net.first.lora_A"].shape[0] > 1
+    assert kept["net.first.lora_magnitude"].shape == (16,)
+    for place in ("batch-0-1", "batch-1-4"):
+        resumed = resuming.run(Wide, tmp_path, tmp_path / f"{place}.ckpt", callbacks=[growth()])
+        assert not resuming.unlike(whole, resumed), place
+
+
+def test_a_plan_counts_magnitudes() -> None:
+    module = Mine()
+    sizes = adapter_sizes(module, DORA)
+    for rank in (1, 2):
+        assert sizes.parameters(rank) == inject_lora(Plain(), replace(DORA, rank=rank)).parameters.adapter
+
+
+def test_a_traced_step_counts_magnitudes() -> None:
+    memory = [trace_step(module, next(iter(toys.loader()))).memory for module in (Toy(), Mine())]
+    assert memory[1].adapters - memory[0].adapters == 4 * (8 + 2)

@@ -45,6 +45,8 @@ def row_layers(
             continue
         holders = holders_of[id(parameter)]
         if any(isinstance(layer, DoRALayer) for layer in holders.values()):
+            if skips_others:
+                continue
             raise ConfigError(
                 f"per-row gradients do not exist for {next(iter(holders))}, which has a magnitude (dora): set "
                 f"accumulate_grad_batches=2 with half the batch."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_lora.lora.functional import linear_update, magnitude_ratio, rescaled, row_norms
+from lightning_lora.lora.functional.torch_internals import has_values
 from lightning_lora.lora.layers.base import MAGNITUDE, AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.conv import LoRAConv
 from lightning_lora.lora.layers.effective_weights import effective_weights
@@ -77,9 +78,11 @@ class DoRALayer(LoRALayer):
 
     @property
     def _is_fresh(self) -> bool:
-        """Whether nothing has been learnt: the magnitudes are the norms of the weight. False if these are sharded."""
+        """Whether magnitudes are the norms of the weight, as at first; False if they are sharded or have no values."""
         tensors = (self.weight, *self.lora_factors().values())
-        if self.lora_merged or any(t.is_meta or is_dtensor(t) or is_flattened(t) for t in tensors) or self.lora_moved:
+        if self.lora_merged or any(is_dtensor(t) or is_flattened(t) or not has_values(t) for t in tensors):
+            return False
+        if self.lora_moved:
             return False
         magnitude = self.lora_magnitude.detach()
         return torch.allclose(self.lora_norms().to(magnitude.dtype), magnitude, rtol=0, atol=0, equal_nan=True)
