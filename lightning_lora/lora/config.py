@@ -13,7 +13,7 @@ from lightning_lora.errors import ConfigError, did_you_mean
 
 _TARGETS = ("all", "attention", "mlp", "experts")
 _SCALINGS = ("standard", "rslora")
-_INITS = ("default", "gaussian")
+_INITS = ("default", "gaussian", "orthogonal", "pissa")
 _TIED_WEIGHTS = ("refuse", "untie", "both")
 _ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 
@@ -40,7 +40,10 @@ class LoRAConfig:
         dropout: Probability of dropping each input of the update during training, in ``[0, 1)``.
         scaling: Scale of the update: ``"standard"`` (alpha / rank) or ``"rslora"`` (alpha / sqrt(rank)).
         init: Initial values of A. ``"default"``: uniform in ``[-1/sqrt(in), 1/sqrt(in)]``. ``"gaussian"``: normal with
-            standard deviation 1/rank.
+            standard deviation 1/rank. ``"orthogonal"``: A and B are both random, in rank spaces orthogonal to each
+            other, so that ``B A`` starts at zero; needs even ranks. ``"pissa"``: A and B start as the principal part of
+            the weight, which a second half of the factors takes off again and keeps; they have twice the rank.
+            Embeddings always start as by default.
         lr_multiplier: Factor on the learning rate of the adapters. Give the task the learning rate of full fine-tuning;
             the adapters train at this many times it.
         adapt_head: Also adapt the output head.
@@ -56,6 +59,11 @@ class LoRAConfig:
             the embedding. ``"refuse"``: raise an error. ``"untie"``: give each layer that is adapted or trained in
             full its own copy of the weight. ``"both"``: adapt the shared weight, with one update for all layers that
             share it.
+        lora_plus_ratio: LoRA+: factor on the learning rate of the factor that starts at zero (B; A in embeddings),
+            which then is ``lora_plus_ratio`` times that of the other factor. 1: both train at one rate.
+        lr_multiplier_pattern: Factors on the learning rate of single layers, as a mapping from name pattern to factor,
+            in place of ``lr_multiplier`` for adapters and of 1 for modules that are trained in full. The first match
+            wins.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -63,7 +71,10 @@ class LoRAConfig:
     References:
         Hu et al., *LoRA*, ICLR 2022, https://arxiv.org/abs/2106.09685;
         Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/ (defaults);
-        Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732.
+        Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732;
+        Meng et al., *PiSSA*, NeurIPS 2024, https://arxiv.org/abs/2404.02948;
+        Hayou et al., *LoRA+*, ICML 2024, https://arxiv.org/abs/2402.12354. ``docs/hyperparameters.md`` says what speaks
+        for each setting.
 
     Example:
         >>> config = LoRAConfig(rank=16, targets=["q_proj", "*.mlp.*"], rank_pattern={"down_proj": 4})
@@ -87,11 +98,14 @@ class LoRAConfig:
     adapter_dtype: str | None = None
     share_expert_factors: bool = False
     tied_weights: str = "refuse"
+    lora_plus_ratio: float = 1.0
+    lr_multiplier_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
         _check_positive("alpha", self.alpha)
         _check_positive("lr_multiplier", self.lr_multiplier)
+        _check_positive("lora_plus_ratio", self.lora_plus_ratio)
         _check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
@@ -107,7 +121,8 @@ class LoRAConfig:
         self._set("exclude", _checked_patterns("exclude", self.exclude))
         self._set("trainable", _checked_patterns("trainable", self.trainable))
         self._set("rank_pattern", _checked_table("rank_pattern", self.rank_pattern, _check_rank))
-        self._set("alpha_pattern", _checked_table("alpha_pattern", self.alpha_pattern, _check_positive))
+        for name in ("alpha_pattern", "lr_multiplier_pattern"):
+            self._set(name, _checked_table(name, getattr(self, name), _check_positive))
 
     def _set(self, name: str, value: object) -> None:
         """Set a field of the frozen config while it is built."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.lora.layers.adapted import adapted_weights
-from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, LoRALayer
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.shards import check_not_sharded
 
@@ -79,7 +79,10 @@ def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
     for name, factor in layer.lora_factors().items():
         if id(factor) not in own:
             factor.data.copy_(others[name])
-    for factor, old in zip(layer.lora_pair(weight), before, strict=True):
+    for name, factor, old in zip(FACTORS, layer.lora_pair(weight), before, strict=True):
+        if name == layer.zero_factor:
+            # Some first values leave it random too.
+            factor.data.zero_()
         _leading(factor.data, old).copy_(old)
 
 

@@ -36,7 +36,8 @@ def matched_rank(module: nn.Module, targets: str | Sequence[str], like: LoRAConf
             like = LoRAConfig(rank=32)
             baseline = LoRAConfig(rank=matched_rank(model, "attention", like), targets="attention")
     """
-    other = replace(like, targets=targets if isinstance(targets, str) else tuple(targets), rank_pattern={})
+    own = targets if isinstance(targets, str) else tuple(targets)
+    other = replace(like, targets=own, rank_pattern={}, lr_multiplier_pattern={})
     goal = _num_parameters(module, like)
     high, count = 1, 0
     while (reached := _num_parameters(module, replace(other, rank=high))) < goal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -46,6 +46,17 @@ def matches(name: str, pattern: str) -> bool:
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Whether at least one of the patterns matches ``name``."""
     return any(matches(name, pattern) for pattern in patterns)
+
+
+def names_around(name: str) -> Iterator[str]:
+    """``name`` itself, and the names of the modules around it, from the inside out.
+
+    >>> list(names_around("head.dense.weight"))
+    ['head.dense.weight', 'head.dense', 'head']
+    """
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def first_match(name: str, table: Mapping[str, Value], default: Value) -> Value:

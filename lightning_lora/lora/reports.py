@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora.errors import first_five
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.lora.layers.base import AdapterSpec
+from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.quantised_weights import num_elements
 
 
@@ -48,11 +48,22 @@ def count_parameters(module: nn.Module) -> ParameterCount:
             count = sum(factor.numel() for factor in layer.lora_factors().values())
             by_role[layer.lora_spec.role] = by_role.get(layer.lora_spec.role, 0) + count
     parameters = list(module.parameters())
+    trainable = sum(num_elements(parameter) for parameter in parameters if parameter.requires_grad)
     return ParameterCount(
-        trainable=sum(num_elements(parameter) for parameter in parameters if parameter.requires_grad),
+        trainable=trainable - sum(map(_num_kept, lora_layers(module).values())),
         total=sum(num_elements(parameter) for parameter in parameters),
         adapter=sum(by_role.values()),
         by_role=by_role,
+    )
+
+
+def _num_kept(layer: LoRALayer) -> int:
+    """Numbers in the trainable factors of ``layer`` that stay as they start."""
+    return sum(
+        factor.numel() * spec.start // spec.rank
+        for weight, spec in ({} if layer.lora_follows else layer.lora_specs).items()
+        for factor in layer.lora_pair(weight)
+        if factor.requires_grad
     )
 
 
@@ -77,7 +88,7 @@ class InjectionReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        ranks = sorted({spec.rank for spec in self.layers.values()})
+        ranks = sorted({spec.rank - spec.start for spec in self.layers.values()})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         roles = _counted(spec.role for spec in self.layers.values())
         lines = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -14,7 +14,7 @@ from lightning_lora.lora.base_values import keep_base_values
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import join, lora_layers
 from lightning_lora.lora.layers.quantised_weights import keep_stored_values, num_elements
-from lightning_lora.lora.patterns import matches, plain_name
+from lightning_lora.lora.patterns import matches, names_around, plain_name
 from lightning_lora.lora.reports import InjectionReport, count_parameters
 
 
@@ -40,7 +40,7 @@ def inject_below(module: nn.Module, root_name: str | None, root: nn.Module, conf
     """
     if root is module or root_name is None:
         return inject_lora(module, config)
-    outside, around = _outside(module, root), set(_names_of(root_name))
+    outside, around = _outside(module, root), set(names_around(root_name))
     inside, opened = split_trainable(module, root_name, root, config)
     report = inject_lora(root, inside)
     for layer in lora_layers(root).values():
@@ -54,10 +54,13 @@ def split_trainable(
     module: nn.Module, root_name: str, root: nn.Module, config: LoRAConfig
 ) -> tuple[LoRAConfig, dict[str, nn.Parameter]]:
     """The settings for ``root`` alone, and the parameters outside it that ``trainable`` opens, by name."""
-    outside = _outside(module, root)
-    opened = _opened(outside, set(_names_of(root_name)), root, config.trainable)
+    outside, around = _outside(module, root), set(names_around(root_name))
+    opened = _opened(outside, around, root, config.trainable)
     elsewhere = {pattern for pattern in opened if not _is_in(root, pattern)}
-    inside = replace(config, trainable=tuple(pattern for pattern in config.trainable if pattern not in elsewhere))
+    parts = {part for found in opened.values() for name in found for part in names_around(name)} - around
+    rates = {p: v for p, v in config.lr_multiplier_pattern.items() if not any(matches(part, p) for part in parts)}
+    trainable = tuple(pattern for pattern in config.trainable if pattern not in elsewhere)
+    inside = replace(config, trainable=trainable, lr_multiplier_pattern=rates)
     return inside, {name: outside[name] for found in opened.values() for name in found}
 
 
@@ -79,7 +82,7 @@ def _opened(
     opened = {}
     for pattern in patterns:
         fits = str.__eq__ if _is_in(root, pattern) else matches
-        names = [n for n in outside if any(fits(part, pattern) for part in _names_of(n) if part not in around)]
+        names = [n for n in outside if any(fits(part, pattern) for part in names_around(n) if part not in around)]
         if names:
             opened[pattern] = names
     return opened
@@ -102,7 +105,7 @@ def _freeze_rest(
         count = sum(num_elements(parameter) for parameter in {id(p): p for p in frozen.values()}.values())
         rank_zero_info(f"lora: outside of {root_name!r} {count:,} parameters are frozen")
     if learning:
-        tops = _tops(learning, set(_names_of(root_name)))
+        tops = _tops(learning, set(names_around(root_name)))
         rank_zero_warn(
             f"{len(learning)} parameters outside of lora_root {root_name!r} are frozen now, as LoRA trains nothing "
             f"there: {first_five(learning)}. To train them in full, as a new head must be, name them: "
@@ -115,13 +118,6 @@ def _is_in(root: nn.Module, pattern: str) -> bool:
     return any(matches(name, pattern) for name, _ in root.named_modules() if name)
 
 
-def _names_of(name: str) -> Iterator[str]:
-    """``name`` itself, and the names of the modules around it."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-
-
 def _tops(names: Iterable[str], around: Collection[str]) -> list[str]:
     """The outermost modules that hold the named parameters and not the root; a parameter beside the root is its own."""
-    return list(dict.fromkeys([part for part in _names_of(name) if part not in around][-1] for name in names))
+    return list(dict.fromkeys([part for part in names_around(name) if part not in around][-1] for name in names))

@@ -110,8 +110,8 @@ def check_not_passed_over(module: Any) -> None:
 def check_unchanged(module: Any) -> None:
     """Refuse settings other than those that the adapters of a `LoRAMixin` were made with.
 
-    Another ``lr_multiplier`` is allowed: the next optimizer reads it. Adapters from elsewhere, as from `load_adapter`,
-    agree if rank, scale and dropout of each do; their own settings may name every layer.
+    Other multipliers of the learning rate are allowed: the next optimizer reads them. Adapters from elsewhere, as from
+    `load_adapter`, agree if rank, scale and dropout of each do; their own settings may name every layer.
 
     Args:
         module: The module, with ``lora`` set; one without adapters passes.
@@ -137,7 +137,8 @@ def check_unchanged(module: Any) -> None:
 
 
 def _changes(made_with: LoRAConfig, lora: LoRAConfig) -> str:
-    return setting_changes(made_with.to_dict(), replace(lora, lr_multiplier=made_with.lr_multiplier).to_dict())
+    rates = {name: getattr(made_with, name) for name in ("lr_multiplier", "lora_plus_ratio", "lr_multiplier_pattern")}
+    return setting_changes(made_with.to_dict(), replace(lora, **rates).to_dict())
 
 
 def _other_adapters(root: nn.Module, lora: LoRAConfig) -> Iterator[str]:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import ConfigError, GuardError, first_five
-from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, lora_layers
 from lightning_lora.lora.shards import reshard
+from lightning_lora.mixin.multipliers import adapter_groups, full_groups, group_multiplier
 from lightning_lora.mixin.rates import ASKED, held_groups
 
 # Far below the gradients of a factor, which shrink with alpha / rank.
 ADAPTER_EPS = 1e-12
-ADAPTERS = "adapters"
-"""Name of the group of adapters."""
 
 
 def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     """Make optimizer groups for ``module``, adapted or not; no group is empty.
 
     Adapters get the learning rate ``learning_rate * lr_multiplier``, no weight decay and eps 1e-12. All other trainable
-    parameters (fully trained modules, or the whole model without LoRA) get ``learning_rate``.
+    parameters (fully trained modules, or the whole model without LoRA) get ``learning_rate``. Layers that
+    ``lr_multiplier_pattern`` names get its factor instead, and with LoRA+ the factors that start at zero
+    ``lora_plus_ratio`` times the rate of the others; these have groups of their own.
 
     Args:
         module: The module to train.
@@ -42,24 +42,12 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
     factors = [factor for factor in factor_parameters(module).values() if id(factor) not in held]
     adapters = {id(factor) for factor in factors}
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in adapters]
-    groups: list[dict[str, Any]] = []
-    if factors:
-        multiplier = lr_multiplier(module)
-        rate = learning_rate * multiplier
-        groups.append({"params": factors, "lr": rate, "weight_decay": 0.0, "eps": ADAPTER_EPS, "name": ADAPTERS})
-    if others:
-        groups.append({"params": others, "lr": learning_rate, "name": "full"})
+    groups = [group | {"weight_decay": 0.0, "eps": ADAPTER_EPS} for group in adapter_groups(module, factors)]
+    groups += full_groups(module, others)
     if not groups:
         raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
-    return [group | {ASKED: group["lr"]} for group in groups]
-
-
-def lr_multiplier(module: nn.Module) -> float:
-    """The factor on the learning rate of adapters: that of ``module.lora``, or of the adapters if it has no such."""
-    lora = getattr(module, "lora", None)
-    if isinstance(lora, (LoRAConfig, Mapping)):
-        return LoRAConfig.from_dict(lora).lr_multiplier
-    return next(iter(lora_layers(module).values())).lora_spec.config.lr_multiplier
+    rates = [learning_rate * group_multiplier(module, group) for group in groups]
+    return [group | {"lr": rate, ASKED: rate} for group, rate in zip(groups, rates, strict=True)]
 
 
 def check_learning_rate(learning_rate: Any) -> None:
@@ -83,10 +71,28 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
             f"({first_five(missing)}). The optimizer was built before the adapters existed, or from other parameters: "
             f"build it in configure_optimizers from self.lora_parameter_groups(lr) or self.parameters()."
         )
+    _check_decay(module, optimizers)
     held = held_factors(module)
     frozen = [n for n, factor in factor_parameters(module).items() if not factor.requires_grad and n not in held]
     if frozen:
         raise GuardError(f"{len(frozen)} adapter parameters are frozen and would not train: {first_five(frozen)}.")
+
+
+def _check_decay(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse weight decay of factors that hold their start, which must stay as it is."""
+    starting = {
+        id(factor)
+        for layer in lora_layers(module).values()
+        for weight, spec in layer.lora_specs.items()
+        for factor in layer.lora_pair(weight)
+        if spec.start
+    }
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("weight_decay")]
+    if any(id(parameter) in starting for group in groups for parameter in group["params"]):
+        raise GuardError(
+            "weight decay would change the part of the adapters that keeps their start (init='pissa'): set "
+            "weight_decay=0 for adapters, as self.lora_parameter_groups(lr) does."
+        )
 
 
 def _held(optimizer: Any) -> list[nn.Parameter]:

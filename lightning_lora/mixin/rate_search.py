@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_lora.lightning_private import searching_schedule
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.class_swap import mix_in
-from lightning_lora.mixin.optim import ADAPTERS, lr_multiplier
+from lightning_lora.mixin.multipliers import group_multiplier, lora_settings
 from lightning_lora.mixin.rates import ASKED
 from lightning_lora.trainer_access import found
 
@@ -59,7 +59,7 @@ def use_found_rate(module: LightningModule) -> None:
         for group, factor in zip(optimizer.param_groups, _multipliers(module, optimizer), strict=True):
             group["lr"] = group[ASKED] = rate * factor
     if lora_layers(module):
-        rank_zero_info(f"learning rate {rate:g} was found: {rate * lr_multiplier(module):g} for adapters")
+        rank_zero_info(f"learning rate {rate:g} was found: {rate * lora_settings(module).lr_multiplier:g} for adapters")
     for config in trainer.lr_scheduler_configs:
         _go_on_from_present_rates(config.scheduler)
 
@@ -73,8 +73,7 @@ def _found_rate(trainer: Trainer) -> float | None:
 
 
 def _multipliers(module: LightningModule, optimizer: Optimizer) -> list[float]:
-    multiplier = lr_multiplier(module)
-    return [multiplier if group.get("name") == ADAPTERS else 1.0 for group in optimizer.param_groups]
+    return [group_multiplier(module, group) for group in optimizer.param_groups]
 
 
 def _go_on_from_present_rates(schedule: Any) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora.lightning_private import searching_schedule
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.mixin.multipliers import group_multiplier
 
 ASKED = "asked_lr"
 """Key of a parameter group: the learning rate that `parameter_groups` has given it."""
@@ -51,10 +52,8 @@ def report_rates(module: nn.Module, trainer: Trainer) -> None:
 def _asked(module: nn.Module, group: dict[str, Any]) -> str:
     """The rate that was asked for, with the rule that made it: ``2e-05 x 10 = 0.0002``."""
     rate = float(group[ASKED])
-    layers = lora_layers(module)
-    if group.get("name") != "adapters" or not layers:
+    if not lora_layers(module) or "name" not in group or (multiplier := group_multiplier(module, group)) == 1:
         return f"{rate:g}"
-    multiplier = next(iter(layers.values())).lora_spec.config.lr_multiplier
     return f"{rate / multiplier:g} x {multiplier:g} = {rate:g}"
 
 
@@ -64,7 +63,8 @@ def _contents(module: nn.Module, parameters: list[nn.Parameter]) -> str:
     layers = [layer for layer in lora_layers(module).values() if held & {id(f) for f in layer.lora_factors().values()}]
     factors = {id(factor) for layer in layers for factor in layer.lora_factors().values()}
     full = sum(p.requires_grad for p in module.parameters() if id(p) in held - factors)
-    parts = [f"{len(layers)} adapters"] if layers else []
+    ends = {end[-1] for layer in layers for end, f in layer.lora_factors().items() if id(f) in held and f.requires_grad}
+    parts = [f"{f'{ends.pop()} of ' if len(ends) == 1 else ''}{len(layers)} adapters"] if layers else []
     return " and ".join([*parts, *([f"{full} parameters trained in full"] if full else [])])
 
 

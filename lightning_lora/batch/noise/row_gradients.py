@@ -70,8 +70,13 @@ class RowGradients(MicroGradients):
 
     def _rows_of(self, name: str, call: LayerCall) -> PerRow:
         self._is_low_precision |= call.is_low_precision
-        A, B = (factor.detach().to(call.x.dtype) for factor in self._layers[name][0].lora_pair())
-        return adapter_row_gradients(call.x, call.d_y, A, B, call.scale)
+        layer = self._layers[name][0]
+        A, B = (factor.detach().to(call.x.dtype) for factor in layer.lora_pair())
+        d_A, d_B = adapter_row_gradients(call.x, call.d_y, A, B, call.scale)
+        if start := layer.lora_spec.start:
+            # These components stay as they start.
+            d_A[:, start : 2 * start], d_B[:, :, start : 2 * start] = 0, 0
+        return d_A, d_B
 
     def _take(self, name: str, rows: PerRow) -> None:
         factors = zip(self._layers[name][0].lora_pair(), rows, strict=True)

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.functional import merged_weight, rounding_loss, uniform_bound, weight_update
+from lightning_lora.lora.functional import merged_weight, rounding_loss, weight_update
+from lightning_lora.lora.layers import first_values
 from lightning_lora.lora.layers.class_swap import base_type, reduce_swapped, swapped_type
 
 FACTORS = ("lora_A", "lora_B")
@@ -27,12 +28,14 @@ class AdapterSpec:
         alpha: Numerator of the scale.
         role: Role of the layer in its model: ``attention``, ``mlp``, ``head``, ...
         config: The settings this layer was adapted with.
+        start: Number of components of the factors that stay as they start, within ``rank``; see `first_values`.
     """
 
     rank: int
     alpha: float
     role: str
     config: LoRAConfig
+    start: int = 0
 
     @property
     def scale(self) -> float:
@@ -75,6 +78,8 @@ class LoRALayer(nn.Module):
     lora_held: bool
     # Copies of the base weights while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
+    # The factor that starts at zero, which LoRA+ trains at a higher rate.
+    zero_factor = "lora_B"
     # Called with the input of the written-out update, after dropout, of which there is no other trace.
     lora_watcher: Callable[[Tensor], None] | None = None
 
@@ -139,9 +144,19 @@ class LoRALayer(nn.Module):
         prefixes = [self.lora_prefix(weight) for weight in self.lora_specs]
         return {f"{prefix}{end}": getattr(self, f"{prefix}{end}") for prefix in prefixes for end in FACTORS}
 
+    def update_pair(self, weight: str = "weight") -> tuple[Tensor, Tensor]:
+        """The two factors to compute with: no gradient flows to the components that stay as they start."""
+        A, B = self.lora_pair(weight)
+        start = self.lora_specs[weight].start
+        return first_values.without_gradients(A, B, start) if start else (A, B)
+
+    def base_matrix(self, weight: str = "weight") -> Tensor:
+        """The base weight as ``(out, in)``, for experts ``(experts, out, in)``."""
+        return getattr(self, weight)
+
     def weight_delta(self, weight: str = "weight") -> Tensor:
         """``scale * B A`` in the layout of the parameter and at least float32, differentiable by the factors."""
-        return weight_update(*self.lora_pair(weight), self.lora_specs[weight].scale)
+        return weight_update(*self.update_pair(weight), self.lora_specs[weight].scale)
 
     def effective_weights(self) -> dict[str, Tensor]:
         """Name of each adapted weight to ``W + scale * B A``, for code that reads weights without calling the layer."""
@@ -175,21 +190,23 @@ class LoRALayer(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the factors only; the base weight is loaded.
 
-        Sharding strategies call this method on layers built without memory.
+        Sharding strategies call this method on layers built without memory, which need not have base weights yet.
+
+        Raises:
+            ConfigError: If the factors start from the values of the base weights.
         """
+        if any(spec.start for spec in self.lora_specs.values()):
+            raise ConfigError(first_values.NO_WEIGHTS.format(self.lora_spec.config.init))
         self.reset_factors()
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Set A to random values and B to zero, so the adapted layer computes what the base computes."""
+        """Set the factors to first values with which the adapted layer computes what the base computes."""
         for weight, spec in self.lora_specs.items():
             A, B = self.lora_pair(weight)
-            if spec.config.init == "gaussian":
-                A.normal_(std=1 / spec.rank)
-            else:
-                bound = uniform_bound(A.shape[-1])
-                A.uniform_(-bound, bound)
-            B.zero_()
+            first_values.draw_factors(A, B, spec.config.init)
+            if spec.start:
+                first_values.set_principal_factors(A, B, self.base_matrix(weight), spec.scale, spec.start)
 
     @property
     def type_without_adapter(self) -> type[nn.Module]:
@@ -201,8 +218,8 @@ class LoRALayer(nn.Module):
 
     @property
     def lora_moved(self) -> bool:
-        """Whether training has changed the factors that started at zero."""
-        return all(bool(self.lora_pair(weight)[1].detach().any()) for weight in self.lora_specs)
+        """Whether training has changed the updates, which started at zero."""
+        return all(first_values.has_update(*self.lora_pair(w), spec.config.init) for w, spec in self.lora_specs.items())
 
     @override
     def extra_repr(self) -> str:

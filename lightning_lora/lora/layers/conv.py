@@ -48,6 +48,10 @@ class LoRAConvolution(LoRALayer):
         return cls.computes_as_torch(module)
 
     @override
+    def base_matrix(self, weight: str = "weight") -> Tensor:
+        return self.weight.flatten(1)
+
+    @override
     def weight_delta(self, weight: str = "weight") -> Tensor:
         return super().weight_delta(weight).reshape(self.weight.shape)
 
@@ -99,9 +103,10 @@ class LoRAConv(LoRAConvolution):
     def _update(self, x: Tensor) -> Tensor:
         if self._forms_delta:
             return self._conv_forward(x, self.weight_delta().to(x.dtype), None)
-        A = self.lora_A.reshape(self.lora_A.shape[0], -1, *self.kernel_size).to(x.dtype)
+        A, B = self.update_pair()
+        A = A.reshape(A.shape[0], -1, *self.kernel_size).to(x.dtype)
         inner = self._conv_forward(x, A.repeat(self.groups, *[1] * (A.ndim - 1)), None)
-        return self._pointwise(inner, self.lora_B * self.lora_spec.scale)
+        return self._pointwise(inner, B * self.lora_spec.scale)
 
 
 class LoRAConvTranspose(LoRAConvolution):
@@ -121,6 +126,10 @@ class LoRAConvTranspose(LoRAConvolution):
         return module.in_channels, module.out_channels // module.groups * math.prod(module.kernel_size)
 
     @override
+    def base_matrix(self, weight: str = "weight") -> Tensor:
+        return self.weight.flatten(1).T
+
+    @override
     def weight_delta(self, weight: str = "weight") -> Tensor:
         return LoRALayer.weight_delta(self, weight).T.reshape(self.weight.shape)
 
@@ -134,6 +143,7 @@ class LoRAConvTranspose(LoRAConvolution):
         if self._forms_delta:
             return _TRANSPOSED[num_dims](x, self.weight_delta().to(x.dtype), *rest)
         rank = self.lora_spec.rank
-        A = self.lora_A.reshape(rank, self.groups, -1).transpose(0, 1).reshape(self.groups * rank, -1)
-        B = (self.lora_B * self.lora_spec.scale).T.reshape(rank, -1, *self.kernel_size).to(x.dtype)
+        A, B = self.update_pair()
+        A = A.reshape(rank, self.groups, -1).transpose(0, 1).reshape(self.groups * rank, -1)
+        B = (B * self.lora_spec.scale).T.reshape(rank, -1, *self.kernel_size).to(x.dtype)
         return _TRANSPOSED[num_dims](self._pointwise(x, A), B.repeat(self.groups, *[1] * (num_dims + 1)), *rest)

@@ -24,6 +24,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         - Input: integer indices ``(*)``, output ``(*, dim)``.
     """
 
+    zero_factor = "lora_A"
+
     @staticmethod
     @override
     def dimensions(module: Any) -> tuple[int, int]:

@@ -59,6 +59,11 @@ class LoRAFusedExperts(LoRALayer):
         return A, B
 
     @override
+    def base_matrix(self, weight: str = "weight") -> Tensor:
+        matrices = getattr(self, weight)
+        return matrices.mT if self.transposed(self) else matrices
+
+    @override
     def weight_delta(self, weight: str = "weight") -> Tensor:
         delta = super().weight_delta(weight)
         return delta.transpose(1, 2) if self.transposed(self) else delta
@@ -79,7 +84,7 @@ class LoRAFusedExperts(LoRALayer):
             self._parameters.update(base)
 
     def _expert_weight(self, weight: str) -> ExpertWeight:
-        A, B = self.lora_pair(weight)
+        A, B = self.update_pair(weight)
         scale = self.lora_specs[weight].scale
         return ExpertWeight(getattr(self, weight), A, B, scale, self.lora_dropout, self, self.transposed(self))
 

@@ -64,7 +64,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
-        return self.lora_A, self.lora_B
+        return self.update_pair()
 
 
 def _update(layer: LoRALayer, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -103,10 +103,14 @@ class LoRAConv1D(LoRALayer):
             return super().forward(x)
         if not can_fuse(x, self.weight, self.bias):
             y = super().forward(x)
-            return y + _update(self, x, *self.lora_pair()).to(y.dtype)
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            return y + _update(self, x, *self.update_pair()).to(y.dtype)
+        A, B = (factor.to(x.dtype) for factor in self.update_pair())
         adapted = AdaptedWeight(self.weight.T, self.bias, A, B, self.lora_spec.scale, self)
         return fused_lora_linears(x, [adapted], self.lora_dropout)[0]
+
+    @override
+    def base_matrix(self, weight: str = "weight") -> Tensor:
+        return self.weight.T
 
     @override
     def weight_delta(self, weight: str = "weight") -> Tensor:

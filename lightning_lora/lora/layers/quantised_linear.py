@@ -55,6 +55,10 @@ class LoRAQuantisedLinear(LoRALinear):
         return y
 
     @override
+    def base_matrix(self, weight: str = "weight") -> Tensor:
+        return dequantised(self)
+
+    @override
     @torch.no_grad()
     def merge(self) -> float:
         """Replace the quantised weight, which is kept aside, by a plain weight with the update folded in.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers.base import AdapterSpec
+from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
+from lightning_lora.lora.layers.embedding import LoRAEmbedding
+from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.adaptable import Candidate, Candidates
 
 
@@ -36,7 +42,8 @@ def adapter_specs(root: nn.Module, selected: Candidates, config: LoRAConfig) -> 
             if rank > full_rank:
                 capped.append(f"{name} ({full_rank})")
                 rank = full_rank
-        specs[name] = AdapterSpec(rank, weight.first_match(config.alpha_pattern, config.alpha), weight.role, config)
+        alpha = weight.first_match(config.alpha_pattern, config.alpha)
+        specs[name] = _with_start(name, AdapterSpec(rank, alpha, weight.role, config), weight.kind(root))
     if capped:
         warnings.warn(
             f"rank {config.rank} is more than {len(capped)} of {len(selected)} adapted layers can hold; they get their "
@@ -54,6 +61,38 @@ def _check_patterns(selected: Candidates, config: LoRAConfig) -> None:
                 raise TargetNotFoundError(
                     f"{option} {pattern!r} matches none of the {len(selected)} adapted layers{hint}"
                 )
+
+
+def _with_start(name: str, spec: AdapterSpec, kind: type[LoRALayer]) -> AdapterSpec:
+    """``spec`` with room for a start that is kept, and the same scale, if the settings ask for one.
+
+    Raises:
+        ConfigError: If the weight cannot start as the settings ask.
+    """
+    init, rank = spec.config.init, spec.rank
+    if issubclass(kind, LoRAEmbedding):
+        return spec
+    if init == "orthogonal" and rank % 2:
+        raise ConfigError(f"init='orthogonal' needs an even rank, got rank={rank} for {name!r}: see rank_pattern.")
+    if init != "pissa":
+        return spec
+    if spec.config.share_expert_factors and issubclass(kind, LoRAFusedExperts):
+        raise ConfigError(
+            f"init='pissa' takes the factors of each expert from its own weight, and share_expert_factors shares them "
+            f"in {name!r}: set share_expert_factors to false, or use another init."
+        )
+    factor = 2.0 if spec.config.scaling == "standard" else math.sqrt(2)
+    return replace(spec, rank=2 * rank, alpha=spec.alpha * factor, start=rank)
+
+
+def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
+    """Raise `TargetNotFoundError` if a pattern of ``lr_multiplier_pattern`` matches none of the trained ``names``."""
+    for pattern in config.lr_multiplier_pattern:
+        if not any(matches(name, pattern) for name in names):
+            hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
+            raise TargetNotFoundError(
+                f"lr_multiplier_pattern {pattern!r} matches neither an adapted layer nor a module trained in full{hint}"
+            )
 
 
 def _default_rank(root: nn.Module, weight: Candidate, config: LoRAConfig) -> int:

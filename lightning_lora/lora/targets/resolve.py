@@ -10,13 +10,14 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, first_five
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
 from lightning_lora.lora.targets.new_weights import NewWeights, find_new_weights
-from lightning_lora.lora.targets.ranks import adapter_specs
+from lightning_lora.lora.targets.ranks import adapter_specs, check_rate_patterns
 from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
 from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
 from lightning_lora.lora.targets.unknown_weights import REASON, unknown_weights
@@ -91,6 +92,10 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     selected, skipped = select(root, candidates, trainable, config)
     tied = resolve_tied_weights(root, selected, trainable, config)
     layers = _layers(root, selected, config)
+    inner = [(top, name) for top, part in trainable.items() for name, _ in part.named_modules()]
+    trained = [join(top, name) if name else top for top, name in inner]
+    adapters = [name for weight in selected.values() for name in (weight.name, weight.layer)]
+    check_rate_patterns(config, [*adapters, *trained])
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
     _warn_of_half_adapted_experts(root, candidates, selected, config)

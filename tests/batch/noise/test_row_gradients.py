@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_lora import LoRAConfig
 from lightning_lora.batch.noise.noise_scale import signal_and_trace
 from lightning_lora.batch.noise.row_gradients import RowGradients
 from lightning_lora.callbacks import BatchSizeMonitor
@@ -60,6 +61,19 @@ def test_each_row_of_a_transformer_has_the_gradient_that_autograd_gives_it_alone
     assert torch.allclose(64 * seen.squares, expected.double(), rtol=tolerance, atol=0)
     (sample,) = monitor.samples
     assert (sample.num_rows, sample.num_micro_batches) == (8, 8)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_kept_start_of_pissa_adds_nothing_to_the_gradients_of_rows(kind: str, tmp_path: Path) -> None:
+    tokens = torch.randint(3, tiny_models.VOCAB, (4, 6), generator=torch.Generator().manual_seed(3))
+    module, monitor = Language(kind, torch.float64, 0.0), Samples()
+    module.lora = LoRAConfig(rank=3, init="pissa")
+    seen = SquaresOfRows(monitor)
+    toys.trainer(tmp_path, callbacks=[seen, monitor]).fit(module, DataLoader(TensorDataset(tokens), batch_size=4))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(loss, trained, retain_graph=True) for loss in module.row_losses(tokens)]
+    expected = torch.stack([torch.cat([part.flatten() for part in row]).square().sum() for row in gradients])
+    assert torch.allclose(16 * seen.squares, expected.double(), rtol=1e-9, atol=0)
 
 
 def by_hand(module: Any, batch: list[Tensor], row_losses: Callable[[Any, list[Tensor]], Tensor]) -> tuple[float, float]:

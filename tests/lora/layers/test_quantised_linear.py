@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from lightning_lora import (
 )
 from lightning_lora.lora.fingerprint import base_digests, tensor_digest
 from lightning_lora.lora.layers import LoRAQuantisedLinear
-from lightning_lora.lora.layers.quantised_weights import is_quantised
+from lightning_lora.lora.layers.quantised_weights import dequantised, is_quantised
 from tests.support.quantised_models import (
     BITSANDBYTES,
     CONFIG,
@@ -181,3 +182,17 @@ def test_a_net_on_the_meta_device_can_be_adapted() -> None:
     inject_lora(net, CONFIG)
     assert net.first.lora_A.is_meta
     assert isinstance(net.first, LoRAQuantisedLinear)
+
+
+@every_kind
+def test_pissa_starts_from_the_dequantised_weight_and_leaves_the_codes(kind: str) -> None:
+    model = quantised(kind)
+    expected = model(ROWS)
+    codes = stored(model)
+    inject_lora(model, replace(CONFIG, init="pissa"))
+    layer = lora_layers(model)["first"]
+    singular = torch.linalg.svdvals(dequantised(layer))[:4]
+    principal = layer.lora_spec.scale * layer.lora_B[:, :4] @ layer.lora_A[:4]
+    assert torch.allclose(torch.linalg.svdvals(principal)[:4], singular, rtol=1e-4)
+    assert torch.allclose(model(ROWS), expected, atol=1e-5)
+    assert stored(model) == codes
