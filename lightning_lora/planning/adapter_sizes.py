@@ -117,5 +117,5 @@ def _num_elements(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def with_targets(config: LoRAConfig, targets: str) -> LoRAConfig:
-    """The settings for other targets; ranks and alphas of single layers stay with the targets they were made for."""
-    return replace(config, targets=targets, rank_pattern={}, alpha_pattern={})
+    """The settings for other targets; what is set for single layers stays with the targets it was made for."""
+    return replace(config, targets=targets, rank_pattern={}, alpha_pattern={}, lr_multiplier_pattern={})

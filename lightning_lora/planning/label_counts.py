@@ -71,10 +71,10 @@ def _count(loader: Any) -> DataCounts:
 
 def epoch_rows(loader: Any) -> numpy.ndarray:
     """The numbers of the rows of an epoch, as a copy of the loader's sampler draws them."""
-    batches = loader.batch_sampler
+    batches: Any = loader.batch_sampler
     own = type(batches) in (BatchSampler, type(None))
     # Beside a batch sampler, the loader has a sampler of its own, which it does not use.
-    sampler = batches.sampler if isinstance(batches, BatchSampler) else loader.sampler
+    sampler: Any = batches.sampler if isinstance(batches, BatchSampler) else loader.sampler
     drawn = sampler if own else batches
     is_whole = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
     # An iterator gives its rows only once: it is left alone.

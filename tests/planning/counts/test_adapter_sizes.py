@@ -140,6 +140,7 @@ def test_what_is_counted_is_what_an_injection_makes(kind: str, rank: int) -> Non
         {"trainable": ["lm_head", "*.norm"]},
         {"targets": ["q_proj", "v_proj"], "exclude": ["*.0.*"]},
         {"adapt_head": True, "adapt_embeddings": True},
+        {"init": "pissa"},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -98,11 +98,11 @@ def test_all_rows_give_the_sum_of_their_losses_without_an_interval(folders: dict
 def test_the_interval_of_a_sample_covers_the_whole(folders: dict[str, Path], rows: str) -> None:
     module, data = CausalLM(str(folders["random"])), SFTDataModule(rows)
     whole = measure_base_bits(module, data).bits
-    samples = [measure_base_bits(module, data, rows=10, seed=seed) for seed in range(8)]
-    assert len({sample.bits for sample in samples}) > 4
+    samples = [measure_base_bits(module, data, rows=10, seed=seed) for seed in range(6)]
+    assert len({sample.bits for sample in samples}) > 3
     assert all(sample.low < sample.bits < sample.high for sample in samples)
     # 95 %, a little less for ten rows.
-    assert sum(sample.low <= whole <= sample.high for sample in samples) >= 6
+    assert sum(sample.low <= whole <= sample.high for sample in samples) >= 4
     assert samples[3] == measure_base_bits(module, data, rows=10, seed=3)
     few = measure_base_bits(module, data, tokens=60)
     assert 2 <= few.rows < 10

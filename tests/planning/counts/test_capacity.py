@@ -87,10 +87,14 @@ def test_a_rank_beyond_a_layer_counts_as_its_full_rank() -> None:
 
 
 def test_settings_of_the_run_hold_in_all_target_sets() -> None:
-    config = LoRAConfig(adapt_head=True, trainable=["*.norm"], rank_pattern={"down_proj": 1})
+    rates = {"down_proj": 2.0}
+    config = LoRAConfig(
+        adapt_head=True, trainable=["*.norm"], rank_pattern={"down_proj": 1}, lr_multiplier_pattern=rates
+    )
     own = {(row.targets, row.rank): row.parameters for row in capacity_table(llama(), tokens(1), config=config)}
     head_and_norm = (32 + 64) * 4 + 32
     assert own["mlp", 4] == 2 * 3 * 80 * 4 + head_and_norm
+    assert {targets for targets, _ in own} == {"all", "attention", "mlp"}
     # The rank of one layer was chosen for the targets of the run.
     assert own["all", 4] == 2 * (2 * 80 * 4 + 80) + 2 * (2 * 64 + 2 * 48) * 4 + head_and_norm
 

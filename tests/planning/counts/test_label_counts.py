@@ -203,6 +203,12 @@ def test_a_loader_keeps_its_order() -> None:
     assert orders[0] == orders[1]
 
 
+def test_a_sampler_that_draws_from_the_global_generator_leaves_it_as_it_is() -> None:
+    state = torch.get_rng_state()
+    count_data(DataLoader(Pairs(), sampler=SubsetRandomSampler(range(8))))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_slow_items_are_sampled_and_the_counts_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_targets, "_affordable", lambda *_: 100)
     counts = count_data(DataLoader(Mapped("label", [0, 1] * 500)))
