@@ -63,7 +63,8 @@ def test_magnitudes_train_with_the_adapters_and_the_base_stays(tmp_path: Path) -
     (group,) = trainer.optimizers[0].param_groups
     assert (group["lr"], group["weight_decay"]) == (0.1, 0.0)
     assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters() if p.requires_grad}
-    for name, layer in lora_layers(module).items():
+    layers: Any = lora_layers(module)
+    for name, layer in layers.items():
         assert not torch.allclose(layer.lora_magnitude, norms(module)[name], rtol=1e-3), name
         assert id(layer.lora_magnitude) in {id(p) for p in group["params"]}
 
@@ -177,7 +178,8 @@ def test_the_callback_writes_a_folder_that_a_plain_module_loads(
     plain, x = Plain(), torch.randn(3, 4)
     load_adapter(plain, tmp_path / "adapters" / "last")
     torch.testing.assert_close(plain(x), module(x))
-    change = [layer.magnitude_change() for layer in lora_layers(plain).values()]
+    layers: Any = lora_layers(plain)
+    change = [layer.magnitude_change() for layer in layers.values()]
     assert min(change) > 1e-3
     assert cli.main(["inspect", str(tmp_path / "adapters" / "last"), "--verify"]) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -101,10 +101,10 @@ class DoRALayer(LoRALayer):
         return self
 
     @override
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Let fresh magnitudes follow a base weight that is loaded without adapters."""
         is_fresh = self._is_fresh
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if is_fresh and f"{prefix}{MAGNITUDE}" not in state_dict and not self.lora_magnitude.is_meta:
             with torch.no_grad():
                 self.lora_magnitude.copy_(self.lora_norms())

@@ -111,7 +111,7 @@ def test_dropout_acts_on_base_and_update_alike(name: str) -> None:
 def test_a_row_of_zeros_gives_no_nan_and_learns() -> None:
     module = nn.Sequential(nn.Linear(4, 3))
     with torch.no_grad():
-        module[0].weight[1].zero_()
+        module[0].weight[1].zero_()  # pyright: ignore[reportIndexIssue]
     base = copy.deepcopy(module)
     inject_lora(module, LoRAConfig(rank=2, targets=["0"], dora=True))
     x, optimizer = torch.randn(8, 4), torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1)

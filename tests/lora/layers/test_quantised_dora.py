@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,8 @@ def test_a_quantised_layer_computes_the_formula_and_merges(kind: str) -> None:
     generator = torch.Generator().manual_seed(2)
     for tensor in lora_state_dict(module).values():
         tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
-    for name, layer in lora_layers(module).items():
+    layers: Any = lora_layers(module)
+    for name, layer in layers.items():
         x = torch.randn(5, layer.lora_A.shape[1], generator=generator)
         A, B, m = (factor.detach() for factor in layer.lora_factors().values())
         direction = dequantised(layer) + layer.lora_spec.scale * B @ A
@@ -44,8 +47,8 @@ def test_a_layer_that_is_quantised_after_injection_stays_fresh() -> None:
     layer.weight = bnb.nn.Params4bit(plain.weight.data.clone(), requires_grad=False, quant_type="nf4")
     module = torch.nn.Sequential(layer)
     inject_lora(module, LoRAConfig(rank=4, targets=["0"], dora=True))
-    before = lora_layers(module)["0"].lora_magnitude.detach().clone()
+    adapted: Any = lora_layers(module)["0"]
+    before = adapted.lora_magnitude.detach().clone()
     module.to("cpu")
-    adapted = lora_layers(module)["0"]
     assert not torch.equal(adapted.lora_magnitude, before)
     torch.testing.assert_close(adapted.lora_magnitude.detach(), dequantised(adapted).norm(dim=1), rtol=1e-6, atol=0)
