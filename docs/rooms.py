@@ -17,11 +17,8 @@ PICTURE = Path(__file__).parent / "images" / "rooms.svg"
 ABOUT = {
     "cli": "commands",
     "study": "runs compared in pairs",
-    "planning": "what a run needs, before it",
     "tasks": "LightningModules ready to run",
     "callbacks": "one callback a file",
-    "capacity": "whether adapters have room",
-    "memory": "of a training step, traced",
     "batch": "rows of a step, and their noise",
     "mixin": "LoRA in a LightningModule",
     "checkpoints": "what they hold, exact resume",

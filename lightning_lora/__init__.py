@@ -5,8 +5,8 @@ packages), `hub` (access to the Hugging Face hub), `effective_batch` (rows of an
 (private attributes of Lightning) and `trainer_access` (callbacks and run folder of a Trainer). Then `lora` (LoRA on
 any module), `data` (rows to batches), `files` (adapter folders, merging, safetensors), `sharding` (many devices),
 `checkpoints` (Lightning checkpoints and exact resume), `mixin` (LoRA in a LightningModule), `batch` (rows of a step
-and their gradient noise), `memory` (of a step, traced), `capacity` (whether adapters have room), `callbacks`, `tasks`
-(LightningModules ready to run), `planning` (before a run), `study` (runs compared) and `cli` (the commands).
+and their gradient noise), `callbacks`, `tasks` (LightningModules ready to run), `study` (runs compared) and `cli`
+(the commands).
 """
 
 from importlib import import_module
