@@ -92,24 +92,21 @@ def _check_rank(name: str, layer: LoRALayer, weight: str, rank: int) -> None:
 
 
 def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
-    before = [factor.data for factor in layer.lora_pair(weight)]
     layer.lora_specs = layer.lora_specs | {weight: grown_spec(layer.lora_specs[weight], rank)}
+    pair = layer.lora_pair(weight)
+    # Factors of other weights of the layer are drawn anew too, in their own memory.
+    before = {name: factor.detach().clone() for name, factor in layer.lora_factors().items()}
     shapes = layer.factor_shapes(layer, weight, layer.lora_specs[weight])
-    for factor, shape in zip(layer.lora_pair(weight), shapes, strict=False):  # a magnitude has no rank
+    for factor, shape in zip(pair, shapes, strict=False):  # a magnitude has no rank
         factor.data = factor.new_empty(shape)
         factor.grad = None
-    kept = {name: factor.data for name, factor in layer.lora_factors().items()}
-    others = {name: data.clone() for name, data in kept.items()}
     layer.reset_factors()
-    own = {id(factor) for factor in layer.lora_pair(weight)}
-    for name, factor in layer.lora_factors().items():
-        if id(factor) not in own:
-            factor.data.copy_(others[name])
-    for name, factor, old in zip(FACTORS, layer.lora_pair(weight), before, strict=True):
+    for name, factor in zip(FACTORS, pair, strict=True):
         if name == layer.zero_factor:
             # Some first values leave it random too.
             factor.data.zero_()
-        _leading(factor.data, old).copy_(old)
+    for name, factor in layer.lora_factors().items():
+        _leading(factor.data, before[name]).copy_(before[name])
 
 
 def _leading(wide: Tensor, narrow: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,10 +11,11 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.growth import grown_spec
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
-from lightning_lora.lora.patterns import matches
+from lightning_lora.lora.patterns import matches, names_around
 from lightning_lora.lora.targets.adaptable import Candidate, Candidates
 
 
@@ -81,8 +81,7 @@ def _with_start(name: str, spec: AdapterSpec, kind: type[LoRALayer]) -> AdapterS
             f"init='pissa' takes the factors of each expert from its own weight, and share_expert_factors shares them "
             f"in {name!r}: set share_expert_factors to false, or use another init."
         )
-    factor = 2.0 if spec.config.scaling == "standard" else math.sqrt(2)
-    return replace(spec, rank=2 * rank, alpha=spec.alpha * factor, start=rank)
+    return replace(grown_spec(spec, 2 * rank), start=rank)
 
 
 def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
@@ -128,15 +127,11 @@ def active_experts(root: nn.Module, layer: str) -> int:
         *LoRA Without Regret*, 2025: rank / active experts keeps the ratio of adapter to base parameters that dense
         layers have.
     """
-    path = layer
-    while True:
+    for path in (*names_around(layer), ""):
         module = root.get_submodule(path)
         for holder in (module, *(getattr(module, name, None) for name in ("config", "gate", "router"))):
             if number := _number_of_active_experts(holder):
                 return number
-        if not path:
-            break
-        path = path.rpartition(".")[0]
     warnings.warn(
         f"nothing in {type(root).__name__} says how many experts are active for a token (looked for "
         f"{', '.join(_ACTIVE_EXPERTS)}): each expert gets the full rank. Set rank_pattern for the experts.",

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.patterns import matches
+from lightning_lora.lora.patterns import matches, names_around
 from lightning_lora.lora.targets.adaptable import Candidate, Candidates
 
 _TARGET_ROLES = {
@@ -68,9 +68,7 @@ def is_targeted(weight: Candidate, config: LoRAConfig) -> bool:
 
 def is_inside(name: str, tops: Collection[str]) -> bool:
     """Whether the module called ``name`` is one of ``tops`` or lies inside one of them."""
-    while name and name not in tops:
-        name = name.rpartition(".")[0]
-    return name in tops
+    return "" in tops or any(part in tops for part in names_around(name))
 
 
 def trainable_modules(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
