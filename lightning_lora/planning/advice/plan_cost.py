@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.memory.building import built_without_memory
 from lightning_lora.planning.advice.method import Method
 from lightning_lora.planning.advice.settings import PlannedBatch
 from lightning_lora.planning.advice.traced_methods import TracedMethods
@@ -73,9 +72,9 @@ def plan_cost(
     trace = traces.trace(method.name, batch.batch_size, method.rank)
     full = traces.trace("full", batch.batch_size, None)
     precision = traces.precision[method.name]
-    with built_without_memory(traces.variant(method.name, method.rank), precision=precision) as built:
-        parameters = Parameters.of(built)
-        linears = sum(isinstance(module, nn.Linear) for module in built.modules())
+    built = traces.built(method.name, method.rank)
+    parameters = Parameters.of(built)
+    linears = sum(isinstance(module, nn.Linear) for module in built.modules())
     memory = traces.memory(method.name, batch.batch_size, method.rank, method.strategy)
     # The trace is of the longest rows; the usual ones are shorter.
     usual = counts.mean_row / counts.longest_row if counts.mean_row and counts.longest_row else 1.0
