@@ -29,11 +29,13 @@ class StepTrace:
         memory: Bytes at the peak, by what they are for.
         flops: Floating-point operations of forward and backward of one micro-batch.
         largest_layer: Bytes of the weights of the largest block, which FSDP holds whole when it computes.
+        attention_flops: Those of ``flops`` that grow with the square of a row's length.
     """
 
     memory: MemoryParts
     flops: int
     largest_layer: int = 0
+    attention_flops: int = 0
 
 
 def trace_step(
@@ -73,7 +75,7 @@ class _Step:
         self._take_stock()
         self.batch = self._batch(batch)
         self.optimizers = self._optimizers()
-        self.flops = 0
+        self.flops = self.attention_flops = 0
 
     def traced(self) -> StepTrace:
         live = self.mode.live
@@ -81,7 +83,7 @@ class _Step:
         live.move(_state_tensors(self.optimizers), "optimizer")
         live.start_again()
         self._run()
-        return StepTrace(MemoryParts(**live.peak), self.flops, _largest_layer(self.module))
+        return StepTrace(MemoryParts(**live.peak), self.flops, _largest_layer(self.module), self.attention_flops)
 
     def _take_stock(self) -> None:
         """Count what the module holds, copies of the base's values included, and watch its gradients."""
@@ -98,7 +100,7 @@ class _Step:
         """The micro-batches of an optimizer step, and the step."""
         micro_batches = min(2, self.trainer.accumulate_grad_batches)
         for number in range(micro_batches):
-            before = self.mode.flops
+            before = self.mode.flops, self.mode.attention_flops
             loss = self._loss(number)
             if number == 0:
                 for optimizer in self.optimizers:
@@ -106,7 +108,8 @@ class _Step:
             if loss is not None:
                 self.module.backward(loss / self.trainer.accumulate_grad_batches)
             del loss
-            self.flops = self.mode.flops - before
+            self.flops = self.mode.flops - before[0]
+            self.attention_flops = self.mode.attention_flops - before[1]
         for optimizer in self.optimizers:
             self.module.on_before_optimizer_step(optimizer)
             self._clip(optimizer)

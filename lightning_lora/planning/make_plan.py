@@ -20,6 +20,7 @@ from lightning_lora.planning.advice.fit_config import fit_config
 from lightning_lora.planning.advice.largest_batches import largest_batches
 from lightning_lora.planning.advice.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
 from lightning_lora.planning.advice.plan_cost import plan_cost
+from lightning_lora.planning.advice.run_tokens import run_tokens
 from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import notes_on_data, sentence
@@ -42,14 +43,19 @@ def plan(
     memory: str | None = None,
     devices: int | None = None,
     device: str | None = None,
+    efficiency: float | None = None,
+    peak_tflops: float | None = None,
+    bandwidth: str | None = None,
     measure: bool = False,
+    calibrate: bool | None = None,
     target_batch_size: int | None = None,
     trainer: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan a run before it is started: is LoRA enough, at which rank, and what does it take. Nothing is changed.
 
-    No weights are read unless ``measure`` asks for it.
+    No weights are read unless ``measure`` or ``calibrate`` asks for it, or the model is so small that some batches are
+    timed in a few seconds.
 
     Args:
         model: A LightningModule, or folder or hub name of a causal language model.
@@ -58,7 +64,11 @@ def plan(
         memory: Memory of one device with its unit, such as ``"24GiB"``. None takes that of the devices at hand.
         devices: Number of devices. None takes those at hand.
         device: Name of a device in the table, such as ``"h100"``.
+        efficiency: Share of the device's peak FLOP/s that training reaches. None takes the measured one.
+        peak_tflops: Peak of the device in 10^12 FLOP/s, without sparsity. None takes that of its data sheet.
+        bandwidth: Bytes per second of its memory with their unit, such as ``"3.35TB"``. None takes the data sheet's.
         measure: Run the base model on a sample of rows, for the bits that it does not know yet.
+        calibrate: Train a copy of the module for some batches, to time them. None does so if it takes a few seconds.
         target_batch_size: Rows of an optimizer step on all devices. None recommends a number.
         trainer: Settings of the Trainer, such as ``{"max_epochs": 3, "precision": "bf16-true"}``.
         config: The settings of ``fit`` that ``model`` and ``datamodule`` came from, for `Plan.write_config`.
@@ -68,7 +78,7 @@ def plan(
         DataError: If the data cannot be used or holds no target.
     """
     settings = dict(trainer or {})
-    found = find_devices(memory, devices, device)
+    found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth)
     module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
     used = _lora_config(module, lora)
@@ -79,8 +89,8 @@ def plan(
         epoch = Epoch.of(loader)
         if not counts.rows and not epoch.rows and epoch.rows is not None:
             raise DataError("the training data has no rows: there is nothing to plan.")
-        run = _Run(module, data, used, counts, bits, found, epoch, settings, largest_batches(ready, loader))
-        return run.plan(target_batch_size, config)
+        run = _Run(module, data, ready, used, counts, bits, found, epoch, settings, largest_batches(ready, loader))
+        return run.plan(target_batch_size, config, calibrate)
 
 
 @dataclass
@@ -89,6 +99,7 @@ class _Run:
 
     module: LightningModule
     data: LightningDataModule
+    ready: LightningDataModule
     lora: LoRAConfig
     counts: DataCounts
     bits: BaseBits | None
@@ -97,7 +108,7 @@ class _Run:
     trainer: dict[str, Any]
     batch: Any
 
-    def plan(self, target_rows: int | None, config: Mapping[str, Any] | None) -> Plan:
+    def plan(self, target_rows: int | None, config: Mapping[str, Any] | None, calibrate: bool | None) -> Plan:
         length = RunLength.of(self.trainer)
         rows = capacity_table(self.module, self.counts, self.bits, self.lora)
         own = [row for row in rows if row.targets == rows[0].targets]
@@ -131,11 +142,12 @@ class _Run:
             "rows_per_step": batch.rows,
             "steps": batch.steps,
         }
-        cost = plan_cost(traces, method, batch, self.devices, self.counts)
+        data = self.ready if method.fits else None
+        cost = plan_cost(traces, method, batch, self.devices, data, self.epoch, self.trainer, calibrate)
         change = None if method.fits else self._change(traces, method)
         planned = {
             "steps": batch.steps,
-            "tokens": self._tokens(length, batch),
+            **run_tokens(self.ready, self.counts, self.epoch, length, batch),
             "trained_parameters": cost.parameters.trained,
             "peak_bytes": cost.peak,
             "seconds": None if cost.seconds is None else round(cost.seconds, 1),
@@ -207,14 +219,6 @@ class _Run:
             way = "ddp" if name == "qlora" and method.strategy == "fsdp2" else method.strategy
             found[name] = traces.known_memory(name, micro, method.rank or default, way)
         return found
-
-    def _tokens(self, length: RunLength, batch: PlannedBatch) -> int | None:
-        """Supervised tokens of the whole run; None if it does not take every row of every epoch once."""
-        rows, tokens = self.epoch.rows, self.counts.supervised_tokens
-        is_whole = rows is not None and rows % batch.devices == 0 and not self.epoch.drop_last
-        if tokens is None or not is_whole or length.limit_train_batches is not None or length.max_steps != -1:
-            return None
-        return tokens * length.epochs
 
     def _rate(self) -> tuple[float | None, Reason]:
         rate = getattr(self.module, "learning_rate", getattr(self.module, "lr", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     # Read before anything slow: a wrong unit is told at once.
     from lightning_lora.planning.devices import find_devices
 
-    devices = find_devices(options.memory, options.devices, options.device)
+    speeds = {"efficiency": options.efficiency, "peak_tflops": options.peak_tflops, "bandwidth": options.bandwidth}
+    devices = find_devices(options.memory, options.devices, options.device, **speeds)
     from lightning_lora.cli.lora_cli import run_trainer_command
 
     cli = run_trainer_command(["plan", *_expanded(rest)], allowed)
@@ -44,7 +46,9 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         memory=options.memory,
         devices=count,
         device=options.device,
+        **speeds,
         measure=options.measure,
+        calibrate=options.calibrate,
         target_batch_size=cli.config_planned.get("target_batch_size"),
         trainer=trainer,
         config=config,
@@ -73,7 +77,17 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--memory", metavar="24GiB", help="memory of one device (default: of those at hand)")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: those at hand)")
-    parser.add_argument("--device", metavar="NAME", help="a device of the table, such as h100 or rtx4090")
+    parser.add_argument(
+        "--device", "--device-name", metavar="NAME", help="a device of the table, such as h100 or rtx4090"
+    )
+    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="share of its peak that training reaches")
+    parser.add_argument("--peak-tflops", type=float, metavar="N", help="its peak, 10^12 FLOP/s without sparsity")
+    parser.add_argument("--bandwidth", metavar="3.35TB", help="bytes per second of its memory")
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        help="time some real batches here (default: if that takes a few seconds)",
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan (default: plan.json)")
     parser.add_argument("--write-config", metavar="FILE", help="write a YAML that fit runs, with all reasons")
     parser.add_argument("--measure", action="store_true", help="run the base on a sample of rows, for its own bits")
