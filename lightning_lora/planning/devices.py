@@ -85,6 +85,7 @@ def find_devices(
     efficiency: float | None = None,
     peak_tflops: float | None = None,
     bandwidth: str | None = None,
+    accelerator: Any = None,
 ) -> Devices:
     """The devices at hand, or others that are named.
 
@@ -97,6 +98,7 @@ def find_devices(
         efficiency: Share of the peak FLOP/s that training reaches, above 0 and at most 1; None for the measured one.
         peak_tflops: Peak of a matrix product in every type, 10^12 FLOP/s without sparsity; None for the data sheet's.
         bandwidth: Bytes per second of its memory with their unit, ``"3.35TB"``; None for the data sheet's.
+        accelerator: ``accelerator`` of the Trainer; ``"cpu"`` takes the CPU where there are GPUs too.
 
     Raises:
         ConfigError: If a value is not valid, or the name is not in the table.
@@ -110,7 +112,7 @@ def find_devices(
         unknown = Device("unnamed device", "unknown", size, source="its memory was named, nothing else is known of it")
         found = Devices(unknown, 1, is_here=False)
     else:
-        found = _at_hand()
+        found = _cpu() if accelerator == "cpu" else _at_hand()
     device = found.device if size is None else replace(found.device, memory=size)
     if efficiency is not None:
         device = replace(device, efficiency=_share(efficiency))
@@ -176,6 +178,10 @@ def _at_hand() -> Devices:
     if torch.backends.mps.is_available():
         size = torch.mps.recommended_max_memory()
         return Devices(Device("Apple GPU", "mps", size, source="the size that Metal recommends"), 1, is_here=True)
+    return _cpu()
+
+
+def _cpu() -> Devices:
     name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return Devices(Device(name, "cpu", machine_memory(), source="the operating system"), 1, is_here=True)
 

@@ -78,7 +78,7 @@ def plan(
         DataError: If the data cannot be used or holds no target.
     """
     settings = dict(trainer or {})
-    found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth)
+    found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth, settings.get("accelerator"))
     module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
     used = _lora_config(module, lora)
@@ -142,6 +142,7 @@ class _Run:
             "rows_per_step": batch.rows,
             "steps": batch.steps,
         }
+        in_epoch = self.epoch.batches(batch.batch_size, batch.devices, length.limit_train_batches)
         data = self.ready if method.fits else None
         cost = plan_cost(traces, method, batch, self.devices, data, self.epoch, self.trainer, calibrate)
         change = None if method.fits else self._change(traces, method)
@@ -154,7 +155,15 @@ class _Run:
         }
         planned = {name: value for name, value in planned.items() if value is not None}
         made, reasons = fit_config(
-            self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned
+            self.module,
+            self.data,
+            config,
+            settings | {"batches_in_epoch": in_epoch},
+            method,
+            self.lora,
+            self.trainer,
+            topics,
+            planned,
         )
         return Plan(
             model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",

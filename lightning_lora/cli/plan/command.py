@@ -39,10 +39,12 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 
     config = _fit_settings(cli.config_planned)
     trainer = config.get("trainer") or {}
+    lora = _from_callback(trainer.get("callbacks"), cli.model)
     count = options.devices or _asked_devices(trainer, devices.count)
     made = plan(
         cli.model,
         cli.datamodule,
+        lora=lora,
         memory=options.memory,
         devices=count,
         device=options.device,
@@ -115,13 +117,26 @@ def _expanded(arguments: list[str]) -> list[str]:
 
 def _fit_settings(given: Any) -> dict[str, Any]:
     """What ``fit`` would be given: seed, model, data and trainer."""
-    from lightning_lora.planning.advice.config_file import plain, without_class_defaults
+    from lightning.pytorch import Trainer
+
+    from lightning_lora.planning.advice.config_file import plain, without_class_defaults, without_defaults
 
     settings = {name: plain(given.get(name)) for name in ("model", "data", "trainer")}
     for name in ("model", "data"):
         settings[name] = without_class_defaults(settings[name])
-    kept = {name: value for name, value in (settings["trainer"] or {}).items() if value is not None}
-    return settings | {"trainer": kept, "seed_everything": given.get("seed_everything", 0)}
+    settings["trainer"] = without_defaults(Trainer, settings["trainer"] or {})
+    others = ("allow_other_base", "ckpt_path", "weights_only")
+    return settings | {"seed_everything": given.get("seed_everything", 0)} | {each: given.get(each) for each in others}
+
+
+def _from_callback(callbacks: Any, module: Any) -> dict[str, Any] | None:
+    """The settings of a `LoRA` callback in the config, whose root is given to the module; None without one."""
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(each, dict) and each.get("class_path", "").endswith("callbacks.LoRA"):
+            arguments = each.get("init_args") or {}
+            module.lora_root = arguments.get("root")
+            return arguments.get("config") or {}
+    return None
 
 
 def _asked_devices(trainer: dict[str, Any], here: int) -> int | None:

@@ -36,7 +36,8 @@ def run_tokens(
         return _replayed(data, epoch, length, batch)
     if None in (counts.supervised_tokens, counts.rows, epoch.rows) or counts.counted_rows not in (None, counts.rows):
         return {}
-    assert counts.supervised_tokens is not None and counts.rows is not None
+    assert counts.supervised_tokens is not None
+    assert counts.rows is not None
     rows = _rows(epoch, length, batch)
     if counts.unit == "labels":
         # With several labels in a row, a run without tokens counts rows, which these are not.

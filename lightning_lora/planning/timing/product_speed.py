@@ -26,7 +26,7 @@ def product_speed(dtype: str, device: str, clock: Callable[[], float] = time.per
     # The first product prepares what the others use.
     while count < 3 or clock() - begun < _SECONDS:
         start = clock()
-        left @ right
+        torch.mm(left, right)
         if device != "cpu":
             torch.accelerator.synchronize()
         best, count = min(best, clock() - start), count + 1
