@@ -151,7 +151,7 @@ class _Run:
             **run_tokens(self.ready, self.counts, self.epoch, length, batch),
             "trained_parameters": cost.parameters.trained,
             "peak_bytes": cost.peak,
-            "seconds": None if cost.seconds is None else round(cost.seconds, 1),
+            "seconds": None if cost.seconds is None else float(f"{cost.seconds:.3g}"),
         }
         planned = {name: value for name, value in planned.items() if value is not None}
         made, reasons = fit_config(
