@@ -52,10 +52,13 @@ class PlanCost:
     def words(self) -> str:
         """One sentence for the page."""
         share = self.parameters.trained / self.parameters.total
+        files = f"checkpoint {self.disk.checkpoint / 2**20:,.1f} MiB"
+        if self.disk.adapter:
+            files = f"adapter {self.disk.adapter / 2**20:,.1f} MiB, {files}"
         time = "time unknown" if self.time is None else _told(self.time)
         return (
             f"{self.parameters.trained:,} trained parameters ({share:.2%}), {self.flops.ratio:.0%} of the operations "
-            f"of full fine-tuning, checkpoint {self.disk.checkpoint / 2**20:,.1f} MiB, {time}"
+            f"of full fine-tuning, {files}, {time}"
         )
 
     @property
@@ -96,6 +99,7 @@ def plan_cost(
     precision = traces.precision[method.name]
     with built_without_memory(traces.variant(method.name, method.rank), precision=precision) as built:
         parameters = Parameters.of(built)
+        disk = Disk.of(trace.memory, built)
         linears = sum(isinstance(module, nn.Linear) for module in built.modules())
     memory = traces.memory(method.name, batch.batch_size, method.rank, method.strategy)
     work = Work.of(trace.flops, trace.attention_flops, shape_of(traces.batch(batch.batch_size)))
@@ -109,7 +113,7 @@ def plan_cost(
             batch.batch_size,
         )
         time = run_time(step, run, devices, precision, trial, calibrate)
-    return PlanCost(parameters, Flops(trace.flops, full.flops), Disk.of(trace.memory), time, memory.total)
+    return PlanCost(parameters, Flops(trace.flops, full.flops), disk, time, memory.total)
 
 
 def _run_work(
