@@ -179,8 +179,8 @@ def seconds_from_table(step: StepWork, run: RunWork, device: Device, precision: 
     """Time of a run by the speed of a device; None if its speed at this precision is not known.
 
     A micro-batch takes the longest of: its operations at the peak times the efficiency, reading the weights in forward
-    and backward, and the launches of the host; on a CPU their sum. An optimizer step reads and writes gradients and optimizer state once.
-    Exchange between devices is not in it.
+    and backward, and the launches of the host; on a CPU their sum. An optimizer step reads and writes gradients and
+    optimizer state once. Exchange between devices is not in it.
     """
     dtype = compute_dtype(precision)
     peak = device.flops.get(dtype)
