@@ -113,7 +113,6 @@ def test_weights_in_four_bits_take_the_operations_of_those_that_they_stand_for(l
     # In layers as narrow as these, the order of products that the shapes suggest differs a little.
     assert packed.flops == pytest.approx(plain.flops, rel=0.02)
     assert packed.attention_flops == plain.attention_flops > 0
-    assert packed.memory.weights < plain.memory.weights
 
 
 def test_attention_grows_with_the_square_of_a_row(llama_folder: Path) -> None:
