@@ -75,8 +75,11 @@ def _built(
             trainer.strategy.connect(built)
             with mode.entered():
                 plugin = trainer.precision_plugin
+                # Initialisers such as trunc_normal_ draw again while any value is out of bounds.
+                mode.truth = False
                 with trainer.strategy.tensor_init_context(), plugin.module_init_context():
                     built.configure_model()
+                mode.truth = True
                 _convert(built, plugin)
                 yield built, mode
     finally:
