@@ -38,6 +38,7 @@ class StepMode(TorchDispatchMode):
         flops: Floating-point operations of matrix products, convolutions and attention so far.
         attention_flops: Those of attention, which grow with the square of a row's length.
         class_counts: Sizes of a last axis that are a vocabulary or classes.
+        truth: What the truth of a tensor without values is.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,7 @@ class StepMode(TorchDispatchMode):
         self.live = LiveBytes()
         self.flops = self.attention_flops = 0
         self.class_counts: set[int] = set()
+        self.truth = True
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[StepMode]:
@@ -143,7 +145,7 @@ def _everything(mode: StepMode, x: Tensor) -> Tensor:
 
 def _one(mode: StepMode, x: Tensor) -> Any:
     """The number in a tensor: 1."""
-    return True if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
+    return mode.truth if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
 
 
 def _grouped_product(mode: StepMode, x: Tensor, matrices: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:
