@@ -109,6 +109,26 @@ def test_objects_are_planned_and_stay_as_they_are(tmp_path: Path) -> None:
     plan.write_config(tmp_path / "plan.yaml")
 
 
+def test_a_config_that_was_planned_before_is_planned_anew() -> None:
+    """Adapters and numbers of the earlier plan are replaced, other callbacks stay."""
+    names = "callbacks.LoRA", "callbacks.PlannedRun", "callbacks.BatchSizeMonitor"
+    callbacks: list[dict[str, Any]] = [{"class_path": f"lightning_lora.{name}"} for name in names]
+    callbacks[0]["init_args"] = {"config": {"rank": 2}, "root": "net"}
+    callbacks[1]["init_args"] = {"steps": 7}
+    given = {"class_path": "tests.support.toys.Plain"}, {"class_path": "tests.planning.test_plan.Tensors"}
+    config = {"model": given[0], "data": given[1], "trainer": {"callbacks": callbacks, "max_epochs": 3}}
+    data = Tensors(torch.randn(64, 2))
+    made = ll.plan(toys.Plain(), data, lora={"rank": 2}, config=config, trainer=config["trainer"], calibrate=False)
+    assert made.config is not None
+    written = {
+        each["class_path"].rpartition(".")[2]: each.get("init_args") for each in made.config["trainer"]["callbacks"]
+    }
+    assert list(written) == ["BatchSizeMonitor", "LoRA", "PlannedRun"]
+    assert written["LoRA"]["root"] == "net"
+    assert written["LoRA"]["config"]["rank"] == made.settings["rank"]
+    assert written["PlannedRun"]["steps"] == made.settings["steps"]
+
+
 def test_regression_cannot_be_told(tmp_path: Path) -> None:
     module = toys.Plain()
     before = toys.snapshot(module)
