@@ -65,7 +65,7 @@ def test_the_yaml_trains_as_the_plan_says(folder: Path, capsys: pytest.CaptureFi
     assert run.trainer.global_step == plan["settings"]["steps"]
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     assert trained == plan["parameters"]["trained"]
-    callbacks = [type(callback).__name__ for callback in run.trainer.callbacks]
+    callbacks = [type(callback).__name__ for callback in run.trainer.callbacks]  # pyright: ignore[reportAttributeAccessIssue]
     assert "PlannedRun" in callbacks
 
 
@@ -103,6 +103,7 @@ def test_objects_are_planned_and_stay_as_they_are(tmp_path: Path) -> None:
     assert task.model is None
     assert data.rows == {}
     assert data.trainer is None
+    assert plan.data.rows is not None
     assert plan.settings["steps"] == 2 * -(-plan.data.rows // plan.settings["rows_per_step"])
     assert any("step-starved" in reason.why for reason in plan.reasons)
     assert len(str(plan).splitlines()) <= 40

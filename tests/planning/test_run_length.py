@@ -25,7 +25,7 @@ class Counted(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self.validations += not trainer.sanity_checking
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.batches += 1
 
 
