@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lora.checkpoints.loader_position import generators, keeps_position
+from lightning_lora.checkpoints.loader_position import generators, keeps_position, without_workers
 from lightning_lora.checkpoints.random_state import kept_random_state, set_run_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import training_fetcher
@@ -31,41 +30,38 @@ def first_batches(trainer: Trainer, count: int, before_iterators: dict[str, Any]
     Raises:
         ConfigError: If ``training_step`` fetches its batches itself.
     """
-    fetcher, loader = training_fetcher(trainer), trainer.train_dataloader
-    assert fetcher is not None
+    fetcher: Any = training_fetcher(trainer)
+    loader: Any = trainer.train_dataloader
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         raise ConfigError("training_step takes dataloader_iter, and its batches cannot be read before it.")
     count = int(min(count, trainer.num_training_batches))
-    if _can_be_read_again(loader):
+    if (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and not keeps_position(loader)
+    ):
         return _read_again(trainer, loader, count, before_iterators)
     # Lightning has fetched one of a stream already.
-    fetched = list(getattr(fetcher, "batches", ()))
-    taken = list(islice(fetcher.iterator or (), max(0, count - len(fetched))))
-    fetcher.iterator = chain(taken, fetcher.iterator or ())
+    fetched: list[Any] = list(getattr(fetcher, "batches", ()))
+    coming = _rest(fetcher.iterator)
+    taken = list(islice(coming, max(0, count - len(fetched))))
+    fetcher.iterator = chain(taken, coming)
     return [batch for batch, _, _ in (fetched + taken)[:count]]
 
 
-def _can_be_read_again(loader: Any) -> bool:
-    is_by_number = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    return is_by_number and not keeps_position(loader)
+def _rest(iterator: Any) -> Iterator[Any]:
+    """What ``iterator`` has not given yet; Lightning's begins again where it is iterated over."""
+    while (item := next(iterator, None)) is not None:
+        yield item
 
 
 def _read_again(
     trainer: Trainer, loader: DataLoader[Any], count: int, before_iterators: dict[str, Any] | None
 ) -> list[Any]:
-    alike = copy.copy(loader)
-    has_workers = loader.num_workers > 0
-    # In this process: new workers would take longer to start than these batches to read.
-    alone: Mapping[str, Any] = {
-        "num_workers": 0,
-        "prefetch_factor": None,
-        "persistent_workers": False,
-        "timeout": 0,
-        "_iterator": None,
-    }
-    alike.__dict__.update(alone)
+    # New workers would take longer to start than these batches to read.
+    alike = without_workers(loader)
     with kept_random_state(trainer.strategy.root_device, generators([loader])):
-        if has_workers and before_iterators is not None:
+        if loader.num_workers and before_iterators is not None:
             set_run_random_state(before_iterators, trainer)
             return list(islice(iter(alike), count))
         with kept_random_state(trainer.strategy.root_device, generators([loader])):

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strategy_runs.TASKS]
 # Each way of communicating gradients where it is not the default.
 OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full", "tp/llm-lora"]
+STARTS = ["ddp/toy-gradient", "fsdp2/toy-gradient", "fsdp2/toy-pissa", "fsdp2/toy-orthogonal", "tp/llm-pissa"]
 QUANTISED = [f"ddp/{task}" for task in strategy_runs.QUANTISED if find_spec("bitsandbytes") is not None]
 
 
@@ -52,7 +53,7 @@ def assert_same_run(folder: Path, run: str, ranks: int = 2) -> None:
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS + QUANTISED)
+@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS + STARTS + QUANTISED)
 def test_two_processes_compute_what_one_device_computes(run: str, folder: Path) -> None:
     assert_same_run(folder, run)
 

@@ -60,9 +60,10 @@ class SketchedSVD:
         return left, torch.randn(self.num_in, self.side, **options)
 
     def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``U`` ``(out, count)``, ``S`` ``(count,)`` and ``V^T`` ``(count, in)`` in float64.
+        """``U`` ``(out, k)``, ``S`` ``(k,)`` and ``V^T`` ``(k, in)`` in float64, with ``k`` at most ``count``.
 
-        The entry of each row of ``V^T`` that is largest in size is positive, so that rounding flips no sign.
+        Vectors whose value is rounding are left out. The entry of each row of ``V^T`` that is largest in size is
+        positive, so that rounding flips no sign.
         """
         if self.is_whole:
             U, S, Vh = torch.linalg.svd(self.range.double(), full_matrices=False)
@@ -71,6 +72,8 @@ class SketchedSVD:
             left = self._test_matrices()[0].double() @ basis
             U, S, Vh = torch.linalg.svd(torch.linalg.lstsq(left, self.core.double()).solution, full_matrices=False)
             U = basis @ U
-        U, S, Vh = U[:, : self.count], S[: self.count], Vh[: self.count]
+        rounding = 8 * torch.finfo(self.range.dtype).eps * max(self.num_out, self.num_in) ** 0.5
+        k = int((S[: self.count] > rounding * S[0]).sum())
+        U, S, Vh = U[:, :k], S[:k], Vh[:k]
         signs = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).sign()
         return U * signs.T, S, Vh * signs

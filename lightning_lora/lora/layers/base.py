@@ -205,10 +205,8 @@ class LoRALayer(nn.Module):
         """Set the factors to first values with which the adapted layer computes what the base computes."""
         for weight, spec in self.lora_specs.items():
             A, B = self.lora_pair(weight)
-            first_values.draw_factors(A, B, spec.config.init)
-            if spec.start and spec.config.init == "gradient":
-                first_values.keep_first_half(A, B, spec.start)  # until a gradient is known
-            elif spec.start:
+            first_values.draw_factors(A, B, spec.config.init, spec.start)
+            if spec.start and spec.config.init == "pissa":
                 first_values.set_principal_factors(A, B, self.base_matrix(weight), spec.scale, spec.start)
 
     @property

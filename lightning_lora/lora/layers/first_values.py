@@ -21,17 +21,22 @@ NO_WEIGHTS = (
 )
 
 
-def draw_factors(A: Tensor, B: Tensor, init: str) -> None:
-    """Set ``A`` to random values and ``B`` to zero, or both to random values with ``B A = 0`` for ``"orthogonal"``."""
-    rank = A.shape[-2]
+def draw_factors(A: Tensor, B: Tensor, init: str, start: int = 0) -> None:
+    """Set ``A`` to random values and ``B`` to zero, or both to random values with ``B A = 0`` for ``"orthogonal"``.
+
+    Components that are to keep a start get that of the ones before them. As many random numbers are drawn as for a
+    plain LoRA of the components that train.
+    """
     if init == "orthogonal":
         _draw_orthogonal(A, B)
         return
-    if init == "gaussian":
-        A.normal_(std=1 / rank)
-    else:
-        bound = uniform_bound(A.shape[-1])
-        A.uniform_(-bound, bound)
+    bound = uniform_bound(A.shape[-1])
+    for trained in (A[..., :start, :], A[..., 2 * start :, :]):
+        if init == "gaussian":
+            trained.normal_(std=1 / A.shape[-2])
+        else:
+            trained.uniform_(-bound, bound)
+    A[..., start : 2 * start, :] = A[..., :start, :]
     B.zero_()
 
 
@@ -76,8 +81,9 @@ def set_principal_factors(A: Tensor, B: Tensor, weight: Tensor, scale: float, st
 def set_gradient_factors(A: Tensor, B: Tensor, U: Tensor, Vh: Tensor, start: int) -> None:
     r"""Set the first ``2 * start`` components to singular vectors of the gradient of the weight, and the negative.
 
-    ``A0 = c V^T`` of the first ``start`` vectors and ``B0 = c U`` of the next ``start``, or the last where there are
-    fewer. ``c^2 = sqrt(out) / 16``: outputs of the update then do not grow with its width.
+    ``A0 = c V^T`` of the first ``start`` vectors and ``B0 = c U`` of the next ``start``, or of the last where there are
+    fewer. ``c^2 = sqrt(out) / 16``: outputs of the update then do not grow with its width. Components for which there
+    is no vector keep the row of ``A`` that was drawn for them, and have ``B = 0``.
 
     Args:
         A: ``(rank, in)``.
@@ -89,13 +95,10 @@ def set_gradient_factors(A: Tensor, B: Tensor, U: Tensor, Vh: Tensor, start: int
     References:
         Wang et al., *LoRA-GA*, NeurIPS 2024, theorems 3.1 and 3.2, https://arxiv.org/abs/2407.05000; gamma as in PEFT
     """
-    c, last = (len(U) ** 0.5 / _GAMMA) ** 0.5, min(2 * start, len(Vh))
-    _set_twice(A, B, c * Vh[:start], c * U[:, last - start : last])
-
-
-def keep_first_half(A: Tensor, B: Tensor, start: int) -> None:
-    """Set the components ``start`` to ``2 * start`` so that they take off the update of those before."""
-    _set_twice(A, B, A[..., :start, :].clone(), B[..., :start].clone())
+    c, used, last = (len(U) ** 0.5 / _GAMMA) ** 0.5, min(start, len(Vh)), min(2 * start, len(Vh))
+    A0, B0 = A[:start].clone(), torch.zeros_like(B[:, :start])
+    A0[:used], B0[:, :used] = c * Vh[:used], c * U[:, last - used : last]
+    _set_twice(A, B, A0, B0)
 
 
 def _set_twice(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> None:
