@@ -66,13 +66,21 @@ def test_in_bf16_they_differ_by_its_rounding(run: str, folder: Path) -> None:
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=2**-7)
 
 
-def test_magnitudes_under_fsdp1_are_trained_as_on_one_device_and_written_whole(folder: Path) -> None:
-    found, expected = traces(folder, "fsdp1/toy-dora")
+@pytest.mark.parametrize("task", ["toy-dora", "toy-pissa"])
+def test_magnitudes_and_kept_starts_under_fsdp1_are_trained_as_on_one_device_and_written_whole(
+    task: str, folder: Path
+) -> None:
+    found, expected = traces(folder, f"fsdp1/{task}")
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     written = read_adapter_folder(folder / "fsdp1" / "adapters" / "last").factors
     for name, tensor in written.items():
         torch.testing.assert_close(tensor, expected["weights"][name], rtol=1e-5, atol=1e-5)
-    assert sum(name.endswith("lora_magnitude") for name in written) == 4
+    assert sum(name.endswith("lora_magnitude") for name in written) == (4 if task == "toy-dora" else 0)
+
+
+def test_a_start_along_the_gradient_is_refused_where_fsdp1_shards(folder: Path) -> None:
+    with pytest.raises(AssertionError, match="init='gradient' measures a gradient before the first step. FSDP1 shards"):
+        findings(folder, "fsdp1/toy-gradient")
 
 
 def test_the_runs_are_hard_enough(folder: Path) -> None:
