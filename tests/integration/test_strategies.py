@@ -79,7 +79,7 @@ def test_magnitudes_and_kept_starts_under_fsdp1_are_trained_as_on_one_device_and
 
 
 def test_a_start_along_the_gradient_is_refused_where_fsdp1_shards(folder: Path) -> None:
-    with pytest.raises(AssertionError, match="init='gradient' measures a gradient before the first step. FSDP1 shards"):
+    with pytest.raises(AssertionError, match=r"init=.gradient. measures .* FSDP1 shards"):
         findings(folder, "fsdp1/toy-gradient")
 
 
