@@ -23,6 +23,7 @@ def test_groups_weigh_by_their_learning_rates_as_in_the_step_that_adam_makes() -
     first, second = (torch.nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
     groups = [{"params": [first], "lr": 0.3}, {"params": [second], "lr": 0.03, "betas": (0.0, 0.9), "eps": 1e-4}]
     optimizer = torch.optim.Adam(groups, betas=(0.0, 0.5), eps=1e-6)
+    before = torch.zeros(8).double()
     for _ in range(12):
         first.grad, second.grad = torch.randn(4).double(), torch.randn(4).double()
         before = torch.cat([first, second]).detach()
