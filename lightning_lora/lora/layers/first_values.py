@@ -50,7 +50,8 @@ def _draw_orthogonal(A: Tensor, B: Tensor) -> None:
     # QR knows no narrow types.
     wide = {"device": A.device, "dtype": torch.promote_types(A.dtype, torch.float32)}
     rotation, _ = torch.linalg.qr(torch.randn(rank, rank, **wide))
-    X = torch.randn(*A.shape[:-2], rank // 2, A.shape[-1], **wide)
+    # Adapters that have grown may have odd ranks.
+    X = torch.randn(*A.shape[:-2], rank - rank // 2, A.shape[-1], **wide)
     Y = torch.randn(*B.shape[:-1], rank // 2, **wide)
     A.copy_(rotation[0::2].mT @ X / 10)
     B.copy_(Y @ rotation[1::2] / 10)
