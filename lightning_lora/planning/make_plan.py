@@ -44,10 +44,7 @@ from lightning_lora.planning.set_up_data import set_up
 from lightning_lora.tasks import CausalLM
 from lightning_lora.tasks.variants import variant
 
-SURE = (
-    "capacity bounds what must be memorised, and rules need less; memory is traced for a CPU: 16 kinds of steps were "
-    "within 1 % (docs/plan.md), a GPU's kernels, allocator and context are not in it;"
-)
+SURE = "capacity bounds memorising, rules need less; memory is that of a CPU, within 1 % in 16 cases (docs/plan.md);"
 
 
 def plan(

@@ -46,7 +46,7 @@ def fit_config(
         The settings, or None if the arguments of an object are not known.
     """
     parts = config or _from_objects(module, data)
-    if parts is None:
+    if parts is None or not all(isinstance(each, Mapping) for each in callbacks_of(trainer)):
         return None, {}
     made: Settings = {"seed_everything": parts.get("seed_everything", 0)}
     reasons: dict[str, Reason] = {}
@@ -55,16 +55,39 @@ def fit_config(
     made["model"] = _model(model, module, settings, method, lora, reasons, why)
     made["data"] = _data(plain(parts["data"]), data, settings, reasons, why["settings"])
     made["trainer"] = _trainer({**plain(parts.get("trainer") or {}), **trainer}, settings, method, reasons, why)
-    if not isinstance(module, PretrainedTask) and not hasattr(module, "lora") and method.rank is not None:
-        chosen = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
-        callback = {"class_path": "lightning_lora.callbacks.LoRA", "init_args": {"config": chosen}}
-        made["trainer"].setdefault("callbacks", []).append(callback)
+    if not isinstance(module, PretrainedTask) and not hasattr(module, "lora"):
+        config = None
+        if method.rank is not None:
+            config = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
+        _set_callback(made["trainer"], "lightning_lora.callbacks.LoRA", config and {"config": config})
         reasons["trainer.callbacks"] = why["method"][0]
     if planned is not None:
-        callback = {"class_path": "lightning_lora.callbacks.PlannedRun", "init_args": dict(planned)}
-        made["trainer"].setdefault("callbacks", []).append(callback)
+        _set_callback(made["trainer"], "lightning_lora.callbacks.PlannedRun", dict(planned))
         reasons["trainer.callbacks"] = Reason("callbacks", "fit prints the plan beside what it measured", "this plan")
     return made, reasons
+
+
+def _set_callback(trainer: Settings, path: str, arguments: Settings | None) -> None:
+    """Give the callback of this class its arguments, in its place if there is one; None takes it away."""
+    callbacks, kind = trainer.get("callbacks") or [], path.rpartition(".")[2]
+    found = [n for n, each in enumerate(callbacks) if each["class_path"].rpartition(".")[2] == kind]
+    if arguments is None:
+        kept = [each for n, each in enumerate(callbacks) if n not in found]
+    elif found:
+        first = callbacks[found[0]]
+        changed = {**first, "init_args": {**(first.get("init_args") or {}), **arguments}}
+        kept = [changed if n == found[0] else each for n, each in enumerate(callbacks) if n not in found[1:]]
+    else:
+        kept = [*callbacks, {"class_path": path, "init_args": arguments}]
+    trainer["callbacks"] = kept
+    if not kept:
+        del trainer["callbacks"]
+
+
+def callbacks_of(trainer: Mapping[str, Any]) -> list[Any]:
+    """The callbacks of settings of a Trainer, as objects or as a config names them."""
+    callbacks = trainer.get("callbacks") or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _model(

@@ -78,8 +78,7 @@ def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
         )
     elif counts.unit == "tokens" and counts.bits is not None:
         notes.append(
-            "1 bit for a token is an assumption, about right for large pretrained models on text (TML); a weak base "
-            "needs more, up to 7 were seen: --measure runs the base and replaces it"
+            "1 bit a token is assumed, about right for large pretrained models (TML); weak ones need up to 7: --measure"
         )
     return tuple(notes)
 
