@@ -19,14 +19,23 @@ from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.fit_config import fit_config
 from lightning_lora.planning.advice.largest_batches import largest_batches
-from lightning_lora.planning.advice.method import DEFAULT_RANK, Method, Room, choose_method, smallest_change
+from lightning_lora.planning.advice.method import (
+    DEFAULT_RANK,
+    Method,
+    Room,
+    choose_method,
+    sensible_rank,
+    smallest_change,
+)
 from lightning_lora.planning.advice.plan_cost import plan_cost
 from lightning_lora.planning.advice.run_tokens import run_tokens
 from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import notes_on_data, sentence
+from lightning_lora.planning.bad_input import check_objects, check_target
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import capacity_rows, highest_rank, needed_rank, target_sizes
+from lightning_lora.planning.cost import Parameters
 from lightning_lora.planning.count_data import count_data
 from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.devices import Devices, find_devices
@@ -35,6 +44,8 @@ from lightning_lora.planning.reason import Reason
 from lightning_lora.planning.set_up_data import set_up
 from lightning_lora.tasks import CausalLM
 from lightning_lora.tasks.variants import variant
+
+SURE = "capacity bounds memorising, rules need less; memory is that of a CPU, within 1 % in 16 cases (docs/plan.md);"
 
 
 def plan(
@@ -81,6 +92,7 @@ def plan(
     """
     settings = dict(trainer or {})
     found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth, settings.get("accelerator"))
+    check_objects(model, datamodule)
     module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
     used = _lora_config(module, lora)
@@ -112,17 +124,18 @@ class _Run:
 
     def plan(self, target_rows: int | None, config: Mapping[str, Any] | None, calibrate: bool | None) -> Plan:
         length = RunLength.of(self.trainer)
-        sizes = _sizes(self.module, self.lora)
+        sizes, full = _sizes(self.module, self.lora)
         rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
         own = [row for row in rows if row.targets == rows[0].targets]
-        most = highest_rank(sizes[rows[0].targets])
+        adapters = sizes[rows[0].targets]
+        most = sensible_rank(highest_rank(adapters), adapters, full)
         traces = self._traces()
         target, batch_reason = self._rows(target_rows, length)
         default = min(DEFAULT_RANK, max(row.rank for row in own))
         room = Room(
             verdicts={row.rank: row.verdict for row in own},
             needed=needed_rank(rows),
-            most_rank=max(most, 1),
+            most_rank=most,
             placements=traces.placements(default, self._share(target), self.devices.memory),
             budget=self.devices.memory,
             asked_rank=self.lora.rank,
@@ -130,7 +143,7 @@ class _Run:
         method = choose_method(room)
         batch = self._batch(target, length, traces, method)
         memory = self._memory(traces, method, batch.batch_size, default)
-        rate, rate_reason = self._rate()
+        rate, rate_reason = self._rate(config)
         few = alarm(batch.steps, self.lora.lr_multiplier)
         topics = [("method", reason) for reason in method.reasons]
         topics += [("settings", each) for each in (rate_reason, batch_reason, few) if each is not None]
@@ -174,7 +187,7 @@ class _Run:
             capacity=tuple(rows),
             method=method.name,
             fits=method.fits,
-            sentence=sentence(method, self.counts, own, room.most_rank, self.devices.memory, change),
+            sentence=sentence(method, self.counts, rows, self.bits, most, self.devices.memory, change),
             settings=settings,
             memory=memory,
             seconds=cost.seconds,
@@ -188,7 +201,7 @@ class _Run:
             targets=rows[0].targets,
             lr_multiplier=self.lora.lr_multiplier,
             length=str(length),
-            sureness=f"capacity ratios are upper bounds on the need; memory is traced, within about 10 %; {cost.how}",
+            sureness=f"{SURE} {cost.how}",
             config=made,
             config_reasons=reasons,
             numbers=cost.numbers,
@@ -204,15 +217,31 @@ class _Run:
 
     def _rows(self, target: int | None, length: RunLength) -> tuple[int, Reason]:
         """Rows of an optimizer step on all devices."""
+        own, count = getattr(self.data, "batch_size", self.epoch.batch_size), self.devices.count
         if target is not None:
-            own = getattr(self.data, "batch_size", self.epoch.batch_size)
-            divided = divide_rows(target, self.devices.count, own)
+            check_target(target, self.trainer)
+            divided = divide_rows(target, count, own)
+            if divided.micro_batch < own and not self._can_set:
+                raise ConfigError(
+                    f"batches of {own} rows are more than the {divided.micro_batch} that a device has in a step of "
+                    f"{target}: make the loader with batch_size={divided.micro_batch}."
+                )
             return divided.rows, Reason(f"{target} rows per step", "yours", "target_batch_size")
-        return choose_rows(self.epoch, length, self.devices.count)
+        rows, reason = choose_rows(self.epoch, length, count)
+        if self._can_set:
+            return rows, reason
+        whole = own * count * max(1, round(rows / (own * count)))
+        why = f"batches of {own} rows, as the loader makes them, {whole // own} of them; {reason.why} says {rows}"
+        return whole, reason if whole == rows else Reason(f"{whole} rows per step", why, reason.source)
+
+    @property
+    def _can_set(self) -> bool:
+        """Whether the rows of a batch are a setting of the data module."""
+        return isinstance(getattr(self.data, "batch_size", None), int)
 
     def _batch(self, rows: int, length: RunLength, traces: TracedMethods, method: Method) -> PlannedBatch:
         count = self.devices.count
-        if isinstance(getattr(self.data, "batch_size", None), int):
+        if self._can_set:
             share = rows // count
             most = traces.largest_micro_batch(method.name, method.rank, method.strategy, share, self.devices.memory)
             return divide(rows, count, most, self.epoch, length)
@@ -222,8 +251,7 @@ class _Run:
 
     def _share(self, rows: int) -> int:
         """Rows of a step on one device that are in memory at once, if they fit."""
-        can_set = isinstance(getattr(self.data, "batch_size", None), int)
-        return rows // self.devices.count if can_set else self.epoch.batch_size
+        return rows // self.devices.count if self._can_set else self.epoch.batch_size
 
     def _memory(self, traces: TracedMethods, method: Method, micro: int, default: int) -> dict[str, MemoryParts | None]:
         found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}
@@ -232,12 +260,14 @@ class _Run:
             found[name] = traces.known_memory(name, micro, method.rank or default, way)
         return found
 
-    def _rate(self) -> tuple[float | None, Reason]:
+    def _rate(self, config: Mapping[str, Any] | None) -> tuple[float | None, Reason]:
+        """The learning rate: the one that a config names or an object has, else that of a law or the default."""
         rate = getattr(self.module, "learning_rate", getattr(self.module, "lr", None))
         known = inspect.signature(type(self.module)).parameters
         standard = known["learning_rate"].default if "learning_rate" in known else None
         rate = rate if isinstance(rate, (int, float)) else None
-        given = None if rate is not None and rate == standard else rate
+        is_named = "learning_rate" in (((config or {}).get("model") or {}).get("init_args") or {})
+        given = None if rate == standard and not is_named else rate
         model_config = getattr(self.module, "model_config", None)
         return choose_rate(given, rate, model_config, self.lora.lr_multiplier)
 
@@ -253,10 +283,10 @@ def _measured_bits(module: LightningModule, data: LightningDataModule) -> BaseBi
     return measure_base_bits(module, data)
 
 
-def _sizes(module: LightningModule, lora: LoRAConfig) -> dict[str, AdapterSizes]:
-    """The sizes of adapters; layers that ``configure_model`` makes are built without memory."""
+def _sizes(module: LightningModule, lora: LoRAConfig) -> tuple[dict[str, AdapterSizes], int]:
+    """The sizes of adapters by target set, and of the whole; what ``configure_model`` makes is built without memory."""
     with built_without_memory(variant(module, None)) as built:
-        return target_sizes(built, lora)
+        return target_sizes(built, lora), Parameters.of(built).total
 
 
 def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | None) -> LoRAConfig:

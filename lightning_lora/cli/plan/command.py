@@ -27,6 +27,9 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         DataError: If the data cannot be used.
     """
     options, rest = _parsed(list(arguments))
+    for file in (options.json, options.write_config):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
     # Read before anything slow: a wrong unit is told at once.
     from lightning_lora.planning.devices import find_devices
 
@@ -38,6 +41,10 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     from lightning_lora.planning.make_plan import plan
 
     config = _fit_settings(cli.config_planned)
+    rate = "model.init_args.learning_rate"
+    if is_given(rest, rate):
+        # The user's, even where it is the default.
+        config["model"]["init_args"]["learning_rate"] = cli.config_planned.get(rate)
     trainer = config.get("trainer") or {}
     lora = _from_callback(trainer.get("callbacks"), cli.model)
     count = options.devices or _asked_devices(trainer, devices.count)
@@ -61,7 +68,10 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     _write_json(file, made.to_dict())
     print(f"written: {file}")
     if options.write_config:
-        print(f"written: {made.write_config(options.write_config)}")
+        try:
+            print(f"written: {made.write_config(options.write_config)}")
+        except OSError as error:
+            raise ConfigError(f"{options.write_config} cannot be written: {error.strerror or error}.") from error
     if not made.fits:
         raise ConfigError(made.sentence)
 
@@ -113,6 +123,25 @@ def _expanded(arguments: list[str]) -> list[str]:
     # A config comes first, so that what is named counts more.
     configs = any(word.partition("=")[0] in ("-c", "--config") for word in arguments)
     return [*arguments, *named] if configs else [*_CLASSES, *named, *arguments]
+
+
+def is_given(arguments: Sequence[str], option: str) -> bool:
+    """Whether the user gives an option of ``fit``, as an argument or in a config file."""
+    import yaml
+
+    names = (f"--{option}", f"--{option.replace('.init_args', '')}")
+    for number, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name in names:
+            return True
+        file = Path(value or "".join(arguments[number + 1 : number + 2]))
+        if name in ("-c", "--config") and file.is_file():
+            part = yaml.safe_load(file.read_text())
+            for key in option.split("."):
+                part = part.get(key) if isinstance(part, dict) else None
+            if part is not None:
+                return True
+    return False
 
 
 def _fit_settings(given: Any) -> dict[str, Any]:
