@@ -98,7 +98,8 @@ class Plan:
         if self.config is None:
             raise ConfigError(
                 "no config is written: it needs the classes and arguments of model, data module and callbacks. "
-                "Give them by config (lightning-lora plan --config FILE), or use a module that calls save_hyperparameters()."
+                "Give them by config (lightning-lora plan --config FILE), or use a module that calls "
+                "save_hyperparameters()."
             )
         heading = f"Written by lightning-lora plan. Run it:\n  lightning-lora fit --config {path}\n{self.sentence}"
         return write_config(path, self.config, self.config_reasons, heading)

@@ -167,7 +167,7 @@ def test_copies_of_one_row_are_told_and_count_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "rows.jsonl"), (json.dumps({"question": "What?", "answer": ""}) + "\n", "no row has")],
+    [("", "rows.jsonl"), (json.dumps({"question": "What?", "answer": ""}) + "\n", "'answer' is empty")],
     ids=["empty", "nothing to learn"],
 )
 def test_data_without_targets_is_one_error(
