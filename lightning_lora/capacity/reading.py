@@ -24,7 +24,7 @@ ENOUGH_ROWS = 256
 
 
 FEW_ROWS = 32
-"""Held-out rows below which an interval itself is uncertain."""
+"""Scores below which an interval itself is uncertain."""
 LOGGED = (
     "rate",
     "bits_per_parameter",
@@ -224,7 +224,7 @@ class CapacityReading:
         assert self.loss is not None
         assert self.bare_loss is not None
         if self.gain_error is None or not math.isfinite(self.gain_error):
-            return f"a gain on {self.num_scores} held-out row cannot be told from chance: use {ENOUGH_ROWS}"
+            return f"a gain from {self.num_scores} loss cannot be told from chance: use {ENOUGH_ROWS} held-out rows"
         return (
             f"the adapters have lowered the loss by {self.bare_loss - self.loss:.4f} +- {2 * self.gain_error:.4f} nats"
             f"{self._rows()}, which is no measurable gain, and failed training looks like full adapters"
@@ -233,8 +233,8 @@ class CapacityReading:
     def _rows(self) -> str:
         """What is to be said of the rows behind the losses."""
         if not self.is_held_out:
-            return " on training rows, as there are no validation rows"
-        return f" on {self.num_scores} held-out rows, which are few" if self.num_scores < FEW_ROWS else ""
+            return " (by training rows, as there are no validation rows)"
+        return f" (by {self.num_scores} held-out losses, which are few)" if self.num_scores < FEW_ROWS else ""
 
     def _groups(self) -> str:
         if not self.is_settled:
