@@ -58,27 +58,54 @@ def built_without_memory(
         precision: The precision of the Trainer, which may decide the type of the weights.
         accumulate_grad_batches: Micro-batches of an optimizer step, for modules that ask their trainer.
     """
-    with _built(module, precision, accumulate_grad_batches) as (built, _):
-        yield built
+    built = WithoutMemory(module, precision, accumulate_grad_batches)
+    with built.entered():
+        yield built.module
+
+
+class WithoutMemory:
+    """A copy of a module whose weights have no values, and the mode that runs it.
+
+    Args:
+        module: Any LightningModule, as `built_without_memory` takes it.
+        precision: The precision of the Trainer.
+        accumulate_grad_batches: Micro-batches of an optimizer step.
+
+    Attributes:
+        module: The copy, built and adapted.
+        mode: What its operations run in.
+        trainer: The trainer that the copy believes to have.
+    """
+
+    def __init__(self, module: LightningModule, precision: Any = "32-true", accumulate_grad_batches: int = 1) -> None:
+        self.mode = StepMode()
+        with _for_a_trace():
+            self.trainer = _stand_in(precision, accumulate_grad_batches)
+            self.module = fake_copy(module, self.mode.fake)
+            self.module.trainer = self.trainer
+            self.trainer.strategy.connect(self.module)
+            with self.mode.entered():
+                plugin = self.trainer.precision_plugin
+                # Initialisers such as trunc_normal_ draw again while any value is out of bounds.
+                self.mode.truth = False
+                with self.trainer.strategy.tensor_init_context(), plugin.module_init_context():
+                    self.module.configure_model()
+                self.mode.truth = True
+                _convert(self.module, plugin)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Within the context the copy can run, and nothing outside of it changes."""
+        with _for_a_trace(), self.mode.entered():
+            yield
 
 
 @contextlib.contextmanager
-def _built(
-    module: LightningModule, precision: Any = "32-true", accumulate_grad_batches: int = 1
-) -> Iterator[tuple[LightningModule, StepMode]]:
-    mode, token = StepMode(), _building.set(True)
+def _for_a_trace() -> Iterator[None]:
+    token = _building.set(True)
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
-            trainer = _stand_in(precision, accumulate_grad_batches)
-            built = fake_copy(module, mode.fake)
-            built.trainer = trainer
-            trainer.strategy.connect(built)
-            with mode.entered():
-                plugin = trainer.precision_plugin
-                with trainer.strategy.tensor_init_context(), plugin.module_init_context():
-                    built.configure_model()
-                _convert(built, plugin)
-                yield built, mode
+            yield
     finally:
         _building.reset(token)
         forget_mask()

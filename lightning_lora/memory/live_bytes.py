@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 KINDS: tuple[str, ...] = ("weights", "adapters", "gradients", "optimizer", "activations", "logits")
+Segment = tuple[str, ...]
+"""The name of a part of a step."""
 
 
 class LiveBytes:
@@ -16,13 +18,15 @@ class LiveBytes:
 
     Attributes:
         held: Bytes alive now, by kind.
-        peak: The largest sum so far, by kind at that moment.
+        segment: The part of a step that runs now.
+        peaks: The largest sum in each segment so far, by kind at that moment.
     """
 
     def __init__(self) -> None:
         self.held: dict[str, int] = dict.fromkeys(KINDS, 0)
-        self.peak = dict(self.held)
-        self._total = self._peak_total = 0
+        self.segment: Segment = ("",)
+        self.peaks = {self.segment: dict(self.held)}
+        self._total, self._highest = 0, {self.segment: 0}
         # Key of a storage to its kind, its bytes, and the reference that tells of its end.
         self._storages: dict[int, tuple[str, int, Any]] = {}
 
@@ -60,9 +64,14 @@ class LiveBytes:
         self._change("activations", num_bytes)
         self._change("activations", -num_bytes)
 
+    def begin(self, segment: Segment) -> None:
+        """Go on in this segment, which may have run before."""
+        self.segment = segment
+        self._change("activations", 0)
+
     def start_again(self) -> None:
-        """Forget the peak so far."""
-        self.peak, self._peak_total = dict(self.held), self._total
+        """Forget the peaks so far."""
+        self.peaks, self._highest = {}, {}
 
     def _end(self, key: int) -> None:
         kind, num_bytes, _ = self._storages.pop(key)
@@ -71,5 +80,5 @@ class LiveBytes:
     def _change(self, kind: str, num_bytes: int) -> None:
         self.held[kind] += num_bytes
         self._total += num_bytes
-        if self._total > self._peak_total:
-            self.peak, self._peak_total = dict(self.held), self._total
+        if self._total > self._highest.get(self.segment, -1):
+            self.peaks[self.segment], self._highest[self.segment] = dict(self.held), self._total

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lightning_lora.memory.live_bytes import LiveBytes
 
 aten: Any = torch.ops.aten
+_DEVICE: Any = torch.ops.prim.device.default
 
 MOST_KNOWN = 2**24
 """Elements of a tensor above which its values are not kept."""
@@ -36,6 +37,7 @@ class StepMode(TorchDispatchMode):
         live: Bytes of the storages.
         flops: Floating-point operations of matrix products, convolutions and attention so far.
         class_counts: Sizes of a last axis that are a vocabulary or classes.
+        truth: What the truth of a tensor without values is.
     """
 
     def __init__(self) -> None:
@@ -44,6 +46,7 @@ class StepMode(TorchDispatchMode):
         self.live = LiveBytes()
         self.flops = 0
         self.class_counts: set[int] = set()
+        self.truth = True
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[StepMode]:
@@ -52,6 +55,8 @@ class StepMode(TorchDispatchMode):
             yield self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # more than half of all calls
+            return torch.device("meta") if self.fake.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
         tensors = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
         if tensors and _all_known(tensors):
@@ -138,7 +143,7 @@ def _everything(mode: StepMode, x: Tensor) -> Tensor:
 
 def _one(mode: StepMode, x: Tensor) -> Any:
     """The number in a tensor: 1."""
-    return True if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
+    return mode.truth if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
 
 
 def _grouped_product(mode: StepMode, x: Tensor, matrices: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:

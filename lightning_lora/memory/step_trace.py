@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.lora.layers.quantised_weights import is_quantised, stored_parts
-from lightning_lora.memory.building import _built
+from lightning_lora.memory.building import WithoutMemory
+from lightning_lora.memory.depths import DEPTHS, Traced, at_depth
+from lightning_lora.memory.equal_blocks import equal_blocks
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.memory.step_mode import StepMode, known_batch
+from lightning_lora.memory.step_mode import known_batch
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class StepTrace:
         memory: Bytes at the peak, by what they are for.
         flops: Floating-point operations of forward and backward of one micro-batch.
         largest_layer: Bytes of the weights of the largest block, which FSDP holds whole when it computes.
+        depths: The numbers of equal blocks that were traced, where the model has more and the rest was found along a
+            line; empty if the whole model was traced.
     """
 
     memory: MemoryParts
     flops: int
     largest_layer: int = 0
+    depths: tuple[int, ...] = ()
 
 
 def trace_step(
@@ -43,6 +48,7 @@ def trace_step(
     precision: Any = "32-true",
     gradient_clip_val: float | None = None,
     accumulate_grad_batches: int = 1,
+    whole: bool = False,
 ) -> StepTrace:
     """Trace a training step of ``module`` without values and without memory for weights or activations.
 
@@ -50,43 +56,80 @@ def trace_step(
     second is counted, for the optimizer has its state by then. The batch keeps its values, so that labels, masks and
     lengths count as they are; numbers that depend on weights are made up (`lightning_lora.memory.step_mode`).
 
+    Of a stack of many equal blocks, such as the layers of a transformer, a few are traced (`lightning_lora.memory.
+    depths`), at three depths that must be on a line; else the whole model is traced.
+
     Args:
         module: Any LightningModule with automatic optimization; it is left as it is. Its weights need not be loaded.
         batch: One micro-batch as the training loader makes it.
         precision: The precision of the Trainer.
         gradient_clip_val: As the Trainer has it.
         accumulate_grad_batches: Micro-batches of an optimizer step.
+        whole: Trace every block, which takes longer.
 
     Returns:
         Memory of one device that holds the whole model, without overhead; `lightning_lora.memory.strategies` divides
         it. And the floating-point operations.
     """
-    with _built(module, precision, accumulate_grad_batches) as (built, mode):
-        return _Step(built, mode, batch, gradient_clip_val).traced()
+    return StepTracer(module, precision, gradient_clip_val, accumulate_grad_batches).trace(batch, whole=whole)
 
 
-class _Step:
-    def __init__(self, module: LightningModule, mode: StepMode, batch: Any, clip: float | None) -> None:
-        self.module, self.mode, self.clip = module, mode, clip
-        self.trainer: Trainer = module.trainer
-        self.log, module.log = module.log, _no_log  # type: ignore[method-assign]
-        self._take_stock()
-        self.batch = self._batch(batch)
-        self.optimizers = self._optimizers()
-        self.flops = 0
+class StepTracer:
+    """Traces steps of one module with several batches; the module is built once.
 
-    def traced(self) -> StepTrace:
-        live = self.mode.live
-        self._run()
-        live.move(_state_tensors(self.optimizers), "optimizer")
-        live.start_again()
-        self._run()
-        return StepTrace(MemoryParts(**live.peak), self.flops, _largest_layer(self.module))
+    Args:
+        module: As in `trace_step`.
+        precision: The precision of the Trainer.
+        gradient_clip_val: As the Trainer has it.
+        accumulate_grad_batches: Micro-batches of an optimizer step.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        precision: Any = "32-true",
+        gradient_clip_val: float | None = None,
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        self._built = WithoutMemory(module, precision, accumulate_grad_batches)
+        self.clip, self._equal = gradient_clip_val, equal_blocks(self.module)
+        self.module.log = _no_log  # type: ignore[method-assign]
+        self._layer = _largest_layer(self.module)
+        with self._built.entered():
+            self._take_stock()
+
+    @property
+    def module(self) -> LightningModule:
+        """The module as it is traced: built and adapted, without values. Its shapes and types may be read."""
+        return self._built.module
+
+    def trace(self, batch: Any, whole: bool = False) -> StepTrace:
+        """Trace a step with this batch, as `trace_step` does."""
+        with self._built.entered():
+            if self._equal is not None and not whole:
+                found = at_depth({depth: self._at(depth, batch) for depth in DEPTHS}, len(self._equal.blocks))
+                if found is not None:
+                    return StepTrace(MemoryParts(**found.peak), found.flops, self._layer, DEPTHS)
+            found = self._traced(batch)
+            return StepTrace(MemoryParts(**found.peak), found.flops, self._layer)
+
+    def _at(self, depth: int, batch: Any) -> Traced:
+        assert self._equal is not None
+        with self._equal.shortened(depth), self._equal.marked(depth, self._built.mode.live):
+            return self._traced(batch)
+
+    def _traced(self, batch: Any) -> Traced:
+        try:
+            return _Steps(self._built, batch, self.clip).traced()
+        finally:
+            for parameter in self.module.parameters():
+                parameter.grad = None
+            self._built.trainer.strategy.optimizers = []
 
     def _take_stock(self) -> None:
         """Count what the module holds, copies of the base's values included, and watch its gradients."""
-        live = self.mode.live
-        self.mode.class_counts = set(_class_counts(self.module))
+        live = self._built.mode.live
+        self._built.mode.class_counts = set(_class_counts(self.module))
         live.move_all("weights")
         live.move(_tensors(self.module), "weights")
         live.move(factor_parameters(self.module).values(), "adapters")
@@ -94,19 +137,40 @@ class _Step:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: live.move([p.grad], "gradients"))
 
+
+class _Steps:
+    """Two optimizer steps with one batch."""
+
+    def __init__(self, built: WithoutMemory, batch: Any, clip: float | None) -> None:
+        self.module, self.mode, self.trainer, self.clip = built.module, built.mode, built.trainer, clip
+        self.batch = self._batch(batch)
+        self.optimizers = self._optimizers()
+        self.flops = 0
+
+    def traced(self) -> Traced:
+        live = self.mode.live
+        self._run()
+        live.move(_state_tensors(self.optimizers), "optimizer")
+        live.start_again()
+        self._run()
+        return Traced(dict(live.peaks), self.flops)
+
     def _run(self) -> None:
         """The micro-batches of an optimizer step, and the step."""
         micro_batches = min(2, self.trainer.accumulate_grad_batches)
         for number in range(micro_batches):
             before = self.mode.flops
+            self.mode.live.begin((f"forward {number}",))
             loss = self._loss(number)
             if number == 0:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad()
+            self.mode.live.begin((f"backward {number}",))
             if loss is not None:
                 self.module.backward(loss / self.trainer.accumulate_grad_batches)
             del loss
             self.flops = self.mode.flops - before
+        self.mode.live.begin(("optimizer",))
         for optimizer in self.optimizers:
             self.module.on_before_optimizer_step(optimizer)
             self._clip(optimizer)

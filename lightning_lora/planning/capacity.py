@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -73,11 +73,19 @@ def capacity_table(
         ConfigError: If the module is adapted already, or cannot be adapted with these settings.
     """
     config = LoRAConfig() if config is None else config
-    ranks = sorted({*RANKS, config.rank})
-    rows = []
-    for targets, sizes in target_sizes(module, config).items():
-        rows += [capacity_row(targets, rank, sizes.parameters(rank), counts, base_bits) for rank in ranks]
-    return rows
+    return capacity_rows(target_sizes(module, config), config.rank, counts, base_bits)
+
+
+def capacity_rows(
+    sizes: Mapping[str, AdapterSizes], rank: int, counts: DataCounts, base_bits: BaseBits | None = None
+) -> list[CapacityRow]:
+    """The rows of ranks 1 to 512 and of ``rank``, for each target set of `target_sizes`."""
+    ranks = sorted({*RANKS, rank})
+    return [
+        capacity_row(targets, each, size.parameters(each), counts, base_bits)
+        for targets, size in sizes.items()
+        for each in ranks
+    ]
 
 
 def target_sizes(module: nn.Module, config: LoRAConfig) -> dict[str, AdapterSizes]:

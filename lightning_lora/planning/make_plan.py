@@ -13,8 +13,9 @@ from lightning_lora.batch.division import divide_rows
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.building import built_without_memory
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.planning.adapter_sizes import adapter_sizes
+from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.fit_config import fit_config
 from lightning_lora.planning.advice.largest_batches import largest_batches
@@ -24,7 +25,7 @@ from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import notes_on_data, sentence
 from lightning_lora.planning.base_bits import BaseBits
-from lightning_lora.planning.capacity import capacity_table, highest_rank, needed_rank
+from lightning_lora.planning.capacity import capacity_rows, highest_rank, needed_rank, target_sizes
 from lightning_lora.planning.count_data import count_data
 from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.devices import Devices, find_devices
@@ -32,6 +33,7 @@ from lightning_lora.planning.plan import Plan
 from lightning_lora.planning.reason import Reason
 from lightning_lora.planning.set_up_data import set_up
 from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.variants import variant
 
 
 def plan(
@@ -99,9 +101,10 @@ class _Run:
 
     def plan(self, target_rows: int | None, config: Mapping[str, Any] | None) -> Plan:
         length = RunLength.of(self.trainer)
-        rows = capacity_table(self.module, self.counts, self.bits, self.lora)
+        sizes = _sizes(self.module, self.lora)
+        rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
         own = [row for row in rows if row.targets == rows[0].targets]
-        most = highest_rank(adapter_sizes(self.module, self.lora))
+        most = highest_rank(sizes[rows[0].targets])
         traces = self._traces()
         target, batch_reason = self._rows(target_rows, length)
         default = min(DEFAULT_RANK, max(row.rank for row in own))
@@ -235,6 +238,12 @@ def _measured_bits(module: LightningModule, data: LightningDataModule) -> BaseBi
     from lightning_lora.planning.base_bits import measure_base_bits
 
     return measure_base_bits(module, data)
+
+
+def _sizes(module: LightningModule, lora: LoRAConfig) -> dict[str, AdapterSizes]:
+    """The sizes of adapters; layers that ``configure_model`` makes are built without memory."""
+    with built_without_memory(variant(module, None)) as built:
+        return target_sizes(built, lora)
 
 
 def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | None) -> LoRAConfig:
