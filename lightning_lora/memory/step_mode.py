@@ -37,17 +37,20 @@ class StepMode(TorchDispatchMode):
     Attributes:
         live: Bytes of the storages.
         flops: Floating-point operations of matrix products, convolutions and attention so far.
+        attention_flops: Those of attention, which grow with the square of a row's length.
         class_counts: Sizes of a last axis that are a vocabulary or classes.
         running: The operation that runs now, or that failed last.
+        truth: What the truth of a tensor without values is.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes()
-        self.flops = 0
+        self.flops = self.attention_flops = 0
         self.class_counts: set[int] = set()
         self.running: list[Any] = []
+        self.truth = True
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[StepMode]:
@@ -88,6 +91,7 @@ class StepMode(TorchDispatchMode):
         flops = _flops(func, args, kwargs, result)
         if flops is not None:
             self.flops += flops
+            self.attention_flops += flops if "_attention" in str(func) else 0
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 is_scores = tensor.ndim > 1 and tensor.shape[-1] in self.class_counts and tensor.is_floating_point()
@@ -186,7 +190,7 @@ def _of_masks(mode: StepMode, x: Tensor, indices: Sequence[Tensor | None]) -> Te
 
 def _one(mode: StepMode, x: Tensor) -> Any:
     """The number in a tensor: 1."""
-    return True if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
+    return mode.truth if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
 
 
 def _grouped_product(mode: StepMode, x: Tensor, matrices: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:

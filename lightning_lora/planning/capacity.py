@@ -1,8 +1,8 @@
-"""Whether adapters have room for what the data hold, at every rank: two ratios, both upper bounds on the need."""
+"""Whether adapters have room for what the data hold, at every rank: two ratios, as if all had to be memorised."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,8 +59,9 @@ def capacity_table(
     """The rows of ranks 1 to 512 and of ``config.rank``, for the targets of ``config`` first and then for all others.
 
     The others are the sets ``"all"``, ``"attention"``, ``"mlp"`` and ``"experts"`` that the module has. They keep all
-    settings of ``config`` but ``rank_pattern``. Both ratios are upper bounds on the need: they take it that every
-    target must be memorised.
+    settings of ``config`` but ``rank_pattern``. Both ratios take it that every target must be memorised, so they are
+    above the need of data whose rules can be learned. Tokens count 1 bit each unless the bits of the base were
+    measured: an assumption, about right for large pretrained models, and far too low for weak ones.
 
     Args:
         module: A module without adapters, on whatever device, the meta device included (see `adapter_sizes`).
@@ -73,11 +74,19 @@ def capacity_table(
         ConfigError: If the module is adapted already, or cannot be adapted with these settings.
     """
     config = LoRAConfig() if config is None else config
-    ranks = sorted({*RANKS, config.rank})
-    rows = []
-    for targets, sizes in target_sizes(module, config).items():
-        rows += [capacity_row(targets, rank, sizes.parameters(rank), counts, base_bits) for rank in ranks]
-    return rows
+    return capacity_rows(target_sizes(module, config), config.rank, counts, base_bits)
+
+
+def capacity_rows(
+    sizes: Mapping[str, AdapterSizes], rank: int, counts: DataCounts, base_bits: BaseBits | None = None
+) -> list[CapacityRow]:
+    """The rows of ranks 1 to 512 and of ``rank``, for each target set of `target_sizes`."""
+    ranks = sorted({*RANKS, rank})
+    return [
+        capacity_row(targets, each, size.parameters(each), counts, base_bits)
+        for targets, size in sizes.items()
+        for each in ranks
+    ]
 
 
 def target_sizes(module: nn.Module, config: LoRAConfig) -> dict[str, AdapterSizes]:
@@ -107,7 +116,7 @@ def capacity_row(
 def needed_rank(rows: Sequence[CapacityRow]) -> int | None:
     """The lowest rank that is inside both bounds, for the first target set of a table; None if there is none.
 
-    It bounds the need from above: data whose rules can be learned without memorising every row need less.
+    Data whose rules can be learned without memorising every row need less.
     """
     inside = [row.rank for row in rows if row.targets == rows[0].targets and row.verdict == "inside"]
     return min(inside, default=None)

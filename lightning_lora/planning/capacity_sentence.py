@@ -14,7 +14,7 @@ from .data_counts import DataCounts
 def capacity_sentence(
     rows: Sequence[CapacityRow], counts: DataCounts, rank: int, base_bits: BaseBits | None = None
 ) -> str:
-    """One or two sentences on the room that adapters of a rank have for the data; it speaks of upper bounds only.
+    """One or two sentences on the room that adapters of a rank have for the data; it speaks of bounds only.
 
     Args:
         rows: A capacity table; its first target set counts.
@@ -35,7 +35,7 @@ def capacity_sentence(
             f"Nothing is known of the information in these targets, so nobody can tell before training whether "
             f"{adapters} have room for it."
         )
-    amount = f"{_amount(counts, base_bits)}, an upper bound on what there is to learn,"
+    amount = amount_to_learn(counts, base_bits)
     if row.verdict == "inside":
         less = "" if lowest in (None, rank) else f" The bound would be kept at rank {lowest} already."
         return f"{amount} fit into {adapters}.{less}"
@@ -52,9 +52,12 @@ def capacity_sentence(
     )
 
 
-def _amount(counts: DataCounts, base_bits: BaseBits | None) -> str:
+def amount_to_learn(counts: DataCounts, base_bits: BaseBits | None) -> str:
+    """What the data hold and how that was judged, as the subject of a sentence."""
     noun = "trained tokens" if counts.unit == "tokens" else "labels"
     amount = f"{counts.unique_supervised_tokens:,} {noun} in unique rows"
     if base_bits is not None:
-        return f"{amount} ({base_bits.bits:,.0f} bits for the base)"
-    return amount if counts.unit == "tokens" else f"{amount} ({counts.bits:,.0f} bits)"
+        return f"{amount} ({base_bits.bits:,.0f} bits for the base, an upper bound on what there is to learn)"
+    if counts.unit == "tokens":
+        return f"{amount}, at an assumed bit for each,"
+    return f"{amount} ({counts.bits:,.0f} bits, an upper bound on what there is to learn)"

@@ -15,8 +15,8 @@ class DataCounts:
         rows: Rows of one epoch, before packing; None for a stream of unknown length, of which nothing else is known.
         supervised_tokens: Tokens (or labels) with a loss in one epoch; None if unknown.
         unique_supervised_tokens: The same without repeated rows; None if unknown.
-        bits: Upper bound on the information of the unique targets: 1 bit for a token, the entropy of the counted
-            labels for a label; None if unknown.
+        bits: Information of the unique targets: 1 bit for a token, which is an assumption (`measure_base_bits` measures
+            it), and for a label the entropy of the counted labels, an upper bound; None if unknown.
         duplicate_rows: Rows that repeat an earlier row; None if nobody looked.
         truncated_rows: Rows that are cut at ``max_length``.
         unsupervised_rows: Rows without any target.

@@ -23,7 +23,7 @@ class Plan:
     Args:
         model: The model in words.
         data: Counts of the training rows.
-        capacity: Ratios and verdict for each rank and target set; upper bounds on the need.
+        capacity: Ratios and verdict for each rank and target set, as if every target had to be memorised.
         method: ``"lora"``, ``"qlora"`` or ``"full"``.
         fits: Whether the method fits into the memory of the devices.
         sentence: The verdict in words.
@@ -97,8 +97,9 @@ class Plan:
             raise ConfigError(f"no config is written: {self.sentence}")
         if self.config is None:
             raise ConfigError(
-                "no config is written: it needs the classes and arguments of model and data module. Give them by "
-                "config (lightning-lora plan --config FILE), or use a module that calls save_hyperparameters()."
+                "no config is written: it needs the classes and arguments of model, data module and callbacks. "
+                "Give them by config (lightning-lora plan --config FILE), or use a module that calls "
+                "save_hyperparameters()."
             )
         heading = f"Written by lightning-lora plan. Run it:\n  lightning-lora fit --config {path}\n{self.sentence}"
         return write_config(path, self.config, self.config_reasons, heading)

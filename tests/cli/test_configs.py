@@ -11,7 +11,8 @@ import yaml
 from tests.support import toys, warm
 from tests.support.commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
-WATCHING = ["monitor.yaml", "probe.yaml"]  # run in test_monitor.py
+# Run in test_monitor.py and in callbacks/test_grown_ranks.py.
+WATCHING = ["monitor.yaml", "probe.yaml", "capacity.yaml", "rank_growth.yaml"]
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
 NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}

@@ -39,3 +39,17 @@ def test_a_watched_run_ends_with_the_state_of_its_batch_in_two_lines(overlay: st
         assert "gns/value" in (run / "metrics.csv").read_text().splitlines()[0]
     else:
         assert BatchProbeResult.load(run / "batch_probe.json").step == 1
+
+
+def test_a_run_that_watches_capacity_ends_with_a_verdict_and_its_picture(tmp_path: Path) -> None:
+    files = configs("sft.yaml", "lora.yaml", "capacity.yaml")
+    done = lightning_lora("fit", *files, *EMBEDDED, "--trainer.max_epochs=6", cwd=tmp_path)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    (run,) = tmp_path.glob("runs/sft/version_0")
+    *_, end = read_events(run)
+    assert end["event"] == "capacity_verdict"
+    assert end["sentence"] in printed
+    assert end["groups"]
+    assert (run / "capacity.png").is_file()
+    assert "capacity/" in (run / "metrics.csv").read_text().splitlines()[0]

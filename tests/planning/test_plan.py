@@ -65,7 +65,7 @@ def test_the_yaml_trains_as_the_plan_says(folder: Path, capsys: pytest.CaptureFi
     assert run.trainer.global_step == plan["settings"]["steps"]
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     assert trained == plan["parameters"]["trained"]
-    callbacks = [type(callback).__name__ for callback in run.trainer.callbacks]
+    callbacks = [type(callback).__name__ for callback in run.trainer.callbacks]  # pyright: ignore[reportAttributeAccessIssue]
     assert "PlannedRun" in callbacks
 
 
@@ -103,10 +103,31 @@ def test_objects_are_planned_and_stay_as_they_are(tmp_path: Path) -> None:
     assert task.model is None
     assert data.rows == {}
     assert data.trainer is None
+    assert plan.data.rows is not None
     assert plan.settings["steps"] == 2 * -(-plan.data.rows // plan.settings["rows_per_step"])
     assert any("step-starved" in reason.why for reason in plan.reasons)
     assert len(str(plan).splitlines()) <= 40
     plan.write_config(tmp_path / "plan.yaml")
+
+
+def test_a_config_that_was_planned_before_is_planned_anew() -> None:
+    """Adapters and numbers of the earlier plan are replaced, other callbacks stay."""
+    names = "callbacks.LoRA", "callbacks.PlannedRun", "callbacks.BatchSizeMonitor"
+    callbacks: list[dict[str, Any]] = [{"class_path": f"lightning_lora.{name}"} for name in names]
+    callbacks[0]["init_args"] = {"config": {"rank": 2}, "root": "net"}
+    callbacks[1]["init_args"] = {"steps": 7}
+    given = {"class_path": "tests.support.toys.Plain"}, {"class_path": "tests.planning.test_plan.Tensors"}
+    config = {"model": given[0], "data": given[1], "trainer": {"callbacks": callbacks, "max_epochs": 3}}
+    data = Tensors(torch.randn(64, 2))
+    made = ll.plan(toys.Plain(), data, lora={"rank": 2}, config=config, trainer=config["trainer"], calibrate=False)
+    assert made.config is not None
+    written = {
+        each["class_path"].rpartition(".")[2]: each.get("init_args") for each in made.config["trainer"]["callbacks"]
+    }
+    assert list(written) == ["BatchSizeMonitor", "LoRA", "PlannedRun"]
+    assert written["LoRA"]["root"] == "net"
+    assert written["LoRA"]["config"]["rank"] == made.settings["rank"]
+    assert written["PlannedRun"]["steps"] == made.settings["steps"]
 
 
 def test_regression_cannot_be_told(tmp_path: Path) -> None:
@@ -120,3 +141,110 @@ def test_regression_cannot_be_told(tmp_path: Path) -> None:
     assert max(map(len, str(plan).splitlines())) <= 80
     with pytest.raises(ll.ConfigError, match="no config is written"):
         plan.write_config(tmp_path / "plan.yaml")
+
+
+def planted(folder: Path, rows: list[tuple[str, str]]) -> str:
+    """A file of chats."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    return str(file)
+
+
+def test_ten_rows_are_surely_held_and_step_starved(tmp_path: Path) -> None:
+    made = ll.plan(str(MODEL), planted(tmp_path, [(f"What is {i}+{i}?", str(2 * i)) for i in range(10)]))
+    assert made.method == "lora"
+    assert "should be enough" in made.sentence
+    assert "step-starved" in str(made)
+    assert max(map(len, str(made).splitlines())) <= 80
+
+
+def test_copies_of_one_row_are_told_and_count_once(tmp_path: Path) -> None:
+    made = ll.plan(str(MODEL), planted(tmp_path, [("What is 1+1?", "2")] * 200))
+    assert made.data.duplicate_rows == 199
+    assert "all 200 rows are the same row" in str(made)
+    assert next(row for row in made.capacity if row.rank == 1).verdict == "inside"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "rows.jsonl"), (json.dumps({"question": "What?", "answer": ""}) + "\n", "'answer' is empty")],
+    ids=["empty", "nothing to learn"],
+)
+def test_data_without_targets_is_one_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (folder / "rows.jsonl").write_text(content)
+    assert cli.main(["plan", str(MODEL), "rows.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+class Built(ll.LoRAMixin, toys.Plain):
+    """Makes its layers in ``configure_model``, with an initialiser that draws again until all values are inside."""
+
+    lora = ll.LoRAConfig(rank=2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    @override
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = toys.Net()
+            torch.nn.init.trunc_normal_(self.net.first.weight, std=1.0)
+
+
+def test_a_module_that_is_built_in_configure_model_is_counted() -> None:
+    module = Built()
+    made = ll.plan(module, Tensors(torch.randn(64, 2)))
+    assert module.net is None
+    assert next(row for row in made.capacity if row.rank == 1).parameters == (4 + 8) + (8 + 2)
+
+
+class Sized(LightningDataModule):
+    """Has no loader for training."""
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "settings", "message"),
+    [
+        (toys.Plain(), Sized(), {}, "has no train_dataloader"),
+        (toys.Plain(), [1, 2], {}, "datamodule must be"),
+        (3, Sized(), {}, "model must be"),
+        (toys.Plain(), Tensors(torch.randn(8, 2)), {"memory": "-3GiB"}, "above zero"),
+        (toys.Plain(), Tensors(torch.randn(8, 2)), {"target_batch_size": 8, "devices": 7}, "among 7 devices"),
+        (toys.Plain(), Tensors(torch.randn(8, 2)), {"target_batch_size": 0}, "1 or more"),
+        (
+            toys.Plain(),
+            Tensors(torch.randn(8, 2)),
+            {"target_batch_size": 4, "trainer": {"accumulate_grad_batches": 2}},
+            "give one of the two",
+        ),
+        (toys.Plain(), Tensors(torch.randn(8, 2)), {"lora": ll.LoRAConfig(targets=["frist"])}, "frist"),
+        (
+            toys.Plain(),
+            Tensors(torch.randn(8, 2)),
+            {"lora": ll.LoRAConfig(rank_pattern={"first": 99})},
+            r"rank must be in \[1, 4\]",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(module: Any, data: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ll.LoRAError, match=message):
+        ll.plan(module, data, **settings)
+
+
+def test_a_users_own_callback_is_kept_once(tmp_path: Path) -> None:
+    config = {
+        "model": {"class_path": "tests.support.toys.Plain"},
+        "data": {"class_path": "tests.planning.test_plan.Tensors"},
+        "trainer": {"callbacks": [{"class_path": "lightning_lora.callbacks.LoRA", "init_args": {"root": "net"}}]},
+    }
+    made = ll.plan(toys.Plain(), Tensors(torch.randn(64, 2)), config=config)
+    assert made.config is not None
+    kinds = [each["class_path"] for each in made.config["trainer"]["callbacks"]]
+    assert kinds == ["lightning_lora.callbacks.LoRA", "lightning_lora.callbacks.PlannedRun"]
+    assert made.config["trainer"]["callbacks"][0]["init_args"]["root"] == "net"
+    assert made.config["trainer"]["callbacks"][0]["init_args"]["config"]["rank"] == made.settings["rank"]

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.planning.adapter_sizes import AdapterSizes
+from lightning_lora.planning.capacity import RANKS
 from lightning_lora.planning.reason import Reason
 
-DEFAULT_RANK, LEAST_RANK = 32, 8
-"""The rank where less would do and memory allows more; and the least rank that is recommended for capacity."""
+DEFAULT_RANK = 32
+"""The rank where less would do and memory allows it."""
 CONVENTION = "convention; no source finds harm in a larger rank (TML: rank hardly matters early)"
 NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
 
@@ -66,7 +68,7 @@ class Room:
     Args:
         verdicts: The verdict of each rank that the layers allow.
         needed: The smallest rank that is inside; None if none is, or nothing is known.
-        most_rank: The highest sensible rank: a quarter of the smallest side of an adapted matrix, at most 512.
+        most_rank: The highest sensible rank, see `sensible_rank`.
         placements: For each method the ways to place it, best first; none if it is not available.
         budget: Bytes of a device.
         asked_rank: The rank of the user's config, kept where nothing is known of the data.
@@ -92,7 +94,7 @@ def choose_method(room: Room) -> Method:
     is_unknown = set(room.verdicts.values()) <= {"cannot tell"}
     best = _best_verdict(room)
     if best == "over" and not is_unknown and (way := room.place("full", 0)):
-        why = "the data holds more than adapters of any sensible rank can store, and full fine-tuning fits"
+        why = f"over at rank {room.most_rank}, {_SENSIBLE}, and full fine-tuning fits"
         return Method("full", None, way.strategy, True, "over", (Reason("full fine-tuning", why, _BOUNDS),))
     wanted, reason = _wanted_rank(room, is_unknown, best)
     for name in ("lora", "qlora"):
@@ -108,7 +110,21 @@ def choose_method(room: Room) -> Method:
     return Method(name, rank, way.strategy, False, verdict, (Reason("nothing fits", why, "traced"),))
 
 
-_BOUNDS = "upper bounds: 1 token per parameter (Tinker), 2 bits per parameter at half use (arXiv 2404.05405)"
+_SENSIBLE = "the highest sensible rank (a quarter of the narrowest layer, at most 512; or 32 if smaller than the model)"
+_BOUNDS = "bounds to memorise all: 1 token per parameter (Tinker), 2 bits per parameter at half use (arXiv 2404.05405)"
+
+
+def sensible_rank(highest: int, sizes: AdapterSizes, full: int) -> int:
+    """The highest rank to recommend: ``highest``, or up to 32 while adapters are smaller than the model itself.
+
+    Args:
+        highest: A quarter of the narrowest adapted weight, see `highest_rank`. One small layer (a head of a few
+            classes, a first convolution) would otherwise decide for all.
+        sizes: The sizes of the adapters.
+        full: Parameters of the model.
+    """
+    small = [rank for rank in RANKS if rank <= DEFAULT_RANK and sizes.parameters(rank) < full]
+    return max([highest, *small])
 
 
 def _adapted(room: Room, name: str, rank: int, wanted: int, way: Placement, reason: Reason) -> Method:
@@ -136,20 +152,18 @@ def _best_verdict(room: Room) -> str:
 def _wanted_rank(room: Room, is_unknown: bool, best: str) -> tuple[int, Reason]:
     """The rank to use if memory allows, and why."""
     limit = max([rank for rank in room.verdicts if rank <= max(room.most_rank, 1)], default=1)
+    least = min(DEFAULT_RANK, limit)
     if is_unknown or not room.verdicts:
         rank = room.asked_rank or min(DEFAULT_RANK, max(room.verdicts, default=DEFAULT_RANK))
         why = "nothing is known of the information in the targets, so no rank can be derived; a RankProbe can tell"
         return rank, Reason(f"rank {rank}", why, "convention")
     if best in ("over", "tight") or room.needed is None or room.needed > limit:
-        why = f"the highest sensible rank (at most 512 and a quarter of a layer's smallest side); the data is {best}"
+        why = f"{_SENSIBLE}; the data is {best}"
         return limit, Reason(f"rank {limit}", why, _BOUNDS)
-    rank = max(room.needed, LEAST_RANK, DEFAULT_RANK)
+    rank = max(room.needed, least)
     if rank == room.needed:
-        return rank, Reason(f"rank {rank}", "the smallest rank that is inside both upper bounds", _BOUNDS)
-    rank = min(rank, max(room.verdicts))
-    return rank, Reason(
-        f"rank {rank}", f"rank {room.needed} would do by the upper bounds; more costs little", CONVENTION
-    )
+        return rank, Reason(f"rank {rank}", "the smallest rank that is inside both bounds", _BOUNDS)
+    return rank, Reason(f"rank {rank}", f"rank {room.needed} would do by the bounds; more costs little", CONVENTION)
 
 
 def smallest_change(memory: MemoryParts, budget: int, sharded: Mapping[int, MemoryParts], length: int | None) -> str:

@@ -12,8 +12,8 @@ LINES, COLUMNS = 40, 80
 _INDENT = 10
 _SHOWN_RANKS = (1, 8, 32, 128, 512)
 DISAGREE = (
-    "PEFT starts at rank 8 on a few layers, TRL at 16, axolotl at 32; the rates differ by 10. Attention only, as many "
-    "do, is worse at equal parameters (TML), and was not in one math task. TRL's batch below 32 is TRL's inference."
+    "PEFT starts at rank 8 on a few layers, TRL at 16, axolotl at 32; the rates differ by 10. Attention only is worse "
+    "at equal parameters (TML), but was not in one math task."
 )
 
 
@@ -29,7 +29,7 @@ def page(plan: Any) -> str:
         *_memory(plan),
         *_part("cost", plan.cost),
     ]
-    for note in [*plan.notes, f"sources disagree: {DISAGREE}", f"how sure: {plan.sureness}"]:
+    for note in [f"how sure: {plan.sureness}", *plan.notes, f"sources disagree: {DISAGREE}"]:
         lines += _note(note, LINES - len(lines))
     return "\n".join(lines[:LINES])
 
@@ -55,11 +55,17 @@ def _said(plan: Any, topic: str) -> str:
 
 def _data(plan: Any) -> str:
     data = plan.data
-    told = [f"{data.rows:,} rows"]
+    told = ["a stream of unknown length" if data.rows is None else f"{data.rows:,} rows"]
+    if data.packed_rows is not None:
+        told[0] += f" in {data.packed_rows:,} packs"
     if data.unique_supervised_tokens is not None:
-        told.append(f"{data.unique_supervised_tokens:,} unique supervised {data.unit}")
+        told.append(f"{data.unique_supervised_tokens:,} trained {data.unit} in unique rows")
     if data.bits is not None and data.unit != "tokens":
-        told.append(f"{data.bits:,.0f} bits of targets")
+        told.append(
+            f"{data.bits:,.0f} bits ({data.num_classes} classes x rows)"
+            if data.num_classes
+            else f"{data.bits:,.0f} bits"
+        )
     counts = {"repeated": data.duplicate_rows, "cut": data.truncated_rows, "without target": data.unsupervised_rows}
     told += [f"{count:,} {name}" for name, count in counts.items() if count or data.unit == "tokens"]
     if data.longest_row is not None:
@@ -83,7 +89,9 @@ def _capacity(plan: Any) -> Iterator[str]:
         mark = "  <-" if row.rank == chosen else ""
         sizes = f"{row.parameters:>16,} {_ratio(row.ratio_a):>9} {_ratio(row.ratio_b):>9}"
         yield f"{'':<{_INDENT}}{row.rank:>6} {sizes}  {row.verdict}{mark}"
-    yield f"{'':<{_INDENT}}A: {plan.data.unit} per parameter; B: bits of data per 2 bits; upper bounds"
+    unit = plan.data.unit.removesuffix("s")
+    yield f"{'':<{_INDENT}}A: {unit}s per parameter; B: their bits per 2 bits of a parameter"
+    yield f"{'':<{_INDENT}}inside: A <= 1 and B <= 0.5, tight: A <= 2 and B <= 1, over: more"
 
 
 def _ratio(ratio: float | None) -> str:
@@ -110,7 +118,7 @@ def _memory(plan: Any) -> Iterator[str]:
     if not known:
         return
     largest = max(plan.memory[name].total for name in known)
-    unit, size = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
+    unit, size = next(((unit, size) for unit, size in _UNITS if largest >= 10 * size), _UNITS[-1])
     heads = ("weights", "adapt", "grads", "optim", "activ", "logits", "total")
     yield f"{'memory':<{_INDENT}}{unit:<6}" + "".join(f"{head:>9}"[1:] for head in heads)
     for name in known:
@@ -121,11 +129,20 @@ def _memory(plan: Any) -> Iterator[str]:
         yield f"{'':<{_INDENT}}{name:<6}{cells}" + (" *" if parts.total > plan.budget else "")
     over = any(plan.memory[name].total > plan.budget for name in known)
     mark = "; * does not fit" if over else ""
-    yield from _part("", f"one device with {settings_rows(plan)}; it has {plan.budget / size:,.5g} {unit}{mark}")
+    yield from _part(
+        "",
+        f"at the fullest moment of a step, before most gradients, with {settings_rows(plan)}; a device has "
+        f"{plan.budget / 2**30:.3g} GiB{mark}",
+    )
+
+
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 or value == 0 else f"{value:.3g}"
+    if value == 0 or value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.01 else "<0.01"
 
 
 def settings_rows(plan: Any) -> str:

@@ -7,39 +7,59 @@ from collections.abc import Sequence
 from lightning_lora.planning.advice.method import NAMES, Method
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import CapacityRow
+from lightning_lora.planning.capacity_sentence import amount_to_learn, capacity_sentence
 from lightning_lora.planning.data_counts import DataCounts
 
 
 def sentence(
-    method: Method, counts: DataCounts, rows: Sequence[CapacityRow], most: int, budget: int, change: str | None
+    method: Method,
+    counts: DataCounts,
+    rows: Sequence[CapacityRow],
+    bits: BaseBits | None,
+    most: int,
+    budget: int,
+    change: str | None,
 ) -> str:
-    """One or two sentences: is LoRA enough, at which rank; or what does not fit and what would make it fit."""
+    """Is LoRA enough, and at which rank; or what does not fit, and what would make it fit.
+
+    Args:
+        method: The recommended method.
+        counts: What the data hold.
+        rows: The capacity table.
+        bits: The bits of the base, if the table was made with them.
+        most: The highest sensible rank.
+        budget: Bytes of a device.
+        change: The smallest change that would make the method fit.
+    """
+    if method.rank is None:
+        own = [row for row in rows if row.targets == rows[0].targets and row.rank <= most]
+        room = f"{own[-1].parameters:,} parameters at rank {own[-1].rank}, the highest sensible one" if own else ""
+        if not method.fits:
+            return _nothing_fits(method, budget, change)
+        amount = amount_to_learn(counts, bits)
+        return f"full fine-tuning, which fits: {amount} are more than adapters can surely hold ({room})."
     if not method.fits:
-        rank = "" if method.rank is None else f" at rank {method.rank}"
-        return (
-            f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
-            f"The smallest change: {change}."
-        )
-    largest = max((row for row in rows if row.rank <= most), key=lambda row: row.rank, default=rows[0])
-    if method.name == "full":
-        return (
-            f"full fine-tuning: {_amount(counts)} are more than adapters can surely hold "
-            f"({largest.parameters:,} parameters at rank {largest.rank}), and it fits."
-        )
+        return _nothing_fits(method, budget, change)
     what = f"{NAMES[method.name]} at rank {method.rank}"
-    row = next((row for row in rows if row.rank == method.rank), largest)
-    if method.verdict == "cannot tell":
-        return f"{what}; cannot tell whether it is enough: the information in the targets is not known."
-    told = f"{_amount(counts)}, {row.parameters:,} parameters; an upper bound on the need"
-    if method.verdict == "inside":
-        return f"{what} is enough: the data is inside its capacity ({told})."
-    if method.verdict == "tight":
-        return f"{what} is tight: the data may fill it ({told})."
-    return f"{what}, though the data is over its capacity ({told}): expect slower learning than in full."
+    judged = {
+        "inside": f"{what} should be enough: ",
+        "tight": f"{what} is tight: ",
+        "over": f"{what}, though the data is over its capacity: ",
+        "cannot tell": f"{what}; cannot tell whether it is enough. ",
+    }
+    return judged[method.verdict] + capacity_sentence(rows, counts, method.rank, bits)
+
+
+def _nothing_fits(method: Method, budget: int, change: str | None) -> str:
+    rank = "" if method.rank is None else f" at rank {method.rank}"
+    return (
+        f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
+        f"The smallest change: {change}."
+    )
 
 
 def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
-    """What else the counts say: repeated rows, and the bits of the base model."""
+    """What else the counts say: repeated rows, and the bits of the base model or that they are assumed."""
     notes = []
     duplicates = counts.duplicate_rows or 0
     if counts.rows and duplicates == counts.rows - 1 and counts.rows > 1:
@@ -47,17 +67,20 @@ def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
     elif counts.rows and duplicates >= 0.1 * counts.rows:
         share = duplicates / counts.rows
         notes.append(f"{share:.0%} of the rows repeat others; they count once for capacity, each time for steps")
+    if counts.rows and counts.counted_rows and counts.counted_rows < counts.rows:
+        notes.append(f"{counts.counted_rows:,} of {counts.rows:,} rows were read; counts are scaled up from these")
     if bits is not None:
+        unit = counts.unit.removesuffix("s")
+        each = bits.bits / max(1, counts.unique_supervised_tokens or 1)
         notes.append(
-            f"the base needs {bits.bits:,.0f} bits for the targets (95 %: {bits.low:,.0f} to {bits.high:,.0f}), "
-            f"measured on {bits.rows:,} rows"
+            f"measured: the base needs {bits.bits:,.0f} bits for the targets, {each:.3g} for each {unit} (95 %: "
+            f"{bits.low:,.0f} to {bits.high:,.0f} bits; {bits.rows:,} rows were read)"
+        )
+    elif counts.unit == "tokens" and counts.bits is not None:
+        notes.append(
+            "1 bit a token is assumed, about right for large pretrained models (TML); weak ones need up to 7: --measure"
         )
     return tuple(notes)
-
-
-def _amount(counts: DataCounts) -> str:
-    number = counts.unique_supervised_tokens
-    return "the targets" if number is None else f"{number:,} unique {counts.unit}"
 
 
 def _size(size: int) -> str:

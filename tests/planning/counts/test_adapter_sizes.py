@@ -141,6 +141,7 @@ def test_what_is_counted_is_what_an_injection_makes(kind: str, rank: int) -> Non
         {"targets": ["q_proj", "v_proj"], "exclude": ["*.0.*"]},
         {"adapt_head": True, "adapt_embeddings": True},
         {"init": "pissa"},
+        {"dora": True, "adapt_embeddings": True},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -178,7 +178,7 @@ def test_ten_rows_fit_at_any_rank(tokenizer: Any, write: Write) -> None:
     verdict, text = sentence(counts)
     assert (counts.rows, verdict) == (10, "inside")
     assert re.fullmatch(
-        r"\d+ trained tokens in unique rows, an upper bound on what there is to learn, fit into the [\d,]+ trained "
+        r"\d+ trained tokens in unique rows, at an assumed bit for each, fit into the [\d,]+ trained "
         r"parameters of rank 32 \(all\)\. The bound would be kept at rank 1 already\.",
         text,
     )
@@ -188,7 +188,7 @@ def test_a_million_tokens_are_more_than_rank_1_can_surely_hold() -> None:
     verdict, text = sentence(tokens(10**6), rank=1)
     assert verdict == "over"
     assert text == (
-        "1,000,000 trained tokens in unique rows, an upper bound on what there is to learn, are more than the 928 "
+        "1,000,000 trained tokens in unique rows, at an assumed bit for each, are more than the 928 "
         "trained parameters of rank 1 (all) can surely hold: learning may become slower than in full fine-tuning, "
         "though it does not stop. No rank up to 512 keeps the bound; whether more rank helps can only be measured "
         "(RankProbe)."
@@ -232,9 +232,9 @@ def test_labels_are_told_with_their_bits() -> None:
     counts = count_data(DataLoader(TensorDataset(torch.randn(64, 16), torch.arange(64) % 4)))
     verdict, text = sentence(counts, rank=2, module=mlp())
     assert verdict == "inside"
-    assert text.startswith("64 labels in unique rows (128 bits), an upper bound")
+    assert text.startswith("64 labels in unique rows (128 bits, an upper bound")
     _, text = sentence(tokens(100), rank=2, base_bits=BaseBits(1234.0, 1200.0, 1300.0, 5, 10))
-    assert text.startswith("100 trained tokens in unique rows (1,234 bits for the base), an upper bound")
+    assert text.startswith("100 trained tokens in unique rows (1,234 bits for the base, an upper bound")
     with pytest.raises(ConfigError, match="the table has no rank 3"):
         capacity_sentence(capacity_table(mlp(), counts), counts, 3)
 
