@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from lightning_lora.lora.functional.seeded_dropout import forget_mask
 from lightning_lora.lora.layers.adapted import factor_parameters
@@ -108,10 +108,28 @@ class WithoutMemory:
 
 
 @contextlib.contextmanager
+def _types_can_change() -> Iterator[None]:
+    """Let ``module.to(dtype)`` work: torch swaps fake tensors then, and refuses if anything refers to one weakly."""
+    swap = torch.utils.swap_tensors
+
+    def take_over(one: Tensor, other: Tensor) -> None:
+        if isinstance(one, FakeTensor):
+            one.data = other.detach()
+        else:
+            swap(one, other)
+
+    torch.utils.swap_tensors = take_over
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap
+
+
+@contextlib.contextmanager
 def _for_a_trace() -> Iterator[None]:
     token = _building.set(True)
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with _quiet(), _types_can_change(), torch.random.fork_rng(devices=[]):
             yield
     finally:
         _building.reset(token)

@@ -121,6 +121,20 @@ class Manual(Deep):
         self.automatic_optimization = False
 
 
+class Narrow(Deep):
+    """Changes its types while it is built."""
+
+    def configure_model(self) -> None:
+        self.layers.to(torch.bfloat16).double()
+        self.bfloat16()
+
+
+def test_a_module_may_change_its_types_while_it_is_built() -> None:
+    narrow, wide = trace_step(Narrow(), torch.arange(8)).memory, trace_step(Deep(), torch.arange(8)).memory
+    assert 2 * narrow.weights == wide.weights
+    assert narrow.gradients < wide.gradients
+
+
 class Unbuildable(Deep):
     """Reads numbers of its weights while it is built."""
 
