@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from lightning_lora.memory.building import built_without_memory
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.method import Method
 from lightning_lora.planning.advice.run_time import Trial, run_time
@@ -97,10 +96,10 @@ def plan_cost(
     trace = traces.trace(method.name, batch.batch_size, method.rank)
     full = traces.trace("full", batch.batch_size, None)
     precision = traces.precision[method.name]
-    with built_without_memory(traces.variant(method.name, method.rank), precision=precision) as built:
-        parameters = Parameters.of(built)
-        disk = Disk.of(trace.memory, built)
-        linears = sum(isinstance(module, nn.Linear) for module in built.modules())
+    built = traces.built(method.name, method.rank)
+    parameters = Parameters.of(built)
+    disk = Disk.of(trace.memory, built)
+    linears = sum(isinstance(module, nn.Linear) for module in built.modules())
     memory = traces.memory(method.name, batch.batch_size, method.rank, method.strategy)
     work = Work.of(trace.flops, trace.attention_flops, shape_of(traces.batch(batch.batch_size)))
     time = None

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning_lora.batch.division import divisors
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.memory.step_trace import StepTrace, trace_step
+from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide
 from lightning_lora.planning.advice.method import Placement
 from lightning_lora.tasks.pretrained import PretrainedTask
@@ -43,6 +43,7 @@ class TracedMethods:
         self.precision, self.clip, self.devices = precision, clip, devices
         self.failed: dict[str, str] = {}
         self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
+        self._tracers: dict[tuple[str, int | None], StepTracer] = {}
 
     @property
     def names(self) -> list[str]:
@@ -53,13 +54,19 @@ class TracedMethods:
         """The trace of a method with ``rows`` rows in a micro-batch."""
         key = name, rows, None if name == "full" else rank
         if key not in self._traces:
-            self._traces[key] = trace_step(
-                self.variant(name, rank),
-                self.batch(rows),
-                precision=self.precision[name],
-                gradient_clip_val=self.clip,
-            )
+            self._traces[key] = self._tracer(name, rank).trace(self.batch(rows))
         return self._traces[key]
+
+    def built(self, name: str, rank: int | None) -> LightningModule:
+        """The module of a method as it is traced: without values, for its shapes and types only."""
+        return self._tracer(name, rank).module
+
+    def _tracer(self, name: str, rank: int | None) -> StepTracer:
+        """Building a large model takes as long as tracing it, so each method is built once."""
+        key = name, None if name == "full" else rank
+        if key not in self._tracers:
+            self._tracers[key] = StepTracer(self.variant(name, rank), self.precision[name], self.clip)
+        return self._tracers[key]
 
     def memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts:
         """Bytes on one device."""
