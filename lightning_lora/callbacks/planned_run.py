@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.batch.counting import count_rows, count_supervised
+from lightning_lora.batch.counting import count_items, count_rows, count_supervised
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.errors import ConfigError
 from lightning_lora.sharding.collectives import total_of_ranks
@@ -24,8 +24,8 @@ from .progress import peak_bytes
 
 _KEY = "lightning_lora_planned_run"
 # Of the part before a checkpoint: Lightning calls no callback where the earlier part had none.
-_NOTHING: dict[str, float | None] = {"tokens": 0, "seconds": 0.0}
-_NOT_COUNTED: dict[str, float | None] = {"tokens": None, "seconds": None}
+_NOTHING: dict[str, float | None] = {"tokens": 0, "total_tokens": 0, "seconds": 0.0}
+_NOT_COUNTED: dict[str, float | None] = dict.fromkeys(_NOTHING)
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -60,13 +60,16 @@ class _Row:
 class PlannedRun(Callback):
     """Prints what a run was planned to take beside what it took, when it ends or is stopped.
 
-    ``lightning-lora plan --write-config`` puts it into the config. Steps, supervised tokens and trained parameters
-    are exact; where they differ from the plan, the likely reason is said. The numbers also go into ``events.jsonl``
+    ``lightning-lora plan --write-config`` puts it into the config. Steps, tokens and trained parameters are exact;
+    where they differ from the plan, the likely reason is said. The numbers also go into ``events.jsonl``
     in the run folder. Tokens are those of all processes and of all parts of a run that was continued; memory and
     seconds are those of the first process, seconds of all parts. Without arguments only the measured numbers are told.
 
-    Memory is the peak that torch allocated on the GPU during training, which leaves out the context of CUDA. On a CPU
-    it is what the resident memory of the process grew by at its peak, since before the model was built.
+    Memory is the peak that torch allocated on the GPU during training: weights, adapters, gradients, optimizer and
+    activations, and not the context of CUDA, nor what the allocator keeps for later, which the planned peak leaves out
+    too. On a CPU it is what the resident memory of the process grew by at its peak, since before the model was built,
+    which has what libraries load, and holes between blocks, on top. Seconds are those from the first step to the last,
+    with validation and checkpoints; the planned ones have no checkpoints.
 
     Args:
         steps: Planned optimizer steps.
@@ -74,6 +77,7 @@ class PlannedRun(Callback):
         trained_parameters: Planned number of trained parameters.
         peak_bytes: Planned peak memory of a device.
         seconds: Planned seconds of training with validation.
+        total_tokens: Planned tokens of the whole run, those without a loss too, without padding.
 
     Raises:
         ConfigError: If a number is negative.
@@ -86,10 +90,12 @@ class PlannedRun(Callback):
         trained_parameters: int | None = None,
         peak_bytes: int | None = None,
         seconds: float | None = None,
+        total_tokens: int | None = None,
     ) -> None:
         self.planned: dict[str, float | None] = {
             "steps": steps,
             "tokens": tokens,
+            "total_tokens": total_tokens,
             "trained_parameters": trained_parameters,
             "peak_bytes": peak_bytes,
             "seconds": seconds,
@@ -126,32 +132,35 @@ class PlannedRun(Callback):
         """Count the tokens of a batch; a count on a GPU stays there."""
         tokens = count_supervised(batch)
         self._tokens = self._tokens + (_labels(batch) if tokens is None else tokens)
+        self._total = self._total + _all_tokens(batch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell, after the last step."""
-        self._tell(trainer, pl_module, _total(trainer, self._tokens))
+        self._tell(trainer, pl_module, (_total(trainer, self._tokens), _total(trainer, self._total)))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell of a run that was interrupted or failed."""
         # Other processes may be gone, so they are not asked.
-        own = int(self._tokens) if trainer.world_size == 1 else None
+        own = (int(self._tokens), int(self._total)) if trainer.world_size == 1 else (None, None)
         self._tell(trainer, pl_module, own, stopped=True)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save tokens and seconds so far."""
-        own = {"tokens": _total(trainer, self._tokens), "seconds": self._seconds()}
+        tokens = {"tokens": _total(trainer, self._tokens), "total_tokens": _total(trainer, self._total)}
+        own = tokens | {"seconds": self._seconds()}
         checkpoint[_KEY] = {name: _sum(self._earlier[name], value) for name, value in own.items()}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue with tokens and seconds of the earlier part; unknown if it ran without this callback."""
-        self._earlier = checkpoint.get(_KEY) or dict(_NOT_COUNTED)
+        self._earlier = _NOT_COUNTED | (checkpoint.get(_KEY) or {})
 
     def _restart(self) -> None:
         self._tokens: Tensor | int = 0
+        self._total: Tensor | int = 0
         self._is_running = False
         self._start, self._took, self._trained = 0.0, 0.0, 0
         self._resident: int | None = None
@@ -161,7 +170,9 @@ class PlannedRun(Callback):
         """Seconds of this part so far; after its end, those that it took."""
         return self._clock() - self._start if self._is_running else self._took
 
-    def _tell(self, trainer: Trainer, module: LightningModule, tokens: int | None, stopped: bool = False) -> None:
+    def _tell(
+        self, trainer: Trainer, module: LightningModule, tokens: tuple[int | None, int | None], stopped: bool = False
+    ) -> None:
         """Print and write once, if there was a step."""
         if not self._is_running or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -170,7 +181,8 @@ class PlannedRun(Callback):
         earlier, memory = self._earlier, self._memory(module)
         self.measured = {
             "steps": trainer.global_step,
-            "tokens": _sum(earlier["tokens"], tokens),
+            "tokens": _sum(earlier["tokens"], tokens[0]),
+            "total_tokens": _sum(earlier["total_tokens"], tokens[1]) or None,  # 0: no tokens in these batches
             "trained_parameters": self._trained,
             "peak_bytes": memory[0],
             "seconds": _sum(earlier["seconds"], seconds),
@@ -192,11 +204,14 @@ class PlannedRun(Callback):
         notes = {
             "steps": ("steps", True, steps_note),
             "tokens": ("tokens", True, tokens_note),
+            "total_tokens": ("all tokens", True, tokens_note),
             "trained_parameters": ("parameters", True, "another model, method, rank or targets than planned"),
             "peak_bytes": ("peak memory", False, memory_note),
             "seconds": ("seconds", False, "" if is_as_planned else "follows the steps"),
         }
         for name, (shown, is_exact, note) in notes.items():
+            if name == "total_tokens" and self.planned[name] is self.measured[name] is None:
+                continue
             yield _Row(shown, self.planned[name], self.measured[name], is_exact, note)
 
     def _why_steps(self, trainer: Trainer, stopped: bool) -> str:
@@ -234,6 +249,20 @@ def _labels(batch: Any) -> int:
     """Labels of a batch that is no sequence of supervised tokens, else its rows."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return labels.numel() if isinstance(labels, Tensor) else count_rows(batch)
+
+
+def _all_tokens(batch: Any) -> Tensor | int:
+    """Tokens of a batch without padding; 0 where it has none."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return 0
+    places, labels = batch.get("position_ids"), batch.get("labels")
+    if "attention_mask" in batch or not isinstance(places, Tensor) or not isinstance(labels, Tensor):
+        return count_items(batch)[0]
+    # Packed: each example begins at position 0, and one without a label is padding.
+    example = (places == 0).flatten().long().cumsum(0)
+    labelled = torch.zeros(example.numel() + 1, dtype=torch.bool, device=example.device)
+    labelled[example[(labels != -100).flatten()]] = True
+    return labelled[example].sum()
 
 
 def _resident_bytes() -> int | None:

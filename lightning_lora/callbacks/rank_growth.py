@@ -106,8 +106,7 @@ class RankGrowth(Callback):
         """Let groups grow where an optimizer step begins; a checkpoint of the step before does not hold the growth."""
         step = trainer.global_step
         if step and not self._has_checked_state:
-            for optimizer in trainer.optimizers:
-                check_can_grow(optimizer, factor_parameters(pl_module).values())
+            _check_states(trainer, pl_module)
             self._has_checked_state = True
         if step == self._last_look or not self._is_due(step):
             return
@@ -116,6 +115,7 @@ class RankGrowth(Callback):
         # Rounding may differ between ranks, a decision must not.
         plan = trainer.strategy.broadcast(plan)
         if plan:
+            _check_states(trainer, pl_module)  # factors whose gradient came late have a state only now
             _grow(trainer, pl_module, {name: rank for growth in plan for name, rank in growth.after.items()})
             self._report(trainer, pl_module, plan)
 
@@ -169,6 +169,11 @@ class RankGrowth(Callback):
             )
         for logger in trainer.loggers:
             logger.log_metrics({"rank/parameters": present}, step)
+
+
+def _check_states(trainer: Trainer, module: LightningModule) -> None:
+    for optimizer in trainer.optimizers:
+        check_can_grow(optimizer, factor_parameters(module).values())
 
 
 def _grow(trainer: Trainer, module: LightningModule, ranks: dict[str, int]) -> None:

@@ -12,8 +12,12 @@ from lightning_lora.errors import AdapterFileError, AlreadyShardedError
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.shards import check_not_sharded
 
-# Settings from which the ranks and scales follow with which a run begins.
-_SETTINGS = ("rank", "alpha", "rank_pattern", "alpha_pattern", "scaling", "share_expert_factors")
+# Settings that may differ, because no rank or scale follows from them: they select layers, whose names are compared, or
+# say how factors are trained. Every other setting, and one that is new, is compared.
+_FREE = {
+    *("targets", "exclude", "trainable", "adapt_head", "adapt_embeddings", "tied_weights"),
+    *("dropout", "lr_multiplier", "lr_multiplier_pattern", "lora_plus_ratio", "adapter_dtype"),
+}
 
 
 def ranks_to_take(module: nn.Module, manifest: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
@@ -28,7 +32,7 @@ def ranks_to_take(module: nn.Module, manifest: Mapping[str, Any]) -> dict[str, t
     weights, ranks = adapted_weights(module), manifest.get("ranks", {})
     specs = {name: layer.lora_specs[weight] for name, (layer, weight) in weights.items()}
     own, theirs = next(iter(specs.values())).config.to_dict(), manifest["config"]
-    if ranks.keys() != specs.keys() or any(own[name] != theirs.get(name, own[name]) for name in _SETTINGS):
+    if ranks.keys() != specs.keys() or any(own[name] != theirs.get(name, own[name]) for name in own.keys() - _FREE):
         return {}
     taken = {name: (rank, manifest["alphas"][name]) for name, rank in ranks.items() if rank != specs[name].rank}
     if taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -63,6 +64,14 @@ def generators(loaders: Iterable[object]) -> list[torch.Generator]:
             if isinstance(generator, torch.Generator) and generator is not torch.default_generator:
                 found[id(generator)] = generator
     return list(found.values())
+
+
+def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same rows in the same order that reads in this process; iterators of ``loader`` go on."""
+    alike = copy.copy(loader)
+    settings = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "timeout": 0}
+    alike.__dict__.update(settings | {"_iterator": None})
+    return alike
 
 
 def obstacle(loader: object, num_batches: int) -> str | None:

@@ -13,7 +13,7 @@ from lightning_lora.errors import ConfigError, did_you_mean
 
 _TARGETS = ("all", "attention", "mlp", "experts")
 _SCALINGS = ("standard", "rslora")
-_INITS = ("default", "gaussian", "orthogonal", "pissa")
+_INITS = ("default", "gaussian", "orthogonal", "pissa", "gradient")
 _TIED_WEIGHTS = ("refuse", "untie", "both")
 _ADAPTER_DTYPES = ("float32", "bfloat16", "float64")
 
@@ -43,7 +43,8 @@ class LoRAConfig:
             standard deviation 1/rank. ``"orthogonal"``: A and B are both random, in rank spaces orthogonal to each
             other, so that ``B A`` starts at zero; needs even ranks. ``"pissa"``: A and B start as the principal part of
             the weight, which a second half of the factors takes off again and keeps; they have twice the rank.
-            Embeddings always start as by default.
+            ``"gradient"``: the same with singular vectors of the gradient of the weight, measured as `fit` starts; for
+            linear layers. Embeddings always start as by default.
         lr_multiplier: Factor on the learning rate of the adapters. Give the task the learning rate of full fine-tuning;
             the adapters train at this many times it.
         adapt_head: Also adapt the output head.
@@ -67,6 +68,7 @@ class LoRAConfig:
         dora: Also learn a magnitude ``m`` for each output feature: the weight is ``m (W + scale * B A)``, divided by
             the norm of each row of that sum. ``m`` starts as the norms of ``W``. For linear layers, convolutions and
             embeddings. A step costs more, and the benefit is disputed (docs/dora.md).
+        init_batches: Training batches, on each device, that ``init="gradient"`` measures the gradient on, at least 1.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -76,6 +78,7 @@ class LoRAConfig:
         Schulman et al., *LoRA Without Regret*, 2025, https://thinkingmachines.ai/blog/lora/ (defaults);
         Kalajdzievski, *rsLoRA*, 2023, https://arxiv.org/abs/2312.03732;
         Meng et al., *PiSSA*, NeurIPS 2024, https://arxiv.org/abs/2404.02948;
+        Wang et al., *LoRA-GA*, NeurIPS 2024, https://arxiv.org/abs/2407.05000;
         Hayou et al., *LoRA+*, ICML 2024, https://arxiv.org/abs/2402.12354;
         Liu et al., *DoRA*, ICML 2024, https://arxiv.org/abs/2402.09353. ``docs/hyperparameters.md`` says what speaks
         for each setting.
@@ -105,9 +108,11 @@ class LoRAConfig:
     lora_plus_ratio: float = 1.0
     lr_multiplier_pattern: dict[str, float] = field(default_factory=dict)
     dora: bool = False
+    init_batches: int = 8
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
+        _check_rank("init_batches", self.init_batches)
         _check_positive("alpha", self.alpha)
         _check_positive("lr_multiplier", self.lr_multiplier)
         _check_positive("lora_plus_ratio", self.lora_plus_ratio)
@@ -120,10 +125,10 @@ class LoRAConfig:
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        if self.dora and self.init == "pissa":
+        if self.dora and self.init in ("pissa", "gradient"):
             raise ConfigError(
-                "dora=True starts at the norms of the base weights, and init='pissa' takes their principal part out of "
-                "them: set init to 'default', or dora to False."
+                f"dora=True starts at the norms of the base weights, and init={self.init!r} takes a part out of them: "
+                f"set init to 'default', or dora to False."
             )
         if self.adapter_dtype is not None:
             self._set("adapter_dtype", _dtype_name(self.adapter_dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
 from lightning_lora.lora.layers.adapted import adapted_weights
-from lightning_lora.lora.layers.base import FACTORS, AdapterSpec, LoRALayer
+from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.shards import check_not_sharded
 
@@ -20,10 +20,11 @@ from lightning_lora.lora.shards import check_not_sharded
 def grow_adapters(module: nn.Module, ranks: Mapping[str, int]) -> None:
     """Raise the rank of adapted weights in place; the module computes the same before and after.
 
-    Of the factor that started random, the new part is drawn as for a new adapter; of the factor that started at zero,
-    it is zero. The scale stays, so alpha becomes ``alpha * new rank / old rank`` (``alpha * sqrt(...)`` with rsLoRA).
-    The parameter objects stay, with new data of another shape and no gradient: the state that an optimizer has for them
-    must be extended by the caller. If an error is raised, nothing has been changed.
+    Of one factor the new part is random, as in a new adapter, by default values where the adapter started orthogonal
+    or principal (PiSSA); of the other (`LoRALayer.zero_factor`) it is zero. The scale stays, so alpha becomes
+    ``alpha * new rank / old rank`` (``alpha * sqrt(...)`` with rsLoRA). The parameter objects stay, with new data of
+    another shape and no gradient: the state that an optimizer has for them must be extended by the caller. If an error
+    is raised, nothing has been changed.
 
     Args:
         module: The adapted module.
@@ -92,7 +93,8 @@ def _check_rank(name: str, layer: LoRALayer, weight: str, rank: int) -> None:
 
 
 def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
-    layer.lora_specs = layer.lora_specs | {weight: grown_spec(layer.lora_specs[weight], rank)}
+    specs = layer.lora_specs | {weight: grown_spec(layer.lora_specs[weight], rank)}
+    layer.lora_specs = {name: _drawn_by_parts(spec) for name, spec in specs.items()}
     pair = layer.lora_pair(weight)
     # Factors of other weights of the layer are drawn anew too, in their own memory.
     before = {name: factor.detach().clone() for name, factor in layer.lora_factors().items()}
@@ -101,12 +103,15 @@ def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
         factor.data = factor.new_empty(shape)
         factor.grad = None
     layer.reset_factors()
-    for name, factor in zip(FACTORS, pair, strict=True):
-        if name == layer.zero_factor:
-            # Some first values leave it random too.
-            factor.data.zero_()
+    layer.lora_specs = specs
     for name, factor in layer.lora_factors().items():
         _leading(factor.data, before[name]).copy_(before[name])
+
+
+def _drawn_by_parts(spec: AdapterSpec) -> AdapterSpec:
+    """``spec`` with first values of which one factor is zero; others, as orthogonal ones, belong to a whole pair."""
+    init = spec.config.init if spec.config.init in ("default", "gaussian") else "default"
+    return replace(spec, start=0, config=replace(spec.config, init=init))
 
 
 def _leading(wide: Tensor, narrow: Tensor) -> Tensor:

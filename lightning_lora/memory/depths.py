@@ -25,10 +25,12 @@ class Traced:
     Args:
         peaks: Bytes by kind at the peak of each segment.
         flops: Operations of forward and backward of one micro-batch.
+        attention_flops: Those of attention.
     """
 
     peaks: Mapping[Segment, Mapping[str, int]]
     flops: int
+    attention_flops: int = 0
 
     @property
     def peak(self) -> Mapping[str, int]:
@@ -52,7 +54,9 @@ def at_depth(traced: Mapping[int, Traced], depth: int) -> Traced | None:
         if sum(abs(found[kind] - expected[kind]) for kind in found) > _TOLERANCE * sum(found.values()):
             return None
         peaks[segment] = _line(two.peaks[segment], found, depth - DEPTHS[2])
-    return Traced(peaks, three.flops + (depth - DEPTHS[2]) * (three.flops - two.flops))
+    further = depth - DEPTHS[2]
+    attention = three.attention_flops + further * (three.attention_flops - two.attention_flops)
+    return Traced(peaks, three.flops + further * (three.flops - two.flops), attention)
 
 
 def _outer(traced: Traced) -> set[Segment]:

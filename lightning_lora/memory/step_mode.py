@@ -36,6 +36,7 @@ class StepMode(TorchDispatchMode):
     Attributes:
         live: Bytes of the storages.
         flops: Floating-point operations of matrix products, convolutions and attention so far.
+        attention_flops: Those of attention, which grow with the square of a row's length.
         class_counts: Sizes of a last axis that are a vocabulary or classes.
         truth: What the truth of a tensor without values is.
     """
@@ -44,7 +45,7 @@ class StepMode(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes()
-        self.flops = 0
+        self.flops = self.attention_flops = 0
         self.class_counts: set[int] = set()
         self.truth = True
 
@@ -82,6 +83,7 @@ class StepMode(TorchDispatchMode):
         flops = _flops(func, args, kwargs, result)
         if flops is not None:
             self.flops += flops
+            self.attention_flops += flops if "_attention" in str(func) else 0
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 is_scores = tensor.ndim > 1 and tensor.shape[-1] in self.class_counts and tensor.is_floating_point()

@@ -33,12 +33,14 @@ class StepTrace:
         largest_layer: Bytes of the weights of the largest block, which FSDP holds whole when it computes.
         depths: The numbers of equal blocks that were traced, where the model has more and the rest was found along a
             line; empty if the whole model was traced.
+        attention_flops: Those of ``flops`` that grow with the square of a row's length.
     """
 
     memory: MemoryParts
     flops: int
     largest_layer: int = 0
     depths: tuple[int, ...] = ()
+    attention_flops: int = 0
 
 
 def trace_step(
@@ -109,9 +111,12 @@ class StepTracer:
             if self._equal is not None and not whole:
                 found = at_depth({depth: self._at(depth, batch) for depth in DEPTHS}, len(self._equal.blocks))
                 if found is not None:
-                    return StepTrace(MemoryParts(**found.peak), found.flops, self._layer, DEPTHS)
+                    return self._found(found, DEPTHS)
             found = self._traced(batch)
-            return StepTrace(MemoryParts(**found.peak), found.flops, self._layer)
+            return self._found(found, ())
+
+    def _found(self, found: Traced, depths: tuple[int, ...]) -> StepTrace:
+        return StepTrace(MemoryParts(**found.peak), found.flops, self._layer, depths, found.attention_flops)
 
     def _at(self, depth: int, batch: Any) -> Traced:
         assert self._equal is not None
@@ -145,7 +150,7 @@ class _Steps:
         self.module, self.mode, self.trainer, self.clip = built.module, built.mode, built.trainer, clip
         self.batch = self._batch(batch)
         self.optimizers = self._optimizers()
-        self.flops = 0
+        self.flops = self.attention_flops = 0
 
     def traced(self) -> Traced:
         live = self.mode.live
@@ -153,13 +158,13 @@ class _Steps:
         live.move(_state_tensors(self.optimizers), "optimizer")
         live.start_again()
         self._run()
-        return Traced(dict(live.peaks), self.flops)
+        return Traced(dict(live.peaks), self.flops, self.attention_flops)
 
     def _run(self) -> None:
         """The micro-batches of an optimizer step, and the step."""
         micro_batches = min(2, self.trainer.accumulate_grad_batches)
         for number in range(micro_batches):
-            before = self.mode.flops
+            before = self.mode.flops, self.mode.attention_flops
             self.mode.live.begin((f"forward {number}",))
             loss = self._loss(number)
             if number == 0:
@@ -169,7 +174,8 @@ class _Steps:
             if loss is not None:
                 self.module.backward(loss / self.trainer.accumulate_grad_batches)
             del loss
-            self.flops = self.mode.flops - before
+            self.flops = self.mode.flops - before[0]
+            self.attention_flops = self.mode.attention_flops - before[1]
         self.mode.live.begin(("optimizer",))
         for optimizer in self.optimizers:
             self.module.on_before_optimizer_step(optimizer)

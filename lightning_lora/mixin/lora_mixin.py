@@ -30,7 +30,7 @@ from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.lora.travelling import record_tensors
-from lightning_lora.mixin import given_settings, optim, rates, run_hooks
+from lightning_lora.mixin import given_settings, gradient_start, optim, rates, run_hooks
 from lightning_lora.mixin.around_root import inject_below
 from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
@@ -161,6 +161,7 @@ class LoRAMixin(LightningModule):
         # Before the injection, which records those inside ``root``.
         record_tensors(self)
         self._lora_made_with = LoRAConfig.from_dict(self.lora), self.lora_root
+        gradient_start.check_possible(self, self._lora_made_with[0])
         report = inject_below(self, self.lora_root, root, self._lora_made_with[0])
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._record_base()

@@ -81,18 +81,20 @@ def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None
 def _check_decay(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse weight decay of factors that hold their start, which must stay as it is."""
     starting = {
-        id(factor)
+        id(factor): spec.config.init
         for layer in lora_layers(module).values()
         for weight, spec in layer.lora_specs.items()
         for factor in layer.lora_pair(weight)
         if spec.start
     }
     groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("weight_decay")]
-    if any(id(parameter) in starting for group in groups for parameter in group["params"]):
-        raise GuardError(
-            "weight decay would change the part of the adapters that keeps their start (init='pissa'): set "
-            "weight_decay=0 for adapters, as self.lora_parameter_groups(lr) does."
-        )
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        if id(parameter) in starting:
+            raise GuardError(
+                f"weight decay would change the part of the adapters that keeps their start "
+                f"(init={starting[id(parameter)]!r}): set weight_decay=0 for adapters, as "
+                f"self.lora_parameter_groups(lr) does."
+            )
 
 
 def _held(optimizer: Any) -> list[nn.Parameter]:

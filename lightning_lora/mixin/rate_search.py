@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_lora.lightning_private import searching_schedule
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.class_swap import mix_in
-from lightning_lora.mixin.multipliers import group_multiplier, lora_settings
-from lightning_lora.mixin.rates import ASKED
+from lightning_lora.mixin.multipliers import group_multiplier
+from lightning_lora.mixin.rates import ASKED, report_groups
 from lightning_lora.trainer_access import found
 
 
@@ -59,7 +59,8 @@ def use_found_rate(module: LightningModule) -> None:
         for group, factor in zip(optimizer.param_groups, _multipliers(module, optimizer), strict=True):
             group["lr"] = group[ASKED] = rate * factor
     if lora_layers(module):
-        rank_zero_info(f"learning rate {rate:g} was found: {rate * lora_settings(module).lr_multiplier:g} for adapters")
+        rank_zero_info(f"learning rate {rate:g} was found")
+        report_groups(module, [group for optimizer in trainer.optimizers for group in optimizer.param_groups])
     for config in trainer.lr_scheduler_configs:
         _go_on_from_present_rates(config.scheduler)
 

@@ -16,7 +16,7 @@ from lightning_lora.checkpoints.wrapped_names import use_own_names
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.merging import check_not_merged
-from lightning_lora.mixin import optim, rate_search, rates
+from lightning_lora.mixin import gradient_start, optim, rate_search, rates
 from lightning_lora.mixin.kept_frozen import KeptFrozen
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact
 from lightning_lora.trainer_access import attach_when_saving
@@ -67,6 +67,7 @@ def train_starts(module: LoRAMixin) -> None:
         optim.check_optimizers(module, module.trainer.optimizers)
         check_not_merged(module, "train")
         rate_search.sweep_in_full_terms(module)
+        gradient_start.start_from_first_batches(module, run_memory(module).epoch.before_iterators)
     _kept_frozen(module).training_starts(module)
     rates.report_rates(module, module.trainer)
 

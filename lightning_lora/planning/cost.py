@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.planning.devices import Device
+from lightning_lora.planning.devices import EFFICIENCY, Device
+from lightning_lora.planning.timing.shapes import Shape, Validation, Work
 
 # All measured on one H100 in bfloat16 (docs/gpu.md). The share of the peak was 0.28 to 0.42, `EFFICIENCY` lies between.
 # Where micro-batches are small, the host launches slower than the GPU computes: Llama-1B (112 linear layers) with 1,024
@@ -16,23 +18,31 @@ SECONDS_PER_LINEAR = {"lora": 0.95e-3, "qlora": 1.66e-3, "full": 0.49e-3}
 """Seconds in which the host launches forward and backward of one linear layer, by method."""
 SECONDS_PER_BATCH = 0.018
 """Seconds of the host that a Trainer adds to a micro-batch."""
+SECONDS_PER_LINEAR_ON_CPU = {"lora": 0.43e-3, "qlora": 0.43e-3, "full": 0.1e-3}
+"""The same on a CPU, which computes nothing meanwhile: batches of 1 to 16 rows of a model with 35 linear layers, one
+core of a Xeon. QLoRA was not measured and is taken as LoRA."""
 LOW, HIGH = 0.75, 1.35
 """The interval of a time from the table, relative to it: what these measurements were apart from it, and a little."""
 LOW_ELSEWHERE, HIGH_ELSEWHERE = 0.5, 2.0
 """The same for devices and types that were never measured."""
-TABLE, TIMED = "device table", "steps timed here"
+TABLE, PRODUCT, TIMED = "device table", "a product timed here", "steps timed here"
+FORWARD = {"lora": 1 / 2, "qlora": 1 / 2, "full": 1 / 3}
+"""The share of forward in the operations of forward and backward, by method, with adapters of a usual rank."""
 
 
 @dataclass(frozen=True)
 class RunSeconds:
-    """How long the optimizer steps of a run take. Loading the model and reading the data are not in it.
+    """How long the optimizer steps of a run take, and the validation between them.
+
+    Loading the model, reading the data, the sanity check of validation and writing checkpoints are not in it.
 
     Args:
-        total: Seconds of all steps, and of validation where it is known.
+        total: Seconds of all steps and of validation.
         low: Lower end of the interval of ``total``.
         high: Upper end.
         per_step: Seconds of one optimizer step.
-        source: ``"steps timed here"`` or ``"device table"``.
+        validation: Seconds of validation, which are part of ``total``.
+        source: ``"steps timed here"``, ``"device table"`` or ``"a product timed here"``.
         how: How the number came about and how sure it is, in one sentence.
     """
 
@@ -40,8 +50,35 @@ class RunSeconds:
     low: float
     high: float
     per_step: float
+    validation: float
     source: str
     how: str
+
+
+@dataclass(frozen=True)
+class RunWork:
+    """The batches of a run on one device.
+
+    Args:
+        steps: Optimizer steps.
+        micro_batches: Forward and backward passes of all steps.
+        shapes: The shapes of many micro-batches.
+        work: Operations of a micro-batch by its shape.
+        validation: A pass over the validation rows.
+        passes: How many of these there are; None if a clock decides.
+    """
+
+    steps: int
+    micro_batches: int
+    shapes: Sequence[Shape]
+    work: Work
+    validation: Validation
+    passes: int | None
+
+    @property
+    def validation_batches(self) -> int:
+        """Validation batches of the whole run."""
+        return self.validation.batches * (self.passes or 0)
 
 
 @dataclass(frozen=True)
@@ -85,76 +122,107 @@ class Flops:
         return self.method / self.full
 
 
+# Measured on runs of 21 to 126 trained tensors: names and places of tensors, random states, position in loops and data.
+_NAME_IN_ADAPTER, _NAME_IN_CHECKPOINT, _STATES = 124, 1_400, 52_000
+"""Bytes beside the numbers: of a tensor in an adapter file and in a checkpoint, and of a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of the files of a run.
+    """Bytes of the files of a run, within some kilobytes.
 
     Args:
-        adapter: An adapter folder; 0 without adapters.
+        adapter: ``adapter_model.safetensors``, with modules that are trained in full; 0 without adapters.
+        optimizer: The state of the optimizer, which is a part of each checkpoint.
         checkpoint: A checkpoint to continue from as this package writes it: with adapters, without frozen weights.
         whole_checkpoint: A checkpoint with all weights.
     """
 
     adapter: int
+    optimizer: int
     checkpoint: int
     whole_checkpoint: int
 
     @classmethod
-    def of(cls, memory: MemoryParts) -> Disk:
-        """The files of a run whose step takes this memory on a device that holds the whole model."""
-        whole = memory.weights + memory.adapters + memory.optimizer
-        adapted = memory.adapters + memory.optimizer
-        return cls(memory.adapters, adapted if memory.adapters else whole, whole)
+    def of(cls, memory: MemoryParts, module: nn.Module) -> Disk:
+        """The files of a run.
+
+        Args:
+            memory: Memory of a step on a device that holds the whole model.
+            module: The module as it is trained; it may be built without memory.
+        """
+        trained = [parameter.nbytes for parameter in module.parameters() if parameter.requires_grad]
+        beside = memory.optimizer + _STATES + len(trained) * _NAME_IN_CHECKPOINT
+        whole = memory.weights + memory.adapters + beside
+        if not memory.adapters:
+            return cls(0, memory.optimizer, whole, whole)
+        adapter = sum(trained) + len(trained) * _NAME_IN_ADAPTER
+        return cls(adapter, memory.optimizer, sum(trained) + beside, whole)
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """The work of one optimizer step on one device.
+    """What one micro-batch asks of a device.
 
     Args:
-        flops: Floating-point operations of a micro-batch of usual size.
         memory: Memory of the step.
-        micro_batches: Forward and backward passes of an optimizer step.
         linears: Linear layers of the model.
         method: ``"lora"``, ``"qlora"`` or ``"full"``.
     """
 
-    flops: float
     memory: MemoryParts
-    micro_batches: int
     linears: int
     method: str
 
 
-def seconds_from_table(work: StepWork, device: Device, precision: object, steps: int) -> RunSeconds | None:
-    """Time of a run by a device's data sheet; None if the device or its speed at this precision is not known.
+def seconds_from_table(step: StepWork, run: RunWork, device: Device, precision: object) -> RunSeconds | None:
+    """Time of a run by the speed of a device; None if its speed at this precision is not known.
 
     A micro-batch takes the longest of: its operations at the peak times the efficiency, reading the weights in forward
-    and backward, and the launches of the host. An optimizer step reads and writes gradients and optimizer state once.
-    Exchange between devices is not in it.
+    and backward, and the launches of the host; on a CPU their sum. An optimizer step reads and writes gradients and
+    optimizer state once. Exchange between devices is not in it.
     """
     dtype = compute_dtype(precision)
     peak = device.flops.get(dtype)
-    if peak is None or device.bandwidth is None:
+    if peak is None:
         return None
-    memory = work.memory
-    bounds = {
-        "arithmetic": work.flops / (peak * device.efficiency),
-        "memory traffic": 2 * memory.weights / device.bandwidth,
-        "launches of the host": SECONDS_PER_BATCH + work.linears * SECONDS_PER_LINEAR[work.method],
-    }
+    memory, speed = step.memory, peak * device.efficiency
+    flops = run.work.mean(run.shapes)
+    bounds = {"arithmetic": flops / speed}
+    optimizer = 0.0
+    if device.bandwidth is not None:
+        bounds["memory traffic"] = 2 * memory.weights / device.bandwidth
+        optimizer = (3 * memory.gradients + 2 * memory.optimizer) / device.bandwidth
+    launches = SECONDS_PER_LINEAR_ON_CPU if device.kind == "cpu" else SECONDS_PER_LINEAR
+    bounds["launches of the host"] = SECONDS_PER_BATCH + step.linears * launches[step.method]
     bound = max(bounds, key=lambda name: bounds[name])
-    optimizer = (3 * memory.gradients + 2 * memory.optimizer) / device.bandwidth
-    per_step = work.micro_batches * bounds[bound] + optimizer
-    measured = dtype == "bfloat16" and "h100" in device.source and "-" not in device.source
-    low, high = (LOW, HIGH) if measured else (LOW_ELSEWHERE, HIGH_ELSEWHERE)
-    known = "measured on an H100" if measured else "never measured on this device and type, carried over from an H100"
+    # A CPU computes what it launches, one after the other.
+    batch = sum(bounds.values()) if device.kind == "cpu" else bounds[bound]
+    training = run.micro_batches * batch + run.steps * optimizer
+    validation = 0.0
+    if run.validation_batches and run.validation.shapes:
+        of_all = run.work.mean(run.validation.shapes) / flops
+        validation = FORWARD[step.method] * of_all * batch * run.validation_batches
+    total = training + validation
+    low, high, known = _sureness(device, dtype)
     how = (
         f"{device.source}: {bound} decides, at {device.efficiency:.0%} of {peak / 1e12:.4g} TFLOP/s ({dtype}); "
         f"{known}: {low:g} to {high:g} times this"
     )
-    total = per_step * steps
-    return RunSeconds(total, low * total, high * total, per_step, TABLE, how)
+    source = PRODUCT if device.is_timed else TABLE
+    return RunSeconds(total, low * total, high * total, training / max(1, run.steps), validation, source, how)
+
+
+def _sureness(device: Device, dtype: str) -> tuple[float, float, str]:
+    """The interval of a time from the table, relative to it, and why."""
+    if device.is_timed:
+        return LOW_ELSEWHERE, HIGH_ELSEWHERE, "the share was measured on one CPU"
+    if device.efficiency != EFFICIENCY:
+        return LOW_ELSEWHERE, HIGH_ELSEWHERE, "an efficiency of yours"
+    fitted = "the efficiency was fitted to four steps of one H100 and tested on no others"
+    if dtype == "bfloat16" and device.source == "data sheet of h100":
+        return LOW, HIGH, fitted
+    return LOW_ELSEWHERE, HIGH_ELSEWHERE, f"{fitted}, carried over to this device and type"
 
 
 def compute_dtype(precision: object) -> str:

@@ -18,8 +18,9 @@ from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 EFFICIENCY = 0.35
 """Share of the peak FLOP/s that training reaches in bfloat16, above a few thousand tokens in a micro-batch.
 
-Measured on one H100 (docs/gpu.md, 8,192 tokens): operations of forward and backward, with attention, over the time of
-the step. Llama-1B 0.29 with adapters and 0.37 in full, eight layers of Llama-8B 0.42 and 0.41.
+Chosen to lie between four steps on one H100 (docs/gpu.md, 8,192 tokens), operations of forward and backward, with
+attention, over the time of the step: Llama-1B 0.29 with adapters and 0.37 in full, eight layers of Llama-8B 0.42 and
+0.41. No other step tested it.
 """
 
 _UNITS = {"b": 1} | {
@@ -40,6 +41,7 @@ class Device:
         bandwidth: Bytes per second of its memory; None if not known.
         efficiency: Share of the peak that training reaches.
         source: Where these numbers come from.
+        is_timed: Whether ``flops`` is the speed of a product that was timed here, not a data sheet's.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Device:
     bandwidth: float | None = None
     efficiency: float = EFFICIENCY
     source: str = ""
+    is_timed: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,13 @@ class Devices:
 
 
 def find_devices(
-    memory: str | None = None, count: int | None = None, name: str | None = None, efficiency: float | None = None
+    memory: str | None = None,
+    count: int | None = None,
+    name: str | None = None,
+    efficiency: float | None = None,
+    peak_tflops: float | None = None,
+    bandwidth: str | None = None,
+    accelerator: Any = None,
 ) -> Devices:
     """The devices at hand, or others that are named.
 
@@ -87,6 +96,9 @@ def find_devices(
         count: Number of devices, at least 1.
         name: A device of the table, ``"h100"``.
         efficiency: Share of the peak FLOP/s that training reaches, above 0 and at most 1; None for the measured one.
+        peak_tflops: Peak of a matrix product in every type, 10^12 FLOP/s without sparsity; None for the data sheet's.
+        bandwidth: Bytes per second of its memory with their unit, ``"3.35TB"``; None for the data sheet's.
+        accelerator: ``accelerator`` of the Trainer; ``"cpu"`` takes the CPU where there are GPUs too.
 
     Raises:
         ConfigError: If a value is not valid, or the name is not in the table.
@@ -100,15 +112,17 @@ def find_devices(
         unknown = Device("unnamed device", "unknown", size, source="its memory was named, nothing else is known of it")
         found = Devices(unknown, 1, is_here=False)
     else:
-        found = _at_hand()
+        found = _cpu() if accelerator == "cpu" else _at_hand()
     device = found.device if size is None else replace(found.device, memory=size)
     if efficiency is not None:
         device = replace(device, efficiency=_share(efficiency))
+    if peak_tflops is not None or bandwidth is not None:
+        device = _with_speeds(device, peak_tflops, bandwidth)
     number = found.count if count is None else count
     return Devices(device, number, found.is_here and number <= found.count)
 
 
-def parse_bytes(text: Any) -> int:
+def parse_bytes(text: Any, what: str = "memory") -> int:
     """Bytes from a number with a unit: powers of 1024 are ``KiB``, ``MiB``, ``GiB``, ``TiB``, of 1000 ``KB`` to ``TB``.
 
     >>> parse_bytes("24GiB"), parse_bytes("24 GB"), parse_bytes("1.5 MiB")
@@ -120,14 +134,14 @@ def parse_bytes(text: Any) -> int:
     written = str(text).strip()
     match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?|[+-]?\.\d+)\s*([a-zA-Z]*)", written)
     if match is None:
-        raise ConfigError(f"memory must be a number with a unit, such as 24GiB, got {written!r}.")
+        raise ConfigError(f"{what} must be a number with a unit, such as 24GiB, got {written!r}.")
     number, unit = match.groups()
     if unit.lower() not in _UNITS:
-        what = f"has the unknown unit {unit!r}" if unit else "has no unit"
-        raise ConfigError(f"memory {written!r} {what}: write {number}GiB (powers of 1024) or {number}GB (of 1000).")
+        wrong = f"has the unknown unit {unit!r}" if unit else "has no unit"
+        raise ConfigError(f"{what} {written!r} {wrong}: write {number}GiB (powers of 1024) or {number}GB (of 1000).")
     size = int(float(number) * _UNITS[unit.lower()]) if float(number) > 0 else 0
     if size < 1:
-        raise ConfigError(f"memory must be above zero, got {written!r}.")
+        raise ConfigError(f"{what} must be above zero, got {written!r}.")
     return size
 
 
@@ -164,6 +178,10 @@ def _at_hand() -> Devices:
     if torch.backends.mps.is_available():
         size = torch.mps.recommended_max_memory()
         return Devices(Device("Apple GPU", "mps", size, source="the size that Metal recommends"), 1, is_here=True)
+    return _cpu()
+
+
+def _cpu() -> Devices:
     name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return Devices(Device(name, "cpu", machine_memory(), source="the operating system"), 1, is_here=True)
 
@@ -175,6 +193,19 @@ def machine_memory() -> int:
         limit = path.read_text().strip() if path.is_file() else "max"
         sizes += [int(limit)] if limit.isdigit() else []
     return min(sizes)
+
+
+def _with_speeds(device: Device, peak_tflops: Any, bandwidth: Any) -> Device:
+    """The device with the user's own speeds."""
+    flops, speed = device.flops, device.bandwidth
+    if peak_tflops is not None:
+        is_number = isinstance(peak_tflops, (int, float)) and not isinstance(peak_tflops, bool)
+        if not is_number or not 0 < peak_tflops < 1e6:
+            raise ConfigError(f"peak_tflops must be a number above 0, in 10^12 FLOP/s, got {peak_tflops!r}.")
+        flops = dict.fromkeys(("float32", "bfloat16", "float16"), peak_tflops * 1e12)
+    if bandwidth is not None:
+        speed = float(parse_bytes(str(bandwidth).strip().removesuffix("/s"), "bandwidth"))
+    return replace(device, flops=flops, bandwidth=speed, source="speeds of yours", is_timed=False)
 
 
 def _share(value: Any) -> float:

@@ -13,9 +13,7 @@ from lightning_lora.batch.division import divide_rows
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.memory.building import built_without_memory
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.fit_config import fit_config
 from lightning_lora.planning.advice.largest_batches import largest_batches
@@ -28,6 +26,7 @@ from lightning_lora.planning.advice.method import (
     smallest_change,
 )
 from lightning_lora.planning.advice.plan_cost import plan_cost
+from lightning_lora.planning.advice.run_tokens import run_tokens
 from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rate, choose_rows, divide
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import notes_on_data, sentence
@@ -42,7 +41,6 @@ from lightning_lora.planning.plan import Plan
 from lightning_lora.planning.reason import Reason
 from lightning_lora.planning.set_up_data import set_up
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.variants import variant
 
 SURE = "capacity bounds memorising, rules need less; memory is that of a CPU, within 1 % in 16 cases (docs/plan.md);"
 
@@ -55,14 +53,19 @@ def plan(
     memory: str | None = None,
     devices: int | None = None,
     device: str | None = None,
+    efficiency: float | None = None,
+    peak_tflops: float | None = None,
+    bandwidth: str | None = None,
     measure: bool = False,
+    calibrate: bool | None = None,
     target_batch_size: int | None = None,
     trainer: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan a run before it is started: is LoRA enough, at which rank, and what does it take. Nothing is changed.
 
-    No weights are read unless ``measure`` asks for it.
+    No weights are read unless ``measure`` or ``calibrate`` asks for it, or the model is so small that some batches are
+    timed in a few seconds.
 
     Args:
         model: A LightningModule, or folder or hub name of a causal language model.
@@ -71,7 +74,11 @@ def plan(
         memory: Memory of one device with its unit, such as ``"24GiB"``. None takes that of the devices at hand.
         devices: Number of devices. None takes those at hand.
         device: Name of a device in the table, such as ``"h100"``.
+        efficiency: Share of the device's peak FLOP/s that training reaches. None takes the measured one.
+        peak_tflops: Peak of the device in 10^12 FLOP/s, without sparsity. None takes that of its data sheet.
+        bandwidth: Bytes per second of its memory with their unit, such as ``"3.35TB"``. None takes the data sheet's.
         measure: Run the base model on a sample of rows, for the bits that it does not know yet.
+        calibrate: Train a copy of the module for some batches, to time them. None does so if it takes a few seconds.
         target_batch_size: Rows of an optimizer step on all devices. None recommends a number.
         trainer: Settings of the Trainer, such as ``{"max_epochs": 3, "precision": "bf16-true"}``.
         config: The settings of ``fit`` that ``model`` and ``datamodule`` came from, for `Plan.write_config`.
@@ -81,8 +88,8 @@ def plan(
         DataError: If the data cannot be used or holds no target.
     """
     settings = dict(trainer or {})
-    found = find_devices(memory, devices, device)
     check_objects(model, datamodule)
+    found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth, settings.get("accelerator"))
     module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
     used = _lora_config(module, lora)
@@ -93,8 +100,8 @@ def plan(
         epoch = Epoch.of(loader)
         if not counts.rows and not epoch.rows and epoch.rows is not None:
             raise DataError("the training data has no rows: there is nothing to plan.")
-        run = _Run(module, data, used, counts, bits, found, epoch, settings, largest_batches(ready, loader))
-        return run.plan(target_batch_size, config)
+        run = _Run(module, data, ready, used, counts, bits, found, epoch, settings, largest_batches(ready, loader))
+        return run.plan(target_batch_size, config, calibrate)
 
 
 @dataclass
@@ -103,6 +110,7 @@ class _Run:
 
     module: LightningModule
     data: LightningDataModule
+    ready: LightningDataModule
     lora: LoRAConfig
     counts: DataCounts
     bits: BaseBits | None
@@ -111,14 +119,15 @@ class _Run:
     trainer: dict[str, Any]
     batch: Any
 
-    def plan(self, target_rows: int | None, config: Mapping[str, Any] | None) -> Plan:
+    def plan(self, target_rows: int | None, config: Mapping[str, Any] | None, calibrate: bool | None) -> Plan:
         length = RunLength.of(self.trainer)
-        sizes, full = _sizes(self.module, self.lora)
+        traces = self._traces()
+        whole = traces.tracer("full", None).module
+        sizes = target_sizes(whole, self.lora)
         rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
         own = [row for row in rows if row.targets == rows[0].targets]
         adapters = sizes[rows[0].targets]
-        most = sensible_rank(highest_rank(adapters), adapters, full)
-        traces = self._traces()
+        most = sensible_rank(highest_rank(adapters), adapters, Parameters.of(whole).total)
         target, batch_reason = self._rows(target_rows, length)
         default = min(DEFAULT_RANK, max(row.rank for row in own))
         room = Room(
@@ -147,18 +156,28 @@ class _Run:
             "rows_per_step": batch.rows,
             "steps": batch.steps,
         }
-        cost = plan_cost(traces, method, batch, self.devices, self.counts)
+        in_epoch = self.epoch.batches(batch.batch_size, batch.devices, length.limit_train_batches)
+        data = self.ready if method.fits else None
+        cost = plan_cost(traces, method, batch, self.devices, data, self.epoch, self.trainer, calibrate)
         change = None if method.fits else self._change(traces, method)
         planned = {
             "steps": batch.steps,
-            "tokens": self._tokens(length, batch),
+            **run_tokens(self.ready, self.counts, self.epoch, length, batch),
             "trained_parameters": cost.parameters.trained,
             "peak_bytes": cost.peak,
-            "seconds": None if cost.seconds is None else round(cost.seconds, 1),
+            "seconds": None if cost.seconds is None else float(f"{cost.seconds:.3g}"),
         }
         planned = {name: value for name, value in planned.items() if value is not None}
         made, reasons = fit_config(
-            self.module, self.data, config, settings, method, self.lora, self.trainer, topics, planned
+            self.module,
+            self.data,
+            config,
+            settings | {"batches_in_epoch": in_epoch},
+            method,
+            self.lora,
+            self.trainer,
+            topics,
+            planned,
         )
         return Plan(
             model=f"{_name(self.module)}, {cost.parameters.total:,} parameters; {self.devices}",
@@ -239,14 +258,6 @@ class _Run:
             found[name] = traces.known_memory(name, micro, method.rank or default, way)
         return found
 
-    def _tokens(self, length: RunLength, batch: PlannedBatch) -> int | None:
-        """Supervised tokens of the whole run; None if it does not take every row of every epoch once."""
-        rows, tokens = self.epoch.rows, self.counts.supervised_tokens
-        is_whole = rows is not None and rows % batch.devices == 0 and not self.epoch.drop_last
-        if tokens is None or not is_whole or length.limit_train_batches is not None or length.max_steps != -1:
-            return None
-        return tokens * length.epochs
-
     def _rate(self, config: Mapping[str, Any] | None) -> tuple[float | None, Reason]:
         """The learning rate: the one that a config names or an object has, else that of a law or the default."""
         rate = getattr(self.module, "learning_rate", getattr(self.module, "lr", None))
@@ -268,12 +279,6 @@ def _measured_bits(module: LightningModule, data: LightningDataModule) -> BaseBi
     from lightning_lora.planning.base_bits import measure_base_bits
 
     return measure_base_bits(module, data)
-
-
-def _sizes(module: LightningModule, lora: LoRAConfig) -> tuple[dict[str, AdapterSizes], int]:
-    """The sizes of adapters by target set, and of the whole; what ``configure_model`` makes is built without memory."""
-    with built_without_memory(variant(module, None)) as built:
-        return target_sizes(built, lora), Parameters.of(built).total
 
 
 def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | None) -> LoRAConfig:

@@ -40,7 +40,8 @@ class BranchPoint:
         loader: The training loader, whose dataset and ``collate_fn`` branches use.
         micro_batch: Most rows of one forward and backward pass.
         trainer_options: Options for the Trainer of a branch, such as ``precision`` and ``gradient_clip_val``.
-        rate_factor: Multiplies the initial learning rates; used only without ``optimizer_state``.
+        rate_factors: Multiply the initial learning rates of the groups, or all by the largest where the module has
+            another number of groups; used only without ``optimizer_state``.
     """
 
     def __init__(
@@ -50,19 +51,19 @@ class BranchPoint:
         loader: DataLoader[Any],
         micro_batch: int,
         trainer_options: Mapping[str, Any] | None = None,
-        rate_factor: float = 1.0,
+        rate_factors: Sequence[float] = (1.0,),
     ) -> None:
         self.module = module
         self.optimizer_state = optimizer_state
         self.loader = loader
         self.micro_batch = micro_batch
         self.trainer_options = dict(trainer_options or {})
-        self.rate_factor = rate_factor
+        self.rate_factors = list(rate_factors)
 
     def with_fresh_moments(self, module: LightningModule) -> BranchPoint:
         """The same point with other weights, and fresh moments at the present learning rates."""
-        phase = present_phase(self.optimizer_state) if self.optimizer_state is not None else self.rate_factor
-        return BranchPoint(module, None, self.loader, self.micro_batch, self.trainer_options, phase)
+        phases = present_phases(self.optimizer_state) if self.optimizer_state is not None else self.rate_factors
+        return BranchPoint(module, None, self.loader, self.micro_batch, self.trainer_options, phases)
 
     def losses_after(
         self,
@@ -94,7 +95,7 @@ class BranchPoint:
         batches = DataLoader(
             Subset(self.loader.dataset, rows[: num_steps * batch_rows]), micro_batch, collate_fn=self.loader.collate_fn
         )
-        rates = _Rates(self.optimizer_state, num_steps, ratio, self.rate_factor)
+        rates = _Rates(self.optimizer_state, num_steps, ratio, self.rate_factors)
         with isolated(self.module.device, seed):
             branch = copy_module(self.module)
             trainer = self._trainer(batch_rows // micro_batch, [rates])
@@ -140,11 +141,13 @@ class BranchPoint:
         )
 
 
-def present_phase(optimizer_state: Mapping[str, Any]) -> float:
-    """The present learning rate over the initial one, as the schedule has changed it."""
-    group = optimizer_state["param_groups"][0]
-    initial = group.get("initial_lr", group["lr"])
-    return float(group["lr"] / initial) if initial and math.isfinite(initial) else 1.0
+def present_phases(optimizer_state: Mapping[str, Any]) -> list[float]:
+    """The present learning rate of each group over its initial one, as schedules have changed it."""
+    phases = []
+    for group in optimizer_state["param_groups"]:
+        initial = group.get("initial_lr", group["lr"])
+        phases.append(float(group["lr"] / initial) if initial and math.isfinite(initial) else 1.0)
+    return phases
 
 
 def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
@@ -169,11 +172,11 @@ class _InPlace(SingleDeviceStrategy):
 class _Rates(Callback):
     """Keeps a constant learning rate that fits the batch, and lowers it to zero at the end."""
 
-    def __init__(self, state: Mapping[str, Any] | None, num_steps: int, ratio: float, factor: float) -> None:
+    def __init__(self, state: Mapping[str, Any] | None, num_steps: int, ratio: float, factors: Sequence[float]) -> None:
         self.state = state
         self.num_steps = num_steps
         self.ratio = ratio
-        self.factor = factor
+        self.factors = factors
         self.num_cool = max(1, round(COOLDOWN * num_steps))
         self._rates: list[float] = []
 
@@ -185,8 +188,10 @@ class _Rates(Callback):
         if self.state is not None:
             optimizer.load_state_dict(copy.deepcopy(dict(self.state)))
         else:
-            for group in optimizer.param_groups:
-                group["lr"] = self.factor * group.get("initial_lr", group["lr"])
+            groups, factors = optimizer.param_groups, self.factors
+            factors = factors if len(factors) == len(groups) else [max(factors)] * len(groups)
+            for group, factor in zip(groups, factors, strict=True):
+                group["lr"] = factor * group.get("initial_lr", group["lr"])
         for group in optimizer.param_groups:
             fit_to_batch(group, 1.0, self.ratio)
         self._rates = [group["lr"] for group in optimizer.param_groups]

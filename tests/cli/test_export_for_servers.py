@@ -42,6 +42,7 @@ SETTINGS = {
     "one scale": {"rank": 8, "alpha": 16.0},
     "ranks": {"rank": 8, "alpha": 16.0, "rank_pattern": {"o_proj": 2}},
     "rslora": {"rank": 8, "alpha": 16.0, "scaling": "rslora"},
+    "kept start": {"rank": 4, "alpha": 16.0, "init": "pissa"},
     "patterns": VARIED,
     "patterns and rslora": VARIED | {"scaling": "rslora"},
     "head and table": VARIED | {"adapt_head": True, "adapt_embeddings": True},
@@ -107,7 +108,8 @@ def test_a_server_with_one_scale_computes_what_was_trained(name: str, server: st
     torch.testing.assert_close(served(base, out, server), expected, rtol=1e-5, atol=1e-5)
     plain: Any = AutoModelForCausalLM.from_pretrained(base)
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(plain, out)), expected, rtol=1e-5, atol=1e-5)
-    needed = name not in (("one scale", "ranks") if server == "llama.cpp" else ("one scale", "rslora"))
+    right = ("one scale", "kept start", "ranks" if server == "llama.cpp" else "rslora")
+    needed = name not in right
     # Whoever reads the folder as it was gets another function, and a folder that is right is left as it is.
     as_it_was = served(base, folder, server)
     assert ((as_it_was - expected).abs().max() > 1e-3) == needed

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 RUNS = [f"{strategy}/{task}" for strategy in ("ddp", "fsdp2") for task in strategy_runs.TASKS]
 # Each way of communicating gradients where it is not the default.
 OTHERS = ["fsdp2-chatty/toy-lora", "fsdp2-deferring/toy-full", "tp/llm-lora"]
+STARTS = ["ddp/toy-gradient", "fsdp2/toy-gradient", "fsdp2/toy-pissa", "fsdp2/toy-orthogonal", "tp/llm-pissa"]
 QUANTISED = [f"ddp/{task}" for task in strategy_runs.QUANTISED if find_spec("bitsandbytes") is not None]
 
 
@@ -52,7 +53,7 @@ def assert_same_run(folder: Path, run: str, ranks: int = 2) -> None:
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS + QUANTISED)
+@pytest.mark.parametrize("run", [name for name in RUNS if not name.endswith("bf16")] + OTHERS + STARTS + QUANTISED)
 def test_two_processes_compute_what_one_device_computes(run: str, folder: Path) -> None:
     assert_same_run(folder, run)
 
@@ -65,13 +66,21 @@ def test_in_bf16_they_differ_by_its_rounding(run: str, folder: Path) -> None:
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=2**-7)
 
 
-def test_magnitudes_under_fsdp1_are_trained_as_on_one_device_and_written_whole(folder: Path) -> None:
-    found, expected = traces(folder, "fsdp1/toy-dora")
+@pytest.mark.parametrize("task", ["toy-dora", "toy-pissa"])
+def test_magnitudes_and_kept_starts_under_fsdp1_are_trained_as_on_one_device_and_written_whole(
+    task: str, folder: Path
+) -> None:
+    found, expected = traces(folder, f"fsdp1/{task}")
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     written = read_adapter_folder(folder / "fsdp1" / "adapters" / "last").factors
     for name, tensor in written.items():
         torch.testing.assert_close(tensor, expected["weights"][name], rtol=1e-5, atol=1e-5)
-    assert sum(name.endswith("lora_magnitude") for name in written) == 4
+    assert sum(name.endswith("lora_magnitude") for name in written) == (4 if task == "toy-dora" else 0)
+
+
+def test_a_start_along_the_gradient_is_refused_where_fsdp1_shards(folder: Path) -> None:
+    with pytest.raises(AssertionError, match=r"init=.gradient. measures .* FSDP1 shards"):
+        findings(folder, "fsdp1/toy-gradient")
 
 
 def test_the_runs_are_hard_enough(folder: Path) -> None:

@@ -63,7 +63,7 @@ REFUSED = [
     Refused("rank pattern empty name", {"rank_pattern": {"": 8}}, ("rank_pattern", "''", "non-empty")),
     Refused("alpha pattern value", {"alpha_pattern": {"q_proj": NAN}}, ("alpha_pattern['q_proj']", "finite")),
     Refused("scaling", {"scaling": "rs_lora"}, ("scaling", "standard, rslora", "did you mean 'rslora'")),
-    Refused("init", {"init": "gradient"}, ("init", "default, gaussian", "'gradient'")),
+    Refused("init", {"init": "eva"}, ("init", "default, gaussian", "'eva'")),
     Refused("B34 float16 adapters", {"adapter_dtype": "float16"}, ("cannot be trained in float16", "bfloat16")),
     Refused("adapter dtype", {"adapter_dtype": "float23"}, ("adapter_dtype", "did you mean 'float32'")),
     Refused("adapter dtype whole", {"adapter_dtype": torch.int8}, ("adapter_dtype", "float32", "int8")),

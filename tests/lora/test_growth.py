@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+from lightning_lora import save_adapter
 from lightning_lora.errors import ConfigError, TargetNotFoundError
 from lightning_lora.lora.adapter import inject_lora, lora_state_dict
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.grown_state import extend_state
+from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.layers.adapted import adapted_weights
 from tests.support import moe_models, tiny_models
@@ -103,3 +106,38 @@ def test_a_part_that_grows_late_in_a_run_moves_no_faster_than_the_rate() -> None
         optimizer.step()
         # With zeros for the squares the tenth step is six rates long.
         assert 0 < float((weight.detach() - before)[2:].abs().max()) <= 0.0115
+
+
+class Quantised(torch.Tensor):
+    """A state that holds its numbers in another way, as that of torchao's optimizers."""
+
+
+def test_a_state_that_is_no_plain_tensor_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 8))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.state[weight] = {"exp_avg": torch.zeros(2, 8).as_subclass(Quantised)}
+    with pytest.raises(ConfigError, match=r"its state 'exp_avg' of a \(2, 8\) parameter is Quantised"):
+        check_can_grow(optimizer, [weight])
+
+
+def test_sizes_of_other_libraries_start_at_their_mean() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 8))
+    optimizer, old = torch.optim.SGD([weight], lr=0.1), torch.randn(2, 8)
+    # As bitsandbytes calls the averages of gradients and of their squares.
+    optimizer.state[weight] = {"state1": old, "state2": old.square()}
+    extend_state(optimizer, {weight: old.shape})
+    state = optimizer.state[weight]
+    assert not state["state1"][2:].any()
+    torch.testing.assert_close(state["state2"][2:], old.square().mean().expand(2, 8))
+
+
+def test_a_head_that_shares_a_grown_weight_has_its_rank_in_peft(tmp_path: Path) -> None:
+    build, config = CASES["shared"]
+    model = build()
+    inject_lora(model, config)
+    tiny_models.wake(model)
+    grow_adapters(model, {"model.embed_tokens": 4})
+    tiny_models.wake(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path)
+    torch.testing.assert_close(tiny_models.logits(theirs), tiny_models.logits(model), rtol=1e-5, atol=1e-5)

@@ -169,3 +169,21 @@ def test_a_search_compares_losses_per_token(tmp_path: Path) -> None:
         average = 0.98 * average + 0.02 * expected
         smoothed.append(average / (1 - 0.98 ** (step + 2)))
     assert finder.results["loss"] == pytest.approx(smoothed, rel=1e-4)
+
+
+def test_with_lora_plus_and_patterns_each_group_is_searched_and_trains_at_its_multiple(
+    tmp_path: Path, caplog: Any
+) -> None:
+    module = RatedToy()
+    module.lora = LoRAConfig(
+        rank=2, targets=["first"], trainable=["second"], lora_plus_ratio=4.0, lr_multiplier_pattern={"second": 0.5}
+    )
+    finder = LearningRateFinder(num_training_steps=30, max_lr=0.1)
+    with caplog.at_level("INFO"):
+        toys.trainer(tmp_path, callbacks=[finder], max_steps=1).fit(module, loader())
+    assert finder.optimal_lr is not None
+    rate = finder.optimal_lr.suggestion()
+    assert rate is not None
+    assert module.rates[0] == pytest.approx([multiple * module.rates[0][2] * 2 for multiple in (10, 40, 0.5)])
+    assert module.rates[-1] == pytest.approx((10 * rate, 40 * rate, 0.5 * rate))
+    assert f"learning rate {rate:g} x 40 = {40 * rate:g} for B of 1 adapters" in caplog.text

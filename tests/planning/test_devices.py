@@ -82,6 +82,9 @@ def test_without_a_name_the_devices_are_those_at_hand() -> None:
         ({"name": "h1000"}, "'h1000' is not in the table .*did you mean .*'h100'"),
         ({"name": "h100", "efficiency": 0}, "efficiency must be a number above 0"),
         ({"name": "h100", "efficiency": 35}, "at most 1, got 35"),
+        ({"name": "h100", "peak_tflops": 0}, "peak_tflops must be a number above 0"),
+        ({"name": "h100", "bandwidth": "3350"}, "bandwidth '3350' has no unit"),
+        ({"name": "h100", "bandwidth": "fast"}, "bandwidth must be a number with a unit"),
     ],
 )
 def test_wrong_devices_are_refused(options: dict[str, Any], words: str) -> None:

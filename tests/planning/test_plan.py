@@ -65,7 +65,7 @@ def test_the_yaml_trains_as_the_plan_says(folder: Path, capsys: pytest.CaptureFi
     assert run.trainer.global_step == plan["settings"]["steps"]
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     assert trained == plan["parameters"]["trained"]
-    callbacks = [type(callback).__name__ for callback in run.trainer.callbacks]
+    callbacks = [type(callback).__name__ for callback in run.trainer.callbacks]  # pyright: ignore[reportAttributeAccessIssue]
     assert "PlannedRun" in callbacks
 
 
@@ -103,10 +103,31 @@ def test_objects_are_planned_and_stay_as_they_are(tmp_path: Path) -> None:
     assert task.model is None
     assert data.rows == {}
     assert data.trainer is None
+    assert plan.data.rows is not None
     assert plan.settings["steps"] == 2 * -(-plan.data.rows // plan.settings["rows_per_step"])
     assert any("step-starved" in reason.why for reason in plan.reasons)
     assert len(str(plan).splitlines()) <= 40
     plan.write_config(tmp_path / "plan.yaml")
+
+
+def test_a_config_that_was_planned_before_is_planned_anew() -> None:
+    """Adapters and numbers of the earlier plan are replaced, other callbacks stay."""
+    names = "callbacks.LoRA", "callbacks.PlannedRun", "callbacks.BatchSizeMonitor"
+    callbacks: list[dict[str, Any]] = [{"class_path": f"lightning_lora.{name}"} for name in names]
+    callbacks[0]["init_args"] = {"config": {"rank": 2}, "root": "net"}
+    callbacks[1]["init_args"] = {"steps": 7}
+    given = {"class_path": "tests.support.toys.Plain"}, {"class_path": "tests.planning.test_plan.Tensors"}
+    config = {"model": given[0], "data": given[1], "trainer": {"callbacks": callbacks, "max_epochs": 3}}
+    data = Tensors(torch.randn(64, 2))
+    made = ll.plan(toys.Plain(), data, lora={"rank": 2}, config=config, trainer=config["trainer"], calibrate=False)
+    assert made.config is not None
+    written = {
+        each["class_path"].rpartition(".")[2]: each.get("init_args") for each in made.config["trainer"]["callbacks"]
+    }
+    assert list(written) == ["BatchSizeMonitor", "LoRA", "PlannedRun"]
+    assert written["LoRA"]["root"] == "net"
+    assert written["LoRA"]["config"]["rank"] == made.settings["rank"]
+    assert written["PlannedRun"]["steps"] == made.settings["steps"]
 
 
 def test_regression_cannot_be_told(tmp_path: Path) -> None:

@@ -38,9 +38,28 @@ def test_the_rate_is_constant_and_cools_down_in_the_last_fifth() -> None:
             super().optimizer_step(*arguments, **options)
             seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    point = BranchPoint(Watched(), None, loader(320, 0), 32, rate_factor=0.5)
+    point = BranchPoint(Watched(), None, loader(320, 0), 32, rate_factors=[0.5])
     point.losses_after(range(320), 32, 4.0, (loader(4, 5), range(4)))
     assert seen == pytest.approx([6e-3] * 8 + [4e-3, 2e-3])
+
+
+def test_with_fresh_moments_each_group_goes_on_at_its_own_present_rate() -> None:
+    seen: list[list[float]] = []
+
+    class TwoGroups(Student):
+        def configure_optimizers(self) -> Any:
+            weights = [p for p in self.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.1}], lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 1.0])]
+
+        def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+            super().optimizer_step(*arguments, **options)
+            seen.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+
+    state = {"param_groups": [{"lr": 0.005, "initial_lr": 0.01}, {"lr": 0.02, "initial_lr": 0.1}]}
+    point = BranchPoint(TwoGroups(), state, loader(320, 0), 32).with_fresh_moments(TwoGroups())
+    point.losses_after(range(320), 32, 1.0, (loader(4, 5), range(4)))
+    assert seen[0] == pytest.approx([0.005, 0.02])
 
 
 def test_each_branch_has_the_rate_of_its_batch() -> None:

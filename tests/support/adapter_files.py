@@ -34,6 +34,7 @@ MERGE_CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]
     "head and embeddings": (llama, {"adapt_head": True, **TABLES}, "1GB"),
     "patterns": (llama, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"*.layers.1.*": 5.0}}, "1GB"),
     "rslora": (llama, {"scaling": "rslora", "rank_pattern": {"up_proj": 2}}, "1GB"),
+    "kept start": (llama, {"init": "pissa", "scaling": "rslora"}, "1GB"),
     "gpt2": (gpt2, {}, "1GB"),
     "gpt2 embeddings": (lambda: gpt2(tie_word_embeddings=False), TABLES, "20KB"),
     # Square in every way: the shapes do not tell what is transposed.

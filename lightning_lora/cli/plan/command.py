@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     # Read before anything slow: a wrong unit is told at once.
     from lightning_lora.planning.devices import find_devices
 
-    devices = find_devices(options.memory, options.devices, options.device)
+    speeds = {"efficiency": options.efficiency, "peak_tflops": options.peak_tflops, "bandwidth": options.bandwidth}
+    devices = find_devices(options.memory, options.devices, options.device, **speeds)
     from lightning_lora.cli.lora_cli import run_trainer_command
 
     cli = run_trainer_command(["plan", *_expanded(rest)], allowed)
@@ -44,14 +46,18 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         # The user's, even where it is the default.
         config["model"]["init_args"]["learning_rate"] = cli.config_planned.get(rate)
     trainer = config.get("trainer") or {}
+    lora = _from_callback(trainer.get("callbacks"), cli.model)
     count = options.devices or _asked_devices(trainer, devices.count)
     made = plan(
         cli.model,
         cli.datamodule,
+        lora=lora,
         memory=options.memory,
         devices=count,
         device=options.device,
+        **speeds,
         measure=options.measure,
+        calibrate=options.calibrate,
         target_batch_size=cli.config_planned.get("target_batch_size"),
         trainer=trainer,
         config=config,
@@ -83,7 +89,17 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--memory", metavar="24GiB", help="memory of one device (default: of those at hand)")
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: those at hand)")
-    parser.add_argument("--device", metavar="NAME", help="a device of the table, such as h100 or rtx4090")
+    parser.add_argument(
+        "--device", "--device-name", metavar="NAME", help="a device of the table, such as h100 or rtx4090"
+    )
+    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="share of its peak that training reaches")
+    parser.add_argument("--peak-tflops", type=float, metavar="N", help="its peak, 10^12 FLOP/s without sparsity")
+    parser.add_argument("--bandwidth", metavar="3.35TB", help="bytes per second of its memory")
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        help="time some real batches here (default: if that takes a few seconds)",
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan (default: plan.json)")
     parser.add_argument("--write-config", metavar="FILE", help="write a YAML that fit runs, with all reasons")
     parser.add_argument("--measure", action="store_true", help="run the base on a sample of rows, for its own bits")
@@ -130,13 +146,26 @@ def is_given(arguments: Sequence[str], option: str) -> bool:
 
 def _fit_settings(given: Any) -> dict[str, Any]:
     """What ``fit`` would be given: seed, model, data and trainer."""
-    from lightning_lora.planning.advice.config_file import plain, without_class_defaults
+    from lightning.pytorch import Trainer
+
+    from lightning_lora.planning.advice.config_file import plain, without_class_defaults, without_defaults
 
     settings = {name: plain(given.get(name)) for name in ("model", "data", "trainer")}
     for name in ("model", "data"):
         settings[name] = without_class_defaults(settings[name])
-    kept = {name: value for name, value in (settings["trainer"] or {}).items() if value is not None}
-    return settings | {"trainer": kept, "seed_everything": given.get("seed_everything", 0)}
+    settings["trainer"] = without_defaults(Trainer, settings["trainer"] or {})
+    others = ("allow_other_base", "ckpt_path", "weights_only")
+    return settings | {"seed_everything": given.get("seed_everything", 0)} | {each: given.get(each) for each in others}
+
+
+def _from_callback(callbacks: Any, module: Any) -> dict[str, Any] | None:
+    """The settings of a `LoRA` callback in the config, whose root is given to the module; None without one."""
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(each, dict) and each.get("class_path", "").endswith("callbacks.LoRA"):
+            arguments = each.get("init_args") or {}
+            module.lora_root = arguments.get("root")
+            return arguments.get("config") or {}
+    return None
 
 
 def _asked_devices(trainer: dict[str, Any], here: int) -> int | None:

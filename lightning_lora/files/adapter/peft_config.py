@@ -14,7 +14,7 @@ from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_patterns import PatternTable, endings
 from lightning_lora.files.adapter.peft_trained import takes_for_classifier
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.layers.adapted import lora_layers, other_names
+from lightning_lora.lora.layers.adapted import following_layers, lora_layers, other_names
 from lightning_lora.lora.layers.base import AdapterSpec
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D
@@ -112,11 +112,12 @@ def to_peft(layout: PEFTLayout, saved: Collection[str]) -> dict[str, Any]:
 
 
 def _specs(layout: PEFTLayout) -> dict[str, AdapterSpec]:
-    """PEFT's target to how it is adapted."""
+    """PEFT's target to how it is adapted; layers that share a weight are targets of their own."""
+    following = {layout.target(name): layer.lora_spec for name, layer in following_layers(layout.root).items()}
     own = {name: layer.lora_specs[weight] for name, (layer, weight) in layout.weights.items()}
     specs = {layout.target(name): spec for name, spec in own.items()}
     # Where both projections of an attention are adapted, the attention speaks for both.
-    return specs | {name: spec for name, spec in own.items() if name in specs}
+    return following | specs | {name: spec for name, spec in own.items() if name in specs}
 
 
 def _value_and_pattern(

@@ -196,8 +196,8 @@ class LoRALayer(nn.Module):
         Raises:
             ConfigError: If the factors start from the values of the base weights.
         """
-        if any(spec.start for spec in self.lora_specs.values()):
-            raise ConfigError(first_values.NO_WEIGHTS.format(self.lora_spec.config.init))
+        if any(spec.start and spec.config.init == "pissa" for spec in self.lora_specs.values()):
+            raise ConfigError(first_values.NO_WEIGHTS.format("pissa"))
         self.reset_factors()
 
     @torch.no_grad()
@@ -205,8 +205,8 @@ class LoRALayer(nn.Module):
         """Set the factors to first values with which the adapted layer computes what the base computes."""
         for weight, spec in self.lora_specs.items():
             A, B = self.lora_pair(weight)
-            first_values.draw_factors(A, B, spec.config.init)
-            if spec.start:
+            first_values.draw_factors(A, B, spec.config.init, spec.start)
+            if spec.start and spec.config.init == "pissa":
                 first_values.set_principal_factors(A, B, self.base_matrix(weight), spec.scale, spec.start)
 
     @property

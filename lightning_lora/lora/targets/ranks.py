@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import nn
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.growth import grown_spec
+from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
+from lightning_lora.lora.layers.first_values import KEPT_STARTS
+from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.lora.patterns import matches, names_around
 from lightning_lora.lora.targets.adaptable import Candidate, Candidates
 
@@ -26,7 +29,11 @@ def adapter_specs(root: nn.Module, selected: Candidates, config: LoRAConfig) -> 
         TargetNotFoundError: If a pattern of ``rank_pattern`` or ``alpha_pattern`` matches none of the weights.
         ConfigError: If a weight is too small for its rank from ``rank_pattern``.
     """
-    _check_patterns(selected, config)
+    names = dict.fromkeys(name for weight in selected.values() for name in (weight.name, weight.layer))
+    whom = f"none of the {len(selected)} adapted layers"
+    for option in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(option, getattr(config, option), names, whom)
+    _check_gradient_start(root, selected, config)
     specs, capped = {}, []
     for name, weight in selected.items():
         shape = weight.shape(root)
@@ -53,14 +60,37 @@ def adapter_specs(root: nn.Module, selected: Candidates, config: LoRAConfig) -> 
     return specs
 
 
-def _check_patterns(selected: Candidates, config: LoRAConfig) -> None:
-    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            if not any(weight.matches(pattern) for weight in selected.values()):
-                hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in selected), count=5)
-                raise TargetNotFoundError(
-                    f"{option} {pattern!r} matches none of the {len(selected)} adapted layers{hint}"
-                )
+def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
+    """Raise `TargetNotFoundError` if a pattern of ``lr_multiplier_pattern`` matches none of the trained ``names``."""
+    whom = "neither an adapted layer nor a module trained in full"
+    _check_patterns("lr_multiplier_pattern", config.lr_multiplier_pattern, names, whom)
+
+
+def _check_patterns(option: str, patterns: Iterable[str], names: Collection[str], whom: str) -> None:
+    """Raise `TargetNotFoundError` if a pattern of ``option`` matches none of ``names``, in words ``whom``."""
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
+            raise TargetNotFoundError(f"{option} {pattern!r} matches {whom}{hint}")
+
+
+def _check_gradient_start(root: nn.Module, selected: Candidates, config: LoRAConfig) -> None:
+    """Refuse weights whose gradient is not that of a linear layer, if adapters are to start along it."""
+    if config.init != "gradient":
+        return
+    kinds = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # embeddings start by default
+    read = output_projections(root)  # by their attention, which does not call them
+    others = [
+        f"{name} ({type(root.get_submodule(weight.layer)).__name__})"
+        for name, weight in selected.items()
+        if name in read or not issubclass(weight.kind(root), kinds)
+    ]
+    if others:
+        raise ConfigError(
+            f"init='gradient' measures gradients of linear layers, and {len(others)} of {len(selected)} targeted "
+            f"layers are none, or are read by another layer: {first_five(others)}. Name them in exclude, or use "
+            f"another init."
+        )
 
 
 def _with_start(name: str, spec: AdapterSpec, kind: type[LoRALayer]) -> AdapterSpec:
@@ -74,7 +104,7 @@ def _with_start(name: str, spec: AdapterSpec, kind: type[LoRALayer]) -> AdapterS
         return spec
     if init == "orthogonal" and rank % 2:
         raise ConfigError(f"init='orthogonal' needs an even rank, got rank={rank} for {name!r}: see rank_pattern.")
-    if init != "pissa":
+    if init not in KEPT_STARTS:
         return spec
     if spec.config.share_expert_factors and issubclass(kind, LoRAFusedExperts):
         raise ConfigError(
@@ -82,16 +112,6 @@ def _with_start(name: str, spec: AdapterSpec, kind: type[LoRALayer]) -> AdapterS
             f"in {name!r}: set share_expert_factors to false, or use another init."
         )
     return replace(grown_spec(spec, 2 * rank), start=rank)
-
-
-def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
-    """Raise `TargetNotFoundError` if a pattern of ``lr_multiplier_pattern`` matches none of the trained ``names``."""
-    for pattern in config.lr_multiplier_pattern:
-        if not any(matches(name, pattern) for name in names):
-            hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
-            raise TargetNotFoundError(
-                f"lr_multiplier_pattern {pattern!r} matches neither an adapted layer nor a module trained in full{hint}"
-            )
 
 
 def _default_rank(root: nn.Module, weight: Candidate, config: LoRAConfig) -> int:

@@ -88,16 +88,39 @@ def _public_module(kind: type) -> str:
 def _lines(config: Mapping[str, Any], reasons: Mapping[str, Reason], above: str, depth: int) -> Iterator[str]:
     for name, value in config.items():
         path = f"{above}.{name}" if above else name
-        reason = reasons.get(path)
-        if reason is not None:
-            yield from _comment(f"{reason.value}: {reason.why} ({reason.source}).", depth)
+        yield from _reason(reasons, path, depth)
         indent = "  " * depth
         if isinstance(value, Mapping) and value:
             yield f"{indent}{name}:"
             yield from _lines(value, reasons, path, depth + 1)
+        elif isinstance(value, list) and any(isinstance(item, Mapping) and item for item in value):
+            yield f"{indent}{name}:"
+            yield from _items(value, reasons, path, depth + 1)
         else:
-            told = any(path == each or path.startswith(f"{each}.") for each in reasons)
-            yield f"{indent}{name}: {_scalar(value)}" + ("" if told else f"  # {GIVEN}")
+            yield f"{indent}{name}: {_scalar(value)}" + ("" if _is_told(reasons, path) else f"  # {GIVEN}")
+
+
+def _items(values: list[Any], reasons: Mapping[str, Reason], above: str, depth: int) -> Iterator[str]:
+    """The lines of a list; a mapping in it begins on the line of its dash."""
+    indent = "  " * depth
+    for number, value in enumerate(values):
+        path = f"{above}.{number}"
+        yield from _reason(reasons, path, depth)
+        if isinstance(value, Mapping) and value:
+            first, *rest = _lines(value, reasons, path, depth + 1)
+            yield f"{indent}- {first.strip()}"
+            yield from rest
+        else:
+            yield f"{indent}- {_scalar(value)}" + ("" if _is_told(reasons, path) else f"  # {GIVEN}")
+
+
+def _reason(reasons: Mapping[str, Reason], path: str, depth: int) -> list[str]:
+    reason = reasons.get(path)
+    return [] if reason is None else _comment(f"{reason.value}: {reason.why} ({reason.source}).", depth)
+
+
+def _is_told(reasons: Mapping[str, Reason], path: str) -> bool:
+    return any(path == each or path.startswith(f"{each}.") for each in reasons)
 
 
 def _scalar(value: Any) -> str:

@@ -60,11 +60,15 @@ class RunLength:
         epochs: Most epochs; -1 for no limit.
         max_steps: Most optimizer steps; -1 for no limit.
         limit_train_batches: Batches of an epoch that are used: a number, a share, or None for all.
+        val_check_interval: Batches between two validations: a number, a share of an epoch, or a time in words.
+        check_val_every_n_epoch: Epochs between two that validate; None counts batches across epochs.
     """
 
     epochs: int = 1
     max_steps: int = -1
     limit_train_batches: float | int | None = None
+    val_check_interval: Any = 1.0
+    check_val_every_n_epoch: int | None = 1
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> RunLength:
@@ -73,7 +77,14 @@ class RunLength:
         steps = -1 if steps is None else int(steps)
         if epochs is None:
             epochs = 1 if steps == -1 else -1
-        return cls(int(epochs), steps, trainer.get("limit_train_batches"))
+        interval = trainer.get("val_check_interval")
+        return cls(
+            int(epochs),
+            steps,
+            trainer.get("overfit_batches") or trainer.get("limit_train_batches"),
+            1.0 if interval is None else interval,
+            trainer.get("check_val_every_n_epoch", 1),
+        )
 
     def steps(self, epoch: Epoch, micro_batch: int, accumulation: int, devices: int) -> int:
         """Optimizer steps of the run; the last step of an epoch may have fewer micro-batches.
@@ -91,6 +102,32 @@ class RunLength:
             return self.max_steps
         steps = math.ceil(batches / accumulation) * self.epochs
         return steps if self.max_steps == -1 else min(steps, self.max_steps)
+
+    def parts(self, epoch: Epoch, micro_batch: int, accumulation: int, devices: int) -> list[int]:
+        """Micro-batches of each device in each epoch of the run; of a stream, all in one."""
+        steps = self.steps(epoch, micro_batch, accumulation, devices)
+        in_epoch = epoch.batches(micro_batch, devices, self.limit_train_batches)
+        if in_epoch is None:
+            return [steps * accumulation]
+        found = []
+        while in_epoch and steps > 0:
+            found.append(min(in_epoch, steps * accumulation))
+            steps -= math.ceil(in_epoch / accumulation)
+        return found
+
+    def validations(self, epoch: Epoch, micro_batch: int, accumulation: int, devices: int) -> int | None:
+        """Passes over the validation rows, without the sanity check before training; None if a clock decides."""
+        parts = self.parts(epoch, micro_batch, accumulation, devices)
+        interval = self.val_check_interval
+        if isinstance(interval, float):
+            in_epoch = epoch.batches(micro_batch, devices, self.limit_train_batches)
+            interval = None if in_epoch is None else max(1, int(in_epoch * interval))
+        if not isinstance(interval, int):
+            return None
+        if self.check_val_every_n_epoch is None:
+            return sum(parts) // interval
+        every = self.check_val_every_n_epoch
+        return sum(part // interval for number, part in enumerate(parts, 1) if number % every == 0)
 
     def __str__(self) -> str:
         if self.max_steps != -1:

@@ -46,48 +46,66 @@ def fit_config(
         The settings, or None if the arguments of an object are not known.
     """
     parts = config or _from_objects(module, data)
-    if parts is None or not all(isinstance(each, Mapping) for each in callbacks_of(trainer)):
+    if parts is None or not all(isinstance(each, Mapping) for each in _listed(trainer.get("callbacks"))):
         return None, {}
-    made: Settings = {"seed_everything": parts.get("seed_everything", 0)}
+    seed = parts.get("seed_everything", 0)
+    made: Settings = {"seed_everything": seed}
     reasons: dict[str, Reason] = {}
+    if seed == 0:
+        reasons["seed_everything"] = Reason("seed 0", "the default of fit", "LoRACLI")
     why = {topic: [reason for each, reason in topics if each == topic] for topic in ("method", "settings")}
     model = plain(parts["model"])
     made["model"] = _model(model, module, settings, method, lora, reasons, why)
     made["data"] = _data(plain(parts["data"]), data, settings, reasons, why["settings"])
     made["trainer"] = _trainer({**plain(parts.get("trainer") or {}), **trainer}, settings, method, reasons, why)
-    if not isinstance(module, PretrainedTask) and not hasattr(module, "lora"):
-        config = None
-        if method.rank is not None:
-            config = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
-        _set_callback(made["trainer"], "lightning_lora.callbacks.LoRA", config and {"config": config})
-        reasons["trainer.callbacks"] = why["method"][0]
-    if planned is not None:
-        _set_callback(made["trainer"], "lightning_lora.callbacks.PlannedRun", dict(planned))
-        reasons["trainer.callbacks"] = Reason("callbacks", "fit prints the plan beside what it measured", "this plan")
+    callbacks = _callbacks(made["trainer"].pop("callbacks", None), module, method, lora, planned, reasons, why)
+    if callbacks:
+        made["trainer"]["callbacks"] = callbacks
+    for name, default in (("allow_other_base", False), ("ckpt_path", None), ("weights_only", None)):
+        if parts.get(name, default) != default:
+            made[name] = parts[name]
     return made, reasons
 
 
-def _set_callback(trainer: Settings, path: str, arguments: Settings | None) -> None:
-    """Give the callback of this class its arguments, in its place if there is one; None takes it away."""
-    callbacks, kind = trainer.get("callbacks") or [], path.rpartition(".")[2]
-    found = [n for n, each in enumerate(callbacks) if each["class_path"].rpartition(".")[2] == kind]
-    if arguments is None:
-        kept = [each for n, each in enumerate(callbacks) if n not in found]
-    elif found:
-        first = callbacks[found[0]]
-        changed = {**first, "init_args": {**(first.get("init_args") or {}), **arguments}}
-        kept = [changed if n == found[0] else each for n, each in enumerate(callbacks) if n not in found[1:]]
-    else:
-        kept = [*callbacks, {"class_path": path, "init_args": arguments}]
-    trainer["callbacks"] = kept
-    if not kept:
-        del trainer["callbacks"]
+def _callbacks(
+    given: Any,
+    module: LightningModule,
+    method: Method,
+    lora: LoRAConfig,
+    planned: Mapping[str, Any] | None,
+    reasons: dict[str, Reason],
+    why: Mapping[str, Sequence[Reason]],
+) -> list[Any]:
+    """The user's callbacks, but for adapters and numbers of an earlier plan, and those of this plan."""
+    kept = _listed(given)
+    old = {_name(each): each for each in kept}
+    kept = [each for each in kept if _name(each) not in ("LoRA", "PlannedRun")]
+    if not _takes_lora(module) and method.rank is not None:
+        chosen = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
+        others = old["LoRA"].get("init_args") or {} if isinstance(old.get("LoRA"), Mapping) else {}
+        arguments = {name: value for name, value in others.items() if value} | {"config": chosen}
+        reasons[f"trainer.callbacks.{len(kept)}"] = why["method"][0]
+        kept.append({"class_path": "lightning_lora.callbacks.LoRA", "init_args": arguments})
+    if planned is not None:
+        what = "fit prints these beside what it measured; steps, tokens and parameters are exact, memory is traced"
+        reasons[f"trainer.callbacks.{len(kept)}"] = Reason("planned", what, "this plan")
+        kept.append({"class_path": "lightning_lora.callbacks.PlannedRun", "init_args": dict(planned)})
+    return kept
 
 
-def callbacks_of(trainer: Mapping[str, Any]) -> list[Any]:
-    """The callbacks of settings of a Trainer, as objects or as a config names them."""
-    callbacks = trainer.get("callbacks") or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
+def _listed(callbacks: Any) -> list[Any]:
+    return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+
+
+def _name(callback: Any) -> str:
+    """The name of the class of a callback in a config."""
+    path = callback.get("class_path", "") if isinstance(callback, Mapping) else callback
+    return str(path).rpartition(".")[2]
+
+
+def _takes_lora(module: LightningModule) -> bool:
+    """Whether the module has LoRA settings of its own."""
+    return isinstance(module, PretrainedTask) or hasattr(module, "lora")
 
 
 def _model(
@@ -103,7 +121,7 @@ def _model(
     if settings["learning_rate"] is not None and "learning_rate" in inspect.signature(type(module)).parameters:
         init["learning_rate"] = settings["learning_rate"]
         reasons["model.init_args.learning_rate"] = why["settings"][0]
-    if isinstance(module, PretrainedTask) or hasattr(module, "lora"):
+    if _takes_lora(module):
         own = plain(without_defaults(LoRAConfig, vars(lora)))
         init["lora"] = None if method.rank is None else own | {"rank": method.rank, "alpha": lora.alpha}
         reasons["model.init_args.lora"] = why["method"][-1]
@@ -135,25 +153,45 @@ def _trainer(
     reasons: dict[str, Reason],
     why: Mapping[str, Sequence[Reason]],
 ) -> Settings:
-    kept = {name: value for name, value in trainer.items() if value is not None}
-    made = without_defaults(Trainer, kept)
+    made = without_defaults(Trainer, trainer)
     if "max_epochs" not in made and "max_steps" not in made:
         made["max_epochs"] = 1
-    made.pop("strategy", None)
-    made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"]}
+        reasons["trainer.max_epochs"] = Reason("1 epoch", "no length was given", "Trainer would take 1,000")
+    given = made.pop("strategy", None)
+    nodes = int(made.get("num_nodes") or 1)
+    made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"] // nodes}
     made |= {"precision": planned["precision"], "strategy": strategy_setting(method.strategy)}
-    callbacks = made.get("callbacks")
-    if callbacks is not None and not isinstance(callbacks, list):
-        made["callbacks"] = [callbacks]
     rows = next((reason for reason in why["settings"] if "rows per step" in reason.value), why["settings"][-1])
     reasons["trainer.accumulate_grad_batches"] = rows
-    where = Reason(f"{planned['devices']} devices", "those that were named, or are here", "this plan")
-    fits = Reason(method.strategy, "the first strategy in whose memory the method fits", "traced")
-    types = Reason(
-        planned["precision"], "yours; without any bf16 on a GPU, with adapters in float32", "arXiv 2305.14314"
-    )
+    number = f"{planned['devices']} device{'' if planned['devices'] == 1 else 's'}"
+    where = Reason(number, "those that were named, or are here", "this plan")
+    was = f"; yours was {_name(given)}" if given not in (None, "auto", made["strategy"]) else ""
+    fits = Reason(method.strategy, f"the first strategy in whose memory the method fits{was}", "traced")
+    types = _types(planned["precision"], trainer.get("precision"), method)
     reasons |= {"trainer.devices": where, "trainer.strategy": fits, "trainer.precision": types}
+    _limit_interval(made, planned, reasons)
     return made
+
+
+def _types(precision: str, given: Any, method: Method) -> Reason:
+    """Why a precision was chosen."""
+    if given is not None:
+        return Reason(precision, "yours", "the config")
+    if precision == "32-true":
+        return Reason(precision, "the default without a GPU", "Lightning")
+    if method.name == "full":
+        return Reason(precision, "weights and optimizer in float32, products in bfloat16", "convention")
+    return Reason(precision, "frozen weights in bfloat16, adapters in float32", "as QLoRA computes, arXiv 2305.14314")
+
+
+def _limit_interval(trainer: Settings, planned: Mapping[str, Any], reasons: dict[str, Reason]) -> None:
+    """Validate at least once in an epoch: a Trainer refuses more batches than an epoch has."""
+    interval, most = trainer.get("val_check_interval"), planned.get("batches_in_epoch")
+    is_number = isinstance(interval, int) and not isinstance(interval, bool)
+    if is_number and most and interval > most and trainer.get("check_val_every_n_epoch", 1) is not None:
+        trainer["val_check_interval"] = most
+        why = f"yours was {interval}, and an epoch has {most} batches of so many rows"
+        reasons["trainer.val_check_interval"] = Reason(f"{most} batches", why, "this plan")
 
 
 def _arguments(settings: Settings) -> Settings:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning_lora.batch.division import divisors
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.memory.step_trace import StepTrace, trace_step
+from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide
 from lightning_lora.planning.advice.method import Placement
 from lightning_lora.tasks.pretrained import PretrainedTask
@@ -42,6 +42,7 @@ class TracedMethods:
         self.module, self.config, self.batch = module, config, batch
         self.precision, self.clip, self.devices = precision, clip, devices
         self.failed: dict[str, str] = {}
+        self._tracers: dict[tuple[str, int | None], StepTracer] = {}
         self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
 
     @property
@@ -53,13 +54,15 @@ class TracedMethods:
         """The trace of a method with ``rows`` rows in a micro-batch."""
         key = name, rows, None if name == "full" else rank
         if key not in self._traces:
-            self._traces[key] = trace_step(
-                self.variant(name, rank),
-                self.batch(rows),
-                precision=self.precision[name],
-                gradient_clip_val=self.clip,
-            )
+            self._traces[key] = self.tracer(name, rank).trace(self.batch(rows))
         return self._traces[key]
+
+    def tracer(self, name: str, rank: int | None) -> StepTracer:
+        """The module of a method, built once for all numbers of rows."""
+        key = name, None if name == "full" else rank
+        if key not in self._tracers:
+            self._tracers[key] = StepTracer(self.variant(name, rank), self.precision[name], self.clip)
+        return self._tracers[key]
 
     def memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts:
         """Bytes on one device."""

@@ -106,8 +106,18 @@ TASKS: dict[str, Any] = {
     "llm-lora": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2)),
     "llm-full": lambda folder: LM(str(folder / "llama"), 1e-3),
 }
+STARTS: dict[str, Any] = {
+    "toy-pissa": lambda folder: Toy(replace(ADAPTERS, init="pissa")),
+    "toy-orthogonal": lambda folder: Toy(replace(ADAPTERS, init="orthogonal")),
+    "toy-gradient": lambda folder: Toy(replace(ADAPTERS, init="gradient", init_batches=3)),
+    "llm-pissa": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2, init="pissa")),
+}
+"""Adapters with other first values."""
 QUANTISED: dict[str, Any] = {
     "llm-nf4": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2), quantization="nf4"),
+    "llm-nf4-gradient": lambda folder: LM(
+        str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2, init="gradient"), quantization="nf4"
+    ),
 }
 """For DDP only, and where bitsandbytes is installed."""
 STRATEGIES: dict[str, Any] = {
@@ -131,7 +141,7 @@ def loader(num_replicas: int, rank: int) -> Any:
 
 def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
-    module = (TASKS | QUANTISED)[task](folder)
+    module = (TASKS | STARTS | QUANTISED)[task](folder)
     # Only the outermost wrapper of FSDP1 can put weights together, which a folder is written by.
     folders = [AdapterCheckpoint(dirpath=str(folder / strategy / "adapters"))] if strategy == "fsdp1" else []
     trainer = toys.trainer(

@@ -124,7 +124,7 @@ def test_untied_tables_and_heads_have_magnitudes_of_their_own() -> None:
 def test_dora_is_true_or_false_and_starts_at_the_weights() -> None:
     with pytest.raises(ConfigError, match="dora must be true or false, got 1"):
         LoRAConfig(dora=1)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match="init='pissa' takes their principal part"):
+    with pytest.raises(ConfigError, match="init='pissa' takes a part out of them"):
         LoRAConfig(dora=True, init="pissa")
 
 

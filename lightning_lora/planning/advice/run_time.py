@@ -1,0 +1,100 @@
+"""The time of a planned run: from batches timed here, from the speed of a product here, or from a data sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.planning.cost import RunSeconds, RunWork, StepWork, compute_dtype, seconds_from_table
+from lightning_lora.planning.devices import EFFICIENCY, Device, Devices
+from lightning_lora.planning.timed_steps import time_steps
+from lightning_lora.planning.timing.product_speed import product_speed
+from lightning_lora.planning.timing.stopwatch import WARM_UP
+
+SHARE_OF_PRODUCT = 0.5
+"""Share of a timed product's FLOP/s that training reaches: 0.42 to 0.65 on one core of a Xeon (docs/plan.md)."""
+AUTO_SECONDS, AUTO_BYTES = 3.0, 2**28
+"""Batches are timed without being asked for if they take at most so long, and the weights that are read so much."""
+ASKED_SECONDS = 60.0
+"""Most seconds of batches that are timed when they are asked for."""
+_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained for a moment to time it.
+
+    Args:
+        module: The module as it will be trained, not built yet.
+        data: Its data module.
+        trainer: Settings of the Trainer.
+        rows: Rows of a micro-batch of the run.
+    """
+
+    module: Callable[[], LightningModule]
+    data: LightningDataModule
+    trainer: Mapping[str, Any]
+    rows: int
+
+
+def run_time(
+    step: StepWork, run: RunWork, devices: Devices, precision: object, trial: Trial, calibrate: bool | None
+) -> RunSeconds | None:
+    """The time of a run; None if nothing is known of the device.
+
+    Args:
+        step: What a micro-batch asks of a device.
+        run: The batches of the run.
+        devices: The devices; batches are timed on those that are here.
+        precision: The precision of the Trainer.
+        trial: What is timed.
+        calibrate: Whether to time some batches. None times them if that takes a few seconds.
+
+    Raises:
+        ConfigError: If batches shall be timed for devices that are not here, or do not fit into memory.
+    """
+    if calibrate and not devices.is_here:
+        raise ConfigError("calibrate times batches on this machine: leave out memory and the name of a device.")
+    timed = _with_product(devices.device, precision) if devices.is_here else devices.device
+    told = seconds_from_table(step, run, timed, precision)
+    if calibrate is False or not devices.is_here or told is None:
+        return told
+    per_row = _seconds_of_row(run, told)
+    budget = ASKED_SECONDS if calibrate else AUTO_SECONDS
+    rows = trial.rows
+    while rows > 1 and per_row * rows * (WARM_UP + _BATCHES) > budget:
+        rows //= 2
+    if calibrate is None:
+        least = per_row * rows * (WARM_UP + 2)
+        if least > AUTO_SECONDS or step.memory.weights > AUTO_BYTES:
+            return replace(told, how=f"{told.how}; --calibrate times some batches")
+    elif step.memory.total > devices.memory:
+        raise ConfigError(f"calibrate trains some batches, and they do not fit into {devices}.")
+    try:
+        times = time_steps(trial.module(), trial.data, trial.trainer, rows=rows, batches=_BATCHES, max_seconds=budget)
+    except (OSError, LoRAError) as error:  # a model may be planned from its config alone
+        if calibrate:
+            raise
+        why = str(error).splitlines()[0]
+        return replace(told, how=f"{told.how}; not timed: {why}")
+    return told if times is None else times.for_run(run)
+
+
+def _with_product(device: Device, precision: object) -> Device:
+    """A device here; without a data sheet a product is timed on it."""
+    if device.flops:
+        return device
+    dtype = compute_dtype(precision)
+    share = SHARE_OF_PRODUCT if device.efficiency == EFFICIENCY else device.efficiency
+    speed = {dtype: product_speed(dtype, device.kind)}
+    return replace(device, flops=speed, efficiency=share, source=f"a product timed on {device.name}", is_timed=True)
+
+
+def _seconds_of_row(run: RunWork, told: RunSeconds) -> float:
+    """Seconds of one row by a first estimate."""
+    rows = max(shape.rows for shape in run.shapes)
+    return (told.total - told.validation) / max(1, run.micro_batches) / rows
