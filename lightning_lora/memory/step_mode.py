@@ -39,8 +39,8 @@ class StepMode(TorchDispatchMode):
         flops: Floating-point operations of matrix products, convolutions and attention so far.
         attention_flops: Those of attention, which grow with the square of a row's length.
         class_counts: Sizes of a last axis that are a vocabulary or classes.
-        truth: What the truth of a tensor without values is.
         running: The operation that runs now, or that failed last.
+        truth: What the truth of a tensor without values is.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class StepMode(TorchDispatchMode):
         self.live = LiveBytes()
         self.flops = self.attention_flops = 0
         self.class_counts: set[int] = set()
-        self.truth = True
         self.running: list[Any] = []
+        self.truth = True
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[StepMode]:

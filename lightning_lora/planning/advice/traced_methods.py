@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_lora.batch.division import divisors
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide
@@ -42,8 +43,8 @@ class TracedMethods:
         self.module, self.config, self.batch = module, config, batch
         self.precision, self.clip, self.devices = precision, clip, devices
         self.failed: dict[str, str] = {}
-        self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
         self._tracers: dict[tuple[str, int | None], StepTracer] = {}
+        self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
 
     @property
     def names(self) -> list[str]:
@@ -54,15 +55,11 @@ class TracedMethods:
         """The trace of a method with ``rows`` rows in a micro-batch."""
         key = name, rows, None if name == "full" else rank
         if key not in self._traces:
-            self._traces[key] = self._tracer(name, rank).trace(self.batch(rows))
+            self._traces[key] = self.tracer(name, rank).trace(self.batch(rows))
         return self._traces[key]
 
-    def built(self, name: str, rank: int | None) -> LightningModule:
-        """The module of a method as it is traced: without values, for its shapes and types only."""
-        return self._tracer(name, rank).module
-
-    def _tracer(self, name: str, rank: int | None) -> StepTracer:
-        """Building a large model takes as long as tracing it, so each method is built once."""
+    def tracer(self, name: str, rank: int | None) -> StepTracer:
+        """The module of a method, built once for all numbers of rows."""
         key = name, None if name == "full" else rank
         if key not in self._tracers:
             self._tracers[key] = StepTracer(self.variant(name, rank), self.precision[name], self.clip)
@@ -77,7 +74,7 @@ class TracedMethods:
         """Bytes on one device; None if a base in 4 bits cannot be traced here, which `failed` then explains."""
         try:
             return self.memory(name, rows, rank, strategy)
-        except (RuntimeError, ImportError, NotImplementedError) as error:
+        except (TraceError, RuntimeError, ImportError) as error:
             if name != "qlora":
                 raise
             self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
