@@ -13,9 +13,7 @@ from lightning_lora.batch.division import divide_rows
 from lightning_lora.data import SFTDataModule
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.memory.building import built_without_memory
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.fit_config import fit_config
 from lightning_lora.planning.advice.largest_batches import largest_batches
@@ -43,7 +41,6 @@ from lightning_lora.planning.plan import Plan
 from lightning_lora.planning.reason import Reason
 from lightning_lora.planning.set_up_data import set_up
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.variants import variant
 
 SURE = "capacity bounds memorising, rules need less; memory is that of a CPU, within 1 % in 16 cases (docs/plan.md);"
 
@@ -91,8 +88,8 @@ def plan(
         DataError: If the data cannot be used or holds no target.
     """
     settings = dict(trainer or {})
-    found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth, settings.get("accelerator"))
     check_objects(model, datamodule)
+    found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth, settings.get("accelerator"))
     module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule
     used = _lora_config(module, lora)
@@ -124,12 +121,13 @@ class _Run:
 
     def plan(self, target_rows: int | None, config: Mapping[str, Any] | None, calibrate: bool | None) -> Plan:
         length = RunLength.of(self.trainer)
-        sizes, full = _sizes(self.module, self.lora)
+        traces = self._traces()
+        whole = traces.built("full", None)
+        sizes = target_sizes(whole, self.lora)
         rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
         own = [row for row in rows if row.targets == rows[0].targets]
         adapters = sizes[rows[0].targets]
-        most = sensible_rank(highest_rank(adapters), adapters, full)
-        traces = self._traces()
+        most = sensible_rank(highest_rank(adapters), adapters, Parameters.of(whole).total)
         target, batch_reason = self._rows(target_rows, length)
         default = min(DEFAULT_RANK, max(row.rank for row in own))
         room = Room(
@@ -281,12 +279,6 @@ def _measured_bits(module: LightningModule, data: LightningDataModule) -> BaseBi
     from lightning_lora.planning.base_bits import measure_base_bits
 
     return measure_base_bits(module, data)
-
-
-def _sizes(module: LightningModule, lora: LoRAConfig) -> tuple[dict[str, AdapterSizes], int]:
-    """The sizes of adapters by target set, and of the whole; what ``configure_model`` makes is built without memory."""
-    with built_without_memory(variant(module, None)) as built:
-        return target_sizes(built, lora), Parameters.of(built).total
 
 
 def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | None) -> LoRAConfig:

@@ -32,7 +32,8 @@ class Decaying(toys.Toy):
 
     def __init__(self, lora: dict[str, Any]) -> None:
         super().__init__()
-        self.lora = LoRAConfig(**({"rank": 2} | lora))
+        chosen: dict[str, Any] = {"rank": 2} | lora
+        self.lora = LoRAConfig(**chosen)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.lora_parameter_groups(5e-3))
@@ -196,7 +197,9 @@ def test_true_precisions_are_measured(precision: Any, tmp_path: Path) -> None:
 
 def test_a_module_that_steps_by_hand_says_what_it_must_return(tmp_path: Path) -> None:
     class ByHand(Decaying):
-        automatic_optimization = False
+        def __init__(self) -> None:
+            super().__init__({})
+            self.automatic_optimization = False
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # pyright: ignore
             optimizers: Any = self.optimizers()
@@ -209,7 +212,7 @@ def test_a_module_that_steps_by_hand_says_what_it_must_return(tmp_path: Path) ->
             return torch.optim.Adam([p for p in self.parameters() if p.requires_grad])
 
     with pytest.warns(UserWarning, match="predict_step returns no mapping"):
-        monitor = watched(tmp_path, ByHand({}), accumulate_grad_batches=1)
+        monitor = watched(tmp_path, ByHand(), accumulate_grad_batches=1)
     assert monitor.verdict == "UNDETERMINED"
 
 
@@ -225,12 +228,12 @@ def test_what_gives_no_verdict_is_said_at_the_start_and_in_the_sentence(tmp_path
 
 
 def test_few_rows_and_training_rows_are_named_in_the_sentence(tmp_path: Path) -> None:
-    def sentence(*loaders: DataLoader[Any]) -> str:
+    def sentence(held_out: DataLoader[Any] | None) -> str:
         monitor = CapacityMonitor()
         trainer: Trainer = toys.trainer(tmp_path, callbacks=[monitor], max_epochs=-1, max_steps=24)
-        trainer.fit(Decaying({}), DataLoader(toys.rows(32), 4), *loaders)
+        trainer.fit(Decaying({}), DataLoader(toys.rows(32), 4), held_out)
         return monitor.reading.sentence()
 
-    assert "by training rows, as there are no validation rows" in sentence()
+    assert "by training rows, as there are no validation rows" in sentence(None)
     assert "by 3 held-out losses, which are few" in sentence(toys.loader(6))
     assert "a gain from 1 loss cannot be told from chance: use 256 held-out rows" in sentence(toys.loader(2))

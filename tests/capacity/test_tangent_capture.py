@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_lora import LoRAConfig
 from lightning_lora.batch.trial_step import observed
 from lightning_lora.capacity.fixed_rows import fixed_batches
 from lightning_lora.capacity.tangent_capture import tangent_capture
@@ -72,7 +72,7 @@ def test_tangent_capture_is_that_of_row_gradients_by_hand(settings: dict[str, An
     measures = Measures()
     data = DataLoader(rows("flat", 256, 1), 32)
     student = RankedStudent(4, 0, learning_rate=1e-4)
-    student.lora = replace(student.lora, **settings)
+    student.lora = LoRAConfig(rank=4, alpha=32, targets=["layer"], **settings)
     torch.nn.init.normal_(student.layer.weight, std=0.05, generator=torch.Generator().manual_seed(5))
     toys.trainer(tmp_path, callbacks=[measures]).fit(student, data)
     assert measures.found.value == pytest.approx(measures.expected[0], rel=1e-4)

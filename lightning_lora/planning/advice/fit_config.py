@@ -46,7 +46,7 @@ def fit_config(
         The settings, or None if the arguments of an object are not known.
     """
     parts = config or _from_objects(module, data)
-    if parts is None or not all(isinstance(each, Mapping) for each in callbacks_of(trainer)):
+    if parts is None or not all(isinstance(each, Mapping) for each in _listed(trainer.get("callbacks"))):
         return None, {}
     seed = parts.get("seed_everything", 0)
     made: Settings = {"seed_everything": seed}
@@ -77,7 +77,7 @@ def _callbacks(
     why: Mapping[str, Sequence[Reason]],
 ) -> list[Any]:
     """The user's callbacks, but for adapters and numbers of an earlier plan, and those of this plan."""
-    kept = callbacks_of({"callbacks": given})
+    kept = _listed(given)
     old = {_name(each): each for each in kept}
     kept = [each for each in kept if _name(each) not in ("LoRA", "PlannedRun")]
     if not _takes_lora(module) and method.rank is not None:
@@ -93,6 +93,10 @@ def _callbacks(
     return kept
 
 
+def _listed(callbacks: Any) -> list[Any]:
+    return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+
+
 def _name(callback: Any) -> str:
     """The name of the class of a callback in a config."""
     path = callback.get("class_path", "") if isinstance(callback, Mapping) else callback
@@ -102,12 +106,6 @@ def _name(callback: Any) -> str:
 def _takes_lora(module: LightningModule) -> bool:
     """Whether the module has LoRA settings of its own."""
     return isinstance(module, PretrainedTask) or hasattr(module, "lora")
-
-
-def callbacks_of(trainer: Mapping[str, Any]) -> list[Any]:
-    """The callbacks of settings of a Trainer, as objects or as a config names them."""
-    callbacks = trainer.get("callbacks") or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _model(
