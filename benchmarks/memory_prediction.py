@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -71,7 +71,7 @@ def measured_bytes(case: Case) -> int:
     module, batch = case.module(), case.batch()
     settings = case.settings | {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     trainer = Trainer(**settings, enable_progress_bar=False, enable_model_summary=False, callbacks=[_Mark()])
-    batches: DataLoader[Any] = DataLoader([batch] * 8, batch_size=None, collate_fn=_own)
+    batches: DataLoader[Any] = DataLoader(cast(Any, [batch] * 8), batch_size=None, collate_fn=_own)
     # Prepare outside of the profile, as its first forward and backward do not see blocks from before.
     module.configure_model()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -99,7 +99,7 @@ def _own(batch: Any) -> Any:
 class _Mark(Callback):
     """Marks where the third optimizer step begins."""
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 2:
             with record_function(_MARK):
                 pass
@@ -188,14 +188,16 @@ def _folders(top: Path) -> dict[str, str]:
         MixtralForCausalLM,
     )
 
+    # Pyright takes each value of a dict for every setting, so the classes are Any.
+    llama, moe, bert = cast(Any, LlamaConfig), cast(Any, MixtralConfig), cast(Any, BertConfig)
     shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     grouped = {"num_key_value_heads": 2, "intermediate_size": 688, **ends}
     torch.manual_seed(0)
     models = {
-        "llama": LlamaForCausalLM(LlamaConfig(**shape, **grouped)),
-        "moe": MixtralForCausalLM(MixtralConfig(**shape, **grouped, num_local_experts=8, num_experts_per_tok=2)),
-        "bert": BertForSequenceClassification(BertConfig(**shape, intermediate_size=1024, num_labels=3)),
+        "llama": LlamaForCausalLM(llama(**shape, **grouped)),
+        "moe": MixtralForCausalLM(moe(**shape, **grouped, num_local_experts=8, num_experts_per_tok=2)),
+        "bert": BertForSequenceClassification(bert(**shape, intermediate_size=1024, num_labels=3)),
     }
     for name, model in models.items():
         model.save_pretrained(top / name)

@@ -67,7 +67,7 @@ class Step(LightningModule):
             tie_word_embeddings=self.case.size != "8b",
             max_position_embeddings=32768,
         )
-        base = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False).train()
+        base = nn.Module.to(LlamaForCausalLM(config), torch.bfloat16).requires_grad_(False).train()
         self.model = self.case.adapt(base)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -87,7 +87,8 @@ def full(model: nn.Module) -> nn.Module:
 
 def ours(model: nn.Module, **settings: Any) -> nn.Module:
     """LoRA on every layer."""
-    inject_lora(model, LoRAConfig(**({"rank": 16} | settings)))
+    options: dict[str, Any] = {"rank": 16} | settings
+    inject_lora(model, LoRAConfig(**options))
     return model
 
 

@@ -14,10 +14,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from lightning_lora.lora.functional.seeded_dropout import forget_mask
-from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.memory.failures import explained
 from lightning_lora.memory.step_mode import StepMode
 
@@ -93,7 +92,7 @@ class WithoutMemory:
                 with self.explained("building"), initial[0], initial[1]:
                     self.module.configure_model()
                 self.mode.truth = True
-                _convert(self.module, plugin)
+                plugin.convert_module(self.module)
 
     def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """Within the context a failure names the part of the module and the operation."""
@@ -134,30 +133,6 @@ def _for_a_trace() -> Iterator[None]:
     finally:
         _building.reset(token)
         forget_mask()
-
-
-def _convert(module: LightningModule, plugin: Any) -> None:
-    """Convert the types of a module as the plugin does; adapters stay as wide as `LoRAMixin` keeps them."""
-    with unset_fake_temporarily():
-        dtype = plugin.convert_module(nn.Linear(1, 1, dtype=torch.float32)).weight.dtype
-    if dtype is torch.float32:
-        return
-    # Module.to would swap tensors, which fails for fake ones that something refers to.
-    factors = {id(factor) for factor in factor_parameters(module).values()}
-    converted: dict[int, Tensor] = {}
-    for owner in module.modules():
-        places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-        for held in places:
-            for name, tensor in held.items():
-                if tensor is None or not tensor.is_floating_point() or tensor.dtype is dtype:
-                    continue
-                if id(tensor) in factors and torch.promote_types(tensor.dtype, dtype) is not dtype:
-                    continue
-                if id(tensor) not in converted:
-                    new = tensor.detach().to(dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    converted[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                held[name] = converted[id(tensor)]
 
 
 def _stand_in(precision: Any, accumulate_grad_batches: int) -> Trainer:

@@ -60,7 +60,7 @@ class EqualBlocks:
             for handle in handles:
                 handle.remove()
 
-    def _hold(self, members: dict[str, nn.Module]) -> None:
+    def _hold(self, members: dict[str, nn.Module | None]) -> None:
         self.container._modules.clear()
         self.container._modules.update(members)
 

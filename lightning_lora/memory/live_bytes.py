@@ -25,8 +25,9 @@ class LiveBytes:
     def __init__(self) -> None:
         self.held: dict[str, int] = dict.fromkeys(KINDS, 0)
         self.segment: Segment = ("",)
-        self.peaks = {self.segment: dict(self.held)}
-        self._total, self._highest = 0, {self.segment: 0}
+        self.peaks: dict[Segment, dict[str, int]] = {}
+        self._total = 0
+        self._highest: dict[Segment, int] = {}
         # Key of a storage to its kind, its bytes, and the reference that tells of its end.
         self._storages: dict[int, tuple[str, int, Any]] = {}
 
