@@ -140,7 +140,10 @@ class Checkpointed(CausalLM):
         built = self.model is not None
         super().configure_model()
         if not built:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr]
+            model: Any = self.model
+            # transformers 5 has another name for it.
+            switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            switch({"use_reentrant": False})
 
 
 def tokens(rows: int = 4, length: int = 256, supervised: int = 10**9) -> Callable[[], dict[str, Tensor]]:

@@ -24,19 +24,22 @@ from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.layers.adapted import learning_layers
+from lightning_lora.lora.reports import count_parameters
 from lightning_lora.lora.shards import check_not_sharded
-from lightning_lora.sharding.collectives import total_of_ranks
+from lightning_lora.sharding.collectives import gather_on_rank_zero, total_of_ranks
 
 PLOT = "capacity.png"
+_KEY = "lightning_lora_capacity_tokens"
 
 
 class CapacityMonitor(Callback):
     """Measures whether adapters have room for what they learn, and says so in one sentence at the end.
 
-    At the end of each epoch: bits stored per trained parameter, from the loss of fixed training rows. At every tenth of
-    the steps: the share of the gain that is lost when every update is cut to half of its rank. When the learning rate
-    is at most a tenth of its peak, and at the end if it is: how much of the gradient the adapters can still follow,
-    and all of it by groups of layers.
+    At the end of each epoch: bits stored per trained parameter, from the loss of fixed training rows; duplicates count
+    as often as they occur. At every tenth of the steps: the share of the gain that is lost when every update is cut to
+    half of its rank. When the learning rates are at most a tenth of their peaks, and at the end if they are: how much
+    of the gradient the adapters of linear layers can still follow; other layers are left out. At the end: all of it by
+    groups of layers.
 
     The verdict is ``SPARE`` if half of the rank loses less than 2 % of the gain, ``SATURATED`` (likely) if it loses
     more and the adapters cannot follow the gradient, and ``UNDETERMINED`` otherwise, always while the learning rate has
@@ -45,10 +48,11 @@ class CapacityMonitor(Callback):
     Training is not changed by a bit: weights, gradients, random numbers, optimizer and the place in the data stay as
     they are. Held-out rows are those of the validation data, or training rows if there are none. Losses of rows come
     from ``predict_step`` if it returns a mapping with a ``"loss"``, else from ``training_step``. It works on one device
-    and with DDP, where every rank measures the same; where factors are sharded, or nothing is adapted, one warning says
-    that nothing is measured. If the monitor fails, training goes on without it.
+    and with DDP, where the numbers are those of the first rank; where factors are sharded, or nothing is adapted, one
+    warning says that nothing is measured. If the monitor fails, training goes on without it.
 
-    Loggers get ``capacity/*``. The run folder gets ``events.jsonl`` and, at the end, ``capacity.png``.
+    Loggers get ``capacity/*`` (a table in docs/capacity.md). The run folder gets ``events.jsonl`` and, at the end,
+    ``capacity.png``.
 
     Args:
         num_rows: Training rows, and held-out rows, that losses are measured on.
@@ -68,13 +72,7 @@ class CapacityMonitor(Callback):
         if num_rows < 2:
             raise ConfigError(f"num_rows must be at least 2, got {num_rows}.")
         self.num_rows = num_rows
-        self.reading = CapacityReading()
-        self._peak = 0.0
-        self._rate = 0.0
-        self._has_settled = False
-        self._meter: CapacityMeter | None = None
-        self._seen: Tensor | int = 0
-        self._reason_off = ""
+        self._forget()
 
     @property
     def verdict(self) -> Verdict:
@@ -82,9 +80,14 @@ class CapacityMonitor(Callback):
         return self.reading.verdict
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the previous run; a checkpoint is loaded later."""
+        if stage == "fit":
+            self._forget()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the rows, and measure the loss before training."""
-        self._meter, self._reason_off, self._seen = None, "", 0
         self._events = RunEvents(trainer, "CapacityMonitor")
         self._names = {id(p) for layer in learning_layers(pl_module).values() for p in layer.lora_factors().values()}
         planned = trainer.estimated_stepping_batches
@@ -99,17 +102,18 @@ class CapacityMonitor(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Follow the learning rate of the adapters."""
-        rates = [g["lr"] for g in optimizer.param_groups if any(id(p) in self._names for p in g["params"])]
-        if rates:
-            self._rate = float(max(rates))
-            self._peak = max(self._peak, self._rate)
+        """Follow the learning rates of the adapters, which groups may have of their own."""
+        place = next(place for place, each in enumerate(trainer.optimizers) if each is optimizer)
+        for number, group in enumerate(optimizer.param_groups):
+            if any(id(parameter) in self._names for parameter in group["params"]):
+                key, rate = f"{place}.{number}", float(group["lr"])
+                self._rates[key], self._peaks[key] = rate, max(self._peaks.get(key, 0.0), rate)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure half of the rank when it is due, and all at the first low learning rate."""
+        """Measure half of the rank when it is due, and tangent capture at the first low learning rate."""
         if self._meter is None or is_accumulating(trainer) or trainer.global_step <= self.reading.step:
             return
         self._follow_rate(trainer.global_step)
@@ -117,7 +121,7 @@ class CapacityMonitor(Callback):
             self._guarded(lambda: self._measure(trainer, self._half))
         if self.reading.is_settled and not self._has_settled:
             self._has_settled = True
-            self._guarded(lambda: self._measure(trainer, self._all))
+            self._guarded(lambda: self._measure(trainer, self._half, self._capture))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,7 +139,8 @@ class CapacityMonitor(Callback):
         """Measure the trained adapters, say the verdict, and draw it."""
         if self._meter is not None:
             self._follow_rate(trainer.global_step)
-            self._guarded(lambda: self._measure(trainer, self._all if self.reading.is_settled else self._half))
+            settled = (self._capture,) if self.reading.is_settled else ()
+            self._guarded(lambda: self._measure(trainer, self._half, self._groups, *settled))
         self._guarded(lambda: self._finish(trainer))
         self._meter = None
 
@@ -149,9 +154,8 @@ class CapacityMonitor(Callback):
         """The reading so far, the tokens of this epoch, and the learning rates."""
         return {
             "reading": self.reading.to_dict(),
-            "seen": int(self._seen),
-            "peak": self._peak,
-            "rate": self._rate,
+            "rates": dict(self._rates),
+            "peaks": dict(self._peaks),
             "has_settled": self._has_settled,
         }
 
@@ -159,49 +163,79 @@ class CapacityMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the measurements of an interrupted run."""
         self.reading = CapacityReading.from_dict(state_dict["reading"])
-        self._peak, self._rate = state_dict["peak"], state_dict["rate"]
-        self._has_settled, self._resumed_seen = state_dict["has_settled"], state_dict["seen"]
+        self._rates, self._peaks = dict(state_dict["rates"]), dict(state_dict["peaks"])
+        self._has_settled = state_dict["has_settled"]
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the tokens that each rank has seen in this epoch."""
+        checkpoint[_KEY] = gather_on_rank_zero(int(self._seen))
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue to count tokens in the epoch of the checkpoint."""
+        counted = checkpoint.get(_KEY, [])
+        self._seen = counted[trainer.global_rank] if len(counted) == trainer.world_size else 0
+
+    def _forget(self) -> None:
+        self.reading = CapacityReading()
+        self._rates: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+        self._has_settled = False
+        self._meter: CapacityMeter | None = None
+        self._seen: Tensor | int = 0
+        self._reason_off = ""
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         _check_can_measure(trainer, module)
         device = trainer.strategy.root_device
-        train = fixed_batches(trainer.train_dataloader, self.num_rows, device)
-        gradients = fixed_batches(trainer.train_dataloader, self.gradient_rows, device)
+        loader = trainer.train_dataloader
+        # Rows of several loaders arrive together, and rows of one of them would be no batch.
+        train, gradients = (
+            None if isinstance(loader, (list, tuple)) and len(loader) > 1 else fixed_batches(loader, count, device)
+            for count in (self.num_rows, self.gradient_rows)
+        )
         if train is None or gradients is None:
             raise ConfigError(
-                f"the training data are a {type(trainer.train_dataloader).__name__} from which rows cannot be chosen: "
-                f"it needs one DataLoader over a dataset with a length."
+                f"the training data are a {type(loader).__name__} from which rows cannot be chosen: it needs one "
+                f"DataLoader over a dataset with a length."
             )
-        held_out = fixed_batches(_validation_loaders(trainer), self.num_rows, device) or train
-        self._meter = CapacityMeter(trainer, module, train, held_out, gradients)
-        self._seen, self._resumed_seen = getattr(self, "_resumed_seen", 0), 0
+        held_out = fixed_batches(_validation_loaders(trainer), self.num_rows, device)
+        self._meter = CapacityMeter(trainer, module, train, held_out or train, gradients)
+        self.reading = replace(self.reading, is_held_out=held_out is not None)
         if self.reading.base_loss is None:
-            parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            base = self._meter.bare_train_loss()
-            self.reading = replace(self.reading, base_loss=base, parameters=parameters)
+            self.reading = replace(self.reading, base_loss=self._meter.bare_train_loss())
+        if not trainer.lr_scheduler_configs and module.automatic_optimization:
+            rank_zero_warn(
+                "the capacity monitor gives a verdict only when the learning rate has fallen to a tenth of its peak, "
+                "and this run has no learning-rate schedule: add one that does."
+            )
 
     def _follow_rate(self, step: int) -> None:
-        rate = self._rate / self._peak if self._peak > 0 else 1.0
-        self.reading = replace(self.reading, step=step, rate=rate)
+        shares = [rate / self._peaks[key] for key, rate in self._rates.items() if self._peaks[key] > 0]
+        self.reading = replace(self.reading, step=step, rate=max(shares, default=1.0))
 
     def _bits(self, meter: CapacityMeter) -> None:
         loss, reading = meter.train_loss(), self.reading
         assert reading.base_loss is not None
-        bits = stored_bits(reading.tokens or 0, reading.base_loss, loss, reading.parameters)
-        self.reading = replace(reading, train_loss=loss, bits_per_parameter=bits)
+        parameters = count_parameters(meter.module).trainable  # ranks may have grown
+        bits = stored_bits(reading.tokens or 0, reading.base_loss, loss, parameters)
+        self.reading = replace(reading, train_loss=loss, bits_per_parameter=bits, parameters=parameters)
 
     def _half(self, meter: CapacityMeter) -> None:
         self.reading = meter.half_rank(self.reading)
 
-    def _all(self, meter: CapacityMeter) -> None:
-        self.reading = meter.settled(meter.half_rank(self.reading))
-        if meter.reason_without_capture:
-            rank_zero_warn(f"the capacity monitor measures no tangent capture: {meter.reason_without_capture}")
+    def _groups(self, meter: CapacityMeter) -> None:
+        self.reading = meter.groups(self.reading)
 
-    def _measure(self, trainer: Trainer, measurement: Callable[[CapacityMeter], None]) -> None:
+    def _capture(self, meter: CapacityMeter) -> None:
+        self.reading = meter.tangent_capture(self.reading)
+
+    def _measure(self, trainer: Trainer, *measurements: Callable[[CapacityMeter], None]) -> None:
         if self._meter is None:
             return
-        measurement(self._meter)
+        for measurement in measurements:
+            measurement(self._meter)
         for logger in trainer.loggers:
             logger.log_metrics(self.reading.numbers, trainer.global_step)
         self._events.write("capacity", trainer.global_step, self.reading.numbers | {"verdict": self.verdict})

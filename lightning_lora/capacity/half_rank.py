@@ -8,12 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.lora.layers.adapted import adapted_weights
-
-
-def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Singular values of ``B A``, descending, ``(*, r)``; the product is never formed."""
-    return torch.linalg.svdvals(_core(A, B)[1])
+from lightning_lora.lora.layers.adapted import learning_weights
+from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.dora import DoRALayer
 
 
 def cut_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -26,36 +23,40 @@ def cut_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         B: ``(*, out, r)``.
         rank: The rank to keep, at least 0.
     """
-    Q_B, core, Q_A = _core(A, B)
-    U, S, V = torch.linalg.svd(core)
+    wide_A, wide_B = (factor.detach().to(torch.promote_types(factor.dtype, torch.float32)) for factor in (A, B))
+    (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(wide_A.mT), torch.linalg.qr(wide_B)
+    U, S, V = torch.linalg.svd(R_B @ R_A.mT)
     cut_A, cut_B = torch.zeros_like(A), torch.zeros_like(B)
     cut_B[..., :, :rank] = (Q_B @ U[..., :, :rank] * S[..., None, :rank]).to(B.dtype)
     cut_A[..., :rank, :] = (V[..., :rank, :] @ Q_A.mT).to(A.dtype)
     return cut_A, cut_B
 
 
-def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    A, B = (factor.detach().float() if factor.element_size() < 4 else factor.detach() for factor in (A, B))
-    (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
-    return Q_B, R_B @ R_A.mT, Q_A
-
-
 @contextmanager
 def cut_adapters(module: nn.Module, ranks: Mapping[str, int]) -> Iterator[None]:
     """Within the context, adapted weights have the best updates of lower ranks; factors return bit for bit on exit.
 
+    A magnitude stays at a rank above zero. At rank zero it is that of the base weight, so that the layer computes what
+    its base computes. Adapters of frozen copies of the network stay as they are.
+
     Args:
         module: The adapted module.
-        ranks: Name of an adapted weight, as in `adapted_weights`, to the rank that is kept.
+        ranks: Name of an adapted weight, as in `learning_weights`, to the rank that is kept.
     """
-    weights = adapted_weights(module)
-    pairs = {name: layer.lora_pair(weight) for name, (layer, weight) in weights.items() if name in ranks}
-    before = [(factor, factor.data) for pair in pairs.values() for factor in pair]
+    chosen = {name: each for name, each in learning_weights(module).items() if name in ranks}
+    before = [(factor, factor.data) for layer, _ in chosen.values() for factor in layer.lora_factors().values()]
     try:
-        for name, pair in pairs.items():
-            for factor, cut in zip(pair, cut_factors(*(factor.data for factor in pair), ranks[name]), strict=True):
-                factor.data = cut
+        for name, (layer, weight) in chosen.items():
+            _cut(layer, weight, ranks[name])
         yield
     finally:
         for factor, data in before:
             factor.data = data
+
+
+@torch.no_grad()
+def _cut(layer: LoRALayer, weight: str, rank: int) -> None:
+    A, B = layer.lora_pair(weight)
+    A.data, B.data = cut_factors(A.data, B.data, rank)
+    if rank == 0 and isinstance(layer, DoRALayer):
+        layer.lora_magnitude.data = layer.lora_norms().to(layer.lora_magnitude.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_lora.capacity.row_scores import RowScorer, Scores
 from lightning_lora.capacity.tangent_capture import Capture, tangent_capture
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.adapter import disable_lora
-from lightning_lora.lora.layers.adapted import adapted_weights
+from lightning_lora.lora.layers.adapted import learning_weights
 
 
 @dataclass
@@ -32,7 +32,6 @@ class CapacityMeter:
         train: Training batches to score.
         held_out: Held-out batches to score; training batches if there are none.
         gradients: Training batches for tangent capture.
-        reason_without_capture: Why the latest measurement has no tangent capture; empty if it has.
     """
 
     trainer: Trainer
@@ -40,7 +39,6 @@ class CapacityMeter:
     train: Sequence[Any]
     held_out: Sequence[Any]
     gradients: Sequence[Any]
-    reason_without_capture: str = ""
 
     def bare_train_loss(self) -> float:
         """The loss of training rows without adapters, and with the values that other trained modules started from."""
@@ -53,26 +51,40 @@ class CapacityMeter:
             return scorer.scores(self.train).mean
 
     def half_rank(self, reading: CapacityReading) -> CapacityReading:
-        """Add the losses of held-out rows: as they are, at half of the rank, and without adapters."""
+        """Add the losses of held-out rows: as they are, at half of the rank, and without adapters; and mean ranks."""
         with self._between_steps(self.held_out) as scorer:
             whole = scorer.scores(self.held_out)
             with cut_adapters(self.module, self._half_ranks()):
                 half = scorer.scores(self.held_out)
             bare = self._bare(scorer, self.held_out)
-        error = bare.error_above(whole)
-        return replace(reading, loss=whole.mean, half_loss=half.mean, bare_loss=bare.mean, gain_error=error)
+        ranks = spectra(self.module, learning_weights(self.module))
+        return replace(
+            reading,
+            loss=whole.mean,
+            half_loss=half.mean,
+            bare_loss=bare.mean,
+            gain_error=bare.error_above(whole),
+            num_scores=len(whole.losses),
+            stable_rank=ranks["stable_rank"],
+            effective_rank=ranks["effective_rank"],
+        )
 
-    def settled(self, reading: CapacityReading) -> CapacityReading:
-        """Add what a low learning rate shows: tangent capture, and the readings of groups of layers."""
-        groups, self.reason_without_capture = layer_groups(self.module), ""
-        with self._between_steps(self.held_out) as scorer:
-            found = self._groups(groups, scorer)
+    def tangent_capture(self, reading: CapacityReading) -> CapacityReading:
+        """Add tangent capture, of all layers and of groups that the reading has, or why it cannot be measured."""
+        groups = layer_groups(self.module) if reading.groups else {}
+        with self._between_steps(self.gradients):
             try:
                 capture, captures = tangent_capture(self.trainer, self.module, self.gradients, groups)
             except ConfigError as reason:
-                capture, captures, self.reason_without_capture = None, {}, str(reason)
-        reading = replace(reading, groups=_with_captures(found, captures), capture_rate=reading.rate)
-        return _with_capture(reading, capture)
+                capture, captures = None, {}
+                reading = replace(reading, no_capture=str(reason))
+        reading = replace(reading, groups=_with_captures(reading.groups, captures), capture_rate=reading.rate)
+        return _with_capture(reading, capture, len(learning_weights(self.module)))
+
+    def groups(self, reading: CapacityReading) -> CapacityReading:
+        """Add the readings of groups of layers, without tangent capture."""
+        with self._between_steps(self.held_out) as scorer:
+            return replace(reading, groups=self._groups(layer_groups(self.module), scorer))
 
     def _groups(self, groups: dict[str, list[str]], scorer: RowScorer) -> dict[str, GroupReading]:
         rows, halves = self._few_rows(), self._half_ranks()
@@ -86,14 +98,11 @@ class CapacityMeter:
                 own = self._loss_at(scorer, rows, dict.fromkeys(names, 0)) - whole.mean
                 share = own / gain
                 if share >= IDLE_BELOW:
-                    truncation = (
-                        self._loss_at(scorer, rows, {name: halves[name] for name in names}) - whole.mean
-                    ) / own
+                    half = self._loss_at(scorer, rows, {name: halves[name] for name in names})
+                    truncation = (half - whole.mean) / own
+            spectrum = tuple(mean_spectrum(self.module, names))
             found[group] = GroupReading(
-                **spectra(self.module, {group: names})[group],
-                share=share,
-                truncation=truncation,
-                spectrum=tuple(mean_spectrum(self.module, names)),
+                **spectra(self.module, names), share=share, truncation=truncation, spectrum=spectrum
             )
         return found
 
@@ -107,12 +116,12 @@ class CapacityMeter:
 
     def _bare(self, scorer: RowScorer, rows: Sequence[Any]) -> Scores:
         """Scores without the updates; other trained modules keep their values, so that only adapters are judged."""
-        with cut_adapters(self.module, dict.fromkeys(adapted_weights(self.module), 0)):
+        with cut_adapters(self.module, dict.fromkeys(learning_weights(self.module), 0)):
             return scorer.scores(rows)
 
     def _half_ranks(self) -> dict[str, int]:
         return {
-            name: layer.lora_specs[weight].rank // 2 for name, (layer, weight) in adapted_weights(self.module).items()
+            name: layer.lora_specs[weight].rank // 2 for name, (layer, weight) in learning_weights(self.module).items()
         }
 
     @contextmanager
@@ -123,14 +132,18 @@ class CapacityMeter:
             yield RowScorer(self.trainer, self.module, batches[0])
 
 
-def _with_capture(reading: CapacityReading, capture: Capture | None) -> CapacityReading:
-    if capture is None or not capture.is_conclusive:
-        return replace(reading, capture=None, capture_low=None, capture_high=None)
+def _with_capture(reading: CapacityReading, capture: Capture | None, num_weights: int) -> CapacityReading:
+    reading = replace(reading, capture=None, capture_low=None, capture_high=None, num_weights=num_weights)
+    if capture is None:
+        return replace(reading, num_captured=0)
+    reading = replace(reading, num_captured=capture.num_weights, no_capture="")
+    if not capture.is_conclusive:
+        return reading
     low = capture.value - 2 * capture.error
     return replace(reading, capture=capture.value, capture_low=low, capture_high=capture.high)
 
 
-def _with_captures(groups: dict[str, GroupReading], captures: dict[str, Capture]) -> dict[str, GroupReading]:
+def _with_captures(groups: Mapping[str, GroupReading], captures: dict[str, Capture]) -> dict[str, GroupReading]:
     known = {name: capture for name, capture in captures.items() if capture.is_conclusive}
     return {
         name: replace(group, capture=known[name].value, capture_high=known[name].high) if name in known else group

@@ -15,8 +15,32 @@ FULL_BELOW = 0.5
 """Tangent capture that full adapters stay below at a low learning rate, with its interval."""
 LOW_RATE = 0.1
 """Share of its peak below which a learning rate is low."""
+_ROUNDING = 1e-6
+"""Schedules that end at a tenth of the peak exactly end a little above it."""
 IDLE_BELOW = 0.01
 """Share of the gain that a group of layers without use gives."""
+ENOUGH_ROWS = 256
+"""Held-out rows for a useful interval."""
+
+
+FEW_ROWS = 32
+"""Scores below which an interval itself is uncertain."""
+LOGGED = (
+    "rate",
+    "bits_per_parameter",
+    "base_loss",
+    "train_loss",
+    "loss",
+    "half_loss",
+    "bare_loss",
+    "truncation",
+    "stable_rank",
+    "effective_rank",
+    "capture",
+    "capture_low",
+    "capture_high",
+)
+"""Numbers of a reading that loggers get."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +87,25 @@ class CapacityReading:
         step: Optimizer steps done.
         rate: Learning rate of the adapters over its peak so far.
         parameters: Trained parameters.
-        tokens: Supervised tokens that an epoch has shown, or rows where there are no tokens.
+        tokens: Supervised tokens that an epoch has shown, or rows where there are no tokens; duplicates count.
         base_loss: Loss of training rows before training, nats.
         train_loss: Loss of the same rows now, nats.
         bits_per_parameter: ``tokens * (base_loss - train_loss) / ln 2 / parameters``.
         loss: Loss of held-out rows, nats; of training rows where there are no held-out rows.
         half_loss: The same with all updates cut to half of their rank.
         bare_loss: The same without adapters.
-        gain_error: Standard error of ``bare_loss - loss``, nats.
+        gain_error: Standard error of ``bare_loss - loss``, nats; infinite for a single score.
+        num_scores: Scores behind it: held-out rows, or batches where a module tells no losses of rows.
+        is_held_out: Whether the rows are held out, and not training rows.
+        stable_rank: Mean stable rank of the updates.
+        effective_rank: Mean effective rank of the updates.
         capture: Tangent capture.
         capture_low: Lower end of its 95 % interval.
         capture_high: Upper end.
         capture_rate: ``rate`` when tangent capture was measured.
+        num_captured: Adapted weights that tangent capture was measured on: those of linear layers.
+        num_weights: All adapted weights.
+        no_capture: Why tangent capture cannot be measured; empty if it can.
         groups: Groups of layers by name.
     """
 
@@ -89,10 +120,17 @@ class CapacityReading:
     half_loss: float | None = None
     bare_loss: float | None = None
     gain_error: float | None = None
+    num_scores: int = 0
+    is_held_out: bool = True
+    stable_rank: float | None = None
+    effective_rank: float | None = None
     capture: float | None = None
     capture_low: float | None = None
     capture_high: float | None = None
     capture_rate: float | None = None
+    num_captured: int = 0
+    num_weights: int = 0
+    no_capture: str = ""
     groups: Mapping[str, GroupReading] = field(default_factory=dict)
 
     @property
@@ -115,7 +153,7 @@ class CapacityReading:
     @property
     def is_settled(self) -> bool:
         """Whether the learning rate is low, so that what is left of the gradient is what adapters cannot follow."""
-        return self.rate <= LOW_RATE
+        return _is_low(self.rate)
 
     @property
     def verdict(self) -> Verdict:
@@ -128,15 +166,14 @@ class CapacityReading:
             return "UNDETERMINED"
         if truncation < SPARE_BELOW:
             return "SPARE"
-        is_low = self.capture_rate is not None and self.capture_rate <= LOW_RATE
+        is_low = self.capture_rate is not None and _is_low(self.capture_rate)
         is_full = self.capture_high is not None and self.capture_high < FULL_BELOW
         return "SATURATED" if is_low and is_full else "UNDETERMINED"
 
     @property
     def numbers(self) -> dict[str, float]:
         """What loggers get, by name."""
-        names = ("rate", "bits_per_parameter", "base_loss", "train_loss", "loss", "half_loss", "bare_loss")
-        found = {name: getattr(self, name) for name in (*names, "truncation", "capture", "capture_low", "capture_high")}
+        found = {name: getattr(self, name) for name in LOGGED}
         return {
             f"capacity/{name}": value for name, value in found.items() if value is not None and math.isfinite(value)
         }
@@ -157,22 +194,47 @@ class CapacityReading:
 
     def sentence(self) -> str:
         """The verdict in one sentence, with the numbers behind it."""
-        return f"capacity: {_VERDICTS[self.verdict]}: {self._reason()}{self._groups()}{self._next()}"
+        return f"capacity: {self.verdict_in_words}: {self._reason()}{self._groups()}{self._next()}"
+
+    @property
+    def verdict_in_words(self) -> str:
+        """The verdict as it is printed."""
+        return "SATURATED (likely)" if self.verdict == "SATURATED" else self.verdict
 
     def _reason(self) -> str:
         if self.loss is None:
             return "nothing was measured"
         if self.truncation is None:
-            return "the adapters have not lowered the loss measurably, and failed training looks like full adapters"
-        half = f"half of the rank loses {self.truncation:.1%} of what the adapters gained"
+            return self._no_gain()
+        half = f"half of the rank loses {self.truncation:.1%} of what the adapters gained{self._rows()}"
         if not self.is_settled:
             return f"{half}, but the learning rate ({self.rate:.0%} of its peak) has not decayed, which hides full ones"
         if self.verdict == "SPARE":
             return half
+        if self.no_capture:
+            return f"{half}; {self.no_capture.rstrip('.')}"
+        some = f" of {self.num_captured} of {self.num_weights} weights" if self.num_captured < self.num_weights else ""
         if self.capture is None or self.capture_high is None:
-            return f"{half}; tangent capture could not be told from noise or was not measured"
+            return f"{half}; tangent capture{some} cannot be told from noise"
         interval = f"{self.capture:.2f} ({self.capture_low:.2f} to {self.capture_high:.2f})"
-        return f"{half}, and tangent capture is {interval} where full adapters stay below {FULL_BELOW}"
+        return f"{half}, and tangent capture{some} is {interval} where full adapters stay below {FULL_BELOW}"
+
+    def _no_gain(self) -> str:
+        """Why there is no gain to speak of."""
+        assert self.loss is not None
+        assert self.bare_loss is not None
+        if self.gain_error is None or not math.isfinite(self.gain_error):
+            return f"a gain from {self.num_scores} loss cannot be told from chance: use {ENOUGH_ROWS} held-out rows"
+        return (
+            f"the adapters have lowered the loss by {self.bare_loss - self.loss:.4f} +- {2 * self.gain_error:.4f} nats"
+            f"{self._rows()}, which is no measurable gain, and failed training looks like full adapters"
+        )
+
+    def _rows(self) -> str:
+        """What is to be said of the rows behind the losses."""
+        if not self.is_held_out:
+            return " (by training rows, as there are no validation rows)"
+        return f" (by {self.num_scores} held-out losses, which are few)" if self.num_scores < FEW_ROWS else ""
 
     def _groups(self) -> str:
         if not self.is_settled:
@@ -186,7 +248,8 @@ class CapacityReading:
         return "." if self.verdict == "SPARE" or self.loss is None else "; a RankProbe shows whether more rank helps."
 
 
-_VERDICTS = {"SPARE": "SPARE", "SATURATED": "SATURATED (likely)", "UNDETERMINED": "UNDETERMINED"}
+def _is_low(rate: float) -> bool:
+    return rate <= LOW_RATE * (1 + _ROUNDING)
 
 
 def _some(names: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.batch.counting import count_rows, count_supervised
@@ -49,6 +50,8 @@ class Scores:
 class RowScorer:
     """Scores a module by ``predict_step`` if that returns a mapping with a ``"loss"``, else by ``training_step``.
 
+    A ``predict_step`` that is made for other batches, and fails on this one, is left out; one line says so.
+
     Args:
         trainer: The Trainer of the run.
         module: The module, in evaluation mode and within `observed`.
@@ -61,7 +64,7 @@ class RowScorer:
     def __init__(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         self.trainer, self.module = trainer, module
         batch = on_device(trainer, batch)
-        self._predicts = _is_overridden(module) and self._predicted(batch) is not None
+        self._predicts = _is_overridden(module) and self._can_predict(batch)
         if self._predicts:
             return
         if not module.automatic_optimization:
@@ -83,6 +86,16 @@ class RowScorer:
             losses.append(found[0])
             weights.append(found[1])
         return Scores(torch.cat(losses), torch.cat(weights))
+
+    def _can_predict(self, batch: Any) -> bool:
+        try:
+            return self._predicted(batch) is not None
+        except Exception as reason:  # whatever the module of a user raises
+            rank_zero_info(
+                f"losses are those of training_step: {type(self.module).__name__}.predict_step takes no such batch "
+                f"({type(reason).__name__}: {reason})"
+            )
+            return False
 
     def _predicted(self, batch: Any) -> tuple[Tensor, Tensor] | None:
         with torch.no_grad(), self.trainer.precision_plugin.predict_step_context():

@@ -6,6 +6,9 @@ mean gradient that it keeps, over the share of the noise: ``(|P G|^2 / |G|^2) / 
 learning rate adapters that are full have used up what their tangent space holds, and keep less of the signal than of
 the noise. Squares of means are unbiased estimates from single rows, and gradients are sketched, as in
 `batch.noise.frozen_weights`.
+
+Of a layer with a magnitude (DoRA) the directions are measured. They are the tangent space of ``g B`` and ``A``, with
+``g`` what each row of the weight is rescaled by; magnitudes hold one number for each row of ``G``.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from lightning_lora.batch.trial_step import on_device, training_loss
 from lightning_lora.capacity.row_scores import mean_training_loss
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import learning_layers
+from lightning_lora.lora.layers.base import LoRALayer
+from lightning_lora.lora.layers.dora import DoRALayer
 
 _SIDE = 64
 _SEED = 2**31 - 1
@@ -43,11 +48,13 @@ class Capture:
         value: The estimate; near or above 1 where adapters follow the gradient as well as its noise.
         error: Its standard error, by leaving out blocks of rows.
         signal_to_error: Square of the mean gradient over its standard error; below 2 the estimate is inconclusive.
+        num_weights: Number of adapted weights that were measured.
     """
 
     value: float
     error: float
     signal_to_error: float
+    num_weights: int = 1
 
     @property
     def is_conclusive(self) -> bool:
@@ -88,9 +95,9 @@ class _TangentRows:
         factors = [factor for layer in learning_layers(module).values() for factor in layer.lora_factors().values()]
         layers = row_layers(module, factors, skips_others=True)
         if not layers:
-            raise ConfigError("no adapted linear layer is trained, and tangent capture is measured for those only.")
+            raise ConfigError("tangent capture is measured for linear layers only, and none of those is adapted.")
         self.module, self.factors = module, [factor for factor in factors if factor.requires_grad]
-        self._bases = {name: _bases(*each[0].lora_pair()) for name, each in layers.items()}
+        self._bases = {name: _bases(each[0]) for name, each in layers.items()}
         self._places = {name: place for place, name in enumerate(layers)}
         self._collector = RowCollector(layers, self._rows_of, self._take, after_dropout=False)
         self._sums: dict[tuple[int, str], Tensor] = {}
@@ -159,7 +166,8 @@ class _TangentRows:
         without = [_left_out(gram, squares, counts, place) for place in range(len(blocks))]
         values, signals = (torch.tensor(each, dtype=torch.float64) for each in zip(*without, strict=True))
         error_of_signal = _jackknife_error(signals)
-        return Capture(value, _jackknife_error(values), signal / error_of_signal if error_of_signal > 0 else 0.0)
+        certainty = signal / error_of_signal if error_of_signal > 0 else 0.0
+        return Capture(value, _jackknife_error(values), certainty, len(names))
 
 
 def _left_out(gram: Tensor, squares: Tensor, counts: Tensor, place: int) -> tuple[float, float]:
@@ -182,9 +190,18 @@ def _jackknife_error(values: Tensor) -> float:
     return float(((count - 1) / count * (values - values.mean()).square().sum()).sqrt()) if count > 1 else math.inf
 
 
-def _bases(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases ``(in, .)`` of the rows of A and ``(out, .)`` of the columns of B, which may be dependent."""
-    return _basis(A.detach().mT), _basis(B.detach())
+def _bases(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases ``(in, .)`` of the rows of A and ``(out, .)`` of the columns of B, which may be dependent.
+
+    Components that stay as they start move nothing. With a magnitude, rows of B count as they are rescaled.
+    """
+    (A, B), start = (factor.detach() for factor in layer.lora_pair()), layer.lora_spec.start
+    if start:
+        trained = [place for place in range(A.shape[0]) if not start <= place < 2 * start]
+        A, B = A[trained], B[:, trained]
+    if isinstance(layer, DoRALayer):
+        B = B * layer.lora_ratio().detach().unsqueeze(1).to(B.dtype)
+    return _basis(A.mT), _basis(B)
 
 
 def _basis(columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_lora.lora.shards import check_not_sharded
 # say how factors are trained. Every other setting, and one that is new, is compared.
 _FREE = {
     *("targets", "exclude", "trainable", "adapt_head", "adapt_embeddings", "tied_weights"),
-    *("dropout", "lr_multiplier", "lr_multiplier_pattern", "lora_plus_ratio", "adapter_dtype"),
+    *("dropout", "lr_multiplier", "lr_multiplier_pattern", "lora_plus_ratio", "adapter_dtype", "init_batches"),
 }
 
 

@@ -37,11 +37,12 @@ from lightning_lora.cli.mistakes.config_files import check_config_files
 from lightning_lora.cli.mistakes.running import check_ckpt_path, check_data, trainer_error
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.preview import expand_arguments
-from lightning_lora.cli.probe import AT, ProbingTrainer, prepare_probe
+from lightning_lora.cli.probe import AT, ProbingTrainer, choose_probe, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.study.rank_probe import RankProbe
 from lightning_lora.trainer_access import found
 
 # What a config may name: a class path imports and calls whatever it points at.
@@ -161,8 +162,12 @@ class LoRACLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "probe":
+            parser.add_argument(
+                "--rank", action="store_true", help="Try twice the rank (settings: rank_probe), not other batch sizes."
+            )
             parser.add_lightning_class_args(BatchProbe, "batch_probe")
-            parser.set_defaults({"batch_probe.at": AT, "batch_probe.stop": True})
+            parser.add_lightning_class_args(RankProbe, "rank_probe")
+            parser.set_defaults({"batch_probe.at": AT, "batch_probe.stop": True, "rank_probe.stop": True})
         return parser
 
     @override
@@ -202,7 +207,7 @@ class LoRACLI(LightningCLI):
         if self.subcommand in PREVIEWS:
             return self.trainer_class(**PREVIEW_TRAINER)
         if self.subcommand == "probe":
-            prepare_probe(config)
+            prepare_probe(config, choose_probe(callbacks, self._get(self.config_init, "rank")))
             self.save_config_callback, defaults = None, PROBE_DEFAULTS
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]

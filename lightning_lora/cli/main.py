@@ -21,7 +21,7 @@ LoRA without regret for any LightningModule.
                Run a model: lightning-lora fit --config cli_configs/sft.yaml
   preview      Show three rows as the model sees them: lightning-lora preview rows.jsonl --model FOLDER
   plan         Before training: is LoRA enough, at which rank, at what cost: lightning-lora plan MODEL DATA
-  probe        Train for a while, then find the largest batch that does no harm.
+  probe        Train for a while, then find the largest batch that does no harm; --rank: whether more rank helps.
 {commands}
   --allow PREFIX   let configs name classes of your own package (repeatable)
   --version        print the version of lightning-lora

@@ -1,4 +1,4 @@
-"""``lightning-lora probe``: trains as ``fit`` does, tries other batch sizes, and writes no run."""
+"""``lightning-lora probe``: trains as ``fit`` does, tries other batch sizes or a higher rank, and writes no run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from lightning_lora.callbacks import AdapterCheckpoint, AdaptiveAccumulation, Ba
 from lightning_lora.cli.preview import preview_data
 from lightning_lora.errors import ConfigError, GuardError
 from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.study.probe import Probe
+from lightning_lora.study.rank_probe import RankProbe
 from lightning_lora.trainer_access import found
 
-FOLDER = "batch_probe"
 AT = 100
-"""Default number of optimizer steps before the probe; the noise scale is measured from step 50 on."""
+"""Default number of optimizer steps before a probe of batches; the noise scale is measured from step 50 on."""
 _REMOVED = (Checkpoint, AdapterCheckpoint, MergeOnFitEnd, AdaptiveAccumulation)
 
 
@@ -35,7 +36,7 @@ class ProbingTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train for a while, try other batch sizes on the rows that come next, and report which do no harm.
+        """Train for a while, try other batch sizes or a higher rank on the rows that come next, and report.
 
         Args:
             model: The module to train.
@@ -48,7 +49,7 @@ class ProbingTrainer(Trainer):
         Raises:
             GuardError: If the run ended before the probe.
         """
-        probe = found(self, BatchProbe)
+        probe = found(self, BatchProbe) or found(self, RankProbe)
         assert probe is not None
         try:
             self.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
@@ -97,23 +98,45 @@ class ProbingTrainer(Trainer):
             raise ConfigError("plan counts the rows of a data module, and none is given: add data: to the config.")
 
 
-def prepare_probe(config: dict[str, Any]) -> None:
+def choose_probe(callbacks: list[Callback], of_rank: bool) -> Probe:
+    """Take the probe that was not asked for out of ``callbacks``, and return the other.
+
+    Args:
+        callbacks: Among them a `BatchProbe` and a `RankProbe` with the settings of the command; modified in place.
+        of_rank: Whether ``--rank`` was given.
+
+    Raises:
+        ConfigError: If the one that was not asked for was given settings.
+    """
+    probes = {type(callback): callback for callback in callbacks if isinstance(callback, Probe)}
+    chosen, other = probes[RankProbe if of_rank else BatchProbe], probes[BatchProbe if of_rank else RankProbe]
+    defaults = vars(BatchProbe(at=AT, stop=True) if of_rank else RankProbe(stop=True))
+    if given := [name for name, value in vars(other).items() if value != defaults[name]]:
+        option, advice = ("batch_probe", "drop it, or drop --rank") if of_rank else ("rank_probe", "add --rank")
+        raise ConfigError(f"{option}.{given[0]} is a setting of the other probe: {advice}.")
+    callbacks.remove(other)
+    return chosen
+
+
+def prepare_probe(config: dict[str, Any], probe: Probe) -> None:
     """Change the arguments of a Trainer for `ProbingTrainer.probe`: a folder of its own, no logger, no checkpoints.
 
     Args:
         config: Arguments of a Trainer; modified in place.
+        probe: The probe that will run.
 
     Raises:
-        ConfigError: If the callbacks hold a `BatchProbe`.
+        ConfigError: If the callbacks hold a probe.
     """
     given = config.get("callbacks") or []
     callbacks: list[Callback] = [each for each in (given if isinstance(given, list) else [given])]
-    if any(isinstance(callback, BatchProbe) for callback in callbacks):
-        raise ConfigError("the config has a BatchProbe of its own: remove it, or run `fit`, where it works.")
-    if not any(isinstance(callback, BatchSizeMonitor) for callback in callbacks):
+    if own := next((callback for callback in callbacks if isinstance(callback, Probe)), None):
+        raise ConfigError(f"the config has a {type(own).__name__} of its own: remove it, or run `fit`, where it works.")
+    if isinstance(probe, BatchProbe) and not any(isinstance(callback, BatchSizeMonitor) for callback in callbacks):
         callbacks.append(BatchSizeMonitor())
+    folder = "rank_probe" if isinstance(probe, RankProbe) else "batch_probe"
     config["callbacks"] = [*(each for each in callbacks if not isinstance(each, _REMOVED)), _NoValidation()]
-    config["default_root_dir"] = str(Path(config.get("default_root_dir") or ".") / FOLDER)
+    config["default_root_dir"] = str(Path(config.get("default_root_dir") or ".") / folder)
     config |= {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
 
 

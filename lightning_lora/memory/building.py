@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fa
 
 from lightning_lora.lora.functional.seeded_dropout import forget_mask
 from lightning_lora.lora.layers.adapted import factor_parameters
+from lightning_lora.memory.failures import explained
 from lightning_lora.memory.step_mode import StepMode
 
 _building: ContextVar[bool] = ContextVar("lightning_lora_building_without_memory", default=False)
@@ -86,12 +87,18 @@ class WithoutMemory:
             self.trainer.strategy.connect(self.module)
             with self.mode.entered():
                 plugin = self.trainer.precision_plugin
+                initial = self.trainer.strategy.tensor_init_context(), plugin.module_init_context()
                 # Initialisers such as trunc_normal_ draw again while any value is out of bounds.
                 self.mode.truth = False
-                with self.trainer.strategy.tensor_init_context(), plugin.module_init_context():
+                with self.explained("building"), initial[0], initial[1]:
                     self.module.configure_model()
                 self.mode.truth = True
                 _convert(self.module, plugin)
+
+    def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Within the context a failure names the part of the module and the operation."""
+        self.mode.running.clear()
+        return explained(self.module, doing, self.mode.running)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

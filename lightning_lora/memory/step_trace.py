@@ -19,6 +19,7 @@ from lightning_lora.lora.layers.quantised_weights import is_quantised, stored_pa
 from lightning_lora.memory.building import WithoutMemory
 from lightning_lora.memory.depths import DEPTHS, Traced, at_depth
 from lightning_lora.memory.equal_blocks import equal_blocks
+from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_mode import known_batch
 
@@ -68,6 +69,9 @@ def trace_step(
         gradient_clip_val: As the Trainer has it.
         accumulate_grad_batches: Micro-batches of an optimizer step.
         whole: Trace every block, which takes longer.
+
+    Raises:
+        TraceError: If the step cannot run without values, such as a custom operation without a fake kernel.
 
     Returns:
         Memory of one device that holds the whole model, without overhead; `lightning_lora.memory.strategies` divides
@@ -124,8 +128,14 @@ class StepTracer:
             return self._traced(batch)
 
     def _traced(self, batch: Any) -> Traced:
+        if not self.module.automatic_optimization:
+            raise TraceError(
+                f"{type(self.module).__name__} optimizes by itself (automatic_optimization = False), so its steps are "
+                f"not known before they run: its memory is measured in a run with MemoryAdvice only."
+            )
         try:
-            return _Steps(self._built, batch, self.clip).traced()
+            with self._built.explained("a training step"):
+                return _Steps(self._built, batch, self.clip).traced()
         finally:
             for parameter in self.module.parameters():
                 parameter.grad = None

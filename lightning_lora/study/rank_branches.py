@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_lora.errors import ConfigError, DataError, GradientError
 from lightning_lora.lora.growth import grow_adapters
-from lightning_lora.lora.layers.adapted import adapted_weights, held_factors
+from lightning_lora.lora.layers.adapted import learning_weights
 from lightning_lora.study.batch_branches import shuffled
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.paired import Comparison
@@ -77,7 +77,7 @@ class RankBranches:
             order = shuffled(rows, seed)[: self.num_rows]
             control.append(self._losses(point.with_fresh_moments(point.module), order, held_out, seed, "control"))
             grown.append(self._losses(wider, order, held_out, seed, "grown"))
-        before, after = _typical(adapted_ranks(point.module)), _typical(ranks)
+        before, after = (_typical(trained_ranks(point.module, each)) for each in (adapted_ranks(point.module), ranks))
         difference = Comparison.of(before, after, torch.stack(grown) - torch.stack(control))
         return RankProbeResult(
             rank=before,
@@ -103,28 +103,31 @@ class RankBranches:
 
 def adapted_ranks(module: LightningModule) -> dict[str, int]:
     """Name of every adapted weight that is trained to its rank."""
-    held = {id(factor) for factor in held_factors(module).values()}
-    return {
-        name: layer.lora_specs[weight].rank
-        for name, (layer, weight) in adapted_weights(module).items()
-        if not any(id(factor) in held for factor in layer.lora_pair(weight))
-    }
+    return {name: layer.lora_specs[weight].rank for name, (layer, weight) in learning_weights(module).items()}
+
+
+def trained_ranks(module: LightningModule, ranks: Mapping[str, int]) -> dict[str, int]:
+    """The ranks without the components that stay as they start (``init="pissa"``)."""
+    weights = learning_weights(module)
+    return {name: rank - weights[name][0].lora_specs[weights[name][1]].start for name, rank in ranks.items()}
 
 
 def raised_ranks(module: LightningModule, factor: int) -> dict[str, int]:
-    """Name of every adapted weight to its rank times ``factor``, at most the full rank of the weight.
+    """Name of every adapted weight to the rank that trains ``factor`` times as many components.
+
+    The rank is at most the full rank of the weight.
 
     Raises:
         ConfigError: If nothing is adapted, or every weight has its full rank.
     """
-    ranks, weights = adapted_ranks(module), adapted_weights(module)
+    ranks, weights = adapted_ranks(module), learning_weights(module)
     if not ranks:
         raise ConfigError(f"a rank probe raises the rank of adapters: {type(module).__name__} has no adapters.")
     raised = {}
     for name, rank in ranks.items():
         layer, weight = weights[name]
-        shape = layer.weights(layer)[weight]
-        raised[name] = max(rank, min(rank * factor, shape.num_in, shape.num_out))
+        shape, start = layer.weights(layer)[weight], layer.lora_specs[weight].start
+        raised[name] = max(rank, min((rank - start) * factor + start, shape.num_in, shape.num_out))
     if raised == ranks:
         raise ConfigError("every adapted weight has its full rank already: there is no higher rank to probe.")
     return raised

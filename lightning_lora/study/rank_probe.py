@@ -36,9 +36,9 @@ class RankProbe(Probe):
     nats and two standard errors.
 
     Model, optimizer, schedules, random numbers and the place in the data stay as they are. Use it in a run, as a
-    callback, or outside of a run, by `run`. In a run it prints the result, and writes ``rank_probe.json``, a picture
-    ``rank_probe.png`` and a line of ``events.jsonl`` into the run folder. If it fails, one warning says so and the run
-    continues, unless ``stop`` is set.
+    callback; on the command line, by `lightning-lora probe --rank`; or outside of a run, by `run`. In a run it prints
+    the result, and writes ``rank_probe.json``, a picture ``rank_probe.png`` and a line of ``events.jsonl`` into the run
+    folder. If it fails, one warning says so and the run continues, unless ``stop`` is set.
 
     Args:
         at: The step to probe after: a fraction of the planned optimizer steps if below 1, else a number of steps. A run
@@ -59,7 +59,7 @@ class RankProbe(Probe):
     """
 
     compared = "rank"
-    elsewhere = "drop it, and probe a checkpoint on one device with RankProbe().run(...)."
+    elsewhere = "drop it, and run lightning-lora probe --rank on one device."
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -102,19 +103,26 @@ def quantise_without_values(model: Any, config: BitsAndBytesConfig) -> Any:
     biases = {name: model.get_submodule(name).bias for name in weights}
     with unset_fake_temporarily():
         replace_with_bnb_linear(model, config.llm_int8_skip_modules, config)
+    made: dict[Any, Any] = {}
     for name in list(weights):
         # Taken out, for a log record of the first use of bitsandbytes may keep this frame.
         layer, weight = model.get_submodule(name), weights.pop(name)
         if is_bitsandbytes(layer):
-            stored = _in_8_bits(weight) if config.load_in_8bit else _in_4_bits(weight)
+            stored = _in_8_bits(weight) if config.load_in_8bit else _in_4_bits(weight, made)
             layer._parameters.update(weight=stored, bias=biases[name])
     return model
 
 
-def _in_4_bits(weight: Tensor) -> Tensor:
+def _in_4_bits(weight: Tensor, made: dict[Any, Any]) -> Tensor:
+    """Quantise a weight, once for each shape and type in ``made``: it has no values, and there may be hundreds."""
     from bitsandbytes.functional import quantize_4bit
 
-    stored, state = quantize_4bit(weight.detach(), blocksize=64, quant_type="nf4")
+    key = weight.shape, weight.dtype
+    if key not in made:
+        made[key] = quantize_4bit(weight.detach(), blocksize=64, quant_type="nf4")
+    stored, state = made[key]
+    stored, state = torch.empty_like(stored), copy.copy(state)
+    state.absmax = torch.empty_like(state.absmax)
     return _as_parameter(stored, quant_state=state, quant_type="nf4", blocksize=64, bnb_quantized=True)
 
 

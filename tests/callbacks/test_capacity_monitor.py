@@ -118,7 +118,9 @@ def test_a_run_leaves_events_a_picture_and_one_sentence(tmp_path: Path, capsys: 
 
 def test_a_resumed_run_gives_the_same_reading(tmp_path: Path) -> None:
     class Saves(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 5:
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
 

@@ -33,7 +33,8 @@ def test_adapters_with_enough_rank_are_not(kind: Kind, rank: int, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rank"), [*FULL, ("flat", 16)])
 def test_a_constant_learning_rate_gives_no_verdict(kind: Kind, rank: int, tmp_path: Path) -> None:
-    monitor = monitored(tmp_path, kind, rank, decays=False, count=4096)
+    with pytest.warns(UserWarning, match="has no learning-rate schedule"):
+        monitor = monitored(tmp_path, kind, rank, decays=False, count=4096)
     assert monitor.verdict == "UNDETERMINED"
     assert "has not decayed" in monitor.reading.sentence()
 

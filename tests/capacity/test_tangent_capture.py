@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_lora import LoRAConfig
 from lightning_lora.batch.trial_step import observed
 from lightning_lora.capacity.fixed_rows import fixed_batches
 from lightning_lora.capacity.tangent_capture import tangent_capture
@@ -36,6 +37,11 @@ class Measures(Callback):
 
 def by_hand(module: Any, batches: list[Any]) -> tuple[float, float]:
     A, B = (factor.detach().double() for factor in module.layer.lora_pair())
+    if start := module.layer.lora_spec.start:
+        A, B = A[:start], B[:, :start]  # the rest stays as it starts
+    if module.layer.lora_spec.config.dora:
+        weight = module.layer.weight + module.layer.lora_spec.scale * B @ A
+        B = (module.layer.lora_magnitude.detach() / weight.norm(dim=1)).unsqueeze(1) * B
     Q_A, Q_B = torch.linalg.qr(A.T)[0], torch.linalg.qr(B)[0]
     outside_A, outside_B = torch.eye(48) - Q_A @ Q_A.T, torch.eye(48) - Q_B @ Q_B.T
     gradients = []
@@ -61,10 +67,14 @@ def capture(whole: Tensor, projected: Tensor) -> float:
     return float(kept / signal / (kept_noise / noise))
 
 
-def test_tangent_capture_is_that_of_row_gradients_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"dora": True}, {"init": "pissa"}, {"lora_plus_ratio": 4.0}], ids=str)
+def test_tangent_capture_is_that_of_row_gradients_by_hand(settings: dict[str, Any], tmp_path: Path) -> None:
     measures = Measures()
     data = DataLoader(rows("flat", 256, 1), 32)
-    toys.trainer(tmp_path, callbacks=[measures]).fit(RankedStudent(4, 0, learning_rate=1e-4), data)
+    student = RankedStudent(4, 0, learning_rate=1e-4)
+    student.lora = LoRAConfig(rank=4, alpha=32, targets=["layer"], **settings)
+    torch.nn.init.normal_(student.layer.weight, std=0.05, generator=torch.Generator().manual_seed(5))
+    toys.trainer(tmp_path, callbacks=[measures]).fit(student, data)
     assert measures.found.value == pytest.approx(measures.expected[0], rel=1e-4)
     assert measures.found.error == pytest.approx(measures.expected[1], rel=1e-3)
     assert measures.of_groups == {"layer": measures.found}

@@ -1,4 +1,7 @@
-"""``lightning-lora probe`` takes what ``fit`` takes, prints what it finds, and leaves no trace of a run."""
+"""``lightning-lora probe`` takes what ``fit`` takes, prints what it finds, and leaves no trace of a run.
+
+With ``--rank`` it tries more rank.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ import pytest
 from lightning_lora.cli import main as cli
 from lightning_lora.files.events import read_events
 from lightning_lora.study.batch_probe_result import BatchProbeResult
+from lightning_lora.study.rank_probe_result import RankProbeResult
 from tests.support import toys
 from tests.support.commands import EMBEDDED, configs, lightning_lora, tree
 
-SMALL = [
+RUN = [
     *(setting for setting in EMBEDDED if "max_length" not in setting),
     "--trainer.accumulate_grad_batches=2",
     "--trainer.callbacks+=lightning_lora.callbacks.MergeOnFitEnd",
-    "--batch_probe.ratios=[0.5,1]",
-    "--batch_probe.min_steps=1",
 ]
+SMALL = [*RUN, "--batch_probe.ratios=[0.5,1]", "--batch_probe.min_steps=1"]
 
 
 @pytest.mark.slow
@@ -55,4 +58,47 @@ def test_a_probe_beyond_the_run_is_bad_input(
     monkeypatch.setattr(sys, "argv", ["lightning-lora"])
     assert cli.main(["probe", *configs("sft.yaml", "lora.yaml"), *SMALL]) == 2
     assert "error: at=100 is beyond the run, which has 2 optimizer steps: lower it." in capsys.readouterr().err
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_a_probe_of_the_rank_prints_and_writes_what_it_finds_and_nothing_else(tmp_path: Path) -> None:
+    model = f"--model.init_args.model={toys.save_llama(tmp_path / 'llama', max_position_embeddings=1024)}"
+    options = ["--rank", "--rank_probe.at=1", "--rank_probe.min_steps=1", "--model.init_args.lora.rank=2"]
+    done = lightning_lora("probe", *configs("sft.yaml", "lora.yaml"), *RUN, model, *options, cwd=tmp_path)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert "rank probe after step 1: 1 steps of 8 rows at each rank, loss on 4 held-out rows" in printed
+    assert "  rank    4: " in printed
+    made = {name for name in tree(tmp_path) if not name.startswith("llama")}
+    assert made == {"rank_probe/rank_probe.json", "rank_probe/rank_probe.png", "rank_probe/events.jsonl"}
+    result = RankProbeResult.load(tmp_path / "rank_probe/rank_probe.json")
+    assert (result.rank, result.grown_rank, result.step) == (2, 4, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "--rank_probe.at=100"], "at=100 is beyond the run, which has 2 optimizer steps: lower it."),
+        (["--rank", "--rank_probe.factor=1"], "factor must be at least 2, got 1."),
+        (["--rank", "--batch_probe.at=1"], "batch_probe.at is a setting of the other probe: drop it, or drop --rank."),
+        (["--rank_probe.at=1"], "rank_probe.at is a setting of the other probe: add --rank."),
+        (
+            ["--rank", "--trainer.callbacks+=lightning_lora.RankProbe"],
+            "the config has a RankProbe of its own: remove it, or run `fit`, where it works.",
+        ),
+    ],
+)
+def test_a_probe_of_the_rank_refuses_bad_input(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-lora"])
+    assert cli.main(["probe", *configs("sft.yaml", "lora.yaml"), *RUN, *options]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
     assert tree(tmp_path) == {}

@@ -119,8 +119,10 @@ class Blind(Student):
     ],
 )
 def test_what_cannot_be_probed_is_refused(module: Student, settings: dict[str, Any], message: str) -> None:
+    chosen: dict[str, Any] = {"min_steps": 1, "min_epoch": 0} | settings
+    probe = RankProbe(**chosen)
     with pytest.raises(LoRAError, match=message):
-        RankProbe(**({"min_steps": 1, "min_epoch": 0} | settings)).run(module, loader(256, 0), loader(8, 5))
+        probe.run(module, loader(256, 0), loader(8, 5))
 
 
 @pytest.mark.parametrize("settings", [{"factor": 1}, {"at": 0}, {"min_steps": 0}, {"held_out_rows": 1}])

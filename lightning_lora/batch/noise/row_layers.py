@@ -25,7 +25,8 @@ def row_layers(
     Args:
         module: The module being trained; rows are the first dimension of its batches.
         parameters: The parameters being trained.
-        skips_others: Whether to leave out parameters outside of adapted linear layers, instead of raising.
+        skips_others: Whether to leave out parameters outside of adapted linear layers, instead of raising. Layers with
+            a magnitude (dora) are then among the found ones.
 
     Raises:
         ConfigError: If a parameter is trained outside of adapted linear layers, or hooks do not see the computation.
@@ -44,9 +45,7 @@ def row_layers(
         if not parameter.requires_grad:
             continue
         holders = holders_of[id(parameter)]
-        if any(isinstance(layer, DoRALayer) for layer in holders.values()):
-            if skips_others:
-                continue
+        if not skips_others and any(isinstance(layer, DoRALayer) for layer in holders.values()):
             raise ConfigError(
                 f"per-row gradients do not exist for {next(iter(holders))}, which has a magnitude (dora): set "
                 f"accumulate_grad_batches=2 with half the batch."

@@ -39,6 +39,11 @@ def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
     }
 
 
+def learning_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
+    """The entries of `adapted_weights` whose factors are to be trained: all but those of frozen copies."""
+    return {name: each for name, each in adapted_weights(module).items() if not each[0].lora_held}
+
+
 def following_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Dotted name to every layer that shares the weight and the factors of another layer."""
     return {name: layer for name, layer in lora_layers(module).items() if layer.lora_follows}

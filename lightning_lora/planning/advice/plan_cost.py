@@ -96,8 +96,9 @@ def plan_cost(
     trace = traces.trace(method.name, batch.batch_size, method.rank)
     full = traces.trace("full", batch.batch_size, None)
     precision = traces.precision[method.name]
-    built = traces.tracer(method.name, method.rank).module
-    parameters, disk = Parameters.of(built), Disk.of(trace.memory, built)
+    built = traces.built(method.name, method.rank)
+    parameters = Parameters.of(built)
+    disk = Disk.of(trace.memory, built)
     linears = sum(isinstance(module, nn.Linear) for module in built.modules())
     memory = traces.memory(method.name, batch.batch_size, method.rank, method.strategy)
     work = Work.of(trace.flops, trace.attention_flops, shape_of(traces.batch(batch.batch_size)))

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_lora.batch.division import divisors
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide
@@ -73,7 +74,7 @@ class TracedMethods:
         """Bytes on one device; None if a base in 4 bits cannot be traced here, which `failed` then explains."""
         try:
             return self.memory(name, rows, rank, strategy)
-        except (RuntimeError, ImportError, NotImplementedError) as error:
+        except (TraceError, RuntimeError, ImportError) as error:
             if name != "qlora":
                 raise
             self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]

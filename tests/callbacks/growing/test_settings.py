@@ -23,6 +23,7 @@ pytestmark = [*toys.expected_warnings]
 SETTINGS: dict[str, dict[str, Any]] = {
     "orthogonal": {"init": "orthogonal"},
     "pissa": {"rank": 1, "init": "pissa", "scaling": "rslora"},
+    "gradient": {"rank": 1, "init": "gradient"},
     "dora": {"dora": True, "init": "orthogonal"},
     "rates": {"lora_plus_ratio": 4.0, "lr_multiplier_pattern": {"first": 3.0}, "scaling": "rslora"},
     "narrow type": {"adapter_dtype": "bfloat16", "init": "gaussian"},
