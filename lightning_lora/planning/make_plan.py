@@ -122,7 +122,7 @@ class _Run:
     def plan(self, target_rows: int | None, config: Mapping[str, Any] | None, calibrate: bool | None) -> Plan:
         length = RunLength.of(self.trainer)
         traces = self._traces()
-        whole = traces.built("full", None)
+        whole = traces.tracer("full", None).module
         sizes = target_sizes(whole, self.lora)
         rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
         own = [row for row in rows if row.targets == rows[0].targets]

@@ -96,7 +96,7 @@ def plan_cost(
     trace = traces.trace(method.name, batch.batch_size, method.rank)
     full = traces.trace("full", batch.batch_size, None)
     precision = traces.precision[method.name]
-    built = traces.built(method.name, method.rank)
+    built = traces.tracer(method.name, method.rank).module
     parameters = Parameters.of(built)
     disk = Disk.of(trace.memory, built)
     linears = sum(isinstance(module, nn.Linear) for module in built.modules())
