@@ -104,8 +104,9 @@ def quantise_without_values(model: Any, config: BitsAndBytesConfig) -> Any:
     with unset_fake_temporarily():
         replace_with_bnb_linear(model, config.llm_int8_skip_modules, config)
     made: dict[Any, Any] = {}
-    for name, weight in weights.items():
-        layer = model.get_submodule(name)
+    for name in list(weights):
+        # Taken out, for a log record of the first use of bitsandbytes may keep this frame.
+        layer, weight = model.get_submodule(name), weights.pop(name)
         if is_bitsandbytes(layer):
             stored = _in_8_bits(weight) if config.load_in_8bit else _in_4_bits(weight, made)
             layer._parameters.update(weight=stored, bias=biases[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,37 @@ def test_a_users_own_callback_is_kept_once(tmp_path: Path) -> None:
     assert kinds == ["lightning_lora.callbacks.LoRA", "lightning_lora.callbacks.PlannedRun"]
     assert made.config["trainer"]["callbacks"][0]["init_args"]["root"] == "net"
     assert made.config["trainer"]["callbacks"][0]["init_args"]["config"]["rank"] == made.settings["rank"]
+
+
+@pytest.mark.slow
+def test_a_memory_that_fits_4_bits_only_gets_qlora(tmp_path: Path) -> None:
+    model = tmp_path / "wide"
+    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64}
+    settings |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    (model / "config.json").write_text(json.dumps(settings))
+    data = planted(tmp_path, [(f"What is {i}+{i}?", str(2 * i)) for i in range(10)])
+    roomy = ll.plan(str(model), data, memory="80GiB")
+    assert roomy.method == "lora"
+    lora, qlora = roomy.memory["lora"], roomy.memory["qlora"]
+    assert lora is not None
+    assert qlora is not None
+    assert qlora.total < lora.weights
+    tight = ll.plan(str(model), data, memory=f"{lora.weights}B")
+    assert (tight.method, tight.fits) == ("qlora", True)
+    assert "4 bits only" in " ".join(str(tight).split())
+
+
+@pytest.mark.slow
+def test_measured_bits_take_the_place_of_the_assumption() -> None:
+    data = SFTDataModule(train=str(TRAIN), max_rows=10, max_length=96)
+    made = ll.plan(CausalLM(str(MODEL), lora=ll.LoRAConfig()), data, measure=True)
+    assert made.data.bits == made.data.unique_supervised_tokens
+    (row,) = [row for row in made.capacity if row.rank == 1 and row.targets == "all"]
+    # An untrained guess among the vocabulary needs more than a bit, and a trained base less than the guess.
+    assert row.ratio_a is not None
+    assert row.ratio_b is not None
+    assert row.ratio_b > row.ratio_a / 2
+    assert "measured: the base needs" in str(made)
+    assert "(95 %: " in " ".join(str(made).split())

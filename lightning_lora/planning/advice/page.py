@@ -29,7 +29,7 @@ def page(plan: Any) -> str:
         *_memory(plan),
         *_part("cost", plan.cost),
     ]
-    for note in [f"how sure: {plan.sureness}", *plan.notes, f"sources disagree: {DISAGREE}"]:
+    for note in [*plan.notes, f"how sure: {plan.sureness}", f"sources disagree: {DISAGREE}"]:
         lines += _note(note, LINES - len(lines))
     return "\n".join(lines[:LINES])
 
