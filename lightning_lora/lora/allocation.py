@@ -9,8 +9,6 @@ References:
     gradient; here only its singular values are used.
     Paischer et al., *EVA*, 2024, https://arxiv.org/abs/2410.07170: components of all layers compete for a rank by the
     share of variance they explain, and the scale is kept; there of activations, and per rank instead of per parameter.
-    Tropp et al., *Practical sketching algorithms for low-rank matrix approximation*, 2017,
-    https://arxiv.org/abs/1609.00048: algorithm 4, from two sketches of a sum of matrices.
 
 That the two ideas together train better than one rank for all is not shown anywhere; ``docs/rank_growth.md`` has a
 measurement.
@@ -30,10 +28,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.functional.sketched_svd import SketchedSVD
 from lightning_lora.lora.targets.resolve import Target, resolve_targets
-
-_EXTRA = 8
-"""Columns of a sketch beyond the highest rank, for the accuracy of the last values."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,9 @@ def allocate_ranks(
     if not measured:
         raise ConfigError(f"no rank can be allocated: {'; '.join(sorted(set(left_out.values())))}.")
     highest = {name: _highest(target) for name, target in measured.items()}
-    sketches = {name: _Sketch(target, highest[name], number) for number, (name, target) in enumerate(measured.items())}
+    sketches = {
+        name: _Gradient(target, highest[name], number) for number, (name, target) in enumerate(measured.items())
+    }
     if not _measure(module, loss, batches, list(sketches.values())):
         raise ConfigError("no rank can be allocated: batches is empty.")
     shares = {name: sketch.shares()[: highest[name]] for name, sketch in sketches.items()}
@@ -134,51 +132,32 @@ def _cost(target: Target, weight: str | None = None) -> int:
     return (math.prod(A) + math.prod(B)) // spec.rank
 
 
-class _Sketch:
-    """Two sketches ``G R`` and ``L G`` of a sum of gradients, or the sum itself where it is not larger."""
+class _Gradient:
+    """The gradient of a weight, summed over batches."""
 
     def __init__(self, target: Target, rank: int, seed: int) -> None:
         name, = target.specs  # fmt: skip
-        weight = getattr(target.module, name)
-        self.weight = weight
-        rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
-        side = rank + _EXTRA
-        self.is_whole = 3 * side + 1 >= min(rows, columns)
-        generator = torch.Generator().manual_seed(seed)
-        self.right = torch.randn(columns, side, generator=generator).to(weight.device)
-        self.left = torch.randn(2 * side + 1, rows, generator=generator).to(weight.device)
-        self.range: Tensor | float = 0.0
-        self.core: Tensor | float = 0.0
+        self.weight: nn.Parameter = getattr(target.module, name)
+        rows, columns = self.weight.shape[0], self.weight.numel() // self.weight.shape[0]
+        self.sketch = SketchedSVD(rows, columns, rank, seed, self.weight.device, torch.float32)
 
     def add(self, weight: Tensor) -> None:
         """Take the gradient of the weight, and free it."""
         assert weight.grad is not None
-        gradient = weight.grad.detach().flatten(1).float()
+        self.sketch.add_matrix(weight.grad.flatten(1))
         weight.grad = None
-        self.range = self.range + (gradient if self.is_whole else gradient @ self.right)
-        if not self.is_whole:
-            self.core = self.core + self.left @ gradient
 
     def shares(self) -> list[float]:
         """Shares of the squared norm that each singular direction holds, descending; zeros without a gradient."""
-        if not isinstance(self.range, Tensor):
-            return [0.0] * (self.right.shape[1])
-        if self.is_whole:
-            squares = torch.linalg.svdvals(self.range.double()).square()
-            total = squares.sum()
-        else:
-            assert isinstance(self.core, Tensor)
-            basis, _ = torch.linalg.qr(self.range.double())
-            core = torch.linalg.lstsq(self.left.double() @ basis, self.core.double()).solution
-            squares = torch.linalg.svdvals(core).square()
-            # The columns of `right` have unit variance: each column of the sketch has the norm of G in expectation.
-            total = torch.maximum(squares.sum(), self.range.double().square().sum() / self.right.shape[1])
-        if not torch.isfinite(total):
+        if not (self.sketch.range.isfinite().all() and self.sketch.core.isfinite().all()):
             raise ConfigError("no rank can be allocated: a gradient is NaN or infinite.")
+        squares, total = self.sketch.squares()
         return (squares / total).tolist() if total > 0 else [0.0] * len(squares)
 
 
-def _measure(module: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], sketches: list[_Sketch]) -> int:
+def _measure(
+    module: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], sketches: list[_Gradient]
+) -> int:
     """Add the gradients of all batches to the sketches; returns the number of batches."""
     count = 0
     with _only_trained(module, [sketch.weight for sketch in sketches]), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Leading singular vectors of a sum of products ``d_y^T x``, such as the gradient of a weight, without forming it."""
+"""Singular values and vectors of a sum of matrices, such as the gradient of a weight, that is never held whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EXTRA = 8
 
 
 class SketchedSVD:
-    r"""Sums up ``G = sum d_y^T x`` ``(out, in)`` as two sketches ``G R`` and ``L G`` with random ``R`` and ``L``.
+    r"""Sums up ``G`` ``(out, in)``, products ``d_y^T x`` or matrices, as two random sketches ``G R`` and ``L G``.
 
     Where these would not be smaller than ``G``, it is ``G`` itself that is summed up, and the result is exact. Equal
     seeds give equal ``R`` and ``L``, so that sketches of several devices can be added.
@@ -52,6 +52,17 @@ class SketchedSVD:
             self.range += d_rows.T @ (rows @ right)
             self.core += (d_rows @ left.T).T @ rows
 
+    @torch.no_grad()
+    def add_matrix(self, matrix: Tensor) -> None:
+        """Add a matrix ``(out, in)``."""
+        matrix = matrix.detach().to(self.range)
+        if self.is_whole:
+            self.range += matrix
+            return
+        left, right = self._test_matrices()
+        self.range += matrix @ right
+        self.core += left @ matrix
+
     def _test_matrices(self) -> tuple[Tensor, Tensor]:
         """``L`` and ``R``, drawn again for each product, which costs less than keeping them."""
         generator = torch.Generator(self.range.device).manual_seed(self.seed)
@@ -59,19 +70,31 @@ class SketchedSVD:
         left = torch.randn(2 * self.side + 1, self.num_out, **options)
         return left, torch.randn(self.num_in, self.side, **options)
 
+    def squares(self) -> tuple[Tensor, float]:
+        """Squares of the singular values, descending, and the squared norm of ``G``, in float64."""
+        squares = torch.linalg.svdvals(self._small()[1]).square()
+        if self.is_whole:
+            return squares, float(squares.sum())
+        # The columns of R have unit variance: each column of the sketch has the norm of G in expectation.
+        return squares, max(float(squares.sum()), float(self.range.double().square().sum()) / self.side)
+
+    def _small(self) -> tuple[Tensor | None, Tensor]:
+        """A basis ``(out, side)`` of what ``G`` maps to, and ``G`` in it; None and ``G`` if that is not larger."""
+        if self.is_whole:
+            return None, self.range.double()
+        basis, _ = torch.linalg.qr(self.range.double())
+        left = self._test_matrices()[0].double() @ basis
+        return basis, torch.linalg.lstsq(left, self.core.double()).solution
+
     def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
         """``U`` ``(out, k)``, ``S`` ``(k,)`` and ``V^T`` ``(k, in)`` in float64, with ``k`` at most ``count``.
 
         Vectors whose value is rounding are left out. The entry of each row of ``V^T`` that is largest in size is
         positive, so that rounding flips no sign.
         """
-        if self.is_whole:
-            U, S, Vh = torch.linalg.svd(self.range.double(), full_matrices=False)
-        else:
-            basis, _ = torch.linalg.qr(self.range.double())
-            left = self._test_matrices()[0].double() @ basis
-            U, S, Vh = torch.linalg.svd(torch.linalg.lstsq(left, self.core.double()).solution, full_matrices=False)
-            U = basis @ U
+        basis, small = self._small()
+        U, S, Vh = torch.linalg.svd(small, full_matrices=False)
+        U = U if basis is None else basis @ U
         rounding = 8 * torch.finfo(self.range.dtype).eps * max(self.num_out, self.num_in) ** 0.5
         k = int((S[: self.count] > rounding * S[0]).sum())
         U, S, Vh = U[:, :k], S[:k], Vh[:k]
