@@ -17,10 +17,9 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.batch.run_events import RunEvents
-from lightning_lora.capacity.fixed_rows import fixed_batches
+from lightning_lora.capacity.fixed_rows import fixed_batches, validation_loaders
 from lightning_lora.capacity.measure import CapacityMeter, stored_bits
 from lightning_lora.capacity.reading import CapacityReading, Verdict
-from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.layers.adapted import learning_layers
@@ -200,7 +199,7 @@ class CapacityMonitor(Callback):
                 f"the training data are a {type(loader).__name__} from which rows cannot be chosen: it needs one "
                 f"DataLoader over a dataset with a length."
             )
-        held_out = fixed_batches(_validation_loaders(trainer), self.num_rows, device)
+        held_out = fixed_batches(validation_loaders(trainer), self.num_rows, device)
         self._meter = CapacityMeter(trainer, module, train, held_out or train, gradients)
         self.reading = replace(self.reading, is_held_out=held_out is not None)
         if self.reading.base_loss is None:
@@ -271,13 +270,3 @@ def _check_can_measure(trainer: Trainer, module: LightningModule) -> None:
             f"use one device or DDP, or measure the saved adapter on one device."
         )
     check_not_sharded(module)
-
-
-def _validation_loaders(trainer: Trainer) -> Any:
-    if trainer.val_dataloaders is None and trainer.enable_validation:
-        # Lightning makes them in the first epoch that ends with a validation.
-        with kept_random_state(trainer.strategy.root_device):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            trainer.training = True
-    return trainer.val_dataloaders

@@ -1,4 +1,4 @@
-"""Rows that every measurement of a run uses, so that measurements can be compared in pairs."""
+"""Rows that every measurement of a run uses, so that measurements can be compared in pairs, and where they are from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_lora.batch.counting import count_rows
@@ -62,3 +63,16 @@ def _batch(loader: DataLoader[Any], indices: Sequence[int]) -> Any:
     if hasattr(dataset, "__getitems__"):
         return loader.collate_fn(dataset.__getitems__(list(indices)))  # pyright: ignore[reportAttributeAccessIssue]
     return loader.collate_fn([dataset[index] for index in indices])
+
+
+def validation_loaders(trainer: Trainer) -> Any:
+    """The validation loaders of a run, made now if it has none yet; random numbers go on as if nothing had been made.
+
+    Lightning makes them in the first epoch that ends with a validation.
+    """
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        with kept_random_state(trainer.strategy.root_device):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+    return trainer.val_dataloaders

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.batch.run_events import RunEvents
+from lightning_lora.capacity.fixed_rows import validation_loaders
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.study.branch import BranchPoint, check_one_optimizer
@@ -80,12 +81,7 @@ class Probe(Callback, ABC):
         self._step = max(1, round(self.at * planned)) if self.at < 1 else int(self.at)
         if self._step > planned:
             raise ConfigError(f"at={self.at:g} is beyond the run, which has {planned:.0f} optimizer steps: lower it.")
-        if trainer.val_dataloaders is None and trainer.enable_validation:
-            # Lightning makes it in the first epoch that ends with a validation.
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            trainer.training = True
-        self._held_out(trainer.val_dataloaders)
+        self._held_out(validation_loaders(trainer))
         self._check_run(trainer, pl_module)
         self._events = RunEvents(trainer, type(self).__name__)
 
