@@ -30,16 +30,18 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
+    from lightning_lora.cli.main import quick_imports
+
     # Read before anything slow: a wrong unit is told at once.
-    from lightning_lora.planning.devices import find_devices
+    with quick_imports():
+        from lightning_lora.planning.devices import find_devices
 
     speeds = {"efficiency": options.efficiency, "peak_tflops": options.peak_tflops, "bandwidth": options.bandwidth}
     devices = find_devices(options.memory, options.devices, options.device, **speeds)
-    from lightning_lora.cli.lora_cli import run_trainer_command
-
+    with quick_imports():
+        from lightning_lora.cli.lora_cli import run_trainer_command
+        from lightning_lora.planning.make_plan import plan
     cli = run_trainer_command(["plan", *_expanded(rest)], allowed)
-    from lightning_lora.planning.make_plan import plan
-
     config = _fit_settings(cli.config_planned)
     rate = "model.init_args.learning_rate"
     if is_given(rest, rate):
