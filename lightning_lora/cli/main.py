@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.missing_package import missing_package
+from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
 from lightning_lora.versions import installed_version
@@ -70,20 +69,6 @@ def _run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         from lightning_lora.cli.lora_cli import run_trainer_command
 
     run_trainer_command(arguments, allowed)
-
-
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Import without looking for garbage: a fifth of the time of large libraries goes there, and they make none.
-
-    What is imported is left out of later searches too, for it stays until the process ends.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _exit_code(run: Callable[[], None]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.errors import ConfigError
 
 EXAMPLE = "example: lightning-lora plan --config cli_configs/sft.yaml --config cli_configs/lora.yaml --memory 24GiB"
@@ -30,8 +31,6 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
-    from lightning_lora.cli.main import quick_imports
-
     # Read before anything slow: a wrong unit is told at once.
     with quick_imports():
         from lightning_lora.planning.devices import find_devices
