@@ -17,6 +17,14 @@ _CLASSES = ["--model=lightning_lora.tasks.CausalLM", "--data=lightning_lora.data
 
 
 def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
+    """Plan a run as `_run_plan` does; Ctrl-C and SIGTERM end it at once."""
+    from lightning_lora.planning.stop_signals import ending_at_once
+
+    with ending_at_once("plan"):
+        _run_plan(arguments, allowed)
+
+
+def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     """Plan a run, print the page and write ``plan.json``.
 
     Args:
@@ -103,7 +111,7 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan (default: plan.json)")
     parser.add_argument("--write-config", metavar="FILE", help="write a YAML that fit runs, with all reasons")
-    parser.add_argument("--measure", action="store_true", help="run the base on a sample of rows, for its own bits")
+    parser.add_argument("--measure", action="store_true", help="run the base on some rows for at most a minute, for its own bits")
     return parser.parse_known_args(arguments)
 
 
