@@ -19,8 +19,8 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 def ending_at_once(doing: str | None = None) -> Iterator[None]:
     """Within the context SIGTERM ends the process at once, with exit code 143, as it does without a Trainer.
 
-    A Trainer puts an answer of its own in place of the default, which may wait for the end of a run. It calls the answer
-    that it finds, however: so one is put there. An answer of somebody else stays.
+    A Trainer puts an answer of its own in place of the default, which may wait for the end of a run. But it calls the
+    answer that it finds, so one is put there. An answer of somebody else stays.
 
     Args:
         doing: What is ended, for one line on the way out; with it, Ctrl-C too ends the process so, with exit code 130.

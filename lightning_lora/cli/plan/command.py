@@ -111,7 +111,9 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan (default: plan.json)")
     parser.add_argument("--write-config", metavar="FILE", help="write a YAML that fit runs, with all reasons")
-    parser.add_argument("--measure", action="store_true", help="run the base on some rows for at most a minute, for its own bits")
+    parser.add_argument(
+        "--measure", action="store_true", help="run the base on some rows for at most a minute, for its own bits"
+    )
     return parser.parse_known_args(arguments)
 
 
