@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.missing_package import missing_package
+from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
 from lightning_lora.versions import installed_version
@@ -64,7 +65,8 @@ def _run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         from lightning_lora.cli.plan.command import run_plan
 
         return run_plan(arguments[1:], allowed)
-    from lightning_lora.cli.lora_cli import run_trainer_command
+    with quick_imports():
+        from lightning_lora.cli.lora_cli import run_trainer_command
 
     run_trainer_command(arguments, allowed)
 

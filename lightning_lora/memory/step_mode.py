@@ -11,14 +11,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
@@ -30,6 +35,10 @@ _DEVICE: Any = torch.ops.prim.device.default
 MOST_KNOWN = 2**24
 """Elements of a tensor above which its values are not kept."""
 _KNOWN_TYPES = (torch.bool, torch.int32, torch.int64)
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._unsafe_view.default}
+"""Operations that take as little as views do."""
+_NO_VIEWS = {aten.lift_fresh.default}
+"""Operations that return their argument itself."""
 
 
 class StepMode(TorchDispatchMode):
@@ -63,43 +72,74 @@ class StepMode(TorchDispatchMode):
         if func is _DEVICE:  # more than half of all calls
             return torch.device("meta") if self.fake.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
-        tensors = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
+        tensors = [*_tensors_in(args), *_tensors_in(kwargs.values())]
         self.running[:] = [func]
         if tensors and _all_known(tensors):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
         else:
-            result = self._without_values(func, args, kwargs)
+            result = self._without_values(func, args, kwargs, tensors)
         self._count(func, args, kwargs, result)
         self.running.clear()
         return result
 
-    def _without_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _without_values(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         made_up = _MADE_UP.get(func)
         if made_up is not None:
             return made_up(self, *args, **kwargs)
         written = _written(func, args, kwargs)
         if written is not None:
             return written
+        if _is_plain(func) and all(type(tensor) is FakeTensor and tensor.constant is None for tensor in tensors):
+            return self._shaped(func, args, kwargs, tensors)
         result = func(*args, **kwargs)
         is_small = isinstance(result, FakeTensor) and result.numel() <= MOST_KNOWN
-        if is_small and result.dtype in _KNOWN_TYPES and not _has_tensor(args, kwargs):
+        if is_small and result.dtype in _KNOWN_TYPES and not tensors:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return result
 
+    def _shaped(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Any]) -> Any:
+        """The result by torch's own rule for shapes, without the search in the cache of `FakeTensorMode`.
+
+        Views and products are most operations of a step, and take a sixth of the time so.
+        """
+        with in_kernel_invocation_manager(self.fake):
+            found = func(*args, **kwargs)
+        device = tensors[0].fake_device
+        if isinstance(found, Tensor):
+            return FakeTensor(self.fake, found, device)
+        return [FakeTensor(self.fake, each, device) for each in found]
+
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        flops = _flops(func, args, kwargs, result)
-        if flops is not None:
+        counted = _counted(func)
+        if counted.flops is not None:
+            flops = counted.flops(args, kwargs, result)
             self.flops += flops
-            self.attention_flops += flops if "_attention" in str(func) else 0
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            self.attention_flops += flops if counted.is_attention else 0
+        for tensor in _tensors_in((result,)):
+            if tensor.layout is torch.strided:
                 is_scores = tensor.ndim > 1 and tensor.shape[-1] in self.class_counts and tensor.is_floating_point()
                 self.live.add(tensor, "logits" if is_scores else "activations")
-        inside = _INSIDE.get(str(func))
-        if inside is not None:
-            self.live.for_a_moment(inside(*args))
+        if counted.inside is not None:
+            self.live.for_a_moment(counted.inside(*args))
+
+
+def _tensors_in(items: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments or results, which are flat but for lists of tensors."""
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _tensors_in(item)
+
+
+@functools.cache
+def _is_plain(func: Any) -> bool:
+    """Whether an operation is a view or a product, whose result is on the device of its arguments."""
+    return func in _PRODUCTS or (
+        func.namespace == "aten" and func.is_view and torch.Tag.inplace_view not in func.tags and func not in _NO_VIEWS
+    )
 
 
 def _all_known(tensors: Sequence[Tensor]) -> bool:
@@ -129,10 +169,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
         return None
     written = kwargs.get("out") if place == "out" else args[0]
     return written if isinstance(written, FakeTensor) and written.numel() else None
-
-
-def _has_tensor(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(item, Tensor) for item in tree_flatten((args, kwargs))[0])
 
 
 def _known(make: Callable[[], Tensor]) -> Tensor:
@@ -242,19 +278,43 @@ _INSIDE: dict[str, Any] = {
 }
 
 
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int | None:
+class _Counted(NamedTuple):
+    """What is counted of an operation.
+
+    Args:
+        flops: Its floating-point operations from arguments, keyword arguments and result; None if it has none.
+        is_attention: Whether they grow with the square of a row's length.
+        inside: Bytes that it holds inside and does not return, from its arguments.
+    """
+
+    flops: Callable[[Any, Any, Any], int] | None
+    is_attention: bool
+    inside: Callable[..., int] | None
+
+
+@functools.cache
+def _counted(func: Any) -> _Counted:
     packet = getattr(func, "_overloadpacket", None)
     if (own := _OWN_FLOPS.get(str(packet))) is not None:
-        return own(*args)
+        flops: Any = lambda args, kwargs, result: own(*args)  # noqa: E731
+    elif (formula := _formula(packet)) is not None:
+        flops = functools.partial(_by_formula, formula)
+    else:
+        flops = None
+    return _Counted(flops, "_attention" in str(func), _INSIDE.get(str(func)))
+
+
+def _formula(packet: Any) -> Any:
     formula = flop_registry.get(packet)
     if formula is None and str(packet).endswith("_"):
         # The registry of torch lacks the forms that write into their first argument.
         namespace, _, name = str(packet).rpartition(".")
         formula = flop_registry.get(getattr(aten, name[:-1], None)) if namespace == "aten" else None
-    if formula is None:
-        return None
-    kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-    return formula(*args, **kwargs, out_val=result)
+    return formula
+
+
+def _by_formula(formula: Any, args: Any, kwargs: Any, result: Any) -> int:
+    return formula(*args, **{name: value for name, value in kwargs.items() if name != "out"}, out_val=result)
 
 
 def _grouped(x: Tensor, matrices: Tensor, *_: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
+from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.lora.layers.quantised_weights import is_quantised, stored_parts
 from lightning_lora.memory.building import WithoutMemory
@@ -55,8 +57,8 @@ def trace_step(
 ) -> StepTrace:
     """Trace a training step of ``module`` without values and without memory for weights or activations.
 
-    Two optimizer steps run as Lightning runs them: forward, gradients set to None, backward, clipping, optimizer. The
-    second is counted, for the optimizer has its state by then. The batch keeps its values, so that labels, masks and
+    The second of two optimizer steps is counted, as Lightning runs it: forward, gradients set to None, backward,
+    clipping, optimizer, which has its state by then. The batch keeps its values, so that labels, masks and
     lengths count as they are; numbers that depend on weights are made up (`lightning_lora.memory.step_mode`).
 
     Of a stack of many equal blocks, such as the layers of a transformer, a few are traced (`lightning_lora.memory.
@@ -101,6 +103,7 @@ class StepTracer:
         self.clip, self._equal = gradient_clip_val, equal_blocks(self.module)
         self.module.log = _no_log  # type: ignore[method-assign]
         self._layer = _largest_layer(self.module)
+        self._seen = 0.0  # equal blocks that have run
         with self._built.entered():
             self._take_stock()
 
@@ -113,7 +116,9 @@ class StepTracer:
         """Trace a step with this batch, as `trace_step` does."""
         with self._built.entered():
             if self._equal is not None and not whole:
-                found = at_depth({depth: self._at(depth, batch) for depth in DEPTHS}, len(self._equal.blocks))
+                # The deepest first: what it finds out in its first pass holds for the others.
+                traced = {depth: self._at(depth, batch) for depth in sorted(DEPTHS, reverse=True)}
+                found = at_depth(traced, len(self._equal.blocks))
                 if found is not None:
                     return self._found(found, DEPTHS)
             found = self._traced(batch)
@@ -125,9 +130,9 @@ class StepTracer:
     def _at(self, depth: int, batch: Any) -> Traced:
         assert self._equal is not None
         with self._equal.shortened(depth), self._equal.marked(depth, self._built.mode.live):
-            return self._traced(batch)
+            return self._traced(batch, depth)
 
-    def _traced(self, batch: Any) -> Traced:
+    def _traced(self, batch: Any, depth: float = math.inf) -> Traced:
         if not self.module.automatic_optimization:
             raise TraceError(
                 f"{type(self.module).__name__} optimizes by itself (automatic_optimization = False), so its steps are "
@@ -135,7 +140,11 @@ class StepTracer:
             )
         try:
             with self._built.explained("a training step"):
-                return _Steps(self._built, batch, self.clip).traced()
+                steps = _Steps(self._built, batch, self.clip)
+                if depth > self._seen:
+                    steps.look_around()
+                    self._seen = depth
+                return steps.traced()
         finally:
             for parameter in self.module.parameters():
                 parameter.grad = None
@@ -163,15 +172,35 @@ class _Steps:
         self.flops = self.attention_flops = 0
 
     def traced(self) -> Traced:
+        """The second step.
+
+        It differs from the first in two things: the optimizer has its state, and the gradients of the step before are
+        there until they are set to None. So forward and backward run once, and both are added where they are alive.
+        """
         live = self.mode.live
-        self._run()
+        live.start_again()
+        self._micro_batches()
+        gradients = live.held["gradients"]
+        self._finish_gradients()
+        peaks = live.peaks
+        live.start_again()
+        self._optimize()
         live.move(_state_tensors(self.optimizers), "optimizer")
         live.start_again()
-        self._run()
-        return Traced(dict(live.peaks), self.flops, self.attention_flops)
+        self._optimize()
+        for segment, parts in peaks.items():
+            parts["optimizer"] += live.held["optimizer"]
+            parts["gradients"] += gradients if segment[0] == "forward 0" else 0
+        return Traced({**peaks, **live.peaks}, self.flops, self.attention_flops)
 
-    def _run(self) -> None:
-        """The micro-batches of an optimizer step, and the step."""
+    def look_around(self) -> None:
+        """Run a forward pass that does not count, for what a module makes or finds out in its first."""
+        loss = self._loss(0)
+        if isinstance(self.module, TokenWeightedLoss) and loss is not None:
+            self.module.mean_of_micro_batch(loss)  # and its tokens are forgotten
+
+    def _micro_batches(self) -> None:
+        """Forward and backward of the micro-batches of a step."""
         micro_batches = min(2, self.trainer.accumulate_grad_batches)
         for number in range(micro_batches):
             before = self.mode.flops, self.mode.attention_flops
@@ -186,10 +215,16 @@ class _Steps:
             del loss
             self.flops = self.mode.flops - before[0]
             self.attention_flops = self.mode.attention_flops - before[1]
-        self.mode.live.begin(("optimizer",))
+
+    def _finish_gradients(self) -> None:
+        self.mode.live.begin(("clipping",))
         for optimizer in self.optimizers:
             self.module.on_before_optimizer_step(optimizer)
             self._clip(optimizer)
+
+    def _optimize(self) -> None:
+        self.mode.live.begin(("optimizer",))
+        for optimizer in self.optimizers:
             optimizer.step()
 
     def _loss(self, number: int) -> Any:

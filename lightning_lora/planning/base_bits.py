@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import numpy
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_lora.data.batches.collate import Collate
 from lightning_lora.data.sft import SFTDataModule
@@ -28,11 +27,13 @@ from lightning_lora.tasks.pretrained import PretrainedTask
 from .count_data import unique_rows
 from .label_counts import count_labels, epoch_rows
 from .set_up_data import quiet_trainer, set_up, without_infos
+from .stop_signals import ending_at_once
+from .timing.rounds import Rounds
 
 ROWS, TOKENS = 2048, 2_000_000
 """Rows and tokens of a sample, whichever is reached first."""
-_BATCH_TOKENS = 8192
-"""Most tokens of a batch, padding included; a longer row is a batch of its own."""
+SECONDS = 60.0
+"""Most seconds that the model runs."""
 _RESAMPLES = 2000
 
 
@@ -59,7 +60,7 @@ class BaseBits:
 class _Sample:
     """Rows to measure, and what they stand for: ``units`` of all unique rows, of which there are ``num_rows``."""
 
-    batches: Dataset[Any]
+    batches: Rounds
     units: int
     num_rows: int
 
@@ -71,12 +72,14 @@ def measure_base_bits(
     tokens: int = TOKENS,
     seed: int = 0,
     precision: Any = "32-true",
+    seconds: float = SECONDS,
 ) -> BaseBits:
     r"""Measure ``sum -log2 p_base`` over the supervised tokens of a random sample of rows, scaled to all unique rows.
 
     The rows are read as training reads them, template and masks included: with a template that the base does not know,
     the number is too high. It bounds from above what adapters must store to repeat the data word for word. The module,
     the data module and the random state stay as they are; the weights are loaded into a copy, on a device at hand.
+    Where a row takes long, fewer are read, as many as fit into ``seconds``, and the interval is wider.
 
     A module that is no `CausalLM` needs a ``predict_step`` that returns a mapping with the ``loss`` of each row in
     nats, ``(rows,)``; with ``tokens`` beside it, ``(rows,)``, the loss is the mean over these.
@@ -88,6 +91,7 @@ def measure_base_bits(
         tokens: Most tokens of the sample, prompts included.
         seed: Seeds the choice of the rows, and the interval.
         precision: Precision of the Trainer.
+        seconds: Most seconds that the model runs, without loading it; two rows are always read.
 
     Raises:
         ConfigError: If rows give no loss in nats, or the data are a stream.
@@ -96,13 +100,15 @@ def measure_base_bits(
     for name, value, least in (("rows", rows, 2), ("tokens", tokens, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+    if not seconds > 0:
+        raise ConfigError(f"seconds must be more than 0, got {seconds!r}.")
     _check_gives_losses(module)
     generator = numpy.random.default_rng(seed)
     with set_up(datamodule, module) as data:
         if isinstance(data, SFTDataModule):
-            sample = _token_sample(data, rows, tokens, generator)
+            sample = _token_sample(data, rows, tokens, seconds, generator)
         else:
-            sample = _row_sample(data.train_dataloader(), rows, generator)
+            sample = _row_sample(data.train_dataloader(), rows, seconds, generator)
         nats, weights = _row_nats(module, sample, precision)
     if not numpy.isfinite(nats).all():
         raise ConfigError(f"{type(module).__name__} gives no finite loss for {(~numpy.isfinite(nats)).sum()} rows.")
@@ -110,7 +116,9 @@ def measure_base_bits(
     return _scaled(nats / math.log(2), weights, sample, generator)
 
 
-def _token_sample(data: SFTDataModule, rows: int, tokens: int, generator: numpy.random.Generator) -> _Sample:
+def _token_sample(
+    data: SFTDataModule, rows: int, tokens: int, seconds: float, generator: numpy.random.Generator
+) -> _Sample:
     if data.stream is not None:
         raise ConfigError("the bits of a stream cannot be measured: set streaming: false, with max_rows if need be.")
     unique = unique_rows(data)
@@ -118,21 +126,12 @@ def _token_sample(data: SFTDataModule, rows: int, tokens: int, generator: numpy.
     few = numpy.cumsum(unique.lengths[chosen]) <= tokens
     few[:2] = True
     chosen = chosen[few]
-    chosen = chosen[numpy.argsort(unique.lengths[chosen], kind="stable")]
-    batches, start = [], 0
-    for end in range(1, len(chosen) + 1):
-        if end == len(chosen) or unique.lengths[chosen[end]] * (end + 1 - start) > _BATCH_TOKENS:
-            batches.append(unique.numbers[chosen[start:end]].tolist())
-            start = end
     collate = data._collate(Collate, "train")
-    return _Sample(
-        _Batches(data._examples("train"), batches, collate),
-        int(unique.supervised_tokens.sum()),
-        len(unique.numbers),
-    )
+    rounds = Rounds(data._examples("train"), unique.numbers[chosen], unique.lengths[chosen], collate, seconds)
+    return _Sample(rounds, int(unique.supervised_tokens.sum()), len(unique.numbers))
 
 
-def _row_sample(loader: Any, rows: int, generator: numpy.random.Generator) -> _Sample:
+def _row_sample(loader: Any, rows: int, seconds: float, generator: numpy.random.Generator) -> _Sample:
     counts = count_labels(loader)
     if counts.unit == "unknown" or counts.rows is None or not isinstance(loader, DataLoader):
         raise ConfigError(
@@ -141,24 +140,7 @@ def _row_sample(loader: Any, rows: int, generator: numpy.random.Generator) -> _S
         )
     chosen = generator.permutation(epoch_rows(loader))[:rows]
     unique = counts.rows - (counts.duplicate_rows or 0)
-    batches = _Batches(loader.dataset, [[row] for row in chosen.tolist()], loader.collate_fn)
-    return _Sample(batches, unique, unique)
-
-
-class _Batches(Dataset[Any]):
-    """Batches of chosen rows."""
-
-    def __init__(self, rows: Any, batches: Sequence[Sequence[int]], collate: Callable[[list[Any]], Any]) -> None:
-        self.rows = rows
-        self.batches = batches
-        self.collate = collate
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> Any:
-        """A batch."""
-        return self.collate([self.rows[row] for row in self.batches[number]])
+    return _Sample(Rounds(loader.dataset, chosen, None, loader.collate_fn, seconds), unique, unique)
 
 
 def _row_nats(module: LightningModule, sample: _Sample, precision: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -169,10 +151,8 @@ def _row_nats(module: LightningModule, sample: _Sample, precision: Any) -> tuple
         # multiple of 64, where adapted layers compute by themselves.
         twin.lora = LoRAConfig(rank=1) if _is_quantised(twin) else None
     trainer = quiet_trainer(precision=precision)
-    with warnings.catch_warnings(), without_infos(), disable_lora(twin) if lora_layers(twin) else nullcontext():
-        warnings.filterwarnings("ignore", ".*does not have many workers")
-        loader = DataLoader(sample.batches, batch_size=None, collate_fn=_as_it_is)
-        predicted = trainer.predict(twin, loader) or []
+    with without_infos(), ending_at_once(), disable_lora(twin) if lora_layers(twin) else nullcontext():
+        predicted = trainer.predict(twin, sample.batches) or []
     pairs = [_losses(module, each) for each in predicted]
     losses, weights = (numpy.concatenate(part) for part in zip(*pairs, strict=True))
     return losses * weights, weights
@@ -181,10 +161,6 @@ def _row_nats(module: LightningModule, sample: _Sample, precision: Any) -> tuple
 def _is_quantised(module: LoRAMixin) -> bool:
     stored = getattr(getattr(module, "model_config", None), "quantization_config", None)
     return stored is not None or getattr(module, "quantization", None) is not None
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _losses(module: LightningModule, predicted: Any) -> tuple[numpy.ndarray, numpy.ndarray]:

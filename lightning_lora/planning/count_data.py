@@ -20,7 +20,7 @@ from lightning_lora.errors import DataError
 from .data_counts import DataCounts, without_counts
 from .label_counts import count_labels
 from .set_up_data import set_up
-from .token_rows import TokenChunk, TokenTally, compressed_bits, stored_chunks, tally, token_chunk
+from .token_rows import TokenChunk, TokenTally, stored_chunks, tally, token_chunk
 
 
 def count_data(datamodule: LightningDataModule | Any, module: LightningModule | None = None) -> DataCounts:
@@ -78,13 +78,8 @@ def _stored(datamodule: RowsDataModule) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 def _count_rows(datamodule: RowsDataModule) -> DataCounts:
     places, _ = _stored(datamodule)
-
-    def chunks() -> Iterator[TokenChunk]:
-        return stored_chunks(datamodule.rows["train"], places)
-
-    found, statistics = tally(chunks()), datamodule.statistics["train"]
+    found, statistics = tally(stored_chunks(datamodule.rows["train"], places)), datamodule.statistics["train"]
     counts = _counts(found, statistics.truncated_rows, statistics.dropped_rows)
-    counts = replace(counts, compressed_bits=compressed_bits(chunks, found))
     return _with_packing(counts, datamodule) if isinstance(datamodule, SFTDataModule) else counts
 
 

@@ -22,8 +22,6 @@ class DataCounts:
         unsupervised_rows: Rows without any target.
         longest_row: Tokens of the longest row after cutting, before packing; None if rows are no token sequences.
         mean_row: Mean tokens of a row; None likewise.
-        compressed_bits: Size of the unique targets after compression, bits; None if rows are no token sequences, or
-            are streamed.
         packed_rows: Rows of the batches of one epoch; None without packing.
         longest_packed_row: Tokens of the longest of these; None without packing.
         counted_rows: Rows that were read; fewer than ``rows`` if reading all would take too long, and then the numbers
@@ -41,7 +39,6 @@ class DataCounts:
     unsupervised_rows: int
     longest_row: int | None = None
     mean_row: float | None = None
-    compressed_bits: int | None = None
     packed_rows: int | None = None
     longest_packed_row: int | None = None
     counted_rows: int | None = None

@@ -21,6 +21,7 @@ from lightning_lora.batch.trial_step import is_out_of_memory
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.planning.cost import TIMED, RunSeconds, RunWork
 from lightning_lora.planning.set_up_data import copy_with_generators
+from lightning_lora.planning.stop_signals import ending_at_once
 from lightning_lora.planning.timing.shapes import Shape, with_rows
 from lightning_lora.planning.timing.stopwatch import Stopwatch
 
@@ -106,7 +107,7 @@ def time_steps(
     watch = Stopwatch(batches, max_seconds, clock)
     given = trainer or {}
     options = {name: given[name] for name in _STEP_OPTIONS if given.get(name) is not None}
-    with _unseen(), tempfile.TemporaryDirectory() as folder:
+    with _unseen(), ending_at_once(), tempfile.TemporaryDirectory() as folder:
         runner = Trainer(**(_QUIET | options), default_root_dir=folder, callbacks=[*copy.deepcopy(callbacks), watch])
         try:
             runner.fit(_copied(module), datamodule=with_rows(copy_with_generators(datamodule), rows))

@@ -1,19 +1,14 @@
-"""Counts of rows of tokens: how many are trained on, which rows repeat another one, how well they compress."""
+"""Counts of rows of tokens: how many are trained on, which rows repeat another one."""
 
 from __future__ import annotations
 
 import hashlib
-import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
 import pyarrow
 from datasets import Dataset
-
-SAMPLE_BYTES = 2**24
-"""Most bytes of token ids that are compressed: a few seconds. Of more data, a random sample of rows is, scaled up."""
-_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": SAMPLE_BYTES}]
 
 
 @dataclass(frozen=True)
@@ -108,27 +103,3 @@ def tally(chunks: Iterator[TokenChunk]) -> TokenTally:
         digests.append(chunk.digests())
     _, first = numpy.unique(numpy.concatenate(digests), return_index=True)
     return TokenTally(numpy.concatenate(supervised), numpy.concatenate(lengths), numpy.sort(first))
-
-
-def compressed_bits(chunks: Callable[[], Iterator[TokenChunk]], counts: TokenTally) -> int:
-    """Bits of the trained tokens of all different rows after compression by LZMA, without the prompts.
-
-    Args:
-        chunks: Reads the chunks that were counted, once more.
-        counts: What was found in them.
-    """
-    tokens = counts.supervised_tokens[counts.first]
-    order = numpy.random.default_rng(0).permutation(len(tokens))
-    chosen = order[numpy.cumsum(tokens[order]) * 4 <= SAMPLE_BYTES] if tokens.sum() * 4 > SAMPLE_BYTES else order
-    if not len(chosen):  # a single row is larger
-        chosen = order[:1]
-    is_chosen = numpy.zeros(len(counts.lengths), dtype=bool)
-    is_chosen[counts.first[chosen]] = True
-    compressor, size, start = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=_FILTERS), 0, 0
-    for chunk in chunks():
-        for row in numpy.flatnonzero(is_chosen[start : start + len(chunk)]):
-            place = slice(chunk.starts[row], chunk.ends[row])
-            size += len(compressor.compress(chunk.ids[place][chunk.supervised[place]].astype("<u4").tobytes()))
-        start += len(chunk)
-    size += len(compressor.flush())
-    return round(8 * size * tokens.sum() / tokens[chosen].sum())

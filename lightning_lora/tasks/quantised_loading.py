@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -97,7 +100,8 @@ def quantise_without_values(model: Any, config: BitsAndBytesConfig) -> Any:
         model: A model whose weights are fake tensors.
         config: The configuration from `loading_arguments`.
     """
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    with _compiled_when_called():
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     weights = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     biases = {name: model.get_submodule(name).bias for name in weights}
@@ -111,6 +115,27 @@ def quantise_without_values(model: Any, config: BitsAndBytesConfig) -> Any:
             stored = _in_8_bits(weight) if config.load_in_8bit else _in_4_bits(weight, made)
             layer._parameters.update(weight=stored, bias=biases[name])
     return model
+
+
+@contextmanager
+def _compiled_when_called() -> Iterator[None]:
+    """Within the context ``torch.compile`` does its work when the function is called for the first time.
+
+    bitsandbytes decorates some functions when it is imported, and each would import the compiler, which takes seconds.
+    """
+    at_once = torch.compile
+
+    def later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(later, **options)
+        compiled = functools.cache(lambda: at_once(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = later
+    try:
+        yield
+    finally:
+        torch.compile = at_once
 
 
 def _in_4_bits(weight: Tensor, made: dict[Any, Any]) -> Tensor:

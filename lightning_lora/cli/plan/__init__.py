@@ -1,4 +1,4 @@
 """``lightning-lora plan``: what a run takes and whether LoRA is enough, before it begins.
 
-`command` (its options, the page, ``plan.json`` and the YAML).
+`quick_imports` (large libraries in less time), `command` (its options, the page, ``plan.json`` and the YAML).
 """

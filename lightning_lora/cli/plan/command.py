@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.errors import ConfigError
 
 EXAMPLE = "example: lightning-lora plan --config cli_configs/sft.yaml --config cli_configs/lora.yaml --memory 24GiB"
@@ -16,6 +17,14 @@ _CLASSES = ["--model=lightning_lora.tasks.CausalLM", "--data=lightning_lora.data
 
 
 def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
+    """Plan a run as `_run_plan` does; Ctrl-C and SIGTERM end it at once."""
+    from lightning_lora.planning.stop_signals import ending_at_once
+
+    with ending_at_once("plan"):
+        _run_plan(arguments, allowed)
+
+
+def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     """Plan a run, print the page and write ``plan.json``.
 
     Args:
@@ -31,15 +40,15 @@ def run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
     # Read before anything slow: a wrong unit is told at once.
-    from lightning_lora.planning.devices import find_devices
+    with quick_imports():
+        from lightning_lora.planning.devices import find_devices
 
     speeds = {"efficiency": options.efficiency, "peak_tflops": options.peak_tflops, "bandwidth": options.bandwidth}
     devices = find_devices(options.memory, options.devices, options.device, **speeds)
-    from lightning_lora.cli.lora_cli import run_trainer_command
-
+    with quick_imports():
+        from lightning_lora.cli.lora_cli import run_trainer_command
+        from lightning_lora.planning.make_plan import plan
     cli = run_trainer_command(["plan", *_expanded(rest)], allowed)
-    from lightning_lora.planning.make_plan import plan
-
     config = _fit_settings(cli.config_planned)
     rate = "model.init_args.learning_rate"
     if is_given(rest, rate):
@@ -102,7 +111,9 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan (default: plan.json)")
     parser.add_argument("--write-config", metavar="FILE", help="write a YAML that fit runs, with all reasons")
-    parser.add_argument("--measure", action="store_true", help="run the base on a sample of rows, for its own bits")
+    parser.add_argument(
+        "--measure", action="store_true", help="run the base on some rows for at most a minute, for its own bits"
+    )
     return parser.parse_known_args(arguments)
 
 

@@ -75,10 +75,10 @@ class _FusedExperts(torch.autograd.Function):
         ctx: Any, settings: _Settings, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *sources: Tensor
     ) -> Tensor:
         y, inner = whole(settings.product(x, weights.mT)), uninitialised(x, (len(x), A.shape[1]))
-        rows, factors = (settings.drop(x), inner, y), (A * settings.scale, B)
+        rows, factors = (settings.drop(x), inner, y), ((A * settings.scale).mT, B.mT)
         for dropped, inner_e, y_e, A_e, B_e in _by_expert(settings.counts, rows, factors):
-            torch.mm(dropped, A_e.T, out=inner_e)
-            y_e.addmm_(inner_e, B_e.T)
+            torch.mm(dropped, A_e, out=inner_e)
+            y_e.addmm_(inner_e, B_e)
         ctx.settings = settings
         ctx.save_for_backward(inner, weights, A, B, *sources)
         return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +18,12 @@ from lightning_lora.planning.timing.stopwatch import WARM_UP
 
 SHARE_OF_PRODUCT = 0.5
 """Share of a timed product's FLOP/s that training reaches: 0.42 to 0.65 on one core of a Xeon (docs/plan.md)."""
-AUTO_SECONDS, AUTO_BYTES = 3.0, 2**28
+AUTO_SECONDS, AUTO_BYTES = 2.0, 2**28
 """Batches are timed without being asked for if they take at most so long, and the weights that are read so much."""
 ASKED_SECONDS = 60.0
-"""Most seconds of batches that are timed when they are asked for."""
+"""Seconds of batches that are timed when they are asked for."""
+_MOST_SECONDS = 2 * ASKED_SECONDS
+"""Most seconds, for the fewest batches of one row may take longer."""
 _BATCHES = 6
 
 
@@ -68,12 +71,17 @@ def run_time(
     rows = trial.rows
     while rows > 1 and per_row * rows * (WARM_UP + _BATCHES) > budget:
         rows //= 2
+    least = per_row * rows * (WARM_UP + 2)
     if calibrate is None:
-        least = per_row * rows * (WARM_UP + 2)
         if least > AUTO_SECONDS or step.memory.weights > AUTO_BYTES:
             return replace(told, how=f"{told.how}; --calibrate times some batches")
+    elif least > _MOST_SECONDS:
+        why = f"{WARM_UP + 2} batches of one row would take about {least / 60:,.0f} minutes here"
+        return replace(told, how=f"{told.how}; not timed: {why}")
     elif step.memory.total > devices.memory:
         raise ConfigError(f"calibrate trains some batches, and they do not fit into {devices}.")
+    if calibrate:
+        print(f"training on some batches, for at most {_MOST_SECONDS:.0f} seconds", file=sys.stderr)
     try:
         times = time_steps(trial.module(), trial.data, trial.trainer, rows=rows, batches=_BATCHES, max_seconds=budget)
     except (OSError, LoRAError) as error:  # a model may be planned from its config alone

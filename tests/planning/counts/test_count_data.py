@@ -248,22 +248,3 @@ def test_a_completion_beyond_the_context_is_refused_with_both_numbers(
     path = write("a.jsonl", [chat("a?", "the answer is five. " * 30), chat("a?", "one")])
     with pytest.raises(ConfigError, match=r"max_length=4096 is above the context .* 32 tokens, and 1 of 2 train rows"):
         count_data(data(path, tokenizer))
-
-
-@pytest.mark.slow
-def test_compression_sees_repeated_answers_and_passes_over_repeated_rows(
-    tokenizer: PreTrainedTokenizerFast, write: Write
-) -> None:
-    draw = random.Random(0)
-    different = [chat(f"{number}?", str(draw.random())) for number in range(300)]
-    same = [chat(f"{number}?", "0.123456789012345") for number in range(300)]
-
-    def bits(name: str, rows: list[dict[str, Any]]) -> int:
-        return count_data(data(write(name, rows), tokenizer)).compressed_bits or 0
-
-    whole = bits("different.jsonl", different)
-    assert bits("same.jsonl", same) < 0.1 * whole
-    assert bits("twice.jsonl", [different[0]] * 300 + different) == pytest.approx(whole, rel=0.01)
-    # A digit is 3.3 bits, and cannot be less after compression.
-    digits = sum(len(row["messages"][1]["content"]) - 2 for row in different)
-    assert whole > 3.3 * digits

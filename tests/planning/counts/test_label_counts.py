@@ -100,7 +100,7 @@ def test_the_labels_of_every_kind_of_data_are_counted(kind: str) -> None:
     assert found == ("labels", 8, 8, 8, 0)
     assert counts.bits == pytest.approx(8 * ENTROPY)
     assert counts.num_classes == 3
-    assert counts.longest_row is counts.mean_row is counts.compressed_bits is None
+    assert counts.longest_row is counts.mean_row is None
 
 
 def test_repeated_rows_count_once_and_rows_with_another_label_are_others() -> None:
