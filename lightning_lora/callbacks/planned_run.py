@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_lora.batch.counting import count_items, count_rows, count_supervised
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.errors import ConfigError
+from lightning_lora.lora.reports import count_parameters
 from lightning_lora.sharding.collectives import total_of_ranks
 
 from .progress import peak_bytes
@@ -120,7 +121,7 @@ class PlannedRun(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the measurement of memory."""
         self._events = RunEvents(trainer, "PlannedRun")
-        self._trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        self._trained = count_parameters(pl_module).trainable
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start, self._is_running = self._clock(), True

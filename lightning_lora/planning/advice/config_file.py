@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.planning.reason import Reason
@@ -33,6 +34,15 @@ def write_config(path: str | Path, config: Mapping[str, Any], reasons: Mapping[s
     with atomic_file(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     return path
+
+
+def taken_arguments(kind: type) -> dict[str, Any]:
+    """The arguments that a config may give a class, with their defaults: those that it passes on to its bases too."""
+    parser = ArgumentParser(exit_on_error=False)
+    prefix = "object"
+    parser.add_class_arguments(kind, prefix, fail_untyped=False, sub_configs=True)
+    defaults = parser.get_defaults(skip_validation=True)
+    return {name: value for name, value in vars(defaults.get(prefix, Namespace())).items()}
 
 
 def class_settings(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,14 +51,14 @@ def tinker_rate(model_config: Any) -> float | None:
     return None if power is None else 5e-5 * (2000 / text.hidden_size) ** power
 
 
-def choose_rate(given: float | None, default: float | None, model_config: Any, multiplier: float) -> tuple:
+def choose_rate(given: float | None, default: float | None, model_config: Any, applies: str) -> tuple:
     """The learning rate in full fine-tuning terms, and why.
 
     Args:
         given: The rate that the user has set; None if the class's default stands.
         default: The default of the module's class; None if it has no learning rate.
         model_config: The transformers config of the model, if it has one.
-        multiplier: What adapters multiply the rate by.
+        applies: What trains at which multiple of this rate, in words; empty for full fine-tuning.
 
     Returns:
         The rate or None, and a `Reason`.
@@ -66,16 +66,16 @@ def choose_rate(given: float | None, default: float | None, model_config: Any, m
     law = tinker_rate(model_config)
     if law is not None:
         law = float(f"{law:.2g}")
-    times = f"adapters train at {multiplier:g} times this rate"
+    applies = f"; {applies}" if applies else ""
     if given is not None:
         beside = f"; the Tinker law, fitted at batch 128, says {law:g}" if law is not None else ""
-        return given, Reason(f"learning rate {given:g}", f"yours, {times}{beside}", TML)
+        return given, Reason(f"learning rate {given:g}", f"yours{applies}{beside}", TML)
     if law is not None:
-        why = f"the Tinker law of this family, fitted at batch 128 in runs of 780 steps; {times}"
+        why = f"the Tinker law of this family, fitted at batch 128 in runs of 780 steps{applies}"
         return law, Reason(f"learning rate {law:g}", why, COOKBOOK)
     if default is None:
-        return None, Reason("learning rate: yours", f"the module sets its own; {times}", TML)
-    why = f"the default of the class; no law was fitted to this model: sweep it (a factor of 3 up and down); {times}"
+        return None, Reason("learning rate: yours", f"the module sets its own{applies}", TML)
+    why = f"the default of the class; no law was fitted to this model: sweep it (a factor of 3 up and down){applies}"
     return default, Reason(f"learning rate {default:g}", why, "no source has a rule for this model")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.method import NAMES, Method
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import CapacityRow
@@ -19,6 +21,7 @@ def sentence(
     most: int,
     budget: int,
     change: str | None,
+    is_traced: bool = True,
 ) -> str:
     """Is LoRA enough, and at which rank; or what does not fit, and what would make it fit.
 
@@ -30,16 +33,16 @@ def sentence(
         most: The highest sensible rank.
         budget: Bytes of a device.
         change: The smallest change that would make the method fit.
+        is_traced: Whether the memory of the method is known.
     """
-    if method.rank is None:
-        own = [row for row in rows if row.targets == rows[0].targets and row.rank <= most]
-        room = f"{own[-1].parameters:,} parameters at rank {own[-1].rank}, the highest sensible one" if own else ""
-        if not method.fits:
-            return _nothing_fits(method, budget, change)
-        amount = amount_to_learn(counts, bits)
-        return f"full fine-tuning, which fits: {amount} are more than adapters can surely hold ({room})."
     if not method.fits:
         return _nothing_fits(method, budget, change)
+    unknown = "" if is_traced else " Its memory could not be traced: whether it fits is not known."
+    if method.rank is None:
+        own = [row for row in rows if row.targets == rows[0].targets and row.rank <= most]
+        room = f" ({own[-1].parameters:,} parameters at rank {own[-1].rank}, the highest sensible one)" if own else ""
+        what = "full fine-tuning, which fits" if is_traced else "full fine-tuning"
+        return f"{what}: {amount_to_learn(counts, bits)} are more than adapters can surely hold{room}.{unknown}"
     what = f"{NAMES[method.name]} at rank {method.rank}"
     judged = {
         "inside": f"{what} should be enough: ",
@@ -47,7 +50,7 @@ def sentence(
         "over": f"{what}, though the data is over its capacity: ",
         "cannot tell": f"{what}; cannot tell whether it is enough. ",
     }
-    return judged[method.verdict] + capacity_sentence(rows, counts, method.rank, bits)
+    return judged[method.verdict] + capacity_sentence(rows, counts, method.rank, bits) + unknown
 
 
 def _nothing_fits(method: Method, budget: int, change: str | None) -> str:
@@ -79,6 +82,30 @@ def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
     elif counts.unit == "tokens" and counts.bits is not None:
         notes.append(
             "1 bit a token is assumed, about right for large pretrained models (TML); weak ones need up to 7: --measure"
+        )
+    return tuple(notes)
+
+
+def notes_on_adapters(sizes: AdapterSizes, config: LoRAConfig, rank: int | None) -> tuple[str, ...]:
+    """What a rank does not tell: layers that cannot hold it, and layers with a rank of their own.
+
+    Args:
+        sizes: The sizes of the adapters.
+        config: The settings; the rank that they ask for counts too.
+        rank: The rank of the plan; None for full fine-tuning.
+    """
+    notes = []
+    asked = max(config.rank, rank or 0)
+    if below := sizes.weights_below(asked):
+        whose = "" if asked == rank else " of the config"
+        notes.append(
+            f"rank {asked}{whose} is more than {below:,} of {sizes.num_weights:,} adapted layers can hold; they get "
+            f"their full rank instead (at most {sizes.highest})"
+        )
+    if sizes.num_fixed and rank is not None:
+        notes.append(
+            f"rank_pattern sets the rank of {sizes.num_fixed:,} of {sizes.num_weights:,} adapted layers, at every rank "
+            f"of the table; the rank of this plan is that of the others"
         )
     return tuple(notes)
 
