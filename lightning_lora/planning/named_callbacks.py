@@ -1,4 +1,4 @@
-"""Callbacks among the settings of a Trainer, as objects or as a config names them; and what `LoRA` makes of a module."""
+"""Callbacks among the settings of a Trainer, as objects or as a config names them; what `LoRA` makes of a module."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Plan:
         sentence: The verdict in words.
         settings: ``rank``, ``learning_rate`` (of full fine-tuning), ``batch_size`` (rows of a micro-batch),
             ``accumulate_grad_batches``, ``devices``, ``strategy``, ``precision``, ``rows_per_step`` and ``steps``.
-        memory: Bytes on one device by method; None where a method is not available or could not be traced (`not_traced`).
+        memory: Bytes on one device by method; None where a method is not available, or is in ``not_traced``.
         seconds: Time of all steps; None if it is not known.
         cost: Parameters, operations, disk and time in words.
         topics: Reasons, each with the part of the page it belongs to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -15,7 +16,7 @@ from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.adapter_sizes import refused_ranks
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
-from lightning_lora.planning.advice.fit_config import fit_config
+from lightning_lora.planning.advice.fit_config import can_set_batch, fit_config
 from lightning_lora.planning.advice.method import (
     DEFAULT_RANK,
     Method,
@@ -27,7 +28,7 @@ from lightning_lora.planning.advice.method import (
 from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.advice.rates import PlannedRate, planned_rate
 from lightning_lora.planning.advice.run_tokens import run_tokens
-from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rows, divide
+from lightning_lora.planning.advice.settings import FEW_STEPS, PlannedBatch, alarm, choose_rows, divide, per_step
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import notes_on_adapters, notes_on_data, sentence
 from lightning_lora.planning.bad_input import check_target
@@ -114,6 +115,8 @@ class PlanParts:
         change = None if method.fits else self._change(traces, method)
         is_traced = method.name not in traces.failed
         judged = sentence(method, self.counts, rows, self.bits, most, self.devices.memory, change, is_traced)
+        if few is not None and batch.steps < FEW_STEPS and method.fits:
+            judged += f" But {batch.steps:,} optimizer step{'s are' if batch.steps > 1 else ' is'} too few to learn it."
         sure = SURE if cost.peak is not None else SURE_WITHOUT_MEMORY
         return Plan(
             model=f"{_name(self.given)}, {cost.parameters.total:,} parameters; {self.devices}",
@@ -213,18 +216,18 @@ class PlanParts:
                     f"batches of {own} rows are more than the {divided.micro_batch} that a device has in a step of "
                     f"{target}: make the loader with batch_size={divided.micro_batch}."
                 )
-            return divided.rows, Reason(f"{target} rows per step", "yours", "target_batch_size")
+            return divided.rows, Reason(per_step(target), "yours", "target_batch_size")
         rows, reason = choose_rows(self.epoch, length, count)
         if self._can_set:
             return rows, reason
         whole = own * count * max(1, round(rows / (own * count)))
         why = f"batches of {own} rows, as the loader makes them, {whole // own} of them; {reason.why} says {rows}"
-        return whole, reason if whole == rows else Reason(f"{whole} rows per step", why, reason.source)
+        return whole, reason if whole == rows else Reason(per_step(whole), why, reason.source)
 
-    @property
+    @cached_property
     def _can_set(self) -> bool:
-        """Whether the rows of a batch are a setting of the data module."""
-        return isinstance(getattr(self.data, "batch_size", None), int)
+        """Whether the rows of a batch can be chosen."""
+        return can_set_batch(self.data)
 
     @property
     def _own_batch(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 
 from lightning_lora.callbacks import LoRA, PlannedRun, TargetBatchSize
 from lightning_lora.lora.config import LoRAConfig
@@ -48,7 +49,7 @@ def fit_config(
     Returns:
         The settings, or None if the arguments of an object are not known, or no config can set what was planned.
     """
-    if why_none := _set_in_class(module, method, lora) or _batch_in_class(data, settings["batch_size"]):
+    if why_none := _set_in_class(module, method, lora):
         return None, {}, why_none
     parts = config or objects_as_config(module, data)
     if parts is None or not all(isinstance(each, Mapping) for each in as_list(trainer.get("callbacks"))):
@@ -90,9 +91,10 @@ def _callbacks(
         chosen = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
         first = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
         others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
-        reasons["trainer.callbacks.0"] = why["method"][0]
-        # First, as one that averages weights must come after it.
-        kept.insert(0, {"class_path": first["class_path"], "init_args": others | {"config": chosen}})
+        # One that averages weights must come after it.
+        place = next((n for n, each in enumerate(kept) if is_named(each, WeightAveraging)), len(kept))
+        reasons[f"trainer.callbacks.{place}"] = why["method"][0]
+        kept.insert(place, {"class_path": first["class_path"], "init_args": others | {"config": chosen}})
     if planned is not None:
         what = "fit prints these beside what it measured; steps, tokens and parameters are exact, memory is traced"
         reasons[f"trainer.callbacks.{len(kept)}"] = Reason("planned", what, "this plan")
@@ -112,17 +114,6 @@ def _set_in_class(module: LightningModule, method: Method, lora: LoRAConfig) -> 
     return (
         f"{type(module).__name__} sets its LoRA settings itself, and its constructor takes none: for this plan write "
         f"lora = {written} there, and plan again for a config"
-    )
-
-
-def _batch_in_class(data: LightningDataModule, rows: int) -> str | None:
-    """Why no config can give the data module the planned rows of a batch; None if one can, or it has them."""
-    own = getattr(data, "batch_size", None)
-    if not isinstance(own, int) or own == rows or "batch_size" in taken_arguments(type(data)):
-        return None
-    return (
-        f"{type(data).__name__} sets its batch_size itself, and its constructor takes none: for this plan write "
-        f"batch_size = {rows} there, and plan again for a config"
     )
 
 
@@ -165,12 +156,17 @@ def _data(
     reasons: dict[str, Reason],
     why: Sequence[Reason],
 ) -> Settings:
-    if isinstance(getattr(data, "batch_size", None), int) and "batch_size" in taken_arguments(type(data)):
+    if can_set_batch(data):
         _arguments(settings)["batch_size"] = planned["batch_size"]
-        told = f"{planned['batch_size']} rows of a micro-batch"
+        told = f"{planned['batch_size']} row{'' if planned['batch_size'] == 1 else 's'} of a micro-batch"
         reason = Reason(told, "the most that fit and divide the rows of a step", "traced")
         reasons["data.init_args.batch_size" if "class_path" in settings else "data.batch_size"] = reason
     return settings
+
+
+def can_set_batch(data: LightningDataModule) -> bool:
+    """Whether the rows of a batch are a setting of the data module, which a config can give it."""
+    return isinstance(getattr(data, "batch_size", None), int) and "batch_size" in taken_arguments(type(data))
 
 
 def _trainer(
@@ -188,7 +184,7 @@ def _trainer(
     nodes = int(made.get("num_nodes") or 1)
     made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"] // nodes}
     made |= {"precision": planned["precision"], "strategy": strategy_setting(method.strategy)}
-    rows = next((reason for reason in why["settings"] if "rows per step" in reason.value), why["settings"][-1])
+    rows = next((reason for reason in why["settings"] if "per step" in reason.value), why["settings"][-1])
     reasons["trainer.accumulate_grad_batches"] = rows
     number = f"{planned['devices']} device{'' if planned['devices'] == 1 else 's'}"
     where = Reason(number, "those that were named, or are here", "this plan")

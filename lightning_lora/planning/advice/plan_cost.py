@@ -173,6 +173,8 @@ _UNKNOWN = "time is not known for this device: --device NAME, or --peak-tflops a
 
 def _told(time: RunSeconds) -> str:
     validation = f", {_duration(time.validation)} of it validation" if time.validation else ""
+    if time.high < 1:
+        return f"under 1 second ({time.source}){validation}, without loading and checkpoints"
     between = f"{_duration(time.low)} to {_duration(time.high)}"
     return f"about {_duration(time.total)} ({between}; {time.source}){validation}, without loading and checkpoints"
 
@@ -181,4 +183,6 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    if seconds < 1:
+        return "under 1 second"
+    return f"{seconds:.0f} second{'' if round(seconds) == 1 else 's'}"

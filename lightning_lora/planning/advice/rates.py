@@ -140,7 +140,7 @@ def _by_its_optimizers(
     why = f"the module's own optimizer; it gives {' and '.join(told)}"
     if adapters and min(adapters) == value:
         why += "; a rate meant for full fine-tuning is about ten times too low for adapters"
-    return PlannedRate(value, multiplier, Reason("learning rate: yours", why, TML))
+    return PlannedRate(value, multiplier, Reason("learning rate", why, TML))
 
 
 def _listed(rates: Iterable[float]) -> str:

@@ -14,6 +14,8 @@ FEW_STEPS, ENOUGH_STEPS = 100, 1000
 """Below the first number of optimizer steps a run is starved, whatever its settings; the second is better."""
 LEAST_ROWS, MOST_ROWS = 8, 128
 """Bounds of the recommended rows per optimizer step."""
+ALARM = "WARNING"
+"""How a reason begins that a page never leaves out."""
 TML = "Schulman et al., LoRA Without Regret, 2025"
 COOKBOOK = "tinker-cookbook, hyperparam_utils.py"
 _EXPONENTS = {"llama": 0.781, "qwen3": 0.0775, "qwen3_moe": 0.0775}
@@ -74,7 +76,7 @@ def choose_rate(given: float | None, default: float | None, model_config: Any, a
         why = f"the Tinker law of this family, fitted at batch 128 in runs of 780 steps{applies}"
         return law, Reason(f"learning rate {law:g}", why, COOKBOOK)
     if default is None:
-        return None, Reason("learning rate: yours", f"the module sets its own{applies}", TML)
+        return None, Reason("learning rate", f"the module sets its own{applies}", TML)
     why = f"the default of the class; no law was fitted to this model: sweep it (a factor of 3 up and down){applies}"
     return default, Reason(f"learning rate {default:g}", why, "no source has a rule for this model")
 
@@ -102,7 +104,12 @@ def choose_rows(epoch: Epoch, length: RunLength, devices: int) -> tuple[int, Rea
     if rows < full:
         why += f", lowered from {full} for more than {FEW_STEPS} steps"
     source = "exponent from pre-training (arXiv 2505.13738); LoRA tolerates large batches less (TML); sources disagree"
-    return rows, Reason(f"{rows} rows per step", why, source)
+    return rows, Reason(per_step(rows), why, source)
+
+
+def per_step(rows: int) -> str:
+    """Rows of an optimizer step in words."""
+    return f"{rows} row{'' if rows == 1 else 's'} per step"
 
 
 def divide(rows: int, devices: int, largest: int, epoch: Epoch, length: RunLength) -> PlannedBatch:
@@ -121,8 +128,8 @@ def alarm(steps: int, multiplier: float) -> Reason | None:
     if steps >= FEW_STEPS:
         return Reason(f"{steps:,} steps", f"enough to train; {ENOUGH_STEPS:,} are better: more epochs or rows", source)
     why = (
-        f"WARNING step-starved: fewer than {FEW_STEPS} steps cost more than any other setting. More epochs, more rows "
+        f"{ALARM} step-starved: fewer than {FEW_STEPS} steps cost more than any other setting. More epochs, more rows "
         f"or fewer rows per step help; a multiplier of {multiplier * 1.5:g} in place of {multiplier:g} for runs this "
         "short is anecdotal and not applied"
     )
-    return Reason(f"{steps:,} steps", why, source)
+    return Reason(f"{steps:,} step{'' if steps == 1 else 's'}", why, source)

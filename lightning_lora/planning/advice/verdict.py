@@ -44,6 +44,8 @@ def sentence(
         what = "full fine-tuning, which fits" if is_traced else "full fine-tuning"
         return f"{what}: {amount_to_learn(counts, bits)} are more than adapters can surely hold{room}.{unknown}"
     what = f"{NAMES[method.name]} at rank {method.rank}"
+    if is_one_row(counts):
+        what = f"all {counts.rows:,} rows are the same row, so there is one row to learn; {what}"
     judged = {
         "inside": f"{what} should be enough: ",
         "tight": f"{what} is tight: ",
@@ -51,6 +53,11 @@ def sentence(
         "cannot tell": f"{what}; cannot tell whether it is enough. ",
     }
     return judged[method.verdict] + capacity_sentence(rows, counts, method.rank, bits) + unknown
+
+
+def is_one_row(counts: DataCounts) -> bool:
+    """Whether all rows repeat the first."""
+    return counts.rows is not None and counts.rows > 1 and counts.duplicate_rows == counts.rows - 1
 
 
 def _nothing_fits(method: Method, budget: int, change: str | None) -> str:
@@ -65,11 +72,13 @@ def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
     """What else the counts say: repeated rows, and the bits of the base model or that they are assumed."""
     notes = []
     duplicates = counts.duplicate_rows or 0
-    if counts.rows and duplicates == counts.rows - 1 and counts.rows > 1:
-        notes.append(f"all {counts.rows:,} rows are the same row: there is one row to learn")
-    elif counts.rows and duplicates >= 0.1 * counts.rows:
+    if counts.rows and duplicates >= 0.1 * counts.rows and not is_one_row(counts):
         share = duplicates / counts.rows
         notes.append(f"{share:.0%} of the rows repeat others; they count once for capacity, each time for steps")
+    if counts.truncated_rows:
+        notes.append(f"{_rows(counts.truncated_rows)} cut at max_length: what comes after it is not learned")
+    if counts.unsupervised_rows:
+        notes.append(f"{_rows(counts.unsupervised_rows)} left out: nothing in them is trained on")
     if counts.rows and counts.counted_rows and counts.counted_rows < counts.rows:
         notes.append(f"{counts.counted_rows:,} of {counts.rows:,} rows were read; counts are scaled up from these")
     if bits is not None:
@@ -108,6 +117,10 @@ def notes_on_adapters(sizes: AdapterSizes, config: LoRAConfig, rank: int | None)
             f"of the table; the rank of this plan is that of the others"
         )
     return tuple(notes)
+
+
+def _rows(count: int) -> str:
+    return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
 def _size(size: int) -> str:
