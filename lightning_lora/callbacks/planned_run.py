@@ -232,6 +232,8 @@ class PlannedRun(Callback):
             return peak, "allocated by torch on the GPU"
         if module.device.type != "cpu" or peak is None or self._resident is None or peak == self._peak_before:
             return None, "not measured here, or hidden by an earlier peak of the process"
+        if peak <= self._resident:  # the system counts the two apart, to within some pages
+            return None, "not measured here, or hidden by an earlier peak of the process"
         return peak - self._resident, "growth of the process's resident memory"
 
 

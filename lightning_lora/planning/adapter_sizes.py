@@ -80,11 +80,6 @@ class AdapterSizes:
         return sum(count for size, count in self.weights.items() if size.fixed)
 
     @property
-    def highest(self) -> int:
-        """The rank from which all weights without a rank of their own are at their full rank; 0 if there are none."""
-        return max((size.full_rank * size.divisor for size in self.weights if not size.fixed), default=0)
-
-    @property
     def narrowest(self) -> int:
         """The smaller dimension of the smallest adapted weight."""
         return min(size.full_rank for size in self.weights)

@@ -198,7 +198,7 @@ class PlanParts:
         """What ``fit`` prints beside what it measured."""
         planned = {
             "steps": batch.steps,
-            **run_tokens(self.ready, self.counts, self.epoch, length, batch),
+            **run_tokens(self.ready, self.counts, self.epoch, length, batch, self.batch(1)),
             "trained_parameters": cost.parameters.trained,
             "peak_bytes": cost.peak,
             "seconds": None if cost.seconds is None else float(f"{cost.seconds:.3g}"),

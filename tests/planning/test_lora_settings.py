@@ -50,8 +50,11 @@ class Headed(toys.Plain):
 
 
 def planned(module: LightningModule, callbacks: Any = None, **options: Any) -> Plan:
+    """A plan of objects whose classes a config names."""
+    classes = {"model": type(module), "data": Data}
+    config = {name: {"class_path": f"{each.__module__}.{each.__qualname__}"} for name, each in classes.items()}
     trainer = {} if callbacks is None else {"trainer": {"callbacks": callbacks}}
-    return ll.plan(module, Data(), calibrate=False, **trainer, **options)
+    return ll.plan(module, Data(), calibrate=False, config=config, **trainer, **options)
 
 
 def fitted(made: Plan, module: LightningModule, folder: Path) -> tuple[LightningModule, PlannedRun]:

@@ -55,7 +55,7 @@ class Mixed(LoRAMixin, Mine):
 
 
 class Fixed(Mixed):
-    lora = LoRAConfig(rank=2)
+    lora = LoRAConfig(rank=3)
 
     def __init__(self, width: int = 8):
         super().__init__(width=width)
@@ -92,10 +92,8 @@ class Texts(LightningDataModule):
         self.rows, self.batch_size = rows, batch_size
 
     def train_dataloader(self):
-        rows = [
-            {"input_ids": torch.arange(6), "attention_mask": torch.ones(6, dtype=torch.long), "labels": torch.tensor(n % 2)}
-            for n in range(self.rows)
-        ]
+        words = {"input_ids": torch.arange(6), "attention_mask": torch.ones(6, dtype=torch.long)}
+        rows = [words | {"labels": torch.tensor(number % 2)} for number in range(self.rows)]
         return DataLoader(rows, batch_size=self.batch_size)
 """
 
@@ -155,7 +153,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "model": {"class_path": "mine.Mixed", "init_args": {"lora": {"rank": 2}}},
         "data": {"class_path": "mine.Rows"},
         "trainer": {
-            "callbacks": [{"class_path": "lightning_lora.callbacks.TargetBatchSize", "init_args": {"rows": 6}}]
+            "callbacks": [{"class_path": "lightning_lora.callbacks.TargetBatchSize", "init_args": {"rows": 8}}]
         },
     },
 }
@@ -202,7 +200,8 @@ def test_a_stream_needs_a_number_of_steps(folder: Path, capsys: pytest.CaptureFi
 def test_a_name_that_is_nowhere_is_one_error(
     names: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main(["plan", *names]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -104,12 +104,12 @@ def notes_on_adapters(sizes: AdapterSizes, config: LoRAConfig, rank: int | None)
         rank: The rank of the plan; None for full fine-tuning.
     """
     notes = []
-    asked = max(config.rank, rank or 0)
+    asked = max(config.rank if config.rank != LoRAConfig.rank else 0, rank or 0)
     if below := sizes.weights_below(asked):
         whose = "" if asked == rank else " of the config"
         notes.append(
             f"rank {asked}{whose} is more than {below:,} of {sizes.num_weights:,} adapted layers can hold; they get "
-            f"their full rank instead (at most {sizes.highest})"
+            f"their full rank instead"
         )
     if sizes.num_fixed and rank is not None:
         notes.append(
