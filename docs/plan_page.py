@@ -2,7 +2,7 @@
 
     python -m docs.plan_page ROWS.jsonl
 
-Without rows, the 512 of GSM8K inside the package are planned. Writes between the two marks in docs/plan.md.
+Without rows, the 640 of GSM8K inside the package are planned. Writes between the two marks in docs/plan.md.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BEGIN, END = "<!-- printed by python -m docs.plan_page -->\n", "<!-- end of the 
 def printed(rows: str | Path = TRAIN) -> str:
     """The page that ``lightning-lora plan`` prints."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "lightning_lora", "plan", str(MODEL), str(rows)]
+        command = [sys.executable, "-m", "lightning_lora", "plan", MODEL.name, str(Path(rows).absolute())]
+        # Beside the model, so that the page names it as anybody would.
         done = subprocess.run(
-            [*command, "--json", f"{folder}/plan.json"], check=True, stdout=subprocess.PIPE, text=True
+            [*command, "--json", f"{folder}/plan.json"], cwd=MODEL.parent, check=True, stdout=subprocess.PIPE, text=True
         )
-    page = done.stdout.partition("written: ")[0]
-    return page.replace(str(MODEL), MODEL.name)
+    return done.stdout.partition("written: ")[0]
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from lightning_lora.planning.advice.method import (
 from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.advice.rates import PlannedRate, planned_rate
 from lightning_lora.planning.advice.run_tokens import run_tokens
-from lightning_lora.planning.advice.settings import FEW_STEPS, PlannedBatch, alarm, choose_rows, divide, per_step
+from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rows, divide, per_step
 from lightning_lora.planning.advice.traced_methods import TracedMethods
-from lightning_lora.planning.advice.verdict import notes_on_adapters, notes_on_data, sentence
+from lightning_lora.planning.advice.verdict import beside, notes_on_adapters, notes_on_data, sentence
 from lightning_lora.planning.bad_input import check_target
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import CapacityRow, capacity_rows, highest_rank, needed_rank, target_sizes
@@ -115,8 +115,8 @@ class PlanParts:
         change = None if method.fits else self._change(traces, method)
         is_traced = method.name not in traces.failed
         judged = sentence(method, self.counts, rows, self.bits, most, self.devices.memory, change, is_traced)
-        if few is not None and batch.steps < FEW_STEPS and method.fits:
-            judged += f" But {batch.steps:,} optimizer step{'s are' if batch.steps > 1 else ' is'} too few to learn it."
+        if method.fits:
+            judged += beside(rows, self.lora.rank, method, batch.steps)
         sure = SURE if cost.peak is not None else SURE_WITHOUT_MEMORY
         return Plan(
             model=f"{_name(self.given)}, {cost.parameters.total:,} parameters; {self.devices}",

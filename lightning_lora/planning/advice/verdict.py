@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.method import NAMES, Method
+from lightning_lora.planning.advice.settings import FEW_STEPS
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import CapacityRow
 from lightning_lora.planning.capacity_sentence import amount_to_learn, capacity_sentence
@@ -53,6 +54,25 @@ def sentence(
         "cannot tell": f"{what}; cannot tell whether it is enough. ",
     }
     return judged[method.verdict] + capacity_sentence(rows, counts, method.rank, bits) + unknown
+
+
+def beside(rows: Sequence[CapacityRow], asked: int, method: Method, steps: int) -> str:
+    """What a verdict leaves out: the rank that the config asks for, if it is another one, and steps that are too few.
+
+    Args:
+        rows: The capacity table.
+        asked: The rank of the config; the default is no wish.
+        method: The recommended method.
+        steps: Optimizer steps of the run.
+    """
+    words = {"inside": "would do too", "tight": "would be tight", "over": "is over its capacity"}
+    own = {row.rank: row for row in rows if row.targets == rows[0].targets}
+    said = ""
+    if asked not in (LoRAConfig.rank, method.rank) and asked in own and own[asked].verdict in words:
+        said += f" Rank {asked}, which the config has, {words[own[asked].verdict]}."
+    if steps < FEW_STEPS:
+        said += f" But {steps:,} optimizer step{' is' if steps == 1 else 's are'} too few to learn it."
+    return said
 
 
 def is_one_row(counts: DataCounts) -> bool:
