@@ -131,9 +131,9 @@ class PlanParts:
             cost=cost.words,
             topics=tuple(topics),
             notes=(
-                *notes_on_data(self.counts, self.bits),
-                *notes_on_adapters(adapters, self.lora, method.rank),
                 *([] if why_none is None else [why_none]),
+                *notes_on_adapters(adapters, self.lora, method.rank),
+                *notes_on_data(self.counts, self.bits),
             ),
             budget=self.devices.memory,
             targets=rows[0].targets,
@@ -221,7 +221,8 @@ class PlanParts:
         if self._can_set:
             return rows, reason
         whole = own * count * max(1, round(rows / (own * count)))
-        why = f"batches of {own} rows, as the loader makes them, {whole // own} of them; {reason.why} says {rows}"
+        times = f", {whole // own} of them" if whole > own else ""
+        why = f"batches of {own} as the loader makes them{times}; {reason.why}, would be {rows}"
         return whole, reason if whole == rows else Reason(per_step(whole), why, reason.source)
 
     @cached_property

@@ -88,7 +88,7 @@ def _callbacks(
     replaced = LoRA, PlannedRun, TargetBatchSize
     kept = [each for each in as_list(given) if not any(is_named(each, kind) for kind in replaced)]
     if not isinstance(module, LoRAMixin) and method.rank is not None:
-        chosen = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
+        chosen = changed_settings(lora) | {"rank": method.rank}
         first = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
         others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
         # One that averages weights must come after it.
@@ -123,7 +123,8 @@ def _arguments_in_words(lora: LoRAConfig) -> str:
 
 def changed_settings(lora: LoRAConfig) -> Settings:
     """The settings that differ from the defaults."""
-    return plain(without_defaults(LoRAConfig, vars(lora)))
+    default = vars(LoRAConfig())
+    return plain({name: value for name, value in vars(lora).items() if value != default[name]})
 
 
 def _model(

@@ -61,8 +61,8 @@ class PlanCost:
         if self.flops is not None:
             told.append(f"{self.flops.ratio:.0%} of the operations of full fine-tuning")
         if self.disk is not None:
-            told += [f"adapter {self.disk.adapter / 2**20:,.1f} MiB"] if self.disk.adapter else []
-            told.append(f"checkpoint {self.disk.checkpoint / 2**20:,.1f} MiB")
+            told += [f"adapter {_file_size(self.disk.adapter)}"] if self.disk.adapter else []
+            told.append(f"checkpoint {_file_size(self.disk.checkpoint)}")
         return ", ".join([*told, "time unknown" if self.time is None else _told(self.time)])
 
     @property
@@ -176,7 +176,12 @@ def _told(time: RunSeconds) -> str:
     if time.high < 1:
         return f"under 1 second ({time.source}){validation}, without loading and checkpoints"
     between = f"{_duration(time.low)} to {_duration(time.high)}"
-    return f"about {_duration(time.total)} ({between}; {time.source}){validation}, without loading and checkpoints"
+    about = "about " if time.total >= 1 else ""
+    return f"{about}{_duration(time.total)} ({between}; {time.source}){validation}, without loading and checkpoints"
+
+
+def _file_size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
 
 
 def _duration(seconds: float) -> str:
