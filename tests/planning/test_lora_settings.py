@@ -218,17 +218,26 @@ class Opaque(toys.Plain):
         return loss if bool(torch.from_numpy(loss.detach().numpy()) > 0) else loss * 2
 
 
-@pytest.mark.parametrize("module", [Opaque()])
-def test_a_step_that_cannot_be_traced_is_planned_without_memory(module: LightningModule, tmp_path: Path) -> None:
-    made = planned(module, LoRA({"rank": 2}))
+class Unbuilt(toys.Plain):
+    """Asks for values while it is built."""
+
+    @override
+    def configure_model(self) -> None:
+        self.mean = float(self.net.first.weight.detach().numpy().mean())
+
+
+@pytest.mark.parametrize("kind", [Opaque, Unbuilt])
+def test_a_step_that_cannot_be_traced_is_planned_without_memory(kind: type[LightningModule], tmp_path: Path) -> None:
+    made = planned(kind(), LoRA({"rank": 2}))
     text = " ".join(str(made).split())
-    assert "memory lora, full not traced, because a training step of Opaque cannot be traced" in text
+    assert "not traced, because " in text
+    assert f"of {kind.__name__} cannot be traced" in text
     assert "whether it fits is not known" in made.sentence
     assert made.fits
     assert made.memory == {"lora": None, "qlora": None, "full": None}
     assert set(made.not_traced) == set(made.to_dict()["not_traced"]) == {"lora", "full"}
     assert max(map(len, str(made).splitlines())) <= 80
-    _, run = fitted(made, Opaque(), tmp_path)
+    _, run = fitted(made, kind(), tmp_path)
     assert {each: run.measured[each] for each in ("steps", "tokens", "trained_parameters")} == {
         each: run.planned[each] for each in ("steps", "tokens", "trained_parameters")
     }

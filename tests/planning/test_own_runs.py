@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*parameters outside of lora_root"),
     pytest.mark.filterwarnings("ignore:.*cannot be reached"),
     # jsonargparse cannot write the default of an argument of `LoRAMixin` that was not given.
-    pytest.mark.filterwarnings("ignore:(?s:.*)Unable to serialize instance"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*Unable to serialize instance"),
 ]
 
 MINE = """

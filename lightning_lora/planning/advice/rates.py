@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -75,7 +75,9 @@ def planned_rate(
         applies = "" if method.rank is None else applied_rates(lora, trained)
         return _chosen(float(f"{base:.6g}"), None, module, lora, applies)
     if not groups:
-        return _chosen(rate, None, module, lora, "the module decides what trains at which rate")
+        return replace(
+            _chosen(rate, None, module, lora, "the module decides what trains at which rate"), multiplier=1.0
+        )
     return _by_its_optimizers(traces, method, groups, rate)
 
 
@@ -83,7 +85,7 @@ def _chosen(
     given: float | None, default: float | None, module: LightningModule, lora: LoRAConfig, applies: str
 ) -> PlannedRate:
     value, reason = choose_rate(given, default, getattr(module, "model_config", None), applies)
-    return PlannedRate(value, lora.lr_multiplier, reason)
+    return PlannedRate(value, lora.lr_multiplier if applies else 1.0, reason)
 
 
 def applied_rates(lora: LoRAConfig, trained: int) -> str:
