@@ -67,24 +67,32 @@ class LoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the mixin in front of the module's class before ``configure_model`` runs."""
         self._refuse_another(trainer)
-        if isinstance(pl_module, LoRAMixin):
-            self._meet_again(pl_module)
-            return
+        is_new, name = not isinstance(pl_module, LoRAMixin), type(pl_module).__name__
         first = found(trainer, LoRA, WeightAveraging)
-        if isinstance(first, WeightAveraging):
-            name = type(first).__name__
-            raise ConfigError(f"{name} copies the module before it has adapters: put LoRA before {name}.")
-        name = type(pl_module).__name__
-        module = mix_in(pl_module, LoRAMixin)
-        module.__dict__[_BY_CALLBACK] = True
-        module.lora, module.lora_root = self.config, self.root
-        module.lora_allow_other_base = self.allow_other_base
-        if stage == "fit":
+        if is_new and isinstance(first, WeightAveraging):
+            averaging = type(first).__name__
+            raise ConfigError(f"{averaging} copies the module before it has adapters: put LoRA before {averaging}.")
+        self.give_settings(pl_module)
+        if is_new and stage == "fit":
             rank_zero_info(
                 f"lora: checkpoints of this run hold adapters, not a whole {name}: read them by a Trainer with this "
                 f"callback (ckpt_path=...), or by `class Adapted(LoRAMixin, {name}): lora = LoRAConfig(...)` and "
                 f"Adapted.load_from_checkpoint. {name}.load_from_checkpoint would miss all other weights."
             )
+
+    def give_settings(self, module: LightningModule) -> None:
+        """Put the mixin in front of the class of ``module``, with the settings of this callback.
+
+        Raises:
+            ConfigError: If the module is a LoRAMixin with other settings, or adapted with others already.
+        """
+        if isinstance(module, LoRAMixin):
+            self._meet_again(module)
+            return
+        mixed = mix_in(module, LoRAMixin)
+        mixed.__dict__[_BY_CALLBACK] = True
+        mixed.lora, mixed.lora_root = self.config, self.root
+        mixed.lora_allow_other_base = self.allow_other_base
 
     def _meet_again(self, module: LoRAMixin) -> None:
         """Set the settings of a module that a callback has given the mixin; any other must have the same."""

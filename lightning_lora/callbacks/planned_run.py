@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_lora.batch.counting import count_items, count_rows, count_supervised
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.errors import ConfigError
+from lightning_lora.lora.reports import count_parameters
 from lightning_lora.sharding.collectives import total_of_ranks
 
 from .progress import peak_bytes
@@ -120,7 +121,7 @@ class PlannedRun(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the measurement of memory."""
         self._events = RunEvents(trainer, "PlannedRun")
-        self._trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        self._trained = count_parameters(pl_module).trainable
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start, self._is_running = self._clock(), True
@@ -230,6 +231,8 @@ class PlannedRun(Callback):
         if module.device.type == "cuda":
             return peak, "allocated by torch on the GPU"
         if module.device.type != "cpu" or peak is None or self._resident is None or peak == self._peak_before:
+            return None, "not measured here, or hidden by an earlier peak of the process"
+        if peak <= self._resident:  # the system counts the two apart, to within some pages
             return None, "not measured here, or hidden by an earlier peak of the process"
         return peak - self._resident, "growth of the process's resident memory"
 

@@ -69,6 +69,7 @@ class LoRAConfig:
             the norm of each row of that sum. ``m`` starts as the norms of ``W``. For linear layers, convolutions and
             embeddings. A step costs more, and the benefit is disputed (docs/dora.md).
         init_batches: Training batches, on each device, that ``init="gradient"`` measures the gradient on, at least 1.
+            With any other init it is not used, and that is warned of.
 
     Raises:
         ConfigError: If a value has the wrong type or lies outside its range.
@@ -125,6 +126,13 @@ class LoRAConfig:
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if self.init_batches != LoRAConfig.init_batches and self.init != "gradient":
+            # From the dataclass's own __init__, so that copies of these settings do not warn again.
+            warnings.warn(
+                f"init_batches={self.init_batches} is not used: init={self.init!r} measures no gradient. Set init to "
+                f"'gradient', or leave init_batches out.",
+                stacklevel=2,
+            )
         if self.dora and self.init in ("pissa", "gradient"):
             raise ConfigError(
                 f"dora=True starts at the norms of the base weights, and init={self.init!r} takes a part out of them: "

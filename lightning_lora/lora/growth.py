@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
+from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.merging import check_not_merged
@@ -111,7 +112,7 @@ def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
 def _drawn_by_parts(spec: AdapterSpec) -> AdapterSpec:
     """``spec`` with first values of which one factor is zero; others, as orthogonal ones, belong to a whole pair."""
     init = spec.config.init if spec.config.init in ("default", "gaussian") else "default"
-    return replace(spec, start=0, config=replace(spec.config, init=init))
+    return replace(spec, start=0, config=replace(spec.config, init=init, init_batches=LoRAConfig.init_batches))
 
 
 def _leading(wide: Tensor, narrow: Tensor) -> Tensor:

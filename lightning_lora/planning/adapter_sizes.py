@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.base import AdapterSpec
 from lightning_lora.lora.layers.quantised_weights import num_elements
@@ -43,6 +44,10 @@ class WeightSize(NamedTuple):
         """Adapter parameters of the weight if the settings say ``rank``."""
         return self.magnitudes + self.per_rank * (self.fixed or min(self.full_rank, max(1, rank // self.divisor)))
 
+    def is_below(self, rank: int) -> bool:
+        """Whether the weight cannot hold what the settings ask for if they say ``rank``."""
+        return not self.fixed and rank // self.divisor > self.full_rank
+
 
 @dataclass(frozen=True)
 class AdapterSizes:
@@ -59,6 +64,20 @@ class AdapterSizes:
     def parameters(self, rank: int) -> int:
         """Trained parameters at a rank: adapters and modules trained in full."""
         return self.trained + sum(count * size.parameters(rank) for size, count in self.weights.items())
+
+    def weights_below(self, rank: int) -> int:
+        """The number of weights that cannot hold a rank, and get their full rank instead."""
+        return sum(count for size, count in self.weights.items() if size.is_below(rank))
+
+    @property
+    def num_weights(self) -> int:
+        """The number of adapted weights."""
+        return sum(self.weights.values())
+
+    @property
+    def num_fixed(self) -> int:
+        """The number of weights whose rank ``rank_pattern`` sets."""
+        return sum(count for size, count in self.weights.items() if size.fixed)
 
     @property
     def narrowest(self) -> int:
@@ -85,6 +104,24 @@ def adapter_sizes(module: nn.Module, config: LoRAConfig) -> AdapterSizes:
         sizes = Counter(_size(root, weight, config) for weight in targets.weights.values())
     trained = [parameter for part in targets.trainable.values() for parameter in part.parameters()]
     return AdapterSizes(sizes, _num_elements([*trained, *opened]))
+
+
+def refused_ranks(module: nn.Module, config: LoRAConfig, ranks: Iterable[int]) -> set[int]:
+    """Those of ``ranks`` that `config` refuses for a module: orthogonal factors need an even rank in each layer."""
+    if config.init != "orthogonal":
+        return set()
+    root, config, _ = _root(module, config)
+    return {rank for rank in ranks if not _is_possible(root, replace(config, rank=rank))}
+
+
+def _is_possible(root: nn.Module, config: LoRAConfig) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resolve_targets(root, config)
+    except ConfigError:
+        return False
+    return True
 
 
 def _root(module: nn.Module, config: LoRAConfig) -> tuple[nn.Module, LoRAConfig, list[nn.Parameter]]:

@@ -26,6 +26,17 @@ def check_objects(model: Any, datamodule: Any) -> None:
         raise ConfigError(f"{type(datamodule).__name__} has no train_dataloader(): there is no training to plan.")
 
 
+def check_trainer(trainer: Any, config: Any) -> None:
+    """Refuse settings that are no mappings."""
+    for name, value in (("trainer", trainer), ("config", config)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{name} must be a mapping of settings, such as {{'max_epochs': 3}}, got {type(value).__name__}."
+                if name == "trainer"
+                else f"config must be a mapping with model, data and trainer, got {type(value).__name__}."
+            )
+
+
 def check_target(rows: Any, trainer: Mapping[str, Any]) -> None:
     """Refuse rows of a step that are no number of rows, or that contradict the accumulation."""
     TargetBatchSize(rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_lora.errors import TargetNotFoundError
+from lightning_lora.errors import ConfigError, TargetNotFoundError
 from lightning_lora.lora.config import LoRAConfig
 
 from .adapter_sizes import AdapterSizes, adapter_sizes, with_targets
@@ -98,8 +98,8 @@ def target_sizes(module: nn.Module, config: LoRAConfig) -> dict[str, AdapterSize
             continue
         try:
             found[targets] = adapter_sizes(module, with_targets(config, targets))
-        except TargetNotFoundError:
-            continue  # the module has no such layers
+        except (TargetNotFoundError, ConfigError):
+            continue  # the module has no such layers, or they cannot start or share weights as these settings ask
     return found
 
 

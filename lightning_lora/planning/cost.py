@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_lora.lora.reports import count_parameters
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.devices import EFFICIENCY, Device
 from lightning_lora.planning.timing.shapes import Shape, Validation, Work
@@ -86,7 +87,7 @@ class Parameters:
     """Numbers of parameters; those of 4-bit weights count as what they stand for.
 
     Args:
-        trained: Parameters that are trained.
+        trained: Parameters that are trained. Of factors that keep their start (PiSSA, gradient), the half that learns.
         total: All parameters.
     """
 
@@ -96,8 +97,8 @@ class Parameters:
     @classmethod
     def of(cls, module: nn.Module) -> Parameters:
         """The parameters of a module, which may be built without memory. Shared parameters count once."""
-        sizes = [(_size(parameter), parameter.requires_grad) for parameter in module.parameters()]
-        return cls(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
+        counted = count_parameters(module)
+        return cls(counted.trainable, counted.total)
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,3 @@ def compute_dtype(precision: object) -> str:
     if name.startswith("64"):
         return "float64"
     return "float16" if name.startswith("16") else "float32"
-
-
-def _size(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two values in a byte
-    shape = getattr(state, "shape", None)
-    return parameter.numel() if shape is None else int(shape.numel())

@@ -29,7 +29,7 @@ class Plan:
         sentence: The verdict in words.
         settings: ``rank``, ``learning_rate`` (of full fine-tuning), ``batch_size`` (rows of a micro-batch),
             ``accumulate_grad_batches``, ``devices``, ``strategy``, ``precision``, ``rows_per_step`` and ``steps``.
-        memory: Bytes on one device by method; None where a method is not available or could not be traced.
+        memory: Bytes on one device by method; None where a method is not available, or is in ``not_traced``.
         seconds: Time of all steps; None if it is not known.
         cost: Parameters, operations, disk and time in words.
         topics: Reasons, each with the part of the page it belongs to.
@@ -42,6 +42,8 @@ class Plan:
         config: Settings of ``fit``; None if they are not known.
         config_reasons: Reasons by dotted name of a setting.
         numbers: What else is told in `to_dict`.
+        not_traced: Methods whose memory could not be traced, with the reason.
+        no_config: Why the settings of ``fit`` are not known; None if they are, or objects did not keep their arguments.
     """
 
     model: str
@@ -64,6 +66,8 @@ class Plan:
     config: Mapping[str, Any] | None = None
     config_reasons: Mapping[str, Reason] = field(default_factory=dict)
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    not_traced: Mapping[str, str] = field(default_factory=dict)
+    no_config: str | None = None
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
@@ -81,6 +85,7 @@ class Plan:
             "method": self.method,
             "settings": dict(self.settings),
             "memory": {name: parts and parts.to_dict() for name, parts in self.memory.items()},
+            "not_traced": dict(self.not_traced),
             "seconds": self.seconds,
             "reasons": [asdict(reason) for reason in self.reasons],
             "notes": list(self.notes),
@@ -95,6 +100,8 @@ class Plan:
         """
         if not self.fits:
             raise ConfigError(f"no config is written: {self.sentence}")
+        if self.no_config is not None:
+            raise ConfigError(f"no config is written: {self.no_config}.")
         if self.config is None:
             raise ConfigError(
                 "no config is written: it needs the classes and arguments of model, data module and callbacks. "

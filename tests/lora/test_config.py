@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import pytest
@@ -156,3 +157,13 @@ def test_plain_settings_hold_every_field_and_no_tuple() -> None:
     plain = LoRAConfig(targets=["a"], exclude=["b"], trainable=["c"], rank_pattern={"a": 2}).to_dict()
     assert list(plain) == list(LoRAConfig.__dataclass_fields__)
     assert {type(value) for value in plain.values()} <= {int, float, str, bool, list, dict, type(None)}
+
+
+def test_batches_of_a_start_that_measures_no_gradient_are_told_once() -> None:
+    with pytest.warns(UserWarning, match=r"init_batches=4 is not used: init='pissa'") as told:
+        LoRAConfig(init="pissa", init_batches=4)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoRAConfig(init="gradient", init_batches=4)
+        LoRAConfig(init="pissa", init_batches=LoRAConfig.init_batches)

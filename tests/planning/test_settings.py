@@ -61,13 +61,14 @@ def test_the_tinker_law_is_used_for_its_families_only() -> None:
 
 
 def test_the_rate_of_the_user_stays() -> None:
-    rate, reason = choose_rate(3e-4, 2e-5, LlamaConfig(hidden_size=2000, num_attention_heads=8), 10)
+    rate, reason = choose_rate(3e-4, 2e-5, LlamaConfig(hidden_size=2000, num_attention_heads=8), "adapters at 10")
     assert rate == 3e-4
     assert "fitted at batch 128" in reason.why
-    rate, reason = choose_rate(None, 2e-5, GPT2Config(), 10)
+    assert reason.why.startswith("yours; adapters at 10; ")
+    rate, reason = choose_rate(None, 2e-5, GPT2Config(), "")
     assert rate == 2e-5
     assert "sweep" in reason.why
-    assert choose_rate(None, None, None, 10)[0] is None
+    assert choose_rate(None, None, None, "")[0] is None
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(7_473, 32), (10_000, 32), (1_000_000, 128), (200_000, 128)])

@@ -55,12 +55,10 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         # The user's, even where it is the default.
         config["model"]["init_args"]["learning_rate"] = cli.config_planned.get(rate)
     trainer = config.get("trainer") or {}
-    lora = _from_callback(trainer.get("callbacks"), cli.model)
     count = options.devices or _asked_devices(trainer, devices.count)
     made = plan(
         cli.model,
         cli.datamodule,
-        lora=lora,
         memory=options.memory,
         devices=count,
         device=options.device,
@@ -167,16 +165,6 @@ def _fit_settings(given: Any) -> dict[str, Any]:
     settings["trainer"] = without_defaults(Trainer, settings["trainer"] or {})
     others = ("allow_other_base", "ckpt_path", "weights_only")
     return settings | {"seed_everything": given.get("seed_everything", 0)} | {each: given.get(each) for each in others}
-
-
-def _from_callback(callbacks: Any, module: Any) -> dict[str, Any] | None:
-    """The settings of a `LoRA` callback in the config, whose root is given to the module; None without one."""
-    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if isinstance(each, dict) and each.get("class_path", "").endswith("callbacks.LoRA"):
-            arguments = each.get("init_args") or {}
-            module.lora_root = arguments.get("root")
-            return arguments.get("config") or {}
-    return None
 
 
 def _asked_devices(trainer: dict[str, Any], here: int) -> int | None:

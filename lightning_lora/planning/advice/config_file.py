@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 
+from lightning_lora.checkpoints.contents import NotGiven
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.planning.reason import Reason
 
@@ -33,6 +36,16 @@ def write_config(path: str | Path, config: Mapping[str, Any], reasons: Mapping[s
     with atomic_file(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     return path
+
+
+@functools.cache
+def taken_arguments(kind: type) -> dict[str, Any]:
+    """The arguments that a config may give a class, with their defaults: those that it passes on to its bases too."""
+    parser = ArgumentParser(exit_on_error=False)
+    prefix = "object"
+    parser.add_class_arguments(kind, prefix, fail_untyped=False, sub_configs=True)
+    defaults = parser.get_defaults(skip_validation=True)
+    return {name: value for name, value in vars(defaults.get(prefix, Namespace())).items()}
 
 
 def class_settings(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +72,9 @@ def without_class_defaults(settings: Any) -> Any:
     if not isinstance(settings, Mapping) or "class_path" not in settings:
         return settings
     module, _, name = settings["class_path"].rpartition(".")
-    kept = without_defaults(getattr(import_module(module), name), settings.get("init_args") or {})
+    defaults = taken_arguments(getattr(import_module(module), name))
+    given = settings.get("init_args") or {}
+    kept = {each: value for each, value in given.items() if each not in defaults or value != plain(defaults[each])}
     return {"class_path": settings["class_path"], "init_args": kept}
 
 
@@ -70,7 +85,7 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
+        return {str(name): plain(each) for name, each in value.items() if not isinstance(each, NotGiven)}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 
-from lightning_lora.data import SFTDataModule
+from lightning_lora.callbacks import LoRA, PlannedRun, TargetBatchSize
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.planning.advice.config_file import class_settings, plain, without_defaults
+from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.planning.advice.config_file import plain, taken_arguments, without_defaults
 from lightning_lora.planning.advice.method import Method, strategy_setting
+from lightning_lora.planning.advice.objects import objects_as_config
+from lightning_lora.planning.named_callbacks import as_list, is_named
 from lightning_lora.planning.reason import Reason
 from lightning_lora.tasks.pretrained import PretrainedTask
 
@@ -28,8 +32,8 @@ def fit_config(
     trainer: Mapping[str, Any],
     topics: Sequence[tuple[str, Reason]],
     planned: Mapping[str, Any] | None = None,
-) -> tuple[Settings | None, dict[str, Reason]]:
-    """The settings of ``fit``, and the reasons by dotted name.
+) -> tuple[Settings | None, dict[str, Reason], str | None]:
+    """The settings of ``fit``, the reasons by dotted name, and why there are no settings.
 
     Args:
         module: The module that is planned.
@@ -43,11 +47,13 @@ def fit_config(
         planned: Arguments of the callback that prints the plan beside what was measured; None for no callback.
 
     Returns:
-        The settings, or None if the arguments of an object are not known.
+        The settings, or None if the arguments of an object are not known, or no config can set what was planned.
     """
-    parts = config or _from_objects(module, data)
-    if parts is None or not all(isinstance(each, Mapping) for each in _listed(trainer.get("callbacks"))):
-        return None, {}
+    if why_none := _set_in_class(module, method, lora):
+        return None, {}, why_none
+    parts = config or objects_as_config(module, data)
+    if parts is None or not all(isinstance(each, Mapping) for each in as_list(trainer.get("callbacks"))):
+        return None, {}, None
     seed = parts.get("seed_everything", 0)
     made: Settings = {"seed_everything": seed}
     reasons: dict[str, Reason] = {}
@@ -64,7 +70,7 @@ def fit_config(
     for name, default in (("allow_other_base", False), ("ckpt_path", None), ("weights_only", None)):
         if parts.get(name, default) != default:
             made[name] = parts[name]
-    return made, reasons
+    return made, reasons, None
 
 
 def _callbacks(
@@ -77,15 +83,18 @@ def _callbacks(
     why: Mapping[str, Sequence[Reason]],
 ) -> list[Any]:
     """The user's callbacks, but for adapters and numbers of an earlier plan, and those of this plan."""
-    kept = _listed(given)
-    old = {_name(each): each for each in kept}
-    kept = [each for each in kept if _name(each) not in ("LoRA", "PlannedRun")]
-    if not _takes_lora(module) and method.rank is not None:
-        chosen = plain(without_defaults(LoRAConfig, vars(lora) | {"rank": method.rank})) | {"rank": method.rank}
-        others = old["LoRA"].get("init_args") or {} if isinstance(old.get("LoRA"), Mapping) else {}
-        arguments = {name: value for name, value in others.items() if value} | {"config": chosen}
-        reasons[f"trainer.callbacks.{len(kept)}"] = why["method"][0]
-        kept.append({"class_path": "lightning_lora.callbacks.LoRA", "init_args": arguments})
+    own = [each for each in as_list(given) if is_named(each, LoRA)]
+    # Accumulation is what a TargetBatchSize would set.
+    replaced = LoRA, PlannedRun, TargetBatchSize
+    kept = [each for each in as_list(given) if not any(is_named(each, kind) for kind in replaced)]
+    if not isinstance(module, LoRAMixin) and method.rank is not None:
+        chosen = changed_settings(lora) | {"rank": method.rank}
+        first = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
+        others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
+        # One that averages weights must come after it.
+        place = next((n for n, each in enumerate(kept) if is_named(each, WeightAveraging)), len(kept))
+        reasons[f"trainer.callbacks.{place}"] = why["method"][0]
+        kept.insert(place, {"class_path": first["class_path"], "init_args": others | {"config": chosen}})
     if planned is not None:
         what = "fit prints these beside what it measured; steps, tokens and parameters are exact, memory is traced"
         reasons[f"trainer.callbacks.{len(kept)}"] = Reason("planned", what, "this plan")
@@ -93,19 +102,29 @@ def _callbacks(
     return kept
 
 
-def _listed(callbacks: Any) -> list[Any]:
-    return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+def _set_in_class(module: LightningModule, method: Method, lora: LoRAConfig) -> str | None:
+    """Why no config can give the module the LoRA settings of a plan; None if one can, or it has them."""
+    if not isinstance(module, LoRAMixin) or "lora" in taken_arguments(type(module)):
+        return None
+    own = None if module.lora is None else LoRAConfig.from_dict(module.lora)
+    wanted = None if method.rank is None else replace(lora, rank=method.rank)
+    if own == wanted:
+        return None
+    written = "None" if wanted is None else f"LoRAConfig({_arguments_in_words(wanted)})"
+    return (
+        f"{type(module).__name__} sets its LoRA settings itself, and its constructor takes none: for this plan write "
+        f"lora = {written} there, and plan again for a config"
+    )
 
 
-def _name(callback: Any) -> str:
-    """The name of the class of a callback in a config."""
-    path = callback.get("class_path", "") if isinstance(callback, Mapping) else callback
-    return str(path).rpartition(".")[2]
+def _arguments_in_words(lora: LoRAConfig) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in ({"rank": lora.rank} | changed_settings(lora)).items())
 
 
-def _takes_lora(module: LightningModule) -> bool:
-    """Whether the module has LoRA settings of its own."""
-    return isinstance(module, PretrainedTask) or hasattr(module, "lora")
+def changed_settings(lora: LoRAConfig) -> Settings:
+    """The settings that differ from the defaults."""
+    default = vars(LoRAConfig())
+    return plain({name: value for name, value in vars(lora).items() if value != default[name]})
 
 
 def _model(
@@ -117,12 +136,12 @@ def _model(
     reasons: dict[str, Reason],
     why: Mapping[str, Sequence[Reason]],
 ) -> Settings:
-    init = _arguments(model)
-    if settings["learning_rate"] is not None and "learning_rate" in inspect.signature(type(module)).parameters:
+    init, taken = _arguments(model), taken_arguments(type(module))
+    if settings["learning_rate"] is not None and "learning_rate" in taken:
         init["learning_rate"] = settings["learning_rate"]
         reasons["model.init_args.learning_rate"] = why["settings"][0]
-    if _takes_lora(module):
-        own = plain(without_defaults(LoRAConfig, vars(lora)))
+    if isinstance(module, LoRAMixin) and "lora" in taken:
+        own = changed_settings(lora)
         init["lora"] = None if method.rank is None else own | {"rank": method.rank, "alpha": lora.alpha}
         reasons["model.init_args.lora"] = why["method"][-1]
     if isinstance(module, PretrainedTask) and (method.name == "qlora" or init.get("quantization")):
@@ -138,12 +157,17 @@ def _data(
     reasons: dict[str, Reason],
     why: Sequence[Reason],
 ) -> Settings:
-    if isinstance(getattr(data, "batch_size", None), int):
+    if can_set_batch(data):
         _arguments(settings)["batch_size"] = planned["batch_size"]
-        told = f"{planned['batch_size']} rows of a micro-batch"
+        told = f"{planned['batch_size']} row{'' if planned['batch_size'] == 1 else 's'} of a micro-batch"
         reason = Reason(told, "the most that fit and divide the rows of a step", "traced")
         reasons["data.init_args.batch_size" if "class_path" in settings else "data.batch_size"] = reason
     return settings
+
+
+def can_set_batch(data: LightningDataModule) -> bool:
+    """Whether the rows of a batch are a setting of the data module, which a config can give it."""
+    return isinstance(getattr(data, "batch_size", None), int) and "batch_size" in taken_arguments(type(data))
 
 
 def _trainer(
@@ -161,11 +185,11 @@ def _trainer(
     nodes = int(made.get("num_nodes") or 1)
     made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"] // nodes}
     made |= {"precision": planned["precision"], "strategy": strategy_setting(method.strategy)}
-    rows = next((reason for reason in why["settings"] if "rows per step" in reason.value), why["settings"][-1])
+    rows = next((reason for reason in why["settings"] if "per step" in reason.value), why["settings"][-1])
     reasons["trainer.accumulate_grad_batches"] = rows
     number = f"{planned['devices']} device{'' if planned['devices'] == 1 else 's'}"
     where = Reason(number, "those that were named, or are here", "this plan")
-    was = f"; yours was {_name(given)}" if given not in (None, "auto", made["strategy"]) else ""
+    was = f"; yours was {_named(given)}" if given not in (None, "auto", made["strategy"]) else ""
     fits = Reason(method.strategy, f"the first strategy in whose memory the method fits{was}", "traced")
     types = _types(planned["precision"], trainer.get("precision"), method)
     reasons |= {"trainer.devices": where, "trainer.strategy": fits, "trainer.precision": types}
@@ -199,31 +223,7 @@ def _arguments(settings: Settings) -> Settings:
     return settings.setdefault("init_args", {}) if "class_path" in settings else settings
 
 
-def _from_objects(module: LightningModule, data: LightningDataModule) -> Settings | None:
-    """Classes and arguments of objects that keep them; None if one does not."""
-    arguments = data_arguments(data)
-    if arguments is None or (not module.hparams and len(inspect.signature(type(module)).parameters)):
-        return None
-    known = inspect.signature(type(module)).parameters
-    own = {name: value for name, value in module.hparams.items() if name in known}
-    return {"model": class_settings(type(module), own), "data": class_settings(type(data), arguments)}
-
-
-def data_arguments(data: LightningDataModule) -> Settings | None:
-    """The arguments that a data module was made with; None if it does not keep them."""
-    if data.hparams:
-        return {name: value for name, value in data.hparams.items()}
-    if not isinstance(data, SFTDataModule):
-        return None
-    own = vars(data) | data.sources | vars(data.settings)
-    own |= {
-        "max_rows": data.limits["train"],
-        "validation_rows": data.limits["validation"],
-        "max_length": data.max_length,
-    }
-    names = inspect.signature(SFTDataModule).parameters
-    if own["tokenizer"] is not None and not isinstance(own["tokenizer"], str):
-        return None
-    if data.shares is not None:
-        own["train"] = dict(data.sources["train"])  # type: ignore[arg-type]
-    return {name: own[name] for name in names if name in own}
+def _named(setting: Any) -> str:
+    """The name of a class in a config, or of what a config names by a word."""
+    path = setting.get("class_path", "") if isinstance(setting, Mapping) else setting
+    return str(path).rpartition(".")[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_lora.memory.parts import MemoryParts
@@ -24,20 +24,25 @@ class Placement:
 
     Args:
         strategy: ``"single"``, ``"ddp"`` or ``"fsdp2"``.
-        memory: Bytes on one device with the smallest micro-batch.
+        memory: Bytes on one device with the smallest micro-batch; None if they could not be traced.
         traced_rank: The rank at which this was traced; None without adapters.
     """
 
     strategy: str
-    memory: MemoryParts
+    memory: MemoryParts | None
     traced_rank: int | None = None
 
-    def at_rank(self, rank: int) -> int:
-        """Bytes on one device at another rank: adapters, their gradients and their optimizer state grow with it."""
+    def at_rank(self, rank: int, parameters: Mapping[int, int]) -> int:
+        """Bytes on one device at another rank; 0 if they are not known.
+
+        Adapters, their gradients and their optimizer state grow with the number of ``parameters`` of a rank.
+        """
+        if self.memory is None:
+            return 0
         if self.traced_rank is None:
             return self.memory.total
-        parts = self.memory
-        return parts.total + _by_rank(parts) * (rank - self.traced_rank) // self.traced_rank
+        more = parameters[rank] - parameters[self.traced_rank]
+        return self.memory.total + _by_rank(self.memory) * more // parameters[self.traced_rank]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class Room:
         placements: For each method the ways to place it, best first; none if it is not available.
         budget: Bytes of a device.
         asked_rank: The rank of the user's config, kept where nothing is known of the data.
+        parameters: Trained parameters of each of these ranks.
+        not_traced: Methods that could not be traced, with the reason. LoRA and full fine-tuning are chosen all the same
+            where the data asks for them.
+        devices: Number of devices.
+        too_large: Methods with a rank that were found not to fit.
     """
 
     verdicts: Mapping[int, str]
@@ -80,10 +90,25 @@ class Room:
     placements: Mapping[str, Sequence[Placement]]
     budget: int
     asked_rank: int | None = None
+    parameters: Mapping[int, int] = field(default_factory=dict)
+    not_traced: Mapping[str, str] = field(default_factory=dict)
+    devices: int = 1
+    too_large: frozenset[tuple[str, int | None]] = frozenset()
 
-    def place(self, method: str, rank: int) -> Placement | None:
-        """The first placement of a method that fits at this rank."""
-        return next((way for way in self.placements[method] if way.at_rank(rank) <= self.budget), None)
+    @property
+    def least_rank(self) -> int:
+        """The lowest rank there is."""
+        return min(self.verdicts, default=1)
+
+    def place(self, method: str, rank: int | None) -> Placement | None:
+        """The first placement of a method that fits at this rank, or whose memory is not known."""
+        if (method, rank) in self.too_large:
+            return None
+        ways = self.placements[method]
+        if not ways and method in self.not_traced and method != "qlora":
+            return Placement("single" if self.devices == 1 else "ddp", None)
+        fits = (way for way in ways if way.at_rank(rank or self.least_rank, self.parameters) <= self.budget)
+        return next(fits, None)
 
 
 def choose_method(room: Room) -> Method:
@@ -93,8 +118,9 @@ def choose_method(room: Room) -> Method:
     """
     is_unknown = set(room.verdicts.values()) <= {"cannot tell"}
     best = _best_verdict(room)
-    if best == "over" and not is_unknown and (way := room.place("full", 0)):
-        why = f"over at rank {room.most_rank}, {_SENSIBLE}, and full fine-tuning fits"
+    if best == "over" and not is_unknown and (way := room.place("full", None)):
+        fits = "fits" if way.memory is not None else "is not known not to fit"
+        why = f"over at rank {room.most_rank}, {_SENSIBLE}, and full fine-tuning {fits}"
         return Method("full", None, way.strategy, True, "over", (Reason("full fine-tuning", why, _BOUNDS),))
     wanted, reason = _wanted_rank(room, is_unknown, best)
     for name in ("lora", "qlora"):
@@ -102,11 +128,12 @@ def choose_method(room: Room) -> Method:
             if way := room.place(name, rank):
                 return _adapted(room, name, rank, wanted, way, reason)
     # Named by what comes nearest to fitting.
-    near = [(way.at_rank(1), name, way) for name, ways in room.placements.items() for way in ways]
+    least = room.least_rank
+    near = [(way.at_rank(least, room.parameters), name, way) for name, ways in room.placements.items() for way in ways]
     _, name, way = min(near, key=lambda each: each[0])
-    rank = None if name == "full" else 1
-    why = f"not even {NAMES[name]}{' at rank 1' if rank else ''} with one row fits"
-    verdict = "over" if name == "full" else room.verdicts.get(1, "cannot tell")
+    rank = None if name == "full" else least
+    why = f"not even {NAMES[name]}{f' at rank {rank}' if rank else ''} with one row fits"
+    verdict = "over" if name == "full" else room.verdicts.get(least, "cannot tell")
     return Method(name, rank, way.strategy, False, verdict, (Reason("nothing fits", why, "traced"),))
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_lora.planning.advice.method import NAMES
+from lightning_lora.planning.advice.settings import ALARM
 
 LINES, COLUMNS = 40, 80
 _INDENT = 10
-_SHOWN_RANKS = (1, 8, 32, 128, 512)
+_SHOWN_RANKS, _FEW_RANKS = (1, 8, 32, 128, 512), (1, 512)
 DISAGREE = (
     "PEFT starts at rank 8 on a few layers, TRL at 16, axolotl at 32; the rates differ by 10. Attention only is worse "
     "at equal parameters (TML), but was not in one math task."
@@ -18,20 +19,38 @@ DISAGREE = (
 
 
 def page(plan: Any) -> str:
-    """A `Plan` in words and tables."""
-    lines = [
+    """A `Plan` in words and tables. What does not fit is left out in whole lines: ranks, reasons, then notes."""
+    for ranks, has_reasons in ((_SHOWN_RANKS, True), (_FEW_RANKS, True), (_FEW_RANKS, False)):
+        body = _body(plan, ranks, has_reasons)
+        for left_out in range(len(plan.notes) + 1):
+            lines = body + _notes(plan, left_out)
+            if len(lines) <= LINES:
+                return "\n".join(lines)
+            if has_reasons:
+                break  # notes are left out last
+    return "\n".join(lines)
+
+
+def _body(plan: Any, ranks: Sequence[int], has_reasons: bool) -> list[str]:
+    return [
         *textwrap.wrap(f"Plan: {plan.sentence}", COLUMNS, subsequent_indent="      "),
         *_part("model", plan.model),
         *_part("data", _data(plan)),
-        *_capacity(plan),
+        *_capacity(plan, ranks),
         *_part("method", _said(plan, "method")),
-        *_part("settings", _settings(plan)),
+        *_part("settings", _settings(plan, has_reasons)),
         *_memory(plan),
         *_part("cost", plan.cost),
     ]
-    for note in [*plan.notes, f"how sure: {plan.sureness}", f"sources disagree: {DISAGREE}"]:
-        lines += _note(note, LINES - len(lines))
-    return "\n".join(lines[:LINES])
+
+
+def _notes(plan: Any, left_out: int) -> list[str]:
+    """What else to know, without the last ``left_out`` of the plan's notes."""
+    notes = list(plan.notes[: len(plan.notes) - left_out])
+    if left_out:
+        notes.append(f"{left_out} more note{'s' if left_out > 1 else ''}: in plan.json, and in Plan.notes")
+    notes += [f"how sure: {plan.sureness}", f"sources disagree: {DISAGREE}"]
+    return [line for note in notes for line in _note(note)]
 
 
 def _part(name: str, text: str) -> list[str]:
@@ -41,11 +60,8 @@ def _part(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=" " * _INDENT, break_on_hyphens=False)
 
 
-def _note(text: str, room: int) -> list[str]:
-    lines = textwrap.wrap(text, COLUMNS, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-    if len(lines) <= room:
-        return lines
-    return [lines[0][: COLUMNS - 4] + " ..."] if room > 0 else []
+def _note(text: str) -> list[str]:
+    return textwrap.wrap(text, COLUMNS, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _said(plan: Any, topic: str) -> str:
@@ -73,13 +89,13 @@ def _data(plan: Any) -> str:
     return ", ".join(told)
 
 
-def _capacity(plan: Any) -> Iterator[str]:
-    """The table of ranks, for the planned targets, and one line for the others."""
+def _capacity(plan: Any, ranks: Sequence[int]) -> Iterator[str]:
+    """The table of ranks, for the planned targets. Ranks that add no parameters are left out, but for the planned."""
     rows = [row for row in plan.capacity if row.targets == plan.targets]
     chosen = plan.settings["rank"]
-    shown = [row for row in rows if row.rank in (*_SHOWN_RANKS, chosen)]
-    if not shown:
-        return
+    most = max(row.parameters for row in rows)
+    full = min(row.rank for row in rows if row.parameters == most)
+    shown = [row for row in rows if row.rank == chosen or (row.rank in (*ranks, full) and row.rank <= full)]
     if all(row.verdict == "cannot tell" for row in shown):
         sizes = ", ".join(f"rank {row.rank} has {row.parameters:,}" for row in shown if row.rank in (1, 32, chosen))
         yield from _part("capacity", f"cannot tell: the targets' information is unknown; parameters: {sizes}")
@@ -98,24 +114,29 @@ def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.3g}"
 
 
-def _settings(plan: Any) -> str:
+def _settings(plan: Any, has_reasons: bool) -> str:
     settings = plan.settings
     rate = settings["learning_rate"]
     told = [] if rate is None else [f"learning_rate {rate:g}"]
     if rate is not None and plan.method != "full":
         told[0] += f" (adapters {rate * plan.lr_multiplier:g})"
     told.append(
-        f"{settings['batch_size']} rows x {settings['accumulate_grad_batches']} accumulated x "
+        f"{_rows(settings['batch_size'])} x {settings['accumulate_grad_batches']} accumulated x "
         f"{settings['devices']} device{'s' if settings['devices'] > 1 else ''} = {settings['rows_per_step']} per step"
     )
-    told.append(f"{settings['steps']:,} steps ({plan.length})")
-    return ", ".join(told) + ". " + _said(plan, "settings")
+    told.append(f"{settings['steps']:,} step{'' if settings['steps'] == 1 else 's'} ({plan.length})")
+    reasons = [reason for topic, reason in plan.topics if topic == "settings"]
+    why = [f"{reason.value}: {reason.why}" for reason in reasons if has_reasons or reason.why.startswith(ALARM)]
+    return (
+        ", ".join(told) + ". " + "; ".join([*why, *([] if has_reasons else ["all reasons: plan.json, Plan.reasons"])])
+    )
 
 
 def _memory(plan: Any) -> Iterator[str]:
     """A row for each method, a column for each part, in GiB or MiB on one device."""
     known: Sequence[str] = [name for name in NAMES if plan.memory.get(name) is not None]
     if not known:
+        yield from _not_traced(plan, "memory")
         return
     largest = max(plan.memory[name].total for name in known)
     unit, size = next(((unit, size) for unit, size in _UNITS if largest >= 10 * size), _UNITS[-1])
@@ -134,6 +155,18 @@ def _memory(plan: Any) -> Iterator[str]:
         f"at the fullest moment of a step, before most gradients, with {settings_rows(plan)}; a device has "
         f"{plan.budget / 2**30:.3g} GiB{mark}",
     )
+    yield from _not_traced(plan, "")
+
+
+def _not_traced(plan: Any, name: str) -> Iterator[str]:
+    """Why the memory of methods is not known, each reason once."""
+    methods: dict[str, list[str]] = {}
+    for method, why in plan.not_traced.items():
+        # What else could be done is in plan.json.
+        methods.setdefault(why.partition("; its memory is not known")[0], []).append(method)
+    for why, of in methods.items():
+        yield from _part(name or " ", f"{', '.join(of)} not traced, because {why}")
+        name = ""
 
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -146,6 +179,13 @@ def _number(value: float) -> str:
 
 
 def settings_rows(plan: Any) -> str:
-    """The rows of the longest length that the table of memory is for."""
-    rows = plan.settings["batch_size"]
-    return f"{rows} row{'' if rows == 1 else 's'} of the longest length, {plan.settings['strategy']}"
+    """The rows that the table of memory is for."""
+    strategy = plan.settings["strategy"]
+    # Weights of bitsandbytes cannot be sharded.
+    other = " (qlora: ddp)" if strategy == "fsdp2" and plan.memory.get("qlora") is not None else ""
+    length = "" if plan.data.longest_row is None else " of the longest length"
+    return f"{_rows(plan.settings['batch_size'])}{length}, {strategy}{other}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy
 from lightning.pytorch import LightningDataModule
 
+from lightning_lora.batch.counting import count_supervised
 from lightning_lora.data import SFTDataModule
 from lightning_lora.data.split import column, row_lengths
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
@@ -13,7 +17,12 @@ from lightning_lora.planning.data_counts import DataCounts
 
 
 def run_tokens(
-    data: LightningDataModule, counts: DataCounts, epoch: Epoch, length: RunLength, batch: PlannedBatch
+    data: LightningDataModule,
+    counts: DataCounts,
+    epoch: Epoch,
+    length: RunLength,
+    batch: PlannedBatch,
+    example: Any = None,
 ) -> dict[str, int]:
     """The tokens of all steps on all devices, exactly, as `PlannedRun` counts them.
 
@@ -27,6 +36,7 @@ def run_tokens(
         epoch: What its training loader draws.
         length: Epochs and steps of the run.
         batch: Rows of a micro-batch, accumulation and devices.
+        example: A batch of the data, which tells what a run without tokens counts.
 
     Returns:
         ``tokens``, those that are trained on (rows, where data has no tokens), and ``total_tokens``, all without
@@ -34,6 +44,8 @@ def run_tokens(
     """
     if isinstance(data, SFTDataModule) and "train" in data.rows:
         return _replayed(data, epoch, length, batch)
+    if counts.unit == "unknown" and counts.rows and epoch.rows is not None and _counts_rows(example):
+        return {"tokens": _rows(epoch, length, batch)}
     if None in (counts.supervised_tokens, counts.rows, epoch.rows) or counts.counted_rows not in (None, counts.rows):
         return {}
     assert counts.supervised_tokens is not None
@@ -47,6 +59,12 @@ def run_tokens(
         return {}
     found = {"tokens": counts.supervised_tokens * epochs}
     return found if counts.mean_row is None else found | {"total_tokens": round(counts.mean_row * counts.rows) * epochs}
+
+
+def _counts_rows(example: Any) -> bool:
+    """Whether `PlannedRun` counts the rows of such a batch: one without tokens, and without labels by name."""
+    has_labels = isinstance(example, Mapping) and "labels" in example
+    return example is not None and not has_labels and count_supervised(example) is None
 
 
 def _rows(epoch: Epoch, length: RunLength, batch: PlannedBatch) -> int:

@@ -14,6 +14,8 @@ FEW_STEPS, ENOUGH_STEPS = 100, 1000
 """Below the first number of optimizer steps a run is starved, whatever its settings; the second is better."""
 LEAST_ROWS, MOST_ROWS = 8, 128
 """Bounds of the recommended rows per optimizer step."""
+ALARM = "WARNING"
+"""How a reason begins that a page never leaves out."""
 TML = "Schulman et al., LoRA Without Regret, 2025"
 COOKBOOK = "tinker-cookbook, hyperparam_utils.py"
 _EXPONENTS = {"llama": 0.781, "qwen3": 0.0775, "qwen3_moe": 0.0775}
@@ -51,14 +53,14 @@ def tinker_rate(model_config: Any) -> float | None:
     return None if power is None else 5e-5 * (2000 / text.hidden_size) ** power
 
 
-def choose_rate(given: float | None, default: float | None, model_config: Any, multiplier: float) -> tuple:
+def choose_rate(given: float | None, default: float | None, model_config: Any, applies: str) -> tuple:
     """The learning rate in full fine-tuning terms, and why.
 
     Args:
         given: The rate that the user has set; None if the class's default stands.
         default: The default of the module's class; None if it has no learning rate.
         model_config: The transformers config of the model, if it has one.
-        multiplier: What adapters multiply the rate by.
+        applies: What trains at which multiple of this rate, in words; empty for full fine-tuning.
 
     Returns:
         The rate or None, and a `Reason`.
@@ -66,16 +68,16 @@ def choose_rate(given: float | None, default: float | None, model_config: Any, m
     law = tinker_rate(model_config)
     if law is not None:
         law = float(f"{law:.2g}")
-    times = f"adapters train at {multiplier:g} times this rate"
+    applies = f"; {applies}" if applies else ""
     if given is not None:
         beside = f"; the Tinker law, fitted at batch 128, says {law:g}" if law is not None else ""
-        return given, Reason(f"learning rate {given:g}", f"yours, {times}{beside}", TML)
+        return given, Reason(f"learning rate {given:g}", f"yours{applies}{beside}", TML)
     if law is not None:
-        why = f"the Tinker law of this family, fitted at batch 128 in runs of 780 steps; {times}"
+        why = f"the Tinker law of this family, fitted at batch 128 in runs of 780 steps{applies}"
         return law, Reason(f"learning rate {law:g}", why, COOKBOOK)
     if default is None:
-        return None, Reason("learning rate: yours", f"the module sets its own; {times}", TML)
-    why = f"the default of the class; no law was fitted to this model: sweep it (a factor of 3 up and down); {times}"
+        return None, Reason("learning rate", f"the module sets its own{applies}", TML)
+    why = f"the default of the class; no law was fitted to this model: sweep it (a factor of 3 up and down){applies}"
     return default, Reason(f"learning rate {default:g}", why, "no source has a rule for this model")
 
 
@@ -102,7 +104,12 @@ def choose_rows(epoch: Epoch, length: RunLength, devices: int) -> tuple[int, Rea
     if rows < full:
         why += f", lowered from {full} for more than {FEW_STEPS} steps"
     source = "exponent from pre-training (arXiv 2505.13738); LoRA tolerates large batches less (TML); sources disagree"
-    return rows, Reason(f"{rows} rows per step", why, source)
+    return rows, Reason(per_step(rows), why, source)
+
+
+def per_step(rows: int) -> str:
+    """Rows of an optimizer step in words."""
+    return f"{rows} row{'' if rows == 1 else 's'} per step"
 
 
 def divide(rows: int, devices: int, largest: int, epoch: Epoch, length: RunLength) -> PlannedBatch:
@@ -121,8 +128,12 @@ def alarm(steps: int, multiplier: float) -> Reason | None:
     if steps >= FEW_STEPS:
         return Reason(f"{steps:,} steps", f"enough to train; {ENOUGH_STEPS:,} are better: more epochs or rows", source)
     why = (
-        f"WARNING step-starved: fewer than {FEW_STEPS} steps cost more than any other setting. More epochs, more rows "
-        f"or fewer rows per step help; a multiplier of {multiplier * 1.5:g} in place of {multiplier:g} for runs this "
-        "short is anecdotal and not applied"
+        f"{ALARM} step-starved: fewer than {FEW_STEPS} steps cost more than any other setting. More epochs, more rows "
+        "or fewer rows per step help"
     )
-    return Reason(f"{steps:,} steps", why, source)
+    if multiplier != 1:  # adapters by the rule
+        why += (
+            f"; a multiplier of {multiplier * 1.5:g} in place of {multiplier:g} for runs this short is anecdotal and "
+        )
+        why += "not applied"
+    return Reason(f"{steps:,} step{'' if steps == 1 else 's'}", why, source)

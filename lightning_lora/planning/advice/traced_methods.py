@@ -71,11 +71,13 @@ class TracedMethods:
         return divide(trace.memory, strategy, self.devices, layer=trace.largest_layer)
 
     def known_memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts | None:
-        """Bytes on one device; None if a base in 4 bits cannot be traced here, which `failed` then explains."""
+        """Bytes on one device; None if the method cannot be traced, which `failed` then explains."""
+        if name in self.failed:
+            return None
         try:
             return self.memory(name, rows, rank, strategy)
         except (TraceError, RuntimeError, ImportError) as error:
-            if name != "qlora":
+            if name != "qlora" and not isinstance(error, TraceError):
                 raise
             self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
             return None

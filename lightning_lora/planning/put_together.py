@@ -1,0 +1,287 @@
+"""Puts a plan together: capacity, method, batch, rate, memory and cost, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lightning_lora.batch.division import divide_rows
+from lightning_lora.errors import ConfigError
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.failures import TraceError
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.planning.adapter_sizes import refused_ranks
+from lightning_lora.planning.advice.epoch import Epoch, RunLength
+from lightning_lora.planning.advice.fit_config import can_set_batch, fit_config
+from lightning_lora.planning.advice.method import (
+    DEFAULT_RANK,
+    Method,
+    Room,
+    choose_method,
+    sensible_rank,
+    smallest_change,
+)
+from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
+from lightning_lora.planning.advice.rates import PlannedRate, planned_rate
+from lightning_lora.planning.advice.run_tokens import run_tokens
+from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rows, divide, per_step
+from lightning_lora.planning.advice.traced_methods import TracedMethods
+from lightning_lora.planning.advice.verdict import beside, notes_on_adapters, notes_on_data, sentence
+from lightning_lora.planning.bad_input import check_target
+from lightning_lora.planning.base_bits import BaseBits
+from lightning_lora.planning.capacity import CapacityRow, capacity_rows, highest_rank, needed_rank, target_sizes
+from lightning_lora.planning.cost import Parameters
+from lightning_lora.planning.data_counts import DataCounts
+from lightning_lora.planning.devices import Devices
+from lightning_lora.planning.plan import Plan
+from lightning_lora.planning.reason import Reason
+
+SURE = "capacity bounds memorising, rules need less; memory is that of a CPU, within 1 % in 19 cases (docs/plan.md);"
+SURE_WITHOUT_MEMORY = "capacity bounds memorising, rules need less; memory is not known;"
+
+
+@dataclass
+class PlanParts:
+    """Everything that the parts of a plan are made from.
+
+    Args:
+        given: The module as the user gave it.
+        module: The module as a `LoRA` callback sets it up; ``given`` itself without one.
+        data: Its data module.
+        ready: The data module, set up.
+        lora: The LoRA settings.
+        counts: What the data hold.
+        bits: The bits of the base, if they were measured.
+        devices: The devices.
+        epoch: What the training loader draws.
+        trainer: Settings of the Trainer.
+        batch: A function from a number of rows to the batch that needs the most memory.
+    """
+
+    given: LightningModule
+    module: LightningModule
+    data: LightningDataModule
+    ready: LightningDataModule
+    lora: LoRAConfig
+    counts: DataCounts
+    bits: BaseBits | None
+    devices: Devices
+    epoch: Epoch
+    trainer: dict[str, Any]
+    batch: Any
+
+    def plan(self, target_rows: int | None, config: Mapping[str, Any] | None, calibrate: bool | None) -> Plan:
+        """The plan.
+
+        Args:
+            target_rows: Rows of an optimizer step; None recommends a number.
+            config: The settings of ``fit`` that module and data came from.
+            calibrate: Whether to time some batches; None decides by how long that takes.
+        """
+        length, traces = RunLength.of(self.trainer), self._traces()
+        whole = _whole(traces)
+        sizes = target_sizes(whole, self.lora)
+        adapters = next(iter(sizes.values()))
+        rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
+        refused = refused_ranks(whole, self.lora, {row.rank for row in rows})
+        rows = [row for row in rows if row.rank not in refused]
+        most = sensible_rank(highest_rank(adapters), adapters, Parameters.of(whole).total)
+        target, batch_reason = self._rows(target_rows, length)
+        method, batch = self._method_and_batch(traces, rows, most, target, length)
+        memory = self._memory(traces, method, batch.batch_size, _default_rank({row.rank for row in rows}))
+        rate = planned_rate(self.given, traces, method, self.lora, adapters.trained, config)
+        few = alarm(batch.steps, rate.multiplier)
+        topics = [("method", reason) for reason in method.reasons]
+        topics += [("settings", each) for each in (rate.reason, batch_reason, few) if each is not None]
+        settings = self._settings(method, batch, rate, traces)
+        data = self.ready if method.fits else None
+        cost = plan_cost(traces, method, batch, self.devices, data, self.epoch, self.trainer, calibrate, adapters)
+        in_epoch = self.epoch.batches(batch.batch_size, batch.devices, length.limit_train_batches)
+        made, reasons, why_none = fit_config(
+            self.given,
+            self.data,
+            config,
+            settings | {"batches_in_epoch": in_epoch},
+            method,
+            self.lora,
+            self.trainer,
+            topics,
+            self._planned(cost, batch, length),
+        )
+        change = None if method.fits else self._change(traces, method)
+        is_traced = method.name not in traces.failed
+        judged = sentence(method, self.counts, rows, self.bits, most, self.devices.memory, change, is_traced)
+        if method.fits:
+            judged += beside(rows, self.lora.rank, method, batch.steps)
+        sure = SURE if cost.peak is not None else SURE_WITHOUT_MEMORY
+        return Plan(
+            model=f"{_name(self.given)}, {cost.parameters.total:,} parameters; {self.devices}",
+            data=self.counts,
+            capacity=tuple(rows),
+            method=method.name,
+            fits=method.fits,
+            sentence=judged,
+            settings=settings,
+            memory=memory,
+            seconds=cost.seconds,
+            cost=cost.words,
+            topics=tuple(topics),
+            notes=(
+                *([] if why_none is None else [why_none]),
+                *notes_on_adapters(adapters, self.lora, method.rank),
+                *notes_on_data(self.counts, self.bits),
+            ),
+            budget=self.devices.memory,
+            targets=rows[0].targets,
+            lr_multiplier=rate.multiplier,
+            length=str(length),
+            sureness=f"{sure} {cost.how}",
+            config=made,
+            config_reasons=reasons,
+            numbers=cost.numbers,
+            not_traced=dict(traces.failed),
+            no_config=why_none,
+        )
+
+    def _traces(self) -> TracedMethods:
+        given = self.trainer.get("precision")
+        is_gpu = self.devices.device.kind != "cpu"
+        defaults = {"lora": "bf16-true", "qlora": "bf16-true", "full": "bf16-mixed"} if is_gpu else {}
+        precision = {name: str(given or defaults.get(name, "32-true")) for name in ("lora", "qlora", "full")}
+        clip = self.trainer.get("gradient_clip_val")
+        return TracedMethods(self.module, self.lora, self.batch, precision, clip, self.devices.count)
+
+    def _method_and_batch(
+        self, traces: TracedMethods, rows: list[CapacityRow], most: int, target: int, length: RunLength
+    ) -> tuple[Method, PlannedBatch]:
+        """The method, and its batch; a rank that does not fit when it is traced itself is left out."""
+        own = {row.rank: row for row in rows if row.targets == rows[0].targets}
+        room = Room(
+            verdicts={rank: row.verdict for rank, row in own.items()},
+            needed=needed_rank(rows),
+            most_rank=most,
+            placements=traces.placements(_default_rank(own), self._share(target), self.devices.memory),
+            budget=self.devices.memory,
+            asked_rank=self.lora.rank if self.lora.rank in own else None,
+            parameters={rank: row.parameters for rank, row in own.items()},
+            not_traced=traces.failed,
+            devices=self.devices.count,
+        )
+        while True:
+            method = choose_method(room)
+            batch = self._batch(target, length, traces, method)
+            memory = traces.known_memory(method.name, batch.batch_size, method.rank, method.strategy)
+            if not method.fits or memory is None or memory.total <= self.devices.memory:
+                return method, batch
+            room = replace(room, too_large=room.too_large | {(method.name, method.rank)})
+
+    def _settings(
+        self, method: Method, batch: PlannedBatch, rate: PlannedRate, traces: TracedMethods
+    ) -> dict[str, Any]:
+        return {
+            "rank": method.rank,
+            "learning_rate": rate.value,
+            "batch_size": batch.batch_size,
+            "accumulate_grad_batches": batch.accumulate_grad_batches,
+            "devices": batch.devices,
+            "strategy": method.strategy,
+            "precision": traces.precision[method.name],
+            "rows_per_step": batch.rows,
+            "steps": batch.steps,
+        }
+
+    def _planned(self, cost: PlanCost, batch: PlannedBatch, length: RunLength) -> dict[str, Any]:
+        """What ``fit`` prints beside what it measured."""
+        planned = {
+            "steps": batch.steps,
+            **run_tokens(self.ready, self.counts, self.epoch, length, batch, self.batch(1)),
+            "trained_parameters": cost.parameters.trained,
+            "peak_bytes": cost.peak,
+            "seconds": None if cost.seconds is None else float(f"{cost.seconds:.3g}"),
+        }
+        return {name: value for name, value in planned.items() if value is not None}
+
+    def _rows(self, target: int | None, length: RunLength) -> tuple[int, Reason]:
+        """Rows of an optimizer step on all devices."""
+        own, count = self._own_batch, self.devices.count
+        if target is not None:
+            check_target(target, self.trainer)
+            divided = divide_rows(target, count, own)
+            if divided.micro_batch < own and not self._can_set:
+                raise ConfigError(
+                    f"batches of {own} rows are more than the {divided.micro_batch} that a device has in a step of "
+                    f"{target}: make the loader with batch_size={divided.micro_batch}."
+                )
+            return divided.rows, Reason(per_step(target), "yours", "target_batch_size")
+        rows, reason = choose_rows(self.epoch, length, count)
+        if self._can_set:
+            return rows, reason
+        whole = own * count * max(1, round(rows / (own * count)))
+        times = f", {whole // own} of them" if whole > own else ""
+        why = f"batches of {own} as the loader makes them{times}; {reason.why}, would be {rows}"
+        return whole, reason if whole == rows else Reason(per_step(whole), why, reason.source)
+
+    @cached_property
+    def _can_set(self) -> bool:
+        """Whether the rows of a batch can be chosen."""
+        return can_set_batch(self.data)
+
+    @property
+    def _own_batch(self) -> int:
+        """The rows of a batch as the data module makes them."""
+        return self.data.batch_size if self._can_set else self.epoch.batch_size  # type: ignore[attr-defined]
+
+    def _batch(self, rows: int, length: RunLength, traces: TracedMethods, method: Method) -> PlannedBatch:
+        count, share = self.devices.count, rows // self.devices.count
+        if not self._can_set:
+            micro = self.epoch.batch_size
+            accumulation = max(1, round(rows / (micro * count)))
+            return PlannedBatch(micro, accumulation, count, length.steps(self.epoch, micro, accumulation, count))
+        most = self._own_batch
+        if method.name not in traces.failed:
+            most = traces.largest_micro_batch(method.name, method.rank, method.strategy, share, self.devices.memory)
+        return divide(rows, count, most, self.epoch, length)
+
+    def _share(self, rows: int) -> int:
+        """Rows of a step on one device that are in memory at once, if they fit."""
+        return rows // self.devices.count if self._can_set else self.epoch.batch_size
+
+    def _memory(self, traces: TracedMethods, method: Method, micro: int, default: int) -> dict[str, MemoryParts | None]:
+        found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}
+        for name in traces.names:
+            way = "ddp" if name == "qlora" and method.strategy == "fsdp2" else method.strategy
+            found[name] = traces.known_memory(name, micro, method.rank or default, way)
+        return found
+
+    def _change(self, traces: TracedMethods, method: Method) -> str:
+        memory = traces.memory(method.name, 1, method.rank, "single")
+        sharded = traces.sharded(method.name, method.rank)
+        return smallest_change(memory, self.devices.memory, sharded, self.counts.longest_row)
+
+
+def _whole(traces: TracedMethods) -> LightningModule:
+    """The module without adapters, built without memory; as it was given where that fails.
+
+    Raises:
+        TraceError: If a module that is not built yet cannot be built.
+    """
+    try:
+        return traces.tracer("full", None).module
+    except TraceError as error:
+        if next(traces.module.parameters(), None) is None:
+            raise
+        traces.failed["full"] = str(error)
+        return traces.module
+
+
+def _default_rank(ranks: Collection[int]) -> int:
+    """The rank of traces before one is chosen."""
+    return max((rank for rank in ranks if rank <= DEFAULT_RANK), default=min(ranks))
+
+
+def _name(module: LightningModule) -> str:
+    return getattr(module, "model_name", None) or type(module).__name__
