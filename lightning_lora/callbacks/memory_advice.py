@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,12 +40,14 @@ class MemoryAdvice(Callback):
 
     _batch: Any = None
     _room: Room | None = None
+    _traces: _Traces | None = None  # those of the batch that is trained on, if it was traced before
     _has_looked = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the run before."""
-        self._batch, self._room, self._has_looked = None, None, False
+        self._batch = self._room = self._traces = None
+        self._has_looked = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -55,36 +57,38 @@ class MemoryAdvice(Callback):
             self._has_looked = True
             self._room = room_of_run(trainer, pl_module)
             if self._room is not None and fills_device(pl_module, self._room):
-                _look_ahead(trainer, pl_module, _Traces(trainer, pl_module, batch, self._room))
+                self._traces = _Traces(trainer, pl_module, batch, self._room)
+                _look_ahead(self._traces)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the batch go."""
-        self._batch = None
+        self._batch = self._traces = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Complete the message of the error, which is raised further."""
         if not is_out_of_memory(exception):
             return
-        traces = _Traces(trainer, pl_module, None if trainer.validating else self._batch, self._room)
+        batch = None if trainer.validating else self._batch
+        traces = self._traces or _Traces(trainer, pl_module, batch, self._room)
         first, *more = exception.args or ("out of memory",)
         told = [f"Out of memory {_place(trainer, pl_module)}.", *traces.words(), "Lower, in this order:"]
-        text = [str(first), "", " ".join(told), *_lines(trainer, pl_module, traces)]
+        text = [str(first), "", " ".join(told), *traces.lines]
         exception.args = ("\n".join(text), *more)
-        self._batch = None
+        self._batch = self._traces = None
 
 
-def _look_ahead(trainer: Trainer, module: LightningModule, traces: _Traces) -> None:
+def _look_ahead(traces: _Traces) -> None:
     """Warn if the step does not fit."""
     assert traces.room is not None
     if traces.now is None:
         rank_zero_info(" ".join(["whether a training step fits into memory is not known:", *traces.words()]))
     elif traces.now > traces.room.bytes:
         told = [*traces.words(), "It will probably run out of memory. Lower, in this order:"]
-        rank_zero_warn("\n".join([" ".join(told), *_lines(trainer, module, traces)]))
+        rank_zero_warn("\n".join([" ".join(told), *traces.lines]))
 
 
 class _Traces:
@@ -102,7 +106,7 @@ class _Traces:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, batch: Any, room: Room | None) -> None:
-        self.trainer, self.room, self.failed = trainer, room, ""
+        self.trainer, self.module, self.room, self.failed = trainer, module, room, ""
         self.rows = 0 if room is None else count_rows(batch)
         self.share = self.rows * trainer.accumulate_grad_batches
         self._batch = lambda rows: first_rows(batch, rows, self.rows)
@@ -121,6 +125,22 @@ class _Traces:
         """The step with another module, or with other options of `RunStep`, in the time that is left."""
         return RunStep(self.trainer, make, self._batch, until=self.step.until, **options)
 
+    @cached_property
+    def lines(self) -> list[str]:
+        """Three settings to lower: those that suffice or may suffice, then others; the one that helps most first."""
+        enough: list[str] = []
+        too_little: list[str] = []
+        for setting in _settings(self.trainer, self.module, self):
+            told = setting.text if setting.bytes is None else f"{setting.text}: {gigabytes(setting.bytes)}"
+            if setting.bytes is None or self.room is None or setting.bytes <= self.room.bytes:
+                enough.append(told)
+            else:
+                too_little.append(f"{told}, not enough by itself")
+            if len(enough) == _LINES:
+                break
+        last = "the model: a smaller one, or more devices that share it (cli_configs/strategy/fsdp2.yaml)"
+        return [f"  {number}. {text}" for number, text in enumerate([*enough, *too_little, last][:_LINES], 1)]
+
     def words(self) -> list[str]:
         """What the step takes as it is, in a sentence, or why that is not known."""
         if self.now is None or self.room is None:
@@ -138,22 +158,6 @@ class _Setting:
 
     text: str
     bytes: int | None = None
-
-
-def _lines(trainer: Trainer, module: LightningModule, traces: _Traces) -> list[str]:
-    """Three settings to lower: those that suffice or may suffice, then others; the one that helps most first."""
-    enough: list[str] = []
-    too_little: list[str] = []
-    for setting in _settings(trainer, module, traces):
-        told = setting.text if setting.bytes is None else f"{setting.text}: {gigabytes(setting.bytes)}"
-        if setting.bytes is None or traces.room is None or setting.bytes <= traces.room.bytes:
-            enough.append(told)
-        else:
-            too_little.append(f"{told}, not enough by itself")
-        if len(enough) == _LINES:
-            break
-    last = "the model: a smaller one, or more devices that share it (cli_configs/strategy/fsdp2.yaml)"
-    return [f"  {number}. {text}" for number, text in enumerate([*enough, *too_little, last][:_LINES], 1)]
 
 
 def _settings(trainer: Trainer, module: LightningModule, traces: _Traces) -> Iterator[_Setting]:

@@ -159,7 +159,7 @@ def _first_to_try(
         return sizes[0], ""
     step = RunStep(trainer, lambda: module, longest_batches(trainer, loader, sizes[0]))
     try:
-        found = step.largest_micro_batch(int(room.bytes * (1 + TRACE_ERROR)), share, sizes)
+        found = step.largest_micro_batch(room.bytes, share, sizes, error=TRACE_ERROR)
         rows = found or sizes[-1]
         needed = step.memory(rows, share // rows).total
     except TraceError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning_lora.memory.room import Room, bytes_between_steps, room_for_step,
 from lightning_lora.memory.step_trace import StepTracer
 
 TRACE_ERROR = 0.15
-"""How much too high the trace of a step on a GPU may be (docs/plan.md)."""
+"""How much too high activations and logits may be in the trace of a step on a GPU (docs/plan.md)."""
 SECONDS = 30.0
 """Seconds of a run after which no further trace is begun."""
 
@@ -62,18 +63,25 @@ class RunStep:
             self._known[key] = self._trace(rows, accumulation)
         return self._known[key]
 
-    def largest_micro_batch(self, limit: int, share: int, sizes: Iterable[int]) -> int:
+    def largest_micro_batch(self, limit: int, share: int, sizes: Iterable[int], error: float = 0.0) -> int:
         """The most rows of ``sizes`` whose step fits into ``limit`` bytes; 0 if none does.
 
         Args:
             limit: Bytes of a step.
             share: Rows of an optimizer step on this device, which all sizes divide.
             sizes: Rows of a micro-batch among which to choose.
+            error: How much too high activations and logits may have been traced: a step that may fit, fits.
 
         Raises:
             TraceError: If a step cannot be traced, or time is over.
         """
-        return largest_micro_batch(lambda rows: self.memory(rows, share // rows), max(1, limit), sizes)
+
+        def least(rows: int) -> MemoryParts:
+            traced = self.memory(rows, share // rows)
+            shrunk = {name: int(getattr(traced, name) / (1 + error)) for name in ("activations", "logits")}
+            return replace(traced, **shrunk)
+
+        return largest_micro_batch(least, max(1, limit), sizes)
 
     def _trace(self, rows: int, accumulation: int) -> MemoryParts:
         if time.monotonic() > self.until:

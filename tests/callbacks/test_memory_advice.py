@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import MemoryAdvice
 from lightning_lora.data import SFTDataModule
+from lightning_lora.memory import run_step
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
 from tests.support.toys import Toy
@@ -32,6 +32,12 @@ class Large(CausalLM):
         if len(batch["input_ids"]) > 1:
             allocate_too_much()
         return super().training_step(batch, batch_idx)
+
+
+@pytest.fixture(autouse=True)
+def untold_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is traced where nobody tells how much memory there is."""
+    monkeypatch.setattr(run_step, "room_for_step", lambda device, held: None)
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +64,11 @@ def test_three_settings_of_the_run_are_named_and_the_cause_is_kept(llama_folder:
     assert text is not None
     cause, _, advice = text.partition("\n\n")
     assert "can't allocate memory: you tried to allocate 1125899906842624 bytes" in cause
-    head, *lines = advice.splitlines()
-    # The trace counts the PiB too: with one row it is not asked for.
-    place, told = "Out of memory in optimizer step 1.", "A traced step with this batch of 4 rows takes 1,125,900 GB"
-    assert re.fullmatch(rf"{place} {told}, and the device has [\d.,]+ GB for it. Lower, in this order:", head)
-    numbers = [re.sub(r"[\d.]+ MB", "N MB", line) for line in lines]
-    assert numbers == [
-        "  1. batch_size: 4 -> 1; with trainer.accumulate_grad_batches 2 -> 8 the optimizer step stays as large: N MB",
+    assert advice.splitlines() == [
+        "Out of memory in optimizer step 1. Lower, in this order:",
+        "  1. batch_size: 4 -> 2; with trainer.accumulate_grad_batches 2 -> 4 the optimizer step stays as large",
         "  2. max_length: 40 -> 20 tokens; activations shrink with it, long rows are cut",
-        "  3. trainer.precision: 32-true -> bf16-true; half of weights and activations: 1,125,900 GB, not enough by "
-        "itself",
+        "  3. trainer.precision: 32-true -> bf16-true; half of weights and activations",
     ]
 
 

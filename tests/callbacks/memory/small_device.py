@@ -15,16 +15,17 @@ from lightning_lora.memory import run_step
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.step_trace import trace_step
 
-WIDTH = 64
+TOKENS, WIDTH = 64, 16
+"""Activations of few rows take more than weights, gradients and optimizer."""
 
 
 class Rows(LightningDataModule):
-    def __init__(self, batch_size: int = 16) -> None:
+    def __init__(self, batch_size: int = 16, tokens: int = TOKENS) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.batch_size, self.tokens = batch_size, tokens
 
     def train_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(torch.ones(32, WIDTH)), self.batch_size)
+        return DataLoader(TensorDataset(torch.ones(32, self.tokens, WIDTH)), self.batch_size)
 
 
 class Module(LightningModule):
@@ -50,9 +51,10 @@ class Module(LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-def bytes_of(rows: int, accumulation: int = 1) -> int:
+def bytes_of(rows: int, accumulation: int = 1, tokens: int = TOKENS) -> int:
     """What a step of `Module` takes."""
-    return trace_step(Module(), [torch.ones(rows, WIDTH)], accumulate_grad_batches=accumulation).memory.total
+    batch = [torch.ones(rows, tokens, WIDTH)]
+    return trace_step(Module(), batch, accumulate_grad_batches=accumulation).memory.total
 
 
 def have(monkeypatch: pytest.MonkeyPatch, num_bytes: int, is_limit: bool = True) -> None:

@@ -15,10 +15,15 @@ from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.memory import run_step
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.step_trace import trace_step
-from tests.callbacks.memory.small_device import Module, Rows, bytes_of, have
+from tests.callbacks.memory.small_device import TOKENS, WIDTH, Module, Rows, bytes_of, have
 from tests.support import cramped, toys
 
 pytestmark = toys.expected_warnings
+
+
+@pytest.fixture(autouse=True)
+def time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_step, "SECONDS", 600.0)
 
 
 def chosen(folder: Path, module: Module, rows: int = 16, batch_size: int = 16) -> EffectiveBatch | None:
@@ -35,12 +40,12 @@ def test_the_first_size_that_is_tried_is_the_one_that_fits(
     with caplog.at_level(logging.INFO):
         assert chosen(tmp_path, Module(fits)) == EffectiveBatch(fits, 16 // fits, 1)
     assert Module.tried == [fits, *trained]
-    told = f"batches of more than {fits} rows are not tried: a traced step with batches of {fits} takes 0.1"
+    told = f"batches of more than {fits} rows are not tried: a traced step with batches of {fits} takes 0."
     assert (told in caplog.text) == (fits < 16)
 
 
 def test_a_size_that_a_trace_may_have_overrated_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    have(monkeypatch, int(bytes_of(8, 2) / 1.1))
+    have(monkeypatch, int(bytes_of(8, 2) / 1.08))
     assert chosen(tmp_path, Module(8)) == EffectiveBatch(8, 2, 1)
 
 
@@ -63,10 +68,10 @@ def test_a_step_that_seems_too_large_with_one_row_is_tried_all_the_same(
 ) -> None:
     have(monkeypatch, bytes_of(1, 16) // 2)
     with pytest.warns(
-        UserWarning, match=r"not even one row .*: a traced step with batches of 1 takes 0.1\d+ MB, and the"
+        UserWarning, match=r"not even one row .*: a traced step with batches of 1 takes 0.\d+ MB, and the"
     ):
         assert chosen(tmp_path, Module()) == EffectiveBatch(1, 16, 1)
-    told = r"not even with one row: a traced step with batches of 1 takes 0.1\d+ MB, and the device has 0.0\d+ MB"
+    told = r"not even with one row: a traced step with batches of 1 takes 0.\d+ MB, and the device has 0.0\d+ MB"
     with pytest.warns(UserWarning, match="not even one row"), pytest.raises(MemoryError, match=told):
         chosen(tmp_path, Module(0))
 
@@ -96,7 +101,7 @@ def test_traces_end_when_time_is_over(
     assert "16 rows down: no trace of 16 rows was begun" in caplog.text
 
 
-@pytest.mark.parametrize(("num_bytes", "is_traced"), [(10**9, False), (10**5, True)])
+@pytest.mark.parametrize(("num_bytes", "is_traced"), [(10**9, False), (10**4, True)])
 def test_on_a_cpu_without_a_limit_only_a_model_that_fills_its_memory_is_traced(
     num_bytes: int, is_traced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +135,7 @@ def test_a_traced_search_ends_in_the_run_that_was_given_what_it_finds(
 
 def test_a_module_on_another_device_is_traced_as_on_a_cpu() -> None:
     """A GPU is not at hand: the meta device stands for it."""
-    module, batch = Module(), [torch.ones(4, 64)]
+    module, batch = Module(), [torch.ones(4, TOKENS, WIDTH)]
     module.register_buffer("seen", torch.zeros(3))
     here = trace_step(module, batch)
     module.to("meta")
