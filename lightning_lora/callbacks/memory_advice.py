@@ -18,12 +18,21 @@ from lightning_lora.batch.trial_step import is_out_of_memory
 from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.memory.failures import TraceError
-from lightning_lora.memory.other_settings import could_recompute, first_rows, made_with, recompute, with_adapters
+from lightning_lora.memory.other_settings import (
+    could_recompute,
+    first_rows,
+    has_vocabulary,
+    made_with,
+    recompute,
+    with_adapters,
+)
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.run_step import RunStep, fills_device, gigabytes, room_of_run
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 
 _LINES = 3
+_MANY = 0.2
+"""Share of the memory from which on logits are worth a line."""
 
 
 class MemoryAdvice(Callback):
@@ -113,6 +122,11 @@ class _Traces:
         self.step = RunStep(trainer, lambda: module, self._batch)
         self.now = self.bytes(self.rows, self.step) if self.rows else None
 
+    @property
+    def logits(self) -> int:
+        """Bytes of logits and their gradients at the peak of the step as it is, if it is known."""
+        return self.step.memory(self.rows, self.share // self.rows).logits if self.now else 0
+
     def bytes(self, rows: int, step: RunStep) -> int | None:
         """Bytes of a step with micro-batches of ``rows`` rows; None if it cannot be traced."""
         try:
@@ -168,33 +182,41 @@ def _settings(trainer: Trainer, module: LightningModule, traces: _Traces) -> Ite
     length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
     if isinstance(length, int):
         yield _Setting(f"max_length: {length} -> {length // 2} tokens; activations shrink with it, long rows are cut")
+    if traces.now and traces.logits > _MANY * traces.now and has_vocabulary(module):
+        yield _Setting(
+            f"the loss: cross-entropy of whole logits -> lightning_lora.tasks.head_loss, as CausalLM computes it where "
+            f"a model returns its head's output; logits and their gradients take {gigabytes(traces.logits)}"
+        )
+    for text, make, options in _methods(trainer, module):
+        few = f" (with batch_size {rows})" if rows < traces.rows else ""
+        found = None if traces.now is None else traces.bytes(rows, traces.other(make, **options))
+        yield _Setting(text + few, found)
 
-    def with_it(text: str, make: Callable[[], LightningModule] = lambda: module, **options: Any) -> _Setting:
-        if traces.now is None:
-            return _Setting(text)
-        few = "" if rows == traces.rows else f" (with batch_size {rows})"
-        return _Setting(text + few, traces.bytes(rows, traces.other(make, **options)))
 
+_Method = tuple[str, Callable[[], LightningModule], dict[str, Any]]
+"""What it is, the module with it, and options of `RunStep`."""
+
+
+def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
+    """Ways to train the same with less memory, the one that helps most first."""
     is_task = module.hparams.get("quantization", "no such setting") is None
     adapted = bool(lora_layers(module))
     if isinstance(module, LoRAMixin) and not adapted:
         make = partial(made_with, module, lora={}) if is_task else partial(with_adapters, module)
-        text = "lora: full fine-tuning -> LoRA; gradients and optimizer state of the base, 12 bytes a weight, are gone"
-        yield with_it(text, make)
+        gone = "gradients and optimizer state of the base, 12 bytes a weight, are gone"
+        yield f"lora: full fine-tuning -> LoRA; {gone}", make, {}
     narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
     if trainer.precision in narrower and module.hparams.get("dtype") is None:
-        make = partial(made_with, module) if is_task else lambda: module
         text = f"trainer.precision: {trainer.precision} -> bf16-true; {narrower[trainer.precision]}"
-        yield with_it(text, make, precision="bf16-true")
+        make = partial(made_with, module) if is_task else lambda: module
+        yield text, make, {"precision": "bf16-true"}
     if any(could_recompute(child) for child in module.modules()):
-        text = (
-            "activation checkpointing: off -> gradient_checkpointing_enable() on the model, in configure_model; "
-            "activations are computed twice instead of kept"
-        )
-        yield with_it(text, prepare=recompute)
+        text = "off -> gradient_checkpointing_enable() on the model, in configure_model"
+        kept = "activations are computed twice instead of kept"
+        yield f"activation checkpointing: {text}; {kept}", lambda: module, {"prepare": recompute}
     if adapted and is_task and trainer.world_size == 1:
         text = "quantization: none -> nf4; the base takes a quarter of its 16-bit size"
-        yield with_it(text, partial(made_with, module, quantization="nf4"))
+        yield text, partial(made_with, module, quantization="nf4"), {}
 
 
 def _smaller_batch(trainer: Trainer, traces: _Traces) -> tuple[int, list[_Setting]]:

@@ -36,6 +36,12 @@ def recompute(module: LightningModule) -> None:
             enable()
 
 
+def has_vocabulary(module: LightningModule) -> bool:
+    """Whether ``module`` has a transformers model with an output layer over a vocabulary."""
+    heads = (getattr(child, "get_output_embeddings", None) for child in module.modules())
+    return any(head is not None and head() is not None for head in heads)
+
+
 def could_recompute(module: Any) -> bool:
     """Whether a transformers model could compute activations again in the backward pass, and does not yet."""
     if getattr(module, "supports_gradient_checkpointing", False) is not True:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import LoRAGuard, MemoryAdvice
@@ -155,6 +156,31 @@ def test_checkpointing_and_4_bits_are_traced_too(
     checkpointed, nf4 = found["activation checkpointing"], found["quantization"]
     assert checkpointed == run_step.gigabytes(step_bytes(kept, 1, "bf16-true"))
     assert nf4 == run_step.gigabytes(step_bytes(CausalLM(llama, lora=lora, quantization="nf4"), 1, "bf16-true"))
+
+
+class Logits(LightningModule):
+    """A language model of one's own whose loss takes whole logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        self.model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **small))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        if not isinstance(logits, FakeTensor):
+            raise torch.OutOfMemoryError("no room")
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters())
+
+
+@pytest.mark.slow
+def test_logits_that_take_much_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    have(monkeypatch, 10**9)
+    told = r"the loss: cross-entropy of whole logits -> lightning_lora.tasks.head_loss, .* gradients take [\d.]+ MB"
+    assert re.search(told, message(tmp_path, Logits(), Tokens(2)))
 
 
 class Own(LoRAMixin, Module):
