@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -40,11 +40,21 @@ def can_choose_rows(loader: object) -> bool:
 
 def longest_batch(trainer: Trainer, loader: DataLoader[Any], num_rows: int) -> Any:
     """A batch, on the device, of the longest rows among the first 1,000 of an epoch, which need the most memory."""
+    return longest_batches(trainer, loader, num_rows)(num_rows)
+
+
+def longest_batches(trainer: Trainer, loader: DataLoader[Any], most: int) -> Callable[[int], Any]:
+    """A function that makes a `longest_batch` of so many rows, at most ``most``; the rows are read once, now."""
     with kept_random_state(trainer.strategy.root_device, generators([loader])):
         batches: Any = loader.batch_sampler
         indices = islice((index for batch in batches for index in batch), _NUM_ROWS)
-        rows = heapq.nlargest(num_rows, (loader.dataset[index] for index in indices), key=row_size)
-        return on_device(trainer, loader.collate_fn(rows))
+        rows = heapq.nlargest(most, (loader.dataset[index] for index in indices), key=row_size)
+
+    def batch(num_rows: int) -> Any:
+        with kept_random_state(trainer.strategy.root_device, generators([loader])):
+            return on_device(trainer, loader.collate_fn(rows[:num_rows]))
+
+    return batch
 
 
 def on_device(trainer: Trainer, batch: Any) -> Any:

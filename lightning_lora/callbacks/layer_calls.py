@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,11 +53,13 @@ class LayerCallRecorder:
         self.not_called = [name for name in self.not_called if name not in self._called]
 
     def _recording(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            self._called.add(name)
-            return method(*args, **kwargs)
+        # Not a closure: a copy of the module, as a trace makes it, must run its own layers and record for itself.
+        return partial(_record, self._called, name, method)
 
-        return record
+
+def _record(called: set[str], name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    called.add(name)
+    return method(*args, **kwargs)
 
 
 def _parent(module: nn.Module, name: str) -> str:

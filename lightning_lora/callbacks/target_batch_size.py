@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,15 +12,17 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.batch.division import check_may_set_accumulation, divide_rows, divisors
-from lightning_lora.batch.trial_step import can_choose_rows, step_fits
+from lightning_lora.batch.trial_step import can_choose_rows, longest_batches, step_fits
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import remake_training_loaders, training_loader_source, training_loaders
+from lightning_lora.memory.failures import TraceError
+from lightning_lora.memory.run_step import TRACE_ERROR, RunStep, fills_device, gigabytes, room_of_run
 from lightning_lora.sharding.collectives import largest_of_ranks
 from lightning_lora.trainer_access import found
 
@@ -33,8 +35,10 @@ class TargetBatchSize(Callback):
     of steps.
 
     The micro-batch is the ``batch_size`` of the data module or module, or a device's share of the step if that is less.
-    Before training, a step of the longest rows is tried, without leaving a trace. If it does not fit into memory, the
-    next smaller micro-batch that divides the share is tried. All ranks take the smallest.
+    Before training, a step of the longest rows is tried, and all is restored. If it does not fit into memory, the next
+    smaller micro-batch that divides the share is tried. All ranks take the smallest. On a GPU, and on a CPU whose
+    memory is limited for the process or half filled by the model, a step is traced before (`lightning_lora.memory`),
+    and micro-batches that are clearly too large for the device's memory are not tried.
 
     Args:
         rows: Rows of an optimizer step on all devices.
@@ -135,14 +139,38 @@ class TargetBatchSize(Callback):
     def _largest_that_fits(self, trainer: Trainer, module: LightningModule, loader: Any) -> int:
         assert self.batch is not None
         share = self.batch.micro_batch * self.batch.accumulation
-        for rows in divisors(share):
-            if rows > self.batch.micro_batch:
-                continue
+        sizes = [rows for rows in divisors(share) if rows <= self.batch.micro_batch]
+        first, told = _first_to_try(trainer, module, loader, share, sizes)
+        first = -int(largest_of_ranks(trainer, torch.tensor(-first)))
+        for rows in sizes[sizes.index(first) :]:
             fails = not step_fits(trainer, module, loader, rows)
             if not largest_of_ranks(trainer, torch.tensor(int(fails))):
                 return rows
             rank_zero_info(f"a step of the {rows} longest rows does not fit into memory")
-        raise MemoryError("a training step does not fit into memory, not even with one row.")
+        raise MemoryError(f"a training step does not fit into memory, not even with one row{told}.")
+
+
+def _first_to_try(
+    trainer: Trainer, module: LightningModule, loader: Any, share: int, sizes: Sequence[int]
+) -> tuple[int, str]:
+    """The largest of ``sizes`` that by its trace is not clearly too large for the device; what was traced, in words."""
+    room = room_of_run(trainer, module)
+    if room is None or len(sizes) == 1 or not (room.is_limit or fills_device(module, room)):
+        return sizes[0], ""
+    step = RunStep(trainer, lambda: module, longest_batches(trainer, loader, sizes[0]))
+    try:
+        found = step.largest_micro_batch(room.bytes, share, sizes, error=TRACE_ERROR)
+        rows = found or sizes[-1]
+        needed = step.memory(rows, share // rows).total
+    except TraceError as error:
+        rank_zero_info(f"micro-batches are tried from {sizes[0]} rows down: {error}")
+        return sizes[0], ""
+    told = f"a traced step with batches of {rows} takes {gigabytes(needed)}, and the device has {gigabytes(room.bytes)}"
+    if not found:
+        rank_zero_warn(f"not even one row seems to fit into memory: {told} for it. It is tried all the same.")
+    elif rows != sizes[0]:
+        rank_zero_info(f"batches of more than {rows} rows are not tried: {told} for it")
+    return rows, f": {told}"
 
 
 def _asked_micro_batch(trainer: Trainer, module: LightningModule) -> int:

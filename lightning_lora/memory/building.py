@@ -153,13 +153,38 @@ def _stand_in(precision: Any, accumulate_grad_batches: int) -> Trainer:
 
 
 def fake_copy(module: LightningModule, mode: FakeTensorMode) -> LightningModule:
-    """A copy of ``module`` without values, and without its trainer."""
+    """A copy of ``module`` on a CPU, without values and without its trainer."""
     memo: dict[int, Any] = {id(owner): None for owner in trainers_of(module)}
     for parameter in module.parameters():
         if type(parameter) not in _PLAIN and not hasattr(type(parameter), "__tensor_flatten__"):
             memo[id(parameter)] = _without_values(parameter, mode)
-    with FakeCopyMode(mode):
-        return copy.deepcopy(module, memo)
+    with _CopyMode(mode):
+        made = copy.deepcopy(module, memo)
+    if module.device.type != "cpu":
+        with mode:
+            made.to("cpu")  # its tensors are there; modules that note their device learn it
+    return made
+
+
+class _CopyMode(FakeCopyMode):
+    """Lets ``deepcopy`` make tensors without values; those of other devices become tensors of a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Of a parameter deepcopy clones the data.
+        if func in (Tensor.__deepcopy__, Tensor.clone) and args[0].device.type != "cpu" and type(args[0]) in _PLAIN:
+            made = _on_cpu(args[0], self.fake_mode)
+            return made if func is Tensor.clone else args[1].setdefault(id(args[0]), made)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _on_cpu(tensor: Tensor, mode: FakeTensorMode) -> Any:
+    """A tensor of a CPU like ``tensor``, without values."""
+    with mode:
+        made: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    made.requires_grad_(tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter):
+        made._is_param = True
+    return made
 
 
 def trainers_of(module: LightningModule) -> Iterator[Any]:
@@ -174,7 +199,8 @@ def trainers_of(module: LightningModule) -> Iterator[Any]:
 def _without_values(value: Any, mode: FakeTensorMode) -> Any:
     """``value`` with fake tensors for its tensors: a quantised weight with its scales, or what holds them."""
     if isinstance(value, Tensor):
-        made: Any = mode.from_tensor(value.detach().as_subclass(Tensor), static_shapes=True)
+        plain = value.detach().as_subclass(Tensor)
+        made: Any = mode.from_tensor(plain, static_shapes=True) if plain.device.type == "cpu" else _on_cpu(plain, mode)
         if isinstance(value, nn.Parameter):
             made._is_param = True
             for name, held in value.__dict__.items():

@@ -66,3 +66,36 @@ def test_few_traces_are_made() -> None:
 
     assert largest_micro_batch(trace, 1005) == 500
     assert sizes == [1, 2, 500]
+
+
+def in_order(parts: dict[int, int], limit: int, allowed: list[int] | None = None) -> tuple[int, list[int]]:
+    """What is found among steps of so many bytes, and the sizes that were traced, in order."""
+    sizes: list[int] = []
+
+    def trace(rows: int) -> MemoryParts:
+        sizes.append(rows)
+        return MemoryParts(activations=parts[rows])
+
+    return largest_micro_batch(trace, limit, allowed), sizes
+
+
+LINE = {rows: 100 + 10 * rows for rows in range(1, 25)}
+SQUARE = {rows: 100 + 10 * rows + rows * rows for rows in range(1, 25)}
+
+
+@pytest.mark.parametrize(
+    "parts", [LINE, SQUARE, {rows: 500 for rows in LINE}, {rows: 100 + rows // 5 for rows in LINE}]
+)
+@pytest.mark.parametrize("allowed", [[1, 2, 3, 4, 6, 8, 12, 24], [6, 4, 3, 2, 1], [1, 23], [7], [5, 10, 20]])
+@pytest.mark.parametrize("limit", [99, 102, 111, 135, 140, 175, 220, 340, 500, 10_000])
+def test_of_given_sizes_the_largest_that_fits_is_found(parts: dict[int, int], allowed: list[int], limit: int) -> None:
+    found, traced = in_order(parts, limit, allowed)
+    assert found == max((rows for rows in allowed if parts[rows] <= limit), default=0)
+    assert len(traced) == len(set(traced))
+
+
+def test_of_given_sizes_the_largest_is_traced_first_and_alone_if_it_fits() -> None:
+    divisors = [24, 12, 8, 6, 4, 3, 2, 1]
+    assert in_order(LINE, 340, divisors) == (24, [24])
+    assert in_order(LINE, 200, divisors) == (8, [24, 1, 2, 8])
+    assert in_order(SQUARE, 200, divisors) == (6, [24, 1, 2, 6])

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning_lora.batch.division import divisors
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.failures import TraceError
+from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide
@@ -101,20 +102,10 @@ class TracedMethods:
         return {count: divide(trace.memory, "fsdp2", count, layer=trace.largest_layer) for count in counts}
 
     def largest_micro_batch(self, name: str, rank: int | None, strategy: str, share: int, budget: int) -> int:
-        """The most rows of a micro-batch that fit, of those that divide a device's ``share`` of a step's rows.
-
-        The share itself is tried first. Else two sizes are traced, and the size that a line through them allows is
-        traced too, and lowered while it is too large.
-        """
-        if self.memory(name, share, rank, strategy).total <= budget:
-            return share
-        one = self.memory(name, 1, rank, strategy).total
-        two = self.memory(name, min(2, share), rank, strategy).total
-        slope = max(1, two - one)
-        for rows in divisors(share):
-            if one + slope * (rows - 1) <= budget and self.memory(name, rows, rank, strategy).total <= budget:
-                return rows
-        return 1
+        """The most rows of a micro-batch that fit, of those that divide a device's ``share`` of a step's rows, or 1."""
+        return max(
+            1, largest_micro_batch(lambda rows: self.memory(name, rows, rank, strategy), budget, divisors(share))
+        )
 
     def variant(self, name: str, rank: int | None) -> LightningModule:
         """The module as a method trains it, not built yet."""

@@ -1,0 +1,60 @@
+"""A module in a run as it would be with another setting, for a trace of its step; the module itself stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.building import trainers_of
+from lightning_lora.mixin.lora_mixin import LoRAMixin
+
+
+def made_with(module: LightningModule, **settings: Any) -> LightningModule:
+    """A module made anew from the hyperparameters that ``module`` has saved, with other ``settings``; not built."""
+    saved = {name: value for name, value in module.hparams_initial.items() if not name.startswith("_")}
+    return type(module)(**saved | settings)
+
+
+def with_adapters(module: LoRAMixin) -> LoRAMixin:
+    """A copy that gets adapters once it is built, and shares its weights with ``module``: trace it, do not train it."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    made = copy.deepcopy(module, memo | {id(trainer): None for trainer in trainers_of(module)})
+    made.lora = LoRAConfig()
+    return made
+
+
+def recompute(module: LightningModule) -> None:
+    """Let the transformers models in ``module`` compute activations again in the backward pass."""
+    for child in module.modules():
+        if could_recompute(child):
+            enable: Any = child.gradient_checkpointing_enable
+            enable()
+
+
+def has_vocabulary(module: LightningModule) -> bool:
+    """Whether ``module`` has a transformers model with an output layer over a vocabulary."""
+    heads = (getattr(child, "get_output_embeddings", None) for child in module.modules())
+    return any(head is not None and head() is not None for head in heads)
+
+
+def could_recompute(module: Any) -> bool:
+    """Whether a transformers model could compute activations again in the backward pass, and does not yet."""
+    if getattr(module, "supports_gradient_checkpointing", False) is not True:
+        return False
+    # The newer name first: transformers warns of the older one.
+    newer = getattr(module, "is_activation_checkpointing", None)
+    return not (module.is_gradient_checkpointing if newer is None else newer)
+
+
+def first_rows(batch: Any, num_rows: int, of: int) -> Any:
+    """The first rows of a batch of ``of`` rows: of every tensor whose first dimension is the rows."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[:num_rows] if tensor.ndim and tensor.shape[0] == of else tensor
+
+    return apply_to_collection(batch, Tensor, cut)
