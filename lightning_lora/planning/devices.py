@@ -23,6 +23,10 @@ attention, over the time of the step: Llama-1B 0.29 with adapters and 0.37 in fu
 0.41. No other step tested it.
 """
 
+CUDA_CONTEXT = 820_000_000
+"""Bytes beside those that torch allocates: the context of CUDA and the libraries that a run loads, as measured on one H100
+with torch 2.11 and CUDA 13 (docs/gpu.md)."""
+
 _UNITS = {"b": 1} | {
     f"{letter}{end}": base**power for power, letter in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))
 }
@@ -52,6 +56,11 @@ class Device:
     efficiency: float = EFFICIENCY
     source: str = ""
     is_timed: bool = False
+
+    @property
+    def context(self) -> int:
+        """Bytes that are taken before a module is there. A device of which only the memory is known counts as a GPU."""
+        return CUDA_CONTEXT if self.kind in ("cuda", "unknown") else 0
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ class PlanParts:
         is_gpu = self.devices.device.kind != "cpu"
         defaults = {"lora": "bf16-true", "qlora": "bf16-true", "full": "bf16-mixed"} if is_gpu else {}
         precision = {name: str(given or defaults.get(name, "32-true")) for name in ("lora", "qlora", "full")}
-        clip = self.trainer.get("gradient_clip_val")
-        return TracedMethods(self.module, self.lora, self.batch, precision, clip, self.devices.count)
+        clip, context = self.trainer.get("gradient_clip_val"), self.devices.device.context
+        return TracedMethods(self.module, self.lora, self.batch, precision, clip, self.devices.count, context)
 
     def _method_and_batch(
         self, traces: TracedMethods, rows: list[CapacityRow], most: int, target: int, length: RunLength

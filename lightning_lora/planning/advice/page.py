@@ -150,10 +150,12 @@ def _memory(plan: Any) -> Iterator[str]:
         yield f"{'':<{_INDENT}}{name:<6}{cells}" + (" *" if parts.total > plan.budget else "")
     over = any(plan.memory[name].total > plan.budget for name in known)
     mark = "; * does not fit" if over else ""
+    beside = max(plan.memory[name].overhead for name in known)
+    others = f"; activ with {_number(beside / size)} {unit} of CUDA's context or buckets of gradients" if beside else ""
     yield from _part(
         "",
         f"at the fullest moment of a step, before most gradients, with {settings_rows(plan)}; a device has "
-        f"{plan.budget / 2**30:.3g} GiB{mark}",
+        f"{plan.budget / 2**30:.3g} GiB{others}{mark}",
     )
     yield from _not_traced(plan, "")
 

@@ -113,7 +113,7 @@ def plan_cost(
     time = None
     if data is not None and batch.steps:
         time = _time(traces, method, batch, devices, data, epoch, trainer, calibrate, memory)
-    return PlanCost(parameters, flops, disk, time, memory.total)
+    return PlanCost(parameters, flops, disk, time, memory.total - devices.device.context)
 
 
 def _untraced_parameters(traces: TracedMethods, method: Method, adapters: AdapterSizes) -> Parameters:

@@ -30,6 +30,7 @@ class TracedMethods:
         precision: The Trainer's precision for each method.
         clip: The Trainer's ``gradient_clip_val``.
         devices: Devices that train together.
+        context: Bytes of each that nobody allocates, which count as overhead.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class TracedMethods:
         precision: Mapping[str, str],
         clip: float | None,
         devices: int,
+        context: int = 0,
     ) -> None:
         self.module, self.config, self.batch = module, config, batch
-        self.precision, self.clip, self.devices = precision, clip, devices
+        self.precision, self.clip, self.devices, self.context = precision, clip, devices, context
         self.failed: dict[str, str] = {}
         self._tracers: dict[tuple[str, int | None], StepTracer] = {}
         self._traces: dict[tuple[str, int, int | None], StepTrace] = {}
@@ -68,8 +70,7 @@ class TracedMethods:
 
     def memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts:
         """Bytes on one device."""
-        trace = self.trace(name, rows, rank)
-        return divide(trace.memory, strategy, self.devices, layer=trace.largest_layer)
+        return self._divided(self.trace(name, rows, rank), strategy, self.devices)
 
     def known_memory(self, name: str, rows: int, rank: int | None, strategy: str) -> MemoryParts | None:
         """Bytes on one device; None if the method cannot be traced, which `failed` then explains."""
@@ -99,13 +100,17 @@ class TracedMethods:
             return {}
         counts = [2**power for power in range(1, 7) if 2**power > self.devices]
         trace = self.trace(name, 1, rank)
-        return {count: divide(trace.memory, "fsdp2", count, layer=trace.largest_layer) for count in counts}
+        return {count: self._divided(trace, "fsdp2", count) for count in counts}
 
     def largest_micro_batch(self, name: str, rank: int | None, strategy: str, share: int, budget: int) -> int:
         """The most rows of a micro-batch that fit, of those that divide a device's ``share`` of a step's rows, or 1."""
         return max(
             1, largest_micro_batch(lambda rows: self.memory(name, rows, rank, strategy), budget, divisors(share))
         )
+
+    def _divided(self, trace: StepTrace, strategy: str, devices: int) -> MemoryParts:
+        found = divide(trace.memory, strategy, devices, layer=trace.largest_layer)
+        return replace(found, overhead=found.overhead + self.context)
 
     def variant(self, name: str, rank: int | None) -> LightningModule:
         """The module as a method trains it, not built yet."""
