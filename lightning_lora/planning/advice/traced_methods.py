@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,9 @@ class TracedMethods:
         clip: float | None,
         devices: int,
     ) -> None:
-        self.module, self.config, self.batch = module, config, batch
+        self.module, self.config = module, config
+        # Finding the longest rows may read a thousand of them.
+        self.batch = functools.cache(batch)
         self.precision, self.clip, self.devices = precision, clip, devices
         self.failed: dict[str, str] = {}
         self._tracers: dict[tuple[str, int | None], StepTracer] = {}
