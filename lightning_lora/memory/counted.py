@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
+
+from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
 
 aten: Any = torch.ops.aten
 
@@ -85,14 +87,6 @@ _INSIDE: dict[str, Any] = {
 }
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return sdpa_backward_flop_count(d_out.shape, query.shape, key.shape, value.shape)
-
-
 def _grouped(x: Tensor, matrices: Tensor, *_: Any) -> int:
     """Every row (or column) takes part in one product."""
     if x.ndim == 2 and matrices.ndim == 2:  # (m, rows) (rows, n), one result for each group
@@ -105,8 +99,8 @@ def _four_bits(x: Tensor, _: Tensor, shape: Sequence[int], *__: Any) -> int:
 
 
 _OWN_FLOPS: dict[str, Any] = {
-    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten._scaled_dot_product_flash_attention_for_cpu": attention_flops,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": attention_backward_flops,
     "aten._grouped_mm": _grouped,
     "bitsandbytes.gemm_4bit": _four_bits,
 }

@@ -250,9 +250,11 @@ _MADE_UP: dict[Any, Any] = {
 
 
 def known_batch(batch: Any) -> Any:
-    """A copy of a batch for a trace: its values are kept unless they are many."""
+    """A copy of a batch on a CPU, for a trace: its values are kept unless they are many."""
 
     def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if tensor.numel() <= MOST_KNOWN else torch.empty_like(tensor, device="meta")
+        if tensor.numel() > MOST_KNOWN:
+            return torch.empty_like(tensor, device="meta")
+        return tensor.detach().to("cpu", copy=True)
 
     return tree_map_only(Tensor, copied, batch)
