@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_lora.memory.counted import counted_of
 from lightning_lora.memory.live_bytes import LiveBytes
-from lightning_lora.memory.operation_cost import cost_of
 
 aten: Any = torch.ops.aten
 _DEVICE: Any = torch.ops.prim.device.default
@@ -111,7 +111,7 @@ class StepMode(TorchDispatchMode):
         return [FakeTensor(self.fake, each, device) for each in found]
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        counted = cost_of(func)
+        counted = counted_of(func)
         if counted.flops is not None:
             flops = counted.flops(args, kwargs, result)
             self.flops += flops

@@ -155,7 +155,7 @@ class StepTracer:
         live = self._built.mode.live
         self._built.mode.class_counts = set(_class_counts(self.module))
         live.move_all("weights")
-        live.move(_tensors(self.module), "weights")
+        live.move(weight_tensors(self.module), "weights")
         live.move(factor_parameters(self.module).values(), "adapters")
         for parameter in self.module.parameters():
             if parameter.requires_grad:
@@ -254,7 +254,8 @@ class _Steps:
         return [getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers]
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def weight_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module, those of quantised weights by their parts."""
     for tensor in (*module.parameters(), *module.buffers()):
         yield from stored_parts(tensor) if is_quantised(tensor) else (tensor,)
 
@@ -263,7 +264,7 @@ def _largest_layer(module: nn.Module) -> int:
     """Bytes of the largest item of a list of blocks, or of the largest layer where there is no such list."""
     blocks = [block for child in module.modules() if isinstance(child, nn.ModuleList) for block in child]
     layers = blocks or [child for child in module.modules() if child._parameters]
-    return max((sum(tensor.nbytes for tensor in _tensors(layer)) for layer in layers), default=0)
+    return max((sum(tensor.nbytes for tensor in weight_tensors(layer)) for layer in layers), default=0)
 
 
 def _state_tensors(optimizers: list[Optimizer]) -> Iterator[Tensor]:

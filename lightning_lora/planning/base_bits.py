@@ -21,10 +21,13 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.memory.building import built_without_memory
+from lightning_lora.memory.step_trace import weight_tensors
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 from .count_data import unique_rows
+from .devices import find_devices
 from .label_counts import count_labels, epoch_rows
 from .set_up_data import quiet_trainer, set_up, without_infos
 from .stop_signals import ending_at_once
@@ -94,7 +97,7 @@ def measure_base_bits(
         seconds: Most seconds that the model runs, without loading it; two rows are always read.
 
     Raises:
-        ConfigError: If rows give no loss in nats, or the data are a stream.
+        ConfigError: If rows give no loss in nats, the data are a stream, or the base does not fit into memory here.
         DataError: If a row cannot be used, or no row has a target.
     """
     for name, value, least in (("rows", rows, 2), ("tokens", tokens, 1)):
@@ -103,6 +106,7 @@ def measure_base_bits(
     if not seconds > 0:
         raise ConfigError(f"seconds must be more than 0, got {seconds!r}.")
     _check_gives_losses(module)
+    _check_fits(module, precision)
     generator = numpy.random.default_rng(seed)
     with set_up(datamodule, module) as data:
         if isinstance(data, SFTDataModule):
@@ -179,6 +183,18 @@ def _check_gives_losses(module: LightningModule) -> None:
         )
     if type(module).predict_step is LightningModule.predict_step:
         raise _no_losses(module)
+
+
+def _check_fits(module: LightningModule, precision: Any) -> None:
+    """Refuse a base that is larger than the memory here, before it is read."""
+    here = find_devices()
+    with built_without_memory(module, precision=precision) as built:
+        size = sum(tensor.nbytes for tensor in weight_tensors(built))
+    if size > here.memory:
+        raise ConfigError(
+            f"the bits of the base are measured by running it here, and its weights ({size / 2**30:,.1f} GiB) are more "
+            f"than the memory of {here}: leave out measure, or plan on a machine that holds the base."
+        )
 
 
 def _no_losses(module: LightningModule) -> ConfigError:

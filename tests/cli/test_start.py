@@ -114,3 +114,27 @@ def test_help_of_fit_loads_no_model_and_no_library_of_quantisation() -> None:
 
 def test_commands_of_the_trainer_are_those_of_the_cli() -> None:
     assert set(main.TRAINER_COMMANDS) == set(LoRACLI.subcommands())
+
+
+@pytest.mark.slow
+def test_plan_starts_without_scipy_signal_and_without_a_compiler_and_both_are_there_when_asked_for(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    (tmp_path / "rows.jsonl").write_text('{"question": "what", "answer": "that"}\n' * 3)
+    arguments = ["plan", str(toys.save_llama(tmp_path / "llama")), str(tmp_path / "rows.jsonl")]
+    arguments += ["--json", str(tmp_path / "plan.json")]
+    code = f"""
+import sys
+from lightning_lora.cli.main import main
+assert main({arguments!r}) == 0
+assert "bitsandbytes" in sys.modules
+assert not {{"scipy.optimize", "torch._inductor.compile_fx"}} & set(sys.modules)
+import gc
+assert gc.isenabled()
+import scipy.signal.windows
+from scipy.signal import get_window
+assert list(scipy.signal.hamming(3)) == list(get_window("hamming", 3, fftbins=False))
+"""
+    warm.run_cold("-c", code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -177,3 +177,33 @@ def test_a_trace_leaves_no_mask_for_the_next_run() -> None:
     again.configure_model()
     trace_step(again, batch)
     assert cast(Any, again.training_step(batch, 0)).item() == expected
+
+
+class Hooked(toys.Plain):
+    """Counts what is called, and has a parameter that no loss depends on."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Parameter(torch.zeros(1000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls.append("step")
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.calls.append("gradients")
+
+    def backward(self, *arguments: Any, **options: Any) -> None:
+        self.calls.append("backward")
+        super().backward(*arguments, **options)
+
+
+def test_a_step_is_traced_once_after_a_look_around_and_idle_parameters_take_no_state() -> None:
+    batch = next(iter(toys.loader()))
+    Hooked.calls.clear()
+    found = trace_step(Hooked(), batch).memory
+    assert Hooked.calls == ["step", "step", "backward", "gradients"]
+    assert found.optimizer < 4 * 1000
+    assert found.gradients < 4 * 1000

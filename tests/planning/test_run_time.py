@@ -93,9 +93,18 @@ def test_a_micro_batch_that_takes_long_is_timed_with_fewer_rows(monkeypatch: pyt
         asked.append(rows)
 
     monkeypatch.setattr(room, "time_steps", noted)
-    assert timed(True, flops=1e16) is not None
+    monkeypatch.setattr(room, "product_speed", lambda *_: 1e11)
+    assert timed(True, flops=1e12) is not None
     assert timed(True) is not None
     assert asked == [1, 2]
+
+
+def test_batches_that_would_take_minutes_are_not_timed_even_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "product_speed", lambda *_: 1e11)
+    found = timed(True, flops=1e13, module=Broken)
+    assert found is not None
+    assert found.source == PRODUCT
+    assert found.how.endswith("not timed: 4 batches of one row would take about 7 minutes here")
 
 
 def test_the_speed_of_a_product_is_that_of_the_best() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,9 @@ class TracedMethods:
         devices: int,
         context: int = 0,
     ) -> None:
-        self.module, self.config, self.batch = module, config, batch
+        self.module, self.config = module, config
+        # Finding the longest rows may read a thousand of them.
+        self.batch = functools.cache(batch)
         self.precision, self.clip, self.devices, self.context = precision, clip, devices, context
         self.failed: dict[str, str] = {}
         self._tracers: dict[tuple[str, int | None], StepTracer] = {}

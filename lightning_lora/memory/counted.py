@@ -1,4 +1,4 @@
-"""What an operation takes beside its results: floating-point operations, and bytes that it holds inside."""
+"""What is counted of an operation: floating-point operations, and bytes that it holds only while it runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
+
 aten: Any = torch.ops.aten
 
 
-class OperationCost(NamedTuple):
+class Counted(NamedTuple):
     """What is counted of an operation.
 
     Args:
@@ -29,20 +31,32 @@ class OperationCost(NamedTuple):
 
 
 @functools.cache
-def cost_of(func: Any) -> OperationCost:
-    """What an operation takes.
-
-    `torch.utils.flop_counter` of torch 2.11 refuses attention with fewer heads of keys than of queries, so attention is
-    counted here.
-    """
+def counted_of(func: Any) -> Counted:
+    """What is counted of an operation, looked up once."""
     packet = getattr(func, "_overloadpacket", None)
+    flops = None
     if (own := _OWN_FLOPS.get(str(packet))) is not None:
-        flops: Any = lambda args, kwargs, result: own(*args)  # noqa: E731
+        flops = functools.partial(_by_own, own)
     elif (formula := _formula(packet)) is not None:
         flops = functools.partial(_by_formula, formula)
-    else:
-        flops = None
-    return OperationCost(flops, "_attention" in str(func), _INSIDE.get(str(func)))
+    return Counted(flops, "_attention" in str(func), _INSIDE.get(str(func)))
+
+
+def _formula(packet: Any) -> Any:
+    formula = flop_registry.get(packet)
+    if formula is None and str(packet).endswith("_"):
+        # The registry of torch lacks the forms that write into their first argument.
+        namespace, _, name = str(packet).rpartition(".")
+        formula = flop_registry.get(getattr(aten, name[:-1], None)) if namespace == "aten" else None
+    return formula
+
+
+def _by_own(formula: Any, args: Any, kwargs: Any, result: Any) -> int:
+    return formula(*args)
+
+
+def _by_formula(formula: Any, args: Any, kwargs: Any, result: Any) -> int:
+    return formula(*args, **{name: value for name, value in kwargs.items() if name != "out"}, out_val=result)
 
 
 def _dequantised(x: Tensor, _: Tensor, shape: Sequence[int], *__: Any) -> int:
@@ -73,19 +87,6 @@ _INSIDE: dict[str, Any] = {
 }
 
 
-def _formula(packet: Any) -> Any:
-    formula = flop_registry.get(packet)
-    if formula is None and str(packet).endswith("_"):
-        # The registry of torch lacks the forms that write into their first argument.
-        namespace, _, name = str(packet).rpartition(".")
-        formula = flop_registry.get(getattr(aten, name[:-1], None)) if namespace == "aten" else None
-    return formula
-
-
-def _by_formula(formula: Any, args: Any, kwargs: Any, result: Any) -> int:
-    return formula(*args, **{name: value for name, value in kwargs.items() if name != "out"}, out_val=result)
-
-
 def _grouped(x: Tensor, matrices: Tensor, *_: Any) -> int:
     """Every row (or column) takes part in one product."""
     if x.ndim == 2 and matrices.ndim == 2:  # (m, rows) (rows, n), one result for each group
@@ -95,28 +96,6 @@ def _grouped(x: Tensor, matrices: Tensor, *_: Any) -> int:
 
 def _four_bits(x: Tensor, _: Tensor, shape: Sequence[int], *__: Any) -> int:
     return 2 * x.numel() * shape[0]
-
-
-def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    """Operations of forward: scores and their product with the values.
-
-    Args:
-        query: ``(batch, heads, queries, width)``.
-        key: ``(batch, heads or a divisor, keys, width)``.
-        value: ``(batch, as key, keys, width of values)``.
-    """
-    return _pairs(query, key) * (query.shape[-1] + value.shape[-1])
-
-
-def attention_backward_flops(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    """Operations of backward: the scores again, and the gradients of scores, values, queries and keys."""
-    return _pairs(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
-
-
-def _pairs(query: Tensor, key: Tensor) -> int:
-    """Multiplications and additions for each number of width, over all pairs of a query and a key."""
-    batch, heads, queries, _ = query.shape
-    return 2 * batch * heads * queries * key.shape[-2]
 
 
 _OWN_FLOPS: dict[str, Any] = {
