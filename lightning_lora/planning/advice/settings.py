@@ -132,8 +132,6 @@ def alarm(steps: int, multiplier: float) -> Reason | None:
         "or fewer rows per step help"
     )
     if multiplier != 1:  # adapters by the rule
-        why += (
-            f"; a multiplier of {multiplier * 1.5:g} in place of {multiplier:g} for runs this short is anecdotal and "
-        )
-        why += "not applied"
+        more = f"{multiplier * 1.5:g} in place of {multiplier:g}"
+        why += f"; a multiplier of {more} for runs this short is anecdotal and not applied"
     return Reason(f"{steps:,} step{'' if steps == 1 else 's'}", why, source)
