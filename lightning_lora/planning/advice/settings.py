@@ -128,8 +128,8 @@ def alarm(steps: int, multiplier: float) -> Reason | None:
     if steps >= FEW_STEPS:
         return Reason(f"{steps:,} steps", f"enough to train; {ENOUGH_STEPS:,} are better: more epochs or rows", source)
     why = (
-        f"{ALARM} step-starved: fewer than {FEW_STEPS} steps cost more than any other setting. More epochs, more rows "
-        "or fewer rows per step help"
+        f"{ALARM} step-starved: fewer than {FEW_STEPS} steps cost more than any other setting; more epochs or rows, or "
+        "fewer rows per step help"
     )
     if multiplier != 1:  # adapters by the rule
         more = f"{multiplier * 1.5:g} in place of {multiplier:g}"
