@@ -6,6 +6,5 @@ sets it up), `token_rows` (rows of tokens), `label_counts` and `dataset_targets`
 `capacity_sentence` (the same in words), `base_bits` (what the base does not know of the data yet), `device_table` and
 `devices` (what a run is planned for), `cost` (operations, disk, time), `stop_signals` (what ends a plan at once),
 `timing` and `timed_steps` (what is timed here), `reason` (why a value was chosen), `advice` (what is recommended, and
-how it is told), `bad_input` (what is refused at once), `named_callbacks` (callbacks of a Trainer's settings), `plan`
-(everything together), `put_together` (how it is made of the parts) and `make_plan` (how it begins).
+how it is told), `bad_input` (what is refused at once), `plan` (everything together) and `make_plan` (how it is made).
 """

@@ -14,8 +14,8 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.planning.advice.config_file import plain, taken_arguments, without_defaults
 from lightning_lora.planning.advice.method import Method, strategy_setting
+from lightning_lora.planning.advice.named_callbacks import as_list, is_named
 from lightning_lora.planning.advice.objects import objects_as_config
-from lightning_lora.planning.named_callbacks import as_list, is_named
 from lightning_lora.planning.reason import Reason
 from lightning_lora.tasks.pretrained import PretrainedTask
 

@@ -48,7 +48,7 @@ def _notes(plan: Any, left_out: int) -> list[str]:
     """What else to know, without the last ``left_out`` of the plan's notes."""
     notes = list(plan.notes[: len(plan.notes) - left_out])
     if left_out:
-        notes.append(f"{left_out} more note{'s' if left_out > 1 else ''}: in plan.json, and in Plan.notes")
+        notes.append(f"{left_out} more note{'s' if left_out > 1 else ''}: in plan.json")
     notes += [f"how sure: {plan.sureness}", f"sources disagree: {DISAGREE}"]
     return [line for note in notes for line in _note(note)]
 
@@ -126,7 +126,9 @@ def _settings(plan: Any, has_reasons: bool) -> str:
     )
     told.append(f"{settings['steps']:,} step{'' if settings['steps'] == 1 else 's'} ({plan.length})")
     reasons = [reason for topic, reason in plan.topics if topic == "settings"]
-    why = [f"{reason.value}: {reason.why}" for reason in reasons if has_reasons or reason.why.startswith(ALARM)]
+    if not has_reasons:  # what trains at which rate, and alarms, cannot be guessed
+        reasons = [reason for reason in reasons if reason.value.startswith("learning rate") or ALARM in reason.why]
+    why = [f"{reason.value}: {reason.why}" for reason in reasons]
     return (
         ", ".join(told) + ". " + "; ".join([*why, *([] if has_reasons else ["all reasons: plan.json, Plan.reasons"])])
     )

@@ -75,9 +75,8 @@ def planned_rate(
         applies = "" if method.rank is None else applied_rates(lora, trained)
         return _chosen(float(f"{base:.6g}"), None, module, lora, applies)
     if not groups:
-        return replace(
-            _chosen(rate, None, module, lora, "the module decides what trains at which rate"), multiplier=1.0
-        )
+        chosen = _chosen(rate, None, module, lora, "the module decides what trains at which rate")
+        return replace(chosen, multiplier=1.0)
     return _by_its_optimizers(traces, method, groups, rate)
 
 

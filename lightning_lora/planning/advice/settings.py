@@ -128,12 +128,10 @@ def alarm(steps: int, multiplier: float) -> Reason | None:
     if steps >= FEW_STEPS:
         return Reason(f"{steps:,} steps", f"enough to train; {ENOUGH_STEPS:,} are better: more epochs or rows", source)
     why = (
-        f"{ALARM} step-starved: fewer than {FEW_STEPS} steps cost more than any other setting. More epochs, more rows "
-        "or fewer rows per step help"
+        f"{ALARM} step-starved: fewer than {FEW_STEPS} steps cost more than any other setting; more epochs or rows, or "
+        "fewer rows per step help"
     )
     if multiplier != 1:  # adapters by the rule
-        why += (
-            f"; a multiplier of {multiplier * 1.5:g} in place of {multiplier:g} for runs this short is anecdotal and "
-        )
-        why += "not applied"
+        more = f"{multiplier * 1.5:g} in place of {multiplier:g}"
+        why += f"; a multiplier of {more} for runs this short is anecdotal and not applied"
     return Reason(f"{steps:,} step{'' if steps == 1 else 's'}", why, source)
