@@ -190,7 +190,8 @@ def _settings(trainer: Trainer, module: LightningModule, traces: _Traces) -> Ite
     for text, make, options in _methods(trainer, module):
         few = f" (with batch_size {rows})" if rows < traces.rows else ""
         found = None if traces.now is None else traces.bytes(rows, traces.other(make, **options))
-        yield _Setting(text + few, found)
+        if found is None or rows < traces.rows or found < (traces.now or 0):
+            yield _Setting(text + few, found)
 
 
 _Method = tuple[str, Callable[[], LightningModule], dict[str, Any]]

@@ -169,7 +169,7 @@ def _first_to_try(
     if not found:
         rank_zero_warn(f"not even one row seems to fit into memory: {told} for it. It is tried all the same.")
     elif rows != sizes[0]:
-        rank_zero_info(f"batches of more than {rows} rows are not tried: {told} for it")
+        rank_zero_info(f"a batch_size above {rows} is not tried: {told} for it")
     return rows, f": {told}"
 
 

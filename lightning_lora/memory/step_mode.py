@@ -255,6 +255,6 @@ def known_batch(batch: Any) -> Any:
     def copied(tensor: Tensor) -> Tensor:
         if tensor.numel() > MOST_KNOWN:
             return torch.empty_like(tensor, device="meta")
-        return tensor.detach().to("cpu", copy=True)
+        return tensor.to("cpu", copy=True).detach()  # a view of the batch would count as alive
 
     return tree_map_only(Tensor, copied, batch)

@@ -102,8 +102,11 @@ fit(True)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
 def test_a_process_out_of_memory_finds_what_fits(tmp_path: Path) -> None:
-    """The error is the allocator's own: a step of 16 rows needs more than the 256 MiB of the process."""
-    printed = toys.run_python(CONFINED, tmp_path).stdout
+    """The error is the allocator's own: 16 rows need more than the 256 MiB of the process, by their trace too."""
+    ended = toys.run_python(CONFINED, tmp_path)
+    printed = ended.stdout
+    assert re.search(r"a batch_size above [48] is not tried: a traced step", ended.stderr)
+    assert "a step of the 16 longest rows" not in ended.stderr
     assert "can't allocate memory" in printed
     batch = re.search(r"2 steps, 32 rows, effective batch 16 = (\d) rows x \d accumulated x 1 device", printed)
     assert batch

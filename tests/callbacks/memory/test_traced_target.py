@@ -40,7 +40,7 @@ def test_the_first_size_that_is_tried_is_the_one_that_fits(
     with caplog.at_level(logging.INFO):
         assert chosen(tmp_path, Module(fits)) == EffectiveBatch(fits, 16 // fits, 1)
     assert Module.tried == [fits, *trained]
-    told = f"batches of more than {fits} rows are not tried: a traced step with batches of {fits} takes 0."
+    told = f"a batch_size above {fits} is not tried: a traced step with batches of {fits} takes 0."
     assert (told in caplog.text) == (fits < 16)
 
 
@@ -126,7 +126,7 @@ def test_a_traced_search_ends_in_the_run_that_was_given_what_it_finds(
     have(monkeypatch, trace_step(cramped.Cramped(), batch, accumulate_grad_batches=4).memory.total)
     with caplog.at_level(logging.INFO):
         cramped.fit(tmp_path, TargetBatchSize(16), found, cramped.Data())
-    assert "batches of more than 4 rows are not tried" in caplog.text
+    assert "a batch_size above 4 is not tried" in caplog.text
     assert "does not fit" not in caplog.text
     cramped.fit(tmp_path, None, given, cramped.Data(4), accumulate_grad_batches=4)
     assert toys.same(toys.snapshot(found), toys.snapshot(given))
