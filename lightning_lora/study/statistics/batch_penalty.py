@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-
 from numpy.typing import ArrayLike
 
 from lightning_lora.study.statistics.arm import Arm
@@ -42,13 +40,11 @@ def batch_penalty(
     Raises:
         DataError: If the arms were scored on different rows.
     """
-    gaps = [_gap(*pair, tokens) for pair in (large, small)]
-    names = f"{large[0].name} - {large[1].name}", f"{small[0].name} - {small[1].name}"
-    first, second = (replace(gap, name=f"[{name}]") for gap, name in zip(gaps, names, strict=True))
+    first, second = _gap(*large, "large", tokens), _gap(*small, "small", tokens)
     return compare(first, second, band=band, alpha=alpha, seeds=seeds, tokens=tokens)
 
 
-def _gap(arm: Arm, baseline: Arm, tokens: ArrayLike | None) -> Arm:
+def _gap(arm: Arm, baseline: Arm, batch: str, tokens: ArrayLike | None) -> Arm:
     """The differences of two arms as if they were the losses of one; a seed that diverged in either has none."""
     diverged = {seed for each in (arm, baseline) for seed in each.diverged(tokens)}
     both = sorted((arm.losses.keys() & baseline.losses.keys()) - diverged)
@@ -56,4 +52,5 @@ def _gap(arm: Arm, baseline: Arm, tokens: ArrayLike | None) -> Arm:
     missing |= {seed: "not run" for seed in (arm.losses.keys() ^ baseline.losses.keys()) - diverged}
     found = dict(zip(both, differences(arm, baseline, both), strict=True)) if both else {}
     problem = next((f"{each.problem} ({each.name})" for each in (arm, baseline) if each.problem), "")
-    return Arm(arm.name, found, missing | {**arm.failed, **baseline.failed}, problem=problem)
+    name = f"[{arm.name} - {baseline.name}]({batch})"
+    return Arm(name, found, missing | {**arm.failed, **baseline.failed}, problem=problem)

@@ -100,9 +100,7 @@ def corrected(verdicts: Sequence[Verdict], primary: str | None = None) -> list[V
         primary: Name of the arm of the one comparison that was named before the start; its level is not corrected.
     """
     further = {
-        place: verdict.p
-        for place, verdict in enumerate(verdicts)
-        if verdict.arm != primary and verdict.p is not None
+        place: verdict.p for place, verdict in enumerate(verdicts) if verdict.arm != primary and verdict.p is not None
     }
     p_values = dict(zip(further, holm(list(further.values())), strict=True))
     return [

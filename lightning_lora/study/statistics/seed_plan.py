@@ -37,7 +37,9 @@ class SeedPlan:
         if seeds == "auto":
             return cls((3, 5, 8), 0.02)
         if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-            raise ConfigError(f"seeds must be a number of at least 3 for a verdict, or auto for 3, 5, 8, got {seeds!r}.")
+            raise ConfigError(
+                f"seeds must be a number of at least 3 for a verdict, or auto for 3, 5, 8, got {seeds!r}."
+            )
         return cls((seeds,), ALPHA)
 
     def next_look(self, done: int, verdicts: Iterable[Verdict]) -> int | None:
