@@ -121,6 +121,6 @@ def step_ratio(arm: Mapping[int, Reached], baseline: Mapping[int, Reached], alph
     upper = sum(ours.bound == "at most" or theirs.bound == "at least" for ours, theirs in telling)
     found = paired_interval(logs, alpha=alpha)
     bound: Bound = "cannot tell" if lower and upper else "at least" if lower else "at most" if upper else ""
-    missed = sum("at least" == each[1 if bound == "at most" else 0].bound for each in telling) if bound else 0
+    missed = sum(each[bound == "at most"].bound == "at least" for each in telling) if bound else 0
     ratio, low, high = (float(np.exp(each)) for each in (found.mean, found.low, found.high))
     return StepRatio(ratio, 0.0 if upper else low, math.inf if lower else high, bound, len(telling), missed)
