@@ -13,7 +13,6 @@ from lightning_lora.study.batch_probe_plot import draw_probe
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.comparison import Comparison
 
-
 WORSE, SAME = (1.0, 0.1, 511.0, "behind"), (0.0, 0.001, 511.0, "matches")
 
 

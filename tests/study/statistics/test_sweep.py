@@ -88,7 +88,7 @@ def test_where_every_rate_diverges_the_sweep_goes_down_and_then_gives_up() -> No
 
 
 def test_a_flat_valley_is_called_flat_and_its_middle_is_taken() -> None:
-    step, losses = swept(valley(1e-3, 0.0005), first_rates(1e-3))
+    step, _ = swept(valley(1e-3, 0.0005), first_rates(1e-3))
     assert (step.chosen, step.problem, step.why) == (1e-3, "", "flat: any rate from 0.000333333 to 0.003 does")
     step, _ = swept(lambda rate: 1.0, first_rates(1e-3))
     assert step.problem == ""
