@@ -45,19 +45,14 @@ def refined_rate(rates: Three, losses: Three, band: float) -> RefinedRate | None
         losses: Their losses, those of diverged runs capped at the loss of the base.
         band: Nats that count as equal.
     """
-    rises = losses[0] - losses[1], losses[2] - losses[1]
-    if max(rises) > STEEP * min(rises):
-        return _beside_a_cliff(rates, rises, band)
     place, loss = vertex(rates, losses)
     if losses[1] - loss <= band / 2:
         return None
+    rises = losses[0] - losses[1], losses[2] - losses[1]
+    if max(rises) > STEEP * min(rises):
+        # The valley is wide on the side that rises gently.
+        gentle = rates[0] if rises[0] < rises[1] else rates[2]
+        place = rates[1] * (gentle / rates[1]) ** GOLDEN
+        return RefinedRate(place, "a golden section of the side that rises gently")
     low, high = math.sqrt(rates[0] * rates[1]), math.sqrt(rates[1] * rates[2])
     return RefinedRate(min(max(place, low), high), "the vertex of a parabola through the best rate and its neighbours")
-
-
-def _beside_a_cliff(rates: Three, rises: tuple[float, float], band: float) -> RefinedRate | None:
-    """A golden section of the gentle side, which is where the valley is wide."""
-    if min(rises) <= band / 2:
-        return None
-    gentle = rates[0] if rises[0] < rises[1] else rates[2]
-    return RefinedRate(rates[1] * (gentle / rates[1]) ** GOLDEN, "a golden section of the side that rises gently")

@@ -73,8 +73,8 @@ def test_rows_weigh_as_many_tokens_as_they_have() -> None:
     tokens, ours, theirs = [10, 40, 25, 5], np.array([[1.2, 0.9, 1.1, 1.5]]), np.array([[1.25, 0.88, 1.12, 1.40]])
     interval = paired_interval(ours - theirs, tokens)
     assert (interval.mean, interval.error) == pytest.approx((0.00375, 0.016429), abs=6e-7)
-    for values in (linearised(np.array(CROSSED), np.array(tokens, float)),):
-        assert values.mean(1) == pytest.approx(np.average(CROSSED, axis=1, weights=tokens))
+    weighed = linearised(np.array(CROSSED), tokens).mean(1)
+    assert weighed == pytest.approx(np.average(CROSSED, axis=1, weights=tokens))
     assert paired_interval(CROSSED, [3, 3, 3, 3]).half_width == pytest.approx(paired_interval(CROSSED).half_width)
 
 
@@ -110,7 +110,8 @@ def test_steps_to_a_loss_and_their_ratio() -> None:
 def test_the_expected_best_of_a_smaller_budget() -> None:
     losses = [1.30, 1.20, 1.25, 1.60, 1.22]
     assert [expected_best(losses, budget) for budget in (1, 2, 3, 5)] == pytest.approx([1.314, 1.226, 1.211, 1.2])
-    assert expected_best([*losses, math.nan], 5) == math.inf
+    assert expected_best([*losses, math.nan], 1) == math.inf
+    assert expected_best([*losses, math.nan], 6) == 1.2
     with pytest.raises(DataError, match="between 1 and the 5 measured rates, got 6"):
         expected_best(losses, 6)
 

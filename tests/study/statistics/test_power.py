@@ -9,7 +9,6 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.study.statistics.before_start import about_the_band, before_start
 from lightning_lora.study.statistics.power import chances, power_table, seeds_for, widest_spread
 from lightning_lora.study.statistics.seed_plan import SeedPlan
-from lightning_lora.study.statistics.student_t import t_quantile
 
 # Simulated with 200,000 studies each: band / spread, "matches" of equal arms and "falls behind" at two bands, 3 seeds
 # and 5 seeds.
@@ -33,10 +32,10 @@ def test_the_chances_are_those_of_simulated_studies() -> None:
 def test_the_seeds_for_a_chance_are_the_fewest() -> None:
     found = {row["ratio"]: tuple(row[key] for key in ("n50", "n80", "n90")) for row in power_table((0.75, 1, 2, 3))}
     assert found == {0.75: (11, 17, 21), 1: (7, 11, 13), 2: (3, 4, 5), 3: (3, 3, 4)}
-    assert 1 / widest_spread(0.8, 11) == pytest.approx(0.98, abs=0.02)
-    half = [t_quantile(0.95, 35) / 6, t_quantile(0.95, 34) / np.sqrt(35)]
+    assert chances(SeedPlan.of(11), 1.0, widest_spread(0.8, 11)).matches == pytest.approx(0.8, abs=1e-6)
     assert seeds_for(0.8, 0.5) == 36
-    assert half[0] < half[1]
+    fewer, enough = (chances(SeedPlan.of(seeds), 0.5, 1.0).matches for seeds in (35, 36))
+    assert fewer < 0.8 <= enough
 
 
 def test_looks_at_3_5_and_8_seeds_keep_every_error_below_the_level() -> None:
