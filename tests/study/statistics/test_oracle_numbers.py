@@ -69,6 +69,17 @@ def test_the_interval_over_seeds_is_kept_where_rows_explain_less_than_chance() -
     assert paired_interval(found).half_width > 0
 
 
+def test_the_interval_is_never_narrower_than_that_over_seeds() -> None:
+    rng = np.random.default_rng(0)
+    narrower = 0
+    for _ in range(200):
+        found = 0.1 * rng.standard_normal((3, 1)) + rng.standard_normal((3, 16))
+        seeds, rows, residual = mean_squares(found)
+        narrower += 0 < seeds + rows - residual < seeds
+        assert paired_interval(found).half_width >= paired_interval(found.mean(1)).half_width
+    assert narrower > 20
+
+
 def test_rows_weigh_as_many_tokens_as_they_have() -> None:
     tokens, ours, theirs = [10, 40, 25, 5], np.array([[1.2, 0.9, 1.1, 1.5]]), np.array([[1.25, 0.88, 1.12, 1.40]])
     interval = paired_interval(ours - theirs, tokens)

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.statistics.halving import given_up
-from lightning_lora.study.statistics.rate_vertex import refined_rate
+from lightning_lora.study.statistics.rate_vertex import refined_rate, vertex
 from lightning_lora.study.statistics.selection_rows import selection_rows
 from lightning_lora.study.statistics.sweep import NextStep, Trial, first_rates, next_step
 
@@ -112,13 +112,27 @@ def test_a_refinement_must_promise_half_a_band() -> None:
 
 
 def test_the_refinement_keeps_to_half_a_step() -> None:
-    found = refined_rate((1e-4, 3e-4, 9e-4), (1.39, 1.10, 1.18), 0.001)
-    assert found is not None
-    assert 3e-4 < found.rate <= 3e-4 * math.sqrt(3) + 1e-12
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lower, upper = rng.uniform(0.1, 3, 2)
+        rates, rises = (math.exp(-lower), 1.0, math.exp(upper)), rng.uniform(0.001, 1, 2)
+        rate, loss = vertex(rates, (1 + rises[0], 1.0, 1 + rises[1]))
+        assert -lower / 2 <= math.log(rate) <= upper / 2
+        assert loss <= 1
+
+
+def test_a_vertex_is_taken_though_noise_put_the_best_rate_below_it() -> None:
+    trials = [Trial(1e-4, 1.2), Trial(3e-4, 1.1), Trial(9e-4, 1.16), Trial(3.44e-4, 1.102)]
+    start = (1e-4, 3e-4, 9e-4)
+    step = next_step(start, trials, BASE, 0.002)
+    assert (step.chosen, step.why) == (3.44e-4, "0.000344 is at the vertex of 4 rates, 0.0001 and 0.0009 are worse")
+    assert next_step(start, [*trials[:3], Trial(3.44e-4, 1.17)], BASE, 0.002).chosen == 3e-4
+    cliff = [Trial(1e-4, 1.12), Trial(3e-4, 1.1), Trial(9e-4, 2.5), Trial(1.97e-4, 1.11)]
+    assert next_step(start, cliff, BASE).chosen == 3e-4
 
 
 def test_the_parabola_leaves_little_regret_under_noise() -> None:
-    """In units of the curvature with noise .3: .22 by the best of a x3 grid, .009 by the page's parabola."""
+    """In units of the curvature with noise .3: .23 by the best of a x3 grid, .018 by the sweep (2,000 sweeps)."""
     rng, plain, refined = np.random.default_rng(0), 0.0, 0.0
     for _ in range(200):
         best = 1e-3 * 3 ** float(rng.uniform(-0.5, 0.5))
@@ -129,7 +143,7 @@ def test_the_parabola_leaves_little_regret_under_noise() -> None:
         grid = min(first_rates(1e-3), key=lambda rate: losses[rate])
         plain += math.log2(grid / best) ** 2 / 200
         refined += math.log2(step.chosen / best) ** 2 / 200
-    assert refined < 0.5 * plain
+    assert refined < 0.15 * plain
 
 
 @pytest.mark.parametrize("start", [(), (0.0,), (1e-3, -1e-3), (NAN,), (math.inf,)])
