@@ -29,7 +29,8 @@ class RefinedRate:
 def vertex(rates: Three, losses: Three) -> tuple[float, float]:
     """Rate and loss at the vertex of the parabola through three points ``(log rate, loss)``, the middle one lowest.
 
-    It lies at most half of the way to a neighbour, since the middle one is lowest. For equal steps ``h`` of the logarithm: ``x = x_b + (h / 2) (L_a - L_c) / (L_a - 2 L_b + L_c)``.
+    It lies at most half of the way to a neighbour, since the middle one is lowest.
+    For equal steps ``h`` of the logarithm: ``x = x_b + (h / 2) (L_a - L_c) / (L_a - 2 L_b + L_c)``.
     """
     left, right = (math.log(rate / rates[1]) for rate in (rates[0], rates[2]))
     rise_left, rise_right = losses[0] - losses[1], losses[2] - losses[1]
