@@ -44,6 +44,13 @@ def test_an_interval_over_seeds(
     assert (interval.p_equal(0.005) < 0.05) == (word == "matches")
 
 
+def test_the_probability_of_being_inside_of_the_band() -> None:
+    interval = paired_interval([0.001, 0.004, -0.002])
+    drawn = interval.mean + interval.error * np.random.default_rng(0).standard_t(2, 400_000)
+    assert interval.inside(0.005) == pytest.approx(np.mean(np.abs(drawn) < 0.005), abs=0.003)
+    assert paired_interval([0.001]).inside(0.005) == 0.0
+
+
 def test_critical_values_of_t() -> None:
     found = [t_quantile(0.95, seeds - 1) for seeds in (2, 3, 4, 5, 6, 8, 10)]
     assert found == pytest.approx([6.314, 2.920, 2.353, 2.132, 2.015, 1.895, 1.833], abs=6e-4)
