@@ -69,6 +69,14 @@ def target_loss(base: float, best_full: float, share: float = 0.9) -> float:
     return base - share * (base - best_full)
 
 
+def evaluation_steps(last: int, factor: float = 1.1) -> list[int]:
+    """Steps to evaluate at: each at most ``factor`` times the one before, or one more; the last one is ``last``."""
+    steps = [1]
+    while steps[-1] < last:
+        steps.append(min(last, max(steps[-1] + 1, int(steps[-1] * factor))))
+    return steps
+
+
 def crossing(before: tuple[float, float], after: tuple[float, float], target: float) -> float:
     """The step at which the loss crosses ``target`` between two ``(step, loss)``, linear in the logarithm of steps."""
     (first, high), (second, low) = before, after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.batch_penalty import batch_penalty
 from lightning_lora.study.statistics.over_rates import envelope, expected_best
 from lightning_lora.study.statistics.power import chance_to_see_failures
-from lightning_lora.study.statistics.steps_to_loss import Reached, step_ratio, steps_to, target_loss
+from lightning_lora.study.statistics.steps_to_loss import Reached, evaluation_steps, step_ratio, steps_to, target_loss
 from tests.study.statistics.arms import arm
 
 LATE = "at least"
@@ -30,6 +31,13 @@ def test_a_loss_is_reached_where_it_stays() -> None:
             steps_to(wrong, [1.0] * len(wrong), 0.5)
     with pytest.raises(DataError, match="got 2 steps and 1 losses"):
         steps_to([1, 2], [1.0], 0.5)
+
+
+def test_evaluations_are_dense_enough_to_interpolate_between() -> None:
+    steps = evaluation_steps(1000)
+    assert (steps[0], steps[-1], len(steps)) == (1, 1000, 64)
+    assert all(later <= max(1.1 * step, step + 1) for step, later in pairwise(steps))
+    assert evaluation_steps(1) == [1]
 
 
 def test_runs_that_do_not_reach_the_loss_give_bounds() -> None:
