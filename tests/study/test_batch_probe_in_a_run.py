@@ -182,13 +182,13 @@ def test_what_was_found_is_written_and_calibrates_the_monitor(conclusive: bool, 
             BatchSizeMonitor(calibration=str(tmp_path / "batch_probe.json"))
 
 
-def test_a_monitor_is_not_calibrated_by_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_monitor_is_not_calibrated_by_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On 8 held-out rows nobody can tell the batches apart, so the smallest is not the answer."""
     probe, monitor = BatchProbe(at=3, stop=True, **SMALL), Told(every_n_steps=1)
     fit(tmp_path, probe, monitor)
     assert probe.result is not None
     assert (probe.result.undecided, probe.result.calibration, monitor.calibration) == (4, None, None)
-    assert "the answer is open, so the monitor could not be calibrated." in str(capsys.readouterr())
+    assert "the answer is open, so the monitor could not be calibrated." in caplog.text
 
 
 def test_a_run_is_probed_once_though_it_is_interrupted(tmp_path: Path) -> None:
