@@ -47,6 +47,9 @@ def test_a_batch_of_which_nobody_can_tell_is_not_called_harmless() -> None:
     nothing = result((16, 32), open_pairs=((8, 16),), noise_scale=4.0)
     assert (nothing.largest_harmless, nothing.bound, nothing.undecided) == (8, "at least", 16)
     assert nothing.calibration is None
+    fallen = Comparison(8, 16, 0.01, 0.005, 511.0, "cannot tell")
+    text = str(result(comparisons=(fallen, *result().comparisons[1:])))
+    assert "16 against 8: +0.0100 (+0.0018 to +0.0182) nats, cannot tell (3 comparisons)" in text
     worse = result((8, 32), open_pairs=((16, 32),))
     assert (worse.largest_harmless, worse.bound, worse.undecided) == (16, "", None)
 
