@@ -21,7 +21,8 @@ LATE = "at least"
 
 def test_a_loss_is_reached_where_it_stays() -> None:
     steps = [0, 100, 200, 300, 400]
-    assert steps_to(steps, [2.0, 1.30, 1.10, 1.0, 0.9], 1.15) == Reached(pytest.approx(168.179, abs=1e-3))
+    reached = steps_to(steps, [2.0, 1.30, 1.10, 1.0, 0.9], 1.15)
+    assert (reached.steps, reached.bound) == (pytest.approx(168.179, abs=1e-3), "")
     assert steps_to(steps, [2.0, 1.30, 1.10, 1.2, 0.9], 1.15) == Reached(400, LATE), "the last has no next one"
     assert steps_to(steps, [2.0, 1.1, 1.1, 1.2, 0.9], 1.15) == Reached(100, "at most")
     assert steps_to(steps, [2.0, math.nan, 1.1, 1.1, 0.9], 1.15) == Reached(200)
