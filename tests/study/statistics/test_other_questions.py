@@ -11,8 +11,8 @@ import pytest
 from lightning_lora.errors import DataError
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.batch_penalty import batch_penalty
-from lightning_lora.study.statistics.over_rates import envelope, expected_best
 from lightning_lora.study.statistics.power import chance_to_see_failures
+from lightning_lora.study.statistics.rates.over_rates import envelope, expected_best
 from lightning_lora.study.statistics.steps_to_loss import Reached, evaluation_steps, step_ratio, steps_to, target_loss
 from tests.study.statistics.arms import arm
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.study.statistics.rate_vertex import refined_rate
+from lightning_lora.study.statistics.rates.rate_vertex import refined_rate
 from lightning_lora.study.statistics.word import BAND, check_band
 
 FACTOR = 3.0
