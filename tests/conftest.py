@@ -1,26 +1,44 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from lightning_lora.lora.layers import registry
-from lightning_lora.lora.targets import roles
-from tests.support import toys
+# Libraries are imported where they are used: the process that hands out tests to others needs none.
+LONGEST = (
+    "test_on_gpu.py",
+    "test_cluster.py",
+    "test_strategies.py",
+    "test_faults.py",
+    "test_matrix.py",
+    "test_demo.py",
+    "test_docs.py",
+    "test_noise_mutations.py",
+)
+"""Files with tests of twenty seconds and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: workers share what is left, and at the end that should be short tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not go through all modules again at every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten afterwards."""
+    from lightning_lora.lora.layers import registry
+    from lightning_lora.lora.targets import roles
+
     monkeypatch.setattr(roles, "_REGISTERED", dict(roles._REGISTERED))
     monkeypatch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
 
@@ -28,11 +46,17 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with its tokenizer on disk."""
+    from tests.support import toys
+
     return toys.save_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    """Each test begins with the same random numbers, and computes in one thread."""
+    import torch
+
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

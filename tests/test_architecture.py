@@ -163,6 +163,7 @@ except AttributeError as error:
 """
 
 
+@pytest.mark.slow
 def test_importing_the_core_loads_no_framework() -> None:
     nothing, core, mixin, missing = warm.run_cold("-c", LIGHT).stdout.splitlines()
     assert (nothing, core) == ("[]", "['torch']")

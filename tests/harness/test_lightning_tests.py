@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from tests.harness import lightning_tests
 from tests.harness.lightning_tests import RECORD, compare, main, read_expected, run_tests
 from tests.harness.outcomes import DIED, read_outcomes
+from tests.support import warm
 
 TESTS = """
 import os
@@ -75,6 +78,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_warm(command: list[str], cwd: Path, env: dict[str, str], stdout: Any, **streams: Any) -> None:
+    """`subprocess.run` for a Python that has imported Lightning already."""
+    warm.Process(*command[1:], cwd=cwd, env=env, stdout=Path(stdout.name)).wait()
+
+
 @pytest.mark.slow
 def test_what_differs_is_listed_or_reported(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -82,6 +90,7 @@ def test_what_differs_is_listed_or_reported(
     listed = [f"{FILE}::test_files", f"{FILE}::test_trains", "tests_pytorch/test_not_selected.py::test_any"]
     (tmp_path / "expected.yaml").write_text(yaml.safe_dump([{"reason": "a manifest beside", "tests": listed}]))
     monkeypatch.setattr(lightning_tests, "EXPECTED", tmp_path / "expected.yaml")
+    monkeypatch.setattr(lightning_tests, "subprocess", SimpleNamespace(run=run_warm))
     assert main([str(checkout), "--select", "test_some.py", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().out
     assert f"fails with us only: {FILE}::test_shared\n" in printed

@@ -33,8 +33,9 @@ from tests.support.tiny_models import llama, wake
 dist.init_process_group("gloo")
 one, two = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
 torch.manual_seed(0)
+shapes = ((7, 5), (1, 3), (300, 300, 3), (0, 4), (), (2,))
 for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.bool):
-    for shape in ((7, 5), (1, 3), (300, 300, 3), (0, 4), (), (2,)):
+    for shape in shapes if dtype is torch.float32 else shapes[:2]:
         whole = (torch.randn(shape) * 9).to(dtype)
         options = [Replicate(), *map(Shard, range(len(shape)))]
         for mesh in (one, two):

@@ -9,7 +9,7 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,11 @@ class Outcome:
 
 
 class Recorder(Callback):
-    """Records the losses; with a ``folder``, saves a checkpoint there at every place."""
+    """Records the losses; with a ``folder``, saves a checkpoint there at every place, or at some ``places``."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, places: Container[str] | None = None) -> None:
         self.folder = folder
+        self.places = places
         self.outcome = Outcome()
 
     @override
@@ -123,7 +124,7 @@ class Recorder(Callback):
         self._save(trainer, f"epoch-{trainer.current_epoch}")
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        if self.folder is not None:
+        if self.folder is not None and (self.places is None or name in self.places):
             trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
 
@@ -146,6 +147,7 @@ def run(
     is_validated: bool = True,
     seed: int = 99,
     is_first: bool = False,
+    places: Container[str] | None = None,
     **options: Any,
 ) -> Outcome:
     """Train and record what happened.
@@ -158,10 +160,11 @@ def run(
         is_validated: Whether there is a validation loader.
         seed: Seed of a resumed run; a whole run starts with another one.
         is_first: Whether checkpoints are written before the other callbacks run, instead of after them.
+        places: Where a whole run saves, if not at every place.
         options: Arguments of the Trainer.
     """
     seed_all(0 if ckpt_path is None else seed)
-    recorder = Recorder(folder if ckpt_path is None else None)
+    recorder = Recorder(folder if ckpt_path is None else None, places)
     callbacks = [*options.pop("callbacks", ()), recorder][:: -1 if is_first else 1]
     settings: dict[str, Any] = {"max_epochs": NUM_EPOCHS, "callbacks": callbacks, "log_every_n_steps": 1}
     trainer = toys.trainer(folder, **(settings | options))
@@ -197,7 +200,7 @@ def unlike(whole: Outcome, resumed: Outcome) -> list[str]:
 
 def check_exact(make: Callable[[], LightningModule], folder: Path, places: list[str], **options: Any) -> None:
     """Assert that runs resumed at ``places`` equal the uninterrupted run bit for bit."""
-    whole = run(make, folder, **options)
+    whole = run(make, folder, places=places, **options)
     for place in places:
         found = unlike(whole, run(make, folder, folder / f"{place}.ckpt", **options))
         assert not found, f"{place}: {found[:5]}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import multiprocessing.util
 import os
 import pkgutil
 import random
@@ -158,6 +159,21 @@ def finish(arguments: list[str]) -> NoReturn:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code & 0xFF)
+
+
+def fork_what_is_spawned() -> None:
+    """Let processes that `multiprocessing` spawns from now on be forks of this one, which has done the imports.
+
+    All else is as it is for spawned ones: what they are given is pickled and sent, and they are the same children.
+    """
+
+    def fork(path: bytes, arguments: list[str], descriptors: list[int]) -> int:
+        child = os.fork()
+        if child:
+            return child
+        finish(list(map(os.fsdecode, arguments[arguments.index("-c") :])))
+
+    multiprocessing.util.spawnv_passfds = fork
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A run of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK``, one process per rank.
+"""Runs of twenty optimizer steps: ``python strategy_runs.py RANKS FOLDER STRATEGY/TASK ...``, one process per rank.
 
-``checks/NAME`` in the place of a run makes one of the checks of `fsdp2_checks`.
+They are made one after the other in one process group. ``checks/NAME`` in the place of a run makes one of the checks of
+`fsdp2_checks`.
 
 What a run has computed goes to ``FOLDER/STRATEGY/TASK.pt``: the loss of every optimizer step, the norm of its gradient
 before and after clipping, all weights at the end, and the tokens of every micro-batch of each rank.
@@ -143,7 +144,7 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
     seed_everything(0, verbose=False)
     module = (TASKS | STARTS | QUANTISED)[task](folder)
     # Only the outermost wrapper of FSDP1 can put weights together, which a folder is written by.
-    folders = [AdapterCheckpoint(dirpath=str(folder / strategy / "adapters"))] if strategy == "fsdp1" else []
+    folders = [AdapterCheckpoint(dirpath=str(folder / strategy / f"{task}-adapters"))] if strategy == "fsdp1" else []
     trainer = toys.trainer(
         folder / strategy,
         devices=ranks,
@@ -168,15 +169,16 @@ def run(ranks: int, folder: Path, strategy: str, task: str) -> None:
         torch.save(found, folder / strategy / f"{task}.pt")
 
 
-def main(ranks: str, folder: str, name: str) -> None:
+def main(ranks: str, folder: str, *names: str) -> None:
     for line in toys.EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=line.split(":")[1])
-    strategy, _, task = name.partition("/")
-    (Path(folder) / strategy).mkdir(exist_ok=True)
-    if strategy == "checks":
-        fsdp2_checks.CHECKS[task](Path(folder))
-    else:
-        run(int(ranks), Path(folder), strategy, task)
+    for name in names:
+        strategy, _, task = name.partition("/")
+        (Path(folder) / strategy).mkdir(exist_ok=True)
+        if strategy == "checks":
+            fsdp2_checks.CHECKS[task](Path(folder))
+        else:
+            run(int(ranks), Path(folder), strategy, task)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
