@@ -28,7 +28,7 @@ from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowColle
 from lightning_lora.batch.noise.row_layers import row_layers
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.batch.trial_step import on_device, training_loss
-from lightning_lora.capacity.row_scores import mean_training_loss
+from lightning_lora.capacity.row_scores import mean_training_loss, predicted_losses
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import learning_layers
 from lightning_lora.lora.layers.base import LoRALayer
@@ -125,6 +125,8 @@ class _TangentRows:
 
     def _loss_sum(self, trainer: Trainer, batch: Any, num_rows: int) -> Tensor:
         """The sum of losses over rows or tokens, up to a constant that every batch has."""
+        if not self.module.automatic_optimization:
+            return _predicted_sum(trainer, self.module, batch)  # its training_step would step the optimizers
         if isinstance(self.module, TokenWeightedLoss):
             loss = training_loss(trainer, self.module, batch)
             self.module.mean_of_micro_batch(torch.zeros(()))  # closes the window
@@ -168,6 +170,16 @@ class _TangentRows:
         error_of_signal = _jackknife_error(signals)
         certainty = signal / error_of_signal if error_of_signal > 0 else 0.0
         return Capture(value, _jackknife_error(values), certainty, len(names))
+
+
+def _predicted_sum(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+    found = predicted_losses(trainer, module, batch)
+    if found is None or not found[0].requires_grad:
+        raise ConfigError(
+            f"{type(module).__name__} steps its optimizers itself, and the losses of its predict_step have no gradient."
+        )
+    losses, tokens = found
+    return (losses * tokens.to(losses.dtype)).sum()
 
 
 def _left_out(gram: Tensor, squares: Tensor, counts: Tensor, place: int) -> tuple[float, float]:
