@@ -129,11 +129,8 @@ def main() -> None:
     seconds = (f"{NAMES[method]} {statistics.mean(run.seconds for run in runs[method]):.0f}" for method in METHODS)
     print(f"\nCPU seconds of a run: {', '.join(seconds)}")
     print(f"Steps with growths: {[sorted(set(run.growths)) for run in runs['grown']]}")
-    print(
-        f"{arguments.steps} steps of {BATCH} rows, seeds {arguments.seeds}, rates by seed {arguments.tuning_seed};",
-        end=" ",
-    )
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    told = f"{arguments.steps} steps of {BATCH} rows, seeds {arguments.seeds}, rates by seed {arguments.tuning_seed}"
+    print(f"{told}; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
