@@ -34,7 +34,7 @@ from lightning_lora.tasks import CausalLM
 
 SMALL, FINAL, SCALE = 4, 16, 2.0
 BATCH = 4
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (4e-3, 8e-3, 16e-3)
 """Learning rates of the adapters."""
 METHODS = ("small", "grown", "final")
 NAMES = {

@@ -204,7 +204,7 @@ def test_a_language_model_is_trained_bit_equal_with_a_monitor(
         lora = LoRAConfig(rank=2, dropout=0.1)
         module = CausalLM(str(llama_folder), learning_rate=1e-3, lora=lora, warmup_steps=2, schedule="linear")
         data = SFTDataModule(*conversations, batch_size=2, max_length=60, packing=packing)
-        toys.trainer(tmp_path, max_epochs=3, accumulate_grad_batches=1, callbacks=list(callbacks)).fit(module, data)
+        toys.trainer(tmp_path, max_epochs=5, accumulate_grad_batches=1, callbacks=list(callbacks)).fit(module, data)
         return module
 
     monitor = CapacityMonitor(num_rows=8)

@@ -19,8 +19,13 @@ from tests.support import toys
 pytestmark = toys.expected_warnings
 
 
-def student(settings: dict[str, Any], seed: int = 0) -> Student:
-    module = Student(seed)
+class Validated(Student):
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.losses(batch).mean())
+
+
+def student(settings: dict[str, Any]) -> Student:
+    module = Validated()
     module.lora = LoRAConfig(**{"rank": 4, "targets": ["layer"]} | settings)
     torch.nn.init.normal_(module.layer.weight, std=0.05, generator=torch.Generator().manual_seed(5))
     return module
