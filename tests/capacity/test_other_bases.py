@@ -29,7 +29,7 @@ class Decaying(LoRAMixin):
 
     def __init__(self, net: nn.Module, lora: dict[str, Any]) -> None:
         super().__init__()
-        self.net, self.lora = net, LoRAConfig(**{"rank": 4} | lora)
+        self.net, self.lora = net, LoRAConfig.from_dict({"rank": 4} | lora)
 
     def loss(self, batch: Any) -> Tensor:
         return self.net(**batch).loss if isinstance(batch, dict) else (self.net(batch[0]) - batch[1]).square().mean()
@@ -83,7 +83,7 @@ def test_adapters_of_a_quantised_base_are_cut_and_captured(kind: str, dora: bool
     x, y = (torch.randn(16, features, generator=generator) for features in (128, 8))
     settings = {"targets": ["first", "second"], "dora": dora}
     module, reading = measured(tmp_path, quantised_models.quantised(kind), settings, TensorDataset(x, y))
-    plain = quantised_models.plain()
+    plain: Any = quantised_models.plain()
     for name, (layer, _) in learning_weights(module).items():
         A, B = at_half(layer)
         whole = dequantised(layer).float() + layer.lora_spec.scale * B @ A
@@ -97,18 +97,14 @@ def test_adapters_of_a_quantised_base_are_cut_and_captured(kind: str, dora: bool
     assert reading.num_captured == reading.num_weights == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "num_captured"),
-    [("mixtral", {}, 8), ("mixtral", {"share_expert_factors": True}, 8), ("llama4", {}, 8), ("gpt_oss", {}, 8)],
-    ids=str,
-)
-def test_experts_are_cut_each_and_attention_is_captured(
-    name: str, settings: dict[str, Any], num_captured: int, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), [("mixtral", {"share_expert_factors": True}), ("llama4", {})], ids=str)
+def test_experts_are_cut_each_and_attention_is_captured(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The shared experts of Llama 4 get the tokens of all rows at once, and are left out of capture."""
     data: Any = toys.token_rows(16, 8, 64)
     module, reading = measured(tmp_path, moe_models.moe(name).train(), settings, data)
-    assert (reading.num_captured, reading.no_capture) == (num_captured, "")
-    assert reading.num_weights == len(learning_weights(module)) > num_captured
+    assert (reading.num_captured, reading.no_capture) == (8, "")
+    assert reading.num_weights == len(learning_weights(module)) > 8
     assert any("experts" in group for group in reading.groups)
     with torch.no_grad():
         for layer, weight in learning_weights(module).values():

@@ -68,7 +68,7 @@ def test_a_frozen_copy_keeps_frozen_adapters_with_the_factors_of_the_original() 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_frozen_copy_starts_along_the_gradient_of_the_original_unless_it_has_factors_of_its_own(moved: bool) -> None:
     """An average of factors that start elsewhere would apply the student's changes to random directions."""
-    module = Pair()
+    module: Any = Pair()
     inject_lora(module, LoRAConfig(rank=1, init="gradient"))
     before, expected = module.target(X).detach(), module.target[0].lora_A.detach().clone()
     if moved:

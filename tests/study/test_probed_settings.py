@@ -26,7 +26,7 @@ class Validated(Student):
 
 def student(settings: dict[str, Any]) -> Student:
     module = Validated()
-    module.lora = LoRAConfig(**{"rank": 4, "targets": ["layer"]} | settings)
+    module.lora = LoRAConfig.from_dict({"rank": 4, "targets": ["layer"]} | settings)
     torch.nn.init.normal_(module.layer.weight, std=0.05, generator=torch.Generator().manual_seed(5))
     return module
 
@@ -72,7 +72,7 @@ def test_branches_of_a_fresh_module_share_one_start_along_the_gradient(
             starts.append([factor.detach().clone() for factor in pl_module.layer.lora_pair()])
             super().on_train_start(trainer, pl_module)
 
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 0:
                 starts.append([factor.detach().clone() for factor in pl_module.layer.lora_pair()])
 
