@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,7 +24,7 @@ _MAPS = (
     ("effective rank / rank\n(descriptive)", "effective_share", 1.0, "{:.2f}"),
 )
 """Title, number of a group, value of the brightest colour and format of each heat map."""
-_LINES = ("-", "--", ":", "-.")
+_LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _MOST_LINES = 6
 """Spectra of each role: more rows are joined with their neighbours, because single lines could not be told apart."""
 
@@ -43,7 +44,7 @@ def draw_capacity(reading: CapacityReading, path: Path) -> None:
     *maps, spectrum = figure.subplots(1, 4, width_ratios=(width, width, width, 4.5))
     for axes, (title, number, limit, form) in zip(maps, _MAPS, strict=True):
         cells = np.full((len(rows), len(columns)), math.nan)
-        words = np.full(cells.shape, "", dtype=object)
+        words: dict[tuple[int, ...], str] = {}
         for name, (row, column) in places.items():
             group, place = reading.groups[name], (rows.index(row), columns.index(column))
             value = _number(group, number)
@@ -77,13 +78,14 @@ def _in_words(group: GroupReading, value: float | None, form: str) -> str:
     return "idle" if group.state == "idle" else "?"
 
 
-def _draw_cells(axes: Axes, title: str, cells: np.ndarray, words: np.ndarray, limit: float) -> None:
+def _draw_cells(axes: Axes, title: str, cells: np.ndarray, words: Mapping[tuple[int, ...], str], limit: float) -> None:
     """A heat map; a cell without a value is grey, and without words where there is no such group."""
     axes.set_facecolor("lightgrey")
     axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0, vmax=limit)
-    for (row, column), value in np.ndenumerate(cells):
+    for (row, column), text in words.items():
+        value = cells[row, column]
         colour = "white" if not math.isnan(value) and value < 0.6 * limit else "black"
-        axes.text(column, row, words[row, column], ha="center", va="center", fontsize=6, color=colour)
+        axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     axes.set_title(title, fontsize=8)
     axes.set_yticks([])
 

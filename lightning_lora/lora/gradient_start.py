@@ -116,9 +116,7 @@ def watched_gradients(module: nn.Module, layers: Mapping[str, LoRALayer]) -> Ite
             parameter.grad = gradient
 
 
-def start_along(
-    module: nn.Module, layers: Mapping[str, LoRALayer], sketches: Mapping[str, SketchedSVD]
-) -> list[str]:
+def start_along(module: nn.Module, layers: Mapping[str, LoRALayer], sketches: Mapping[str, SketchedSVD]) -> list[str]:
     """Set the first values of the factors from the singular vectors of the sketched gradients.
 
     Frozen copies of the layers in ``module``, such as those of a teacher, that have their factors keep to them.

@@ -84,7 +84,8 @@ def test_adapters_of_a_quantised_base_are_cut_and_captured(kind: str, dora: bool
     settings = {"targets": ["first", "second"], "dora": dora}
     module, reading = measured(tmp_path, quantised_models.quantised(kind), settings, TensorDataset(x, y))
     plain: Any = quantised_models.plain()
-    for name, (layer, _) in learning_weights(module).items():
+    layers: Any = learning_weights(module)
+    for name, (layer, _) in layers.items():
         A, B = at_half(layer)
         whole = dequantised(layer).float() + layer.lora_spec.scale * B @ A
         if dora:
