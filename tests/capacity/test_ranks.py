@@ -24,7 +24,7 @@ def test_both_ranks_of_ddp_measure_the_same(tmp_path: Path) -> None:
     assert first["same"]
     assert second["same"]
     assert first["reading"] == second["reading"]
-    assert first["reading"]["tokens"] == 48
+    assert first["reading"]["tokens"] == 96
     assert first["reading"]["capture_rate"] <= 0.1
     assert (first["said"], second["said"]) == ([], [])
     assert (tmp_path / "capacity.png").exists()

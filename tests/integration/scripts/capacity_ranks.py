@@ -43,7 +43,7 @@ class SavesInside(Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx == 4:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 8:
             trainer.save_checkpoint(self.path)
 
 
@@ -53,10 +53,10 @@ def trained(
     """All weights after training, and the rank."""
     torch.manual_seed(0)
     kinds: dict[str, Any] = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)}
-    settings: dict[str, Any] = {"devices": 2, "strategy": kinds[strategy], "max_epochs": 2}
+    settings: dict[str, Any] = {"devices": 2, "strategy": kinds[strategy], "max_epochs": 1}
     trainer = toys.trainer(folder, accumulate_grad_batches=2, callbacks=callbacks, **settings)
     module = Sharded()
-    loaders = DataLoader(toys.rows(48), 2, shuffle=True), toys.loader(8, seed=3)
+    loaders = DataLoader(toys.rows(96), 2, shuffle=True), toys.loader(8, seed=3)
     trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
     return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}, trainer.global_rank
 
