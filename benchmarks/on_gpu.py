@@ -45,10 +45,15 @@ from benchmarks.gpu.groups import gated, groups
 from benchmarks.gpu.head import head
 from benchmarks.gpu.kernels import compiled, graphs, traced
 from benchmarks.gpu.place import Place
+from benchmarks.gpu.planned import planned
 from benchmarks.gpu.steps import step_1b, step_1b_short, step_8b, step_8b_whole
 from benchmarks.gpu.training import quantised, trainer_runs
 
-GPU_TESTS = ("tests/batch/noise/test_sample_precision.py", "tests/tasks/test_quantised_training.py")
+GPU_TESTS = (
+    "tests/batch/noise/test_sample_precision.py",
+    "tests/tasks/test_quantised_training.py",
+    "tests/memory/test_other_devices.py",
+)
 
 
 def marked_tests(place: Place) -> dict[str, Any]:
@@ -70,7 +75,8 @@ PARTS: dict[str, tuple[Callable[[Place], dict[str, Any]], int]] = {
     "step_8b": (step_8b, 60),
     "experts": (experts, 60),
     "head": (head, 35),
-    "trainer_runs": (trainer_runs, 110),
+    "trainer_runs": (trainer_runs, 130),
+    "planned": (planned, 150),
     "traced": (traced, 40),
     "graphs": (graphs, 40),
     "resumed": (resumed, 60),
@@ -83,7 +89,7 @@ PARTS: dict[str, tuple[Callable[[Place], dict[str, Any]], int]] = {
     "step_8b_whole": (step_8b_whole, 60),
 }
 # Parts that start a Python of their own.
-AFRESH = {"quantised"}
+AFRESH = {"quantised", "planned"}
 LEAST_SECONDS = 12
 """Below this no part is begun."""
 

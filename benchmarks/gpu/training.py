@@ -20,7 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lightning_lora
 from benchmarks.gpu.models import on_device
 from benchmarks.gpu.place import Place
-from lightning_lora.callbacks import BatchSizeMonitor, CheckpointGuard, FiniteGradients, LoRAGuard, MemoryAdvice
+from lightning_lora.callbacks import (
+    BatchSizeMonitor,
+    CapacityMonitor,
+    CheckpointGuard,
+    FiniteGradients,
+    LoRAGuard,
+    MemoryAdvice,
+    RankGrowth,
+)
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
 
@@ -108,6 +116,15 @@ def trainer_runs(place: Place) -> dict[str, Any]:
             {},
             low | {"accumulate_grad_batches": 2, "callbacks": [BatchSizeMonitor()]},
         ),
+        "bf16-true, capacity monitor": ({}, {}, low | {"callbacks": [CapacityMonitor()]}),
+        "bf16-true, rank grows": (
+            {"lora": {"rank": 4}},
+            {},
+            low | {"callbacks": [RankGrowth(every_n_steps=place.pick(8, 2), threshold=1e-6)]},
+        ),
+        "bf16-true, DoRA": ({"lora": {"rank": 16, "dora": True}}, {}, low),
+        "bf16-true, gradient start": ({"lora": {"rank": 16, "init": "gradient"}}, {}, low),
+        "bf16-true, PiSSA": ({"lora": {"rank": 16, "init": "pissa"}}, {}, low),
         "bf16-true, accumulate 2": ({}, {}, low | {"accumulate_grad_batches": 2}),
         "bf16-mixed": ({}, {}, {"precision": "bf16-mixed"}),
         "bf16-mixed, bfloat16 base": ({"dtype": "bfloat16"}, {}, {"precision": "bf16-mixed"}),

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
+from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
 from lightning_lora.memory.live_bytes import LiveBytes
 
 aten: Any = torch.ops.aten
@@ -256,14 +257,6 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int | None:
     return formula(*args, **kwargs, out_val=result)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return sdpa_backward_flop_count(d_out.shape, query.shape, key.shape, value.shape)
-
-
 def _grouped(x: Tensor, matrices: Tensor, *_: Any) -> int:
     """Every row (or column) takes part in one product."""
     if x.ndim == 2 and matrices.ndim == 2:  # (m, rows) (rows, n), one result for each group
@@ -276,17 +269,19 @@ def _four_bits(x: Tensor, _: Tensor, shape: Sequence[int], *__: Any) -> int:
 
 
 _OWN_FLOPS: dict[str, Any] = {
-    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten._scaled_dot_product_flash_attention_for_cpu": attention_flops,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": attention_backward_flops,
     "aten._grouped_mm": _grouped,
     "bitsandbytes.gemm_4bit": _four_bits,
 }
 
 
 def known_batch(batch: Any) -> Any:
-    """A copy of a batch for a trace: its values are kept unless they are many."""
+    """A copy of a batch on a CPU, for a trace: its values are kept unless they are many."""
 
     def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if tensor.numel() <= MOST_KNOWN else torch.empty_like(tensor, device="meta")
+        if tensor.numel() > MOST_KNOWN:
+            return torch.empty_like(tensor, device="meta")
+        return tensor.detach().to("cpu", copy=True)
 
     return tree_map_only(Tensor, copied, batch)
