@@ -108,7 +108,7 @@ def _draw_spectra(axes: Axes, reading: CapacityReading, places: Mapping[str, tup
     axes.set_xlabel("place")
     axes.set_title("singular values of the updates, mean over weights", fontsize=8)
     axes.grid(alpha=0.3)
-    styles = [Line2D([], [], color="black", linestyle=style) for style, _ in zip(cycle(_LINES), columns, strict=False)]
+    styles = [Line2D([], [], color="black", linestyle=_LINES[k % len(_LINES)]) for k in range(len(columns))]
     lines = [Line2D([], [], color=colormaps["viridis"](shade)) for shade in shades]
     roles = list(zip(styles, columns, strict=True)) if any(columns) else []
     named = [*roles, *zip(lines, map(_name_of_rows, blocks), strict=True)]
