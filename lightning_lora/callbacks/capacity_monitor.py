@@ -90,6 +90,8 @@ class CapacityMonitor(Callback):
         self._events = RunEvents(trainer, "CapacityMonitor")
         self._names = {id(p) for layer in learning_layers(pl_module).values() for p in layer.lora_factors().values()}
         planned = trainer.estimated_stepping_batches
+        if not pl_module.automatic_optimization and trainer.max_steps == -1:
+            planned *= len(trainer.optimizers)  # each of them counts its steps
         self._every = max(1, math.ceil(planned / self.measurements)) if math.isfinite(planned) else None
         self._guarded(lambda: self._start(trainer, pl_module))
 
@@ -115,8 +117,10 @@ class CapacityMonitor(Callback):
         """Measure half of the rank when it is due, and tangent capture at the first low learning rate."""
         if self._meter is None or is_accumulating(trainer) or trainer.global_step <= self.reading.step:
             return
+        before = self.reading.step
         self._follow_rate(trainer.global_step)
-        if self._every is not None and trainer.global_step % self._every == 0:
+        # A module that steps its optimizers itself may take several steps in a batch.
+        if self._every is not None and trainer.global_step // self._every > before // self._every:
             self._guarded(lambda: self._measure(trainer, self._half))
         if self.reading.is_settled and not self._has_settled:
             self._has_settled = True

@@ -16,6 +16,8 @@ from lightning_lora.lora.layers.dora import DoRALayer
 def cut_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of ``B A`` of a lower rank, as factors of the same shapes, padded with zeros.
 
+    A factor that experts share becomes one for each expert.
+
     With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the singular values are those of ``R_B R_A^T``, an ``r x r`` matrix.
 
     Args:
@@ -26,7 +28,7 @@ def cut_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide_A, wide_B = (factor.detach().to(torch.promote_types(factor.dtype, torch.float32)) for factor in (A, B))
     (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(wide_A.mT), torch.linalg.qr(wide_B)
     U, S, V = torch.linalg.svd(R_B @ R_A.mT)
-    cut_A, cut_B = torch.zeros_like(A), torch.zeros_like(B)
+    cut_A, cut_B = (factor.new_zeros(*U.shape[:-2], *factor.shape[-2:]) for factor in (A, B))
     cut_B[..., :, :rank] = (Q_B @ U[..., :, :rank] * S[..., None, :rank]).to(B.dtype)
     cut_A[..., :rank, :] = (V[..., :rank, :] @ Q_A.mT).to(A.dtype)
     return cut_A, cut_B

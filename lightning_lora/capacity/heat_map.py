@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lightning_lora.capacity.reading import FULL_BELOW, SPARE_BELOW, CapacityReading, GroupReading
 from lightning_lora.files.atomic import atomic_file
@@ -21,7 +24,9 @@ _MAPS = (
     ("effective rank / rank\n(descriptive)", "effective_share", 1.0, "{:.2f}"),
 )
 """Title, number of a group, value of the brightest colour and format of each heat map."""
-_LINES = ("-", "--", ":", "-.")
+_LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+_MOST_LINES = 6
+"""Spectra of each role: more rows are joined with their neighbours, because single lines could not be told apart."""
 
 
 def draw_capacity(reading: CapacityReading, path: Path) -> None:
@@ -39,10 +44,13 @@ def draw_capacity(reading: CapacityReading, path: Path) -> None:
     *maps, spectrum = figure.subplots(1, 4, width_ratios=(width, width, width, 4.5))
     for axes, (title, number, limit, form) in zip(maps, _MAPS, strict=True):
         cells = np.full((len(rows), len(columns)), math.nan)
+        words: dict[tuple[int, ...], str] = {}
         for name, (row, column) in places.items():
-            value = _number(reading.groups[name], number)
-            cells[rows.index(row), columns.index(column)] = math.nan if value is None else value
-        _draw_cells(axes, title, cells, limit, form)
+            group, place = reading.groups[name], (rows.index(row), columns.index(column))
+            value = _number(group, number)
+            cells[place] = math.nan if value is None else value
+            words[place] = _in_words(group, value, form)
+        _draw_cells(axes, title, cells, words, limit)
         axes.set_xticks(range(len(columns)), columns, fontsize=7)
     maps[0].set_yticks(range(len(rows)), rows, fontsize=7)
     _draw_spectra(spectrum, reading, places)
@@ -63,34 +71,56 @@ def _number(group: GroupReading, number: str) -> float | None:
     return getattr(group, number)
 
 
-def _draw_cells(axes: Axes, title: str, cells: np.ndarray, limit: float, form: str) -> None:
-    """A heat map; a cell without a value is grey."""
+def _in_words(group: GroupReading, value: float | None, form: str) -> str:
+    """What a cell says; ``?`` for a number that was not measured, or cannot be told from chance."""
+    if value is not None:
+        return form.format(value)
+    return "idle" if group.state == "idle" else "?"
+
+
+def _draw_cells(axes: Axes, title: str, cells: np.ndarray, words: Mapping[tuple[int, ...], str], limit: float) -> None:
+    """A heat map; a cell without a value is grey, and without words where there is no such group."""
     axes.set_facecolor("lightgrey")
     axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0, vmax=limit)
-    for (row, column), value in np.ndenumerate(cells):
-        text = "?" if math.isnan(value) else form.format(value)
-        is_dark = not math.isnan(value) and value < 0.6 * limit
-        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if is_dark else "black")
+    for (row, column), text in words.items():
+        value = cells[row, column]
+        colour = "white" if not math.isnan(value) and value < 0.6 * limit else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     axes.set_title(title, fontsize=8)
     axes.set_yticks([])
 
 
 def _draw_spectra(axes: Axes, reading: CapacityReading, places: Mapping[str, tuple[str, str]]) -> None:
-    """A line for each group: dark for the first rows, light for the last ones, a style for each role."""
+    """A line for each role and some neighbouring rows: dark for the first rows, light for the last ones."""
     rows, columns = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (0, 1))
-    for name, group in reading.groups.items():
-        values, (row, column) = np.array(group.spectrum, dtype=float), places[name]
-        colour = colormaps["viridis"](0.9 * rows.index(row) / max(1, len(rows) - 1))
-        style = _LINES[columns.index(column) % len(_LINES)]
-        heights = np.where(values > 0, values, math.nan)
-        axes.plot(np.arange(1, len(values) + 1), heights, style, color=colour, linewidth=0.9)
+    width = math.ceil(len(rows) / _MOST_LINES)
+    blocks = [rows[start : start + width] for start in range(0, len(rows), width)]
+    shades = [0.9 * number / max(1, len(blocks) - 1) for number in range(len(blocks))]
+    for block, shade in zip(blocks, shades, strict=True):
+        for column, style in zip(columns, cycle(_LINES), strict=False):
+            names = [name for name, place in places.items() if place[0] in block and place[1] == column]
+            if names:
+                heights = _mean_spectrum([reading.groups[name].spectrum for name in names])
+                axes.plot(np.arange(1, len(heights) + 1), heights, style, color=colormaps["viridis"](shade))
     if any(value > 0 for group in reading.groups.values() for value in group.spectrum):
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("place")
     axes.set_title("singular values of the updates, mean over weights", fontsize=8)
     axes.grid(alpha=0.3)
     styles = [Line2D([], [], color="black", linestyle=_LINES[k % len(_LINES)]) for k in range(len(columns))]
-    ends = [Line2D([], [], color=colormaps["viridis"](shade)) for shade in (0.0, 0.9)][: len(rows)]
+    lines = [Line2D([], [], color=colormaps["viridis"](shade)) for shade in shades]
     roles = list(zip(styles, columns, strict=True)) if any(columns) else []
-    named = [*roles, *zip(ends, (rows[0], rows[-1]), strict=False)]
+    named = [*roles, *zip(lines, map(_name_of_rows, blocks), strict=True)]
     axes.legend([line for line, _ in named], [name for _, name in named], fontsize=7)
+
+
+def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> np.ndarray:
+    """The mean of each place, with zeros beyond the rank; nothing is drawn where it is zero."""
+    length = max(map(len, spectra))
+    means = np.mean([np.pad(np.array(each, dtype=float), (0, length - len(each))) for each in spectra], axis=0)
+    return np.where(means > 0, means, math.nan)
+
+
+def _name_of_rows(block: Sequence[str]) -> str:
+    return block[0] if len(block) == 1 else f"{block[0]} to {block[-1]}"

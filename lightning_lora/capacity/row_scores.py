@@ -98,20 +98,32 @@ class RowScorer:
             return False
 
     def _predicted(self, batch: Any) -> tuple[Tensor, Tensor] | None:
-        with torch.no_grad(), self.trainer.precision_plugin.predict_step_context():
-            found = self.module.predict_step(batch, 0)
-        loss = found.get("loss") if isinstance(found, Mapping) else None
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            return None
-        losses, rows = loss.detach().reshape(-1).double().cpu(), count_rows(batch)
-        tokens = found.get("tokens") if isinstance(found, Mapping) else None
-        if isinstance(tokens, Tensor) and tokens.numel() == losses.numel():
-            return losses, tokens.reshape(-1).double().cpu()
-        return losses, torch.full_like(losses, rows / len(losses))
+        with torch.no_grad():
+            found = predicted_losses(self.trainer, self.module, batch)
+        return None if found is None else (found[0].double().cpu(), found[1].double().cpu())
 
     def _trained(self, batch: Any) -> tuple[Tensor, Tensor]:
         loss, weight = mean_training_loss(self.trainer, self.module, batch)
         return loss.detach().double().cpu().reshape(1), weight.double().cpu().reshape(1)
+
+
+def predicted_losses(trainer: Trainer, module: LightningModule, batch: Any) -> tuple[Tensor, Tensor] | None:
+    """Losses of rows by ``predict_step``, differentiable if it is, and the tokens of each, both ``(n,)``.
+
+    The batch is one on the device.
+
+    Returns:
+        None if it returns no losses. Without tokens, rows stand for them.
+    """
+    with trainer.precision_plugin.predict_step_context():
+        found = module.predict_step(batch, 0)
+    loss = found.get("loss") if isinstance(found, Mapping) else None
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        return None
+    losses, tokens = loss.reshape(-1), found.get("tokens") if isinstance(found, Mapping) else None
+    if isinstance(tokens, Tensor) and tokens.numel() == losses.numel():
+        return losses, tokens.detach().reshape(-1)
+    return losses, torch.full_like(losses, count_rows(batch) / len(losses)).detach()
 
 
 def mean_training_loss(trainer: Trainer, module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

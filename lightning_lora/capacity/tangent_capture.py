@@ -28,7 +28,7 @@ from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowColle
 from lightning_lora.batch.noise.row_layers import row_layers
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.batch.trial_step import on_device, training_loss
-from lightning_lora.capacity.row_scores import mean_training_loss
+from lightning_lora.capacity.row_scores import mean_training_loss, predicted_losses
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import learning_layers
 from lightning_lora.lora.layers.base import LoRALayer
@@ -84,6 +84,8 @@ def tangent_capture(
     rows = _TangentRows(module)
     for place, batch in enumerate(batches):
         rows.add(place * _BLOCKS // len(batches), trainer, on_device(trainer, batch))
+    if not rows.measured:
+        raise ConfigError("the rows of a batch are not the first dimension of what adapted linear layers are given.")
     of_groups = {group: [name for name in names if name in rows.measured] for group, names in groups.items()}
     return rows.capture(rows.measured), {group: rows.capture(names) for group, names in of_groups.items() if names}
 
@@ -103,28 +105,32 @@ class _TangentRows:
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._squares: dict[tuple[int, str], Tensor] = {}
         self._counts = torch.zeros(_BLOCKS, dtype=torch.float64)
-        self._block = 0
+        self._block = self._num_rows = 0
+        self._others: set[str] = set()
 
     @property
     def measured(self) -> list[str]:
-        """Names of the layers that received a gradient."""
-        return [name for name in self._places if any(layer == name for _, layer in self._sums)]
+        """Names of the layers that received a gradient, of inputs whose first dimension is the rows of the batch."""
+        received = {name for _, name in self._sums}
+        return [name for name in self._places if name in received - self._others]
 
     def add(self, block: int, trainer: Trainer, batch: Any) -> None:
         """Measure the rows of a batch; autograd writes no gradient into the parameters."""
-        self._block, num_rows = block, count_rows(batch)
+        self._block, self._num_rows = block, count_rows(batch)
         self._collector.start()
         try:
             with torch.enable_grad():
-                loss = self._loss_sum(trainer, batch, num_rows)
+                loss = self._loss_sum(trainer, batch, self._num_rows)
                 torch.autograd.grad(loss, self.factors, allow_unused=True)
-            self._collector.finish(num_rows)
+            self._collector.finish(None)
         finally:
             self._collector.stop()
-        self._counts[block] += num_rows
+        self._counts[block] += self._num_rows
 
     def _loss_sum(self, trainer: Trainer, batch: Any, num_rows: int) -> Tensor:
         """The sum of losses over rows or tokens, up to a constant that every batch has."""
+        if not self.module.automatic_optimization:
+            return _predicted_sum(trainer, self.module, batch)  # its training_step would step the optimizers
         if isinstance(self.module, TokenWeightedLoss):
             loss = training_loss(trainer, self.module, batch)
             self.module.mean_of_micro_batch(torch.zeros(()))  # closes the window
@@ -145,6 +151,9 @@ class _TangentRows:
         return whole, whole - weight_row_sketches(x, d_y, left, right)
 
     def _take(self, name: str, rows: PerRow) -> None:
+        if len(rows[0]) != self._num_rows:  # experts get tokens of all rows at once
+            self._others.add(name)
+            return
         key = self._block, name
         both = torch.stack(rows).double()
         self._sums[key] = self._sums.get(key, 0) + both.sum(1).float()
@@ -168,6 +177,16 @@ class _TangentRows:
         error_of_signal = _jackknife_error(signals)
         certainty = signal / error_of_signal if error_of_signal > 0 else 0.0
         return Capture(value, _jackknife_error(values), certainty, len(names))
+
+
+def _predicted_sum(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+    found = predicted_losses(trainer, module, batch)
+    if found is None or not found[0].requires_grad:
+        raise ConfigError(
+            f"{type(module).__name__} steps its optimizers itself, and the losses of its predict_step have no gradient."
+        )
+    losses, tokens = found
+    return (losses * tokens.to(losses.dtype)).sum()
 
 
 def _left_out(gram: Tensor, squares: Tensor, counts: Tensor, place: int) -> tuple[float, float]:

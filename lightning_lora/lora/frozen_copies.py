@@ -16,6 +16,7 @@ from lightning_lora.errors import first_five
 from lightning_lora.lora.layers.adapted import join, learning_layers, lora_layers
 from lightning_lora.lora.layers.base import MAGNITUDE, LoRALayer
 from lightning_lora.lora.patterns import plain_name
+from lightning_lora.lora.shards import full_tensor
 from lightning_lora.lora.targets.selection import is_inside
 from lightning_lora.lora.travelling import record_tensors
 
@@ -106,6 +107,22 @@ def _copy_factors(source: LoRALayer, target: LoRALayer) -> None:
         # A magnitude is that of the copy's own weights, which may differ from the original's.
         if name in factors and factors[name].shape == factor.shape and not factor.is_meta and name != MAGNITUDE:
             factor.copy_(factors[name])
+
+
+def equal_copies(root: nn.Module, layers: Mapping[str, LoRALayer]) -> list[tuple[LoRALayer, LoRALayer]]:
+    """Frozen adapted layers of ``root`` with the factors of one of ``layers``, which they copy, each with that one.
+
+    A collective where factors are sharded.
+    """
+    copies = frozen_copies(root)
+    held = {name: layer for name, layer in lora_layers(root).items() if layer.lora_held}
+    pairs = [(layer, layers.get(original_name(name, copies) or name)) for name, layer in held.items()]
+    return [(copy, original) for copy, original in pairs if original is not None and _has_factors_of(copy, original)]
+
+
+def _has_factors_of(one: LoRALayer, other: LoRALayer) -> bool:
+    pairs = zip(one.lora_pair(), other.lora_pair(), strict=True)
+    return all(torch.equal(full_tensor(own), full_tensor(factor)) for own, factor in pairs)
 
 
 def adopt_copies(root: nn.Module) -> list[str]:

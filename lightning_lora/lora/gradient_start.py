@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError, GradientError, first_five
+from lightning_lora.lora.frozen_copies import equal_copies
 from lightning_lora.lora.functional.sketched_svd import SketchedSVD
 from lightning_lora.lora.functional.torch_internals import has_values
 from lightning_lora.lora.layers.adapted import learning_layers
@@ -65,7 +66,7 @@ def gradient_init(module: nn.Module, loss: Callable[[Any], Tensor], batches: Ite
             count += 1
     if not count:
         raise ConfigError("there is no batch to start the adapters with: batches is empty.")
-    start_along(layers, sketches)
+    start_along(module, layers, sketches)
 
 
 def waiting_layers(module: nn.Module) -> dict[str, LoRALayer]:
@@ -115,8 +116,10 @@ def watched_gradients(module: nn.Module, layers: Mapping[str, LoRALayer]) -> Ite
             parameter.grad = gradient
 
 
-def start_along(layers: Mapping[str, LoRALayer], sketches: Mapping[str, SketchedSVD]) -> list[str]:
+def start_along(module: nn.Module, layers: Mapping[str, LoRALayer], sketches: Mapping[str, SketchedSVD]) -> list[str]:
     """Set the first values of the factors from the singular vectors of the sketched gradients.
+
+    Frozen copies of the layers in ``module``, such as those of a teacher, that have their factors keep to them.
 
     Returns:
         Names of the layers without a gradient, which keep the default start.
@@ -139,8 +142,11 @@ def start_along(layers: Mapping[str, LoRALayer], sketches: Mapping[str, Sketched
             f"adapters cannot start along their gradient: none of {len(sketches)} layers received one "
             f"({first_five(without)}). A compiled module hides it: compile after the start, or use another init."
         )
+    copies = equal_copies(module, layers)
     for name in sketches.keys() - set(without):
         _start(layers[name], sketches[name])
+    for copy, original in copies:
+        _follow(copy, original)
     return without
 
 
@@ -178,6 +184,12 @@ def _start(layer: LoRALayer, sketch: SketchedSVD) -> None:
     set_gradient_factors(A, B, U, Vh, layer.lora_spec.start)
     for factor, value in zip(pair, (A, B), strict=True):
         _write(factor, value)
+
+
+@torch.no_grad()
+def _follow(copy: LoRALayer, original: LoRALayer) -> None:
+    for factor, source in zip(copy.lora_pair(), original.lora_pair(), strict=True):
+        _write(factor, full_tensor(source))
 
 
 def _write(factor: nn.Parameter, value: Tensor) -> None:

@@ -70,7 +70,7 @@ def start_from_first_batches(module: LightningModule, before_iterators: dict[str
         for batch in batches:
             _backward(trainer, module, on_device(trainer, batch))
     _add_up_ranks(trainer, sketches)
-    without = start_along(layers, sketches)
+    without = start_along(module, layers, sketches)
     if without:
         rank_zero_warn(
             f"{len(without)} of {len(layers)} adapted layers received no gradient in the first {len(batches)} batches "

@@ -11,6 +11,7 @@ import copy
 import gc
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.accumulation import fit_to_batch
 from lightning_lora.errors import ConfigError
+from lightning_lora.lora.gradient_start import has_started, waiting_layers
 from lightning_lora.study.row_losses import HeldOut, row_losses
 from lightning_lora.study.snapshot import copy_module, isolated
 
@@ -64,6 +66,24 @@ class BranchPoint:
         """The same point with other weights, and fresh moments at the present learning rates."""
         phases = present_phases(self.optimizer_state) if self.optimizer_state is not None else self.rate_factors
         return BranchPoint(module, None, self.loader, self.micro_batch, self.trainer_options, phases)
+
+    def with_started_adapters(self, rows: Sequence[Any]) -> BranchPoint:
+        """The same point with adapters that wait for it (``init="gradient"``) started on the first ``rows``.
+
+        Otherwise every branch would start them by itself, on batches of its own size.
+        """
+        layers = waiting_layers(self.module)
+        if not layers or has_started(layers):
+            return self
+        with isolated(self.module.device, 0):
+            started = copy_module(self.module)
+            trainer = self._trainer(1, [_EndsBeforeFirstStep()])
+            dataset, collate = self.loader.dataset, self.loader.collate_fn
+            with suppress(_StartedError):
+                trainer.fit(started, DataLoader(Subset(dataset, rows), self.micro_batch, collate_fn=collate))
+            _free(trainer, started)
+        options = self.trainer_options
+        return BranchPoint(started, self.optimizer_state, self.loader, self.micro_batch, options, self.rate_factors)
 
     def losses_after(
         self,
@@ -203,6 +223,16 @@ class _Rates(Callback):
         left = (self.num_steps - trainer.global_step) / (self.num_cool + 1)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * min(1.0, left)
+
+
+class _StartedError(Exception):
+    """Ends a run that was only for the first values of its adapters."""
+
+
+class _EndsBeforeFirstStep(Callback):
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise _StartedError  # the module has started its adapters in on_train_start
 
 
 def _free(trainer: Trainer, branch: LightningModule) -> None:

@@ -111,6 +111,7 @@ class RankProbe(Probe):
         micro_batch = rows_per_batch(check_loader(train_loader, "training"))
         point = BranchPoint(start, optimizer_state, train_loader, micro_batch, trainer_options)
         rows = next_rows(train_loader)
+        point = point.with_started_adapters(rows)
         return self._probe(point, self._branches(batch_rows or micro_batch, len(rows)), rows, held_out)
 
     @override

@@ -24,10 +24,14 @@ def test_both_ranks_of_ddp_measure_the_same(tmp_path: Path) -> None:
     assert first["same"]
     assert second["same"]
     assert first["reading"] == second["reading"]
-    assert first["reading"]["tokens"] == 48
+    assert first["reading"]["tokens"] == 96
     assert first["reading"]["capture_rate"] <= 0.1
     assert (first["said"], second["said"]) == ([], [])
     assert (tmp_path / "capacity.png").exists()
+    # A run that goes on inside an epoch, and inside a window, has shown each rank a part of the epoch only.
+    for found in (first, second):
+        assert found["same_again"]
+        assert found["resumed"] == first["reading"]
 
 
 def test_sharded_ranks_are_trained_and_not_measured(tmp_path: Path) -> None:

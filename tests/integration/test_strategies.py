@@ -140,6 +140,15 @@ def test_a_checkpoint_inside_a_window_holds_its_gradients(folder: Path) -> None:
     torch.testing.assert_close(found["saved"], found["plain"], rtol=1e-6, atol=1e-6)
 
 
+def test_a_run_with_magnitudes_that_are_sharded_goes_on_exactly_inside_a_window(folder: Path) -> None:
+    found = findings(folder, "checks/magnitudes")
+    assert found["sharded"] == 4
+    assert toys.same(found["resumed"], found["saved"])
+    # The file is whole: it goes on where nothing is sharded.
+    state = torch.load(folder / "magnitudes.ckpt", weights_only=True)["state_dict"]
+    assert state["net.blocks.0.up.lora_magnitude"].shape == (12,)
+
+
 def test_gradients_of_a_window_that_was_never_closed_are_forgotten(folder: Path) -> None:
     found = findings(folder, "checks/again")
     assert found["stopped"] == found["new"]

@@ -23,6 +23,7 @@ from lightning_lora import (
 from lightning_lora.callbacks import LoRAGuard
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.lora.frozen_copies import frozen_copies
+from lightning_lora.lora.gradient_start import gradient_init
 from lightning_lora.lora.layers.adapted import learning_layers
 from tests.support import toys
 
@@ -62,6 +63,26 @@ def test_a_frozen_copy_keeps_frozen_adapters_with_the_factors_of_the_original() 
             if own.requires_grad:
                 other.copy_(own.add_(0.5))
     assert torch.equal(module.online(X), module.target(X))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_frozen_copy_starts_along_the_gradient_of_the_original_unless_it_has_factors_of_its_own(moved: bool) -> None:
+    """An average of factors that start elsewhere would apply the student's changes to random directions."""
+    module: Any = Pair()
+    inject_lora(module, LoRAConfig(rank=1, init="gradient"))
+    before, expected = module.target(X).detach(), module.target[0].lora_A.detach().clone()
+    if moved:
+        module.target[0].lora_A.detach().add_(1)
+    gradient_init(module, lambda x: module(x).square().mean(), [X])
+    own, other = module.online[0], module.target[0]
+    assert own.lora_B.any()
+    if moved:
+        assert torch.equal(other.lora_A, expected + 1)
+        assert not other.lora_B.any()
+    else:
+        assert all(map(torch.equal, own.lora_pair(), other.lora_pair()))
+    assert all(map(torch.equal, module.online[2].lora_pair(), module.target[2].lora_pair()))
+    torch.testing.assert_close(module.target(X), before)
 
 
 def test_a_wholly_frozen_module_gets_adapters_that_train() -> None:

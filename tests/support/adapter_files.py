@@ -35,6 +35,8 @@ MERGE_CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], str]
     "patterns": (llama, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"*.layers.1.*": 5.0}}, "1GB"),
     "rslora": (llama, {"scaling": "rslora", "rank_pattern": {"up_proj": 2}}, "1GB"),
     "kept start": (llama, {"init": "pissa", "scaling": "rslora"}, "1GB"),
+    "gradient start": (llama, {"init": "gradient"}, "1GB"),
+    "magnitudes": (llama, {"dora": True}, "20KB"),
     "gpt2": (gpt2, {}, "1GB"),
     "gpt2 embeddings": (lambda: gpt2(tie_word_embeddings=False), TABLES, "20KB"),
     # Square in every way: the shapes do not tell what is transposed.

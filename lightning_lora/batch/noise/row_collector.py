@@ -96,8 +96,8 @@ class RowCollector:
                     layer.lora_watcher = None
         self._reset()
 
-    def finish(self, num_rows: int) -> None:
-        """End a micro-batch of ``num_rows`` rows, after its backward pass.
+    def finish(self, num_rows: int | None) -> None:
+        """End a micro-batch of ``num_rows`` rows, after its backward pass; None: layers may have other rows.
 
         Raises:
             ConfigError: If the rows of a layer are not those of the batch, or no gradient arrived.
@@ -108,7 +108,7 @@ class RowCollector:
             if not self._sizes:
                 raise ConfigError("no output of an adapted layer received a gradient in a backward pass.")
             for name, size in self._sizes.items():
-                if size != num_rows:
+                if num_rows is not None and size != num_rows:
                     raise ConfigError(
                         f"{name} receives {size} rows where the batch has {num_rows}: rows are not the first "
                         f"dimension of its input."

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
     Strategy,
 )
 from torch import nn
@@ -84,7 +85,8 @@ def unsupported_strategy(strategy: Strategy) -> str | None:
         if mesh is not None and mesh["tensor_parallel"].size() > 1:
             return "gradients of tensor-parallel layers are not measured: set tensor_parallel_size=1."
         return None
-    if type(strategy) is SingleDeviceStrategy or isinstance(strategy, DDPStrategy):
+    is_plain = isinstance(strategy, SingleDeviceStrategy) and not isinstance(strategy, SingleDeviceXLAStrategy)
+    if is_plain or isinstance(strategy, DDPStrategy):
         return None
     return f"{type(strategy).__name__} is not known to show gradients of micro-batches: use one device or 'ddp'."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from lightning_lora import (
     AdapterFileError,
     LoRAConfig,
     inject_lora,
+    lora_layers,
+    merge_lora,
     save_adapter,
+    unmerge_lora,
 )
 from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, merge_files
 from lightning_lora.files.safetensors_file import safetensors_files
@@ -80,6 +84,28 @@ def test_tied_weights_trained_in_full_merge_into_the_one_that_is_stored(tmp_path
     merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+
+def test_magnitudes_merge_into_a_bfloat16_base_with_one_rounding(tmp_path: Path) -> None:
+    model = write_merge_case("magnitudes", tmp_path, torch.bfloat16)
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers: Any = lora_layers(model)
+    assert layers
+    for name, layer in layers.items():
+        A, B = (factor.detach().double() for factor in layer.lora_pair())
+        direction = layer.weight.double() + layer.lora_spec.scale * B @ A
+        whole = layer.lora_magnitude.detach().double()[:, None] * direction / direction.norm(dim=1, keepdim=True)
+        written = merged.get_submodule(name).weight
+        assert written.dtype == torch.bfloat16
+        # Eight bits: half of the last one, and what float32 adds to it.
+        torch.testing.assert_close(written.double(), whole, rtol=2**-8, atol=1e-6 * float(whole.abs().max()), msg=name)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    merge_lora(model)
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.weight, merged.get_submodule(name).weight, rtol=2**-7, atol=0)
+    unmerge_lora(model)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
 
 
 def test_merging_again_replaces_the_result(tmp_path: Path) -> None:

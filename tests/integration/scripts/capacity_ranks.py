@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -36,25 +36,43 @@ class Sharded(toys.Toy):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def trained(strategy: str, folder: Path, callbacks: list[Callback]) -> tuple[dict[str, Tensor], int]:
+class SavesInside(Callback):
+    """A checkpoint in mid-epoch, inside an accumulation window."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 8:
+            trainer.save_checkpoint(self.path)
+
+
+def trained(
+    strategy: str, folder: Path, callbacks: list[Callback], ckpt_path: Path | None = None
+) -> tuple[dict[str, Tensor], int]:
     """All weights after training, and the rank."""
     torch.manual_seed(0)
     kinds: dict[str, Any] = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)}
-    settings: dict[str, Any] = {"devices": 2, "strategy": kinds[strategy], "max_epochs": 2}
+    settings: dict[str, Any] = {"devices": 2, "strategy": kinds[strategy], "max_epochs": 1}
     trainer = toys.trainer(folder, accumulate_grad_batches=2, callbacks=callbacks, **settings)
     module = Sharded()
-    trainer.fit(module, DataLoader(toys.rows(48), 2, shuffle=True), toys.loader(8, seed=3))
+    loaders = DataLoader(toys.rows(96), 2, shuffle=True), toys.loader(8, seed=3)
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
     return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}, trainer.global_rank
 
 
 def run(strategy: str, folder: Path) -> None:
-    monitor = CapacityMonitor()
+    monitor, resumed, path = CapacityMonitor(), CapacityMonitor(), folder / "inside.ckpt"
+    saves: list[Callback] = [SavesInside(path)] if strategy == "ddp" else []
     alone, rank = trained(strategy, folder, [])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watched, _ = trained(strategy, folder, [monitor])
+        watched, _ = trained(strategy, folder, [monitor, *saves])
     said = [str(each.message) for each in caught if "capacity monitor" in str(each.message)]
     found = {"same": toys.same(alone, watched), "said": said, "reading": monitor.reading.to_dict()}
+    if saves:
+        again, _ = trained(strategy, folder, [resumed], path)
+        found |= {"same_again": toys.same(alone, again), "resumed": resumed.reading.to_dict()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ def trained(
     return trainer
 
 
-def toy() -> Toy:
+def toy(**settings: Any) -> Toy:
     seed_everything(0, verbose=False)
-    return Toy(ADAPTERS)
+    return Toy(replace(ADAPTERS, **settings))
 
 
 def weights(module: LightningModule) -> dict[str, Any]:
@@ -142,6 +143,15 @@ def inside(folder: Path) -> None:
     trainer = trained(folder, plain, FSDP2Strategy())
     found = [weights(module) for module in (first, resumed, plain)]
     keep(trainer, folder, "inside", saved=found[0], resumed=found[1], plain=found[2], steps=len(resumed.losses))
+
+
+def magnitudes(folder: Path) -> None:
+    """A run with magnitudes that saves inside a window, and one that goes on from there."""
+    path, saved, resumed = folder / "magnitudes.ckpt", toy(dora=True), toy(dora=True)
+    trained(folder, saved, FSDP2Strategy(), [SaveInside(path)])
+    trainer = trained(folder, resumed, FSDP2Strategy(), ckpt_path=path)
+    sharded = sum(isinstance(p, DTensor) for name, p in resumed.named_parameters() if name.endswith("magnitude"))
+    keep(trainer, folder, "magnitudes", saved=weights(saved), resumed=weights(resumed), sharded=sharded)
 
 
 def again(folder: Path) -> None:
@@ -210,6 +220,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "saving": saving,
     "communication": communication,
     "inside": inside,
+    "magnitudes": magnitudes,
     "again": again,
     "unsharded": unsharded,
     "splitting": splitting,
