@@ -52,6 +52,7 @@ class Tensors(LightningDataModule):
         return DataLoader(self.rows, batch_size=self.batch_size)
 
 
+@pytest.mark.slow
 def test_the_yaml_trains_as_the_plan_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(MODEL), str(TRAIN), *SHORT, "--write-config", "plan.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -70,9 +71,10 @@ def test_the_yaml_trains_as_the_plan_says(folder: Path, capsys: pytest.CaptureFi
     assert "PlannedRun" in callbacks
 
 
+@pytest.mark.slow
 def test_a_memory_that_fits_nothing_is_one_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--memory", "1MiB", "--write-config", "plan.yaml"]
-    assert cli.main(["plan", str(MODEL), str(TRAIN), *SHORT, *options]) == 2
+    assert cli.main(["plan", shallow(folder), str(TRAIN), *SHORT, *options]) == 2
     printed = capsys.readouterr()
     assert "nothing fits into 1 MiB" in printed.err
     assert "The smallest change" in printed.err
@@ -151,8 +153,17 @@ def planted(folder: Path, rows: list[tuple[str, str]]) -> str:
     return str(file)
 
 
+def shallow(folder: Path, **settings: int) -> str:
+    """The embedded model with two layers and no weights: what takes long in a plan is to trace each layer."""
+    model = folder / "shallow"
+    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 2} | settings
+    (model / "config.json").write_text(json.dumps(config))
+    return str(model)
+
+
 def test_ten_rows_are_surely_held_and_step_starved(tmp_path: Path) -> None:
-    made = ll.plan(str(MODEL), planted(tmp_path, [(f"What is {i}+{i}?", str(2 * i)) for i in range(10)]))
+    made = ll.plan(shallow(tmp_path), planted(tmp_path, [(f"What is {i}+{i}?", str(2 * i)) for i in range(10)]))
     assert made.method == "lora"
     assert "should be enough" in made.sentence
     assert "step-starved" in str(made)
@@ -160,7 +171,7 @@ def test_ten_rows_are_surely_held_and_step_starved(tmp_path: Path) -> None:
 
 
 def test_copies_of_one_row_are_told_and_count_once(tmp_path: Path) -> None:
-    made = ll.plan(str(MODEL), planted(tmp_path, [("What is 1+1?", "2")] * 200))
+    made = ll.plan(shallow(tmp_path), planted(tmp_path, [("What is 1+1?", "2")] * 200))
     assert made.data.duplicate_rows == 199
     assert "all 200 rows are the same row" in str(made)
     assert next(row for row in made.capacity if row.rank == 1).verdict == "inside"
@@ -253,20 +264,16 @@ def test_a_users_own_callback_is_kept_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_memory_that_fits_4_bits_only_gets_qlora(tmp_path: Path) -> None:
-    model = tmp_path / "wide"
-    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    settings = json.loads((model / "config.json").read_text())
-    settings |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64}
-    settings |= {"num_attention_heads": 16, "num_key_value_heads": 16}
-    (model / "config.json").write_text(json.dumps(settings))
+    heads = {"head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 16}
+    model = shallow(tmp_path, hidden_size=1024, intermediate_size=4096, **heads)
     data = planted(tmp_path, [(f"What is {i}+{i}?", str(2 * i)) for i in range(10)])
-    roomy = ll.plan(str(model), data, memory="80GiB")
+    roomy = ll.plan(model, data, memory="80GiB")
     assert roomy.method == "lora"
     lora, qlora = roomy.memory["lora"], roomy.memory["qlora"]
     assert lora is not None
     assert qlora is not None
     assert qlora.total < lora.weights
-    tight = ll.plan(str(model), data, memory=f"{lora.weights}B")
+    tight = ll.plan(model, data, memory=f"{lora.weights}B")
     assert (tight.method, tight.fits) == ("qlora", True)
     assert "4 bits only" in " ".join(str(tight).split())
 
