@@ -24,8 +24,10 @@ attention, over the time of the step: Llama-1B 0.29 with adapters and 0.37 in fu
 """
 
 CUDA_CONTEXT = 820_000_000
-"""Bytes beside those that torch allocates: the context of CUDA and the libraries that a run loads, as measured on one H100
-with torch 2.11 and CUDA 13 (docs/gpu.md)."""
+"""Bytes beside those that torch allocates: the context of CUDA and the libraries that a run loads.
+
+Measured on one H100 with torch 2.11 and CUDA 13 (docs/gpu.md).
+"""
 
 _UNITS = {"b": 1} | {
     f"{letter}{end}": base**power for power, letter in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))
