@@ -82,7 +82,9 @@ def _data(plan: Any) -> str:
             if data.num_classes
             else f"{data.bits:,.0f} bits"
         )
-    counts = {"repeated": data.duplicate_rows, "cut": data.truncated_rows, "without target": data.unsupervised_rows}
+    cut = "cut (their ends are not learned)" if data.truncated_rows else "cut"
+    empty = "without target (left out)" if data.unsupervised_rows else "without target"
+    counts = {"repeated": data.duplicate_rows, cut: data.truncated_rows, empty: data.unsupervised_rows}
     told += [f"{count:,} {name}" for name, count in counts.items() if count or data.unit == "tokens"]
     if data.longest_row is not None:
         told.append(f"longest {data.longest_row:,} tokens")
