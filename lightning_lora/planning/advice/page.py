@@ -20,6 +20,7 @@ DISAGREE = (
 
 def page(plan: Any) -> str:
     """A `Plan` in words and tables. What does not fit is left out in whole lines: ranks, reasons, then notes."""
+    lines: list[str] = []
     for ranks, has_reasons in ((_SHOWN_RANKS, True), (_FEW_RANKS, True), (_FEW_RANKS, False)):
         body = _body(plan, ranks, has_reasons)
         for left_out in range(len(plan.notes) + 1):
