@@ -11,7 +11,7 @@ from lightning_lora.planning.advice.settings import ALARM
 
 LINES, COLUMNS = 40, 80
 _INDENT = 10
-_SHOWN_RANKS, _FEW_RANKS = (1, 8, 32, 128, 512), (1, 512)
+_SHOWN_RANKS, _FEW_RANKS = (1, 8, 32, 128, 512), (1, 32, 512)
 DISAGREE = (
     "PEFT starts at rank 8 on a few layers, TRL at 16, axolotl at 32; the rates differ by 10. Attention only is worse "
     "at equal parameters (TML), but was not in one math task."
@@ -132,9 +132,7 @@ def _settings(plan: Any, has_reasons: bool) -> str:
     if not has_reasons:  # what trains at which rate, and alarms, cannot be guessed
         reasons = [reason for reason in reasons if reason.value.startswith("learning rate") or ALARM in reason.why]
     why = [f"{reason.value}: {reason.why}" for reason in reasons]
-    return (
-        ", ".join(told) + ". " + "; ".join([*why, *([] if has_reasons else ["all reasons: plan.json, Plan.reasons"])])
-    )
+    return ", ".join(told) + ". " + "; ".join([*why, *([] if has_reasons else ["more reasons: plan.json"])])
 
 
 def _memory(plan: Any) -> Iterator[str]:
