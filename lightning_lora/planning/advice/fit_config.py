@@ -89,7 +89,7 @@ def _callbacks(
     kept = [each for each in as_list(given) if not any(is_named(each, kind) for kind in replaced)]
     if not isinstance(module, LoRAMixin) and method.rank is not None:
         chosen = changed_settings(lora) | {"rank": method.rank}
-        first = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
+        first: Settings = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
         others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
         # One that averages weights must come after it.
         place = next((n for n, each in enumerate(kept) if is_named(each, WeightAveraging)), len(kept))

@@ -11,7 +11,7 @@ from lightning_lora.planning.advice.settings import ALARM
 
 LINES, COLUMNS = 40, 80
 _INDENT = 10
-_SHOWN_RANKS, _FEW_RANKS = (1, 8, 32, 128, 512), (1, 512)
+_SHOWN_RANKS, _FEW_RANKS = (1, 8, 32, 128, 512), (1, 32, 512)
 DISAGREE = (
     "PEFT starts at rank 8 on a few layers, TRL at 16, axolotl at 32; the rates differ by 10. Attention only is worse "
     "at equal parameters (TML), but was not in one math task."
@@ -20,6 +20,7 @@ DISAGREE = (
 
 def page(plan: Any) -> str:
     """A `Plan` in words and tables. What does not fit is left out in whole lines: ranks, reasons, then notes."""
+    lines: list[str] = []
     for ranks, has_reasons in ((_SHOWN_RANKS, True), (_FEW_RANKS, True), (_FEW_RANKS, False)):
         body = _body(plan, ranks, has_reasons)
         for left_out in range(len(plan.notes) + 1):
@@ -82,7 +83,9 @@ def _data(plan: Any) -> str:
             if data.num_classes
             else f"{data.bits:,.0f} bits"
         )
-    counts = {"repeated": data.duplicate_rows, "cut": data.truncated_rows, "without target": data.unsupervised_rows}
+    cut = "cut (their ends are not learned)" if data.truncated_rows else "cut"
+    empty = "without target (left out)" if data.unsupervised_rows else "without target"
+    counts = {"repeated": data.duplicate_rows, cut: data.truncated_rows, empty: data.unsupervised_rows}
     told += [f"{count:,} {name}" for name, count in counts.items() if count or data.unit == "tokens"]
     if data.longest_row is not None:
         told.append(f"longest {data.longest_row:,} tokens")
@@ -129,9 +132,7 @@ def _settings(plan: Any, has_reasons: bool) -> str:
     if not has_reasons:  # what trains at which rate, and alarms, cannot be guessed
         reasons = [reason for reason in reasons if reason.value.startswith("learning rate") or ALARM in reason.why]
     why = [f"{reason.value}: {reason.why}" for reason in reasons]
-    return (
-        ", ".join(told) + ". " + "; ".join([*why, *([] if has_reasons else ["all reasons: plan.json, Plan.reasons"])])
-    )
+    return ", ".join(told) + ". " + "; ".join([*why, *([] if has_reasons else ["more reasons: plan.json"])])
 
 
 def _memory(plan: Any) -> Iterator[str]:

@@ -95,10 +95,6 @@ def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
     if counts.rows and duplicates >= 0.1 * counts.rows and not is_one_row(counts):
         share = duplicates / counts.rows
         notes.append(f"{share:.0%} of the rows repeat others; they count once for capacity, each time for steps")
-    if counts.truncated_rows:
-        notes.append(f"{_rows(counts.truncated_rows)} cut at max_length: what comes after it is not learned")
-    if counts.unsupervised_rows:
-        notes.append(f"{_rows(counts.unsupervised_rows)} left out: nothing in them is trained on")
     if counts.rows and counts.counted_rows and counts.counted_rows < counts.rows:
         notes.append(f"{counts.counted_rows:,} of {counts.rows:,} rows were read; counts are scaled up from these")
     if bits is not None:
@@ -137,10 +133,6 @@ def notes_on_adapters(sizes: AdapterSizes, config: LoRAConfig, rank: int | None)
             f"of the table; the rank of this plan is that of the others"
         )
     return tuple(notes)
-
-
-def _rows(count: int) -> str:
-    return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
 def _size(size: int) -> str:
