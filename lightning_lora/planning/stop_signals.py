@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _GRACE = 3.0
 """Seconds for cleaning up: an exception that a signal raises inside a finalizer is lost."""
@@ -35,7 +36,7 @@ def ending_at_once(doing: str | None = None) -> Iterator[None]:
             timer.start()
         raise SystemExit(128 + number)
 
-    defaults = {signal.SIGTERM: signal.SIG_DFL}
+    defaults: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL}
     if doing is not None:
         defaults[signal.SIGINT] = signal.default_int_handler
     if threading.current_thread() is threading.main_thread():

@@ -163,7 +163,7 @@ class Logits(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        small: Any = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         self.model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **small))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

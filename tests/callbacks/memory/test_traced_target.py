@@ -81,7 +81,7 @@ def test_a_step_that_cannot_be_traced_is_tried_from_the_batch_size_down(
 ) -> None:
     class Untraceable(Module):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            self.net[0].weight.detach().numpy()
+            next(self.net.parameters()).detach().numpy()
             return super().training_step(batch, batch_idx)
 
     have(monkeypatch, 1)
