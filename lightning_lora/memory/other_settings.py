@@ -32,7 +32,9 @@ def recompute(module: LightningModule) -> None:
     """Let the transformers models in ``module`` compute activations again in the backward pass."""
     for child in module.modules():
         if could_recompute(child):
-            enable: Any = child.gradient_checkpointing_enable
+            # The newer name first: transformers warns of the older one.
+            newer = getattr(child, "activation_checkpointing_enable", None)
+            enable: Any = newer or child.gradient_checkpointing_enable
             enable()
 
 

@@ -120,7 +120,8 @@ def find_devices(
     if name is not None:
         found = Devices(_listed(name), 1, is_here=False)
     elif size is not None:
-        unknown = Device("unnamed device", "unknown", size, source="its memory was named, nothing else is known of it")
+        kind = "cpu" if accelerator == "cpu" else "unknown"
+        unknown = Device("unnamed device", kind, size, source="its memory was named, nothing else is known of it")
         found = Devices(unknown, 1, is_here=False)
     else:
         found = _cpu() if accelerator == "cpu" else _at_hand()
