@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, lora_layers
-from lightning_lora.callbacks import LoRAGuard, MemoryAdvice
+from lightning_lora.callbacks import LoRAGuard, MemoryAdvice, memory_advice
 from lightning_lora.callbacks.layer_calls import LayerCallRecorder
 from lightning_lora.memory import run_step
 from lightning_lora.memory.step_trace import trace_step
@@ -132,6 +132,7 @@ def test_full_fine_tuning_is_told_what_adapters_take(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = str(llama_folder)
+    monkeypatch.setattr(memory_advice, "_MANY", 1.0)  # the vocabulary of so small a model would be named too
     have(monkeypatch, 10**9)
     found = settings_of(message(tmp_path, Cramped(llama), Tokens(2)).splitlines()[1:])
     now, low = step_bytes(CausalLM(llama), 2), step_bytes(CausalLM(llama), 2, "bf16-true")
@@ -149,6 +150,7 @@ def test_checkpointing_and_4_bits_are_traced_too(
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     llama, lora = str(llama_folder), LoRAConfig(rank=2)
+    monkeypatch.setattr(memory_advice, "_MANY", 1.0)  # the vocabulary of so small a model would be named too
     have(monkeypatch, 10**9)
     found = settings_of(message(tmp_path, Cramped(llama, lora=lora), Tokens(1), precision="bf16-true").splitlines()[1:])
     kept = CausalLM(llama, lora=lora)
