@@ -158,9 +158,10 @@ def test_checkpointing_and_4_bits_are_traced_too(
     assert kept.model is not None
     newer = getattr(kept.model, "activation_checkpointing_enable", None)
     (newer or kept.model.gradient_checkpointing_enable)()
-    checkpointed, nf4 = found["activation checkpointing"], found["quantization"]
-    assert checkpointed == run_step.gigabytes(step_bytes(kept, 1, "bf16-true"))
-    assert nf4 == run_step.gigabytes(step_bytes(CausalLM(llama, lora=lora, quantization="nf4"), 1, "bf16-true"))
+    assert found["activation checkpointing"] == run_step.gigabytes(step_bytes(kept, 1, "bf16-true"))
+    now, nf4 = (step_bytes(CausalLM(llama, lora=lora, quantization=name), 1, "bf16-true") for name in (None, "nf4"))
+    # A method that takes no less, as copies of so small weights do, is not named.
+    assert found.get("quantization") == (run_step.gigabytes(nf4) if nf4 < now else None)
 
 
 class Logits(LightningModule):
