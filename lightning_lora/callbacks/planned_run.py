@@ -230,11 +230,11 @@ class PlannedRun(Callback):
         peak = peak_bytes(module.device)
         if module.device.type == "cuda":
             return peak, "allocated by torch on the GPU"
-        if module.device.type != "cpu" or peak is None or self._resident is None or peak == self._peak_before:
+        before = self._resident
+        # The system counts the peak and the resident memory apart, to within some pages.
+        if module.device.type != "cpu" or peak is None or before is None or peak <= before or peak == self._peak_before:
             return None, "not measured here, or hidden by an earlier peak of the process"
-        if peak <= self._resident:  # the system counts the two apart, to within some pages
-            return None, "not measured here, or hidden by an earlier peak of the process"
-        return peak - self._resident, "growth of the process's resident memory"
+        return peak - before, "growth of the process's resident memory"
 
 
 def _total(trainer: Trainer, own: Tensor | int) -> int:

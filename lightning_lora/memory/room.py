@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
-from lightning_lora.lora.layers.quantised_weights import is_quantised, stored_parts
+from lightning_lora.memory.step_trace import weight_tensors
 
 _PROC = Path("/proc")
 # The files of a container's limit, of what it uses, and what of it can be dropped, in both versions of cgroups.
@@ -63,10 +63,8 @@ def room_for_step(device: torch.device, held: Iterable[Tensor]) -> Room | None:
 
 def tensors_of_step(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[Tensor]:
     """Weights, buffers, gradients and the state of optimizers, as far as they exist."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        yield from _parts(tensor)
-        if tensor.grad is not None:
-            yield tensor.grad
+    yield from weight_tensors(module)
+    yield from (parameter.grad for parameter in module.parameters() if parameter.grad is not None)
     for optimizer in optimizers:
         yield from (item for item in tree_flatten(list(optimizer.state.values()))[0] if isinstance(item, Tensor))
 
@@ -74,12 +72,13 @@ def tensors_of_step(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> 
 def bytes_between_steps(module: nn.Module) -> int:
     """Bytes of ``module`` without activations: weights, and for those that are trained gradients and Adam's state."""
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    held = (*module.parameters(), *module.buffers())
-    return 3 * trained + sum(part.nbytes for tensor in held for part in _parts(tensor))
+    return 3 * trained + sum(tensor.nbytes for tensor in weight_tensors(module))
 
 
-def _parts(tensor: Tensor) -> Iterable[Tensor]:
-    return stored_parts(tensor) if is_quantised(tensor) else (tensor,)
+def container_limits() -> Iterator[int]:
+    """Bytes that the container of this process may use, as each version of cgroups limits it."""
+    found = (_number(folder / limit) for folder, limit, *_ in _CGROUPS)
+    yield from (limit for limit in found if limit is not None)
 
 
 def _left_on_cuda(device: torch.device) -> int:

@@ -7,12 +7,12 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.memory.room import container_limits
 from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 
 EFFICIENCY = 0.35
@@ -32,7 +32,6 @@ Measured on one H100 with torch 2.11 and CUDA 13 (docs/gpu.md).
 _UNITS = {"b": 1} | {
     f"{letter}{end}": base**power for power, letter in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))
 }
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -200,11 +199,7 @@ def _cpu() -> Devices:
 
 def machine_memory() -> int:
     """Bytes of memory that this process may use: those of the machine, or the limit of its container."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in map(Path, _CGROUP_LIMITS):
-        limit = path.read_text().strip() if path.is_file() else "max"
-        sizes += [int(limit)] if limit.isdigit() else []
-    return min(sizes)
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *container_limits()])
 
 
 def _with_speeds(device: Device, peak_tflops: Any, bandwidth: Any) -> Device:

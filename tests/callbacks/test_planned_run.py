@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_lora import ConfigError, LoRAConfig
-from lightning_lora.callbacks import PlannedRun
+from lightning_lora.callbacks import PlannedRun, planned_run
 from lightning_lora.files.events import read_events
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
@@ -45,6 +45,14 @@ def test_a_run_that_went_as_planned_says_so(tmp_path: Path, caplog: pytest.LogCa
     assert event["step"] == 4
     assert event["planned"]["tokens"] == event["measured"]["tokens"] == 8
     assert event["measured"] == planned.measured
+
+
+def test_a_peak_below_what_was_resident_before_is_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system counts the two apart; a negative number would be told otherwise."""
+    peaks = iter((100, 150))
+    monkeypatch.setattr(planned_run, "peak_bytes", lambda device: next(peaks))
+    monkeypatch.setattr(planned_run, "_resident_bytes", lambda: 200)
+    assert run(tmp_path, PlannedRun()).measured["peak_bytes"] is None
 
 
 def adapted() -> Toy:

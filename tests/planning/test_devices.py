@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.memory import room
 from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 from lightning_lora.planning.devices import find_devices, machine_memory, parse_bytes
 
@@ -71,6 +73,15 @@ def test_without_a_name_the_devices_are_those_at_hand() -> None:
     assert (found.device.kind, found.count, found.is_here) == ("cpu", 1, True)
     assert found.memory == machine_memory()
     assert not find_devices(count=2).is_here
+
+
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_CGROUPS", ((tmp_path, "limit", "used", "droppable"),))
+    whole = machine_memory()
+    (tmp_path / "limit").write_text("max\n")
+    assert machine_memory() == whole > 2**20
+    (tmp_path / "limit").write_text(f"{2**20}\n")
+    assert machine_memory() == 2**20
 
 
 @pytest.mark.parametrize(
