@@ -28,7 +28,8 @@ def planned(place: Place) -> dict[str, Any]:
         "full, bf16-true": ({"lora": None}, {}, low),
         "full, bf16-mixed": ({"lora": None}, {}, mixed),
     }
-    for name, (task, data, options) in runs.items():
+    # A plan takes seconds: a dry run shows that one works.
+    for name, (task, data, options) in list(runs.items())[: place.pick(len(runs), 1)]:
         place.fresh()
         try:
             place.found[name] = _said(place, name, task, data, options) | _done(place, task, data, options)
