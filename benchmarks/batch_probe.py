@@ -24,7 +24,7 @@ from lightning_lora import LoRAConfig, LoRAMixin
 from lightning_lora.study import branch
 from lightning_lora.study.batch_branches import BatchBranches
 from lightning_lora.study.branch import BranchPoint
-from lightning_lora.study.paired import Comparison, compared
+from lightning_lora.study.comparison import Comparison, compared
 
 WIDTH, RANK = 48, 8
 BRANCHES = BatchBranches(32, (32, 128, 512), 2048)

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_lora.errors import DataError
 
 PROBE_FILE = "batch_probe.json"
-PROBE_FORMAT = "lightning-lora batch probe 1"
+PROBE_FORMAT = "lightning-lora batch probe 2"
 
 
 def read_probe(path: str | PathLike[str]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def known_calibration(path: str | PathLike[str]) -> float:
     """Read the calibration that a probe has written.
 
     Raises:
-        DataError: If the file is damaged, or the noise scale was unknown when the run was probed.
+        DataError: If the file is damaged, or has no calibration.
     """
     found = read_probe(path)
     try:
@@ -51,7 +51,7 @@ def known_calibration(path: str | PathLike[str]) -> float:
         raise damaged_probe(path, error) from error
     if calibration is None:
         raise DataError(
-            f"{path} has no calibration, because the noise scale was unknown: probe in a run with a "
-            f"BatchSizeMonitor, late enough for its estimate to be conclusive."
+            f"{path} has no calibration, because the noise scale was unknown or no batch could be told from another: "
+            f"probe in a run with a BatchSizeMonitor, late enough for its estimate to be conclusive, on more rows."
         )
     return float(calibration)

@@ -21,7 +21,7 @@ from lightning_lora.lora.merging import merge_layers
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint
-from lightning_lora.study.paired import Comparison, compared
+from lightning_lora.study.comparison import Comparison, compared
 from lightning_lora.study.row_losses import HeldOut
 from lightning_lora.study.snapshot import copy_module, isolated
 

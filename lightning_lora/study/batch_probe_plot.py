@@ -21,9 +21,9 @@ def draw_probe(result: BatchProbeResult, path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     batches = list(result.losses)
-    errors = {pair.large: pair.error for pair in result.comparisons if pair.small == batches[0]}
+    widths = {pair.large: pair.interval.half_width for pair in result.comparisons if pair.small == batches[0]}
     # The smallest batch is the reference of the others, so it has no interval.
-    spread = [2 * errors.get(batch, 0.0) for batch in batches]
+    spread = [widths.get(batch, 0.0) for batch in batches]
     spread = [width if math.isfinite(width) else 0.0 for width in spread]
     label = "LoRA" if result.full_losses else "held-out loss"
     axes.errorbar(batches, list(result.losses.values()), spread, marker="o", capsize=4, label=label)
@@ -31,7 +31,7 @@ def draw_probe(result: BatchProbeResult, path: Path) -> None:
         axes.plot(batches, list(result.full_losses.values()), marker="s", label="full fine-tuning")
     axes.axvline(result.batch_rows, color="grey", linestyle=":", label="batch of the run")
     bound = f"{result.bound} " if result.bound else ""
-    text = f"without measurable loss: {bound}{result.largest_harmless}"
+    text = f"costs nothing: {bound}{result.largest_harmless}"
     axes.axvspan(batches[0], result.largest_harmless, color="tab:green", alpha=0.1, label=text)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])

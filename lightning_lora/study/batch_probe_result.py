@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from lightning_lora.batch.calibration import PROBE_FORMAT, damaged_probe, read_probe
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.study.paired import ENOUGH_ROWS, ENOUGH_SEEDS, Comparison
+from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS, IN_WORDS, Comparison
+from lightning_lora.study.statistics.word import BAND
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,43 @@ class BatchProbeResult:
 
     @property
     def largest_harmless(self) -> int:
-        """The largest batch, in rows per step, such that no batch up to it is worse than a smaller one."""
-        harmless = min(self.losses)
-        for batch in self.losses:
-            if any(pair.is_worse for pair in self.comparisons if pair.large == batch):
-                break
-            harmless = batch
-        return harmless
+        """The largest batch, in rows per step, such that every batch up to it matches all smaller ones."""
+        return self._walk()[0]
+
+    @property
+    def undecided(self) -> int | None:
+        """The batch above `largest_harmless` if nobody can tell whether it is worse; else None."""
+        return self._walk()[1]
 
     @property
     def bound(self) -> Literal["", "at least", "at most"]:
-        """Whether `largest_harmless` is only a bound, because it is the largest or smallest batch that was tried."""
-        if self.largest_harmless == max(self.losses):
+        """Whether `largest_harmless` is only a bound.
+
+        It is one if it is the largest or smallest batch that was tried, or the next one cannot be told.
+        """
+        if self.undecided is not None or self.largest_harmless == max(self.losses):
             return "at least"
         return "at most" if self.largest_harmless == min(self.losses) else ""
 
     @property
     def calibration(self) -> float | None:
-        """`largest_harmless` over the noise scale, for a `BatchSizeMonitor`; None if the noise scale is unknown."""
-        return None if self.noise_scale is None else self.largest_harmless / self.noise_scale
+        """`largest_harmless` over the noise scale, for a `BatchSizeMonitor`.
+
+        None if the noise scale is unknown, or nothing is known of any batch but the smallest.
+        """
+        if self.noise_scale is None or (self.undecided is not None and self.largest_harmless == min(self.losses)):
+            return None
+        return self.largest_harmless / self.noise_scale
+
+    def _walk(self) -> tuple[int, int | None]:
+        """The last batch before one that is not harmless, and that one if it is not worse either."""
+        harmless = min(self.losses)
+        for batch in sorted(self.losses):
+            pairs = [pair for pair in self.comparisons if pair.large == batch]
+            if not all(pair.is_harmless for pair in pairs):
+                return harmless, None if any(pair.is_worse for pair in pairs) else batch
+            harmless = batch
+        return harmless, None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the result as JSON. An interrupted write leaves the old file."""
@@ -96,18 +115,14 @@ class BatchProbeResult:
             f"{self.num_held_out:,} held-out rows ({self.start_loss:.4f} before), {self.seconds:.0f} s"
         ]
         lines += [self._line(batch) for batch in self.losses]
-        lines += [
-            f"  {pair.large} against {pair.small}: {pair}, {'worse' if pair.is_worse else 'no difference seen'}"
-            for pair in self.comparisons
-        ]
+        lines += [f"  {pair.large} against {pair.small}: {pair}, {IN_WORDS[pair.word]}" for pair in self.comparisons]
         if self.extra_cost is not None:
             lines.append(self._extra_cost(self.extra_cost))
         if self.num_held_out < ENOUGH_ROWS:
             lines.append(
                 f"  {self.num_held_out} held-out rows are few: use {ENOUGH_ROWS} or more for a useful interval."
             )
-        bound = f"{self.bound} " if self.bound else ""
-        lines.append(f"  largest batch without measurable loss: {bound}{self.largest_harmless} rows a step")
+        lines.append(f"  {self._answer()}")
         return "\n".join(lines)
 
     def _line(self, batch: int) -> str:
@@ -115,17 +130,27 @@ class BatchProbeResult:
         here = "  (the run's own)" if batch == self.batch_rows else ""
         return f"  {batch:>6} rows a step, {self.num_rows // batch:>4} steps: {self.losses[batch]:.4f}{full}{here}"
 
+    def _answer(self) -> str:
+        bound = f"{self.bound} " if self.bound else ""
+        text = f"largest batch that costs nothing (within {BAND:g} nats): {bound}{self.largest_harmless} rows a step"
+        if self.undecided is None:
+            return text
+        more = "more held-out rows would" if self.num_seeds == 1 else "more held-out rows or orders would"
+        return f"{text}; of {self.undecided} nobody can tell, {more}"
+
     def _extra_cost(self, pair: Comparison) -> str:
         text = f"  [LoRA - full]({pair.large}) - [LoRA - full]({pair.small}): {pair}, "
         if self.num_seeds < ENOUGH_SEEDS:
             return f"{text}from {self.num_seeds} order(s) of the data: too few to tell an extra cost of LoRA."
-        return text + ("a penalty of LoRA for the large batch" if pair.is_worse else "no penalty of LoRA seen")
+        if pair.word == "cannot tell":
+            return f"{text}cannot tell."
+        return text + ("a penalty of LoRA for the large batch" if pair.is_worse else "no penalty of LoRA")
 
 
 def _read(cls: type[BatchProbeResult], found: Mapping[str, Any]) -> BatchProbeResult:
     losses = _losses(found["losses"])
     full, extra, scale = found["full_losses"], found["extra_cost"], found["noise_scale"]
-    comparisons = tuple(_comparison(pair) for pair in found["comparisons"])
+    comparisons = tuple(Comparison.read(pair) for pair in found["comparisons"])
     if not losses or {(pair.small, pair.large) for pair in comparisons} != _pairs(losses):
         raise ValueError("a comparison is missing")
     if scale is not None and not 0 < float(scale) < math.inf:
@@ -136,7 +161,7 @@ def _read(cls: type[BatchProbeResult], found: Mapping[str, Any]) -> BatchProbeRe
         losses=losses,
         comparisons=comparisons,
         full_losses=None if full is None else _losses(full),
-        extra_cost=None if extra is None else _comparison(extra),
+        extra_cost=None if extra is None else Comparison.read(extra),
         noise_scale=None if scale is None else float(scale),
         step=None if found["step"] is None else int(found["step"]),
         seconds=float(found["seconds"]),
@@ -149,7 +174,3 @@ def _losses(found: Mapping[str, Any]) -> dict[int, float]:
 
 def _pairs(losses: Mapping[int, float]) -> set[tuple[int, int]]:
     return {(small, large) for small in losses for large in losses if small < large}
-
-
-def _comparison(found: Mapping[str, Any]) -> Comparison:
-    return Comparison(int(found["small"]), int(found["large"]), float(found["difference"]), float(found["error"]))

@@ -16,7 +16,7 @@ from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.layers.adapted import learning_weights
 from lightning_lora.study.batch_branches import shuffled
 from lightning_lora.study.branch import BranchPoint
-from lightning_lora.study.paired import Comparison
+from lightning_lora.study.comparison import Comparison
 from lightning_lora.study.rank_probe_result import RankProbeResult
 from lightning_lora.study.row_losses import HeldOut
 from lightning_lora.study.snapshot import copy_module, isolated
@@ -90,6 +90,7 @@ class RankBranches:
             control_loss=float(torch.stack(control).mean()),
             grown_loss=float(torch.stack(grown).mean()),
             error=difference.error,
+            freedom=difference.freedom,
         )
 
     def _losses(self, point: BranchPoint, rows: Sequence[Any], held_out: HeldOut, seed: int, arm: str) -> Tensor:

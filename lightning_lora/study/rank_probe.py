@@ -32,8 +32,8 @@ class RankProbe(Probe):
     Both branches start from the same snapshot and train on the same rows in the same order, with fresh moments of the
     optimizer and the present learning rate, which falls to zero in the last fifth. Growth changes neither what the
     module computes nor the scale of its updates: the new columns of B are zero. The branches are compared in pairs, by
-    the losses of single held-out rows. More rank is confirmed to help if it lowers the mean loss by more than 0.005
-    nats and two standard errors.
+    the losses of single held-out rows. More rank is confirmed to help if the whole interval of its gain is above zero,
+    and not confirmed if the gain with its interval lies within 0.005 nats, or below; else nobody can tell.
 
     Model, optimizer, schedules, random numbers and the place in the data stay as they are. Use it in a run, as a
     callback; on the command line, by `lightning-lora probe --rank`; or outside of a run, by `run`. In a run it prints

@@ -21,11 +21,12 @@ def draw_rank_probe(result: RankProbeResult, path: Path) -> None:
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axes = figure.subplots()
     names = ["before", f"rank {result.rank}", f"rank {result.grown_rank}"]
-    spread = 2 * result.error if math.isfinite(result.error) else 0.0
+    width = result.interval.half_width
+    spread = width if math.isfinite(width) else 0.0
     axes.plot(names, [result.start_loss, result.control_loss, result.grown_loss], marker="o", linestyle=":")
     axes.errorbar(names[2:], [result.grown_loss], [spread], capsize=6, color="tab:orange", label="paired interval")
     axes.set_ylabel(f"nats, mean of {result.num_held_out:,} held-out rows")
-    axes.set_title(f"{result.verdict}: gain {result.gain:+.4f} +- {2 * result.error:.4f} nats", fontsize=10)
+    axes.set_title(f"{result.verdict}: gain {result.gain:+.4f} +- {width:.4f} nats", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_file(path) as file:

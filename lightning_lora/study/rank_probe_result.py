@@ -12,10 +12,13 @@ from typing import Any, Literal
 
 from lightning_lora.errors import DataError
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.study.paired import ENOUGH_ROWS, ENOUGH_SEEDS, TOLERANCE, Comparison
+from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS
+from lightning_lora.study.statistics.interval import Interval
+from lightning_lora.study.statistics.word import BAND, Word, word_of
 
 RANK_PROBE_FILE = "rank_probe.json"
-_FORMAT = "lightning-lora rank probe 1"
+Verdict = Literal["CONFIRMED", "NOT CONFIRMED", "CANNOT TELL"]
+_FORMAT = "lightning-lora rank probe 2"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class RankProbeResult:
         control_loss: Mean held-out loss after the branch without growth, nats.
         grown_loss: Mean held-out loss after the branch with growth, nats.
         error: Standard error of ``control_loss - grown_loss``, nats.
+        freedom: Degrees of freedom of ``error``.
         step: Optimizer step of the run; None outside of a run.
         seconds: Duration of the probe.
     """
@@ -47,6 +51,7 @@ class RankProbeResult:
     control_loss: float
     grown_loss: float
     error: float
+    freedom: float
     step: int | None = None
     seconds: float = 0.0
 
@@ -56,14 +61,20 @@ class RankProbeResult:
         return self.control_loss - self.grown_loss
 
     @property
-    def confirmed(self) -> bool:
-        """Whether more rank helps: by more than 0.005 nats and two standard errors."""
-        return Comparison(self.rank, self.grown_rank, -self.gain, self.error).is_better
+    def interval(self) -> Interval:
+        """The gain with its interval, nats."""
+        return Interval(self.gain, self.error, self.freedom)
 
     @property
-    def verdict(self) -> Literal["CONFIRMED", "NOT CONFIRMED"]:
-        """``"CONFIRMED"`` if more rank helps, else ``"NOT CONFIRMED"``."""
-        return "CONFIRMED" if self.confirmed else "NOT CONFIRMED"
+    def confirmed(self) -> bool:
+        """Whether more rank helps: the whole interval of the gain is above zero, and not all of it within 0.005."""
+        return self.verdict == "CONFIRMED"
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"CONFIRMED"`` if more rank helps, ``"NOT CONFIRMED"`` if it matches or does worse, else neither."""
+        # A gain is a loss of the control branch: it "falls behind".
+        return _VERDICTS[word_of(self.interval)]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the result as JSON. An interrupted write leaves the old file."""
@@ -101,7 +112,8 @@ class RankProbeResult:
             f"{self.num_held_out:,} held-out rows ({self.start_loss:.4f} before), {self.seconds:.0f} s",
             f"  rank {self.rank:>4}: {self.control_loss:.4f}  (the run's own)",
             f"  rank {self.grown_rank:>4}: {self.grown_loss:.4f}",
-            f"  gain {self.gain:+.4f} +- {2 * self.error:.4f} nats; it counts above {TOLERANCE} and its interval",
+            f"  gain {self.gain:+.4f} ({self.interval.low:+.4f} to {self.interval.high:+.4f}) nats; within {BAND:g} it is "
+            f"none",
         ]
         if self.num_held_out < ENOUGH_ROWS:
             lines.append(f"  {self.num_held_out} held-out rows are few: use {ENOUGH_ROWS} or more.")
@@ -109,8 +121,20 @@ class RankProbeResult:
             lines.append(
                 f"  the interval leaves out other orders of the data: num_seeds={ENOUGH_SEEDS} would include them."
             )
-        meaning = "more rank helps" if self.confirmed else "no use of more rank seen in these steps"
-        return "\n".join([*lines, f"  {self.verdict}: {meaning}"])
+        return "\n".join([*lines, f"  {self.verdict}: {_MEANINGS[self.verdict]}"])
+
+
+_VERDICTS: Mapping[Word, Verdict] = {
+    "behind": "CONFIRMED",
+    "matches": "NOT CONFIRMED",
+    "ahead": "NOT CONFIRMED",
+    "cannot tell": "CANNOT TELL",
+}
+_MEANINGS: Mapping[Verdict, str] = {
+    "CONFIRMED": "more rank helps",
+    "NOT CONFIRMED": "more rank is of no use in these steps",
+    "CANNOT TELL": "the interval is too wide to say; more held-out rows or orders of the data would narrow it",
+}
 
 
 def _values(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_lora import BatchProbe, LoRAConfig
 from lightning_lora.errors import ConfigError, DataError, GradientError, LoRAError
 from lightning_lora.study.batch_branches import BatchBranches
 from lightning_lora.study.branch import BranchPoint
-from lightning_lora.study.paired import Comparison, compared
+from lightning_lora.study.comparison import Comparison, compared
 from tests.study.student import Student, loader, snapshot
 from tests.support import toys
 
