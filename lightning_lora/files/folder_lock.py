@@ -90,6 +90,14 @@ def take_lock(path: Path, folder: Path) -> str | None:
     return f"took over {path} from {holder}: that run has died without removing its lock."
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process that may be alive holds the lock; the file is only read."""
+    try:
+        return not LockHolder(**json.loads(path.read_text(encoding="utf-8"))).is_dead(_this_process())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def release_lock(path: Path) -> None:
     """Remove the lock file if this process holds it; the lock of another process stays."""
     if not path.exists():

@@ -20,12 +20,13 @@ from typing_extensions import override
 from lightning_lora.callbacks import AdapterCheckpoint
 from lightning_lora.callbacks.progress import LossOfBatch
 from lightning_lora.checkpoints.verified_io import is_local
-from lightning_lora.cli.ending.loss_curve import LossCurve, draw, read_metrics, validation_metric
+from lightning_lora.cli.ending.loss_curve import draw
 from lightning_lora.cli.ending.next_commands import next_commands, shown
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
+from lightning_lora.study.report.losses import METRICS, LossCurve, read_metrics, validation_metric
 from lightning_lora.trainer_access import found, run_folder
 
-PICTURE, METRICS = "loss.png", "metrics.csv"
+PICTURE = "loss.png"
 _BUFFER = 256
 """Losses that wait on the device until they are read: reading waits for the device."""
 
