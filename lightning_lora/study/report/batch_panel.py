@@ -26,7 +26,7 @@ def batch_panel(run: RunRecord) -> Section | None:
     if samples:
         blocks.append(
             Words(
-                "A noise scale shows a trend only; what a batch costs is measured by a probe, which trains with others.",
+                "A noise scale shows a trend only; what a batch costs is measured by a probe, which tries others.",
                 {},
                 "note",
             )
@@ -78,13 +78,13 @@ def _noise(samples: Sequence[Mapping[str, Any]]) -> Figure:
     says = _state(samples[-1]).text
     if not known:
         says += " No noise scale had a useful interval yet: the noise of the gradient hides its mean."
-    return line_chart("noise-scale", "Noise scale of the gradient with its 95 % interval, and the batch", says, x, y, series)
+    return line_chart(
+        "noise-scale", "Noise scale of the gradient with its 95 % interval, and the batch", says, x, y, series
+    )
 
 
 def _probe(probe: BatchProbeResult) -> list[Block]:
     full = probe.full_losses
     columns = ["rows per step", "held-out loss", *(["the same, full fine-tuning"] if full else [])]
-    rows = [
-        [count(batch), nats(loss), *([nats(full[batch])] if full else [])] for batch, loss in probe.losses.items()
-    ]
+    rows = [[count(batch), nats(loss), *([nats(full[batch])] if full else [])] for batch, loss in probe.losses.items()]
     return [Table("batch-probe", "Batches tried by a probe", columns, rows), Listing("The probe", str(probe))]

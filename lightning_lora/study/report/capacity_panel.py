@@ -15,7 +15,12 @@ from lightning_lora.study.report.line_chart import Series, line_chart
 from lightning_lora.study.report.numbers import count, nats, share, short, words
 from lightning_lora.study.report.run_record import RunRecord
 
-_LOST, _CAPTURE, _EFFECTIVE, _SHARE = "gain lost at half rank", "tangent capture", "effective rank / rank", "share of gain"
+_LOST, _CAPTURE, _EFFECTIVE, _SHARE = (
+    "gain lost at half rank",
+    "tangent capture",
+    "effective rank / rank",
+    "share of gain",
+)
 
 
 def capacity_panel(run: RunRecord) -> Section | None:
@@ -59,7 +64,8 @@ def _truncation(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
     x = Axis.around("optimizer step", [at for each in series for at, _ in each.points])
     y = Axis.around("share", [0.0, *(value for each in series for _, value in each.points)])
     says = (
-        f"Half of the rank loses {share(lost[-1][1]).text} of what the adapters gained, at step {count(lost[-1][0]).text}; "
+        f"Half of the rank loses {share(lost[-1][1]).text} of what the adapters gained, at step {count(lost[-1][0]).text}"
+        "; "
         f"below {share(SPARE_BELOW, 0).text} the rank is spare."
     )
     return line_chart("capacity-shares", "Share of the gain that is lost at half of the rank", says, x, y, series)
@@ -77,7 +83,9 @@ def _losses(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
     x = Axis.around("optimizer step", [at for each in series for at, _ in each.points])
     y = Axis.around("loss", [value for each in series for _, value in each.points])
     ends = ", ".join(f"{each.name} {nats(each.points[-1][1]).text}" for each in series)
-    return line_chart("capacity-losses", "Loss with all, half and none of the update", f"At the end: {ends}.", x, y, series)
+    return line_chart(
+        "capacity-losses", "Loss with all, half and none of the update", f"At the end: {ends}.", x, y, series
+    )
 
 
 def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -95,8 +103,8 @@ def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     measures = ["state", _LOST, _CAPTURE, _EFFECTIVE, _SHARE]
     measures = [each for each in measures if any(not _is_empty(group[each]) for group in cells.values())]
     note = (
-        f"Spare: half of the rank loses less than {SPARE_BELOW:.0%} of the group's gain. Full: it loses more, and tangent "
-        f"capture is certainly below {FULL_BELOW}. Idle: the group gives less than 1% of the gain. The effective rank "
+        f"Spare: half of the rank loses less than {SPARE_BELOW:.0%} of the group's gain. Full: it loses more, and "
+        f"tangent capture is certainly below {FULL_BELOW}. Idle: the group gives less than 1% of the gain. The effective rank "
         "describes an update and decides nothing. A question mark: not measured, or not told from noise."
     )
     return heat_map("layers", "Layers by role", cells, measures, note)
@@ -129,4 +137,7 @@ def _ranks(by_weight: Mapping[str, int]) -> str:
 def _probe(probe: RankProbeResult) -> list[Block]:
     tried = ((probe.rank, probe.control_loss), (probe.grown_rank, probe.grown_loss))
     rows = [[count(rank), nats(loss)] for rank, loss in tried]
-    return [Table("rank-probe", "Ranks tried by a probe", ["rank", "held-out loss"], rows), Listing("The probe", str(probe))]
+    return [
+        Table("rank-probe", "Ranks tried by a probe", ["rank", "held-out loss"], rows),
+        Listing("The probe", str(probe)),
+    ]

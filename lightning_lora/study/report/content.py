@@ -45,13 +45,13 @@ class Words:
     kind: str = "words"
 
 
-def said(form: str, tone: str = "", **cells: Cell) -> Words:
+def said(form: str, **cells: Cell) -> Words:
     """A paragraph in which ``{name}`` stands for a number.
 
     >>> said("{steps} steps", steps=Cell("1,000", 1000)).text
     '1,000 steps'
     """
-    return Words(form.format(**{name: cell.text for name, cell in cells.items()}), cells, tone)
+    return Words(form.format(**{name: cell.text for name, cell in cells.items()}), cells)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,15 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     note: str = ""
     kind: str = "table"
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers, and nothing else that has a value."""
+        columns = [[row[at] for row in self.rows] for at in range(len(self.columns))]
+        return [
+            any(cell.is_number for cell in column) and all(cell.is_number or cell.value is None for cell in column)
+            for column in columns
+        ]
 
 
 @dataclass(frozen=True)
@@ -152,14 +161,14 @@ class Page:
         verdict: The main result in one sentence.
         lede: What else has to be known at once.
         sections: The parts; empty ones are left out.
-        is_live: Whether the run or study goes on.
+        state: ``"running"`` or ``"unfinished"``; "" for what has ended.
     """
 
     subject: str
     verdict: Words
     lede: Sequence[Words]
     sections: Sequence[Section]
-    is_live: bool = False
+    state: str = ""
 
 
 def figures_of(page: Page) -> list[Figure]:

@@ -16,16 +16,16 @@ from lightning_lora.study.report.content import Page, figures_of
 from lightning_lora.study.report.svg import MARKS, NUM_STYLES
 
 _HERE = Path(__file__).parent
-RELOAD_SECONDS = 10
 
 
-def to_html(page: Page, made: str, date: str) -> str:
+def to_html(page: Page, made: str, date: str, reload: int = 0) -> str:
     """The text of ``report.html``.
 
     Args:
         page: The report.
         made: By what it was made.
         date: When, the only thing that differs when it is made again.
+        reload: Seconds after which the page reads its file again; 0: never.
     """
     style, script = (_read(name) for name in ("style.css", "script.js"))
     data = _json({figure.name: figure.script for figure in figures_of(page) if figure.script is not None})
@@ -47,7 +47,7 @@ def to_html(page: Page, made: str, date: str) -> str:
         date=date,
         marks=MARKS,
         num_styles=NUM_STYLES,
-        reload=RELOAD_SECONDS if page.is_live else 0,
+        reload=reload,
     )
 
 

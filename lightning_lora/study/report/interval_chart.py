@@ -90,14 +90,12 @@ def _row(row: Difference, number: int, x: Axis) -> str:
     name = row.name if len(row.name) <= _LONGEST else f"{row.name[: _LONGEST - 1]}…"
     low, high, at = (_across(value, x) for value in (row.low, row.high, row.mean))
     caps = "".join(
-        f"M{place:.1f} {y - 5}v10"
-        for place, end in ((low, row.low), (high, row.high))
-        if math.isfinite(end)
+        f"M{place:.1f} {y - 5}v10" for place, end in ((low, row.low), (high, row.high)) if math.isfinite(end)
     )
     parts = [tag("text", f"{name}: {row.word}", class_="name", x=_LEFT, y=y - 15)]
     if math.isfinite(row.mean):
         parts += [
-            tag("path", class_="line", d=f"M{low:.1f} {y}H{high:.1f}{caps}"),
+            tag("path", class_="whisker", d=f"M{low:.1f} {y}H{high:.1f}{caps}"),
             tag("path", class_="mark", d=MARKS[row.style % len(MARKS)], transform=f"translate({at:.1f} {y})"),
         ]
     return tag("g", *parts, class_=f"s{row.style % NUM_STYLES}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup
 
@@ -52,8 +52,9 @@ class Series:
         kept = spread(len(self.points), MOST_POINTS)
         if len(kept) == len(self.points):
             return self
-        points, low, high = ([values[at] for at in kept if at < len(values)] for values in (self.points, self.low, self.high))
-        return Series(self.name, points, self.style, self.is_thin, self.has_line, low, high, self.rings)
+        points = [self.points[at] for at in kept]
+        low, high = ([ends[at] for at in kept] if ends else [] for ends in (self.low, self.high))
+        return replace(self, points=points, low=low, high=high)
 
 
 def spread(length: int, most: int) -> list[int]:
@@ -120,7 +121,10 @@ def frame(x: Axis, y: Axis) -> Markup:
     parts = []
     for value, text in y.ticks():
         at = bottom - y.place(value) * (bottom - TOP)
-        parts += [tag("path", d=f"M{LEFT} {at:.1f}H{right}"), tag("text", text, x=LEFT - 8, y=at + 4, text_anchor="end")]
+        parts += [
+            tag("path", d=f"M{LEFT} {at:.1f}H{right}"),
+            tag("text", text, x=LEFT - 8, y=at + 4, text_anchor="end"),
+        ]
     for value, text in x.ticks():
         at = LEFT + x.place(value) * (right - LEFT)
         parts += [

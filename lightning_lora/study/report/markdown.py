@@ -43,8 +43,7 @@ def _block(block: Block) -> Iterator[str]:
 def _table(table: Table) -> Iterator[str]:
     yield f"{_text(table.caption)}\n"
     yield f"| {' | '.join(map(_text, table.columns))} |"
-    numbers = [all(row[at].is_number or not row[at].value for row in table.rows) for at in range(len(table.columns))]
-    yield f"|{'|'.join('---:' if number else '---' for number in numbers)}|"
+    yield f"|{'|'.join('---:' if number else '---' for number in table.numeric)}|"
     for row in table.rows:
         yield f"| {' | '.join(_text(cell.text) for cell in row)} |"
     yield f"\n{_text(table.note)}\n" if table.note else ""

@@ -37,7 +37,9 @@ def share(value: float | None, places: int = 1) -> Cell:
 
 def short(value: float | None) -> Cell:
     """A number with three digits."""
-    return NOTHING if value is None else Cell(_plain(value, f"{value:,.3g}" if abs(value) < 1e6 else tidy(value)), value)
+    return (
+        NOTHING if value is None else Cell(_plain(value, f"{value:,.3g}" if abs(value) < 1e6 else tidy(value)), value)
+    )
 
 
 def size(value: float | None) -> Cell:

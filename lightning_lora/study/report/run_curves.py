@@ -22,7 +22,9 @@ def run_curves(run: RunRecord) -> Section | None:
     if not losses.train and not losses.validation:
         return None
     figures = [_figure(run, "steps", "optimizer step", float)]
-    for number, (name, label) in enumerate((("tokens", "supervised tokens trained on"), ("seconds", "seconds of training"))):
+    for number, (name, label) in enumerate(
+        (("tokens", "supervised tokens trained on"), ("seconds", "seconds of training"))
+    ):
         places = {step: effort[number] for step, effort in losses.effort.items() if effort[number] > 0}
         if len(places) > 1:
             figures.append(_figure(run, name, label, places.get))
@@ -42,9 +44,13 @@ def _figure(run: RunRecord, name: str, label: str, place: Callable[[int], float 
         series.append(Series("validation", validation, style=1))
     places = [at for each in series for at, _ in each.points]
     x = Axis.around(label, places, is_log=len(places) > _LONG, margin=0.02)
-    y = Axis.around(f"loss,{loss_unit(run)}" if loss_unit(run) else "loss", [value for each in series for _, value in each.points])
+    y = Axis.around(
+        f"loss,{loss_unit(run)}" if loss_unit(run) else "loss", [value for each in series for _, value in each.points]
+    )
     title = f"Loss against {name}"
-    says = f"{run_verdict(run).text}. The thin line is the training loss of each step, the thick one its mean over neighbours."
+    says = f"{run_verdict(run).text}."
+    if train:
+        says += " The thin line is the training loss of each step, the thick one its mean over neighbours."
     return line_chart(f"loss-{name}", title, says if train else f"{run_verdict(run).text}.", x, y, series, choice=name)
 
 

@@ -1,4 +1,4 @@
-"""What happened during a run: starts, interruptions, changed batches, losses that are no numbers; the plan beside it."""
+"""What happened during a run: starts, ends, changed batches, losses that are no numbers; and the plan beside it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def planned_and_measured(run: RunRecord) -> Section | None:
         planned, measured = event["planned"].get(name), event["measured"].get(name)
         if planned is None and measured is None:
             continue
-        both = planned and measured is not None
-        apart = share(measured / planned - 1, 0) if both else NOTHING
+        apart = share(measured / planned - 1, 0) if planned and measured is not None else NOTHING
         rows.append([words(shown), form(planned), form(measured), _signed(apart)])
     note = f"Measured memory is {event['memory_is']}." if event.get("memory_is") else ""
     table = Table("planned", "Planned and measured", ["what", "planned", "measured", "difference"], rows, note)
@@ -67,15 +66,14 @@ def _told(event: Mapping[str, Any]) -> str:
             reason = f": {event['reason']}" if event.get("reason") else ""
             return f"{event['how']}{reason}"
         case "accumulation":
-            return f"accumulation changed from {event['old']} to {event['new']}, learning rate times {event['lr_factor']:.3g}"
+            factor = f"learning rate times {event['lr_factor']:.3g}"
+            return f"accumulation changed from {event['old']} to {event['new']}, {factor}"
         case "rank_growth":
             return f"rank of {event['group']} grew, {event['parameters']:,} adapter parameters"
         case "batch_probe":
             return f"probe of batches: {event['largest_harmless']} rows are harmless"
         case "rank_probe":
             return f"probe of ranks: {event['verdict']}"
-        case "noise_scale" if event.get("state") == "signal-limited":
-            return ""
         case "planned_and_measured" if event.get("stopped"):
             return "the run was stopped"
     return ""

@@ -30,5 +30,5 @@ def run_page(run: RunRecord) -> Page:
         run_verdict(run),
         list(run_lede(run)),
         [section for section in sections if section is not None],
-        run.ending == "running",
+        "running" if run.ending == "running" else "",
     )

@@ -101,6 +101,12 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SIGNS)
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a process that may be alive holds the folder."""
+    # Beside the folder or in it: see RunLock.
+    return any(map(is_locked, (folder.absolute().parent / f".{folder.name}.lock", folder / ".run.lock")))
+
+
 def run_folders(folder: Path) -> list[Path]:
     """The folders of runs below ``folder``, in the order of their names."""
     found = {path.parent for name in _SIGNS for path in folder.rglob(name)}
@@ -121,14 +127,22 @@ def read_run(folder: Path) -> RunRecord:
         losses = read_losses(folder)
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
-    # Beside the folder or in it: see RunLock.
-    running = any(map(is_locked, (folder.parent / f".{folder.name}.lock", folder / ".run.lock")))
     remarks: list[str] = []
     batch_probe = _probe(BatchProbeResult, folder / PROBE_FILE, remarks)
     rank_probe = _probe(RankProbeResult, folder / RANK_PROBE_FILE, remarks)
     files = tuple(_files(folder))
     return RunRecord(
-        folder, config, text, losses, events, manifest, batch_probe, rank_probe, tuple(remarks), files, running
+        folder,
+        config,
+        text,
+        losses,
+        events,
+        manifest,
+        batch_probe,
+        rank_probe,
+        tuple(remarks),
+        files,
+        is_running(folder),
     )
 
 

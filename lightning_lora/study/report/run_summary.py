@@ -36,7 +36,12 @@ def run_verdict(run: RunRecord) -> Words:
         return said(text, moved=words(_moved(before, after)), unit=words(loss_unit(run)), **cells, **places)
     if validation:
         ((last, after),) = validation.items()
-        return said("Validation loss is {after}{unit} at step {last}", after=nats(after), last=count(last), unit=words(loss_unit(run)))
+        return said(
+            "Validation loss is {after}{unit} at step {last}",
+            after=nats(after),
+            last=count(last),
+            unit=words(loss_unit(run)),
+        )
     train = [loss for _, loss in sorted(losses.train.items()) if math.isfinite(loss)]
     if train:
         few = max(1, len(train) // 20)
@@ -97,7 +102,10 @@ def _settings(run: RunRecord) -> Iterator[tuple[str, Cell]]:
     effort = run.losses.effort.get(max(run.losses.effort, default=0))
     yield "supervised tokens", count(measured.get("tokens") or (effort[0] if effort else None))
     yield "seconds of training", seconds(measured.get("seconds") or (effort[1] if effort else None))
-    yield "trained parameters", count(measured.get("trained_parameters") or (run.last_of("started") or {}).get("trained_parameters"))
+    yield (
+        "trained parameters",
+        count(measured.get("trained_parameters") or (run.last_of("started") or {}).get("trained_parameters")),
+    )
     yield "peak memory", size(measured.get("peak_bytes"))
     adapters = [file.size for file in run.files if file.name.startswith("adapters/last/")]
     yield "adapter on disk", size(sum(adapters) or None)

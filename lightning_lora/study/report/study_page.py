@@ -1,1 +1,33 @@
-def study_page(x): ...
+"""The report of a study, finished or not."""
+
+from __future__ import annotations
+
+from lightning_lora.study.matched.record import StudyRecord
+from lightning_lora.study.report.content import Page
+from lightning_lora.study.report.study_arms import study_arms
+from lightning_lora.study.report.study_curves import study_curves
+from lightning_lora.study.report.study_facts import StudyFacts
+from lightning_lora.study.report.study_origin import study_limits, study_origin
+from lightning_lora.study.report.study_rates import failures, study_rates
+from lightning_lora.study.report.study_verdicts import study_lede, study_verdict, study_verdicts
+
+
+def study_page(study: StudyRecord) -> Page:
+    """All that is told of a study."""
+    facts = StudyFacts(study)
+    sections = (
+        study_verdicts(facts),
+        study_arms(facts),
+        study_curves(facts),
+        study_rates(facts),
+        failures(facts),
+        study_origin(facts),
+        study_limits(facts),
+    )
+    return Page(
+        f"study {study.spec.get('name', study.folder.name)}",
+        study_verdict(facts),
+        list(study_lede(facts)),
+        [section for section in sections if section is not None],
+        "unfinished" if facts.over < len(study.cells) else "",
+    )

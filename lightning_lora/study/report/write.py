@@ -21,11 +21,12 @@ HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
 _MOST_NAMED = 5
 
 
-def write_report(folder: str | Path) -> tuple[Path, Page]:
+def write_report(folder: str | Path, reload: int = 0) -> tuple[Path, Page]:
     """Make the report of a run or a study from what its folder holds, and write it there.
 
     Args:
         folder: The folder of a run or of a study, or one with a single run somewhere below.
+        reload: Seconds after which an open page reads its file again; 0: never.
 
     Returns:
         The folder with the report, and what it says.
@@ -38,7 +39,7 @@ def write_report(folder: str | Path) -> tuple[Path, Page]:
     made = f"Made by lightning-lora {installed_version('lightning-lora')}"
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     texts = {
-        HTML: to_html(page, made, date),
+        HTML: to_html(page, made, date, reload),
         MARKDOWN: to_markdown(page, f"{made}, {date}. Every number is in {CSV}."),
         CSV: to_csv(page),
     }
@@ -46,6 +47,11 @@ def write_report(folder: str | Path) -> tuple[Path, Page]:
         with atomic_file(folder / name) as file:
             file.write(text.encode())
     return folder, page
+
+
+def report_files(folder: Path) -> str:
+    """Where the files of a report are, in words."""
+    return f"{folder / HTML}, {MARKDOWN} and {CSV} beside it"
 
 
 def find_subject(folder: Path) -> Path:
