@@ -53,6 +53,7 @@ class Outcome:
         trained_parameters: Number of trained parameters.
         saved_bytes: Bytes of the saved adapter, or of the trained weights.
         rows: Losses on held-out rows.
+        rows_hash: Hash of what these rows hold: runs are compared on equal rows only.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Outcome:
     trained_parameters: int
     saved_bytes: int
     rows: RowLosses
+    rows_hash: str = ""
 
 
 @dataclass(frozen=True)

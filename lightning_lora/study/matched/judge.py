@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,7 +38,11 @@ def judge(
     base = next((known[cell.key].loss for cell in cells if cell.phase == "base" and cell.key in known), None)
     arms = [_arm(each, runs, choices[each].problem, base) for each in (name, spec.baseline)]
     tokens = next((tokens_of(run) for run in runs if run.outcome is not None), None)
-    return compare(*arms, band=spec.band, alpha=spec.plan.alpha, seeds=seeds, tokens=tokens)
+    hashes = {run.outcome.rows_hash for run in runs if run.outcome is not None}
+    unequal = "held-out rows" if len(hashes) > 1 else ""
+    if unequal:
+        arms, tokens = [replace(arm, losses={seed: math.nan for seed in arm.losses}) for arm in arms], None
+    return compare(*arms, band=spec.band, alpha=spec.plan.alpha, seeds=seeds, tokens=tokens, unequal=unequal)
 
 
 def tokens_of(run: CellStatus) -> np.ndarray:

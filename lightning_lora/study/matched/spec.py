@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +103,10 @@ class StudySpec:
             return self.seeds[:count]
         fresh = max(self.selection_seeds) + 1
         return tuple(range(fresh, fresh + count))
+
+    def with_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> StudySpec:
+        """The same study, whose arms have these configs."""
+        return replace(self, arms=tuple(replace(arm, config=configs[arm.name]) for arm in self.arms))
 
     def arm(self, name: str) -> ArmSpec:
         """The arm of this name."""

@@ -19,7 +19,7 @@ def test_two_workers_that_are_killed_ten_times_lose_no_run_and_record_none_twice
     for _ in range(10):
         time.sleep(draw.uniform(0.05, 0.35))
         victim = draw.randrange(2)
-        workers[victim].kill()
+        workers[victim].kill_all()
         workers[victim] = begin()
     for worker in workers:
         assert worker.wait(60) == 0
