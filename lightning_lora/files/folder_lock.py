@@ -108,6 +108,19 @@ def release_lock(path: Path) -> None:
             path.unlink()
 
 
+def process_name() -> str:
+    """A text that names this process among those of all machines, for `is_dead_process`."""
+    return json.dumps(asdict(replace(_this_process(), started="", job="", restart=0)))
+
+
+def is_dead_process(name: str) -> bool:
+    """Whether a process that `process_name` has named has surely ended; False for those of other machines."""
+    try:
+        return LockHolder(**json.loads(name)).is_dead(_this_process())
+    except (ValueError, TypeError):
+        return False
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
     """Open the lock file and keep others from reading or changing it, within the context."""

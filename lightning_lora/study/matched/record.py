@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -276,8 +275,3 @@ def _number(text: str) -> float | None:
 
 def _count(text: str) -> int | None:
     return int(text) if text else None
-
-
-def as_losses(loss_sum: Tensor, tokens: Tensor, selection: Tensor) -> RowLosses:
-    """Row losses in the types that the file has."""
-    return RowLosses(loss_sum.double(), tokens.to(torch.int64), selection.to(torch.bool))
