@@ -1,8 +1,10 @@
-"""The callback that draws the loss of a run, and says where its files are and which commands come next."""
+"""The callback that keeps the losses of a run and reports on it, and says where its files are and what comes next."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -22,19 +24,24 @@ from lightning_lora.callbacks.progress import LossOfBatch
 from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.ending.loss_curve import draw
 from lightning_lora.cli.ending.next_commands import next_commands, shown
+from lightning_lora.cli.ending.run_story import Effort, tell_end, tell_start
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
-from lightning_lora.study.report.losses import METRICS, LossCurve, read_metrics, validation_metric
+from lightning_lora.study.matched.record import CURVE
+from lightning_lora.study.report.losses import METRICS, LossCurve, read_losses, validation_metric
 from lightning_lora.trainer_access import found, run_folder
 
-PICTURE = "loss.png"
+PICTURE, HTML = "loss.png", "report.html"
 _BUFFER = 256
 """Losses that wait on the device until they are read: reading waits for the device."""
+_SAVE_SECONDS = 30.0
+"""Between two writings of the losses, for a report of a run that goes on."""
 
 
 class EndOfRun(Callback):
-    """Draws ``loss.png`` into the run folder when a run ends or is stopped, and says where its files are.
+    """Draws ``loss.png`` and writes ``report.html`` when a run ends or is stopped, and says where its files are.
 
-    The lines name adapter, checkpoints, metrics and picture, the best validation loss, and the commands that generate
+    While it goes on, its losses are kept in ``curve.csv``, with tokens and seconds, and ``events.jsonl`` says when and
+    how it started and ended. The lines name adapter, checkpoints, metrics and picture, the best validation loss, and the commands that generate
     text, merge and export. Nothing is said of a run that has written neither adapter nor checkpoint.
 
     Attributes:
@@ -50,11 +57,14 @@ class EndOfRun(Callback):
         self._loss_of = LossOfBatch()
         self._window: list[Tensor] = []
         self._buffer: list[tuple[int, Tensor]] = []
+        self._effort = Effort()
+        self._saved = 0.0
+        self._writes = False
 
     def keep_metrics(self, trainer: Trainer) -> None:
         """Read the metrics that lie in the folder of a CSV logger: it deletes them when it is first used."""
         if isinstance(trainer.logger, CSVLogger) and is_local(trainer.logger.log_dir):
-            self.curve = read_metrics(Path(trainer.logger.log_dir, METRICS))
+            self.curve = read_losses(Path(trainer.logger.log_dir))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -69,8 +79,14 @@ class EndOfRun(Callback):
         if trainer.ckpt_path and is_local(str(trainer.ckpt_path)):
             beside = Path(trainer.ckpt_path).parent
             for folder in (beside.parent, beside):
-                earlier = earlier if earlier.train else read_metrics(folder / METRICS)
+                earlier = earlier if earlier.train else read_losses(folder)
         self.curve = earlier.up_to(trainer.global_step)
+        self._effort = Effort(self.curve.effort.get(max(self.curve.effort, default=0), (0, 0.0)))
+        fast = trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
+        self._writes = trainer.is_global_zero and is_local(self._folder) and not fast and self._leaves_files(trainer)
+        self._saved = time.perf_counter()
+        if self._writes:
+            tell_start(Path(self._folder), trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -79,13 +95,22 @@ class EndOfRun(Callback):
         """Remember the loss of an optimizer step: the mean over its micro-batches."""
         if (loss := self._loss_of(trainer, pl_module, outputs)) is not None:
             self._window.append(loss.detach().reshape(()))
+        self._effort.add(batch)
         if trainer.global_step == self._last_step:
             return
         self._last_step, self._has_trained = trainer.global_step, True
         self._buffer += ((trainer.global_step, loss) for loss in self._window)
         self._window = []
+        self._effort.mark(trainer.global_step)
         if len(self._buffer) >= _BUFFER:
             self._read_buffer()
+        if self._writes and time.perf_counter() - self._saved > _SAVE_SECONDS:
+            self._save_curve()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of training."""
+        self._effort.pause()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,18 +119,32 @@ class EndOfRun(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and name is not None:
             self.curve.validation_name = name
             self.curve.validation[trainer.global_step] = float(trainer.callback_metrics[name])
+            if self._writes:
+                self._save_curve()
+        self._effort.resume()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Draw and tell, after other callbacks have written their files."""
         if stage == "fit":
-            self._end(trainer, pl_module)
+            self._end(trainer, pl_module, None)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draw and tell of a run that is stopped or fails."""
         if trainer.state.fn == "fit":
-            self._end(trainer, pl_module)
+            self._end(trainer, pl_module, exception)
+
+    @staticmethod
+    def _leaves_files(trainer: Trainer) -> bool:
+        """Whether anything else of the run is written: a run without checkpoints and adapters leaves no trace."""
+        return bool(trainer.loggers or trainer.checkpoint_callback or found(trainer, AdapterCheckpoint))
+
+    def _save_curve(self) -> None:
+        """Write the losses so far."""
+        self._read_buffer()
+        self.curve.write(Path(self._folder, CURVE))
+        self._saved = time.perf_counter()
 
     def _read_buffer(self) -> None:
         if self._buffer:
@@ -114,32 +153,37 @@ class EndOfRun(Callback):
             for step, group in groupby(values, key=itemgetter(0)):
                 self.curve.train[step] = fmean(loss for _, loss in group)
             self._buffer = []
+        self._effort.move_to(self.curve)
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException | None) -> None:
         """Draw and tell once, on the first rank, if there is a file that training has written."""
         has_trained, self._has_trained = self._has_trained, False
+        if has_trained and self._writes:
+            self._effort.pause()
+            self._save_curve()
+            tell_end(Path(self._folder), trainer.global_step, exception)
         is_told = has_trained and trainer.is_global_zero and is_local(self._folder)
         if not is_told or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         files = _written(trainer, Path(self._folder))
         if not files:
             return
-        self._read_buffer()
-        self._draw()
+        self._guarded(PICTURE, lambda: draw(self.curve, Path(self._folder, PICTURE)))
         for logger in trainer.loggers:
             logger.save()
-        files |= {name: Path(self._folder, file) for name, file in (("metrics", METRICS), ("loss curve", PICTURE))}
+        self._guarded(HTML, lambda: _write_report(self._folder))
+        named = (("metrics", METRICS), ("loss curve", PICTURE), ("report", HTML))
+        files |= {name: Path(self._folder, file) for name, file in named}
         files = {name: path for name, path in files.items() if path.exists()}
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         rank_zero_info("\n".join(self._lines(pl_module, data, files)))
 
-    def _draw(self) -> None:
+    @staticmethod
+    def _guarded(name: str, write: Callable[[], object]) -> None:
         try:
-            draw(self.curve, Path(self._folder, PICTURE))
+            write()
         except Exception as error:  # a full disk, a backend that does not start: the run is worth more than its picture
-            rank_zero_warn(
-                f"{PICTURE} is not drawn: {type(error).__name__}: {error}. Nothing else of the run is affected."
-            )
+            rank_zero_warn(f"{name} is not made: {type(error).__name__}: {error}. Nothing else of the run is affected.")
 
     def _lines(self, pl_module: LightningModule, data: LightningDataModule | None, files: dict[str, Path]) -> list[str]:
         folder = Path(self._folder)
@@ -149,6 +193,12 @@ class EndOfRun(Callback):
         if commands:
             losses = f"{losses}. Next:" if losses else "next:"
         return [f"run in {shown(folder)}: {', '.join(places)}", *filter(None, [losses]), *(f"  {c}" for c in commands)]
+
+
+def _write_report(folder: str) -> None:
+    from lightning_lora.study.report.write import write_report  # templates, which the start of a run does not need
+
+    write_report(folder)
 
 
 def _written(trainer: Trainer, folder: Path) -> dict[str, Path]:

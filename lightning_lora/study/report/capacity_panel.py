@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_lora.capacity.reading import FULL_BELOW, SPARE_BELOW
+from lightning_lora.capacity.reading import FULL_BELOW, IDLE_BELOW, SPARE_BELOW
 from lightning_lora.study.rank_probe_result import RankProbeResult
 from lightning_lora.study.report.axis import Axis
 from lightning_lora.study.report.content import Block, Cell, Figure, Listing, Section, Table, Words, said
@@ -64,9 +64,8 @@ def _truncation(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
     x = Axis.around("optimizer step", [at for each in series for at, _ in each.points])
     y = Axis.around("share", [0.0, *(value for each in series for _, value in each.points)])
     says = (
-        f"Half of the rank loses {share(lost[-1][1]).text} of what the adapters gained, at step {count(lost[-1][0]).text}"
-        "; "
-        f"below {share(SPARE_BELOW, 0).text} the rank is spare."
+        f"Half of the rank loses {share(lost[-1][1]).text} of what the adapters gained, at step "
+        f"{count(lost[-1][0]).text}; below {share(SPARE_BELOW, 0).text} the rank is spare."
     )
     return line_chart("capacity-shares", "Share of the gain that is lost at half of the rank", says, x, y, series)
 
@@ -93,10 +92,10 @@ def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
         rank = group.get("rank")
         return {
             "state": words(group.get("state") or "?", f"state-{group.get('state') or 'open'}"),
-            _LOST: heat_cell(group.get("truncation"), 0.5, lambda value: share(value, 0)),
-            _CAPTURE: heat_cell(group.get("capture"), 1.0, short),
-            _EFFECTIVE: heat_cell(group["effective_rank"] / rank if rank else None, 1.0, short),
-            _SHARE: heat_cell(group.get("share"), 0.5, lambda value: share(value, 0)),
+            _LOST: heat_cell(group.get("truncation"), 0.5, _percent),
+            _CAPTURE: heat_cell(group.get("capture"), 1.0, _two_places),
+            _EFFECTIVE: heat_cell(group["effective_rank"] / rank if rank else None, 1.0, _two_places),
+            _SHARE: heat_cell(group.get("share"), 0.5, _percent),
         }
 
     cells = {name: shown(group) for name, group in groups.items()}
@@ -104,10 +103,18 @@ def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     measures = [each for each in measures if any(not _is_empty(group[each]) for group in cells.values())]
     note = (
         f"Spare: half of the rank loses less than {SPARE_BELOW:.0%} of the group's gain. Full: it loses more, and "
-        f"tangent capture is certainly below {FULL_BELOW}. Idle: the group gives less than 1% of the gain. The effective rank "
-        "describes an update and decides nothing. A question mark: not measured, or not told from noise."
+        f"tangent capture is certainly below {FULL_BELOW}. Idle: the group gives less than {IDLE_BELOW:.0%} of the gain. "
+        "The effective rank describes an update and decides nothing. A question mark: not measured, or not told from noise."
     )
     return heat_map("layers", "Layers by role", cells, measures, note)
+
+
+def _percent(value: float) -> Cell:
+    return share(value, 0)
+
+
+def _two_places(value: float) -> Cell:
+    return Cell(f"{value:.2f}", value)
 
 
 def _is_empty(cell: Cell) -> bool:

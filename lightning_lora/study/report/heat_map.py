@@ -12,7 +12,7 @@ from lightning_lora.study.report.numbers import words
 NUM_SHADES = 9
 
 
-def heat_cell(value: float | None, limit: float, shown: Callable[[float | None], Cell]) -> Cell:
+def heat_cell(value: float | None, limit: float, shown: Callable[[float], Cell]) -> Cell:
     """A number with a colour, darker towards ``limit``; one without a value is a question mark."""
     if value is None or not math.isfinite(value):
         return Cell("?", None, "heat-none")

@@ -51,7 +51,7 @@ def _figure(run: RunRecord, name: str, label: str, place: Callable[[int], float 
     says = f"{run_verdict(run).text}."
     if train:
         says += " The thin line is the training loss of each step, the thick one its mean over neighbours."
-    return line_chart(f"loss-{name}", title, says if train else f"{run_verdict(run).text}.", x, y, series, choice=name)
+    return line_chart(f"loss-{name}", title, says, x, y, series, choice=name)
 
 
 def _placed(losses: Mapping[int, float], place: Callable[[int], float | None]) -> list[tuple[float, float]]:

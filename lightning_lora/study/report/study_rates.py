@@ -85,5 +85,5 @@ def _choices(facts: StudyFacts) -> Table:
             ]
         )
     columns = ["arm", "chosen rate", "runs", "lowest loss", "why"]
-    note = "The lowest loss of a sweep was picked from several and is a little too good: verdicts use fresh seeds and rows."
+    note = "The lowest loss of a sweep was picked from several and is too good for that: verdicts use fresh seeds."
     return Table("chosen-rates", "Chosen learning rates", columns, rows, note)

@@ -54,7 +54,8 @@ def test_a_module_of_the_user_is_told_what_applies(tmp_path: Path, told: Any) ->
     lines = text.splitlines()
     last = max((tmp_path / "checkpoints").iterdir(), key=os.path.getmtime)
     assert lines[0] == (
-        f"run in .: adapter adapters/last, last checkpoint checkpoints/{last.name}, loss curve loss.png"
+        f"run in .: adapter adapters/last, last checkpoint checkpoints/{last.name}, loss curve loss.png, "
+        "report report.html"
     )
     assert ending.curve.best is not None
     step, value = ending.curve.best
@@ -103,7 +104,7 @@ def test_a_picture_that_fails_is_one_warning(tmp_path: Path, told: Any, monkeypa
         raise OSError("No space left on device")
 
     monkeypatch.setattr(end_of_run, "draw", full)
-    with pytest.warns(UserWarning, match=r"loss.png is not drawn: OSError: No space left") as caught:
+    with pytest.warns(UserWarning, match=r"loss.png is not made: OSError: No space left") as caught:
         fit(tmp_path)
     assert sum("loss.png" in str(warning.message) for warning in caught) == 1
     (text,) = told()
@@ -183,7 +184,7 @@ def test_what_the_command_prints_is_there_and_its_next_commands_run(tmp_path: Pa
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
     assert lines[0] == (
         f"run in {run.relative_to(tmp_path)}: adapter adapters/last, last checkpoint checkpoints/{checkpoint.name}, "
-        "metrics metrics.csv, loss curve loss.png"
+        "metrics metrics.csv, loss curve loss.png, report report.html"
     )
     assert lines[1].startswith("best val_loss ")
     commands = [shlex.split(line) for line in lines[2:]]
