@@ -40,9 +40,10 @@ _SAVE_SECONDS = 30.0
 class EndOfRun(Callback):
     """Draws ``loss.png`` and writes ``report.html`` when a run ends or is stopped, and says where its files are.
 
-    While it goes on, its losses are kept in ``curve.csv``, with tokens and seconds, and ``events.jsonl`` says when and
-    how it started and ended. The lines name adapter, checkpoints, metrics and picture, the best validation loss, and the commands that generate
-    text, merge and export. Nothing is said of a run that has written neither adapter nor checkpoint.
+    While it goes on, its losses are kept in ``curve.csv``, with tokens and seconds, and ``events.jsonl`` says how it
+    started and ended. The lines name adapter, checkpoints, metrics and pictures, the best validation loss, and the
+    commands that generate text, merge and export. Nothing is said of a run that has written neither adapter nor
+    checkpoint.
 
     Attributes:
         curve: The losses so far. Those of a run that is continued come from the ``metrics.csv`` in this run's folder,

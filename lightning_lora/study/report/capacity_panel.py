@@ -12,7 +12,7 @@ from lightning_lora.study.report.axis import Axis
 from lightning_lora.study.report.content import Block, Cell, Figure, Listing, Section, Table, Words, said
 from lightning_lora.study.report.heat_map import heat_cell, heat_map
 from lightning_lora.study.report.line_chart import Series, line_chart
-from lightning_lora.study.report.numbers import count, nats, share, short, words
+from lightning_lora.study.report.numbers import count, nats, share, words
 from lightning_lora.study.report.run_record import RunRecord
 
 _LOST, _CAPTURE, _EFFECTIVE, _SHARE = (
@@ -103,8 +103,9 @@ def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     measures = [each for each in measures if any(not _is_empty(group[each]) for group in cells.values())]
     note = (
         f"Spare: half of the rank loses less than {SPARE_BELOW:.0%} of the group's gain. Full: it loses more, and "
-        f"tangent capture is certainly below {FULL_BELOW}. Idle: the group gives less than {IDLE_BELOW:.0%} of the gain. "
-        "The effective rank describes an update and decides nothing. A question mark: not measured, or not told from noise."
+        f"tangent capture is certainly below {FULL_BELOW}. Idle: the group gives less than {IDLE_BELOW:.0%} of the "
+        "gain. The effective rank describes an update and decides nothing. A question mark: not measured, or not told "
+        "from noise."
     )
     return heat_map("layers", "Layers by role", cells, measures, note)
 
