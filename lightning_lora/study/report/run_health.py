@@ -33,7 +33,8 @@ def planned_and_measured(run: RunRecord) -> Section | None:
         apart = share(measured / planned - 1, 0) if planned and measured is not None else NOTHING
         rows.append([words(shown), form(planned), form(measured), _signed(apart)])
     note = f"Measured memory is {event['memory_is']}." if event.get("memory_is") else ""
-    table = Table("planned", "Planned and measured", ["what", "planned", "measured", "difference"], rows, note)
+    columns = ["what", "planned", "measured", "difference"]
+    table = Table("planned", "What the run was to take, and took", columns, rows, note)
     return Section("plan", "Planned and measured", [table])
 
 

@@ -320,10 +320,14 @@ for (const choice of document.querySelectorAll(".choice")) {
   show(0);
 }
 
-for (const event of ["beforeprint", "afterprint"])
-  window.addEventListener(event, () => {
-    for (const details of document.querySelectorAll("details")) details.open = event === "beforeprint";
-  });
+let folded = [];
+window.addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const details of folded) details.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const details of folded) details.open = false;
+});
 
 if (document.body.dataset.reload) {
   const seconds = Number(document.body.dataset.reload);

@@ -21,7 +21,7 @@ from lightning_lora.cli.embedded import MODEL
 from lightning_lora.cli.ending import end_of_run
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.cli.ending.loss_curve import draw
-from lightning_lora.study.report.losses import LossCurve, read_metrics, smoothed, validation_metric
+from lightning_lora.study.report.losses import LossCurve, read_losses, read_metrics, smoothed, validation_metric
 from tests.support import toys, warm
 from tests.support.commands import COMMAND, EMBEDDED, configs, lightning_lora
 from tests.support.toys import Plain, Toy
@@ -124,7 +124,17 @@ def test_the_curve_of_a_continued_run_holds_both_parts(tmp_path: Path) -> None:
     assert second.curve.validation == pytest.approx(whole.curve.validation)
     assert len(first.curve.train) == 4
     # What the logger has written says the same, at the same steps.
-    assert read_metrics(tmp_path / "runs/version_0/metrics.csv") == first.curve
+    logged = read_metrics(tmp_path / "runs/version_0/metrics.csv")
+    assert (logged.train, logged.validation) == (first.curve.train, first.curve.validation)
+    # The second folder has both parts, with what they took.
+    kept = read_losses(tmp_path / "runs/version_1")
+    assert kept.train == pytest.approx(whole.curve.train)
+    assert [tokens for tokens, _ in kept.effort.values()] == [2 * step for step in range(1, 9)]
+    seconds = [seconds for _, seconds in kept.effort.values()]
+    assert seconds == sorted(seconds)
+    assert {step: kept.effort[step] for step in range(1, 5)} == {
+        step: (tokens, pytest.approx(seconds, abs=1e-3)) for step, (tokens, seconds) in first.curve.effort.items()
+    }
 
 
 class Logged(Toy):

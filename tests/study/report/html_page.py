@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-HIDDEN = {"script", "style", "pre", "svg", "title", "time"}
+HIDDEN = {"script", "style", "pre", "svg", "title"}
 
 
 @dataclass

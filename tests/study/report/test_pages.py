@@ -112,6 +112,9 @@ def test_a_page_is_well_formed_and_can_be_read_without_seeing(folder: Path) -> N
         assert "tabindex" in page.elements[page.elements.index(table) - 1].attributes  # its box scrolls
     assert len(page.all_of("caption")) == len(page.all_of("table"))
     assert all(each.attributes.get("scope") in ("col", "row") for each in page.all_of("th"))
+    labels = [each.attributes["aria-label"] for each in page.elements if each.attributes.get("role") == "region"]
+    labels += [each.text for each in page.all_of("h2")]
+    assert len(set(labels)) == len(labels)
     drawings = [each for each in page.all_of("svg") if each.attributes.get("aria-hidden") != "true"]
     assert drawings
     assert all(each.attributes["role"] == "img" and each.attributes["aria-labelledby"] for each in drawings)
