@@ -27,7 +27,7 @@ from lightning_lora.cli.ending.next_commands import next_commands, shown
 from lightning_lora.cli.ending.run_story import Effort, tell_end, tell_start
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.study.matched.record import CURVE
-from lightning_lora.study.report.losses import METRICS, LossCurve, read_losses, validation_metric
+from lightning_lora.study.report.runs.losses import METRICS, LossCurve, read_losses, validation_metric
 from lightning_lora.trainer_access import found, run_folder
 
 PICTURE, HTML = "loss.png", "report.html"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.study.report.losses import LossCurve, smoothed
+from lightning_lora.study.report.runs.losses import LossCurve, smoothed
 
 
 def draw(curve: LossCurve, path: Path) -> None:

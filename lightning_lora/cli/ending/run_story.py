@@ -18,7 +18,7 @@ from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.files.atomic import sha256
 from lightning_lora.files.events import write_event
 from lightning_lora.lora.reports import count_parameters
-from lightning_lora.study.report.losses import LossCurve
+from lightning_lora.study.report.runs.losses import LossCurve
 from lightning_lora.trainer_access import found
 from lightning_lora.versions import installed_version
 

@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from lightning_lora.study.report.charts.svg import MARKS, NUM_STYLES
 from lightning_lora.study.report.content import Page, figures_of
-from lightning_lora.study.report.svg import MARKS, NUM_STYLES
 
 _HERE = Path(__file__).parent
 

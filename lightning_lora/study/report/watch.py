@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning_lora.study.report.content import Page
-from lightning_lora.study.report.run_record import is_running
+from lightning_lora.study.report.runs.run_record import is_running
 from lightning_lora.study.report.write import HTML, find_subject, write_report
 
 SECONDS = 10

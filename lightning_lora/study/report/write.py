@@ -11,9 +11,9 @@ from lightning_lora.study.matched.record import STUDY, read_study
 from lightning_lora.study.report.content import Page
 from lightning_lora.study.report.html import to_html
 from lightning_lora.study.report.markdown import to_markdown
-from lightning_lora.study.report.run_page import run_page
-from lightning_lora.study.report.run_record import is_run, read_run, run_folders
-from lightning_lora.study.report.study_page import study_page
+from lightning_lora.study.report.runs.run_page import run_page
+from lightning_lora.study.report.runs.run_record import is_run, read_run, run_folders
+from lightning_lora.study.report.studies.study_page import study_page
 from lightning_lora.study.report.table import to_csv
 from lightning_lora.versions import installed_version
 
@@ -36,6 +36,18 @@ def write_report(folder: str | Path, reload: int = 0) -> tuple[Path, Page]:
     """
     folder = find_subject(Path(folder))
     page = study_page(read_study(folder)) if (folder / STUDY).is_file() else run_page(read_run(folder))
+    write_page(folder, page, reload)
+    return folder, page
+
+
+def write_page(folder: Path, page: Page, reload: int = 0) -> None:
+    """Write a report into a folder.
+
+    Args:
+        folder: The folder.
+        page: The report.
+        reload: Seconds after which an open page reads its file again; 0: never.
+    """
     made = f"Made by lightning-lora {installed_version('lightning-lora')}"
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     texts = {
@@ -46,7 +58,6 @@ def write_report(folder: str | Path, reload: int = 0) -> tuple[Path, Page]:
     for name, text in texts.items():
         with atomic_file(folder / name) as file:
             file.write(text.encode())
-    return folder, page
 
 
 def report_files(folder: Path) -> str:

@@ -21,7 +21,7 @@ from lightning_lora.cli.embedded import MODEL
 from lightning_lora.cli.ending import end_of_run
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.cli.ending.loss_curve import draw
-from lightning_lora.study.report.losses import LossCurve, read_losses, read_metrics, smoothed, validation_metric
+from lightning_lora.study.report.runs.losses import LossCurve, read_losses, read_metrics, smoothed, validation_metric
 from tests.support import toys, warm
 from tests.support.commands import COMMAND, EMBEDDED, configs, lightning_lora
 from tests.support.toys import Plain, Toy

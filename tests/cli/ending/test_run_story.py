@@ -16,8 +16,8 @@ from lightning_lora.callbacks import AdapterCheckpoint
 from lightning_lora.cli.ending import end_of_run
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.files.events import read_events
-from lightning_lora.study.report.losses import read_losses
-from lightning_lora.study.report.run_record import read_run
+from lightning_lora.study.report.runs.losses import read_losses
+from lightning_lora.study.report.runs.run_record import read_run
 from tests.support import toys
 from tests.support.toys import Toy
 

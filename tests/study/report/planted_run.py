@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_lora.files.events import write_event
-from lightning_lora.study.report.losses import LossCurve
+from lightning_lora.study.report.runs.losses import LossCurve
 
 CONFIG = {
     "seed_everything": 7,

@@ -8,11 +8,16 @@ from itertools import pairwise
 
 import pytest
 
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
+from lightning_lora.study.report.charts.line_chart import Series, line_chart, on_page, spread
+from lightning_lora.study.report.charts.svg import polyline, tag
 from lightning_lora.study.report.content import Table
-from lightning_lora.study.report.interval_chart import Difference, interval_chart
-from lightning_lora.study.report.line_chart import Series, line_chart, on_page, spread
-from lightning_lora.study.report.svg import polyline, tag
+from lightning_lora.study.report.html import to_html
+from lightning_lora.study.report.numbers import seconds
+from lightning_lora.study.report.side_by_side import Beside, side_by_side_page
+from lightning_lora.study.report.table import cells_of
+from tests.study.report.html_page import HtmlPage
 
 EMPTY = Table("t", "numbers", ["a"], [])
 
@@ -83,7 +88,7 @@ def test_an_interval_without_an_end_reaches_the_edge_and_has_no_cap_there() -> N
     rows = [Difference("a", "cannot tell", 0.01, -math.inf, 0.02), Difference("b", "matches", 0.0, -0.001, 0.001)]
     figure = interval_chart("d", "t", "s", "nats", rows, 0.005, EMPTY)
     open_end, closed = re.findall(r'class="whisker" d="([^"]+)"', str(figure.svg))
-    assert open_end.startswith("M20 ")
+    assert open_end.startswith("M20.0 ")
     assert (open_end.count("v10"), closed.count("v10")) == (1, 2)
     left, width = re.findall(r'class="band" x="([\d.]+)" y="20" width="([\d.]+)"', str(figure.svg))[0]
     low = float(re.findall(r"M([\d.]+) ", closed)[0])
@@ -95,3 +100,16 @@ def test_texts_and_attributes_are_escaped() -> None:
     assert "<b>" not in str(
         line_chart("c", "<b>", "<b>", Axis("<b>", 0, 1), Axis("<b>", 0, 1), [Series("<b>", [(0, 0)])]).svg
     )
+
+
+def test_runs_side_by_side_have_no_verdict() -> None:
+    runs = [
+        Beside("LoRA", {1: 3.0, 2: 2.0}, {0: 3.5, 2: 2.1}, {"time": seconds(3.0)}),
+        Beside("full", {1: 3.0, 2: 1.9}, {0: 3.5, 2: 2.0}, {"time": seconds(4.0)}),
+    ]
+    page = side_by_side_page("two runs", runs, ["one remark"])
+    assert page.verdict.text == "Validation loss 2.0000 nats with full, 2.1000 with LoRA: one seed each"
+    HtmlPage(to_html(page, "made", "date"))
+    cells = {(part, row, column): cell.text for part, row, column, cell in cells_of(page)}
+    assert cells["runs", "LoRA", "time"] == "3 s"
+    assert cells["losses", "full", "2"] == "2"

@@ -14,9 +14,9 @@ from lightning_lora.errors import DataError
 from lightning_lora.files.folder_lock import release_lock, take_lock
 from lightning_lora.study.report import watch as watching
 from lightning_lora.study.report.content import Page, Table
-from lightning_lora.study.report.losses import LossCurve, read_losses
-from lightning_lora.study.report.run_page import run_page
-from lightning_lora.study.report.run_record import read_run
+from lightning_lora.study.report.runs.losses import LossCurve, read_losses
+from lightning_lora.study.report.runs.run_page import run_page
+from lightning_lora.study.report.runs.run_record import read_run
 from lightning_lora.study.report.table import cells_of
 from lightning_lora.study.report.watch import watch
 from lightning_lora.study.report.write import CSV, HTML, write_report

@@ -9,7 +9,7 @@ import pytest
 from lightning_lora.errors import DataError
 from lightning_lora.study.matched.record import RESULTS, STUDY, VERDICTS, read_study
 from lightning_lora.study.report.content import Page, figures_of
-from lightning_lora.study.report.study_page import study_page
+from lightning_lora.study.report.studies.study_page import study_page
 from lightning_lora.study.report.table import cells_of
 from lightning_lora.study.report.write import write_report
 from tests.study.report.planted_study import BASELINE, plant

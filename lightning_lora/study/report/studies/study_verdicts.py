@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Section, Table, Words, said
-from lightning_lora.study.report.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.numbers import NOTHING, count, nats, short, words
-from lightning_lora.study.report.study_facts import StudyFacts, headline
+from lightning_lora.study.report.studies.study_facts import StudyFacts, headline
 
 _SHORT = {"behind": "falls behind"}
 

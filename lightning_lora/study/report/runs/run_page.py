@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lightning_lora.study.report.batch_panel import batch_panel
-from lightning_lora.study.report.capacity_panel import capacity_panel
 from lightning_lora.study.report.content import Page
-from lightning_lora.study.report.run_curves import run_curves
-from lightning_lora.study.report.run_health import health_log, planned_and_measured
-from lightning_lora.study.report.run_origin import limits, origin
-from lightning_lora.study.report.run_record import RunRecord
-from lightning_lora.study.report.run_summary import run_lede, run_settings, run_verdict
+from lightning_lora.study.report.runs.batch_panel import batch_panel
+from lightning_lora.study.report.runs.capacity_panel import capacity_panel
+from lightning_lora.study.report.runs.run_curves import run_curves
+from lightning_lora.study.report.runs.run_health import health_log, planned_and_measured
+from lightning_lora.study.report.runs.run_origin import limits, origin
+from lightning_lora.study.report.runs.run_record import RunRecord
+from lightning_lora.study.report.runs.run_summary import run_lede, run_settings, run_verdict
 
 
 def run_page(run: RunRecord) -> Page:

@@ -10,7 +10,7 @@ import yaml
 from lightning_lora.study.matched.record import STUDY
 from lightning_lora.study.report.content import Block, Listing, Section, Table, Words
 from lightning_lora.study.report.numbers import words
-from lightning_lora.study.report.study_facts import StudyFacts
+from lightning_lora.study.report.studies.study_facts import StudyFacts
 from lightning_lora.study.statistics.before_start import before_start
 from lightning_lora.study.statistics.seed_plan import SeedPlan
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup
 
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.svg import MARKS, NUM_STYLES, polyline, tag
 from lightning_lora.study.report.content import Cell, Figure, Table
 from lightning_lora.study.report.numbers import words
-from lightning_lora.study.report.svg import MARKS, NUM_STYLES, polyline, tag
 
 WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 72, 118, 14, 54

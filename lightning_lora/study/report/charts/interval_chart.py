@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.svg import MARKS, NUM_STYLES, tag
 from lightning_lora.study.report.content import Figure, Table
-from lightning_lora.study.report.svg import MARKS, NUM_STYLES, tag
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BOTTOM = 640, 20, 20, 26, 46, 58
 _LONGEST = 60

@@ -18,7 +18,7 @@ from lightning_lora.files.folder_lock import is_locked
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.matched.record import CURVE
 from lightning_lora.study.rank_probe_result import RANK_PROBE_FILE, RankProbeResult
-from lightning_lora.study.report.losses import METRICS, LossCurve, read_losses
+from lightning_lora.study.report.runs.losses import METRICS, LossCurve, read_losses
 
 CONFIG = "config.yaml"
 _SIGNS = (METRICS, CURVE, EVENTS_FILE)

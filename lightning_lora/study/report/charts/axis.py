@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lightning_lora.study.report.numbers import tidy
 
@@ -52,7 +53,12 @@ class Axis:
         """Round values on the axis with their texts, at most about ``most``."""
         values = self._log_ticks(most) if self.is_log else []
         values = values if len(values) > 1 else self._even_ticks(most)
-        return [(value, tidy(value)) for value in values if self.low <= value <= self.high]
+        values = [value for value in values if self.low <= value <= self.high]
+        texts = [tidy(value) for value in values]
+        if len(set(texts)) < len(texts):
+            places = math.ceil(-math.log10(min(second - first for first, second in pairwise(values))) - 1e-9)
+            texts = [f"{value:,.{max(0, places)}f}" for value in values]
+        return list(zip(values, texts, strict=True))
 
     def _even_ticks(self, most: int) -> list[float]:
         span = self.high - self.low

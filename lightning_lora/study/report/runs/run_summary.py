@@ -8,7 +8,7 @@ from statistics import fmean
 
 from lightning_lora.study.report.content import Cell, Section, Table, Words, said
 from lightning_lora.study.report.numbers import count, nats, rate, seconds, size, words
-from lightning_lora.study.report.run_record import RunRecord
+from lightning_lora.study.report.runs.run_record import RunRecord
 
 _ENDINGS = {
     "done": "The run is finished.",

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Figure, Listing, Section, Table, Words, said
-from lightning_lora.study.report.line_chart import Series, line_chart
 from lightning_lora.study.report.numbers import count, nats, short, words
-from lightning_lora.study.report.run_record import RunRecord
+from lightning_lora.study.report.runs.run_record import RunRecord
 
 
 def batch_panel(run: RunRecord) -> Section | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning_lora.study.matched.record import StudyRecord
 from lightning_lora.study.report.content import Page
-from lightning_lora.study.report.study_arms import study_arms
-from lightning_lora.study.report.study_curves import study_curves
-from lightning_lora.study.report.study_facts import StudyFacts
-from lightning_lora.study.report.study_origin import study_limits, study_origin
-from lightning_lora.study.report.study_rates import failures, study_rates
-from lightning_lora.study.report.study_verdicts import study_lede, study_verdict, study_verdicts
+from lightning_lora.study.report.studies.study_arms import study_arms
+from lightning_lora.study.report.studies.study_curves import study_curves
+from lightning_lora.study.report.studies.study_facts import StudyFacts
+from lightning_lora.study.report.studies.study_origin import study_limits, study_origin
+from lightning_lora.study.report.studies.study_rates import failures, study_rates
+from lightning_lora.study.report.studies.study_verdicts import study_lede, study_verdict, study_verdicts
 
 
 def study_page(study: StudyRecord) -> Page:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from lightning_lora.study.matched.record import CellRecord, CurvePoint
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Choice, Figure, Section, Words
-from lightning_lora.study.report.line_chart import Series, line_chart
 from lightning_lora.study.report.numbers import nats
-from lightning_lora.study.report.study_facts import StudyFacts
+from lightning_lora.study.report.studies.study_facts import StudyFacts
 
 _PLACES = (("steps", "optimizer step"), ("tokens", "supervised tokens trained on"), ("seconds", "seconds of training"))
 _Curve = Sequence[CurvePoint]

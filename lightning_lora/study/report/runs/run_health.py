@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_lora.study.report.content import Cell, Section, Table, Words
 from lightning_lora.study.report.numbers import NOTHING, count, seconds, share, size, words
-from lightning_lora.study.report.run_record import RunRecord
+from lightning_lora.study.report.runs.run_record import RunRecord
 
 _PLANNED = {
     "steps": ("optimizer steps", count),

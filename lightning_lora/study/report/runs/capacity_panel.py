@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning_lora.capacity.reading import FULL_BELOW, IDLE_BELOW, SPARE_BELOW
 from lightning_lora.study.rank_probe_result import RankProbeResult
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.heat_map import heat_cell, heat_map
+from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Listing, Section, Table, Words, said
-from lightning_lora.study.report.heat_map import heat_cell, heat_map
-from lightning_lora.study.report.line_chart import Series, line_chart
 from lightning_lora.study.report.numbers import count, nats, share, words
-from lightning_lora.study.report.run_record import RunRecord
+from lightning_lora.study.report.runs.run_record import RunRecord
 
 _LOST, _CAPTURE, _EFFECTIVE, _SHARE = (
     "gain lost at half rank",

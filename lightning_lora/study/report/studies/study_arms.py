@@ -9,11 +9,11 @@ from typing import Any
 
 from lightning_lora.errors import DataError
 from lightning_lora.study.matched.record import UNTRAINED, ArmRecord, CellRecord
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Section, Table, Words
-from lightning_lora.study.report.line_chart import Series, line_chart
 from lightning_lora.study.report.numbers import NOTHING, count, nats, rate, seconds, size, words
-from lightning_lora.study.report.study_facts import StudyFacts
+from lightning_lora.study.report.studies.study_facts import StudyFacts
 from lightning_lora.study.statistics.before_start import about_the_band
 from lightning_lora.study.statistics.steps_to_loss import Reached, step_ratio, steps_to, target_loss
 

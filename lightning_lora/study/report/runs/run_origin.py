@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from lightning_lora.study.report.content import Block, Listing, Section, Table, Words
 from lightning_lora.study.report.numbers import size, words
-from lightning_lora.study.report.run_record import CONFIG, RunRecord
+from lightning_lora.study.report.runs.run_record import CONFIG, RunRecord
 
 
 def origin(run: RunRecord) -> Section:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Choice, Figure, Section, Words
-from lightning_lora.study.report.line_chart import Series, line_chart
-from lightning_lora.study.report.losses import smoothed
-from lightning_lora.study.report.run_record import RunRecord
-from lightning_lora.study.report.run_summary import loss_unit, run_verdict
+from lightning_lora.study.report.runs.losses import smoothed
+from lightning_lora.study.report.runs.run_record import RunRecord
+from lightning_lora.study.report.runs.run_summary import loss_unit, run_verdict
 
 _LONG = 50
 """Steps above which their axis is logarithmic."""

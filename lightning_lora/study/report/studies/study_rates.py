@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from lightning_lora.study.matched.record import CellRecord
-from lightning_lora.study.report.axis import Axis
+from lightning_lora.study.report.charts.axis import Axis
+from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Section, Table
-from lightning_lora.study.report.line_chart import Series, line_chart
 from lightning_lora.study.report.numbers import count, nats, rate, words
-from lightning_lora.study.report.study_facts import StudyFacts
+from lightning_lora.study.report.studies.study_facts import StudyFacts
 
 
 def study_rates(facts: StudyFacts) -> Section | None:
