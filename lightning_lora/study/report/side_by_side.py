@@ -68,7 +68,7 @@ def _chart(runs: Sequence[Beside], says: str) -> Figure:
 
 def _limits(count: int) -> Words:
     return said(
-        "These are {count} runs with one seed each, at rates that were chosen before: another seed gives "
-        "other numbers, and a difference may be chance. lightning-lora study compares with several seeds, and gives a verdict.",
+        "These are {count} runs with one seed each, at rates that were chosen before: another seed gives other "
+        "numbers, and a difference may be chance. lightning-lora study compares several seeds, and gives a verdict.",
         count=Cell(str(count), count),
     )
