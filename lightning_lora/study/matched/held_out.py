@@ -40,6 +40,8 @@ def held_out_losses(
             f"one half of the held-out rows chooses learning rates and the other one is for the verdict: {len(places)} "
             f"validation rows are too few, or all alike."
         )
+    # Rows come from the loader: the data module would be asked for data of the stage that it may not have.
+    trainer.datamodule = None  # pyright: ignore[reportAttributeAccessIssue]
     if (rows := _by_row(trainer, module, loader)) is not None:
         return as_losses(*rows, torch.from_numpy(halves)), rows_hash
     means = [_mean_loss(trainer, module, _subset(loader, np.flatnonzero(halves == half))) for half in (True, False)]
