@@ -50,6 +50,7 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def _work(options: Namespace, spec: object) -> None:
+    from lightning_lora.cli.study.estimate import estimate
     from lightning_lora.cli.study.processes import ProcessCells
     from lightning_lora.cli.study.summary import after_end, before_begin
     from lightning_lora.study.matched.open_study import data_fingerprints, open_study
@@ -65,7 +66,9 @@ def _work(options: Namespace, spec: object) -> None:
             print(f"{store.retry_failed()} failed runs are tried again")
         worker = Worker(spec, data, folder, store, ProcessCells(spec))
         if not options.worker:
-            for line in before_begin(spec, worker.plan()[0], folder):
+            first, statuses = worker.plan()
+            over = sum(status.is_over for status in statuses)
+            for line in before_begin(spec, first.expected, over, folder, None if over else estimate(spec)):
                 print(line, flush=True)
         plan = worker.work()
         _, statuses = worker.plan()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_lora.cli.study.arms import fit_objects
 from lightning_lora.errors import LoRAError
+from lightning_lora.study.matched.options import option_of
 from lightning_lora.study.matched.planner import TYPICAL_SWEEP
 from lightning_lora.study.matched.spec import StudySpec
+
+_LENGTH = ("max_epochs", "max_steps", "limit_train_batches", "precision", "accelerator", "accumulate_grad_batches")
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,11 @@ def estimate(spec: StudySpec) -> Estimate | None:
     from lightning_lora.planning.make_plan import plan
 
     config = copy.deepcopy(dict(spec.arm(spec.baseline).config))
+    trainer = {name: value for name in _LENGTH if (value := option_of(config, f"trainer.{name}")) is not None}
+    rows = (option_of(config, "data.init_args.batch_size") or 1) * trainer.get("accumulate_grad_batches", 1)
     try:
         module, data = fit_objects(config)
-        trainer: dict[str, Any] = {
-            name: value
-            for name, value in (config.get("trainer") or {}).items()
-            if value is not None and name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches")
-        }
-        made = plan(module, data, devices=1, trainer=trainer)
+        made = plan(module, data, devices=1, target_batch_size=rows, trainer=trainer)
     except LoRAError:
         return None
     if made.seconds is None:

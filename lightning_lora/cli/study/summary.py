@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_lora.cli.study.estimate import Estimate
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.planner import StudyPlan
 from lightning_lora.study.matched.progress import described, duration
@@ -13,27 +14,27 @@ from lightning_lora.study.matched.spec import StudySpec
 from lightning_lora.study.statistics.before_start import before_start
 
 
-def before_begin(spec: StudySpec, plan: StudyPlan, folder: Path, over: int = 0) -> list[str]:
+def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estimated: Estimate | None) -> list[str]:
     """Lines about the arms, what the study can show, and what it takes.
 
     Args:
         spec: The study.
-        plan: What it wants first.
+        expected: Number of runs that it will take.
+        over: Number of runs that an earlier start has finished.
         folder: The study folder.
-        over: Runs that an earlier start has finished.
+        estimated: The time of a run; None if it is not known.
     """
     arms = ", ".join(arm.name for arm in spec.arms if arm.name != spec.baseline)
-    lines = [f"study {spec.name}: {arms} against {spec.baseline}, in {folder}"]
-    lines += before_start(spec.plan, spec.band)
+    lines = [f"study {spec.name}: {arms} against {spec.baseline}, in {folder}", *before_start(spec.plan, spec.band)]
     if over:
-        return [*lines, f"{over} runs are over already; about {plan.expected - over} are left"]
-    return lines
-
-
-def time_lines(runs: int, steps: int, run_seconds: float, expected: int) -> list[str]:
-    """The line about the time that a study takes."""
-    total = duration(expected * run_seconds)
-    return [f"about {expected} runs of {steps:,} steps, {duration(run_seconds)} each by plan: {total} for one worker"]
+        return [*lines, f"{over} runs are over already; about {expected - over} are left"]
+    if estimated is None:
+        return [*lines, f"about {expected} runs; how long they take is said after the first"]
+    return [
+        *lines,
+        f"about {expected} runs of {estimated.steps:,} steps, by plan {duration(estimated.run_seconds)} each: "
+        f"{duration(expected * estimated.run_seconds)} for one worker, and half of it for two",
+    ]
 
 
 def after_end(plan: StudyPlan, statuses: Sequence[CellStatus], folder: Path) -> list[str]:
