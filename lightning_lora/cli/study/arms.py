@@ -21,7 +21,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.equal import check_equal
 from lightning_lora.study.matched.options import has_option, option_of
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
-from lightning_lora.study.statistics.sweep import first_rates
+from lightning_lora.study.statistics.rates.sweep import first_rates
 
 _OF_THE_STUDY = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "data.init_args.seed")
 

@@ -16,7 +16,7 @@ from lightning_lora.errors import DataError
 from lightning_lora.study.matched.outcomes import as_losses
 from lightning_lora.study.matched.record import RowLosses
 from lightning_lora.study.matched.recorder import validation_metric
-from lightning_lora.study.statistics.selection_rows import selection_rows
+from lightning_lora.study.statistics.rates.selection_rows import selection_rows
 
 
 def held_out_losses(

@@ -17,7 +17,7 @@ from lightning_lora.study.matched.judge import judge
 from lightning_lora.study.matched.record import UNTRAINED, Phase
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.compare import corrected
-from lightning_lora.study.statistics.sweep import NextStep, Trial, next_step
+from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 from lightning_lora.study.statistics.verdict import Verdict
 
 TYPICAL_SWEEP = 5

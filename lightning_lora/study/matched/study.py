@@ -27,7 +27,7 @@ from lightning_lora.study.matched.run_cell import EVERY, as_run_error, cell_call
 from lightning_lora.study.matched.spec import spec_of
 from lightning_lora.study.matched.worker import LeaseLostError, Worker
 from lightning_lora.study.statistics.before_start import before_start
-from lightning_lora.study.statistics.sweep import first_rates
+from lightning_lora.study.statistics.rates.sweep import first_rates
 from lightning_lora.study.statistics.word import BAND
 
 _ARM_PARTS = ("trainer", "data")
