@@ -19,22 +19,22 @@ CELL = Cell("rank 8", 1e-3, 3, "selection", "0" * 16)
 class Slow(Learner):
     """Writes a line for each step that it takes."""
 
-    log = Path()
+    step_file = Path()
     seconds = 0.0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         time.sleep(self.seconds)
-        with self.log.open("a") as file:
+        with self.step_file.open("a") as file:
             file.write(f"{self.trainer.global_step}\n")
         return super().training_step(batch, batch_idx)
 
 
 def run(folder: Path, seconds: float) -> Outcome:
     """The run, in ``folder / "run"``, with a checkpoint after every step."""
-    Slow.log, Slow.seconds = folder / "steps.txt", seconds
+    Slow.step_file, Slow.seconds = folder / "steps.txt", seconds
     arms = {"full": {"lora": None}, "rank 8": {"lora": ll.LoRAConfig(rank=8)}}
     trainer = {"accelerator": "cpu", "max_epochs": 2}
-    study = ll.Study(Slow, Rows, arms, 1e-3, out=folder / "study", trainer=trainer, checkpoint_minutes=1e-9)
+    study = ll.Study(Slow, Rows, arms, 1e-3, out=folder / "study", trainer=trainer, checkpoint_minutes=1e-6)
     (folder / "run").mkdir(parents=True, exist_ok=True)
     return study._run_cell(CELL, folder / "run", Event())
 
