@@ -49,7 +49,11 @@ from benchmarks.gpu.planned import planned
 from benchmarks.gpu.steps import step_1b, step_1b_short, step_8b, step_8b_whole
 from benchmarks.gpu.training import quantised, trainer_runs
 
-GPU_TESTS = ("tests/batch/noise/test_sample_precision.py", "tests/tasks/test_quantised_training.py")
+GPU_TESTS = (
+    "tests/batch/noise/test_sample_precision.py",
+    "tests/tasks/test_quantised_training.py",
+    "tests/memory/test_other_devices.py",
+)
 
 
 def marked_tests(place: Place) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class BatchProbe(Probe):
     All branches train on the same rows in the same order: the rows that the run would see next, if its sampler can tell
     (`next_rows`). Learning rates follow the batch by the square-root rule, and for smaller batches the second decay of
     Adam keeps its half-life in rows (`fit_to_batch`). The learning rate falls to zero in the last fifth of a branch.
-    Branches are compared in pairs, by the losses of single held-out rows: a batch costs nothing if its mean loss with its
-    interval lies within 0.005 nats, and is worse if the whole interval is above zero; else nobody can tell.
+    Branches are compared in pairs, by the losses of single held-out rows: a batch costs nothing if the interval
+    of its mean loss lies within 0.005 nats, and is worse if the whole interval is above zero; else nobody can tell.
 
     Model, optimizer, schedules, random numbers and the place in the data stay as they are. Use it in a run, as a
     callback; on the command line, by `lightning-lora probe`; or outside of a run, by `run`.

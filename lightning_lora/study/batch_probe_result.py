@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning_lora.batch.calibration import PROBE_FORMAT, damaged_probe, read_probe
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS, IN_WORDS, Comparison
-from lightning_lora.study.statistics.word import BAND
+from lightning_lora.study.statistics.word import BAND, word_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class BatchProbeResult:
             f"{self.num_held_out:,} held-out rows ({self.start_loss:.4f} before), {self.seconds:.0f} s"
         ]
         lines += [self._line(batch) for batch in self.losses]
-        lines += [f"  {pair.large} against {pair.small}: {pair}, {IN_WORDS[pair.word]}" for pair in self.comparisons]
+        lines += [f"  {pair.large} against {pair.small}: {pair}, {self._word(pair)}" for pair in self.comparisons]
         if self.extra_cost is not None:
             lines.append(self._extra_cost(self.extra_cost))
         if self.num_held_out < ENOUGH_ROWS:
@@ -129,6 +129,10 @@ class BatchProbeResult:
         full = f", full fine-tuning {self.full_losses[batch]:.4f}" if self.full_losses else ""
         here = "  (the run's own)" if batch == self.batch_rows else ""
         return f"  {batch:>6} rows a step, {self.num_rows // batch:>4} steps: {self.losses[batch]:.4f}{full}{here}"
+
+    def _word(self, pair: Comparison) -> str:
+        fallen = pair.word != word_of(pair.interval)
+        return f"{IN_WORDS[pair.word]} ({len(self.comparisons)} comparisons)" if fallen else IN_WORDS[pair.word]
 
     def _answer(self) -> str:
         bound = f"{self.bound} " if self.bound else ""

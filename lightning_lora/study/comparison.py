@@ -78,8 +78,8 @@ class Comparison:
         """
         if found["word"] not in get_args(Word):
             raise ValueError(f"word {found['word']!r}")
-        numbers = (float(found[name]) for name in ("difference", "error", "freedom"))
-        return cls(int(found["small"]), int(found["large"]), *numbers, found["word"])
+        difference, error, freedom = (float(found[name]) for name in ("difference", "error", "freedom"))
+        return cls(int(found["small"]), int(found["large"]), difference, error, freedom, found["word"])
 
     def __str__(self) -> str:
         return f"{self.difference:+.4f} ({self.interval.low:+.4f} to {self.interval.high:+.4f}) nats"

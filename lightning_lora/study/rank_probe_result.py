@@ -106,14 +106,13 @@ class RankProbeResult:
     def __str__(self) -> str:
         when = "" if self.step is None else f" after step {self.step:,}"
         orders = f" in {self.num_seeds} orders" if self.num_seeds > 1 else ""
-        steps = self.num_rows // self.batch_rows
+        steps, low, high = self.num_rows // self.batch_rows, self.interval.low, self.interval.high
         lines = [
             f"rank probe{when}: {steps:,} steps of {self.batch_rows} rows{orders} at each rank, loss on "
             f"{self.num_held_out:,} held-out rows ({self.start_loss:.4f} before), {self.seconds:.0f} s",
             f"  rank {self.rank:>4}: {self.control_loss:.4f}  (the run's own)",
             f"  rank {self.grown_rank:>4}: {self.grown_loss:.4f}",
-            f"  gain {self.gain:+.4f} ({self.interval.low:+.4f} to {self.interval.high:+.4f}) nats; within {BAND:g} it is "
-            f"none",
+            f"  gain {self.gain:+.4f} ({low:+.4f} to {high:+.4f}) nats; {BAND:g} counts as none",
         ]
         if self.num_held_out < ENOUGH_ROWS:
             lines.append(f"  {self.num_held_out} held-out rows are few: use {ENOUGH_ROWS} or more.")

@@ -153,22 +153,42 @@ class Told(BatchSizeMonitor):
         self._judge.estimate = NoiseScale(2.0, 1.0, 3.0, 1.0, 2.0, conclusive=self.every_n_steps == 1)
 
 
+class Still(Net):
+    """Hardly learns, so that every batch is as good as another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-7)
+
+
 @pytest.mark.parametrize("conclusive", [True, False])
 def test_what_was_found_is_written_and_calibrates_the_monitor(conclusive: bool, tmp_path: Path) -> None:
     probe, monitor = BatchProbe(at=3, stop=True, **SMALL), Told(every_n_steps=1 if conclusive else 2)
-    _, trainer = fit(tmp_path, probe, monitor)
+    _, trainer = fit(tmp_path, probe, monitor, module=Still())
     assert trainer.global_step == 3
     assert probe.result is not None
     assert BatchProbeResult.load(tmp_path / "batch_probe.json") == probe.result
     (event,) = [event for event in read_events(tmp_path) if event["event"] == "batch_probe"]
     assert event["largest_harmless"] == probe.result.largest_harmless
-    wanted = probe.result.largest_harmless / 2.0 if conclusive else None
+    assert (probe.result.largest_harmless, probe.result.bound) == (8, "at least")
+    wanted = 4.0 if conclusive else None
     assert monitor.calibration == probe.result.calibration == event["calibration"] == wanted
     if conclusive:
         assert BatchSizeMonitor(calibration=str(tmp_path / "batch_probe.json")).calibration == wanted
     else:
         with pytest.raises(DataError, match=r"batch_probe\.json has no calibration, because the noise scale was u"):
             BatchSizeMonitor(calibration=str(tmp_path / "batch_probe.json"))
+
+
+def test_a_monitor_is_not_calibrated_by_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On 8 held-out rows nobody can tell the batches apart, so the smallest is not the answer."""
+    probe, monitor = BatchProbe(at=3, stop=True, **SMALL), Told(every_n_steps=1)
+    fit(tmp_path, probe, monitor)
+    assert probe.result is not None
+    assert (probe.result.undecided, probe.result.calibration, monitor.calibration) == (4, None, None)
+    assert "the answer is open, so the monitor could not be calibrated." in caplog.text
 
 
 def test_a_run_is_probed_once_though_it_is_interrupted(tmp_path: Path) -> None:

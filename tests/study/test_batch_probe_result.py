@@ -11,12 +11,16 @@ import pytest
 from lightning_lora.errors import DataError
 from lightning_lora.study.batch_probe_plot import draw_probe
 from lightning_lora.study.batch_probe_result import BatchProbeResult
-from lightning_lora.study.paired import Comparison
+from lightning_lora.study.comparison import Comparison
+
+WORSE, SAME = (1.0, 0.1, 511.0, "behind"), (0.0, 0.001, 511.0, "matches")
 
 
-def result(*worse: tuple[int, int], **changes: Any) -> BatchProbeResult:
+def result(*worse: tuple[int, int], open_pairs: tuple[tuple[int, int], ...] = (), **changes: Any) -> BatchProbeResult:
     pairs = [(8, 16), (8, 32), (16, 32)]
-    comparisons = tuple(Comparison(s, b, 1.0 if (s, b) in worse else 0.0, 0.1) for s, b in pairs)
+    found: dict[tuple[int, int], Any] = dict.fromkeys(pairs, SAME) | dict.fromkeys(worse, WORSE)
+    found |= dict.fromkeys(open_pairs, (0.0, 0.1, 511.0, "cannot tell"))
+    comparisons = tuple(Comparison(*pair, *found[pair]) for pair in pairs)
     losses = {8: 1.0, 16: 1.0, 32: 1.0}
     return BatchProbeResult(
         **(
@@ -36,25 +40,42 @@ def test_the_largest_harmless_batch_is_below_the_first_that_is_worse() -> None:
     assert result((8, 32)).calibration is None
 
 
+def test_a_batch_of_which_nobody_can_tell_is_not_called_harmless() -> None:
+    open_ = result(open_pairs=((16, 32),), noise_scale=4.0)
+    assert (open_.largest_harmless, open_.bound, open_.undecided, open_.calibration) == (16, "at least", 32, 4.0)
+    assert str(open_).endswith("at least 16 rows a step; of 32 nobody can tell, more held-out rows would")
+    nothing = result((16, 32), open_pairs=((8, 16),), noise_scale=4.0)
+    assert (nothing.largest_harmless, nothing.bound, nothing.undecided) == (8, "at least", 16)
+    assert nothing.calibration is None
+    fallen = Comparison(8, 16, 0.01, 0.005, 511.0, "cannot tell")
+    text = str(result(comparisons=(fallen, *result().comparisons[1:])))
+    assert "16 against 8: +0.0100 (+0.0018 to +0.0182) nats, cannot tell (3 comparisons)" in text
+    worse = result((8, 32), open_pairs=((16, 32),))
+    assert (worse.largest_harmless, worse.bound, worse.undecided) == (16, "", None)
+
+
 def test_the_table_says_what_was_found_and_on_how_little() -> None:
     text = str(result((16, 32), num_held_out=54, step=100))
     assert "batch probe after step 100: 64 rows to each of 3 batches, loss on 54 held-out rows (2.0000 before)" in text
     assert "      16 rows a step,    4 steps: 1.0000  (the run's own)" in text
-    assert "  32 against 16: +1.0000 +- 0.2000 nats, worse" in text
-    assert "  16 against 8: +0.0000 +- 0.2000 nats, no difference seen" in text
+    assert "  32 against 16: +1.0000 (+0.8352 to +1.1648) nats, worse" in text
+    assert "  16 against 8: +0.0000 (-0.0016 to +0.0016) nats, no loss" in text
     assert "54 held-out rows are few: use 256 or more" in text
-    assert text.endswith("largest batch without measurable loss: 16 rows a step")
-    assert str(result()).endswith("largest batch without measurable loss: at least 32 rows a step")
+    assert text.endswith("largest batch that costs nothing (within 0.005 nats): 16 rows a step")
+    assert str(result()).endswith("costs nothing (within 0.005 nats): at least 32 rows a step")
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
 def test_nothing_is_called_a_penalty_before_the_third_order_of_the_data(num_seeds: int) -> None:
-    text = str(
-        result(num_seeds=num_seeds, full_losses={8: 1.0, 16: 1.0, 32: 1.0}, extra_cost=Comparison(8, 32, 1, 0.1))
-    )
-    assert "[LoRA - full](32) - [LoRA - full](8): +1.0000 +- 0.2000 nats" in text
+    full = {8: 1.0, 16: 1.0, 32: 1.0}
+    text = str(result(num_seeds=num_seeds, full_losses=full, extra_cost=Comparison(8, 32, 1.0, 0.1, 511, "behind")))
+    assert "[LoRA - full](32) - [LoRA - full](8): +1.0000 (+0.8352 to +1.1648) nats" in text
     assert ("a penalty of LoRA for the large batch" in text) == (num_seeds == 3)
     assert ("penalty" in text) == (num_seeds == 3)
+    cost = Comparison(8, 32, 0.0, 0.1, 511, "cannot tell")
+    text = str(result(num_seeds=num_seeds, full_losses=full, extra_cost=cost))
+    assert "penalty" not in text
+    assert ("nats, cannot tell." in text) == (num_seeds == 3)
 
 
 def test_a_result_is_read_back_as_it_was_and_drawn(tmp_path: Path) -> None:
@@ -74,6 +95,7 @@ def test_a_result_is_read_back_as_it_was_and_drawn(tmp_path: Path) -> None:
         lambda found: found | {"comparisons": found["comparisons"][:1]},
         lambda found: found | {"noise_scale": -1.0},
         lambda found: found | {"losses": 3},
+        lambda found: found | {"comparisons": [pair | {"word": "fine"} for pair in found["comparisons"]]},
         lambda found: [found],
     ],
 )

@@ -77,15 +77,25 @@ def test_a_run_is_the_same_with_a_probe_and_keeps_the_result(tmp_path: Path) -> 
     assert f"  {probe.result.verdict}: " in str(probe.result)
 
 
-RESULT = RankProbeResult(4, 8, 32, 2048, 512, 1, 3.0, 2.5, 2.0, 0.01)
-
-
 @pytest.mark.parametrize(
-    ("gain", "error", "confirmed"),
-    [(0.0051, 0.001, True), (0.0049, 0.001, False), (0.1, 0.051, False), (-0.1, 0, False)],
+    ("gain", "error", "verdict"),
+    [
+        (0.0051, 0.001, "CONFIRMED"),
+        (0.003, 0.001, "NOT CONFIRMED"),
+        (0.0, 0.001, "NOT CONFIRMED"),
+        (-0.1, 0.01, "NOT CONFIRMED"),
+        (0.0, 0.01, "CANNOT TELL"),
+        (0.1, 0.07, "CANNOT TELL"),
+    ],
 )
-def test_a_gain_counts_above_the_tolerance_and_two_errors(gain: float, error: float, confirmed: bool) -> None:
-    assert RankProbeResult(4, 8, 32, 2048, 512, 1, 3.0, 2.0 + gain, 2.0, error).confirmed is confirmed
+def test_a_gain_is_confirmed_beyond_its_interval_and_refused_within_the_band(
+    gain: float, error: float, verdict: str
+) -> None:
+    """A noisy branch is no proof that more rank is of no use."""
+    result = RankProbeResult(4, 8, 32, 2048, 512, 1, 3.0, 2.0 + gain, 2.0, error, 511)
+    assert result.verdict == verdict
+    assert result.confirmed is (verdict == "CONFIRMED")
+    assert f"  {verdict}: " in str(result)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', '{"format": "lightning-lora rank probe 1"}'])

@@ -15,8 +15,18 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.outcomes import write_row_losses
-from lightning_lora.study.matched.record import COLUMNS, RESULTS, ROW_LOSSES, RUNS, STUDY, VERDICTS, spreadsheet_text
+from lightning_lora.study.matched.record import (
+    CHOICES,
+    COLUMNS,
+    RESULTS,
+    ROW_LOSSES,
+    RUNS,
+    STUDY,
+    VERDICTS,
+    spreadsheet_text,
+)
 from lightning_lora.study.matched.spec import StudySpec
+from lightning_lora.study.statistics.rates.sweep import NextStep
 from lightning_lora.study.statistics.verdict import Verdict
 
 _TEXTS = ("arm", "reason", "run")
@@ -81,8 +91,10 @@ def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
         file.write(text.encode())
 
 
-def write_results(folder: Path, statuses: Iterable[CellStatus], verdicts: Iterable[Verdict]) -> None:
-    """Write ``results.csv`` and ``verdicts.json``, and row losses of runs that were made on other machines."""
+def write_results(
+    folder: Path, statuses: Iterable[CellStatus], choices: Mapping[str, NextStep], verdicts: Iterable[Verdict]
+) -> None:
+    """Write ``results.csv``, ``choices.json`` and ``verdicts.json``, and row losses of runs of other machines."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -93,9 +105,12 @@ def write_results(folder: Path, statuses: Iterable[CellStatus], verdicts: Iterab
             write_row_losses(rows, status.outcome.rows)
     with atomic_file(folder / RESULTS) as file:
         file.write(text.getvalue().encode())
-    found = [verdict.to_dict() for verdict in verdicts]
-    with atomic_file(folder / VERDICTS) as file:
-        file.write((json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
+    chosen = {
+        name: {"chosen_rate": step.chosen, "why": step.why, "problem": step.problem} for name, step in choices.items()
+    }
+    for name, found in ((CHOICES, chosen), (VERDICTS, [verdict.to_dict() for verdict in verdicts])):
+        with atomic_file(folder / name) as file:
+            file.write((json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _line(status: CellStatus) -> dict[str, Any]:

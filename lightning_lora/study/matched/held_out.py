@@ -16,7 +16,7 @@ from lightning_lora.errors import DataError
 from lightning_lora.study.matched.outcomes import as_losses
 from lightning_lora.study.matched.record import RowLosses
 from lightning_lora.study.matched.recorder import validation_metric
-from lightning_lora.study.statistics.selection_rows import selection_rows
+from lightning_lora.study.statistics.rates.selection_rows import selection_rows
 
 
 def held_out_losses(
@@ -40,6 +40,8 @@ def held_out_losses(
             f"one half of the held-out rows chooses learning rates and the other one is for the verdict: {len(places)} "
             f"validation rows are too few, or all alike."
         )
+    # Rows come from the loader: the data module would be asked for data of the stage that it may not have.
+    trainer.datamodule = None  # pyright: ignore[reportAttributeAccessIssue]
     if (rows := _by_row(trainer, module, loader)) is not None:
         return as_losses(*rows, torch.from_numpy(halves)), rows_hash
     means = [_mean_loss(trainer, module, _subset(loader, np.flatnonzero(halves == half))) for half in (True, False)]

@@ -12,7 +12,7 @@ from lightning_lora.study.matched.cells import Cell, CellStatus
 from lightning_lora.study.matched.spec import StudySpec
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.compare import compare
-from lightning_lora.study.statistics.sweep import NextStep
+from lightning_lora.study.statistics.rates.sweep import NextStep
 from lightning_lora.study.statistics.verdict import Verdict
 
 

@@ -17,7 +17,7 @@ from lightning_lora.study.matched.judge import judge
 from lightning_lora.study.matched.record import UNTRAINED, Phase
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.compare import corrected
-from lightning_lora.study.statistics.sweep import NextStep, Trial, next_step
+from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 from lightning_lora.study.statistics.verdict import Verdict
 
 TYPICAL_SWEEP = 5
@@ -52,9 +52,13 @@ def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[st
     known = {status.cell.key: status for status in statuses}
     base = base_cell(spec, data)
     cells, choices = [base], {}
-    base_is_over = base.key in known and known[base.key].is_over
+    scored = known.get(base.key)
+    if scored is None or not scored.is_over:
+        # Alone: a mistake in the config, the data or the scoring is found before anything is trained.
+        waits = {arm.name: NextStep((), None, "the untrained base is scored first") for arm in spec.arms}
+        return StudyPlan((base,), waits, (), 1 + _further(spec, waits, ()))
     for arm in spec.arms:
-        choices[arm.name] = _sweep(spec, arm, data, known, base if base_is_over else None, cells)
+        choices[arm.name] = _sweep(spec, arm, data, known, scored, cells)
     verdicts = _verdicts(spec, data, known, choices, cells)
     cells = list(dict.fromkeys(cells))
     return StudyPlan(tuple(cells), choices, verdicts, len(cells) + _further(spec, choices, cells))
@@ -90,13 +94,13 @@ def _sweep(
     arm: ArmSpec,
     data: Mapping[str, str],
     known: Mapping[str, CellStatus],
-    base: Cell | None,
+    base: CellStatus,
     cells: list[Cell],
 ) -> NextStep:
     """Append the selection runs of an arm that are wanted, and say what its sweep does next."""
-    base_loss = math.inf
-    if base is not None and (loss := known[base.key].loss) is not None:
-        base_loss = _selection_loss(known[base.key], loss)
+    if base.outcome is None:
+        return NextStep((), None, "the base was not scored", f"the untrained base cannot be scored: {base.reason}")
+    base_loss = base.outcome.rows.mean("selection")
     trials: list[Trial] = []
     while True:
         step = next_step(arm.learning_rates, trials, base_loss, spec.band)
@@ -105,22 +109,21 @@ def _sweep(
         ]
         cells += (cell for of_rate in wanted for cell in of_rate)
         over = [(rate, _loss_of(of_rate, known)) for rate, of_rate in zip(step.rates, wanted, strict=True)]
-        if not wanted or base is None or any(loss is None for _, loss in over):
-            return step if wanted else _checked(step, arm, cells, known)
+        if any(loss is None for _, loss in over):
+            return step
+        if reason := _broken(arm, cells, known):
+            return NextStep((), None, "every run failed", f"every run failed: {reason}")
+        if not wanted:
+            return step
         trials += (Trial(rate, loss) for rate, loss in over if loss is not None)
 
 
-def _checked(step: NextStep, arm: ArmSpec, cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> NextStep:
-    """The end of a sweep; an arm whose runs all failed for another reason than divergence has that reason."""
+def _broken(arm: ArmSpec, cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> str:
+    """Why all runs of an arm fail; "" if one is done, or diverged, which a lower rate may not."""
     runs = [known[cell.key] for cell in cells if cell.arm == arm.name and cell.phase == "selection"]
-    broken = [run for run in runs if run.state == "failed" and not run.diverged]
-    if broken and not any(run.state == "done" for run in runs):
-        return NextStep((), None, "every run failed", f"every run failed: {broken[0].reason}")
-    return step
-
-
-def _selection_loss(status: CellStatus, otherwise: float) -> float:
-    return otherwise if status.outcome is None else status.outcome.rows.mean("selection")
+    if any(run.state == "done" or run.diverged for run in runs):
+        return ""
+    return runs[0].reason.rstrip(".") if runs else ""
 
 
 def _loss_of(cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> float | None:

@@ -1,7 +1,7 @@
 """What a study folder holds, read back: a report needs nothing else.
 
-``study.yaml`` is the resolved study, ``results.csv`` has a line for each run, ``verdicts.json`` what is found, and
-``runs/`` a run folder for each run.
+``study.yaml`` is the resolved study, ``results.csv`` has a line for each run, ``choices.json`` the rate of each arm,
+``verdicts.json`` what is found, and ``runs/`` a run folder for each run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning_lora.errors import DataError
 from lightning_lora.files.safetensors_file import read_tensors
 
 STUDY, RESULTS, VERDICTS, RUNS = "study.yaml", "results.csv", "verdicts.json", "runs"
+CHOICES = "choices.json"
 ROW_LOSSES, CURVE = "row_losses.safetensors", "curve.csv"
 UNTRAINED = "untrained base"
 """Name of the arm that trains nothing: the loss which every other run must beat."""
@@ -201,7 +202,9 @@ def read_study(folder: str | Path) -> StudyRecord:
         cells = read_results(folder / RESULTS)
         file = folder / VERDICTS
         verdicts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        arms = tuple(_arm(name, settings) for name, settings in spec["arms"].items())
+        file = folder / CHOICES
+        choices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        arms = tuple(_arm(name, settings, choices.get(name, {})) for name, settings in spec["arms"].items())
         return StudyRecord(folder, spec, spec["baseline"], spec["primary"], arms, cells, tuple(verdicts))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"{folder} cannot be read as a study: {type(error).__name__}: {error}") from error
@@ -243,9 +246,9 @@ def spreadsheet_text(text: str) -> str:
     return f"'{text}" if re.match(r"'?[=+\-@\t\r]", text) else text
 
 
-def _arm(name: str, settings: Mapping[str, Any]) -> ArmRecord:
+def _arm(name: str, settings: Mapping[str, Any], choice: Mapping[str, Any]) -> ArmRecord:
     rates = tuple(float(rate) for rate in settings["learning_rates"])
-    return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates)
+    return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates, **choice)
 
 
 def _cell(row: Mapping[str, str]) -> CellRecord:

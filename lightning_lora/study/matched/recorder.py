@@ -128,10 +128,7 @@ class CellRecorder(Callback):
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def _seed_epoch(self, epoch: int) -> None:
-        drawn = random.Random(f"{self.seed} {epoch}").getrandbits(32)
-        random.seed(drawn)
-        numpy.random.seed(drawn)
-        torch.manual_seed(drawn)
+        seed_all(random.Random(f"{self.seed} {epoch}").getrandbits(32))
 
     def _write(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -146,6 +143,13 @@ class CellRecorder(Callback):
             lines.append(",".join([str(step), str(tokens), f"{seconds:.3f}", *texts]))
         with atomic_file(self.folder / CURVE) as file:
             file.write(("\n".join(lines) + "\n").encode())
+
+
+def seed_all(seed: int) -> None:
+    """Seed all global generators; unlike `seed_everything` it leaves nothing in the environment."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def validation_metric(names: Any) -> str | None:

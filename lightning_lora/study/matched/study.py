@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteGradients, GracefulStop, RunLock
+from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.open_study import open_study
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
-from lightning_lora.study.matched.recorder import CellRecorder
+from lightning_lora.study.matched.recorder import CellRecorder, seed_all
 from lightning_lora.study.matched.run_cell import EVERY, as_run_error, cell_callbacks, fit_and_score, remove_checkpoints
 from lightning_lora.study.matched.spec import spec_of
 from lightning_lora.study.matched.worker import LeaseLostError, Worker
 from lightning_lora.study.statistics.before_start import before_start
-from lightning_lora.study.statistics.sweep import first_rates
+from lightning_lora.study.statistics.rates.sweep import first_rates
 from lightning_lora.study.statistics.word import BAND
 
 _ARM_PARTS = ("trainer", "data")
@@ -151,12 +155,13 @@ class Study:
         arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
         parts = {name: dict(arm.pop(name, {})) for name in _ARM_PARTS}
         try:
-            seed_everything(cell.seed, verbose=False)
-            # The base is not trained, so any rate does; zero is refused by some modules.
-            rate = cell.learning_rate or self.spec.arm(self.spec.baseline).learning_rates[0]
-            module = self.module(learning_rate=rate, **arm)
-            trainer = self._trainer(cell, folder, lost, parts["trainer"])
-            outcome = fit_and_score(trainer, module, self._data(cell.seed, parts["data"]), folder, cell.phase)
+            with kept_random_state(torch.device("cpu")), _without_infos():
+                seed_all(cell.seed)
+                # The base is not trained, so any rate does; zero is refused by some modules.
+                rate = cell.learning_rate or self.spec.arm(self.spec.baseline).learning_rates[0]
+                module = self.module(learning_rate=rate, **arm)
+                trainer = self._trainer(cell, folder, lost, parts["trainer"])
+                outcome = fit_and_score(trainer, module, self._data(cell.seed, parts["data"]), folder, cell.phase)
         except LeaseLostError:
             raise
         except Exception as error:
@@ -178,6 +183,20 @@ class Study:
             return None
         takes_seed = "seed" in inspect.signature(self.data).parameters
         return self.data(**arguments, **({"seed": seed} if takes_seed else {}))
+
+
+@contextmanager
+def _without_infos() -> Iterator[None]:
+    """Leave out what Lightning and we say of every Trainer; warnings are shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _plain(value: Any) -> Any:

@@ -90,7 +90,7 @@ class Worker:
         wanted = {cell.key for cell in plan.cells}
         # Runs of arms that were taken out of the study stay in the database, and out of its results.
         statuses = [status for status in self.store.statuses() if status.cell.key in wanted]
-        write_results(self.folder, statuses, plan.verdicts)
+        write_results(self.folder, statuses, plan.choices, plan.verdicts)
         return plan, statuses
 
     def _do(self, claim: Claim, plan: StudyPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from numpy.typing import ArrayLike
 
 from lightning_lora.study.statistics.arm import Arm

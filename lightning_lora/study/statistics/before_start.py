@@ -66,8 +66,8 @@ def about_the_band(band: float, base_loss: float, full_loss: float, spread: floa
 def _with_spread(plan: SeedPlan, band: float, spread: float) -> str:
     equal, behind = chances(plan, band, spread), chances(plan, band, spread, 2 * band)
     text = (
-        f"with a spread of {nats(spread, band)} nats between seeds, {_share(equal.matches)} of the studies say 'matches' if "
-        f"nothing differs, and {_share(behind.behind)} say 'falls behind' if the truth is twice the band"
+        f"with a spread of {nats(spread, band)} nats between seeds, {_share(equal.matches)} of the studies say "
+        f"'matches' if nothing differs, and {_share(behind.behind)} say 'falls behind' if the truth is twice the band"
     )
     if len(plan.looks) > 1:
         return f"{text}; {equal.seeds:.1f} seeds in the mean"

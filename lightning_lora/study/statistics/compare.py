@@ -50,25 +50,19 @@ def compare(
     """
     check_band(band)
     planned = sorted({*arm.losses, *arm.failed, *baseline.losses, *baseline.failed} if seeds is None else set(seeds))
-    diverged = {each.name: [seed for seed in each.diverged(tokens) if seed in planned] for each in (arm, baseline)}
+    ours, theirs = ([seed for seed in each.diverged(tokens) if seed in planned] for each in (arm, baseline))
     both = [seed for seed in planned if seed in arm.losses and seed in baseline.losses]
-    stable = [seed for seed in both if seed not in diverged[arm.name] + diverged[baseline.name]]
+    stable = [seed for seed in both if seed not in ours + theirs]
     evidence = _Evidence.of(differences(arm, baseline, stable), tokens, alpha) if stable else None
-    verdict = Verdict(
-        arm.name,
-        baseline.name,
-        "cannot tell",
-        band,
-        interval=None if evidence is None else evidence.interval,
-        seeds=len(stable),
-        spread=None if evidence is None else evidence.spread,
-    )
+    verdict = Verdict(arm.name, baseline.name, "cannot tell", band, seeds=len(stable))
+    if evidence is not None:
+        verdict = replace(verdict, interval=evidence.interval, spread=evidence.spread)
     if reason := _no_verdict(arm, baseline, planned, unequal):
         return replace(verdict, reason=reason)
-    if diverged[baseline.name]:
-        return replace(verdict, reason=f"{baseline.name} {_unstable(diverged[baseline.name], planned)}")
-    if diverged[arm.name]:
-        return _of_unstable(verdict, diverged[arm.name], planned)
+    if theirs:
+        return replace(verdict, reason=f"{baseline.name} {_unstable(theirs, planned)}")
+    if ours:
+        return _of_unstable(verdict, ours, planned)
     assert evidence is not None
     word, p = word_of(evidence.interval, band), p_of_word(evidence.interval, band)
     if word == "cannot tell":

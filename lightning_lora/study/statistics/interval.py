@@ -61,6 +61,10 @@ class Interval:
         """
         return max(self._p(self.mean + band), self._p(band - self.mean))
 
+    def inside(self, band: float) -> float:
+        """The probability that the true mean is inside of ``-band .. band``, all means being equally likely before."""
+        return max(0.0, 1 - self._p(self.mean + band) - self._p(band - self.mean))
+
     def _p(self, distance: float) -> float:
         """The probability of a mean this far on the claimed side of a limit, if the truth is at the limit."""
         if self.error == 0:

@@ -26,9 +26,9 @@ class Chances:
     """How often each word is said, as shares of studies.
 
     Args:
-        matches: "matches".
-        behind: "falls behind".
-        ahead: "is ahead".
+        matches: Share of "matches".
+        behind: Share of "falls behind".
+        ahead: Share of "is ahead".
         seeds: Seeds that a study runs in the mean.
     """
 
@@ -39,7 +39,7 @@ class Chances:
 
     @property
     def cannot_tell(self) -> float:
-        """ "Cannot tell"."""
+        """How often nobody can tell."""
         return max(0.0, 1 - self.matches - self.behind - self.ahead)
 
 
@@ -143,4 +143,5 @@ def _simulated(plan: SeedPlan, band: float, truth: float) -> Chances:
         words = np.stack([matches, (mean > half) & ~matches, (mean < -half) & ~matches])
         counts += (words & is_open).sum(1)
         is_open &= ~words.any(0)
-    return Chances(*(counts / _STUDIES).tolist(), seeds)
+    matches, behind, ahead = (counts / _STUDIES).tolist()
+    return Chances(matches, behind, ahead, seeds)

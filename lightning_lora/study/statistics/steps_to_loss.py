@@ -69,6 +69,14 @@ def target_loss(base: float, best_full: float, share: float = 0.9) -> float:
     return base - share * (base - best_full)
 
 
+def evaluation_steps(last: int, factor: float = 1.1) -> list[int]:
+    """Steps to evaluate at: each at most ``factor`` times the one before, or one more; the last one is ``last``."""
+    steps = [1]
+    while steps[-1] < last:
+        steps.append(min(last, max(steps[-1] + 1, int(steps[-1] * factor))))
+    return steps
+
+
 def crossing(before: tuple[float, float], after: tuple[float, float], target: float) -> float:
     """The step at which the loss crosses ``target`` between two ``(step, loss)``, linear in the logarithm of steps."""
     (first, high), (second, low) = before, after
@@ -121,6 +129,6 @@ def step_ratio(arm: Mapping[int, Reached], baseline: Mapping[int, Reached], alph
     upper = sum(ours.bound == "at most" or theirs.bound == "at least" for ours, theirs in telling)
     found = paired_interval(logs, alpha=alpha)
     bound: Bound = "cannot tell" if lower and upper else "at least" if lower else "at most" if upper else ""
-    missed = sum("at least" == each[1 if bound == "at most" else 0].bound for each in telling) if bound else 0
+    missed = sum(each[bound == "at most"].bound == "at least" for each in telling) if bound else 0
     ratio, low, high = (float(np.exp(each)) for each in (found.mean, found.low, found.high))
     return StepRatio(ratio, 0.0 if upper else low, math.inf if lower else high, bound, len(telling), missed)

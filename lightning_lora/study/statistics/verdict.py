@@ -78,6 +78,7 @@ class Verdict:
             "band": self.band,
             "alpha": None if ends is None else ends.alpha,
             "spread": self.spread,
+            "inside_band": None if ends is None else ends.inside(self.band),
             "p": self.p,
             "p_corrected": self.p_corrected,
             "after_tokens": self.after_tokens,

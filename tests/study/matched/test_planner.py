@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
-from lightning_lora.study.matched.cells import Cell
-from tests.study.matched.planted import finished, planted_loss, spec
+from lightning_lora.study.matched.cells import Cell, CellStatus
+from lightning_lora.study.matched.planner import plan_study
+from tests.study.matched.planted import BASE_LOSS, DATA, finished, planted_loss, spec
 
 
 def test_sweeps_end_at_an_interior_optimum_and_fresh_seeds_are_judged() -> None:
@@ -17,20 +21,26 @@ def test_sweeps_end_at_an_interior_optimum_and_fresh_seeds_are_judged() -> None:
 
 
 def test_the_plan_does_not_depend_on_the_order_of_what_is_finished() -> None:
-    from lightning_lora.study.matched.planner import plan_study
-    from tests.study.matched.planted import DATA
-
     study = spec()
     plan, known = finished(study, planted_loss)
     assert plan_study(study, list(known.values())[::-1], DATA) == plan
 
 
-@pytest.mark.parametrize(("best", "side"), [(1e-9, "lower"), (10.0, "higher")])
-def test_a_best_rate_at_the_edge_costs_no_verdict_runs_and_nobody_can_tell(best: float, side: str) -> None:
-    plan, known = finished(spec(), lambda cell: planted_loss(cell, best=best) / (1000 if side == "lower" else 100))
+@pytest.mark.parametrize("slope", [-0.05, 0.05], ids=["higher is better", "lower is better"])
+def test_a_best_rate_at_the_edge_costs_no_verdict_runs_and_nobody_can_tell(slope: float) -> None:
+    def loss(cell: Cell) -> float:
+        return BASE_LOSS if cell.phase == "base" else 2 + slope * math.log(cell.learning_rate / 3e-4)
+
+    plan, known = finished(spec(), loss)
     assert all("edge of the sweep" in step.problem for step in plan.choices.values())
     assert {run.cell.phase for run in known.values()} == {"base", "selection"}
     assert all(verdict.verdict == "cannot tell" and "edge" in verdict.sentence for verdict in plan.verdicts)
+
+
+def test_a_base_that_cannot_be_scored_ends_the_study_after_one_run() -> None:
+    plan, known = finished(spec(), lambda cell: "no validation rows")
+    assert [run.cell.phase for run in known.values()] == ["base"]
+    assert "the untrained base cannot be scored: no validation rows" in plan.verdicts[0].sentence
 
 
 def test_rates_that_diverge_close_the_upper_side() -> None:
@@ -91,3 +101,15 @@ def test_seeds_are_added_only_where_nobody_can_tell_yet() -> None:
 def test_two_seeds_are_no_verdict() -> None:
     plan, _ = finished(spec(seeds=2), planted_loss)
     assert all(verdict.sentence == "cannot tell: 2 seeds; at least 3 are needed" for verdict in plan.verdicts)
+
+
+def test_held_out_rows_that_differ_between_runs_are_no_verdict() -> None:
+    study = spec()
+    _, known = finished(study, planted_loss)
+
+    def of_seed(run: CellStatus) -> CellStatus:
+        assert run.outcome is not None
+        return replace(run, outcome=replace(run.outcome, rows_hash=str(run.cell.seed)))
+
+    plan = plan_study(study, map(of_seed, known.values()), DATA)
+    assert {verdict.sentence for verdict in plan.verdicts} == {"cannot tell: the arms differ in held-out rows"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_lora.study.matched.record import UNTRAINED, ArmRecord, CellRecord, StudyRecord
 from lightning_lora.study.statistics.arm import Arm
-from lightning_lora.study.statistics.sweep import NextStep, Trial, next_step
+from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 
 
 class StudyFacts:

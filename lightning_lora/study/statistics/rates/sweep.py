@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.study.statistics.rate_vertex import refined_rate
+from lightning_lora.study.statistics.rates.rate_vertex import refined_rate
 from lightning_lora.study.statistics.word import BAND, check_band
 
 FACTOR = 3.0
@@ -152,13 +152,17 @@ def _plateau(grid: Sequence[float], losses: dict[float, float], place: int, band
 
 
 def _refined(grid: Sequence[float], losses: dict[float, float], place: int, band: float) -> NextStep:
-    """One more rate between the neighbours of the best, if it promises half a band, and then the best of all."""
+    """One more rate between the neighbours of the best, if it promises half a band."""
     lower, best, upper = grid[place - 1 : place + 2]
     proof = f"{lower:g} and {upper:g} are worse"
     tried = [rate for rate in losses if rate not in grid and lower < rate < upper]
-    if not tried:
-        found = refined_rate((lower, best, upper), (losses[lower], losses[best], losses[upper]), band)
-        if found is not None:
-            return NextStep((rate_key(found.rate),), None, found.why)
+    found = refined_rate((lower, best, upper), (losses[lower], losses[best], losses[upper]), band)
+    if found is not None and not tried:
+        return NextStep((rate_key(found.rate),), None, found.why)
     chosen = min([best, *tried], key=lambda rate: losses[rate])
-    return NextStep((), chosen, f"{chosen:g} is the best of {len(grid) + len(tried)} rates, {proof}")
+    # Four measurements stand behind a vertex, and one behind a lowest loss: a vertex below its neighbours is nearer to
+    # the optimum, though noise may have put the best rate below it.
+    if found is not None and found.is_vertex and losses[tried[0]] < min(losses[lower], losses[upper]):
+        chosen = tried[0]
+    found_by = "the best" if losses[chosen] <= losses[best] else "at the vertex"
+    return NextStep((), chosen, f"{chosen:g} is {found_by} of {len(grid) + len(tried)} rates, {proof}")

@@ -18,15 +18,18 @@ class RefinedRate:
     Args:
         rate: The rate.
         why: What it was found by.
+        is_vertex: Whether a parabola stands behind it.
     """
 
     rate: float
     why: str
+    is_vertex: bool = False
 
 
 def vertex(rates: Three, losses: Three) -> tuple[float, float]:
     """Rate and loss at the vertex of the parabola through three points ``(log rate, loss)``, the middle one lowest.
 
+    It lies at most half of the way to a neighbour, since the middle one is lowest.
     For equal steps ``h`` of the logarithm: ``x = x_b + (h / 2) (L_a - L_c) / (L_a - 2 L_b + L_c)``.
     """
     left, right = (math.log(rate / rates[1]) for rate in (rates[0], rates[2]))
@@ -45,19 +48,13 @@ def refined_rate(rates: Three, losses: Three, band: float) -> RefinedRate | None
         losses: Their losses, those of diverged runs capped at the loss of the base.
         band: Nats that count as equal.
     """
-    rises = losses[0] - losses[1], losses[2] - losses[1]
-    if max(rises) > STEEP * min(rises):
-        return _beside_a_cliff(rates, rises, band)
     place, loss = vertex(rates, losses)
     if losses[1] - loss <= band / 2:
         return None
-    low, high = math.sqrt(rates[0] * rates[1]), math.sqrt(rates[1] * rates[2])
-    return RefinedRate(min(max(place, low), high), "the vertex of a parabola through the best rate and its neighbours")
-
-
-def _beside_a_cliff(rates: Three, rises: tuple[float, float], band: float) -> RefinedRate | None:
-    """A golden section of the gentle side, which is where the valley is wide."""
-    if min(rises) <= band / 2:
-        return None
-    gentle = rates[0] if rises[0] < rises[1] else rates[2]
-    return RefinedRate(rates[1] * (gentle / rates[1]) ** GOLDEN, "a golden section of the side that rises gently")
+    rises = losses[0] - losses[1], losses[2] - losses[1]
+    if max(rises) > STEEP * min(rises):
+        # The valley is wide on the side that rises gently.
+        gentle = rates[0] if rises[0] < rises[1] else rates[2]
+        place = rates[1] * (gentle / rates[1]) ** GOLDEN
+        return RefinedRate(place, "a golden section of the side that rises gently")
+    return RefinedRate(place, "the vertex of a parabola through the best rate and its neighbours", is_vertex=True)

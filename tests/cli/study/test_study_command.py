@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
+from lightning_lora.study.matched.record import StudyRecord, read_study
+from tests.cli.study import forking
+from tests.support import commands, warm
+
+BASE = {
+    "model": {
+        "class_path": "lightning_lora.tasks.CausalLM",
+        "init_args": {"model": str(MODEL), "learning_rate": 3e-4},
+    },
+    "data": {
+        "class_path": "lightning_lora.data.SFTDataModule",
+        "init_args": {
+            "train": str(TRAIN),
+            "validation": str(VALIDATION),
+            **{"max_rows": 16, "validation_rows": 12, "batch_size": 8, "max_length": 256},
+        },
+    },
+    "trainer": {"max_epochs": 1, "accelerator": "cpu", "gradient_clip_val": 1.0},
+}
+ARMS: dict[str, Any] = {
+    "full": {"learning_rates": [3.3e-4, 6.6e-4, 2e-3]},
+    "rank 8": {"overrides": {"model.init_args.lora": {"rank": 8}}, "learning_rates": [1.1e-4, 3.3e-4, 1e-3]},
+}
+
+
+def write(folder: Path, **settings: Any) -> Path:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    file = folder / "ranks.yaml"
+    file.write_text(yaml.safe_dump({"configs": ["base.yaml"], "arms": ARMS, "seeds": 1} | settings))
+    return file
+
+
+def both(**overrides: Any) -> dict[str, Any]:
+    return {"full": None, "other": {"overrides": overrides}}
+
+
+MISTAKES = {
+    "unknown option": (both(**{"model.init_args.lora.rnak": 8}), "arm 'other': ", "did you mean 'rank'"),
+    "unknown option of the trainer": (both(**{"trainer.max_epoch": 8}), "arm 'other': ", "max_epochs"),
+    "learning rate": (
+        both(**{"model.init_args.learning_rate": 1}),
+        "which the study sets for each run",
+        "learning_rates",
+    ),
+    "seed": (both(seed_everything=1), "which the study sets for each run, alike in all arms", ""),
+    "other data": (both(**{"data.init_args.max_rows": 8}), "differ in data", "set it for the whole study"),
+    "other precision": (both(**{"trainer.precision": "bf16-true"}), "differ in precision", "must be equal"),
+    "the same": (both(), "'full' and 'other' are the same", ""),
+    "no config": ({"full": None, "other": {"configs": ["no.yaml"]}}, "no.yaml' does not exist", ""),
+}
+
+
+@pytest.mark.parametrize(("arms", "first", "second"), MISTAKES.values(), ids=list(MISTAKES))
+def test_a_mistake_in_an_arm_is_one_error_and_nothing_is_written(
+    tmp_path: Path, arms: dict[str, Any], first: str, second: str
+) -> None:
+    file = write(tmp_path, arms=arms)
+    done = commands.lightning_lora("study", str(file), "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert first in lines[0]
+    assert second in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_study_is_one_error(tmp_path: Path) -> None:
+    cases = {
+        (): "study needs a study file",
+        ("no.yaml",): "no.yaml cannot be read",
+        (str(write(tmp_path)), "--trainer.max_steps=3"): "options of fit go under overrides",
+        (str(write(tmp_path)), "--hours", "-1"): "--hours must be a positive number",
+        (str(write(tmp_path)), "--storage", "mysql://host/s"): "must be sqlite:///FILE or postgresql://",
+    }
+    for arguments, message in cases.items():
+        done = commands.lightning_lora("study", *arguments, cwd=tmp_path)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, warm.Done, StudyRecord]:
+    folder = tmp_path_factory.mktemp("study")
+    too_high = {"overrides": {"model.init_args.lora": {"rank": 10_000}}, "learning_rates": [1e-4]}
+    file = write(folder, arms=ARMS | {"rank 10000": too_high}, primary="rank 8")
+    done = warm.run(forking.__file__, "study", file, "--out", folder / "out", cwd=folder)
+    return folder, done, read_study(folder / "out")
+
+
+@pytest.mark.slow
+def test_a_study_trains_its_arms_by_the_code_of_fit(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
+    _, done, record = finished
+    assert done.returncode == 3, done.stderr
+    for arm, trained in (("full", 1_878_240), ("rank 8", 122_240)):
+        runs = record.cells_of(arm)
+        assert {cell.state for cell in runs} == {"done"}
+        assert {cell.trained_parameters for cell in runs} == {trained}
+        assert {cell.steps for cell in runs} == {2}
+        assert all((record.run_folder(cell) / "config.yaml").is_file() for cell in runs)
+    (adapted,) = record.cells_of("rank 8", "verdict")
+    assert (
+        record.run_folder(adapted) / "adapters/last/adapter_model.safetensors"
+    ).stat().st_size == adapted.saved_bytes
+    losses = record.row_losses(adapted)
+    assert losses is not None
+    assert set(losses.tokens.tolist()) != {1}
+    config = yaml.safe_load((record.run_folder(adapted) / "config.yaml").read_text())
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == adapted.seed == 1
+    assert config["model"]["init_args"]["learning_rate"] == adapted.learning_rate
+
+
+@pytest.mark.slow
+def test_a_failed_arm_is_rows_with_a_reason_and_exit_code_3(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
+    _, done, record = finished
+    failed = record.cells_of("rank 10000")
+    assert {cell.state for cell in failed} == {"failed"}
+    assert all("rank" in cell.reason and "10000" in cell.reason for cell in failed)
+    assert {cell.attempt for cell in failed} == {1}
+    verdicts = {verdict["arm"]: verdict for verdict in record.verdicts}
+    assert verdicts["rank 8"]["sentence"] == "cannot tell: 1 seed; at least 3 are needed"
+    assert "every run failed" in verdicts["rank 10000"]["sentence"]
+    assert "no verdict: it takes at least 3 seeds" in done.stdout
+    assert f"{len(record.cells)} of about" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_second_start_runs_nothing_and_another_study_is_refused(
+    finished: tuple[Path, warm.Done, StudyRecord],
+) -> None:
+    folder, _, record = finished
+    before = commands.tree(folder / "out" / "runs")
+    again = warm.run(forking.__file__, "study", "ranks.yaml", "--out", "out", cwd=folder)
+    assert again.returncode == 3
+    assert f"{len(record.cells)} runs are over already" in again.stdout
+    assert commands.tree(folder / "out" / "runs") == before
+    assert [vars(cell) for cell in read_study(folder / "out").cells] == [vars(cell) for cell in record.cells]
+    other = folder / "other"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("out"))
+    write(other, band=0.1)
+    refused = warm.run(forking.__file__, "study", "ranks.yaml", "--out", folder / "out", cwd=other)
+    assert refused.returncode == 2
+    assert "holds another study 'ranks'" in refused.stderr
+    assert json.loads((folder / "out" / "verdicts.json").read_text())
