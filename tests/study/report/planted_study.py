@@ -14,7 +14,17 @@ import yaml
 from numpy.random import default_rng
 
 from lightning_lora.files.safetensors_file import write_tensors
-from lightning_lora.study.matched.record import COLUMNS, CURVE, RESULTS, ROW_LOSSES, RUNS, STUDY, UNTRAINED, VERDICTS
+from lightning_lora.study.matched.record import (
+    CHOICES,
+    COLUMNS,
+    CURVE,
+    RESULTS,
+    ROW_LOSSES,
+    RUNS,
+    STUDY,
+    UNTRAINED,
+    VERDICTS,
+)
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.compare import compare, corrected
 
@@ -67,6 +77,11 @@ def plant(
         writer.writeheader()
         writer.writerows(lines)
     (folder / VERDICTS).write_text(json.dumps([verdict.to_dict() for verdict in verdicts]))
+    chosen = {
+        name: {"chosen_rate": 3e-4, "why": "1e-4 and 9e-4 are worse", "problem": problem.get(name, "")}
+        for name in names
+    }
+    (folder / CHOICES).write_text(json.dumps(chosen))
     (folder / STUDY).write_text(yaml.safe_dump(_study(names, seeds), sort_keys=False))
     return folder
 

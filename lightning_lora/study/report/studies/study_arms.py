@@ -63,7 +63,7 @@ def _arms(facts: StudyFacts) -> Table:
             nats(facts.mean_loss(arm.name)),
             nats(worst[1] if worst else None),
             count(len(runs)),
-            rate(facts.chosen(arm).chosen),
+            rate(arm.chosen_rate),
             count(_mean(runs, "trained_parameters")),
             size(_mean(runs, "peak_bytes")),
             seconds(_mean(runs, "seconds")),

@@ -1,4 +1,4 @@
-"""What the parts of a study's report all ask of a study: its words, its chosen rates, its verdict runs."""
+"""What the parts of a study's report all ask of a study: its words, its verdict runs, what they have in common."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from lightning_lora.study.matched.record import UNTRAINED, ArmRecord, CellRecord, StudyRecord
+from lightning_lora.study.matched.record import UNTRAINED, CellRecord, StudyRecord
 from lightning_lora.study.statistics.arm import Arm
-from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 
 
 class StudyFacts:
@@ -37,19 +36,6 @@ class StudyFacts:
         known = ((phase, self.study.base_loss(phase)) for phase in ("selection", "verdict"))
         return {phase: loss for phase, loss in known if loss is not None}
 
-    def chosen(self, arm: ArmRecord) -> NextStep:
-        """What the sweep of an arm has chosen, or does next."""
-        if arm.chosen_rate is not None:
-            return NextStep((), arm.chosen_rate, arm.why, arm.problem)
-        trials = [
-            Trial(cell.learning_rate, math.nan if cell.loss is None else cell.loss)
-            for cell in self.study.cells_of(arm.name, "selection")
-            if cell.state in ("done", "failed")
-        ]
-        if not arm.learning_rates:
-            return NextStep((), None, "no rates are named")
-        return next_step(arm.learning_rates, trials, self.base_losses.get("selection", math.inf), self.band)
-
     def verdict_runs(self, arm: str) -> list[CellRecord]:
         """The runs of an arm that are judged and done, by seed."""
         done = [cell for cell in self.study.cells_of(arm, "verdict") if cell.state == "done"]
@@ -69,11 +55,6 @@ class StudyFacts:
     def failures(self) -> list[CellRecord]:
         """Runs that failed, in the order of the study."""
         return [cell for cell in self.study.cells if cell.state == "failed" and cell.arm != UNTRAINED]
-
-
-def verdict_of(study: StudyRecord, arm: str) -> Mapping[str, Any] | None:
-    """What is found about an arm; None as long as nothing is."""
-    return next((each for each in study.verdicts if each["arm"] == arm), None)
 
 
 def headline(verdict: Mapping[str, Any]) -> str:

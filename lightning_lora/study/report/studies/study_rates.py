@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import fmean
 
 from lightning_lora.study.matched.record import CellRecord
 from lightning_lora.study.report.charts.axis import Axis
@@ -50,14 +53,12 @@ def _figure(facts: StudyFacts, tried: list[CellRecord]) -> Figure | None:
     top = Axis.around("", [cell.loss for cell in good if cell.loss is not None]).high
     series, chosen = [], []
     for arm in facts.study.arms:
-        points = sorted(
-            (cell.learning_rate, cell.loss) for cell in good if cell.arm == arm.name and cell.loss is not None
-        )
-        best = facts.chosen(arm).chosen
-        rings = [(at, loss) for at, loss in points if at == best]
-        if points:
-            series.append(Series(arm.name, points, facts.styles[arm.name], rings=rings))
-            chosen += [f"{arm.name} {rate(best).text}"] if best is not None else []
+        points = _means(cell for cell in good if cell.arm == arm.name)
+        if not points:
+            continue
+        rings = [(at, loss) for at, loss in points if at == arm.chosen_rate]
+        series.append(Series(arm.name, points, facts.styles[arm.name], rings=rings))
+        chosen += [f"{arm.name} {rate(arm.chosen_rate).text}"] if arm.chosen_rate is not None else []
     bad = sorted({cell.learning_rate for cell in tried if cell not in good})
     if bad:
         series.append(Series("failed or diverged", [(at, top) for at in bad], style=4, has_line=False))
@@ -68,17 +69,24 @@ def _figure(facts: StudyFacts, tried: list[CellRecord]) -> Figure | None:
     return line_chart("u-curves", "Loss against learning rate", says, x, y, series)
 
 
+def _means(cells: Iterable[CellRecord]) -> list[tuple[float, float]]:
+    """Learning rates with the mean loss over selection seeds."""
+    losses: dict[float, list[float]] = defaultdict(list)
+    for cell in cells:
+        losses[cell.learning_rate].append(cell.loss or 0.0)
+    return [(at, fmean(found)) for at, found in sorted(losses.items())]
+
+
 def _choices(facts: StudyFacts) -> Table:
     rows = []
     for arm in facts.study.arms:
-        found = facts.chosen(arm)
         tried = facts.study.cells_of(arm.name, "selection")
         losses = [cell.loss for cell in tried if cell.loss is not None and math.isfinite(cell.loss)]
-        why = f"{found.why}; {found.problem}" if found.problem and found.problem not in found.why else found.why
+        why = f"{arm.why}; {arm.problem}" if arm.problem and arm.problem not in arm.why else arm.why
         rows.append(
             [
                 words(arm.name),
-                rate(found.chosen),
+                rate(arm.chosen_rate),
                 Cell(str(len(tried)), len(tried)),
                 nats(min(losses, default=None)),
                 words(why),
