@@ -8,10 +8,11 @@ import pytest
 
 from lightning_lora.errors import DataError
 from lightning_lora.study.matched.record import RESULTS, STUDY, VERDICTS, read_study
-from lightning_lora.study.report.content import Page, figures_of
+from lightning_lora.study.report.content import Page, Table, figures_of
 from lightning_lora.study.report.studies.study_page import study_page
 from lightning_lora.study.report.table import cells_of
 from lightning_lora.study.report.write import write_report
+from tests.study.report.planted_run import plant_run
 from tests.study.report.planted_study import BASELINE, plant
 
 
@@ -92,3 +93,20 @@ def test_a_damaged_study_is_one_clear_error(tmp_path: Path) -> None:
     (folder / STUDY).write_text("name: [")
     with pytest.raises(DataError, match="cannot be read as a study"):
         write_report(folder)
+
+
+def test_what_monitors_said_is_told_by_arm_with_the_layers_of_the_main_one(tmp_path: Path) -> None:
+    folder = plant(tmp_path, {"rank 1": 0.03, "rank 8": 0.001})
+    study = read_study(folder)
+    for arm in ("rank 1", "rank 8"):
+        run = study.run_folder(study.cells_of(arm, "verdict")[0])
+        (run / "curve.csv").unlink()
+        run.rmdir()
+        plant_run(run)
+    page = page_of(folder)
+    cells = {(part, row, column): cell for part, row, column, cell in cells_of(page)}
+    assert cells["monitors", "rank 1", "batch"].text == "noise-limited"
+    assert cells["monitors", "rank 8", "noise scale, rows"].value == 140.0
+    (section,) = (section for section in page.sections if section.name == "monitors-part")
+    assert isinstance(section.blocks[-1], Table)
+    assert section.blocks[-1].caption == "Layers by role of rank 8, seed 1"

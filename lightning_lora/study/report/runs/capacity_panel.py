@@ -34,7 +34,7 @@ def capacity_panel(run: RunRecord) -> Section | None:
         blocks.append(said("So far: {word}.", word=words(str(last["verdict"]))))
     blocks += [figure for figure in (_truncation(measured), _losses(measured)) if figure is not None]
     if verdict and verdict.get("groups"):
-        blocks.append(_layers(verdict["groups"]))
+        blocks.append(layer_map(verdict["groups"]))
     if growths := run.all_of("rank_growth"):
         blocks.append(_growth(growths))
     if run.rank_probe:
@@ -87,7 +87,9 @@ def _losses(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
     )
 
 
-def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
+def layer_map(groups: Mapping[str, Mapping[str, Any]], caption: str = "Layers by role") -> Table:
+    """A heat map of the groups of layers of a capacity verdict."""
+
     def shown(group: Mapping[str, Any]) -> dict[str, Cell]:
         rank = group.get("rank")
         return {
@@ -107,7 +109,7 @@ def _layers(groups: Mapping[str, Mapping[str, Any]]) -> Table:
         "gain. The effective rank describes an update and decides nothing. A question mark: not measured, or not told "
         "from noise."
     )
-    return heat_map("layers", "Layers by role", cells, measures, note)
+    return heat_map("layers", caption, cells, measures, note)
 
 
 def _percent(value: float) -> Cell:

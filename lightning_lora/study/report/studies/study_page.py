@@ -7,6 +7,7 @@ from lightning_lora.study.report.content import Page
 from lightning_lora.study.report.studies.study_arms import study_arms
 from lightning_lora.study.report.studies.study_curves import study_curves
 from lightning_lora.study.report.studies.study_facts import StudyFacts
+from lightning_lora.study.report.studies.study_monitors import study_monitors
 from lightning_lora.study.report.studies.study_origin import study_limits, study_origin
 from lightning_lora.study.report.studies.study_rates import failures, study_rates
 from lightning_lora.study.report.studies.study_verdicts import study_lede, study_verdict, study_verdicts
@@ -20,6 +21,7 @@ def study_page(study: StudyRecord) -> Page:
         study_arms(facts),
         study_curves(facts),
         study_rates(facts),
+        study_monitors(facts),
         failures(facts),
         study_origin(facts),
         study_limits(facts),
