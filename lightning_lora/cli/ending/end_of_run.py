@@ -26,6 +26,7 @@ from lightning_lora.cli.ending.loss_curve import draw
 from lightning_lora.cli.ending.next_commands import next_commands, shown
 from lightning_lora.cli.ending.run_story import Effort, tell_end, tell_start
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
+from lightning_lora.files.events import EVENTS_FILE
 from lightning_lora.study.matched.record import CURVE
 from lightning_lora.study.report.runs.losses import METRICS, LossCurve, read_losses, validation_metric
 from lightning_lora.trainer_access import found, run_folder
@@ -61,6 +62,7 @@ class EndOfRun(Callback):
         self._effort = Effort()
         self._saved = 0.0
         self._writes = False
+        self._failed: set[str] = set()
 
     def keep_metrics(self, trainer: Trainer) -> None:
         """Read the metrics that lie in the folder of a CSV logger: it deletes them when it is first used."""
@@ -87,7 +89,7 @@ class EndOfRun(Callback):
         self._writes = trainer.is_global_zero and is_local(self._folder) and not fast and self._leaves_files(trainer)
         self._saved = time.perf_counter()
         if self._writes:
-            tell_start(Path(self._folder), trainer, pl_module)
+            self._guarded(EVENTS_FILE, lambda: tell_start(Path(self._folder), trainer, pl_module))
 
     @override
     def on_train_batch_end(
@@ -144,8 +146,8 @@ class EndOfRun(Callback):
     def _save_curve(self) -> None:
         """Write the losses so far."""
         self._read_buffer()
-        self.curve.write(Path(self._folder, CURVE))
         self._saved = time.perf_counter()
+        self._guarded(CURVE, lambda: self.curve.write(Path(self._folder, CURVE)))
 
     def _read_buffer(self) -> None:
         if self._buffer:
@@ -162,7 +164,10 @@ class EndOfRun(Callback):
         if has_trained and self._writes:
             self._effort.pause()
             self._save_curve()
-            tell_end(Path(self._folder), trainer.global_step, exception)
+            self._guarded(EVENTS_FILE, lambda: tell_end(Path(self._folder), trainer.global_step, exception))
+            for logger in trainer.loggers:
+                logger.save()
+            self._guarded(HTML, lambda: _write_report(self._folder))
         is_told = has_trained and trainer.is_global_zero and is_local(self._folder)
         if not is_told or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -170,21 +175,22 @@ class EndOfRun(Callback):
         if not files:
             return
         self._guarded(PICTURE, lambda: draw(self.curve, Path(self._folder, PICTURE)))
-        for logger in trainer.loggers:
-            logger.save()
-        self._guarded(HTML, lambda: _write_report(self._folder))
         named = (("metrics", METRICS), ("loss curve", PICTURE), ("report", HTML))
         files |= {name: Path(self._folder, file) for name, file in named}
         files = {name: path for name, path in files.items() if path.exists()}
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         rank_zero_info("\n".join(self._lines(pl_module, data, files)))
 
-    @staticmethod
-    def _guarded(name: str, write: Callable[[], object]) -> None:
+    def _guarded(self, name: str, write: Callable[[], object]) -> None:
+        """Write one of the files; if that fails, say so once and train on."""
         try:
             write()
         except Exception as error:  # a full disk, a backend that does not start: the run is worth more than its picture
-            rank_zero_warn(f"{name} is not made: {type(error).__name__}: {error}. Nothing else of the run is affected.")
+            if name not in self._failed:
+                self._failed.add(name)
+                rank_zero_warn(
+                    f"{name} is not made: {type(error).__name__}: {error}. Nothing else of the run is affected."
+                )
 
     def _lines(self, pl_module: LightningModule, data: LightningDataModule | None, files: dict[str, Path]) -> list[str]:
         folder = Path(self._folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
 from lightning_lora.batch.counting import count_rows, count_supervised
@@ -72,6 +73,7 @@ def tell_start(folder: Path, trainer: Trainer, module: LightningModule) -> None:
     event = {
         "event": "started",
         "step": trainer.global_step,
+        "steps_planned": _planned_steps(trainer),
         "command": [_program(), *sys.argv[1:]],
         "versions": {name: installed_version(name) for name in _LIBRARIES},
         "device": _device(module),
@@ -97,6 +99,15 @@ def tell_end(folder: Path, step: int, exception: BaseException | None) -> None:
 def _program() -> str:
     called = Path(sys.argv[0])
     return "lightning-lora" if called.parent.name == "lightning_lora" else called.name
+
+
+def _planned_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where it has no end, or another accumulation in each epoch."""
+    try:
+        planned = trainer.estimated_stepping_batches
+    except MisconfigurationException:
+        return None
+    return int(planned) if math.isfinite(planned) else None
 
 
 def _device(module: LightningModule) -> str:

@@ -16,7 +16,7 @@ from lightning_lora.callbacks import AdapterCheckpoint
 from lightning_lora.cli.ending import end_of_run
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.files.events import read_events
-from lightning_lora.study.report.runs.losses import read_losses
+from lightning_lora.study.report.runs.losses import LossCurve, read_losses
 from lightning_lora.study.report.runs.run_record import read_run
 from tests.support import toys
 from tests.support.toys import Toy
@@ -69,7 +69,7 @@ def test_a_run_says_how_it_started_and_ended(
         with pytest.raises(SIGTERMException):
             fit(tmp_path, At(3, fail(error)))
     start, end = read_events(tmp_path)
-    assert (start["event"], start["step"]) == ("started", 0)
+    assert (start["event"], start["step"], start["steps_planned"]) == ("started", 0, 4)
     assert start["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert start["trained_parameters"] == 2 * (4 + 8) + 2 * (8 + 2)
     assert (end["event"], end["how"], end.get("reason")) == ("ended", how, reason)
@@ -124,3 +124,16 @@ def test_a_report_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.
     with pytest.warns(UserWarning, match=r"report.html is not made: OSError: No space left"):
         fit(tmp_path)
     assert read_run(tmp_path).ending == "done"
+
+
+def test_a_full_disk_costs_the_files_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(LossCurve, "write", full)
+    monkeypatch.setattr(end_of_run, "tell_start", full)
+    with pytest.warns(UserWarning, match="Nothing else of the run is affected") as caught:
+        fit(tmp_path, max_epochs=3)
+    told = [str(warning.message).partition(" ")[0] for warning in caught if "is not made" in str(warning.message)]
+    assert sorted(told) == ["curve.csv", "events.jsonl"], "each is told once"
+    assert (tmp_path / "adapters/last").is_dir()

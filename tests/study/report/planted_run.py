@@ -44,7 +44,10 @@ def plant_run(folder: Path, steps: int = 60, name: str = "base", monitors: bool 
         if step % 20 == 0:
             curve.validation[step] = 1.55 + 1.9 * math.exp(-step / 40)
     curve.write(folder / "curve.csv")
-    write_event(folder, {"event": "started", "step": 0, "command": ["lightning-lora", "fit"], "device": "cpu"})
+    write_event(
+        folder,
+        {"event": "started", "step": 0, "command": ["lightning-lora", "fit"], "device": "cpu", "steps_planned": 80},
+    )
     for event in _monitored(steps) if monitors else []:
         write_event(folder, event)
     if how:

@@ -52,6 +52,7 @@ def test_a_run_whose_lock_is_held_goes_on(tmp_path: Path) -> None:
     folder, lock = plant_run(tmp_path / "run", how=""), tmp_path / ".run.lock"
     take_lock(lock, folder)
     assert page_of(folder).state == "running"
+    assert "The run goes on; these are the numbers so far, at step 60 of 80." in text_of(page_of(folder))
     holder = json.loads(lock.read_text())
     lock.write_text(json.dumps(holder | {"born": "another process"}))
     assert page_of(folder).state == ""

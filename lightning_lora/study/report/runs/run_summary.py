@@ -14,7 +14,7 @@ _ENDINGS = {
     "done": "The run is finished.",
     "stopped": "The run was stopped before its end; it can be continued from its last checkpoint.",
     "failed": "The run failed",
-    "running": "The run goes on; these are the numbers so far.",
+    "running": "The run goes on; these are the numbers so far",
     "killed": "The run has left no word about its end: it was killed, or the machine stopped.",
     "unknown": "",
 }
@@ -62,7 +62,11 @@ def run_lede(run: RunRecord) -> Iterator[Words]:
     text = _ENDINGS[run.ending]
     if run.ending == "failed":
         text += f": {run.all_of('ended')[-1].get('reason') or 'no reason is recorded'}"
-    if text:
+    if run.ending == "running":
+        planned = (run.last_of("started") or {}).get("steps_planned")
+        text += ", at step {done} of {planned}." if planned else ", at step {done}."
+        yield said(text, done=count(run.losses.last_step), planned=count(planned))
+    elif text:
         yield Words(text)
     if event := run.last_of("capacity_verdict"):
         yield Words(_sentence(str(event["sentence"])))

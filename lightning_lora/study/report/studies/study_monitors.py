@@ -29,9 +29,7 @@ def study_monitors(facts: StudyFacts) -> Section | None:
         )
     columns = ["arm", "seed", "capacity", "batch", "noise scale, rows", "rows per step"]
     note = "Each line is one seed. A noise scale is told where it has an interval."
-    blocks: list[Block] = [
-        Table("monitors", "What monitors have said at the end of a run", columns, rows, note)
-    ]
+    blocks: list[Block] = [Table("monitors", "What monitors have said at the end of a run", columns, rows, note)]
     order = sorted(watched, key=lambda name: name != facts.study.primary)
     for name in order:
         verdict = watched[name][1].last_of("capacity_verdict")
