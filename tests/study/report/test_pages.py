@@ -16,6 +16,7 @@ from lightning_lora.study.report.write import CSV, HTML, MARKDOWN, write_report
 from tests.study.report.html_page import HtmlPage
 from tests.study.report.planted_run import plant_run
 from tests.study.report.planted_study import plant
+from tests.support import warm
 
 EVIL = "<script>alert(1)</script>"
 NAMES = (EVIL, "=cmd|' /C calc'!A0", 'a | `b` "q" & \' *bold* </style>', "x" * 300, "\u2028 ü 漢字")
@@ -200,3 +201,11 @@ def test_colours_can_be_told_from_what_is_behind_them() -> None:
     shades = re.findall(r"\.heat-\d \{ background: (#\w{6}); color: (#\w{6}); \}", style)
     assert len(shades) == 9
     assert all(_contrast(back, front) >= 4.5 for back, front in shades)
+
+
+@pytest.mark.slow
+def test_a_report_starts_without_the_libraries_of_training() -> None:
+    code = (
+        "import sys, lightning_lora.study.report.write; print({'lightning', 'transformers', 'scipy'} & {*sys.modules})"
+    )
+    assert warm.run_cold("-c", code).stdout.strip() == "set()"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_lora.batch.reading import BatchReading, advice
+from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.report.charts.axis import Axis
 from lightning_lora.study.report.charts.line_chart import Series, line_chart
@@ -17,10 +20,8 @@ def batch_panel(run: RunRecord) -> Section | None:
     """The panel; None if nothing watched the batch."""
     samples = samples_of_last_start(run)
     blocks: list[Block] = []
-    if event := run.last_of("batch_verdict"):
-        blocks.append(Words(str(event["sentence"])))
-    elif samples:
-        blocks.append(_state(samples[-1]))
+    if samples:
+        blocks += [batch_state(samples[-1]), Words(_advice(samples[-1]))]
     if len(samples) > 1:
         blocks.append(_noise(samples))
     if samples:
@@ -47,7 +48,8 @@ def samples_of_last_start(run: RunRecord) -> list[Mapping[str, Any]]:
     return [samples[step] for step in sorted(samples)]
 
 
-def _state(sample: Mapping[str, Any]) -> Words:
+def batch_state(sample: Mapping[str, Any]) -> Words:
+    """The state of the batch after a sample, with the numbers behind it."""
     low, high = sample.get("gns/low"), sample.get("gns/high")
     text = "The batch of {rows} rows is {state} after {measured} measured steps"
     text += ": noise scale {value} rows ({low} to {high})." if low is not None and high is not None else "."
@@ -60,6 +62,20 @@ def _state(sample: Mapping[str, Any]) -> Words:
         low=short(low),
         high=short(high),
     )
+
+
+def _advice(sample: Mapping[str, Any]) -> str:
+    """What the state means for the batch, in the words of the monitor."""
+    low, value, high = (sample.get(f"gns/{name}") for name in ("low", "value", "high"))
+    rows, accumulation, calibration = sample["batch/rows"], sample["batch/k"], sample.get("batch/calibration") or 1.0
+    fill, fill_high, fill_low = (
+        rows / (calibration * scale) if scale is not None and scale > 0 else math.inf for scale in (value, low, high)
+    )
+    reading = BatchReading(sample["state"], fill, 0.0 if high is None else fill_low, fill_high)
+    batch = EffectiveBatch(rows // accumulation, accumulation, 1)  # ranks count as rows of a micro-batch here
+    steps = sample.get("batch/steps_total")
+    text = advice(reading, batch, math.inf if steps is None else steps)
+    return text[:1].upper() + text[1:]
 
 
 def _noise(samples: Sequence[Mapping[str, Any]]) -> Figure:
@@ -75,7 +91,7 @@ def _noise(samples: Sequence[Mapping[str, Any]]) -> Figure:
     heights = [value for each in series for _, value in each.points] + [*noise.low, *noise.high]
     x = Axis.around("rows seen", [at for at, _ in rows], margin=0.02)
     y = Axis.around("rows", heights, is_log=True)
-    says = _state(samples[-1]).text
+    says = batch_state(samples[-1]).text
     if not known:
         says += " No noise scale had a useful interval yet: the noise of the gradient hides its mean."
     return line_chart(

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from lightning_lora.study.report.content import Cell, Section, Table, Words, said
 from lightning_lora.study.report.numbers import count, nats, rate, seconds, size, words
+from lightning_lora.study.report.runs.batch_panel import batch_state, samples_of_last_start
 from lightning_lora.study.report.runs.run_record import RunRecord
 
 _ENDINGS = {
@@ -70,8 +71,8 @@ def run_lede(run: RunRecord) -> Iterator[Words]:
         yield Words(text)
     if event := run.last_of("capacity_verdict"):
         yield Words(_sentence(str(event["sentence"])))
-    if event := run.last_of("batch_verdict"):
-        yield Words(_sentence(str(event["sentence"])))
+    if samples := samples_of_last_start(run):
+        yield batch_state(samples[-1])
     if event := run.last_of("batch_probe"):
         yield said("A probe found batches up to {rows} rows harmless.", rows=count(event["largest_harmless"]))
 
