@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +72,12 @@ def _work(options: Namespace, spec: object) -> None:
             over = sum(status.is_over for status in statuses)
             for line in before_begin(spec, first.expected, over, folder, None if over else estimate(spec)):
                 print(line, flush=True)
-        plan = worker.work()
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            plan = worker.work()
+        except (KeyboardInterrupt, SystemExit):
+            print("stopped: the same command goes on with the runs that are not finished", file=sys.stderr)
+            raise
         _, statuses = worker.plan()
     finally:
         store.close()
@@ -78,6 +85,11 @@ def _work(options: Namespace, spec: object) -> None:
         print(line, flush=True)
     if any(status.state == "failed" for status in statuses):
         raise SystemExit(FAILED)
+
+
+def _stop(signum: int, frame: object) -> None:
+    """Answer SIGTERM as Ctrl-C is answered: the run that is being done saves its state, and is given back."""
+    raise SystemExit(128 + signum)
 
 
 def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
@@ -92,7 +104,6 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
         epilog=f"{EXAMPLE}. Without a file: full fine-tuning against two ranks.",
         allow_abbrev=False,
     )
-    parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="a study file, see docs/study.md")
     parser.add_argument("--out", metavar="DIR", help="the study folder (default: runs/NAME of the study)")
     parser.add_argument("--worker", action="store_true", help="join as one more worker: says nothing of the plan")
     parser.add_argument("--storage", metavar="URL", help="postgresql://USER@HOST/NAME (default: a SQLite file in DIR)")
@@ -100,4 +111,6 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
         "--hours", type=float, metavar="N", help="without a file: shorten the runs to take so long in all"
     )
     parser.add_argument("--retry-failed", action="store_true", help="try runs again that failed before")
-    return parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    options.file = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    return options, rest

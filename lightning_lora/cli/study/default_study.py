@@ -54,7 +54,7 @@ def _steps(spec: StudySpec, hours: float) -> int:
     if found is None:
         raise ConfigError("--hours needs an estimate of the time of a run, and there is none for this module and data.")
     steps = int(found.steps * min(1.0, hours * 3600 / found.total_seconds))
-    if steps < FEWEST_STEPS:
+    if steps < min(FEWEST_STEPS, found.steps):
         raise ConfigError(
             f"in {hours:g} hours each of about {found.runs} runs would take {steps} steps, too few to compare: give "
             f"--hours {FEWEST_STEPS * found.total_seconds / found.steps / 3600:.2g} or more, or a smaller model."

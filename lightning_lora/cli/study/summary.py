@@ -32,8 +32,8 @@ def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estima
         return [*lines, f"about {expected} runs; how long they take is said after the first"]
     return [
         *lines,
-        f"about {expected} runs of {estimated.steps:,} steps, by plan {duration(estimated.run_seconds)} each: "
-        f"{duration(expected * estimated.run_seconds)} for one worker, and half of it for two",
+        f"about {expected} runs of {estimated.steps:,} steps, by plan {duration(estimated.run_seconds)} of training each: "
+        f"{duration(expected * estimated.run_seconds)} for one worker",
     ]
 
 

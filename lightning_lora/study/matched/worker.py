@@ -84,12 +84,15 @@ class Worker:
                 time.sleep(min(POLL_SECONDS, self.store.lease / 4))
 
     def plan(self) -> tuple[StudyPlan, list[CellStatus]]:
-        """Ask for the runs that are wanted now, and write the results so far."""
-        plan = plan_study(self.spec, self.store.statuses(), self.data)
-        self.store.add(plan.cells)
-        wanted = {cell.key for cell in plan.cells}
+        """Ask for the runs that are wanted now, and write the results so far: all from one look at the database.
+
+        The last look of the last worker sees all runs, so the files are complete whichever worker writes later.
+        """
+        known = {status.cell.key: status for status in self.store.statuses()}
+        plan = plan_study(self.spec, known.values(), self.data)
+        self.store.add(cell for cell in plan.cells if cell.key not in known)
         # Runs of arms that were taken out of the study stay in the database, and out of its results.
-        statuses = [status for status in self.store.statuses() if status.cell.key in wanted]
+        statuses = [known.get(cell.key, CellStatus(cell, "ready")) for cell in plan.cells]
         write_results(self.folder, statuses, plan.choices, plan.verdicts)
         return plan, statuses
 
