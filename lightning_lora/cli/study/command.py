@@ -83,6 +83,9 @@ def _work(options: Namespace, spec: object) -> None:
         store.close()
     for line in after_end(plan, statuses, folder):
         print(line, flush=True)
+    from lightning_lora.study.report.write import report_files, write_report
+
+    print(f"report: {report_files(write_report(folder)[0])}")
     if any(status.state == "failed" for status in statuses):
         raise SystemExit(FAILED)
 

@@ -143,6 +143,22 @@ class Study:
         """
         return read_study(self.folder)
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write ``report.html``, ``report.md`` and ``report.csv`` of what is found so far.
+
+        Args:
+            path: The folder to write into. None: the study folder.
+
+        Returns:
+            The page, which opens in any browser.
+
+        Raises:
+            DataError: If the study has not begun.
+        """
+        from lightning_lora.study.report.write import HTML, write_report  # templates, which a study runs without
+
+        return write_report(self.folder, out=path)[0] / HTML
+
     @staticmethod
     def _rates(given: Any, arm: str) -> list[float]:
         if isinstance(given, Mapping):

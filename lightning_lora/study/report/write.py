@@ -21,12 +21,13 @@ HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
 _MOST_NAMED = 5
 
 
-def write_report(folder: str | Path, reload: int = 0) -> tuple[Path, Page]:
-    """Make the report of a run or a study from what its folder holds, and write it there.
+def write_report(folder: str | Path, reload: int = 0, out: str | Path | None = None) -> tuple[Path, Page]:
+    """Make the report of a run or a study from what its folder holds, and write it there, or into another folder.
 
     Args:
         folder: The folder of a run or of a study, or one with a single run somewhere below.
         reload: Seconds after which an open page reads its file again; 0: never.
+        out: The folder to write into. None: that of the run or study.
 
     Returns:
         The folder with the report, and what it says.
@@ -36,8 +37,9 @@ def write_report(folder: str | Path, reload: int = 0) -> tuple[Path, Page]:
     """
     folder = find_subject(Path(folder))
     page = study_page(read_study(folder)) if (folder / STUDY).is_file() else run_page(read_run(folder))
-    write_page(folder, page, reload)
-    return folder, page
+    out = folder if out is None else Path(out)
+    write_page(out, page, reload)
+    return out, page
 
 
 def write_page(folder: Path, page: Page, reload: int = 0) -> None:

@@ -14,6 +14,7 @@ from lightning_lora.study.report.table import cells_of
 from lightning_lora.study.report.write import write_report
 from tests.study.report.planted_run import plant_run
 from tests.study.report.planted_study import BASELINE, plant
+from tests.support import commands
 
 
 def page_of(folder: Path) -> Page:
@@ -110,3 +111,11 @@ def test_what_monitors_said_is_told_by_arm_with_the_layers_of_the_main_one(tmp_p
     (section,) = (section for section in page.sections if section.name == "monitors-part")
     assert isinstance(section.blocks[-1], Table)
     assert section.blocks[-1].caption == "Layers by role of rank 8, seed 1"
+
+
+def test_a_report_of_a_study_may_be_written_elsewhere(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "study", {"rank 8": 0.0})
+    before = commands.tree(folder)
+    out, _ = write_report(folder, out=tmp_path / "docs" / "finding")
+    assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
+    assert commands.tree(folder) == before
