@@ -36,6 +36,8 @@ _BUFFER = 256
 """Losses that wait on the device until they are read: reading waits for the device."""
 _SAVE_SECONDS = 30.0
 """Between two writings of the losses, for a report of a run that goes on."""
+_RESTS = 50
+"""Times as long as a writing takes, at least, until the next one: those of a million steps take a second."""
 
 
 class EndOfRun(Callback):
@@ -60,7 +62,7 @@ class EndOfRun(Callback):
         self._window: list[Tensor] = []
         self._buffer: list[tuple[int, Tensor]] = []
         self._effort = Effort()
-        self._saved = 0.0
+        self._saved = self._rest = 0.0
         self._writes = False
         self._failed: set[str] = set()
 
@@ -107,7 +109,7 @@ class EndOfRun(Callback):
         self._effort.mark(trainer.global_step)
         if len(self._buffer) >= _BUFFER:
             self._read_buffer()
-        if self._writes and time.perf_counter() - self._saved > _SAVE_SECONDS:
+        if self._is_due(_SAVE_SECONDS):
             self._save_curve()
 
     @override
@@ -122,7 +124,7 @@ class EndOfRun(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and name is not None:
             self.curve.validation_name = name
             self.curve.validation[trainer.global_step] = float(trainer.callback_metrics[name])
-            if self._writes:
+            if self._is_due(0.0):
                 self._save_curve()
         self._effort.resume()
 
@@ -146,8 +148,14 @@ class EndOfRun(Callback):
     def _save_curve(self) -> None:
         """Write the losses so far."""
         self._read_buffer()
-        self._saved = time.perf_counter()
+        started = time.perf_counter()
         self._guarded(CURVE, lambda: self.curve.write(Path(self._folder, CURVE)))
+        self._saved = time.perf_counter()
+        self._rest = _RESTS * (self._saved - started)
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether the losses may be written again, ``seconds`` after the last time or later."""
+        return self._writes and time.perf_counter() - self._saved > max(seconds, self._rest)
 
     def _read_buffer(self) -> None:
         if self._buffer:
