@@ -27,7 +27,7 @@ pytestmark = toys.expected_warnings
 class At(Callback):
     """Does something at a step."""
 
-    def __init__(self, step: int, action: Callable[[Trainer], None]) -> None:
+    def __init__(self, step: int, action: Callable[[Trainer], object]) -> None:
         self.step, self.action = step, action
 
     def on_train_batch_end(

@@ -32,7 +32,9 @@ def capacity_panel(run: RunRecord) -> Section | None:
     elif measured:
         last = measured[-1]
         blocks.append(said("So far: {word}.", word=words(str(last["verdict"]))))
-    blocks += [figure for figure in (_truncation(measured), _losses(measured)) if figure is not None]
+    blocks += [
+        figure for figure in (_truncation(measured), _capture(measured), _losses(measured)) if figure is not None
+    ]
     if verdict and verdict.get("groups"):
         blocks.append(layer_map(verdict["groups"]))
     if growths := run.all_of("rank_growth"):
@@ -56,11 +58,10 @@ def _curve(measured: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float
 
 
 def _truncation(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
-    lost, capture = _curve(measured, "truncation"), _curve(measured, "capture")
+    lost = _curve(measured, "truncation")
     if not lost:
         return None
-    series = [Series(_LOST, lost), *([Series(_CAPTURE, capture, style=2)] if capture else [])]
-    series.append(Series("spare below", [(lost[0][0], SPARE_BELOW), (lost[-1][0], SPARE_BELOW)], style=7))
+    series = [Series(_LOST, lost), Series("spare below", [(at, SPARE_BELOW) for at, _ in (lost[0], lost[-1])], style=7)]
     x = Axis.around("optimizer step", [at for each in series for at, _ in each.points])
     y = Axis.around("share", [0.0, *(value for each in series for _, value in each.points)])
     says = (
@@ -68,6 +69,24 @@ def _truncation(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
         f"{count(lost[-1][0]).text}; below {share(SPARE_BELOW, 0).text} the rank is spare."
     )
     return line_chart("capacity-shares", "Share of the gain that is lost at half of the rank", says, x, y, series)
+
+
+def _capture(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Tangent capture with its interval, where it was measured more than once."""
+    known = [each for each in measured if each.get("capacity/capture_high") is not None]
+    if len(known) < 2:
+        return None
+    points, low, high = (_curve(known, name) for name in ("capture", "capture_low", "capture_high"))
+    ends = [[end for _, end in each] for each in (low, high)]
+    limit = [(at, FULL_BELOW) for at, _ in (points[0], points[-1])]
+    series = [Series(_CAPTURE, points, low=ends[0], high=ends[1]), Series("full below", limit, style=7)]
+    x = Axis.around("optimizer step", [at for at, _ in points])
+    y = Axis.around("share", [*ends[0], *ends[1], FULL_BELOW, 1.0])
+    says = (
+        f"Tangent capture is {_two_places(points[-1][1]).text} ({_two_places(low[-1][1]).text} to "
+        f"{_two_places(high[-1][1]).text}) at step {count(points[-1][0]).text}; full adapters stay below {FULL_BELOW}."
+    )
+    return line_chart("capacity-capture", "How much of the gradient the adapters can follow", says, x, y, series)
 
 
 def _losses(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
