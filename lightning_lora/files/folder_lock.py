@@ -108,6 +108,16 @@ def release_lock(path: Path) -> None:
             path.unlink()
 
 
+def drop_foreign_lock(path: Path) -> None:
+    """Remove a lock that another machine has left, where it is known otherwise that its process has ended."""
+    if not path.exists():
+        return
+    with _opened(path) as file:
+        holder = _read(file)
+        if holder is not None and holder.host != _this_process().host:
+            path.unlink()
+
+
 def process_name() -> str:
     """A text that names this process among those of all machines, for `is_dead_process`."""
     return json.dumps(asdict(replace(_this_process(), started="", job="", restart=0)))

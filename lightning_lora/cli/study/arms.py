@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from typing_extensions import override
-
-from lightning_lora.cli.lora_cli import LoRACLI
-from lightning_lora.errors import ConfigError
+from lightning_lora.cli.study.fit_config import fit_config, fit_objects
+from lightning_lora.cli.study.matched_size import LORA, rank_like
+from lightning_lora.errors import ConfigError, user_error
 from lightning_lora.study.matched.equal import check_equal
 from lightning_lora.study.matched.options import has_option, option_of
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.rates.sweep import first_rates
 
 _OF_THE_STUDY = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "data.init_args.seed")
-
-
-class ConfigCLI(LoRACLI):
-    """Reads the arguments of ``fit`` and makes nothing of them.
-
-    Attributes:
-        fit_config: All options, as ``config.yaml`` of a run has them.
-    """
-
-    @override
-    def _set_seed(self) -> None:
-        pass
-
-    @override
-    def _parse_ckpt_path(self) -> None:
-        pass
-
-    @override
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    @override
-    def instantiate_classes(self) -> None:
-        pass
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        self._dump_config()
-        self.fit_config: dict[str, Any] = self.config_dump
 
 
 def resolve(
@@ -70,39 +35,39 @@ def resolve(
     Raises:
         ConfigError: If a config or an option is wrong, or the arms differ in what must be equal.
     """
-    made = []
-    for arm in spec.arms:
+    if not more and not configs and not any(arm.configs for arm in spec.arms):
+        raise ConfigError("there are no configs: name the config files of fit under configs, as in fit --config.")
+
+    def made(arm: ArmSpec) -> ArmSpec:
         both = {**overrides, **arm.overrides}
         _check_overrides(arm.name, both, spec.learning_rate_option)
         files = [_found(name, beside) for name in (*configs, *arm.configs)]
         arguments = [*(f"--config={file}" for file in files), *more, *(_argument(*pair) for pair in both.items())]
-        if not files and not more:
-            raise ConfigError("there are no configs: name the config files of fit under configs, as in fit --config.")
-        made.append(_with_rates(replace(arm, config=fit_config(arguments, f"arm {arm.name!r}")), spec))
-    check_equal(made)
-    return replace(spec, arms=tuple(made))
+        return replace(arm, config=fit_config(arguments, f"arm {arm.name!r}"))
+
+    arms = {arm.name: made(arm) for arm in spec.arms}
+    for arm in list(arms.values()):
+        if arm.matched_rank:
+            rank = rank_like(arm, arms[arm.matched_rank])
+            arms[arm.name] = made(replace(arm, overrides={**arm.overrides, f"{LORA}.rank": rank}))
+    found = [_with_rates(arm, spec) for arm in arms.values()]
+    check_equal(found)
+    for arm in found:
+        _check_objects(arm)
+    return replace(spec, arms=tuple(found))
 
 
-def fit_config(arguments: Sequence[str], where: str) -> dict[str, Any]:
-    """All options of ``fit`` for these arguments.
-
-    Args:
-        arguments: What follows ``fit`` on the command line.
-        where: Whose arguments they are, for a message.
-
-    Raises:
-        ConfigError: If ``fit`` would refuse them.
-    """
-    before, said = sys.argv[1:], io.StringIO()
+def _check_objects(arm: ArmSpec) -> None:
+    """Make module and data module, which refuse what the parser does not know; ours read no weights for it."""
+    if not str(option_of(arm.config, "model.class_path")).startswith("lightning_lora."):
+        return
     try:
-        with contextlib.redirect_stderr(said):
-            sys.argv[1:] = ["fit", *arguments]  # LightningCLI warns about arguments from elsewhere
-            return ConfigCLI().fit_config
-    except SystemExit as exit:
-        sentence = said.getvalue().removeprefix("error: ").split("\ntip:")[0].strip()
-        raise ConfigError(f"{where}: {sentence.replace(' (on the command line)', '')}") from exit
-    finally:
-        sys.argv[1:] = before
+        fit_objects(arm.config)
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        raise ConfigError(f"arm {arm.name!r}: {known}") from error
 
 
 def _check_overrides(arm: str, overrides: Mapping[str, Any], rate_option: str) -> None:
@@ -140,18 +105,3 @@ def _with_rates(arm: ArmSpec, spec: StudySpec) -> ArmSpec:
             f"arm {arm.name!r}: {option} is {rate!r}, so no sweep can start from it: give learning_rates."
         )
     return replace(arm, learning_rates=first_rates(rate))
-
-
-def fit_objects(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Module and data module of a config, without weights and rows."""
-    from lightning_lora.cli.lora_cli import run_trainer_command
-
-    before = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
-        try:
-            cli = run_trainer_command(["plan", f"--config={file}"], ())
-        finally:
-            sys.argv[1:] = before
-    return cli.model, cli.datamodule

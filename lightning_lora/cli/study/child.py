@@ -71,7 +71,7 @@ def run_child(folder: str, seed: int, phase: str, checkpoint_seconds: float) -> 
     except Exception as error:
         traceback.print_exc()
         failure = as_run_error(error)
-        result = {"reason": failure.reason, "is_final": failure.is_final}
+        result = {"reason": failure.reason, "is_final": failure.is_final, "is_busy": failure.is_busy}
     except SystemExit as exit:
         if exit.code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
             raise

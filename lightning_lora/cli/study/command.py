@@ -6,12 +6,20 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import Popen
+from typing import TYPE_CHECKING
 
 from lightning_lora.errors import ConfigError
 
+if TYPE_CHECKING:
+    from lightning_lora.study.matched.spec import StudySpec
+    from lightning_lora.study.matched.worker import Worker
+
 EXAMPLE = "example: lightning-lora study studies/ranks.yaml --out runs/ranks"
+RUNS, RETRY = "runs", "--retry-failed"
+DEFAULT_OUT = Path(RUNS, "full_against_lora")
 FAILED = 3
 """Exit code of a finished study in which runs failed."""
 
@@ -46,40 +54,45 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     from lightning_lora.cli.quiet import tell_infos
     from lightning_lora.cli.study.arms import resolve
     from lightning_lora.cli.study.default_study import default_study
+    from lightning_lora.cli.study.devices import start_workers, visible_devices
 
     tell_infos(False)
-    _work(options, resolve(*given, Path(options.file).parent) if given else default_study(rest, options.hours))
+    if given is not None:
+        spec = resolve(*given, Path(options.file).parent)
+    else:
+        spec = default_study(rest, options.hours, Path(options.out or DEFAULT_OUT))
+    again = [word for word in arguments if word != RETRY]
+    _work(options, spec, lambda: start_workers(visible_devices(), again, allowed))
 
 
-def _work(options: Namespace, spec: object) -> None:
-    from lightning_lora.cli.study.estimate import estimate
+def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[Popen[bytes]]]) -> None:
     from lightning_lora.cli.study.processes import ProcessCells
-    from lightning_lora.cli.study.summary import after_end, before_begin
+    from lightning_lora.cli.study.summary import after_end
     from lightning_lora.study.matched.open_study import data_fingerprints, open_study
-    from lightning_lora.study.matched.spec import StudySpec
     from lightning_lora.study.matched.worker import Worker
 
-    assert isinstance(spec, StudySpec)
     data = data_fingerprints(spec.arms[0].config.get("data"))
-    folder = Path(options.out or Path("runs") / spec.name)
+    folder = Path(options.out or Path(RUNS, spec.name))
     store = open_study(spec, data, folder, options.storage)
+    others: list[Popen[bytes]] = []
     try:
         if options.retry_failed:
             print(f"{store.retry_failed()} failed runs are tried again")
         worker = Worker(spec, data, folder, store, ProcessCells(spec))
-        if not options.worker:
-            first, statuses = worker.plan()
-            over = sum(status.is_over for status in statuses)
-            for line in before_begin(spec, first.expected, over, folder, None if over else estimate(spec)):
-                print(line, flush=True)
         signal.signal(signal.SIGTERM, _stop)
-        try:
-            plan = worker.work()
-        except (KeyboardInterrupt, SystemExit):
-            print("stopped: the same command goes on with the runs that are not finished", file=sys.stderr)
-            raise
+        if not options.worker:
+            _tell_start(worker, folder)
+            others = start_others()
+        plan = worker.work()
         _, statuses = worker.plan()
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped: the same command goes on with the runs that are not finished", file=sys.stderr)
+        for other in others:
+            other.terminate()
+        raise
     finally:
+        for other in others:
+            other.wait()
         store.close()
     for line in after_end(plan, statuses, folder):
         print(line, flush=True)
@@ -88,6 +101,16 @@ def _work(options: Namespace, spec: object) -> None:
     print(f"report: {report_files(write_report(folder)[0])}")
     if any(status.state == "failed" for status in statuses):
         raise SystemExit(FAILED)
+
+
+def _tell_start(worker: Worker, folder: Path) -> None:
+    from lightning_lora.cli.study.estimate import estimate
+    from lightning_lora.cli.study.summary import before_begin
+
+    first, statuses = worker.plan()
+    over = sum(status.is_over for status in statuses)
+    for line in before_begin(worker.spec, first.expected, over, folder, None if over else estimate(worker.spec)):
+        print(line, flush=True)
 
 
 def _stop(signum: int, frame: object) -> None:
@@ -113,7 +136,7 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--hours", type=float, metavar="N", help="without a file: shorten the runs to take so long in all"
     )
-    parser.add_argument("--retry-failed", action="store_true", help="try runs again that failed before")
+    parser.add_argument(RETRY, action="store_true", help="try runs again that failed before")
     options, rest = parser.parse_known_args(arguments)
     options.file = rest.pop(0) if rest and not rest[0].startswith("-") else None
     return options, rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-from lightning_lora.cli.study.arms import fit_objects
+from lightning_lora.cli.study.fit_config import fit_objects
 from lightning_lora.errors import LoRAError
 from lightning_lora.study.matched.options import option_of
 from lightning_lora.study.matched.planner import TYPICAL_SWEEP

@@ -21,7 +21,7 @@ from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.options import has_option, set_option
 from lightning_lora.study.matched.outcomes import outcome_from_text
 from lightning_lora.study.matched.record import UNTRAINED
-from lightning_lora.study.matched.run_cell import EVERY, remove_checkpoints
+from lightning_lora.study.matched.run_cell import EVERY, drop_foreign_locks, remove_checkpoints
 from lightning_lora.study.matched.spec import StudySpec
 from lightning_lora.study.matched.worker import LeaseLostError, RunError
 
@@ -48,6 +48,7 @@ class ProcessCells:
     def __call__(self, cell: Cell, folder: Path, lost: threading.Event) -> Outcome:
         """Do a run, and stop it when the lease is lost or this worker is told to stop."""
         (folder / RESULT).unlink(missing_ok=True)
+        drop_foreign_locks(folder)
         with atomic_file(folder / CONFIG) as file:
             file.write(yaml.safe_dump(cell_config(self.spec, cell, folder), sort_keys=False).encode())
         arguments = (str(folder), cell.seed, cell.phase, self.checkpoint_seconds)
@@ -75,7 +76,7 @@ class ProcessCells:
             raise RunError(f"its process ended with {signalled}{memory}, see {folder.name}/{LOG}", is_final=False)
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         if "outcome" not in result:
-            raise RunError(result["reason"], result["is_final"])
+            raise RunError(**result)
         remove_checkpoints(folder)
         return outcome_from_text(result["outcome"])
 

@@ -32,8 +32,8 @@ def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estima
         return [*lines, f"about {expected} runs; how long they take is said after the first"]
     return [
         *lines,
-        f"about {expected} runs of {estimated.steps:,} steps, by plan {duration(estimated.run_seconds)} of training each: "
-        f"{duration(expected * estimated.run_seconds)} for one worker",
+        f"about {expected} runs of {estimated.steps:,} steps, by plan {duration(estimated.run_seconds)} of training "
+        f"each: {duration(expected * estimated.run_seconds)} for one worker",
     ]
 
 
@@ -41,6 +41,10 @@ def after_end(plan: StudyPlan, statuses: Sequence[CellStatus], folder: Path) -> 
     """Lines about what was found, which runs failed, and where it is written."""
     lines = [f"{name}: learning rate {step.chosen:g}, {step.why}" for name, step in plan.choices.items() if step.chosen]
     lines += [verdict.headline for verdict in plan.verdicts]
-    failed = [status for status in statuses if status.state == "failed"]
-    lines += [f"failed: {described(status.cell)}: {status.reason}" for status in failed]
+    failed: dict[tuple[str, str], list[CellStatus]] = {}
+    for status in statuses:
+        if status.state == "failed":
+            failed.setdefault((status.cell.arm, status.reason), []).append(status)
+    for (arm, reason), runs in failed.items():
+        lines.append(f"failed: {described(runs[0].cell) if len(runs) == 1 else f'{len(runs)} runs of {arm}'}: {reason}")
     return [*lines, f"written: {folder / RESULTS}, {folder / VERDICTS}"]

@@ -84,7 +84,7 @@ def _hash(config: Mapping[str, Any]) -> str:
 
 def _made(data: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["lightning-lora", *sys.argv[1:]] if "lightning" in sys.argv[0] else sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: installed_version(name) for name in LIBRARIES},
         "data_sha256": dict(data),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from textwrap import shorten
 
 from lightning_lora.study.matched.cells import Cell, CellStatus, cell_key
 from lightning_lora.study.matched.judge import judge
@@ -123,7 +124,7 @@ def _broken(arm: ArmSpec, cells: Iterable[Cell], known: Mapping[str, CellStatus]
     runs = [known[cell.key] for cell in cells if cell.arm == arm.name and cell.phase == "selection"]
     if any(run.state == "done" or run.diverged for run in runs):
         return ""
-    return runs[0].reason.rstrip(".") if runs else ""
+    return shorten(runs[0].reason.rstrip("."), 160, placeholder=" ...") if runs else ""
 
 
 def _loss_of(cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> float | None:

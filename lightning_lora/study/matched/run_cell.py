@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora.callbacks.progress import peak_bytes
-from lightning_lora.errors import DataError, GradientError, user_error
+from lightning_lora.errors import DataError, GradientError, RunFolderError, user_error
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from lightning_lora.files.checkpoint_manifest import checkpoints_in, examine
+from lightning_lora.files.folder_lock import drop_foreign_lock
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.study.matched.cells import DIVERGED, Outcome
 from lightning_lora.study.matched.held_out import held_out_losses
@@ -82,6 +83,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def drop_foreign_locks(folder: Path) -> None:
+    """Take a run folder over from another machine, whose lease has ended; processes there cannot be looked at."""
+    for path in (folder / ".run.lock", folder.parent / f".{folder.name}.lock"):
+        drop_foreign_lock(path)
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a run whose result is recorded: with all arms and seeds they would fill the disk."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -90,6 +97,8 @@ def remove_checkpoints(folder: Path) -> None:
 def as_run_error(error: Exception) -> RunError:
     """What an exception means for a study: NaN and bad input fail at once, anything else may be tried again."""
     known = user_error(error)
+    if isinstance(known, RunFolderError):
+        return RunError(str(known), is_final=False, is_busy=True)
     if isinstance(known, GradientError):
         return RunError(f"{DIVERGED}: {known}", is_final=True)
     text = " ".join(str(known or error).split())

@@ -24,7 +24,7 @@ KEYS = (
     *("name", "configs", "overrides", "baseline", "primary", "arms", "learning_rates", "learning_rate_option"),
     *("seeds", "selection_seeds", "band"),
 )
-ARM_KEYS = ("configs", "overrides", "learning_rates")
+ARM_KEYS = ("configs", "overrides", "learning_rates", "matched_rank")
 RATE_OPTION = "model.init_args.learning_rate"
 _NAME = re.compile(r"[^\W_][\w .,:+/()%-]{0,59}")
 
@@ -39,6 +39,7 @@ class ArmSpec:
         overrides: Dotted option to value, in addition to those of the study.
         learning_rates: Rates that the sweep starts with, in terms of full fine-tuning; empty for ``auto``, a third of
             the config's rate, the rate and three times the rate.
+        matched_rank: Name of an arm whose number of adapter parameters decides the rank of this one; "" if none does.
         config: All options of ``fit`` after configs and overrides; filled in by the command line.
     """
 
@@ -46,6 +47,7 @@ class ArmSpec:
     configs: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
+    matched_rank: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +80,8 @@ class StudySpec:
         names = [arm.name for arm in self.arms]
         if len(names) < 2:
             raise ConfigError(f"a study compares at least two arms, got {names or 'none'}: name them under arms.")
-        for key, name in (("baseline", self.baseline), ("primary", self.primary)):
+        matched = [(f"matched_rank of {arm.name!r}", arm.matched_rank) for arm in self.arms if arm.matched_rank]
+        for key, name in (("baseline", self.baseline), ("primary", self.primary), *matched):
             if name not in names:
                 raise ConfigError(f"{key} {name!r} is no arm{did_you_mean(name, names)}")
         if self.primary == self.baseline:
@@ -170,7 +173,8 @@ def _arm(name: str, settings: Any, rates: tuple[float, ...]) -> ArmSpec:
     if "learning_rates" in settings:
         rates = _rates(settings["learning_rates"], f"{where}, learning_rates")
     overrides = _overrides(settings.get("overrides"), f"{where}, overrides")
-    return ArmSpec(name, _texts(settings.get("configs") or [], f"{where}, configs"), overrides, rates)
+    configs = _texts(settings.get("configs") or [], f"{where}, configs")
+    return ArmSpec(name, configs, overrides, rates, str(settings.get("matched_rank") or ""))
 
 
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -23,7 +23,14 @@ from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.open_study import open_study
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from lightning_lora.study.matched.recorder import CellRecorder, seed_all
-from lightning_lora.study.matched.run_cell import EVERY, as_run_error, cell_callbacks, fit_and_score, remove_checkpoints
+from lightning_lora.study.matched.run_cell import (
+    EVERY,
+    as_run_error,
+    cell_callbacks,
+    drop_foreign_locks,
+    fit_and_score,
+    remove_checkpoints,
+)
 from lightning_lora.study.matched.spec import spec_of
 from lightning_lora.study.matched.worker import LeaseLostError, Worker
 from lightning_lora.study.statistics.before_start import before_start
@@ -169,6 +176,7 @@ class Study:
 
     def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event) -> Outcome:
         arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
+        drop_foreign_locks(folder)
         parts = {name: dict(arm.pop(name, {})) for name in _ARM_PARTS}
         try:
             with kept_random_state(torch.device("cpu")), _without_infos():

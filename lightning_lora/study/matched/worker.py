@@ -27,12 +27,14 @@ class RunError(Exception):
     Args:
         reason: Why, one line for its row.
         is_final: Whether another attempt would fail in the same way.
+        is_busy: Whether nothing is wrong but that another process still writes in the run folder.
     """
 
-    def __init__(self, reason: str, is_final: bool) -> None:
+    def __init__(self, reason: str, is_final: bool, is_busy: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.is_final = is_final
+        self.is_busy = is_busy
 
 
 class LeaseLostError(Exception):
@@ -105,7 +107,11 @@ class Worker:
             with self._beating(claim) as lost:
                 outcome = self.run_cell(cell, folder, lost)
         except RunError as error:
-            if self.store.fail(claim, error.reason, error.is_final):
+            if error.is_busy:
+                # A worker that was asleep finds out at its next beat that it has lost the run, and stops.
+                self.store.release(claim)
+                time.sleep(self.store.lease / BEATS)
+            elif self.store.fail(claim, error.reason, error.is_final):
                 self.tell(self.progress.failed(cell, error.reason))
             return
         except LeaseLostError:

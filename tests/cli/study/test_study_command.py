@@ -47,7 +47,7 @@ def both(**overrides: Any) -> dict[str, Any]:
 
 MISTAKES = {
     "unknown option": (both(**{"model.init_args.lora.rnak": 8}), "arm 'other': ", "did you mean 'rank'"),
-    "unknown option of the trainer": (both(**{"trainer.max_epoch": 8}), "arm 'other': ", "max_epochs"),
+    "unknown option of the trainer": (both(**{"trainer.maximum_epochs": 8}), "arm 'other': ", "maximum_epochs"),
     "learning rate": (
         both(**{"model.init_args.learning_rate": 1}),
         "which the study sets for each run",
@@ -92,8 +92,9 @@ def test_what_is_no_study_is_one_error(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, warm.Done, StudyRecord]:
     folder = tmp_path_factory.mktemp("study")
-    too_high = {"overrides": {"model.init_args.lora": {"rank": 10_000}}, "learning_rates": [1e-4]}
-    file = write(folder, arms=ARMS | {"rank 10000": too_high}, primary="rank 8")
+    stops = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nothing"}}
+    broken = {"overrides": {"trainer.callbacks": [stops]}, "learning_rates": [1e-4]}
+    file = write(folder, arms=ARMS | {"broken": broken}, primary="rank 8")
     done = warm.run(forking.__file__, "study", file, "--out", folder / "out", cwd=folder)
     return folder, done, read_study(folder / "out")
 
@@ -123,13 +124,13 @@ def test_a_study_trains_its_arms_by_the_code_of_fit(finished: tuple[Path, warm.D
 @pytest.mark.slow
 def test_a_failed_arm_is_rows_with_a_reason_and_exit_code_3(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
     _, done, record = finished
-    failed = record.cells_of("rank 10000")
-    assert {cell.state for cell in failed} == {"failed"}
-    assert all("rank" in cell.reason and "10000" in cell.reason for cell in failed)
-    assert {cell.attempt for cell in failed} == {1}
+    (failed,) = record.cells_of("broken")
+    assert failed.state == "failed"
+    assert failed.reason.startswith("RuntimeError: Early stopping conditioned on metric `nothing`")
+    assert failed.attempt == 2
     verdicts = {verdict["arm"]: verdict for verdict in record.verdicts}
     assert verdicts["rank 8"]["sentence"] == "cannot tell: 1 seed; at least 3 are needed"
-    assert "every run failed" in verdicts["rank 10000"]["sentence"]
+    assert "every run failed" in verdicts["broken"]["sentence"]
     assert "no verdict: it takes at least 3 seeds" in done.stdout
     assert f"{len(record.cells)} of about" in done.stdout
 

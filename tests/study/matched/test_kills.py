@@ -37,10 +37,11 @@ def check_kills(folder: Path, url: str) -> None:
         workers[victim].kill_all()
         workers[victim] = begin()
     assert [worker.wait(60) for worker in workers] == [0, 0]
-    plan, _ = planted.finished(planted.spec(seeds=8), planted.planted_loss)
+    plan, known = planted.finished(planted.spec(seeds=8), planted.planted_loss)
     runs = Store(url, "planted").statuses()
     assert {run.cell for run in runs} == set(plan.cells)
     assert {run.state for run in runs} == {"done"}
+    assert {run.cell.key: run.loss for run in runs} == {key: run.loss for key, run in known.items()}
     assert len(read_results(folder / "results.csv")) == len(plan.cells)
     begun = Counter(json.loads(line)[0] for line in (folder / "begun.jsonl").read_text().splitlines())
     assert sum(begun.values()) <= len(plan.cells) + KILLS, "a kill costs the one run that it interrupts"

@@ -13,7 +13,7 @@ from tests.support import toys, warm
 pytestmark = [*toys.expected_warnings, pytest.mark.slow]
 
 
-@pytest.mark.filterwarnings("ignore:took over")
+@pytest.mark.filterwarnings("ignore:took over", "ignore:removed 1 unfinished temporary")
 def test_a_run_that_is_killed_continues_from_its_own_checkpoint_and_ends_as_if_it_had_not(tmp_path: Path) -> None:
     process = warm.Process(killed.__file__, str(tmp_path / "killed"))
     checkpoints = tmp_path / "killed" / "run" / "checkpoints"

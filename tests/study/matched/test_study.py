@@ -21,7 +21,7 @@ from tests.support import toys
 pytestmark = [*toys.expected_warnings, pytest.mark.slow]
 ARMS: dict[str, Any] = {"full": {"lora": None}, "rank 8": {"lora": ll.LoRAConfig(rank=8)}}
 RATES = {"full": [0.03, 0.06, 0.12], "rank 8": [0.0007, 0.0014, 0.0028]}
-TRAINER = {"accelerator": "cpu", "max_epochs": 2}
+TRAINER = {"accelerator": "cpu", "max_epochs": 3}
 
 
 def study(out: Path, **settings: Any) -> Study:
@@ -68,14 +68,14 @@ def test_every_number_of_a_verdict_comes_from_the_row_losses_on_disk(done: tuple
 def test_the_costs_of_a_run_are_recorded(done: tuple[Study, StudyRecord]) -> None:
     _, record = done
     for cell in record.cells_of("rank 8", "verdict"):
-        assert (cell.steps, cell.tokens, cell.trained_parameters) == (48, 2 * 192, 2 * 8 * 12)
+        assert (cell.steps, cell.tokens, cell.trained_parameters) == (72, 3 * 192, 2 * 8 * 12)
         assert cell.seconds is not None
         assert cell.peak_bytes is not None
         assert cell.seconds > 0
         assert cell.peak_bytes > 2**20
         curve = record.curve(cell)
-        assert [point.step for point in curve if point.train_loss is not None] == [*range(1, 49)]
-        assert [point.step for point in curve if point.val_loss is not None] == [24, 48]
+        assert [point.step for point in curve if point.train_loss is not None] == [*range(1, 73)]
+        assert [point.step for point in curve if point.val_loss is not None] == [24, 48, 72]
         assert all(a.seconds <= b.seconds and a.tokens <= b.tokens for a, b in itertools.pairwise(curve))
         assert not (record.run_folder(cell) / "checkpoints").exists()
 
@@ -110,7 +110,7 @@ def test_arms_see_the_rows_in_the_same_order(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         made._run_cell(Cell(name, 1e-3, 5, "selection", "0" * 16), folder, Event())
-    assert len(seen[False]) == len(seen[True]) == 48
+    assert len(seen[False]) == len(seen[True]) == 72
     assert all(torch.equal(one, other) for one, other in zip(seen[False], seen[True], strict=True))
     assert not torch.equal(seen[False][0], seen[False][24])
 
