@@ -65,6 +65,9 @@ def _monitored(steps: int) -> list[Mapping[str, Any]]:
         events.append({"event": "noise_scale", "step": step, **batch, **sample})
     for step in (steps // 2, steps):
         losses = {
+            "capacity/capture": 0.8,
+            "capacity/capture_low": 0.7,
+            "capacity/capture_high": 0.9,
             "capacity/loss": 1.6,
             "capacity/half_loss": 1.7,
             "capacity/bare_loss": 3.4,

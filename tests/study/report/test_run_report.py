@@ -95,6 +95,9 @@ def test_panels_are_there_for_what_was_watched_and_limits_for_what_was_not(tmp_p
     cells = {(part, row, column): cell for part, row, column, cell in cells_of(watched)}
     assert cells["planned", "seconds", "difference"].text == "+50%"
     assert cells["planned", "optimizer steps", "difference"].text == "0%"
+    charts = {figure.name: figure.says for figure in figures_of(watched)}
+    assert charts["capacity-capture"].startswith("Tangent capture is 0.80 (0.70 to 0.90) at step 60; full adapters")
+    assert charts["capacity-shares"].startswith("Half of the rank loses 6.0% of what the adapters gained, at step 60")
     # Layers in the order of the model, not of their names.
     blocks = [block for section in watched.sections for block in section.blocks]
     (heat,) = (block for block in blocks if isinstance(block, Table) and block.name == "layers")

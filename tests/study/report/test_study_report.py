@@ -119,3 +119,19 @@ def test_a_report_of_a_study_may_be_written_elsewhere(tmp_path: Path) -> None:
     out, _ = write_report(folder, out=tmp_path / "docs" / "finding")
     assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
     assert commands.tree(folder) == before
+
+
+def test_a_study_says_how_it_was_made(tmp_path: Path) -> None:
+    (section,) = (each for each in page_of(plant(tmp_path, {"rank 8": 0.0})).sections if each.name == "reproduce")
+    told = str(section)
+    assert "lightning-lora study planted.yaml" in told
+    assert "torch 2.13.0, lightning 2.6.6" in told
+    assert "ab" * 32 in told
+
+
+def test_a_long_reason_does_not_fill_the_title(tmp_path: Path) -> None:
+    reason = "no setting of this name; known are " + ", ".join(f"setting_{number}" for number in range(100))
+    page = page_of(plant(tmp_path, {"rank 8": 0.0}, failed={("rank 8", 1): reason}))
+    assert len(page.verdict.text) <= 200
+    assert page.verdict.text.endswith(" …")
+    assert "setting_99" in str(page.sections[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +20,13 @@ from lightning_lora.study.statistics.seed_plan import SeedPlan
 def study_origin(facts: StudyFacts) -> Section:
     """Commands, versions, fingerprints, seeds, and the whole study file."""
     spec = facts.study.spec
-    rows = [[words(name), words(text)] for name, text in _flat(spec.get("made") or {})]
+    made = dict(spec.get("made") or {})
+    command = made.pop("command", "lightning-lora study FILE.yaml")
+    command = command if isinstance(command, str) else shlex.join(command)
+    rows = [[words(name), words(text)] for name, text in _flat(made)]
     rows += [[words(name), words(str(spec[name]))] for name in ("seeds", "selection_seeds") if name in spec]
-    blocks: list[Block] = [Listing("The study again, or the rest of it", f"lightning-lora study {STUDY}")]
+    again = re.sub(r"^\S*lightning_lora/__main__\.py", "lightning-lora", command)
+    blocks: list[Block] = [Listing("The command; given again, it goes on with what is not finished", again)]
     if rows:
         blocks.append(Table("origin", "How it was made", ["what", "value"], rows))
     text = yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True)
@@ -52,7 +58,9 @@ def _limits(facts: StudyFacts) -> Iterator[str]:
 def _flat(given: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as names and texts."""
     for name, value in given.items():
-        if isinstance(value, Mapping):
+        if name == "versions" and isinstance(value, Mapping):
+            yield name, ", ".join(f"{library} {version}" for library, version in value.items())
+        elif isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}, ")
         else:
             yield f"{above}{name}", " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

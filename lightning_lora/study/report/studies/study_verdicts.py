@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_lora.study.report.content import Section, Table, Words, said
 from lightning_lora.study.report.numbers import NOTHING, count, nats, short, words
 from lightning_lora.study.report.studies.study_facts import StudyFacts, headline
 
+_LONGEST = 200
 _SHORT = {"behind": "falls behind"}
 
 
@@ -24,7 +26,8 @@ def study_verdict(facts: StudyFacts) -> Words:
             over=count(facts.over),
             asked=count(len(study.cells)),
         )
-    return Words(headline(verdict), _numbers(verdict))
+    # The whole sentence is below: an error of a library may have ten lines.
+    return Words(textwrap.shorten(headline(verdict), _LONGEST, placeholder=" …"), _numbers(verdict))
 
 
 def study_lede(facts: StudyFacts) -> Iterator[Words]:
