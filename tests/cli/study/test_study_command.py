@@ -37,7 +37,7 @@ ARMS: dict[str, Any] = {
 def write(folder: Path, **settings: Any) -> Path:
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
     file = folder / "ranks.yaml"
-    file.write_text(yaml.safe_dump({"configs": ["base.yaml"], "arms": ARMS, "seeds": 1} | settings))
+    file.write_text(yaml.safe_dump({"configs": ["base.yaml"], "arms": ARMS, "seeds": 1} | settings, sort_keys=False))
     return file
 
 

@@ -31,8 +31,9 @@ def test_a_run_is_claimed_by_one_worker(tmp_path: Path) -> None:
     assert other.claim() is None
 
 
-def test_a_lost_lease_writes_nothing(tmp_path: Path) -> None:
-    slow, fast = opened(tmp_path, 0.05), opened(tmp_path, 60, "two")
+@pytest.mark.parametrize("owner", ["two", "one"], ids=["another worker", "the same worker later"])
+def test_a_lost_lease_writes_nothing(tmp_path: Path, owner: str) -> None:
+    slow, fast = opened(tmp_path, 0.05), opened(tmp_path, 60, owner)
     slow.add(CELLS[:1])
     first = slow.claim()
     assert first is not None
