@@ -4,6 +4,15 @@
 const SVG = "http://www.w3.org/2000/svg";
 const data = JSON.parse(document.getElementById("data").textContent);
 
+// What was chosen stays chosen when the page of a run that goes on reads itself again.
+function recall(key) {
+  try { return sessionStorage.getItem(location.pathname + key); } catch { return null; }
+}
+
+function remember(key, value) {
+  try { sessionStorage.setItem(location.pathname + key, value); } catch { /* a browser that stores nothing */ }
+}
+
 function make(name, text, parent, attributes) {
   const element = document.createElement(name);
   element.textContent = text;
@@ -64,8 +73,8 @@ class Chart {
     this.groups = [...this.svg.querySelectorAll("g[data-series]")];
     this.marks = this.groups.map((group) => [...group.querySelectorAll(".mark")]);
     this.rings = this.groups.map((group) => [...group.querySelectorAll(".ring")].map((ring) => this.back(ring)));
-    this.addLegend();
     this.addTools();
+    this.addLegend();
     this.listen();
   }
 
@@ -79,15 +88,21 @@ class Chart {
   addLegend() {
     for (const item of this.figure.querySelectorAll(".legend li")) {
       const number = Number(item.dataset.series);
-      const button = make("button", "", null, { type: "button", "aria-pressed": "true" });
+      const button = make("button", "", null, { type: "button" });
       button.append(...item.childNodes);
       item.append(button);
+      const key = "#" + this.figure.id + " " + button.textContent.trim();
+      if (recall(key) === "hidden") this.hidden.add(number);
+      const press = () => button.setAttribute("aria-pressed", String(!this.hidden.has(number)));
+      press();
       button.addEventListener("click", () => {
         if (!this.hidden.delete(number)) this.hidden.add(number);
-        button.setAttribute("aria-pressed", String(!this.hidden.has(number)));
+        remember(key, this.hidden.has(number) ? "hidden" : "");
+        press();
         this.draw();
       });
     }
+    if (this.hidden.size) this.draw();
   }
 
   addTools() {
@@ -315,9 +330,10 @@ for (const choice of document.querySelectorAll(".choice")) {
     figure.classList.toggle("off", at !== chosen);
     buttons[at].setAttribute("aria-pressed", String(at === chosen));
   });
-  buttons.forEach((button, at) => button.addEventListener("click", () => show(at)));
+  const key = "#" + figures[0].id + " choice";
+  buttons.forEach((button, at) => button.addEventListener("click", () => { show(at); remember(key, at); }));
   choice.prepend(tools);
-  show(0);
+  show(Math.min(Number(recall(key)) || 0, figures.length - 1));
 }
 
 let folded = [];
