@@ -52,7 +52,7 @@ def to_html(page: Page, made: str, date: str, reload: int = 0) -> str:
 
 
 def _read(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
+    return (_HERE / name).read_text(encoding="utf-8").strip()
 
 
 def _hash(text: str) -> str:

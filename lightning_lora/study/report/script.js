@@ -1,4 +1,3 @@
-
 "use strict";
 // Without this script the page tells everything: it adds hiding, zooming, and reading values off a chart.
 const SVG = "http://www.w3.org/2000/svg";
