@@ -60,7 +60,7 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     if given is not None:
         spec = resolve(*given, Path(options.file).parent)
     else:
-        spec = default_study(rest, options.hours, Path(options.out or DEFAULT_OUT))
+        spec = default_study(rest, options.hours, Path(options.out) if options.out else DEFAULT_OUT)
     again = [word for word in arguments if word != RETRY]
     _work(options, spec, lambda: start_workers(visible_devices(), again, allowed))
 
@@ -72,7 +72,7 @@ def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[P
     from lightning_lora.study.matched.worker import Worker
 
     data = data_fingerprints(spec.arms[0].config.get("data"))
-    folder = Path(options.out or Path(RUNS, spec.name))
+    folder = Path(options.out) if options.out else Path(RUNS, spec.name)
     store = open_study(spec, data, folder, options.storage)
     others: list[Popen[bytes]] = []
     try:
