@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
@@ -78,7 +79,7 @@ def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[P
     try:
         if options.retry_failed:
             print(f"{store.retry_failed()} failed runs are tried again")
-        worker = Worker(spec, data, folder, store, ProcessCells(spec))
+        worker = Worker(spec, data, folder, store, ProcessCells(spec), partial(print, flush=True))
         signal.signal(signal.SIGTERM, _stop)
         if not options.worker:
             _tell_start(worker, folder)
