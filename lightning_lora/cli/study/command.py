@@ -59,7 +59,7 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 
     tell_infos(False)
     if given is not None:
-        spec = resolve(*given, Path(options.file).parent)
+        spec = resolve(*given, Path(str(options.file)).parent)
     else:
         spec = default_study(rest, options.hours, Path(options.out) if options.out else DEFAULT_OUT)
     again = [word for word in arguments if word != RETRY]
