@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
@@ -58,9 +59,9 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 
     tell_infos(False)
     if given is not None:
-        spec = resolve(*given, Path(options.file).parent)
+        spec = resolve(*given, Path(str(options.file)).parent)
     else:
-        spec = default_study(rest, options.hours, Path(options.out or DEFAULT_OUT))
+        spec = default_study(rest, options.hours, Path(options.out) if options.out else DEFAULT_OUT)
     again = [word for word in arguments if word != RETRY]
     _work(options, spec, lambda: start_workers(visible_devices(), again, allowed))
 
@@ -72,13 +73,13 @@ def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[P
     from lightning_lora.study.matched.worker import Worker
 
     data = data_fingerprints(spec.arms[0].config.get("data"))
-    folder = Path(options.out or Path(RUNS, spec.name))
+    folder = Path(options.out) if options.out else Path(RUNS, spec.name)
     store = open_study(spec, data, folder, options.storage)
     others: list[Popen[bytes]] = []
     try:
         if options.retry_failed:
             print(f"{store.retry_failed()} failed runs are tried again")
-        worker = Worker(spec, data, folder, store, ProcessCells(spec))
+        worker = Worker(spec, data, folder, store, ProcessCells(spec), partial(print, flush=True))
         signal.signal(signal.SIGTERM, _stop)
         if not options.worker:
             _tell_start(worker, folder)

@@ -111,19 +111,17 @@ class Store:
         return {"fixed": dict(here["fixed"]), "arms": {**there["arms"], **here["arms"]}}
 
     def add(self, cells: Iterable[Cell]) -> None:
-        """Ask for runs; those that were asked for before stay as they are."""
+        """Ask for runs, behind those that were asked for before, which stay as they are."""
         with self._database.transaction() as transaction:
-            known = {
-                row[0]
-                for row in transaction.execute("SELECT key FROM ll_cell WHERE study = ?", [self.study]).fetchall()
-            }
-            for place, cell in enumerate(cells):
-                if cell.key not in known:
-                    transaction.execute(
-                        "INSERT INTO ll_cell (study, key, place, spec, state, owner, attempt, expires, lost, errors, "
-                        "reason) VALUES (?, ?, ?, ?, 'ready', '', 0, 0, 0, 0, '') ON CONFLICT DO NOTHING",
-                        [self.study, cell.key, place, json.dumps(cell.to_dict())],
-                    )
+            (last,) = transaction.execute(
+                "SELECT coalesce(max(place), 0) FROM ll_cell WHERE study = ?", [self.study]
+            ).fetchone()
+            for place, cell in enumerate(cells, last + 1):
+                transaction.execute(
+                    "INSERT INTO ll_cell (study, key, place, spec, state, owner, attempt, expires, lost, errors, "
+                    "reason) VALUES (?, ?, ?, ?, 'ready', '', 0, 0, 0, 0, '') ON CONFLICT DO NOTHING",
+                    [self.study, cell.key, place, json.dumps(cell.to_dict())],
+                )
 
     def claim(self) -> Claim | None:
         """Claim a run that waits, or one whose worker is gone; None if there is none."""

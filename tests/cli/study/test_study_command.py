@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import yaml
 
 from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.study.matched.record import StudyRecord, read_study
+from lightning_lora.study.matched.store import Store
 from tests.cli.study import forking
 from tests.support import commands, warm
 
@@ -153,3 +157,28 @@ def test_a_second_start_runs_nothing_and_another_study_is_refused(
     assert refused.returncode == 2
     assert "holds another study 'ranks'" in refused.stderr
     assert json.loads((folder / "out" / "verdicts.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_worker_and_another_worker_does_it(tmp_path: Path) -> None:
+    file = write(tmp_path, overrides={"data.init_args.max_rows": 64})
+    worker = warm.Process(forking.__file__, "study", file, "--out", "out", cwd=tmp_path)
+    until = time.monotonic() + 120
+    while not (locks := list((tmp_path / "out" / "runs").glob(".full*.lock"))):
+        assert worker.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    run = int(json.loads(locks[0].read_text())["pid"])
+    assert run != worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{run}/stat").is_file() and " Z " not in Path(f"/proc/{run}/stat").read_text():
+        assert time.monotonic() < until, "the run goes on without its worker"
+        time.sleep(0.05)
+    (interrupted,) = [cell for cell in read_study(tmp_path / "out").cells if cell.state == "running"] or [None]
+    store = Store(f"sqlite:///{tmp_path / 'out' / 'study.sqlite'}", "ranks")
+    claim = store.claim()
+    assert claim is not None
+    assert claim.attempt == 2, "a dead process of this machine is not waited for"
+    assert interrupted is None or claim.cell.key == interrupted.key

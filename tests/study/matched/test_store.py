@@ -101,6 +101,15 @@ def test_a_run_that_was_stopped_is_not_counted_as_killed(tmp_path: Path) -> None
         assert store.release(claim)
 
 
+def test_runs_are_done_in_the_order_in_which_they_were_asked_for(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    later = [Cell("full", 1e-4, seed, "verdict", f"{9 - seed:016x}") for seed in range(3, 6)]
+    for asked in (CELLS[::-1], CELLS, later):
+        store.add(asked)
+    claims = [store.claim() for _ in range(6)]
+    assert [claim.cell for claim in claims if claim] == [*CELLS[::-1], *later]
+
+
 def test_arms_may_be_added_and_nothing_else_changed(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.open({"fixed": {"band": 0.005}, "arms": {"full": "a", "rank 8": "b"}})
