@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lightning_lora.planning.make_plan import plan
     from lightning_lora.planning.plan import Plan
     from lightning_lora.study.batch_probe import BatchProbe
+    from lightning_lora.study.matched.study import Study
     from lightning_lora.study.rank_probe import RankProbe
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Plan",
     "RankProbe",
     "RunFolderError",
+    "Study",
     "TargetNotFoundError",
     "count_parameters",
     "disable_lora",
@@ -97,6 +99,7 @@ _MODULES = {
     "ParameterCount": "lora.reports",
     "Plan": "planning.plan",
     "RankProbe": "study.rank_probe",
+    "Study": "study.matched.study",
     "count_parameters": "lora.reports",
     "disable_lora": "lora.adapter",
     "inject_lora": "lora.adapter",

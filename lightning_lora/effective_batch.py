@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer  # a report of a run, which asks for the word of a batch, starts without it
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 def loader_batch_size(loaders: Any) -> int | None:
     """Rows per batch of a single loader; None if it does not tell, or if there are several loaders."""
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
     found = loaders.flattened if isinstance(loaders, CombinedLoader) else [loaders]
     if len(found) != 1:
         return None

@@ -2,9 +2,9 @@
 
 Read in this order: `main` (which command) with `missing_package` (its advice), `commands` (those beside ``fit``),
 `lora_cli` (``fit`` and the others of LightningCLI) with `parser`, `mistakes` (what is wrong with a command line),
-`run_config`, `preview` with `escapes`, `probe`, `plan` and `ending` (what a run leaves behind), `demo`, `demo_arm` and
-`demo_remarks` on the `embedded` model and data, `run_source` (what a run folder holds) for `export` with `end_tokens`,
-`generate` (what a model answers), `inspection` and `inspection_table`, `quiet` (the libraries below us).
+`run_config`, `preview` with `escapes`, `probe`, `plan`, `study` and `ending` (what a run leaves behind), `demo`,
+`demo_arm` and `demo_remarks` on the `embedded` model and data, `run_source` (what a run folder holds) for `export` with
+`end_tokens`, `generate` (what a model answers), `inspection` and `inspection_table`, `quiet` (the libraries below us).
 """
 
 from typing import TYPE_CHECKING

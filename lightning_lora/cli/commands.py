@@ -164,6 +164,23 @@ def _consolidate(arguments: Namespace) -> None:
         raise ConfigError(str(error)) from error
 
 
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the folder of a run, or of a study, finished or not")
+    parser.add_argument("--watch", action="store_true", help="write it again while the run goes on")
+
+
+def _report(arguments: Namespace) -> None:
+    from lightning_lora.study.report.watch import watch
+    from lightning_lora.study.report.write import report_files, write_report
+
+    try:
+        folder, page = watch(arguments.folder) if arguments.watch else write_report(arguments.folder)
+    except OSError as error:
+        raise ConfigError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
+    print(page.verdict.text)
+    print(f"report: {report_files(folder)}")
+
+
 COMMANDS = {
     "demo": Command(
         "Fine-tune the embedded model on embedded GSM8K rows, with LoRA and in full; then save, merge and check.",
@@ -194,6 +211,12 @@ COMMANDS = {
         "lightning-lora inspect runs/sft/version_0 --verify",
         _inspect_arguments,
         _inspect,
+    ),
+    "report": Command(
+        "Rebuild the report of a run or study from its folder: report.html, report.md and report.csv.",
+        "lightning-lora report runs/sft/version_0",
+        _report_arguments,
+        _report,
     ),
     "consolidate": Command(
         "Write a folder of shards as one checkpoint file, which every strategy reads.",

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,6 +24,10 @@ from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.study.report.content import Page
+from lightning_lora.study.report.numbers import count, rate, seconds, size
+from lightning_lora.study.report.side_by_side import Beside, side_by_side_page
+from lightning_lora.study.report.write import HTML, write_page
 
 # The best rate of full fine-tuning in a sweep on this base and data. The best rate of LoRA was three times as high, not
 # ten (docs/results.md), hence lr_multiplier.
@@ -35,10 +38,10 @@ MERGE_TOLERANCE = 1e-5
 
 
 def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
-    """Train with LoRA and in full on the same rows in the same order; write curves, numbers, adapter and merged model.
+    """Train with LoRA and in full on the same rows in the same order; write report, numbers, adapter and merged model.
 
     Args:
-        out: Folder for ``curves.png``, ``results.json``, ``adapter/`` and ``merged/``.
+        out: Folder for ``report.html``, ``results.json``, ``adapter/`` and ``merged/``.
         steps: Number of optimizer steps of each run, at least 3.
         seed: Seed of data order and adapters.
 
@@ -55,19 +58,18 @@ def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
         _in_own_process("LoRA rank 32", LORA, steps, seed, out / "adapter"),
         _in_own_process("full", None, steps, seed, None),
     ]
-    draw_curves(arms, out / "curves.png")
     with atomic_file(out / "results.json") as file:
         file.write(json.dumps([asdict(arm) for arm in arms], indent=2).encode())
     print()
     console = Console(highlight=False)
     console.print(results_table(arms))
     adapter = read_adapter_folder(out / "adapter")
-    console.print(remarks(arms[0], arms[1], update_share(adapter.shapes, adapter.ranks)))
+    said = remarks(arms[0], arms[1], update_share(adapter.shapes, adapter.ranks))
+    console.print(said)
+    write_page(out, demo_page(arms, said))
     print()
     _merge_and_check(out)
-    print(
-        f"curves: {out / 'curves.png'}   numbers: {out / 'results.json'}   {time.perf_counter() - started:.0f} s in all"
-    )
+    print(f"report: {out / HTML}   numbers: {out / 'results.json'}   {time.perf_counter() - started:.0f} s in all")
     print(f"\nnext:\n{next_commands(out)}")
 
 
@@ -97,21 +99,29 @@ def next_commands(out: Path) -> str:
     )
 
 
-def draw_curves(arms: list[ArmResult], path: Path) -> None:
-    """Draw the training loss of each step as a line and the validation loss as marks."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for arm, colour in zip(arms, ("tab:blue", "tab:orange"), strict=True):
-        axes.plot(range(1, len(arm.train_losses) + 1), arm.train_losses, color=colour, alpha=0.35, linewidth=1)
-        axes.plot(*zip(*sorted(arm.val_losses.items()), strict=True), color=colour, marker="o", label=arm.name)
-    axes.set_xlabel(f"optimizer step ({BATCH_SIZE} rows each)")
-    axes.set_ylabel("nats per answer token")
-    axes.set_title("GSM8K answers, 1.9 M parameter model: validation (marks) and training loss (thin)")
-    axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=140)
+def demo_page(arms: list[ArmResult], said: str) -> Page:
+    """The report of the runs.
+
+    Args:
+        arms: The runs.
+        said: What their numbers say, a line for each remark.
+    """
+    runs = [
+        Beside(
+            arm.name,
+            dict(enumerate(arm.train_losses, 1)),
+            arm.val_losses,
+            {
+                "rate": rate(arm.learning_rate),
+                "trained": count(arm.trainable),
+                "time": seconds(arm.seconds),
+                "peak memory": size(arm.peak_megabytes * 2**20),
+            },
+        )
+        for arm in arms
+    ]
+    subject = f"demo: GSM8K answers, a model of 1.9 M parameters, {BATCH_SIZE} rows a step"
+    return side_by_side_page(subject, runs, said.splitlines())
 
 
 def _in_own_process(name: str, lora: LoRAConfig | None, steps: int, seed: int, adapter: Path | None) -> ArmResult:

@@ -265,7 +265,7 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI
     if allowed:
         # In the environment, so that the processes a strategy starts see them too.
         os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
-    _restrict_imports()
+    restrict_imports()
     is_preview = arguments[0] == "preview"
     if is_preview:
         arguments = ["preview", *expand_arguments(arguments[1:])]
@@ -281,7 +281,7 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI
     return cli
 
 
-def _restrict_imports() -> None:
+def restrict_imports() -> None:
     """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
     set_parsing_settings(
         import_path_denylist=["*"],

@@ -22,13 +22,14 @@ LoRA without regret for any LightningModule.
                Run a model: lightning-lora fit --config cli_configs/sft.yaml
   preview      Show three rows as the model sees them: lightning-lora preview rows.jsonl --model FOLDER
   plan         Before training: is LoRA enough, at which rank, at what cost: lightning-lora plan MODEL DATA
+  study        Full fine-tuning against ranks, each at its best learning rate, several seeds: lightning-lora study FILE
   probe        Train for a while, then find the largest batch that does no harm; --rank: whether more rank helps.
 {commands}
   --allow PREFIX   let configs name classes of your own package (repeatable)
   --version        print the version of lightning-lora
 
 Every command explains itself with --help.
-Exit codes: 0 done, 2 bad input, 130 and 143 stopped by a signal, 1 otherwise.
+Exit codes: 0 done, 2 bad input, 3 study finished with failed runs, 130 and 143 stopped by a signal, 1 otherwise.
 """
 
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _exit_code(lambda: run_command(command, arguments[1:]))
     if command in TRAINER_COMMANDS:
         return _exit_code(lambda: _run_trainer_command(arguments, allowed))
-    nearest = did_you_mean(command, [*TRAINER_COMMANDS, *COMMANDS])
+    if command == "study":
+        return _exit_code(lambda: _run_study(arguments[1:], allowed))
+    nearest = did_you_mean(command, [*TRAINER_COMMANDS, "study", *COMMANDS])
     print(f"error: unknown command {command!r}{nearest}\n\n{_usage()}", file=sys.stderr, end="")
     return 2
 
@@ -69,6 +72,12 @@ def _run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> None:
         from lightning_lora.cli.lora_cli import run_trainer_command
 
     run_trainer_command(arguments, allowed)
+
+
+def _run_study(arguments: list[str], allowed: Sequence[str]) -> None:
+    from lightning_lora.cli.study.command import run_study
+
+    run_study(arguments, allowed)
 
 
 def _exit_code(run: Callable[[], None]) -> int:

@@ -90,6 +90,14 @@ def take_lock(path: Path, folder: Path) -> str | None:
     return f"took over {path} from {holder}: that run has died without removing its lock."
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process that may be alive holds the lock; the file is only read."""
+    try:
+        return not LockHolder(**json.loads(path.read_text(encoding="utf-8"))).is_dead(_this_process())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def release_lock(path: Path) -> None:
     """Remove the lock file if this process holds it; the lock of another process stays."""
     if not path.exists():
@@ -98,6 +106,29 @@ def release_lock(path: Path) -> None:
         holder = _read(file)
         if holder is None or _is_same(holder, _this_process()):
             path.unlink()
+
+
+def drop_foreign_lock(path: Path) -> None:
+    """Remove a lock that another machine has left, where it is known otherwise that its process has ended."""
+    if not path.exists():
+        return
+    with _opened(path) as file:
+        holder = _read(file)
+        if holder is not None and holder.host != _this_process().host:
+            path.unlink()
+
+
+def process_name() -> str:
+    """A text that names this process among those of all machines, for `is_dead_process`."""
+    return json.dumps(asdict(replace(_this_process(), started="", job="", restart=0)))
+
+
+def is_dead_process(name: str) -> bool:
+    """Whether a process that `process_name` has named has surely ended; False for those of other machines."""
+    try:
+        return LockHolder(**json.loads(name)).is_dead(_this_process())
+    except (ValueError, TypeError):
+        return False
 
 
 @contextmanager

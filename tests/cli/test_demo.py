@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lightning_lora.cli.embedded import MODEL
+from tests.study.report.html_page import HtmlPage
 from tests.support import toys
 from tests.support.commands import assert_same_logits, lightning_lora
 
@@ -63,8 +64,14 @@ def test_adapter_and_merged_model_load_elsewhere_and_agree(demo: tuple[Path, str
     assert_same_logits(merged(tokens).logits, adapted(input_ids=tokens).logits)
 
 
-def test_the_curves_are_a_picture(demo: tuple[Path, str]) -> None:
-    assert (demo[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_the_report_shows_both_runs_and_claims_no_verdict(demo: tuple[Path, str]) -> None:
+    page = HtmlPage((demo[0] / "report.html").read_text())
+    heads = [element.text for element in page.all_of("th")]
+    assert {"LoRA rank 32", "full"} <= set(heads)
+    lora, full = json.loads((demo[0] / "results.json").read_text())
+    (verdict,) = (element.text for element in page.all_of("h1"))
+    assert all(f"{arm['val_losses']['12']:.4f} " in verdict for arm in (lora, full))
+    assert verdict.endswith("one seed each")
 
 
 def test_the_result_is_told(demo: tuple[Path, str]) -> None:

@@ -59,7 +59,7 @@ def test_from_a_file_of_ones_own_to_generated_text(tmp_path: Path) -> None:
     fitted = run(f"lightning-lora fit {shlex.join(configs('sft.yaml', 'lora.yaml'))} {own}", tmp_path)
     place, losses, *commands = fitted[fitted.index("run in ") :].splitlines()[:5]
     assert place.startswith("run in runs/sft/version_0: adapter adapters/last, last checkpoint checkpoints/")
-    assert place.endswith("metrics metrics.csv, loss curve loss.png")
+    assert place.endswith("metrics metrics.csv, loss curve loss.png, report report.html")
     assert re.match(r"best val_loss [\d.]+ at step \d+.* Next:", losses)
     assert all(
         (tmp_path / "runs/sft/version_0" / name).exists() for name in ("adapters/last", "metrics.csv", "loss.png")

@@ -20,7 +20,8 @@ from lightning_lora.callbacks import AdapterCheckpoint
 from lightning_lora.cli.embedded import MODEL
 from lightning_lora.cli.ending import end_of_run
 from lightning_lora.cli.ending.end_of_run import EndOfRun
-from lightning_lora.cli.ending.loss_curve import LossCurve, draw, read_metrics, smoothed, validation_metric
+from lightning_lora.cli.ending.loss_curve import draw
+from lightning_lora.study.report.runs.losses import LossCurve, read_losses, read_metrics, smoothed, validation_metric
 from tests.support import toys, warm
 from tests.support.commands import COMMAND, EMBEDDED, configs, lightning_lora
 from tests.support.toys import Plain, Toy
@@ -53,7 +54,8 @@ def test_a_module_of_the_user_is_told_what_applies(tmp_path: Path, told: Any) ->
     lines = text.splitlines()
     last = max((tmp_path / "checkpoints").iterdir(), key=os.path.getmtime)
     assert lines[0] == (
-        f"run in .: adapter adapters/last, last checkpoint checkpoints/{last.name}, loss curve loss.png"
+        f"run in .: adapter adapters/last, last checkpoint checkpoints/{last.name}, loss curve loss.png, "
+        "report report.html"
     )
     assert ending.curve.best is not None
     step, value = ending.curve.best
@@ -102,7 +104,7 @@ def test_a_picture_that_fails_is_one_warning(tmp_path: Path, told: Any, monkeypa
         raise OSError("No space left on device")
 
     monkeypatch.setattr(end_of_run, "draw", full)
-    with pytest.warns(UserWarning, match=r"loss.png is not drawn: OSError: No space left") as caught:
+    with pytest.warns(UserWarning, match=r"loss.png is not made: OSError: No space left") as caught:
         fit(tmp_path)
     assert sum("loss.png" in str(warning.message) for warning in caught) == 1
     (text,) = told()
@@ -122,7 +124,17 @@ def test_the_curve_of_a_continued_run_holds_both_parts(tmp_path: Path) -> None:
     assert second.curve.validation == pytest.approx(whole.curve.validation)
     assert len(first.curve.train) == 4
     # What the logger has written says the same, at the same steps.
-    assert read_metrics(tmp_path / "runs/version_0/metrics.csv") == first.curve
+    logged = read_metrics(tmp_path / "runs/version_0/metrics.csv")
+    assert (logged.train, logged.validation) == (first.curve.train, first.curve.validation)
+    # The second folder has both parts, with what they took.
+    kept = read_losses(tmp_path / "runs/version_1")
+    assert kept.train == pytest.approx(whole.curve.train)
+    assert [tokens for tokens, _ in kept.effort.values()] == [2 * step for step in range(1, 9)]
+    seconds = [seconds for _, seconds in kept.effort.values()]
+    assert seconds == sorted(seconds)
+    assert {step: kept.effort[step] for step in range(1, 5)} == {
+        step: (tokens, pytest.approx(seconds, abs=1e-3)) for step, (tokens, seconds) in first.curve.effort.items()
+    }
 
 
 class Logged(Toy):
@@ -182,7 +194,7 @@ def test_what_the_command_prints_is_there_and_its_next_commands_run(tmp_path: Pa
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
     assert lines[0] == (
         f"run in {run.relative_to(tmp_path)}: adapter adapters/last, last checkpoint checkpoints/{checkpoint.name}, "
-        "metrics metrics.csv, loss curve loss.png"
+        "metrics metrics.csv, loss curve loss.png, report report.html"
     )
     assert lines[1].startswith("best val_loss ")
     commands = [shlex.split(line) for line in lines[2:]]

@@ -1,0 +1,73 @@
+"""The study of one config without a study file: full fine-tuning against two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.cli.study.arms import resolve
+from lightning_lora.cli.study.fit_config import fit_config
+from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.options import has_option, option_of
+from lightning_lora.study.matched.record import STUDY, read_study
+from lightning_lora.study.matched.spec import StudySpec, spec_of
+
+LORA, DEFAULT_RANK = "model.init_args.lora", 32
+DEFAULT_NAME = "full_against_lora"
+LOW = 8
+"""The second rank is the first one divided by this."""
+FEWEST_STEPS = 20
+
+
+def default_study(arguments: Sequence[str], hours: float | None, folder: Path) -> StudySpec:
+    """The study of the arguments of ``fit``: full fine-tuning, the config's rank on all layers, and an eighth of it.
+
+    Args:
+        arguments: Arguments of ``fit``.
+        hours: Shortens every run so that the whole study takes about so long; None leaves them as they are.
+        folder: The study folder. The length of the runs of a study that has begun there stays as it is.
+
+    Raises:
+        ConfigError: If the model takes no ``lora``, or not even a few steps fit into the hours.
+    """
+    config = fit_config(arguments, "the config")
+    if not has_option(config, LORA):
+        raise ConfigError(
+            f"{option_of(config, 'model.class_path')} takes no lora, so there is nothing to compare by default: write "
+            f"a study file, see docs/study.md."
+        )
+    high = int(option_of(config, f"{LORA}.rank") or DEFAULT_RANK)
+    ranks = [rank for rank in dict.fromkeys((max(1, high // LOW), high))]
+    arms: dict[str, Any] = {"full fine-tuning": {"overrides": {LORA: None}}}
+    for rank in ranks:
+        lora = dict(option_of(config, LORA) or {}) | {"rank": rank, "targets": "all"}
+        arms[f"rank {rank}"] = {"overrides": {LORA: lora}}
+    spec, _, _ = spec_of({"arms": arms, "primary": f"rank {high}"}, DEFAULT_NAME)
+    more = list(arguments)
+    if hours is not None:
+        begun = (folder / STUDY).is_file()
+        steps = _begun_steps(folder) if begun else _steps(resolve(spec, (), {}, Path(), more), hours)
+        more.append(f"--trainer.max_steps={steps}")
+    return resolve(spec, (), {}, Path(), more)
+
+
+def _begun_steps(folder: Path) -> int:
+    record = read_study(folder)
+    return int(option_of(record.arms[0].config, "trainer.max_steps", -1))
+
+
+def _steps(spec: StudySpec, hours: float) -> int:
+    """Steps of each run with which the whole study takes so long."""
+    from lightning_lora.cli.study.estimate import estimate
+
+    found = estimate(spec)
+    if found is None:
+        raise ConfigError("--hours needs an estimate of the time of a run, and there is none for this module and data.")
+    steps = int(found.steps * min(1.0, hours * 3600 / found.total_seconds))
+    if steps < min(FEWEST_STEPS, found.steps):
+        raise ConfigError(
+            f"in {hours:g} hours each of about {found.runs} runs would take {steps} steps, too few to compare: give "
+            f"--hours {FEWEST_STEPS * found.total_seconds / found.steps / 3600:.2g} or more, or a smaller model."
+        )
+    return steps

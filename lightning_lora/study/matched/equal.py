@@ -1,0 +1,87 @@
+"""What the arms of a study must have in common, so that they differ only in what they are compared for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.options import option_of
+from lightning_lora.study.matched.spec import ArmSpec
+
+# How rows are put into batches is a setting like others; which rows there are is not.
+_OF_BATCHES = ("batch_size", "num_workers", "num_proc", "packing", "pin_memory")
+_EQUAL = {
+    "data class": "data.class_path",
+    "model class": "model.class_path",
+    "base model": "model.init_args.model",
+    "precision": "trainer.precision",
+    "number of epochs": "trainer.max_epochs",
+    "time limit": "trainer.max_time",
+    "share of the training rows": "trainer.limit_train_batches",
+    "plugins": "trainer.plugins",
+    "accelerator": "trainer.accelerator",
+    "strategy": "trainer.strategy",
+}
+
+
+def check_equal(arms: Sequence[ArmSpec]) -> None:
+    """Raise `ConfigError` if arms differ in data, evaluation rows, precision or budget, or a run needs many devices.
+
+    Args:
+        arms: The arms, with their configs.
+    """
+    first = arms[0]
+    _check_one_device(first)
+    for arm in arms[1:]:
+        for what, option in _EQUAL.items():
+            _compare(what, option, first, arm)
+        settings = [option_of(each.config, "data.init_args") or {} for each in (first, arm)]
+        for name in dict.fromkeys(key for each in settings for key in each if key not in _OF_BATCHES):
+            _compare("data", f"data.init_args.{name}", first, arm)
+        rows = [_budget(each.config) for each in (first, arm)]
+        if rows[0] != rows[1]:
+            raise ConfigError(
+                f"arms {first.name!r} and {arm.name!r} train on {rows[0]:,} and {rows[1]:,} rows by max_steps and "
+                f"batch size: a comparison needs the same number; change trainer.max_steps with the batch."
+            )
+    for place, arm in enumerate(arms):
+        for other in arms[:place]:
+            if other.config == arm.config:
+                raise ConfigError(
+                    f"arms {other.name!r} and {arm.name!r} are the same: give each arm overrides or configs of its own."
+                )
+
+
+def _compare(what: str, option: str, one: ArmSpec, other: ArmSpec) -> None:
+    values = option_of(one.config, option), option_of(other.config, option)
+    if values[0] != values[1]:
+        raise ConfigError(
+            f"arms {one.name!r} and {other.name!r} differ in {what} ({option}: {values[0]!r} and {values[1]!r}), which "
+            f"must be equal in all arms: set it for the whole study."
+        )
+
+
+def _budget(config: Mapping[str, Any]) -> int:
+    """Training rows by the number of steps; -1 without such a limit."""
+    steps = option_of(config, "trainer.max_steps", -1)
+    if steps is None or steps < 0:
+        return -1
+    batch = option_of(config, "target_batch_size") or (
+        (option_of(config, "data.init_args.batch_size") or 1)
+        * (option_of(config, "trainer.accumulate_grad_batches") or 1)
+    )
+    return steps * batch
+
+
+def _check_one_device(arm: ArmSpec) -> None:
+    devices, strategy = option_of(arm.config, "trainer.devices", 1), option_of(arm.config, "trainer.strategy", "auto")
+    if (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1):
+        raise ConfigError(
+            f"trainer.devices is {devices}, and each run of a study trains on one device: take it out, and start one "
+            f"worker on each device."
+        )
+    if not isinstance(strategy, str) or strategy not in ("auto", "single_device"):
+        raise ConfigError(
+            f"trainer.strategy is {strategy!r}, and each run of a study trains on one device: take it out."
+        )

@@ -1,0 +1,139 @@
+"""Writes what a study folder holds; `record` reads it back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.files.atomic import atomic_file
+from lightning_lora.study.matched.cells import CellStatus
+from lightning_lora.study.matched.outcomes import write_row_losses
+from lightning_lora.study.matched.record import (
+    CHOICES,
+    COLUMNS,
+    RESULTS,
+    ROW_LOSSES,
+    RUNS,
+    STUDY,
+    VERDICTS,
+    spreadsheet_text,
+)
+from lightning_lora.study.matched.spec import StudySpec
+from lightning_lora.study.statistics.rates.sweep import NextStep
+from lightning_lora.study.statistics.verdict import Verdict
+
+_TEXTS = ("arm", "reason", "run")
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that holds something else than the study ``name``.
+
+    Raises:
+        ConfigError: If it is a file, holds another study, or other files.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file: name a folder.")
+    if not (folder / STUDY).is_file():
+        if any(
+            file.suffix != ".sqlite" and not file.name.startswith((".", "study.sqlite")) for file in folder.iterdir()
+        ):
+            raise ConfigError(f"--out {folder} holds files and no {STUDY}: it is no study folder; choose another one.")
+        return
+    try:
+        there = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))["name"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / STUDY} is damaged: restore it, or choose another --out.") from error
+    if there != name:
+        raise ConfigError(f"{folder} holds the study {there!r}, and this one is {name!r}: choose another --out.")
+
+
+def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
+    """Write ``study.yaml``.
+
+    Args:
+        folder: The study folder.
+        spec: The study.
+        made: How it was made: command, versions, fingerprints of the data.
+    """
+    arms = {
+        arm.name: {
+            "configs": list(arm.configs),
+            "overrides": dict(arm.overrides),
+            "learning_rates": list(arm.learning_rates),
+            "config": arm.config,
+        }
+        for arm in spec.arms
+    }
+    content = {
+        "name": spec.name,
+        "baseline": spec.baseline,
+        "primary": spec.primary,
+        "band": spec.band,
+        "seeds": list(spec.seeds) if isinstance(spec.seeds, tuple) else spec.seeds,
+        "looks": list(spec.plan.looks),
+        "alpha": spec.plan.alpha,
+        "selection_seeds": list(spec.selection_seeds),
+        "learning_rate_option": spec.learning_rate_option,
+        "made": dict(made),
+        "arms": arms,
+    }
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    with atomic_file(folder / STUDY) as file:
+        file.write(text.encode())
+
+
+def write_results(
+    folder: Path, statuses: Iterable[CellStatus], choices: Mapping[str, NextStep], verdicts: Iterable[Verdict]
+) -> None:
+    """Write ``results.csv``, ``choices.json`` and ``verdicts.json``, and row losses of runs of other machines."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for status in statuses:
+        writer.writerow(_line(status))
+        rows = folder / RUNS / status.cell.run / ROW_LOSSES
+        if status.outcome is not None and not rows.is_file():
+            write_row_losses(rows, status.outcome.rows)
+    with atomic_file(folder / RESULTS) as file:
+        file.write(text.getvalue().encode())
+    chosen = {
+        name: {"chosen_rate": step.chosen, "why": step.why, "problem": step.problem} for name, step in choices.items()
+    }
+    for name, found in ((CHOICES, chosen), (VERDICTS, [verdict.to_dict() for verdict in verdicts])):
+        with atomic_file(folder / name) as file:
+            file.write((json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _line(status: CellStatus) -> dict[str, Any]:
+    cell, outcome = status.cell, status.outcome
+    values = {
+        "arm": cell.arm,
+        "learning_rate": f"{cell.learning_rate:g}",
+        "seed": cell.seed,
+        "state": status.state,
+        "loss": None if status.loss is None else repr(status.loss),
+        "phase": cell.phase,
+        "attempt": status.attempt,
+        "reason": " ".join(status.reason.split()) if status.state == "failed" else "",
+        "run": cell.run,
+        "key": cell.key,
+    }
+    if outcome is not None:
+        values |= {
+            "steps": outcome.steps,
+            "seconds": f"{outcome.seconds:.3f}",
+            "peak_bytes": outcome.peak_bytes,
+            "trained_parameters": outcome.trained_parameters,
+            "tokens": outcome.tokens,
+            "saved_bytes": outcome.saved_bytes,
+        }
+    return {name: spreadsheet_text(value) if name in _TEXTS else value for name, value in values.items()}

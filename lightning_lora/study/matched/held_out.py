@@ -1,0 +1,121 @@
+"""Scores a trained module on held-out rows, row by row, in the two halves of a study."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_lora.errors import DataError
+from lightning_lora.study.matched.outcomes import as_losses
+from lightning_lora.study.matched.record import RowLosses
+from lightning_lora.study.matched.recorder import validation_metric
+from lightning_lora.study.statistics.rates.selection_rows import selection_rows
+
+
+def held_out_losses(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None
+) -> tuple[RowLosses, str]:
+    """The losses of a module on the validation rows of a run, and a hash of what these rows hold.
+
+    Rows come from ``predict_step`` if it returns a mapping with the mean ``loss`` of each row and, where rows have
+    several, their ``tokens``. Any other module is validated on each half of the rows, and each half counts as one row.
+
+    Raises:
+        DataError: If there are no validation rows, or too few for two halves.
+    """
+    loader = _validation_loader(trainer, module, datamodule)
+    dataset: Any = loader.dataset
+    places = range(len(dataset))
+    contents = [row_content(dataset[place]) for place in places]
+    halves, rows_hash = selection_rows(contents), hashlib.sha256(b"".join(contents)).hexdigest()
+    if halves.all() or not halves.any():
+        raise DataError(
+            f"one half of the held-out rows chooses learning rates and the other one is for the verdict: {len(places)} "
+            f"validation rows are too few, or all alike."
+        )
+    # Rows come from the loader: the data module would be asked for data of the stage that it may not have.
+    trainer.datamodule = None  # pyright: ignore[reportAttributeAccessIssue]
+    if (rows := _by_row(trainer, module, loader)) is not None:
+        return as_losses(*rows, torch.from_numpy(halves)), rows_hash
+    means = [_mean_loss(trainer, module, _subset(loader, np.flatnonzero(halves == half))) for half in (True, False)]
+    return as_losses(torch.tensor(means, dtype=torch.float64), torch.ones(2), torch.tensor([True, False])), rows_hash
+
+
+def row_content(row: Any) -> bytes:
+    """A hash of what a row holds, whatever it is made of."""
+    digest = hashlib.sha256()
+    _digest(row, digest)
+    return digest.digest()
+
+
+def _digest(value: Any, digest: Any) -> None:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(f"{key}:".encode())
+            _digest(value[key], digest)
+    elif isinstance(value, (list, tuple)) and any(isinstance(each, (Tensor, Mapping, list, tuple)) for each in value):
+        for each in value:
+            _digest(each, digest)
+    elif isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+    else:
+        digest.update(repr(value).encode())
+
+
+def _validation_loader(trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> DataLoader[Any]:
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        trainer.validate(module, datamodule=data, verbose=False)
+        loaders = trainer.val_dataloaders
+    if isinstance(loaders, (list, tuple)) and len(loaders) == 1:
+        loaders = loaders[0]
+    if not isinstance(loaders, DataLoader) or isinstance(loaders.dataset, IterableDataset):
+        raise DataError("a study scores its runs on held-out rows: give the data one validation set that has a length.")
+    if not isinstance(loaders.dataset, Sized):
+        raise DataError("a study scores its runs on held-out rows, and the validation set has no length.")
+    return loaders
+
+
+def _subset(loader: DataLoader[Any], places: Any, batch_size: int | None = None) -> DataLoader[Any]:
+    subset = Subset(loader.dataset, [int(place) for place in places])
+    return DataLoader(subset, batch_size or loader.batch_size or 1, collate_fn=loader.collate_fn)
+
+
+def _by_row(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> tuple[Tensor, Tensor] | None:
+    """``(rows,)`` sums of losses and numbers of tokens; None if ``predict_step`` gives none."""
+    if type(module).predict_step is LightningModule.predict_step:
+        return None
+    count = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    for size in (loader.batch_size or 1, 1):  # a mean over a batch is a row of its own only in a batch of one
+        found = trainer.predict(module, _subset(loader, range(count), size)) or []
+        if not all(isinstance(each, Mapping) and isinstance(each.get("loss"), Tensor) for each in found):
+            return None
+        losses = torch.cat([each["loss"].detach().cpu().double().reshape(-1) for each in found])  # pyright: ignore
+        if len(losses) == count:
+            tokens = [each.get("tokens") for each in found]  # pyright: ignore[reportAttributeAccessIssue]
+            if not all(isinstance(each, Tensor) for each in tokens):
+                return losses, torch.ones(count)
+            counts = torch.cat([each.detach().cpu().reshape(-1) for each in tokens if isinstance(each, Tensor)])
+            return losses * counts, counts
+    return None
+
+
+def _mean_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> float:
+    (metrics,) = trainer.validate(module, loader, verbose=False)
+    name = validation_metric(metrics)
+    if name is None:
+        raise DataError(
+            f"{type(module).__name__} gives no loss on held-out rows: let validation_step log 'val_loss', or let "
+            f"predict_step return a mapping with the loss of each row."
+        )
+    return float(metrics[name])

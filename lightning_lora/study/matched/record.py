@@ -1,0 +1,280 @@
+"""What a study folder holds, read back: a report needs nothing else.
+
+``study.yaml`` is the resolved study, ``results.csv`` has a line for each run, ``choices.json`` the rate of each arm,
+``verdicts.json`` what is found, and ``runs/`` a run folder for each run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import Tensor
+
+from lightning_lora.errors import DataError
+from lightning_lora.files.safetensors_file import read_tensors
+
+STUDY, RESULTS, VERDICTS, RUNS = "study.yaml", "results.csv", "verdicts.json", "runs"
+CHOICES = "choices.json"
+ROW_LOSSES, CURVE = "row_losses.safetensors", "curve.csv"
+UNTRAINED = "untrained base"
+"""Name of the arm that trains nothing: the loss which every other run must beat."""
+COLUMNS = (
+    *("arm", "learning_rate", "seed", "state", "loss", "steps", "seconds", "peak_bytes", "trained_parameters"),
+    *("phase", "tokens", "saved_bytes", "attempt", "reason", "run", "key"),
+)
+"""Columns of ``results.csv``."""
+Phase = Literal["base", "selection", "verdict"]
+State = Literal["ready", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of one run on held-out rows, from ``row_losses.safetensors``.
+
+    Args:
+        loss_sum: ``(rows,)`` float64, nats: the sum over the supervised tokens of each row.
+        tokens: ``(rows,)`` int64: supervised tokens of each row.
+        selection: ``(rows,)`` bool: whether the row chooses learning rates; the others are for the verdict.
+    """
+
+    loss_sum: Tensor
+    tokens: Tensor
+    selection: Tensor
+
+    def mean(self, phase: Phase) -> float:
+        """Nats per supervised token over the rows of a phase; NaN without rows."""
+        rows = self.rows_of(phase)
+        return float(self.loss_sum[rows].sum() / self.tokens[rows].sum())
+
+    def rows_of(self, phase: Phase) -> Tensor:
+        """``(rows,)`` bool: whether the row counts in a phase."""
+        return self.selection if phase == "selection" else ~self.selection
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A line of ``curve.csv``.
+
+    Args:
+        step: Optimizer steps so far.
+        tokens: Supervised tokens trained on so far; rows where the batches have no tokens.
+        seconds: Seconds of training so far, without validation.
+        train_loss: Loss of the step; None at a validation.
+        val_loss: Validation loss after the step; None at other steps.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    train_loss: float | None
+    val_loss: float | None
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """One run of a study: a line of ``results.csv``.
+
+    Args:
+        arm: Name of its arm; `UNTRAINED` for the base.
+        learning_rate: In terms of full fine-tuning; adapters train at ``lora.lr_multiplier`` times it. 0 for the base.
+        seed: Moves data order, initialisation and dropout alike in all arms.
+        state: ``"ready"`` (waits), ``"running"``, ``"done"`` or ``"failed"``.
+        loss: Nats per supervised token on the held-out rows of its phase; None if there is none. May be NaN.
+        steps: Optimizer steps.
+        seconds: Seconds of training, without validation.
+        peak_bytes: Peak memory: allocated on the GPU, else resident in the process.
+        trained_parameters: Number of trained parameters.
+        phase: ``"selection"`` (chooses the rate), ``"verdict"`` (judged) or ``"base"`` (trains nothing).
+        tokens: Supervised tokens trained on; rows where the batches have no tokens.
+        saved_bytes: Bytes of the saved adapter, or of the trained weights.
+        attempt: How often it was begun.
+        reason: Why it failed; "" if it did not.
+        run: Name of its run folder in ``runs``.
+        key: Hash of its resolved config, data and phase.
+    """
+
+    arm: str
+    learning_rate: float
+    seed: int
+    state: State
+    loss: float | None
+    steps: int | None
+    seconds: float | None
+    peak_bytes: int | None
+    trained_parameters: int | None
+    phase: Phase
+    tokens: int | None
+    saved_bytes: int | None
+    attempt: int
+    reason: str
+    run: str
+    key: str
+
+
+@dataclass(frozen=True)
+class ArmRecord:
+    """One way to train.
+
+    Args:
+        name: Its name.
+        overrides: Dotted option of ``fit`` to value: in what the arm differs from the others.
+        config: Its resolved config of ``fit``, without learning rate and seed of a run.
+        learning_rates: Rates that its sweep starts with, in terms of full fine-tuning.
+        chosen_rate: The rate of its verdict runs; None as long as it is not chosen.
+        why: Why this rate, or what the sweep does next.
+        problem: Why the rate cannot carry a verdict; "" if it can.
+    """
+
+    name: str
+    overrides: Mapping[str, Any]
+    config: Mapping[str, Any]
+    learning_rates: tuple[float, ...]
+    chosen_rate: float | None = None
+    why: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study folder, read.
+
+    Args:
+        folder: The folder.
+        spec: All of ``study.yaml``: band, seeds, versions, commands, fingerprints of the data.
+        baseline: Name of the arm that others are compared with.
+        primary: Name of the arm whose comparison was named as the main one before the start.
+        arms: The arms in the order of the study file.
+        cells: All runs that the study has asked for so far.
+        verdicts: What ``verdicts.json`` holds; empty before the first verdict run is done.
+    """
+
+    folder: Path
+    spec: Mapping[str, Any]
+    baseline: str
+    primary: str
+    arms: tuple[ArmRecord, ...]
+    cells: tuple[CellRecord, ...]
+    verdicts: tuple[Mapping[str, Any], ...]
+
+    def cells_of(self, arm: str, phase: Phase | None = None) -> tuple[CellRecord, ...]:
+        """The runs of an arm, in one phase or all."""
+        return tuple(cell for cell in self.cells if cell.arm == arm and phase in (None, cell.phase))
+
+    def run_folder(self, cell: CellRecord) -> Path:
+        """The run folder of a run; it may be absent if the run was made on another machine."""
+        return self.folder / RUNS / cell.run
+
+    def row_losses(self, cell: CellRecord) -> RowLosses | None:
+        """Losses on single held-out rows; None if the run has none here."""
+        file = self.run_folder(cell) / ROW_LOSSES
+        return RowLosses(**read_tensors(file)) if file.is_file() else None
+
+    def curve(self, cell: CellRecord) -> tuple[CurvePoint, ...]:
+        """Losses against steps, tokens and seconds; empty if the run has none here."""
+        return read_curve(self.run_folder(cell) / CURVE)
+
+    def base_loss(self, phase: Phase) -> float | None:
+        """Loss of the untrained base on the rows of a phase, nats per supervised token; None if it is not measured."""
+        for cell in self.cells_of(UNTRAINED):
+            if cell.state == "done" and (losses := self.row_losses(cell)) is not None:
+                return losses.mean(phase)
+        return None
+
+
+def read_study(folder: str | Path) -> StudyRecord:
+    """Read a study folder, finished or not.
+
+    Raises:
+        DataError: If it is no study folder, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / STUDY).is_file():
+        raise DataError(f"{folder} is no study folder: there is no {STUDY} in it.")
+    try:
+        spec = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
+        cells = read_results(folder / RESULTS)
+        file = folder / VERDICTS
+        verdicts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        file = folder / CHOICES
+        choices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        arms = tuple(_arm(name, settings, choices.get(name, {})) for name, settings in spec["arms"].items())
+        return StudyRecord(folder, spec, spec["baseline"], spec["primary"], arms, cells, tuple(verdicts))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise DataError(f"{folder} cannot be read as a study: {type(error).__name__}: {error}") from error
+
+
+def read_results(path: Path) -> tuple[CellRecord, ...]:
+    """The lines of ``results.csv``; none if there is no such file."""
+    if not path.is_file():
+        return ()
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple(_cell(row) for row in csv.DictReader(file))
+
+
+def read_curve(path: Path) -> tuple[CurvePoint, ...]:
+    """The lines of ``curve.csv``; none if there is no such file."""
+    if not path.is_file():
+        return ()
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return tuple(
+        CurvePoint(
+            int(row["step"]),
+            int(row["tokens"]),
+            float(row["seconds"]),
+            _number(row["train_loss"]),
+            _number(row["val_loss"]),
+        )
+        for row in rows
+    )
+
+
+def plain_text(text: str) -> str:
+    """A text cell of a CSV file without the quote in front, which keeps spreadsheets from computing it."""
+    return text[1:] if re.match(r"'[=+\-@\t\r]", text) else text
+
+
+def spreadsheet_text(text: str) -> str:
+    """A text cell for a CSV file, with a quote in front of what a spreadsheet would take for a formula."""
+    return f"'{text}" if re.match(r"'?[=+\-@\t\r]", text) else text
+
+
+def _arm(name: str, settings: Mapping[str, Any], choice: Mapping[str, Any]) -> ArmRecord:
+    rates = tuple(float(rate) for rate in settings["learning_rates"])
+    return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates, **choice)
+
+
+def _cell(row: Mapping[str, str]) -> CellRecord:
+    return CellRecord(
+        arm=plain_text(row["arm"]),
+        learning_rate=float(row["learning_rate"]),
+        seed=int(row["seed"]),
+        state=row["state"],  # pyright: ignore[reportArgumentType]
+        loss=_number(row["loss"]),
+        steps=_count(row["steps"]),
+        seconds=_number(row["seconds"]),
+        peak_bytes=_count(row["peak_bytes"]),
+        trained_parameters=_count(row["trained_parameters"]),
+        phase=row["phase"],  # pyright: ignore[reportArgumentType]
+        tokens=_count(row["tokens"]),
+        saved_bytes=_count(row["saved_bytes"]),
+        attempt=int(row["attempt"]),
+        reason=plain_text(row["reason"]),
+        run=plain_text(row["run"]),
+        key=row["key"],
+    )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text else None

@@ -1,0 +1,112 @@
+"""One run of a study: trains, or continues from its own last checkpoint, and scores held-out rows."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_lora.callbacks.progress import peak_bytes
+from lightning_lora.errors import DataError, GradientError, RunFolderError, user_error
+from lightning_lora.files.adapter.peft_format import TENSOR_FILE
+from lightning_lora.files.checkpoint_manifest import checkpoints_in, examine
+from lightning_lora.files.folder_lock import drop_foreign_lock
+from lightning_lora.lora.reports import count_parameters
+from lightning_lora.study.matched.cells import DIVERGED, Outcome
+from lightning_lora.study.matched.held_out import held_out_losses
+from lightning_lora.study.matched.outcomes import write_row_losses
+from lightning_lora.study.matched.record import ROW_LOSSES, Phase
+from lightning_lora.study.matched.recorder import CellRecorder
+from lightning_lora.study.matched.worker import RunError
+from lightning_lora.trainer_access import found
+
+CHECKPOINTS = "checkpoints"
+EVERY = timedelta(minutes=5)
+"""Time between two checkpoints, which is what a kill costs at most."""
+
+
+class CellCheckpoint(ModelCheckpoint):
+    """Keeps the last state of a run, to continue from after a kill.
+
+    Args:
+        folder: The run folder.
+        every: Time between two checkpoints.
+    """
+
+    def __init__(self, folder: Path, every: timedelta = EVERY) -> None:
+        super().__init__(dirpath=folder / CHECKPOINTS, filename="{step}", train_time_interval=every, save_top_k=1)
+
+
+def cell_callbacks(folder: Path, recorder: CellRecorder, every: timedelta = EVERY) -> list[Callback]:
+    """The callbacks that a Trainer needs for `fit_and_score`."""
+    return [recorder, CellCheckpoint(folder, every)]
+
+
+def fit_and_score(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, folder: Path, phase: Phase
+) -> Outcome:
+    """Train and score.
+
+    Args:
+        trainer: A Trainer with `cell_callbacks`.
+        module: The module, untrained.
+        datamodule: Its data; None if the module has loaders itself.
+        folder: The run folder.
+        phase: ``"base"`` trains nothing.
+    """
+    recorder = found(trainer, CellRecorder)
+    assert recorder is not None
+    if phase != "base":
+        path = last_checkpoint(folder)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)
+        if not trainer.global_step:
+            raise DataError("the run took no optimizer step: give it training rows and steps.")
+    peak = peak_bytes(module.device)
+    steps, trained = trainer.global_step, 0 if phase == "base" else count_parameters(module).trainable
+    rows, rows_hash = held_out_losses(trainer, module, datamodule)
+    write_row_losses(folder / ROW_LOSSES, rows)
+    saved = _saved_bytes(module, folder) if trained else 0
+    return Outcome(steps, recorder.tokens, recorder.seconds, peak, trained, saved, rows, rows_hash)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint of a run, or None."""
+    if not (folder / CHECKPOINTS).is_dir():
+        return None
+    for path in checkpoints_in(folder / CHECKPOINTS):
+        finding = examine(path)
+        if finding.damage is None and (finding.version is None or finding.version.is_resumable):
+            return path
+    return None
+
+
+def drop_foreign_locks(folder: Path) -> None:
+    """Take a run folder over from another machine, whose lease has ended; processes there cannot be looked at."""
+    for path in (folder / ".run.lock", folder.parent / f".{folder.name}.lock"):
+        drop_foreign_lock(path)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run whose result is recorded: with all arms and seeds they would fill the disk."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def as_run_error(error: Exception) -> RunError:
+    """What an exception means for a study: NaN and bad input fail at once, anything else may be tried again."""
+    known = user_error(error)
+    if isinstance(known, RunFolderError):
+        return RunError(str(known), is_final=False, is_busy=True)
+    if isinstance(known, GradientError):
+        return RunError(f"{DIVERGED}: {known}", is_final=True)
+    text = " ".join(str(known or error).split())
+    return RunError(text if known else f"{type(error).__name__}: {text}"[:500], is_final=known is not None)
+
+
+def _saved_bytes(module: LightningModule, folder: Path) -> int:
+    adapter = folder / "adapters" / "last" / TENSOR_FILE
+    if adapter.is_file():
+        return adapter.stat().st_size
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)

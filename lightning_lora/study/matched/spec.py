@@ -1,0 +1,237 @@
+"""The settings of a study: what is compared with what, on how many seeds, and what counts as equal.
+
+A study file names configs of ``fit``, and arms that change single options of it. Here its shape is checked; whether the
+options exist is known when the configs are read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.study.matched.record import UNTRAINED
+from lightning_lora.study.statistics.seed_plan import SeedPlan
+from lightning_lora.study.statistics.word import BAND, check_band
+
+KEYS = (
+    *("name", "configs", "overrides", "baseline", "primary", "arms", "learning_rates", "learning_rate_option"),
+    *("seeds", "selection_seeds", "band"),
+)
+ARM_KEYS = ("configs", "overrides", "learning_rates", "matched_rank")
+RATE_OPTION = "model.init_args.learning_rate"
+_NAME = re.compile(r"[^\W_][\w .,:+/()%-]{0,59}")
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One way to train.
+
+    Args:
+        name: Its name in tables and sentences.
+        configs: Config files of ``fit``, in addition to those of the study.
+        overrides: Dotted option to value, in addition to those of the study.
+        learning_rates: Rates that the sweep starts with, in terms of full fine-tuning; empty for ``auto``, a third of
+            the config's rate, the rate and three times the rate.
+        matched_rank: Name of an arm whose number of adapter parameters decides the rank of this one; "" if none does.
+        config: All options of ``fit`` after configs and overrides; filled in by the command line.
+    """
+
+    name: str
+    configs: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    matched_rank: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """A study.
+
+    Args:
+        name: Its name, which tells it from other studies in one database.
+        arms: At least two.
+        baseline: Name of the arm that others are compared with.
+        primary: Name of the arm of the one comparison whose level is not corrected for the number of comparisons.
+        seeds: ``3``, a list of fresh seeds, or ``"auto"`` for 3, 5, 8 as needed.
+        selection_seeds: Seeds that learning rates are chosen with; never used for a verdict.
+        band: Nats that count as equal.
+        learning_rate_option: Dotted option that takes the learning rate.
+    """
+
+    name: str
+    arms: tuple[ArmSpec, ...]
+    baseline: str
+    primary: str
+    seeds: int | tuple[int, ...] | Literal["auto"] = 3
+    selection_seeds: tuple[int, ...] = (0,)
+    band: float = BAND
+    learning_rate_option: str = RATE_OPTION
+
+    def __post_init__(self) -> None:
+        check_band(self.band)
+        names = [arm.name for arm in self.arms]
+        if len(names) < 2:
+            raise ConfigError(f"a study compares at least two arms, got {names or 'none'}: name them under arms.")
+        matched = [(f"matched_rank of {arm.name!r}", arm.matched_rank) for arm in self.arms if arm.matched_rank]
+        for key, name in (("baseline", self.baseline), ("primary", self.primary), *matched):
+            if name not in names:
+                raise ConfigError(f"{key} {name!r} is no arm{did_you_mean(name, names)}")
+        if self.primary == self.baseline:
+            raise ConfigError(f"primary names the arm to compare with the baseline, and {self.primary!r} is both.")
+        if not self.selection_seeds:
+            raise ConfigError("selection_seeds is empty: learning rates are chosen with at least one seed.")
+        if isinstance(self.seeds, tuple) and (both := {*self.seeds} & {*self.selection_seeds}):
+            raise ConfigError(
+                f"seeds and selection_seeds share {sorted(both)}: a seed that chose a learning rate flatters it, so "
+                f"verdicts need others."
+            )
+        _ = self.plan  # a wrong number is refused now
+
+    @property
+    def plan(self) -> SeedPlan:
+        """After how many seeds verdicts are looked at, and at which level."""
+        return SeedPlan.of(len(self.seeds) if isinstance(self.seeds, tuple) else self.seeds)
+
+    def verdict_seeds(self, count: int) -> tuple[int, ...]:
+        """The first ``count`` fresh seeds."""
+        if isinstance(self.seeds, tuple):
+            return self.seeds[:count]
+        fresh = max(self.selection_seeds) + 1
+        return tuple(range(fresh, fresh + count))
+
+    def with_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> StudySpec:
+        """The same study, whose arms have these configs."""
+        return replace(self, arms=tuple(replace(arm, config=configs[arm.name]) for arm in self.arms))
+
+    def arm(self, name: str) -> ArmSpec:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def read_spec(path: str | Path) -> tuple[StudySpec, tuple[str, ...], dict[str, Any]]:
+    """Read a study file.
+
+    Returns:
+        The study, whose arms have no ``config`` yet; the configs of all arms; and the overrides of all arms.
+
+    Raises:
+        ConfigError: If it cannot be read, or a setting is unknown, missing or wrong.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the study file {path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the study file {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"the study file {path} must hold settings such as configs and arms.")
+    try:
+        return spec_of(given, path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, ...], dict[str, Any]]:
+    """The study of settings that are already read; see `read_spec`."""
+    _check_keys(given, KEYS, "the study")
+    if "arms" not in given:
+        raise ConfigError("there are no arms: name at least two ways to train under arms.")
+    arms = _mapping(given["arms"], "arms")
+    rates = _rates(given.get("learning_rates", "auto"), "learning_rates")
+    made = tuple(_arm(str(arm), settings, rates) for arm, settings in arms.items())
+    names = [arm.name for arm in made]
+    baseline = str(given.get("baseline", names[0] if names else ""))
+    others = [arm for arm in names if arm != baseline]
+    spec = StudySpec(
+        name=str(given.get("name", name)),
+        arms=made,
+        baseline=baseline,
+        primary=str(given.get("primary", others[-1] if others else baseline)),
+        seeds=_seeds(given.get("seeds", 3)),
+        selection_seeds=_seed_list(given.get("selection_seeds", [0]), "selection_seeds"),
+        band=_number(given.get("band", BAND), "band"),
+        learning_rate_option=str(given.get("learning_rate_option", RATE_OPTION)),
+    )
+    return spec, _texts(given.get("configs") or [], "configs"), _overrides(given.get("overrides"), "overrides")
+
+
+def _arm(name: str, settings: Any, rates: tuple[float, ...]) -> ArmSpec:
+    where = f"arm {name!r}"
+    if not _NAME.fullmatch(name) or name == UNTRAINED or name.endswith("."):
+        raise ConfigError(f"{where}: a name has 1 to 60 letters, digits, spaces or .,:+/()%- and begins with a letter.")
+    settings = _mapping(settings or {}, where)
+    _check_keys(settings, ARM_KEYS, where)
+    if "learning_rates" in settings:
+        rates = _rates(settings["learning_rates"], f"{where}, learning_rates")
+    overrides = _overrides(settings.get("overrides"), f"{where}, overrides")
+    configs = _texts(settings.get("configs") or [], f"{where}, configs")
+    return ArmSpec(name, configs, overrides, rates, str(settings.get("matched_rank") or ""))
+
+
+def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{where} has no setting {key!r}{did_you_mean(str(key), known)}")
+
+
+def _mapping(given: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} must map names to settings, got {given!r}.")
+    return given
+
+
+def _texts(given: Any, where: str) -> tuple[str, ...]:
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ConfigError(f"{where} must be a list of files, got {given!r}.")
+    return tuple(given)
+
+
+def _overrides(given: Any, where: str) -> dict[str, Any]:
+    """Dotted options to values; nested mappings are left as they are, since an option may take one."""
+    return {str(name): value for name, value in _mapping(given or {}, where).items()}
+
+
+def _rates(given: Any, where: str) -> tuple[float, ...]:
+    if given == "auto":
+        return ()
+    given = given if isinstance(given, list) else [given]
+    rates = tuple(_number(rate, where) for rate in given)
+    if not rates:
+        raise ConfigError(f"{where} is empty: give learning rates, in terms of full fine-tuning, or auto.")
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"{where} must be positive numbers, got {given}.")
+    return tuple(sorted(set(rates)))
+
+
+def _number(given: Any, where: str) -> float:
+    try:
+        if isinstance(given, bool):
+            raise ValueError
+        return float(given)  # YAML reads 1e-4 as a text
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where} must be a number, got {given!r}.") from None
+
+
+def _seeds(given: Any) -> int | tuple[int, ...] | Literal["auto"]:
+    if isinstance(given, list):
+        return _seed_list(given, "seeds")
+    return given  # `SeedPlan` refuses what is neither a number nor auto
+
+
+def _seed_list(given: Any, where: str) -> tuple[int, ...]:
+    given = given if isinstance(given, list) else [given]
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
+        raise ConfigError(f"{where} must be whole numbers of 0 or more, got {given}.")
+    if not given or len(set(given)) < len(given):
+        raise ConfigError(f"{where} {'has a seed twice' if given else 'is empty'}: {given}.")
+    return tuple(given)

@@ -1,0 +1,230 @@
+"""Which run belongs to which worker: tables with leases, in the database that all workers of a study share.
+
+A worker claims a run for some time and renews the lease while it works. A worker that dies stops renewing, and another
+one claims the run after that time. Each claim has a number, the attempt: whoever lost a lease can write nothing more.
+So a result is recorded once, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.files.folder_lock import is_dead_process, process_name
+from lightning_lora.study.matched.cells import Cell, CellStatus, Outcome
+from lightning_lora.study.matched.database import Database, Transaction
+from lightning_lora.study.matched.outcomes import outcome_from_text, outcome_to_text
+
+LEASE_SECONDS = 120.0
+"""How long a claim lasts without being renewed."""
+MOST_LOST = 5
+"""Leases that a run may lose: something kills it each time."""
+MOST_ERRORS = 2
+"""Attempts of a run that ends with an error other than NaN or bad input."""
+_VERSION = 1
+_TABLES = (
+    """CREATE TABLE IF NOT EXISTS ll_study (name TEXT PRIMARY KEY, spec TEXT NOT NULL, version INTEGER NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS ll_cell (study TEXT NOT NULL, key TEXT NOT NULL, place INTEGER NOT NULL,
+    spec TEXT NOT NULL, state TEXT NOT NULL, owner TEXT NOT NULL, attempt INTEGER NOT NULL, expires DOUBLE PRECISION
+    NOT NULL, lost INTEGER NOT NULL, errors INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (study, key))""",
+    """CREATE TABLE IF NOT EXISTS ll_result (study TEXT NOT NULL, key TEXT NOT NULL, attempt INTEGER NOT NULL,
+    result TEXT NOT NULL, PRIMARY KEY (study, key))""",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run that a worker may do.
+
+    Args:
+        cell: The run.
+        attempt: The number of the claim; a later claim of the same run has a higher one.
+    """
+
+    cell: Cell
+    attempt: int
+
+
+class Store:
+    """The runs of one study in a database.
+
+    Args:
+        url: See `Database`.
+        study: Name of the study.
+        lease: Seconds that a claim lasts without being renewed.
+
+    Raises:
+        ConfigError: If the database cannot be used.
+    """
+
+    def __init__(self, url: str, study: str, lease: float = LEASE_SECONDS) -> None:
+        self.url = url
+        self.study = study
+        self.lease = lease
+        self.owner = process_name()
+        self._database = Database(url)
+        self._now = self._database.now
+
+    def open(self, fingerprint: Mapping[str, Any]) -> None:
+        """Create the tables and the study, or join it.
+
+        Args:
+            fingerprint: Plain values that must not change between two starts, under ``fixed``, and the arms under
+                ``arms``, to which others may be added.
+
+        Raises:
+            ConfigError: If the storage holds another study of this name.
+        """
+        with self._database.transaction() as transaction:
+            if not self._database.is_sqlite:
+                transaction.execute("SELECT pg_advisory_xact_lock(7230417)")  # two workers may create them at once
+            for table in _TABLES:
+                transaction.execute(table)
+            row = transaction.execute("SELECT spec, version FROM ll_study WHERE name = ?", [self.study]).fetchone()
+            if row is None:
+                others = transaction.execute("SELECT name FROM ll_study").fetchall() if self._database.is_sqlite else []
+                if others:
+                    raise ConfigError(
+                        f"storage {self._database.shown} holds the study {others[0][0]!r}, and this one is "
+                        f"{self.study!r}: choose another folder with --out."
+                    )
+                values = [self.study, json.dumps(fingerprint, sort_keys=True), _VERSION]
+                transaction.execute("INSERT INTO ll_study (name, spec, version) VALUES (?, ?, ?)", values)
+                return
+            merged = self._joined(json.loads(row[0]), fingerprint)
+            values = [json.dumps(merged, sort_keys=True), self.study]
+            transaction.execute("UPDATE ll_study SET spec = ? WHERE name = ?", values)
+
+    def _joined(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+        """The fingerprint of both; refuses one that changes what is recorded."""
+        arms = {name: there["arms"][name] for name in there["arms"] if name in here["arms"]}
+        changed = [key for key in here["fixed"] if there["fixed"].get(key) != here["fixed"][key]]
+        changed += [f"arm {name!r}" for name, arm in arms.items() if arm != here["arms"][name]]
+        if changed:
+            raise ConfigError(
+                f"storage {self._database.shown} holds another study {self.study!r}: its {', '.join(changed)} differ "
+                f"from those here. Arms and seeds may be added; for anything else choose another --out or name."
+            )
+        return {"fixed": dict(here["fixed"]), "arms": {**there["arms"], **here["arms"]}}
+
+    def add(self, cells: Iterable[Cell]) -> None:
+        """Ask for runs, behind those that were asked for before, which stay as they are."""
+        with self._database.transaction() as transaction:
+            (last,) = transaction.execute(
+                "SELECT coalesce(max(place), 0) FROM ll_cell WHERE study = ?", [self.study]
+            ).fetchone()
+            for place, cell in enumerate(cells, last + 1):
+                transaction.execute(
+                    "INSERT INTO ll_cell (study, key, place, spec, state, owner, attempt, expires, lost, errors, "
+                    "reason) VALUES (?, ?, ?, ?, 'ready', '', 0, 0, 0, 0, '') ON CONFLICT DO NOTHING",
+                    [self.study, cell.key, place, json.dumps(cell.to_dict())],
+                )
+
+    def claim(self) -> Claim | None:
+        """Claim a run that waits, or one whose worker is gone; None if there is none."""
+        with self._database.transaction() as transaction:
+            self._give_up(transaction)
+            row = transaction.execute(
+                f"SELECT key, spec, attempt, state FROM ll_cell WHERE study = ? AND (state = 'ready' OR (state = "
+                f"'running' AND expires < {self._now})) ORDER BY place, key LIMIT 1 {self._locked}",
+                [self.study],
+            ).fetchone()
+            if row is None:
+                return None
+            key, spec, attempt, state = row
+            done = transaction.execute(
+                f"UPDATE ll_cell SET state = 'running', owner = ?, attempt = ?, expires = {self._now} + ?, lost = lost "
+                f"+ ? WHERE study = ? AND key = ? AND attempt = ?",
+                [self.owner, attempt + 1, self.lease, int(state == "running"), self.study, key, attempt],
+            )
+            return Claim(Cell(**json.loads(spec)), attempt + 1) if done.rowcount == 1 else None
+
+    @property
+    def _locked(self) -> str:
+        return "" if self._database.is_sqlite else "FOR UPDATE SKIP LOCKED"
+
+    def _give_up(self, transaction: Transaction) -> None:
+        """Let leases of dead processes of this machine expire, and end runs that were killed too often."""
+        running = transaction.execute(
+            "SELECT key, owner, attempt FROM ll_cell WHERE study = ? AND state = 'running'", [self.study]
+        ).fetchall()
+        for key, owner, attempt in running:
+            if is_dead_process(owner):
+                values = [self.study, key, attempt]
+                transaction.execute(
+                    "UPDATE ll_cell SET expires = 0 WHERE study = ? AND key = ? AND attempt = ?", values
+                )
+        transaction.execute(
+            f"UPDATE ll_cell SET state = 'failed', reason = ? WHERE study = ? AND state = 'running' AND expires < "
+            f"{self._now} AND lost >= ?",
+            [f"killed {MOST_LOST} times; out of memory?", self.study, MOST_LOST - 1],
+        )
+
+    def beat(self, claim: Claim) -> bool:
+        """Renew a lease; False if it is lost, and then nothing may be written for this claim any more."""
+        return self._update(claim, f"expires = {self._now} + ?", [self.lease])
+
+    def finish(self, claim: Claim, outcome: Outcome) -> bool:
+        """Record a result; False if the lease was lost before."""
+        with self._database.transaction() as transaction:
+            if not self._update(claim, "state = 'done', reason = ''", [], transaction):
+                return False
+            transaction.execute(
+                "INSERT INTO ll_result (study, key, attempt, result) VALUES (?, ?, ?, ?)",
+                [self.study, claim.cell.key, claim.attempt, outcome_to_text(outcome)],
+            )
+        return True
+
+    def fail(self, claim: Claim, reason: str, is_final: bool) -> bool:
+        """Record that a run failed; it is tried once more unless ``is_final``. False if the lease was lost before."""
+        with self._database.transaction() as transaction:
+            state = f"CASE WHEN ? = 1 OR errors + 1 >= {MOST_ERRORS} THEN 'failed' ELSE 'ready' END"
+            values = [int(is_final), reason]
+            return self._update(claim, f"state = {state}, errors = errors + 1, reason = ?", values, transaction)
+
+    def release(self, claim: Claim) -> bool:
+        """Give a run back that was stopped, for whoever comes next."""
+        return self._update(claim, "state = 'ready', expires = 0", [])
+
+    def retry_failed(self) -> int:
+        """Let all failed runs be tried again; returns their number."""
+        with self._database.transaction() as transaction:
+            return transaction.execute(
+                "UPDATE ll_cell SET state = 'ready', lost = 0, errors = 0 WHERE study = ? AND state = 'failed'",
+                [self.study],
+            ).rowcount
+
+    def statuses(self) -> list[CellStatus]:
+        """All runs, in the order in which they were asked for."""
+        with self._database.transaction() as transaction:
+            rows = transaction.execute(
+                "SELECT c.spec, c.state, c.attempt, c.reason, r.result FROM ll_cell c LEFT JOIN ll_result r ON r.study "
+                "= c.study AND r.key = c.key WHERE c.study = ? ORDER BY c.place, c.key",
+                [self.study],
+            ).fetchall()
+        return [
+            CellStatus(Cell(**json.loads(spec)), state, attempt, reason, outcome_from_text(result) if result else None)
+            for spec, state, attempt, reason, result in rows
+        ]
+
+    def another(self) -> Store:
+        """A connection of its own, for another thread."""
+        other = Store(self.url, self.study, self.lease)
+        other.owner = self.owner
+        return other
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._database.close()
+
+    def _update(self, claim: Claim, change: str, values: list[Any], transaction: Transaction | None = None) -> bool:
+        """Change a run if it still belongs to this claim."""
+        if transaction is None:
+            with self._database.transaction() as own:
+                return self._update(claim, change, values, own)
+        where = [self.study, claim.cell.key, claim.attempt, self.owner]
+        mine = "study = ? AND key = ? AND attempt = ? AND owner = ? AND state = 'running'"
+        return transaction.execute(f"UPDATE ll_cell SET {change} WHERE {mine}", [*values, *where]).rowcount == 1

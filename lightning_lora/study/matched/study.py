@@ -1,0 +1,236 @@
+"""`Study`: matched runs of any LightningModule, from Python."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteGradients, GracefulStop, RunLock
+from lightning_lora.checkpoints.random_state import kept_random_state
+from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.cells import Cell, Outcome
+from lightning_lora.study.matched.open_study import open_study
+from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
+from lightning_lora.study.matched.recorder import CellRecorder, seed_all
+from lightning_lora.study.matched.run_cell import (
+    EVERY,
+    as_run_error,
+    cell_callbacks,
+    drop_foreign_locks,
+    fit_and_score,
+    remove_checkpoints,
+)
+from lightning_lora.study.matched.spec import spec_of
+from lightning_lora.study.matched.worker import LeaseLostError, Worker
+from lightning_lora.study.statistics.before_start import before_start
+from lightning_lora.study.statistics.rates.sweep import first_rates
+from lightning_lora.study.statistics.word import BAND
+
+_ARM_PARTS = ("trainer", "data")
+_TRAINER: dict[str, Any] = {
+    "max_epochs": 1,
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Study:
+    """Trains one module in several ways on the same data, and says which of them match the baseline.
+
+    Each arm gets the learning rate that is best for it, found on a seed and on held-out rows that the verdict does not
+    use; the sweep widens until its best rate has a worse one on either side. Then every arm is trained with the same
+    fresh seeds and compared with the baseline, row by row of the held-out data. Runs are kept in the folder ``out``: a
+    second call of `run` continues with those that are not finished, and several processes may call it at once.
+
+    A module scores single rows if its ``predict_step`` returns a mapping with the mean ``loss`` of each row ``(rows,)``
+    and, where rows have several, their ``tokens``; otherwise by what its ``validation_step`` logs as ``val_loss``.
+
+    Args:
+        module: Makes the module: called with ``learning_rate`` and the settings of the arm.
+        data: Makes the data module: called with ``seed`` if it takes one, and with the settings under ``data`` of the
+            arm. The held-out rows must not depend on the seed. None if the module has loaders itself.
+        arms: Name of the arm to arguments of ``module``. Two of them are not passed on: ``trainer`` has options of the
+            Trainer for this arm, ``data`` arguments of ``data``.
+        learning_rates: Rates that each sweep starts with, or one rate, which stands for a third of it, itself and three
+            times it; or a mapping from arms to either.
+        baseline: The arm that others are compared with; the first one if not given.
+        primary: The arm of the comparison that matters most, whose level is not corrected for the number of
+            comparisons; the last one if not given.
+        seeds: Number of fresh seeds for the verdict, a list of them, or ``"auto"`` for 3, 5 and 8 as needed.
+        selection_seeds: Seeds that learning rates are chosen with.
+        band: Nats that count as equal.
+        out: The study folder.
+        storage: ``postgresql://USER@HOST/NAME`` for several machines; None for a SQLite file in ``out``.
+        trainer: Options of the Trainer of every run.
+        checkpoint_minutes: Time between two checkpoints of a run, which is what a kill costs at most.
+
+    Raises:
+        ConfigError: If a setting is wrong, or ``out`` belongs to something else.
+
+    Example::
+
+        study = Study(
+            MyModule, MyData, {"full": {"lora": None}, "rank 8": {"lora": LoRAConfig(rank=8)}}, learning_rates=1e-4
+        )
+        print(study.run().verdicts[0]["sentence"])
+    """
+
+    def __init__(
+        self,
+        module: Callable[..., LightningModule],
+        data: Callable[..., LightningDataModule] | None,
+        arms: Mapping[str, Mapping[str, Any]],
+        learning_rates: float | Sequence[float] | Mapping[str, float | Sequence[float]],
+        *,
+        baseline: str | None = None,
+        primary: str | None = None,
+        seeds: int | Sequence[int] | Literal["auto"] = 3,
+        selection_seeds: Sequence[int] = (0,),
+        band: float = BAND,
+        out: str | Path = "study",
+        storage: str | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        checkpoint_minutes: float = EVERY.total_seconds() / 60,
+    ) -> None:
+        self.module = module
+        self.data = data
+        self.arms = {name: dict(settings) for name, settings in arms.items()}
+        self.folder = Path(out)
+        self.storage = storage
+        self.trainer = dict(trainer or {})
+        self.every = timedelta(minutes=checkpoint_minutes)
+        given: dict[str, Any] = {
+            "seeds": list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else seeds,
+            "selection_seeds": list(selection_seeds),
+            "band": band,
+            "arms": {name: {"learning_rates": self._rates(learning_rates, name)} for name in self.arms},
+        }
+        given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
+        spec, _, _ = spec_of(given, self.folder.name)
+        configs = {
+            name: _plain({"module": module, "data": data, "arm": self.arms[name], "trainer": self.trainer})
+            for name in self.arms
+        }
+        self.spec = spec.with_configs(configs)
+
+    def run(self) -> StudyRecord:
+        """Do all runs that are not finished, and return what is found.
+
+        Raises:
+            ConfigError: If the folder or the database belong to another study.
+        """
+        store = open_study(self.spec, {}, self.folder, self.storage)
+        try:
+            for line in before_start(self.spec.plan, self.spec.band):
+                print(line)
+            Worker(self.spec, {}, self.folder, store, self._run_cell).work()
+        finally:
+            store.close()
+        return self.results()
+
+    def results(self) -> StudyRecord:
+        """What is in the study folder now, finished or not.
+
+        Raises:
+            DataError: If the study has not begun.
+        """
+        return read_study(self.folder)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write ``report.html``, ``report.md`` and ``report.csv`` of what is found so far.
+
+        Args:
+            path: The folder to write into. None: the study folder.
+
+        Returns:
+            The page, which opens in any browser.
+
+        Raises:
+            DataError: If the study has not begun.
+        """
+        from lightning_lora.study.report.write import HTML, write_report  # templates, which a study runs without
+
+        return write_report(self.folder, out=path)[0] / HTML
+
+    @staticmethod
+    def _rates(given: Any, arm: str) -> list[float]:
+        if isinstance(given, Mapping):
+            if arm not in given:
+                raise ConfigError(f"learning_rates has no rate for the arm {arm!r}: it has {list(given)}.")
+            given = given[arm]
+        return list(given) if isinstance(given, Sequence) else list(first_rates(given))
+
+    def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event) -> Outcome:
+        arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
+        drop_foreign_locks(folder)
+        parts = {name: dict(arm.pop(name, {})) for name in _ARM_PARTS}
+        try:
+            with kept_random_state(torch.device("cpu")), _without_infos():
+                seed_all(cell.seed)
+                # The base is not trained, so any rate does; zero is refused by some modules.
+                rate = cell.learning_rate or self.spec.arm(self.spec.baseline).learning_rates[0]
+                module = self.module(learning_rate=rate, **arm)
+                trainer = self._trainer(cell, folder, lost, parts["trainer"])
+                outcome = fit_and_score(trainer, module, self._data(cell.seed, parts["data"]), folder, cell.phase)
+        except LeaseLostError:
+            raise
+        except Exception as error:
+            raise as_run_error(error) from error
+        remove_checkpoints(folder)
+        return outcome
+
+    def _trainer(self, cell: Cell, folder: Path, lost: threading.Event, of_arm: Mapping[str, Any]) -> Trainer:
+        options = _TRAINER | self.trainer | dict(of_arm)
+        own = copy.deepcopy(options.pop("callbacks", None) or [])
+        own = own if isinstance(own, list) else [own]
+        guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]
+        recorder = CellRecorder(folder, cell.seed, lost)
+        callbacks = [*own, *guards, *cell_callbacks(folder, recorder, self.every)]
+        return Trainer(**(options | {"default_root_dir": folder, "callbacks": callbacks}))
+
+    def _data(self, seed: int, arguments: Mapping[str, Any]) -> LightningDataModule | None:
+        if self.data is None:
+            return None
+        takes_seed = "seed" in inspect.signature(self.data).parameters
+        return self.data(**arguments, **({"seed": seed} if takes_seed else {}))
+
+
+@contextmanager
+def _without_infos() -> Iterator[None]:
+    """Leave out what Lightning and we say of every Trainer; warnings are shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _plain(value: Any) -> Any:
+    """A value as texts, numbers, lists and mappings, the same in every process."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, type) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,86 @@
+"""How numbers are shown: one text for a number in HTML, Markdown and CSV."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_lora.study.report.content import Cell
+
+NOTHING = Cell("-")
+_SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def words(text: str, tone: str = "") -> Cell:
+    """A text."""
+    return Cell(text, text, tone)
+
+
+def nats(value: float | None, places: int = 4) -> Cell:
+    """A loss, with four decimals."""
+    return NOTHING if value is None else Cell(_plain(value, f"{value:.{places}f}"), value)
+
+
+def count(value: float | None) -> Cell:
+    """A whole number with commas."""
+    return NOTHING if value is None else Cell(_plain(value, f"{value:,.0f}"), value)
+
+
+def rate(value: float | None) -> Cell:
+    """A learning rate: ``3e-4``, ``0.001``."""
+    return NOTHING if value is None else Cell(tidy(value), value)
+
+
+def share(value: float | None, places: int = 1) -> Cell:
+    """A share as percents."""
+    return NOTHING if value is None else Cell(_plain(value, f"{value:.{places}%}"), value)
+
+
+def short(value: float | None) -> Cell:
+    """A number with three digits."""
+    return (
+        NOTHING if value is None else Cell(_plain(value, f"{value:,.3g}" if abs(value) < 1e6 else tidy(value)), value)
+    )
+
+
+def size(value: float | None) -> Cell:
+    """Bytes in the largest unit that fits."""
+    if value is None:
+        return NOTHING
+    unit, name = next(((unit, name) for unit, name in _SIZES if abs(value) >= unit), (1, "bytes"))
+    return Cell(f"{value / unit:,.4g} {name}", value)
+
+
+def seconds(value: float | None) -> Cell:
+    """A time: ``42 s``, ``3 min 20 s``, ``2 h 5 min``.
+
+    >>> seconds(42.3).text, seconds(200).text, seconds(7500).text
+    ('42.3 s', '3 min 20 s', '2 h 5 min')
+    """
+    if value is None:
+        return NOTHING
+    if value < 60:
+        return Cell(f"{value:.3g} s", value)
+    whole = round(value)
+    minutes, rest = divmod(whole, 60)
+    return Cell(f"{minutes} min {rest} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min", value)
+
+
+def tidy(value: float) -> str:
+    """A number as short as it can be told, with four digits at most.
+
+    >>> [tidy(value) for value in (0.0003, 0.25, 1500, 2_000_000)]
+    ['3e-4', '0.25', '1,500', '2M']
+    """
+    if not math.isfinite(value):
+        return str(value)
+    for unit, letter in ((1e9, "B"), (1e6, "M")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{letter}"
+    if value and abs(value) < 1e-3:
+        digits, _, power = f"{value:.3e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _plain(value: float, text: str) -> str:
+    return text if math.isfinite(value) else "not a number" if math.isnan(value) else "infinite"

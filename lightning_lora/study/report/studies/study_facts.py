@@ -1,0 +1,64 @@
+"""What the parts of a study's report all ask of a study: its words, its verdict runs, what they have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from lightning_lora.study.matched.record import UNTRAINED, CellRecord, StudyRecord
+from lightning_lora.study.statistics.arm import Arm
+
+
+class StudyFacts:
+    """A study, and what follows from it for all parts of its report.
+
+    Args:
+        study: The study folder, read.
+    """
+
+    def __init__(self, study: StudyRecord) -> None:
+        self.study = study
+        self.band = float(study.spec["band"])
+        self.styles = {arm.name: number for number, arm in enumerate(study.arms)}
+        self.verdicts: dict[str, Mapping[str, Any]] = {each["arm"]: each for each in study.verdicts}
+
+    @property
+    def over(self) -> int:
+        """Number of runs that are done or have failed."""
+        return sum(cell.state in ("done", "failed") for cell in self.study.cells)
+
+    @cached_property
+    def base_losses(self) -> dict[str, float]:
+        """Phase to the loss of the untrained base, where it is known."""
+        known = ((phase, self.study.base_loss(phase)) for phase in ("selection", "verdict"))
+        return {phase: loss for phase, loss in known if loss is not None}
+
+    def verdict_runs(self, arm: str) -> list[CellRecord]:
+        """The runs of an arm that are judged and done, by seed."""
+        done = [cell for cell in self.study.cells_of(arm, "verdict") if cell.state == "done"]
+        return sorted(done, key=lambda cell: cell.seed)
+
+    def losses(self, arm: str) -> Arm:
+        """The verdict runs of an arm, for the statistics."""
+        losses = {cell.seed: math.nan if cell.loss is None else cell.loss for cell in self.verdict_runs(arm)}
+        failed = {cell.seed: cell.reason for cell in self.study.cells_of(arm, "verdict") if cell.state == "failed"}
+        return Arm(arm, losses, failed, self.base_losses.get("verdict", math.inf))
+
+    def mean_loss(self, arm: str) -> float | None:
+        """Mean loss over the seeds of an arm."""
+        means = list(self.losses(arm).means().values())
+        return fmean(means) if means else None
+
+    def failures(self) -> list[CellRecord]:
+        """Runs that failed, in the order of the study."""
+        return [cell for cell in self.study.cells if cell.state == "failed" and cell.arm != UNTRAINED]
+
+
+def headline(verdict: Mapping[str, Any]) -> str:
+    """The sentence of a verdict with the names of both arms in every case."""
+    if verdict["verdict"] == "cannot tell":
+        return f"{verdict['arm']} against {verdict['baseline']}: {verdict['sentence']}"
+    return str(verdict["sentence"])

@@ -1,0 +1,129 @@
+"""The first lines of a study's report: the main verdict, what counts as equal, and all differences in one picture."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
+from lightning_lora.study.report.content import Section, Table, Words, said
+from lightning_lora.study.report.numbers import NOTHING, count, nats, short, words
+from lightning_lora.study.report.studies.study_facts import StudyFacts, headline
+
+_LONGEST = 200
+_SHORT = {"behind": "falls behind"}
+
+
+def study_verdict(facts: StudyFacts) -> Words:
+    """The verdict of the main comparison, or how far the study is."""
+    study = facts.study
+    verdict = facts.verdicts.get(study.primary)
+    if verdict is None:
+        return said(
+            "No verdict yet: {over} of {asked} runs are over",
+            over=count(facts.over),
+            asked=count(len(study.cells)),
+        )
+    # The whole sentence is below: an error of a library may have ten lines.
+    return Words(textwrap.shorten(headline(verdict), _LONGEST, placeholder=" …"), _numbers(verdict))
+
+
+def study_lede(facts: StudyFacts) -> Iterator[Words]:
+    """What else has to be known at once."""
+    study = facts.study
+    seeds = [verdict["seeds"] for verdict in study.verdicts]
+    alpha = next((each["alpha"] for each in study.verdicts if each.get("alpha")), None)
+    text = "Differences below {band} nats count as none, which was fixed before the start."
+    if seeds:
+        text += " Verdicts rest on {seeds} fresh seeds, at learning rates that were chosen with other seeds and rows."
+    if alpha is not None:
+        text += " Intervals cover the true difference in {cover} of studies."
+    cover = NOTHING if alpha is None else words(f"{1 - 2 * alpha:.0%}")
+    number = (
+        words(f"{min(seeds)} to {max(seeds)}") if seeds and min(seeds) < max(seeds) else count(max(seeds, default=0))
+    )
+    yield said(text, band=short(facts.band), seeds=number, cover=cover)
+    open_runs = len(study.cells) - facts.over
+    if open_runs and facts.study.primary in facts.verdicts:
+        yield said(
+            "The study is not finished: {open} of {asked} runs are open.",
+            open=count(open_runs),
+            asked=count(len(study.cells)),
+        )
+    if failed := facts.failures():
+        yield said(
+            "{failed} of {asked} runs failed; their reasons are below.",
+            failed=count(len(failed)),
+            asked=count(len(study.cells)),
+        )
+
+
+def study_verdicts(facts: StudyFacts) -> Section | None:
+    """All verdicts, and their intervals beside the band; None without any."""
+    if not facts.verdicts:
+        return None
+    sentences = [Words(f"{headline(verdict)}.", _numbers(verdict)) for verdict in facts.verdicts.values()]
+    rows = [
+        Difference(
+            str(verdict["arm"]),
+            _word(verdict),
+            float(verdict["difference"]),
+            -math.inf if verdict["low"] is None else float(verdict["low"]),
+            math.inf if verdict["high"] is None else float(verdict["high"]),
+            facts.styles.get(str(verdict["arm"]), 0),
+        )
+        for verdict in facts.verdicts.values()
+        if verdict["difference"] is not None
+    ]
+    if not rows:
+        return Section("verdicts", "Verdicts", sentences)
+    baseline = facts.study.baseline
+    chart = interval_chart(
+        "differences",
+        f"Loss of each arm minus that of {baseline}",
+        "; ".join(_in_numbers(verdict) for verdict in facts.verdicts.values() if verdict["difference"] is not None)
+        + ".",
+        f"nats above {baseline}: less is better",
+        rows,
+        facts.band,
+        _table(facts),
+    )
+    return Section("verdicts", "Verdicts", [*sentences, chart])
+
+
+def _table(facts: StudyFacts) -> Table:
+    columns = ["arm", "verdict", "difference", "low", "high", "seeds", "spread over seeds", "p", "p, corrected"]
+    rows = [
+        [
+            words(str(verdict["arm"])),
+            words(_word(verdict)),
+            *(nats(verdict[name]) for name in ("difference", "low", "high")),
+            count(verdict["seeds"]),
+            nats(verdict.get("spread")),
+            *(short(verdict.get(name)) for name in ("p", "p_corrected")),
+        ]
+        for verdict in facts.verdicts.values()
+    ]
+    note = (
+        "p is the chance of such numbers if the word were wrong; where several arms are compared, all but the main "
+        "comparison are corrected by Holm."
+    )
+    return Table(
+        "verdict-numbers", f"Differences to {facts.study.baseline}, nats per supervised token", columns, rows, note
+    )
+
+
+def _numbers(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: nats(verdict[name]) for name in ("difference", "low", "high") if verdict[name] is not None}
+
+
+def _in_numbers(verdict: Mapping[str, Any]) -> str:
+    mean, low, high = (nats(verdict[name]).text for name in ("difference", "low", "high"))
+    return f"{verdict['arm']} {mean} ({low} to {high}), {_word(verdict)}"
+
+
+def _word(verdict: Mapping[str, Any]) -> str:
+    word = str(verdict["verdict"])
+    return _SHORT.get(word, word)

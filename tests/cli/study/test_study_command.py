@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
+from lightning_lora.study.matched.record import StudyRecord, read_study
+from lightning_lora.study.matched.store import Store
+from tests.cli.study import forking
+from tests.support import commands, warm
+
+BASE = {
+    "model": {
+        "class_path": "lightning_lora.tasks.CausalLM",
+        "init_args": {"model": str(MODEL), "learning_rate": 3e-4},
+    },
+    "data": {
+        "class_path": "lightning_lora.data.SFTDataModule",
+        "init_args": {
+            "train": str(TRAIN),
+            "validation": str(VALIDATION),
+            **{"max_rows": 16, "validation_rows": 12, "batch_size": 8, "max_length": 256},
+        },
+    },
+    "trainer": {"max_epochs": 1, "accelerator": "cpu", "gradient_clip_val": 1.0},
+}
+ARMS: dict[str, Any] = {
+    "full": {"learning_rates": [3.3e-4, 6.6e-4, 2e-3]},
+    "rank 8": {"overrides": {"model.init_args.lora": {"rank": 8}}, "learning_rates": [1.1e-4, 3.3e-4, 1e-3]},
+}
+
+
+def write(folder: Path, **settings: Any) -> Path:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    file = folder / "ranks.yaml"
+    file.write_text(yaml.safe_dump({"configs": ["base.yaml"], "arms": ARMS, "seeds": 1} | settings, sort_keys=False))
+    return file
+
+
+def both(**overrides: Any) -> dict[str, Any]:
+    return {"full": None, "other": {"overrides": overrides}}
+
+
+MISTAKES = {
+    "unknown option": (both(**{"model.init_args.lora.rnak": 8}), "arm 'other': ", "did you mean 'rank'"),
+    "unknown option of the trainer": (both(**{"trainer.maximum_epochs": 8}), "arm 'other': ", "maximum_epochs"),
+    "learning rate": (
+        both(**{"model.init_args.learning_rate": 1}),
+        "which the study sets for each run",
+        "learning_rates",
+    ),
+    "seed": (both(seed_everything=1), "which the study sets for each run, alike in all arms", ""),
+    "other data": (both(**{"data.init_args.max_rows": 8}), "differ in data", "set it for the whole study"),
+    "other precision": (both(**{"trainer.precision": "bf16-true"}), "differ in precision", "must be equal"),
+    "the same": (both(), "'full' and 'other' are the same", ""),
+    "no config": ({"full": None, "other": {"configs": ["no.yaml"]}}, "no.yaml' does not exist", ""),
+}
+
+
+@pytest.mark.parametrize(("arms", "first", "second"), MISTAKES.values(), ids=list(MISTAKES))
+def test_a_mistake_in_an_arm_is_one_error_and_nothing_is_written(
+    tmp_path: Path, arms: dict[str, Any], first: str, second: str
+) -> None:
+    file = write(tmp_path, arms=arms)
+    done = commands.lightning_lora("study", str(file), "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert first in lines[0]
+    assert second in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_study_is_one_error(tmp_path: Path) -> None:
+    cases = {
+        (): "study needs a study file",
+        ("no.yaml",): "no.yaml cannot be read",
+        (str(write(tmp_path)), "--trainer.max_steps=3"): "options of fit go under overrides",
+        (str(write(tmp_path)), "--hours", "-1"): "--hours must be a positive number",
+        (str(write(tmp_path)), "--storage", "mysql://host/s"): "must be sqlite:///FILE or postgresql://",
+    }
+    for arguments, message in cases.items():
+        done = commands.lightning_lora("study", *arguments, cwd=tmp_path)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, warm.Done, StudyRecord]:
+    folder = tmp_path_factory.mktemp("study")
+    stops = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nothing"}}
+    broken = {"overrides": {"trainer.callbacks": [stops]}, "learning_rates": [1e-4]}
+    file = write(folder, arms=ARMS | {"broken": broken}, primary="rank 8")
+    done = warm.run(forking.__file__, "study", file, "--out", folder / "out", cwd=folder)
+    return folder, done, read_study(folder / "out")
+
+
+@pytest.mark.slow
+def test_a_study_trains_its_arms_by_the_code_of_fit(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
+    _, done, record = finished
+    assert done.returncode == 3, done.stderr
+    for arm, trained in (("full", 1_878_240), ("rank 8", 122_240)):
+        runs = record.cells_of(arm)
+        assert {cell.state for cell in runs} == {"done"}
+        assert {cell.trained_parameters for cell in runs} == {trained}
+        assert {cell.steps for cell in runs} == {2}
+        assert all((record.run_folder(cell) / "config.yaml").is_file() for cell in runs)
+    (adapted,) = record.cells_of("rank 8", "verdict")
+    assert (
+        record.run_folder(adapted) / "adapters/last/adapter_model.safetensors"
+    ).stat().st_size == adapted.saved_bytes
+    losses = record.row_losses(adapted)
+    assert losses is not None
+    assert set(losses.tokens.tolist()) != {1}
+    config = yaml.safe_load((record.run_folder(adapted) / "config.yaml").read_text())
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == adapted.seed == 1
+    assert config["model"]["init_args"]["learning_rate"] == adapted.learning_rate
+
+
+@pytest.mark.slow
+def test_a_failed_arm_is_rows_with_a_reason_and_exit_code_3(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
+    _, done, record = finished
+    (failed,) = record.cells_of("broken")
+    assert failed.state == "failed"
+    assert failed.reason.startswith("RuntimeError: Early stopping conditioned on metric `nothing`")
+    assert failed.attempt == 2
+    verdicts = {verdict["arm"]: verdict for verdict in record.verdicts}
+    assert verdicts["rank 8"]["sentence"] == "cannot tell: 1 seed; at least 3 are needed"
+    assert "every run failed" in verdicts["broken"]["sentence"]
+    assert "no verdict: it takes at least 3 seeds" in done.stdout
+    assert f"{len(record.cells)} of about" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_second_start_runs_nothing_and_another_study_is_refused(
+    finished: tuple[Path, warm.Done, StudyRecord],
+) -> None:
+    folder, _, record = finished
+    before = commands.tree(folder / "out" / "runs")
+    again = warm.run(forking.__file__, "study", "ranks.yaml", "--out", "out", cwd=folder)
+    assert again.returncode == 3
+    assert f"{len(record.cells)} runs are over already" in again.stdout
+    assert commands.tree(folder / "out" / "runs") == before
+    assert [vars(cell) for cell in read_study(folder / "out").cells] == [vars(cell) for cell in record.cells]
+    other = folder / "other"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("out"))
+    write(other, band=0.1)
+    refused = warm.run(forking.__file__, "study", "ranks.yaml", "--out", folder / "out", cwd=other)
+    assert refused.returncode == 2
+    assert "holds another study 'ranks'" in refused.stderr
+    assert json.loads((folder / "out" / "verdicts.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_worker_and_another_worker_does_it(tmp_path: Path) -> None:
+    file = write(tmp_path, overrides={"data.init_args.max_rows": 64})
+    worker = warm.Process(forking.__file__, "study", file, "--out", "out", cwd=tmp_path)
+    until = time.monotonic() + 120
+    while not (locks := list((tmp_path / "out" / "runs").glob(".full*.lock"))):
+        assert worker.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    run = int(json.loads(locks[0].read_text())["pid"])
+    assert run != worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{run}/stat").is_file() and " Z " not in Path(f"/proc/{run}/stat").read_text():
+        assert time.monotonic() < until, "the run goes on without its worker"
+        time.sleep(0.05)
+    (interrupted,) = [cell for cell in read_study(tmp_path / "out").cells if cell.state == "running"] or [None]
+    store = Store(f"sqlite:///{tmp_path / 'out' / 'study.sqlite'}", "ranks")
+    claim = store.claim()
+    assert claim is not None
+    assert claim.attempt == 2, "a dead process of this machine is not waited for"
+    assert interrupted is None or claim.cell.key == interrupted.key

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.equal import check_equal
+from lightning_lora.study.matched.spec import ArmSpec, read_spec, spec_of
+from tests.support import toys
+
+ARMS: dict[str, Any] = {"full": None, "rank 8": {"overrides": {"model.init_args.lora.rank": 8}}}
+
+
+def test_a_study_file_needs_arms_only(tmp_path: Path) -> None:
+    file = tmp_path / "ranks.yaml"
+    file.write_text(yaml.safe_dump({"configs": ["sft.yaml"], "arms": ARMS, "learning_rates": "1e-4"}))
+    spec, configs, overrides = read_spec(file)
+    assert (spec.name, spec.baseline, spec.primary) == ("ranks", "full", "rank 8")
+    assert (spec.seeds, spec.selection_seeds, spec.band) == (3, (0,), 0.005)
+    assert spec.verdict_seeds(3) == (1, 2, 3)
+    assert configs == ("sft.yaml",)
+    assert not overrides
+    assert spec.arm("full").learning_rates == (1e-4,)
+
+
+BAD = {
+    "unknown setting": ({"arms": ARMS, "sedes": 3}, "the study has no setting 'sedes'; did you mean 'seeds'"),
+    "unknown setting of an arm": ({"arms": {"a": None, "b": {"override": {}}}}, "arm 'b' has no setting 'override'"),
+    "no arms": ({}, "there are no arms"),
+    "one arm": ({"arms": {"full": None}}, "at least two arms, got \\['full'\\]"),
+    "arms that are a list": ({"arms": ["full", "rank 8"]}, "arms must map names to settings"),
+    "baseline": ({"arms": ARMS, "baseline": "fulll"}, "baseline 'fulll' is no arm; did you mean 'full'"),
+    "primary is baseline": ({"arms": ARMS, "primary": "full"}, "'full' is both"),
+    "empty sweep": ({"arms": ARMS, "learning_rates": []}, "learning_rates is empty"),
+    "empty sweep of an arm": ({"arms": ARMS | {"b": {"learning_rates": []}}}, "arm 'b', learning_rates is empty"),
+    "negative rate": ({"arms": ARMS, "learning_rates": [-1e-4]}, "must be positive numbers"),
+    "rate that is no number": ({"arms": ARMS, "learning_rates": ["fast"]}, "must be a number, got 'fast'"),
+    "band": ({"arms": ARMS, "band": 0}, "band must be a positive number"),
+    "seeds": ({"arms": ARMS, "seeds": "many"}, "seeds must be a number of at least 3 for a verdict, or auto"),
+    "seed twice": ({"arms": ARMS, "seeds": [1, 1, 2]}, "seeds has a seed twice"),
+    "no selection seeds": ({"arms": ARMS, "selection_seeds": []}, "selection_seeds is empty"),
+    "seeds of both kinds": ({"arms": ARMS, "seeds": [0, 1, 2]}, r"share \[0\]: a seed that chose a learning rate"),
+    "name of an arm": ({"arms": ARMS | {"=1+1": None}}, "begins with a letter"),
+    "configs": ({"arms": ARMS, "configs": 3}, "configs must be a list of files"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=list(BAD))
+def test_a_mistake_in_a_study_file_is_one_clear_error(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spec_of(given, "s")
+
+
+def test_a_study_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml cannot be read: No such file"):
+        read_spec(tmp_path / "no.yaml")
+    (tmp_path / "bad.yaml").write_text("arms: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is no YAML"):
+        read_spec(tmp_path / "bad.yaml")
+
+
+def arm(name: str, **changes: Any) -> ArmSpec:
+    options = {"precision": "32-true", "max_epochs": 1, "max_steps": -1, "devices": 1, "strategy": "auto"}
+    options = {key: changes.pop(key, value) for key, value in options.items()}
+    data = {"train": "a.jsonl", "validation": "b.jsonl", "batch_size": 8} | changes.pop("data", {})
+    model = {"model": "base", "lora": None} | changes
+    return ArmSpec(name, config={"trainer": options, "data": {"init_args": data}, "model": {"init_args": model}})
+
+
+def test_arms_may_differ_in_what_is_compared() -> None:
+    check_equal([arm("a"), arm("b", lora={"rank": 8}), arm("c", data={"batch_size": 16})])
+    check_equal([arm("a", max_steps=100), arm("b", max_steps=50, data={"batch_size": 16})])
+
+
+UNEQUAL = {
+    "data": ({"data": {"train": "c.jsonl"}}, "differ in data .data.init_args.train: 'a.jsonl' and 'c.jsonl'"),
+    "evaluation rows": ({"data": {"validation": "c.jsonl"}}, "differ in data .data.init_args.validation"),
+    "length": ({"data": {"max_length": 5}}, "differ in data"),
+    "precision": ({"precision": "bf16-true"}, "differ in precision"),
+    "base": ({"model": "other"}, "differ in base model"),
+    "epochs": ({"max_epochs": 2}, "differ in number of epochs"),
+    "nothing": ({}, "arms 'a' and 'b' are the same"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), UNEQUAL.values(), ids=list(UNEQUAL))
+def test_arms_that_differ_in_what_must_be_equal_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_equal([arm("a"), arm("b", **changes)])
+
+
+def test_arms_with_other_numbers_of_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="train on 800 and 400 rows"):
+        check_equal([arm("a", max_steps=100), arm("b", max_steps=50)])
+
+
+def test_several_devices_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.devices is 2, and each run of a study trains on one device"):
+        check_equal([arm("a", devices=2), arm("b", devices=2, lora={"rank": 1})])
+
+
+@pytest.mark.parametrize("file", sorted((toys.ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_file_says_what_it_shows_and_can_be_read(file: Path) -> None:
+    spec, configs, _ = read_spec(file)
+    assert spec.name == file.stem
+    assert all((toys.ROOT / name).is_file() for name in configs)
+    first, second = file.read_text().splitlines()[:2]
+    assert first.startswith("# ")
+    assert second == f"#   lightning-lora study studies/{file.name} --out runs/{file.stem}"

@@ -1,0 +1,137 @@
+"""The report of a study gives the words of its verdicts, whatever they are, and says what is not finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.errors import DataError
+from lightning_lora.study.matched.record import RESULTS, STUDY, VERDICTS, read_study
+from lightning_lora.study.report.content import Page, Table, figures_of
+from lightning_lora.study.report.studies.study_page import study_page
+from lightning_lora.study.report.table import cells_of
+from lightning_lora.study.report.write import write_report
+from tests.study.report.planted_run import plant_run
+from tests.study.report.planted_study import BASELINE, plant
+from tests.support import commands
+
+
+def page_of(folder: Path) -> Page:
+    return study_page(read_study(folder))
+
+
+@pytest.mark.parametrize(
+    ("gap", "settings", "sentence"),
+    [
+        (0.0, {}, f"rank 8 matches {BASELINE} within 0.005 nats"),
+        (0.04, {}, f"rank 8 falls behind {BASELINE} by 0.04"),
+        (-0.04, {}, f"rank 8 is ahead of {BASELINE} by 0.0"),
+        (0.0, {"spread": 0.05}, f"rank 8 against {BASELINE}: cannot tell: 3 seeds"),
+        (0.0, {"seeds": 2}, f"rank 8 against {BASELINE}: cannot tell: 2 seeds"),
+        (0.0, {"failed": {("rank 8", 2): "NaN"}}, "cannot tell: rank 8 has no result for seed 2"),
+        (0.0, {"problem": {"rank 8": "best rate at the edge of the sweep"}}, "edge of the sweep"),
+    ],
+)
+def test_the_first_sentence_is_the_main_verdict(gap: float, settings: dict, sentence: str, tmp_path: Path) -> None:
+    page = page_of(plant(tmp_path, {"rank 8": gap}, **settings))
+    assert sentence in page.verdict.text
+    assert page.state == ""
+
+
+def test_numbers_of_the_table_are_those_of_the_study(tmp_path: Path) -> None:
+    study = read_study(plant(tmp_path, {"rank 1": 0.03, "rank 8": 0.001}))
+    cells = {(part, row, column): cell for part, row, column, cell in cells_of(study_page(study))}
+    for verdict in study.verdicts:
+        assert cells["arm-table", verdict["arm"], "difference"].value == verdict["difference"]
+        assert cells["verdict-numbers", verdict["arm"], "low"].value == verdict["low"]
+    runs = [cell for cell in study.cells_of("rank 1", "verdict") if cell.loss is not None]
+    assert cells["arm-table", "rank 1", "worst seed"].value == max(run.loss or 0 for run in runs)
+    assert cells["arm-table", "rank 1", "loss"].value == pytest.approx(sum(run.loss or 0 for run in runs) / len(runs))
+    assert cells["arm-table", "rank 1", "rate"].text == "3e-4"
+    assert cells["u-curves", "rank 1", "0.0003"].value == pytest.approx(1.43)
+
+
+def test_every_chart_is_there_and_says_its_result(tmp_path: Path) -> None:
+    page = page_of(plant(tmp_path, {"rank 1": 0.03, "rank 8": 0.001}))
+    found = {figure.name: figure for figure in figures_of(page)}
+    assert set(found) == {"differences", "by-rank", "curve-steps", "curve-tokens", "curve-seconds", "u-curves"}
+    assert "rank 1 0.03" in found["differences"].says
+    assert "Chosen, with a ring: full fine-tuning 3e-4" in found["u-curves"].says
+    assert str(found["u-curves"].svg).count('class="ring"') == 3
+    # Three seeds are thin lines, their mean a thick one, in every arm.
+    assert str(found["curve-steps"].svg).count('class="thin"') == 9
+    assert str(found["curve-steps"].svg).count('class="line"') == 3
+
+
+def test_failed_runs_have_their_reasons(tmp_path: Path) -> None:
+    page = page_of(plant(tmp_path, {"rank 8": 0.0}, failed={("rank 8", 1): "out of memory"}))
+    assert "1 of 13 runs failed" in " ".join(words.text for words in page.lede)
+    (section,) = (section for section in page.sections if section.name == "failed")
+    assert "out of memory" in str(section)
+
+
+def test_a_study_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    folder = plant(tmp_path, {"rank 8": 0.0})
+    (folder / VERDICTS).unlink()
+    lines = (folder / RESULTS).read_text().splitlines(keepends=True)
+    waiting = [line.replace(",done,", ",ready,") for line in lines[3:]]
+    (folder / RESULTS).write_text("".join([*lines[:3], *waiting]))
+    _, page = write_report(folder)
+    assert page.verdict.text == "No verdict yet: 2 of 13 runs are over"
+    assert page.state == "unfinished"
+
+
+def test_a_study_before_its_first_run_has_a_report(tmp_path: Path) -> None:
+    folder = plant(tmp_path, {"rank 8": 0.0})
+    (folder / VERDICTS).unlink()
+    (folder / RESULTS).unlink()
+    assert write_report(folder)[1].verdict.text == "No verdict yet: 0 of 0 runs are over"
+
+
+def test_a_damaged_study_is_one_clear_error(tmp_path: Path) -> None:
+    folder = plant(tmp_path, {"rank 8": 0.0})
+    (folder / STUDY).write_text("name: [")
+    with pytest.raises(DataError, match="cannot be read as a study"):
+        write_report(folder)
+
+
+def test_what_monitors_said_is_told_by_arm_with_the_layers_of_the_main_one(tmp_path: Path) -> None:
+    folder = plant(tmp_path, {"rank 1": 0.03, "rank 8": 0.001})
+    study = read_study(folder)
+    for arm in ("rank 1", "rank 8"):
+        run = study.run_folder(study.cells_of(arm, "verdict")[0])
+        (run / "curve.csv").unlink()
+        run.rmdir()
+        plant_run(run)
+    page = page_of(folder)
+    cells = {(part, row, column): cell for part, row, column, cell in cells_of(page)}
+    assert cells["monitors", "rank 1", "batch"].text == "noise-limited"
+    assert cells["monitors", "rank 8", "noise scale, rows"].value == 140.0
+    (section,) = (section for section in page.sections if section.name == "monitors-part")
+    assert isinstance(section.blocks[-1], Table)
+    assert section.blocks[-1].caption == "Layers by role of rank 8, seed 1"
+
+
+def test_a_report_of_a_study_may_be_written_elsewhere(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "study", {"rank 8": 0.0})
+    before = commands.tree(folder)
+    out, _ = write_report(folder, out=tmp_path / "docs" / "finding")
+    assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
+    assert commands.tree(folder) == before
+
+
+def test_a_study_says_how_it_was_made(tmp_path: Path) -> None:
+    (section,) = (each for each in page_of(plant(tmp_path, {"rank 8": 0.0})).sections if each.name == "reproduce")
+    told = str(section)
+    assert "lightning-lora study planted.yaml" in told
+    assert "torch 2.13.0, lightning 2.6.6" in told
+    assert "ab" * 32 in told
+
+
+def test_a_long_reason_does_not_fill_the_title(tmp_path: Path) -> None:
+    reason = "no setting of this name; known are " + ", ".join(f"setting_{number}" for number in range(100))
+    page = page_of(plant(tmp_path, {"rank 8": 0.0}, failed={("rank 8", 1): reason}))
+    assert len(page.verdict.text) <= 200
+    assert page.verdict.text.endswith(" …")
+    assert "setting_99" in str(page.sections[0])
