@@ -243,7 +243,7 @@ def _json(path: Path) -> Any:
 
 def _arm(name: str, settings: Mapping[str, Any], choice: Mapping[str, Any]) -> ArmRecord:
     rates = tuple(float(rate) for rate in settings["learning_rates"])
-    found = dict(choice) | {"expected_best": tuple(choice.get("expected_best", ()))}
+    found: dict[str, Any] = dict(choice) | {"expected_best": tuple(choice.get("expected_best", ()))}
     return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates, **found)
 
 

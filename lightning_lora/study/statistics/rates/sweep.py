@@ -162,9 +162,4 @@ def _refined(grid: Sequence[float], losses: dict[float, float], place: int, band
     if found is not None and not tried:
         return NextStep((rate_key(found.rate),), None, found.why)
     chosen = min([best, *tried], key=lambda rate: losses[rate])
-    # Four measurements stand behind a vertex, and one behind a lowest loss: a vertex below its neighbours is nearer to
-    # the optimum, though noise may have put the best rate below it.
-    if found is not None and found.is_vertex and losses[tried[0]] < min(losses[lower], losses[upper]):
-        chosen = tried[0]
-    found_by = "the best" if losses[chosen] <= losses[best] else "at the vertex"
-    return NextStep((), chosen, f"{chosen:g} is {found_by} of {len(grid) + len(tried)} rates, {proof}")
+    return NextStep((), chosen, f"{chosen:g} is the best of {len(grid) + len(tried)} rates, {proof}")
