@@ -31,6 +31,7 @@ from lightning_lora.study.matched.run_cell import (
     drop_foreign_locks,
     fit_and_score,
     remove_checkpoints,
+    share_of_run,
 )
 from lightning_lora.study.matched.spec import spec_of
 from lightning_lora.study.matched.worker import LeaseLostError, Worker
@@ -205,7 +206,7 @@ class Study:
             raise
         except Exception as error:
             raise as_run_error(error) from error
-        remove_checkpoints(folder)
+        remove_checkpoints(folder, cell.phase)
         return outcome
 
     def _trainer(self, cell: Cell, folder: Path, lost: threading.Event, of_arm: Mapping[str, Any]) -> Trainer:
@@ -213,7 +214,7 @@ class Study:
         own = copy.deepcopy(options.pop("callbacks", None) or [])
         own = own if isinstance(own, list) else [own]
         guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]
-        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations)
+        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations, share_of_run(cell.phase))
         callbacks = [*own, *guards, *cell_callbacks(folder, recorder, self.every)]
         return Trainer(**(options | {"default_root_dir": folder, "callbacks": callbacks}))
 
