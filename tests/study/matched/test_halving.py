@@ -126,34 +126,27 @@ def test_halving_without_a_known_number_of_steps_is_one_error(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_study_with_halving_ends_as_one_without_and_has_a_report(tmp_path: Path) -> None:
-    arms, rates = {"full": {"lora": None}, "bare": {}}, [0.0003, 0.001, 0.03, 0.06, 0.12]
-    trainer = {"accelerator": "cpu", "max_epochs": 3, "gradient_clip_val": 50.0}
-    made = [
-        Study(
-            Learner,
-            Rows,
-            arms | {"bare": {"trainer": {"gradient_clip_val": 60.0}}},
-            rates,
-            band=0.005,
-            evaluations=1.5,
-            aa=True,
-            halving=halving,
-            trainer=trainer,
-            out=tmp_path / str(halving),
-        )
-        for halving in (False, True)
-    ]
-    plain, halved = (study.run() for study in made)
-    assert [arm.chosen_rate for arm in halved.arms] == [arm.chosen_rate for arm in plain.arms]
-    assert halved.verdicts == plain.verdicts
-    assert halved.noise_floor == plain.noise_floor
-    assert {cell.state for cell in halved.cells} == {"done", "pruned"}
-    assert {cell.learning_rate for cell in halved.cells if cell.state == "pruned"} == {0.0003, 0.001}
-    page = made[1].report().read_text()
-    assert "unfinished" not in page
-    steps = halved.verdicts[0]["steps_to_loss"]
+def test_a_study_with_all_options_ends_and_has_a_report(tmp_path: Path) -> None:
+    made = Study(
+        Learner,
+        Rows,
+        {"full": {"lora": None}, "clipped": {"trainer": {"gradient_clip_val": 50.0}}},
+        [0.001, 0.03, 0.06, 0.12],
+        evaluations=1.5,
+        aa=True,
+        halving=True,
+        trainer={"accelerator": "cpu", "max_epochs": 3},
+        out=tmp_path / "study",
+    )
+    record = made.run()
+    assert {cell.state for cell in record.cells} == {"done", "pruned"}
+    assert {cell.learning_rate for cell in record.cells if cell.state == "pruned"} == {0.001, 0.03}
+    assert [arm.chosen_rate for arm in record.arms] == [0.06, 0.06]
+    assert record.verdicts[0]["verdict"] == "matches"
+    steps = record.verdicts[0]["steps_to_loss"]
     assert (steps["ratio"], steps["seeds"], steps["left_out"]) == (pytest.approx(1.0), 3, "")
+    assert record.noise_floor is not None
+    assert "unfinished" not in made.report().read_text()
 
 
 def test_no_run_is_given_up_by_default() -> None:
