@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,9 @@ from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteG
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.cells import Cell, Outcome
+from lightning_lora.study.matched.equal import check_equal
 from lightning_lora.study.matched.open_study import open_study
+from lightning_lora.study.matched.options import ARM_PARTS, config_of
 from lightning_lora.study.matched.progress import promises
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from lightning_lora.study.matched.recorder import CellRecorder, seed_all
@@ -38,7 +39,6 @@ from lightning_lora.study.matched.worker import LeaseLostError, Worker
 from lightning_lora.study.statistics.rates.sweep import first_rates
 from lightning_lora.study.statistics.word import BAND
 
-_ARM_PARTS = ("trainer", "data")
 _TRAINER: dict[str, Any] = {
     "max_epochs": 1,
     "devices": 1,
@@ -87,7 +87,7 @@ class Study:
         checkpoint_minutes: Time between two checkpoints of a run, which is what a kill costs at most.
 
     Raises:
-        ConfigError: If a setting is wrong, or ``out`` belongs to something else.
+        ConfigError: If a setting is wrong, arms differ in what must be equal, or ``out`` belongs to something else.
 
     Example::
 
@@ -137,11 +137,13 @@ class Study:
         }
         given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
         spec, _, _ = spec_of(given, self.folder.name)
-        configs = {
-            name: _plain({"module": module, "data": data, "arm": self.arms[name], "trainer": self.trainer})
-            for name in self.arms
-        }
-        self.spec = spec.with_configs(configs)
+        self.spec = spec.with_configs(
+            {
+                name: config_of(f"arm {name!r}", module, data, arm, _TRAINER | self.trainer)
+                for name, arm in self.arms.items()
+            }
+        )
+        check_equal(self.spec.arms)
 
     def run(self) -> StudyRecord:
         """Do all runs that are not finished, and return what is found.
@@ -193,7 +195,7 @@ class Study:
     def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event) -> Outcome:
         arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
         drop_foreign_locks(folder)
-        parts = {name: dict(arm.pop(name, {})) for name in _ARM_PARTS}
+        parts = {name: dict(arm.pop(name, {})) for name in ARM_PARTS}
         try:
             with kept_random_state(torch.device("cpu")), _without_infos():
                 seed_all(cell.seed)
@@ -237,16 +239,3 @@ def _without_infos() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _plain(value: Any) -> Any:
-    """A value as texts, numbers, lists and mappings, the same in every process."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, type) or inspect.isroutine(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
