@@ -81,6 +81,7 @@ class Study:
         halving: Whether selection runs that are far behind after a third of their steps are given up.
         batch_penalty: Asks whether the large batch costs the arms under ``lora`` more than those under ``full``:
             ``{"lora": {"small": ARM, "large": ARM}, "full": {"small": ARM, "large": ARM}}``.
+        name: Its name, which tells it from other studies in one database; None: the name of the folder.
         out: The study folder.
         storage: ``postgresql://USER@HOST/NAME`` for several machines; None for a SQLite file in ``out``.
         trainer: Options of the Trainer of every run.
@@ -113,6 +114,7 @@ class Study:
         aa: bool = False,
         halving: bool = False,
         batch_penalty: Mapping[str, Mapping[str, str]] | None = None,
+        name: str | None = None,
         out: str | Path = "study",
         storage: str | None = None,
         trainer: Mapping[str, Any] | None = None,
@@ -136,7 +138,7 @@ class Study:
             "arms": {name: {"learning_rates": self._rates(learning_rates, name)} for name in self.arms},
         }
         given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
-        spec, _, _ = spec_of(given, self.folder.name)
+        spec, _, _ = spec_of(given, name or self.folder.name)
         self.spec = spec.with_configs(
             {
                 name: config_of(f"arm {name!r}", module, data, arm, _TRAINER | self.trainer)
@@ -145,8 +147,11 @@ class Study:
         )
         check_equal(self.spec.arms)
 
-    def run(self) -> StudyRecord:
+    def run(self, retry_failed: bool = False) -> StudyRecord:
         """Do all runs that are not finished, and return what is found.
+
+        Args:
+            retry_failed: Whether runs that failed before are tried again.
 
         Raises:
             ConfigError: If the folder or the database belong to another study.
@@ -155,6 +160,8 @@ class Study:
         try:
             for line in promises(self.spec):
                 print(line)
+            if retry_failed:
+                print(f"{store.retry_failed()} failed runs are tried again")
             Worker(self.spec, {}, self.folder, store, self._run_cell).work()
         finally:
             store.close()

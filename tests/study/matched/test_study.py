@@ -128,6 +128,9 @@ def test_a_run_that_diverges_or_breaks_is_a_row_with_its_reason(tmp_path: Path) 
     assert reasons["rank 8", 0.0007] == "RuntimeError: no kernel for this rank"
     assert [cell.attempt for cell in record.cells_of("rank 8")] == [2, 2, 2]
     assert "every run failed: RuntimeError: no kernel" in record.verdicts[0]["sentence"]
+    again = Study(Broken, Rows, ARMS, RATES, seeds=1, out=tmp_path / "s", trainer=TRAINER | {"max_epochs": 1})
+    assert {cell.attempt for cell in again.run().cells_of("rank 8")} == {2}, "failed runs stay"
+    assert {cell.attempt for cell in again.run(retry_failed=True).cells_of("rank 8")} == {4}
 
 
 def test_a_folder_that_is_no_study_is_one_error(tmp_path: Path) -> None:
