@@ -177,7 +177,7 @@ def _report(arguments: Namespace) -> None:
         folder, page = watch(arguments.folder) if arguments.watch else write_report(arguments.folder)
     except OSError as error:
         raise ConfigError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
-    print(page.verdict.text)
+    print("\n".join([page.verdict.text, *(words.text for words in page.lede[:1])]))
     print(f"report: {report_files(folder)}")
 
 

@@ -16,6 +16,7 @@ def to_markdown(page: Page, made: str) -> str:
         made: The line that says when and by what it was made.
     """
     lines = [f"# {_text(page.verdict.text)}", "", *(f"{_text(words.text)}\n" for words in page.lede)]
+    lines += [] if page.figure is None else list(_block(page.figure))
     for section in page.sections:
         lines += [f"## {_text(section.title)}", ""]
         for block in section.blocks:

@@ -28,6 +28,8 @@ def cells_of(page: Page) -> Iterator[tuple[str, str, str, Cell]]:
     yield from _sentence("verdict", 0, page.verdict)
     for number, words in enumerate(page.lede, 1):
         yield from _sentence("verdict", number, words)
+    if page.figure is not None:
+        yield from _figure(page.figure)
     for section in page.sections:
         for number, block in enumerate(section.blocks):
             match block:

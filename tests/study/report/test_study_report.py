@@ -16,6 +16,8 @@ from tests.study.report.planted_run import plant_run
 from tests.study.report.planted_study import BASELINE, plant
 from tests.support import commands
 
+WORDS = {"matches": "Matches", "behind": "Falls behind", "ahead": "Is ahead", "cannot tell": "Cannot tell"}
+
 
 def page_of(folder: Path) -> Page:
     return study_page(read_study(folder))
@@ -27,15 +29,17 @@ def page_of(folder: Path) -> Page:
         (0.0, {}, f"rank 8 matches {BASELINE} within 0.005 nats"),
         (0.04, {}, f"rank 8 falls behind {BASELINE} by 0.04"),
         (-0.04, {}, f"rank 8 is ahead of {BASELINE} by 0.0"),
-        (0.0, {"spread": 0.05}, f"rank 8 against {BASELINE}: cannot tell: 3 seeds"),
-        (0.0, {"seeds": 2}, f"rank 8 against {BASELINE}: cannot tell: 2 seeds"),
-        (0.0, {"failed": {("rank 8", 2): "NaN"}}, "cannot tell: rank 8 has no result for seed 2"),
+        (0.0, {"spread": 0.05}, f"Cannot tell whether rank 8 matches {BASELINE}: 3 seeds"),
+        (0.0, {"seeds": 2}, f"Cannot tell whether rank 8 matches {BASELINE}: 2 seeds"),
+        (0.0, {"failed": {("rank 8", 2): "NaN"}}, f"{BASELINE}: rank 8 has no result for seed 2"),
         (0.0, {"problem": {"rank 8": "best rate at the edge of the sweep"}}, "edge of the sweep"),
     ],
 )
 def test_the_first_sentence_is_the_main_verdict(gap: float, settings: dict, sentence: str, tmp_path: Path) -> None:
     page = page_of(plant(tmp_path, {"rank 8": gap}, **settings))
-    assert sentence in page.verdict.text
+    assert sentence in f"{page.verdict.text}: {page.lede[0].text}"
+    assert sentence in str(page.sections[0])
+    assert page.word == WORDS[read_study(tmp_path).verdicts[0]["verdict"]]
     assert page.state == ""
 
 
@@ -56,7 +60,7 @@ def test_every_chart_is_there_and_says_its_result(tmp_path: Path) -> None:
     page = page_of(plant(tmp_path, {"rank 1": 0.03, "rank 8": 0.001}))
     found = {figure.name: figure for figure in figures_of(page)}
     assert set(found) == {"differences", "by-rank", "curve-steps", "curve-tokens", "curve-seconds", "u-curves"}
-    assert "rank 1 0.03" in found["differences"].says
+    assert "rank 1 +0.03" in found["differences"].says
     assert "Chosen, with a ring: full fine-tuning 3e-4" in found["u-curves"].says
     assert str(found["u-curves"].svg).count('class="ring"') == 3
     # Three seeds are thin lines, their mean a thick one, in every arm.
@@ -108,9 +112,11 @@ def test_what_monitors_said_is_told_by_arm_with_the_layers_of_the_main_one(tmp_p
     cells = {(part, row, column): cell for part, row, column, cell in cells_of(page)}
     assert cells["monitors", "rank 1", "batch"].text == "noise-limited"
     assert cells["monitors", "rank 8", "noise scale, rows"].value == 140.0
-    (section,) = (section for section in page.sections if section.name == "monitors-part")
-    assert isinstance(section.blocks[-1], Table)
-    assert section.blocks[-1].caption == "Layers by role of rank 8, seed 1"
+    (section,) = (section for section in page.sections if section.name == "capacity")
+    tables = {block.caption: block for block in section.blocks if isinstance(block, Table)}
+    assert not tables["Layers by role of rank 8, seed 1"].is_folded
+    assert tables["Layers by role of rank 1, seed 1"].is_folded
+    assert cells["ranks", "rank 8", "gain lost at half rank"].text == "6.0%"
 
 
 def test_a_report_of_a_study_may_be_written_elsewhere(tmp_path: Path) -> None:
@@ -133,5 +139,6 @@ def test_a_long_reason_does_not_fill_the_title(tmp_path: Path) -> None:
     reason = "no setting of this name; known are " + ", ".join(f"setting_{number}" for number in range(100))
     page = page_of(plant(tmp_path, {"rank 8": 0.0}, failed={("rank 8", 1): reason}))
     assert len(page.verdict.text) <= 200
-    assert page.verdict.text.endswith(" …")
+    assert len(page.lede[0].text) <= 201
+    assert page.lede[0].text.endswith(" …")
     assert "setting_99" in str(page.sections[0])
