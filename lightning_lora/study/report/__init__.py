@@ -2,5 +2,6 @@
 
 Read in this order: `write` (what ``lightning-lora report`` calls) and `watch`, `content` (what a report is made of),
 `numbers` (how numbers are shown), `runs` (the report of a run), `studies` (that of a study), `side_by_side` (runs that
-are no study), `charts` (drawing), `html` (with ``page.html``, ``style.css`` and ``script.js``), `markdown`, `table`.
+are no study), `charts` (drawing), `visible` (names that hide something), `html` (with ``page.html``, ``style.css`` and ``script.js``),
+`markdown`, `table`.
 """

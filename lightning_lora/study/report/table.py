@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_lora.study.report.content import Cell, Choice, Figure, Page, Table, Words
+from lightning_lora.study.report.visible import visible
 
 COLUMNS = ("part", "row", "column", "value", "shown")
 
@@ -66,5 +67,5 @@ def _figure(figure: Figure) -> Iterator[tuple[str, str, str, Cell]]:
 
 def _safe(text: str) -> str:
     """A text with a quote in front of what a spreadsheet would compute; a line break is a space."""
-    text = " ".join(text.split("\n"))
+    text = " ".join(visible(text).split("\n"))
     return f"'{text}" if re.match(r"'?[=+\-@\t\r]", text) and not re.fullmatch(r"-|[-+]?[\d.,]+\S*", text) else text

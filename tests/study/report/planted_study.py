@@ -76,9 +76,16 @@ def plant(
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    (folder / VERDICTS).write_text(json.dumps([verdict.to_dict() for verdict in verdicts]))
+    steps = {"target": 1.5, "ratio": 1.25, "low": 1.1, "high": None, "bound": "at least", "seeds": 3, "not_reached": 1}
+    found = [verdict.to_dict() | {"steps_to_loss": steps} for verdict in verdicts]
+    (folder / VERDICTS).write_text(json.dumps(found))
     chosen = {
-        name: {"chosen_rate": 3e-4, "why": "1e-4 and 9e-4 are worse", "problem": problem.get(name, "")}
+        name: {
+            "chosen_rate": 3e-4,
+            "why": "1e-4 and 9e-4 are worse",
+            "problem": problem.get(name, ""),
+            "expected_best": [1.5, 1.42, 1.4],
+        }
         for name in names
     }
     (folder / CHOICES).write_text(json.dumps(chosen))

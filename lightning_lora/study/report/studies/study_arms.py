@@ -27,7 +27,7 @@ def study_arms(facts: StudyFacts) -> Section:
 
 def _arms(facts: StudyFacts) -> Table:
     slower = step_ratios(facts)
-    has_energy = any(getattr(cell, "energy_joules", None) for cell in facts.study.cells)
+    has_energy = any(cell.energy_joules is not None for cell in facts.study.cells)
     columns = ["arm", "verdict", "difference", "loss", "worst seed", "seeds", "rate", "trained", "peak memory"]
     columns += ["time", *(["energy"] if has_energy else []), "on disk", *(["steps to 90%"] if slower else [])]
     rows = []
@@ -67,5 +67,5 @@ def _difference(verdict: Mapping[str, Any] | None) -> Cell:
 
 
 def _mean(runs: list[CellRecord], name: str) -> float | None:
-    known = [value for run in runs if (value := getattr(run, name, None)) is not None]
+    known = [value for run in runs if (value := getattr(run, name)) is not None]
     return fmean(known) if known else None

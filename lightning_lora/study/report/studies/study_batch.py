@@ -14,15 +14,16 @@ from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Figure, Section, Table, Words
 from lightning_lora.study.report.numbers import count, difference, nats, short, words
 from lightning_lora.study.report.studies.arm_settings import besides, rows_of
-from lightning_lora.study.report.studies.study_facts import StudyFacts, with_interval, word_cell
+from lightning_lora.study.report.studies.study_facts import StudyFacts, why_open, with_interval, word_cell
 
 _ENDS = " ,:;-_/("
+_UNKNOWN = "Cannot tell whether a large batch costs adapters more than full fine-tuning"
 
 
 def study_batch(facts: StudyFacts) -> Section | None:
     """The panel; None where all arms have one batch and nothing watched it."""
     blocks: list[Block] = []
-    if (penalty := getattr(facts.study, "batch_penalty", None)) is not None:
+    if (penalty := facts.study.batch_penalty) is not None:
         blocks.append(_penalty(penalty))
     if figure := _by_batch(facts):
         blocks.append(figure)
@@ -34,8 +35,10 @@ def study_batch(facts: StudyFacts) -> Section | None:
 def _penalty(penalty: Mapping[str, Any]) -> Words:
     """The difference of differences in words."""
     cells = {name: difference(penalty[name]) for name in ("difference", "low", "high") if penalty[name] is not None}
-    text = str(penalty["sentence"])
-    text = f"{text[:1].upper()}{text[1:]}."
+    text, why = str(penalty["sentence"]), why_open(penalty)
+    text = (
+        f"{_UNKNOWN}{why and f': {why}'}." if penalty["verdict"] == "cannot tell" else f"{text[:1].upper()}{text[1:]}."
+    )
     if penalty["difference"] is not None:
         text += f" Difference of differences, nats: {with_interval(penalty)}, {word_cell(penalty).text}."
     return Words(text, cells)

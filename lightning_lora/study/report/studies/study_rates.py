@@ -56,7 +56,7 @@ def _figure(facts: StudyFacts, tried: list[CellRecord]) -> Figure | None:
 
 def _expected(facts: StudyFacts) -> list[Table]:
     """What somebody would have found who tries fewer of the rates."""
-    known = {arm.name: found for arm in facts.study.arms if (found := getattr(arm, "expected_best", ()))}
+    known = {arm.name: arm.expected_best for arm in facts.study.arms if arm.expected_best}
     if not known:
         return []
     most = max(map(len, known.values()))

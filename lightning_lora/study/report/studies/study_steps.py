@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_lora.errors import DataError
 from lightning_lora.study.report.content import Block, Cell, Table
 from lightning_lora.study.report.numbers import NOTHING, count, nats, short, words
 from lightning_lora.study.report.studies.study_facts import StudyFacts
-from lightning_lora.study.statistics.steps_to_loss import Reached, step_ratio, steps_to, target_loss
 
 _SIGNS = {"at least": ">= ", "at most": "<= "}
 
 
 def step_ratios(facts: StudyFacts) -> dict[str, Mapping[str, Any]]:
-    """Arm to its steps against those of the baseline, as `verdicts.json` has them; empty where nothing is known."""
+    """Arm to its steps against those of the baseline, as ``verdicts.json`` has them, where it has a number."""
     told = {name: verdict.get("steps_to_loss") for name, verdict in facts.verdicts.items()}
-    known = {name: found for name, found in told.items() if found and found.get("ratio") is not None}
-    return known or _measured(facts)
+    return {name: found for name, found in told.items() if found and found.get("ratio") is not None}
 
 
 def short_ratio(found: Mapping[str, Any] | None) -> Cell:
@@ -57,42 +53,3 @@ def steps_table(facts: StudyFacts) -> list[Block]:
     if has_behind:
         note += " Behind after: from there on the interval of the difference stays above zero, taken point by point."
     return [Table("steps", "Steps to nine tenths of the gain", columns, rows, note)]
-
-
-def _measured(facts: StudyFacts) -> dict[str, Mapping[str, Any]]:
-    """The same from the curves, for a study that has not written it."""
-    baseline = facts.study.baseline
-    selection = [
-        cell.loss
-        for cell in facts.study.cells_of(baseline, "selection")
-        if cell.loss is not None and math.isfinite(cell.loss)
-    ]
-    if "selection" not in facts.base_losses or not selection:
-        return {}
-    target = target_loss(facts.base_losses["selection"], min(selection))
-    reached = {arm.name: _reached(facts, arm.name, target) for arm in facts.study.arms}
-    ratios = {}
-    for name, steps in reached.items():
-        if name != baseline and steps.keys() & reached[baseline].keys():
-            ratio = step_ratio(steps, reached[baseline])
-            numbers = {each: getattr(ratio, each) for each in ("ratio", "low", "high")}
-            known = {each: value if math.isfinite(value) else None for each, value in numbers.items()}
-            ratios[name] = {
-                **known,
-                "target": target,
-                "bound": ratio.bound,
-                "seeds": ratio.seeds,
-                "not_reached": ratio.not_reached,
-            }
-    return ratios
-
-
-def _reached(facts: StudyFacts, arm: str, target: float) -> dict[int, Reached]:
-    found = {}
-    for run in facts.verdict_runs(arm):
-        points = [(point.step, point.val_loss) for point in facts.study.curve(run) if point.val_loss is not None]
-        try:
-            found[run.seed] = steps_to([step for step, _ in points], [loss for _, loss in points], target)
-        except DataError:  # fewer than two evaluations
-            continue
-    return found

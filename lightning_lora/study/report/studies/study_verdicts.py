@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
-from lightning_lora.study.report.content import Figure, Section, Table, Words, said
+from lightning_lora.study.report.content import Cell, Figure, Section, Table, Words, said
 from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, short, words
 from lightning_lora.study.report.studies.study_facts import (
     WORDS,
@@ -112,15 +112,27 @@ def study_verdicts(facts: StudyFacts) -> Section | None:
     """All verdicts in words; None without any."""
     if not facts.verdicts:
         return None
-    return Section(
-        "verdicts",
-        "Verdicts",
-        [
-            Words(f"{headline(verdict)}{why and f': {why}'}.", _numbers(verdict))
-            for verdict in facts.verdicts.values()
-            for why in (why_open(verdict),)
-        ],
+    sentences = [
+        Words(f"{headline(verdict)}{why and f': {why}'}.", _numbers(verdict))
+        for verdict in facts.verdicts.values()
+        for why in (why_open(verdict),)
+    ]
+    return Section("verdicts", "Verdicts", [*sentences, *_noise_floor(facts)])
+
+
+def _noise_floor(facts: StudyFacts) -> Iterator[Words]:
+    """The baseline against itself."""
+    floor = facts.study.noise_floor
+    if floor is None or floor["difference"] is None:
+        return
+    text = "Noise floor: {baseline} differs from itself, with other seeds, by {interval} nats."
+    text += (
+        " Its single runs spread by {spread} nats: below that a difference does not matter to somebody who trains once."
     )
+    if floor.get("run_spread") is None:
+        text = text.partition(" Its single")[0]
+    interval = Cell(with_interval(floor), floor["difference"])
+    yield said(text, baseline=words(str(facts.study.baseline)), interval=interval, spread=nats(floor.get("run_spread")))
 
 
 def _short(text: str) -> str:
