@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 from lightning_lora.study.matched.record import UNTRAINED, CellRecord, StudyRecord
-from lightning_lora.study.report.content import Cell
 from lightning_lora.study.report.numbers import difference
 from lightning_lora.study.report.runs.run_record import RunRecord, is_run, read_run
 from lightning_lora.study.statistics.arm import Arm
@@ -73,15 +72,6 @@ class StudyFacts:
         return [cell for cell in self.study.cells if cell.state == "failed" and cell.arm != UNTRAINED]
 
 
-WORDS = {
-    "matches": ("matches", "good"),
-    "behind": ("falls behind", "bad"),
-    "ahead": ("is ahead", "better"),
-    "cannot tell": ("cannot tell", "open"),
-}
-"""Word of a verdict to how it is written, and its tone."""
-
-
 def headline(verdict: Mapping[str, Any]) -> str:
     """The sentence of a verdict with the names of both arms in every case, without why nobody can tell."""
     if verdict["verdict"] == "cannot tell":
@@ -94,12 +84,6 @@ def why_open(verdict: Mapping[str, Any]) -> str:
     if verdict["verdict"] != "cannot tell":
         return ""
     return str(verdict["sentence"]).removeprefix("cannot tell").lstrip(": ")
-
-
-def word_cell(verdict: Mapping[str, Any]) -> Cell:
-    """The word of a verdict in its colour."""
-    word, tone = WORDS.get(str(verdict["verdict"]), (str(verdict["verdict"]), ""))
-    return Cell(word, word, tone)
 
 
 def with_interval(verdict: Mapping[str, Any]) -> str:

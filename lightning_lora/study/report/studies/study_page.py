@@ -19,6 +19,7 @@ from lightning_lora.study.report.studies.study_verdicts import (
     study_verdicts,
     study_word,
 )
+from lightning_lora.study.report.task_panel import task_panel
 
 
 def study_page(study: StudyRecord) -> Page:
@@ -31,6 +32,7 @@ def study_page(study: StudyRecord) -> Page:
         study_rates(facts),
         study_capacity(facts),
         study_batch(facts),
+        task_panel(study.folder, facts.styles, study.primary),
         study_health(facts),
         study_origin(facts),
         study_limits(facts),
