@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_lora.errors import DataError
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.compare import compare, corrected
+from lightning_lora.study.statistics.interval import ALPHA
 from lightning_lora.study.statistics.verdict import Verdict
 from lightning_lora.study.tasks.samples import Scores
 
@@ -87,17 +89,41 @@ def judge(
         for arm in scores:
             if arm != baseline:
                 verdict = compare(arms[arm], arms[baseline], band=band, seeds=seeds)
+                verdict = _doubted(verdict, [arms[arm], arms[baseline]], count)
                 found.append(TaskVerdict(*name, count, verdict, arm))
     if not found:
         return []
     # `corrected` knows comparisons by the name of their arm: here an arm has one for each task and metric.
     labels = [f"{each.arm} on {each.task} ({each.metric})" for each in found]
     first = next((label for each, label in zip(found, labels, strict=True) if each.arm == primary), None)
-    named = [_renamed(each.verdict, label) for each, label in zip(found, labels, strict=True)]
+    named = [replace(each.verdict, arm=label) for each, label in zip(found, labels, strict=True)]
     return [
-        TaskVerdict(each.task, each.metric, each.questions, _renamed(verdict, each.arm), each.arm)
+        TaskVerdict(each.task, each.metric, each.questions, replace(verdict, arm=each.arm), each.arm)
         for each, verdict in zip(found, corrected(named, first), strict=True)
     ]
+
+
+def questions_needed(band: float, alpha: float = ALPHA) -> int:
+    """The fewest questions that can show a match: without a single different answer, a share of ``band`` is excluded.
+
+    >>> questions_needed(0.01)
+    299
+    """
+    return math.ceil(math.log(alpha) / math.log(1 - band))
+
+
+def _doubted(verdict: Verdict, arms: Sequence[Arm], count: int) -> Verdict:
+    """The verdict, but no match by a task that nobody can do, or everybody, or by so few questions that none differs."""
+    if verdict.verdict != "matches":
+        return verdict
+    means = {mean for arm in arms for mean in arm.means().values()}
+    if means in ({0.0}, {1.0}):
+        reason = "both get everything right" if means == {0.0} else "neither gets anything right"
+    elif count < (needed := questions_needed(verdict.band)):
+        reason = f"{count} questions; at least {needed} are needed for {points(verdict.band)}"
+    else:
+        return verdict
+    return replace(verdict, verdict="cannot tell", reason=reason, p=None)
 
 
 def points(share: float) -> str:
@@ -112,10 +138,6 @@ def points(share: float) -> str:
 
 def _plain(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0")
-
-
-def _renamed(verdict: Verdict, name: str) -> Verdict:
-    return Verdict(**{**verdict.__dict__, "arm": name})
 
 
 def _common(scores: Mapping[str, BySeed]) -> list[tuple[str, str]]:

@@ -44,7 +44,7 @@ def stand_in(folder: Path) -> Path:
     return folder
 
 
-def scores(right: Callable[[int, int], float], seeds: int = 3, questions: int = 200) -> BySeed:
+def scores(right: Callable[[int, int], float], seeds: int = 3, questions: int = 300) -> BySeed:
     """The scores of an arm: ``right(seed, question)`` is what it gets."""
     names = tuple(map(str, range(questions)))
     return {

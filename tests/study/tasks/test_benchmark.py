@@ -52,7 +52,8 @@ def run(folder: Path, given: list[Model], settings: TaskSettings = SETTINGS) -> 
 def test_all_models_are_asked_the_same_and_compared(tmp_path: Path, lm_eval: None) -> None:
     given = models(tmp_path, {"full": 6, "rank 8": 6, "rank 1": 2})
     verdicts, lines = run(tmp_path / "study", given)
-    assert [each.verdict.verdict for each in verdicts] == ["matches", "behind"]
+    assert [each.verdict.verdict for each in verdicts] == ["cannot tell", "behind"]
+    assert verdicts[0].sentence.endswith("8 questions; at least 299 are needed for 1 point")
     assert "1 of 9: full, seed 1: sums (acc) 75.0%" in lines
     configs = [yaml.safe_load(file.read_text()) for file in sorted((tmp_path / "study/tasks").glob(f"*/{CONFIG}"))]
     assert len(configs) == 9

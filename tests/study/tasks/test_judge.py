@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from numpy.random import default_rng
 
 from lightning_lora.errors import DataError
 from lightning_lora.study.statistics.crossed import paired_interval
-from lightning_lora.study.tasks.judge import judge
+from lightning_lora.study.tasks.judge import judge, questions_needed
 from tests.study.tasks.planted import NAME, scores
 
 NOISE = default_rng(0).random((9, 4000))
@@ -21,6 +23,26 @@ def test_equal_models_match_within_a_point() -> None:
     arms = {"full": scores(half), "rank 8": scores(half)}
     (found,) = judge(arms, "full", "rank 8", 0.01, (1, 2, 3))
     assert found.sentence == "rank 8 matches full within 1 point on gsm8k (exact_match, strict-match)"
+
+
+@pytest.mark.parametrize(
+    ("right", "questions", "words"),
+    [
+        (half, 298, "298 questions; at least 299 are needed for 1 point"),
+        (lambda seed, question: 0.0, 400, "neither gets anything right"),
+        (lambda seed, question: 1.0, 400, "both get everything right"),
+    ],
+)
+def test_equal_answers_that_show_nothing_are_no_match(right: Any, questions: int, words: str) -> None:
+    arms = {"full": scores(right, questions=questions), "rank 8": scores(right, questions=questions)}
+    (found,) = judge(arms, "full", "rank 8", 0.01, (1, 2, 3))
+    assert found.sentence == f"cannot tell whether rank 8 matches full on gsm8k (exact_match, strict-match): {words}"
+
+
+def test_the_fewest_questions_exclude_a_share_of_the_band() -> None:
+    for band in (0.01, 0.05, 0.2):
+        needed = questions_needed(band)
+        assert (1 - band) ** needed <= 0.05 < (1 - band) ** (needed - 1)
 
 
 def test_a_model_that_loses_questions_falls_behind_by_points() -> None:
