@@ -21,7 +21,7 @@ from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.matched.outcomes import outcome_to_text
 from lightning_lora.study.matched.recorder import CellRecorder
-from lightning_lora.study.matched.run_cell import as_run_error, cell_callbacks, fit_and_score
+from lightning_lora.study.matched.run_cell import as_run_error, cell_callbacks, fit_and_score, share_of_run
 from lightning_lora.study.tasks.kept_models import keep_model
 from lightning_lora.study.tasks.settings import KEEP_VARIABLE
 
@@ -46,7 +46,8 @@ class CellCLI(LoRACLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        recorder = CellRecorder(self._folder, self._seed, evaluations=self._evaluations)
+        share = share_of_run(self._phase)
+        recorder = CellRecorder(self._folder, self._seed, evaluations=self._evaluations, share=share)
         return super()._instantiate_trainer(config, [*callbacks, *cell_callbacks(self._folder, recorder, self._every)])
 
     def fit(self, **_: Any) -> None:

@@ -64,7 +64,9 @@ class ProcessCells:
         except (KeyboardInterrupt, SystemExit):
             _stop(process)
             raise
-        return self._result(process.exitcode, folder)
+        outcome = self._result(process.exitcode, folder)
+        remove_checkpoints(folder, cell.phase)
+        return outcome
 
     @staticmethod
     def _result(code: int | None, folder: Path) -> Outcome:
@@ -77,7 +79,6 @@ class ProcessCells:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         if "outcome" not in result:
             raise RunError(**result)
-        remove_checkpoints(folder)
         return outcome_from_text(result["outcome"])
 
 

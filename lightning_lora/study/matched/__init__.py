@@ -5,6 +5,6 @@ holds, and `read_study`), `spec` (what is compared) with `settings` (each one re
 arms), `cells` (one run), `planner` (which runs are wanted now) with `judge` (the verdicts) and the room `judging` (what
 else is found), `open_study`, `store` (which run belongs to which worker) on `database`, `outcomes` (results as text),
 `worker` (does the runs) with `progress` (a line for each), `folder` (what is written); `run_cell` (trains and scores)
-with `recorder` (order of data, costs, curve), the room `measures` (curve, evaluations, energy) and `held_out` (losses of
-rows).
+with `recorder` (order of data, costs, curve), the room `measures` (curve, evaluations, energy) and `held_out` (losses
+of rows).
 """

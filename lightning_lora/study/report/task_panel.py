@@ -49,6 +49,11 @@ def _points(value: float | None) -> Cell:
     return Cell(text if float(text) else text[1:], value)
 
 
+def _told(band: float) -> str:
+    """A band in words."""
+    return f"{100 * band:g} point{'' if band == 0.01 else 's'}"
+
+
 def _numbers(verdict: Mapping[str, Any]) -> dict[str, Cell]:
     known = {name: verdict[name] for name in ("difference", "low", "high") if verdict[name] is not None}
     return {name: _points(value) for name, value in known.items()}
@@ -114,7 +119,7 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> Table:
             share(fmean(each["score"] for each in found)),
             share(min(each["score"] for each in found)),
             share(max(each["score"] for each in found)),
-            count(len(found)),
+            count(None if found[0]["seed"] is None else len(found)),
             count(found[0]["questions"]),
         ]
         for (arm, task, metric), found in by_row.items()
@@ -127,7 +132,7 @@ def _settings(found: Mapping[str, Any]) -> Words:
     settings = found["settings"]
     limit, examples = settings["limit"], settings["num_fewshot"]
     text = "Scored by lm-eval {version} with {limit} and {examples}, {chat} a chat template; the same for all models."
-    text += " Differences below {band} points count as none; questions and seeds are both taken as random."
+    text += " Differences below {band} count as none; questions and seeds are both taken as random."
     text += " Programs that the models wrote were run." if settings["allow_code_execution"] else ""
     asked = (
         "all questions" if limit is None else f"{limit:g} questions a task" if limit >= 1 else f"{limit:.0%} of them"
@@ -138,5 +143,5 @@ def _settings(found: Mapping[str, Any]) -> Words:
         limit=words(asked),
         examples=words("the task's own examples" if examples is None else f"{examples} worked examples"),
         chat=words("with" if settings["chat_template"] else "without"),
-        band=Cell(f"{100 * settings['band']:g}", settings["band"]),
+        band=Cell(_told(settings["band"]), settings["band"]),
     )

@@ -29,7 +29,7 @@ class StudyFacts:
 
     @property
     def over(self) -> int:
-        """Number of runs that are done or have failed."""
+        """Number of runs that are done, have failed, or were given up."""
         return sum(cell.state in ("done", "failed", "pruned") for cell in self.study.cells)
 
     @cached_property

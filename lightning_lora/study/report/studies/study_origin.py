@@ -89,7 +89,7 @@ def _flat(given: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
         if name == "versions" and isinstance(value, Mapping):
             yield name, ", ".join(f"{library} {version}" for library, version in value.items())
         elif isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}, ")
+            yield from _flat(value, "SHA-256 of " if name == "data_sha256" else f"{above}{name}, ")
         else:
             yield f"{above}{name}", " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
