@@ -113,7 +113,7 @@ def questions_needed(band: float, alpha: float = ALPHA) -> int:
 
 
 def _doubted(verdict: Verdict, arms: Sequence[Arm], count: int) -> Verdict:
-    """The verdict, but no match by a task that nobody can do, or everybody, or by so few questions that none differs."""
+    """The verdict, but no match by a task that nobody can do, or everybody, or by very few questions."""
     if verdict.verdict != "matches":
         return verdict
     means = {mean for arm in arms for mean in arm.means().values()}
