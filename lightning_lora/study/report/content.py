@@ -79,12 +79,9 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether a column holds numbers, and nothing else that has a value."""
+        """Whether a column holds numbers, or nothing at all, and nothing else that has a value."""
         columns = [[row[at] for row in self.rows] for at in range(len(self.columns))]
-        return [
-            any(cell.is_number for cell in column) and all(cell.is_number or cell.value is None for cell in column)
-            for column in columns
-        ]
+        return [all(cell.is_number or cell.value is None for cell in column) for column in columns]
 
     @property
     def long(self) -> list[bool]:

@@ -46,7 +46,7 @@ def _points(value: float | None) -> Cell:
     if value is None:
         return NOTHING
     text = f"{100 * value:+.1f}"
-    return Cell(text if float(text) else text[1:], value)
+    return Cell(text if float(text) else text[1:], 100 * value)
 
 
 def _told(band: float) -> str:

@@ -48,8 +48,8 @@ def test_models_of_a_study_are_compared_and_reported(study: Path, capsys: pytest
     _, page = write_report(study)
     cells = {(part, row, column): cell for part, row, column, cell in cells_of(page)}
     for number, verdict in enumerate(found["verdicts"]):
-        assert cells[f"task-numbers-{number}", ARM, "points"].value == verdict["difference"] == pytest.approx(-0.6)
-        assert cells[f"task-numbers-{number}", ARM, "low"].value == verdict["low"]
+        assert cells[f"task-numbers-{number}", ARM, "points"].value == 100 * verdict["difference"] == pytest.approx(-60)
+        assert cells[f"task-numbers-{number}", ARM, "low"].value == 100 * verdict["low"]
     assert cells["task-numbers-0", ARM, "points"].text == "-60.0"
     assert cells["task-scores", ARM, "highest seed"].text == "22.0%"
     (section,) = (each for each in page.sections if each.name == "tasks")

@@ -16,7 +16,7 @@ from lightning_lora.study.report.visible import visible
 from lightning_lora.study.report.write import CSV, HTML, MARKDOWN, write_report
 from tests.study.report.html_page import HtmlPage
 from tests.study.report.planted_run import plant_run
-from tests.study.report.planted_study import plant
+from tests.study.report.planted_study import plant, plant_more
 from tests.support import warm
 
 EVIL = "<script>alert(1)</script>"
@@ -40,14 +40,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "run": plant_run(top / "run"),
         "bad run": plant_run(top / f'bad "><img src=x> {"y" * 60}\u202e', name=EVIL, how="failed"),
         "study": plant(top / "study", {"rank 1": 0.03, "rank 8": 0.0005}, failed=failed),
-        "bad study": plant(top / "bad-study", {name: 0.001 * number for number, name in enumerate(NAMES)}),
+        "full study": plant_more(plant(top / "full", {"rank 1": 0.03, "rank 8": 0.0005})),
+        "bad study": plant_more(plant(top / "bad-study", {name: 0.001 * number for number, name in enumerate(NAMES)})),
     }
     for folder in found.values():
         write_report(folder)
     return found
 
 
-@pytest.fixture(params=["run", "bad run", "study", "bad study"])
+@pytest.fixture(params=["run", "bad run", "study", "full study", "bad study"])
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
@@ -172,13 +173,16 @@ def test_every_number_of_the_text_is_in_the_csv(folder: Path) -> None:
 
 def test_what_is_shown_is_the_number_of_the_csv(folder: Path) -> None:
     with (folder / CSV).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if re.fullmatch(r"-?\d[\d,]*(\.\d+)?%?", row["shown"])]
+        rows = [row for row in csv.DictReader(file) if re.fullmatch(r"[-+]?\d[\d,]*(\.\d+)?%?", row["shown"])]
     assert len(rows) > 50
     for row in rows:
         if re.fullmatch(r"-?[\d.]+(e-?\d+)?", row["value"]):
             shown = float(row["shown"].replace(",", "").rstrip("%")) / (100 if row["shown"].endswith("%") else 1)
             value = float(row["value"])
-            assert abs(shown - value) <= max(0.006 * abs(value), 6e-5 if "%" not in row["shown"] else 6e-3), row
+            last = 10.0 ** -len(row["shown"].rstrip("%").partition(".")[2])
+            assert abs(shown - value) <= max(0.006 * abs(value), 0.51 * last * (0.01 if "%" in row["shown"] else 1)), (
+                row
+            )
 
 
 def test_a_long_run_with_many_measurements_stays_small(tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ def _axis(label: str, rows: Sequence[Difference], band: float) -> Axis:
 
 def _band_label(band: float, x: Axis) -> Markup:
     text = f"counts as none: ±{band:g}"
-    at = min(max(_across(0, x), _LEFT + 4.0 * len(text)), _WIDTH - _RIGHT - 4.0 * len(text))
-    return tag("text", text, class_="label", x=at, y=16, text_anchor="middle")
+    room = 5.2 * len(text)  # half of its length on a phone, where texts are larger
+    at = min(max(_across(0, x), room), _WIDTH - room)
+    return tag("text", text, class_="label halo", paint_order="stroke", x=at, y=16, text_anchor="middle")
 
 
 def _across(value: float, x: Axis) -> float:
@@ -121,7 +122,7 @@ def _row(row: Difference, number: int, x: Axis) -> str:
         f"M{place:.1f} {y - 5}v10" for place, end in ((low, row.low), (high, row.high)) if x.low <= end <= x.high
     )
     value = [tag("tspan", f"  {row.text}", class_="value beside")] if row.text else []
-    parts = [tag("text", f"{name}: {row.word}", *value, class_="name", x=_LEFT, y=y - 15)]
+    parts = [tag("text", f"{name}: {row.word}", *value, class_="name halo", paint_order="stroke", x=_LEFT, y=y - 15)]
     if math.isfinite(row.mean) and not x.low <= row.mean <= x.high:
         tip, back = (high, -6) if row.mean > x.high else (low, 6)
         parts.append(

@@ -27,6 +27,8 @@ def study_curves(facts: StudyFacts) -> Section | None:
         return None
     figures = [_figure(facts, curves, name, label) for name, label in _PLACES]
     note = "Thin lines are single seeds, the thick one is their mean, at steps that all seeds have."
+    waiting = [arm for arm, found in curves.items() if found and not facts.verdict_runs(arm)]
+    note += f" {', '.join(waiting)}: the best selection run, as there is no verdict run yet." if waiting else ""
     if figures[0].off:
         note += " Envelopes, off at first, are made of the selection runs: they lie below any run and judge nothing."
     blocks = [Choice("curve-choice", figures), Words(note, {}, "note"), *steps_table(facts)]
