@@ -63,7 +63,8 @@ def read_tasks(folder: Path) -> Mapping[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        found["verdicts"], found["scores"], found["settings"]["tasks"]
+        if missing := {"verdicts", "scores", "settings"} - found.keys():
+            raise KeyError(", ".join(sorted(missing)))
         return found
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {type(error).__name__}: {error}; remove it and evaluate again.") from error

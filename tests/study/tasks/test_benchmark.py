@@ -138,8 +138,9 @@ def test_without_lm_eval_nothing_begins(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(settings: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {"tasks": ("gsm8k",), **settings}
     with pytest.raises(ConfigError, match=words):
-        TaskSettings(**({"tasks": ("gsm8k",)} | settings))
+        TaskSettings(**given)
 
 
 def test_names_of_arms_make_folders_that_any_disk_has() -> None:
