@@ -168,8 +168,9 @@ class _Sweep:
 
     def _broken(self) -> str:
         """Why all runs fail; "" if one is done or open, or diverged, which a lower rate may not."""
-        asked = [cell for cell in self.cells if cell.arm == self.arm.name]
-        runs = [self.known.get(cell.key) for cell in asked]
+        runs = [self.known.get(cell.key) for cell in self.cells if cell.arm == self.arm.name]
+        # The run that goes on from a rung tells whether it works.
+        runs = [run for run in runs if run is None or run.cell.phase != "rung" or run.state != "done"]
         if not runs or any(run is None or run.state != "failed" or run.diverged for run in runs):
             return ""
         reason = next(run.reason for run in runs if run is not None)

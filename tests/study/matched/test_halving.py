@@ -75,6 +75,14 @@ def test_a_first_third_that_fails_or_diverges_is_not_gone_on_with() -> None:
     assert plan.verdicts[0].verdict == "matches"
 
 
+def test_runs_that_all_fail_after_their_first_third_end_the_sweep() -> None:
+    plan, known = finished(
+        study(), lambda cell: "no disk" if (cell.arm, cell.phase) == ("rank 1", "selection") else planted_loss(cell)
+    )
+    assert "every run failed: no disk" in plan.verdicts[1].sentence
+    assert {run.cell.learning_rate for run in known.values() if run.cell.arm == "rank 1"} == {*WIDE}
+
+
 def test_what_was_given_up_is_a_state_with_a_reason_in_the_folder(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'study.sqlite'}", "planted", 120)
     store.open({"fixed": {}, "arms": {}})
