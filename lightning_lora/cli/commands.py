@@ -177,8 +177,20 @@ def _report(arguments: Namespace) -> None:
         folder, page = watch(arguments.folder) if arguments.watch else write_report(arguments.folder)
     except OSError as error:
         raise ConfigError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
-    print(page.verdict.text)
+    print("\n".join([page.verdict.text, *(words.text for words in page.lede[:1])]))
     print(f"report: {report_files(folder)}")
+
+
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    from lightning_lora.cli.study.evaluate import add_arguments
+
+    add_arguments(parser)
+
+
+def _evaluate(arguments: Namespace) -> None:
+    from lightning_lora.cli.study.evaluate import evaluate
+
+    evaluate(arguments)
 
 
 COMMANDS = {
@@ -217,6 +229,12 @@ COMMANDS = {
         "lightning-lora report runs/sft/version_0",
         _report_arguments,
         _report,
+    ),
+    "evaluate": Command(
+        "Benchmark the models of a study, or of a run, on tasks of lm-eval, and compare them question by question.",
+        "lightning-lora evaluate runs/ranks --tasks gsm8k --limit 50",
+        _evaluate_arguments,
+        _evaluate,
     ),
     "consolidate": Command(
         "Write a folder of shards as one checkpoint file, which every strategy reads.",

@@ -22,6 +22,8 @@ from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.matched.outcomes import outcome_to_text
 from lightning_lora.study.matched.recorder import CellRecorder
 from lightning_lora.study.matched.run_cell import as_run_error, cell_callbacks, fit_and_score, share_of_run
+from lightning_lora.study.tasks.kept_models import keep_model
+from lightning_lora.study.tasks.settings import KEEP_VARIABLE
 
 CONFIG, LOG, RESULT = "cell.yaml", "log.txt", "result.json"
 
@@ -51,6 +53,8 @@ class CellCLI(LoRACLI):
     def fit(self, **_: Any) -> None:
         """Train and score, in the place of the Trainer's ``fit``."""
         self.outcome = fit_and_score(self.trainer, self.model, self.datamodule, self._folder, self._phase)
+        if self._phase == "verdict" and os.environ.get(KEEP_VARIABLE):
+            keep_model(self.model, self._folder)
 
 
 def run_child(folder: str, seed: int, phase: str, checkpoint_seconds: float, evaluations: float | None) -> None:

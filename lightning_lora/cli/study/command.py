@@ -47,10 +47,13 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         raise ConfigError(f"--hours must be a positive number, got {options.hours:g}.")
     from lightning_lora.cli.lora_cli import ALLOW_VARIABLE, restrict_imports
     from lightning_lora.study.matched.spec import read_spec
+    from lightning_lora.study.tasks.settings import KEEP_VARIABLE
 
     if allowed:
         # In the environment, so that the processes of the runs see them too.
         os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
+    if options.keep_models:
+        os.environ[KEEP_VARIABLE] = "1"
     given = read_spec(options.file) if options.file is not None else None  # a mistake in it is told before slow imports
     restrict_imports()
     from lightning_lora.cli.quiet import tell_infos
@@ -143,6 +146,9 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--storage", metavar="URL", help="postgresql://USER@HOST/NAME (default: a SQLite file in DIR)")
     parser.add_argument(
         "--hours", type=float, metavar="N", help="without a file: shorten the runs to take so long in all"
+    )
+    parser.add_argument(
+        "--keep-models", action="store_true", help="keep whole trained models of runs without adapters, for evaluate"
     )
     parser.add_argument(RETRY, action="store_true", help="try runs again that failed before")
     options, rest = parser.parse_known_args(arguments)

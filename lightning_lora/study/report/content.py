@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
+_LONG_TEXT = 28
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -64,6 +66,7 @@ class Table:
         columns: Heads of the columns.
         rows: Rows of cells.
         note: A remark below it.
+        is_folded: Whether it is shown when asked for.
     """
 
     name: str
@@ -71,16 +74,19 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
+    is_folded: bool = False
     kind: str = "table"
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether a column holds numbers, and nothing else that has a value."""
+        """Whether a column holds numbers, or nothing at all, and nothing else that has a value."""
         columns = [[row[at] for row in self.rows] for at in range(len(self.columns))]
-        return [
-            any(cell.is_number for cell in column) and all(cell.is_number or cell.value is None for cell in column)
-            for column in columns
-        ]
+        return [all(cell.is_number or cell.value is None for cell in column) for column in columns]
+
+    @property
+    def long(self) -> list[bool]:
+        """Whether a column has texts that need room: a narrow screen would break them after each word."""
+        return [any(len(row[at].text) > _LONG_TEXT for row in self.rows) for at in range(len(self.columns))]
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Figure:
         x: Name of the horizontal axis.
         choice: Words on the button that shows this figure in the place of its neighbours.
         styles: Style of each series of the legend.
+        off: Numbers of the series of the legend that are shown when asked for.
     """
 
     name: str
@@ -112,6 +119,7 @@ class Figure:
     x: str = "x"
     choice: str = ""
     styles: Sequence[int] = ()
+    off: Sequence[int] = ()
     kind: str = "figure"
 
 
@@ -162,6 +170,9 @@ class Page:
         lede: What else has to be known at once.
         sections: The parts; empty ones are left out.
         state: ``"running"`` or ``"unfinished"``; "" for what has ended.
+        word: The verdict in a word or two, which is seen first.
+        tone: How the word looks: ``"good"``, ``"bad"``, ``"better"``, or ``"open"``.
+        figure: The picture that shows the main result.
     """
 
     subject: str
@@ -169,11 +180,14 @@ class Page:
     lede: Sequence[Words]
     sections: Sequence[Section]
     state: str = ""
+    word: str = ""
+    tone: str = "open"
+    figure: Figure | None = None
 
 
 def figures_of(page: Page) -> list[Figure]:
     """All charts of a page, in order."""
-    found: list[Figure] = []
+    found: list[Figure] = [] if page.figure is None else [page.figure]
     for section in page.sections:
         for block in section.blocks:
             found += block.figures if isinstance(block, Choice) else [block] if isinstance(block, Figure) else []

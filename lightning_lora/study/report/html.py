@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from lightning_lora.study.report.charts.svg import MARKS, NUM_STYLES
 from lightning_lora.study.report.content import Page, figures_of
+from lightning_lora.study.report.visible import visible
 
 _HERE = Path(__file__).parent
 
@@ -34,7 +35,11 @@ def to_html(page: Page, made: str, date: str, reload: int = 0) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
     template = environment.from_string(_read("page.html"))
     return template.render(
@@ -49,6 +54,11 @@ def to_html(page: Page, made: str, date: str, reload: int = 0) -> str:
         num_styles=NUM_STYLES,
         reload=reload,
     )
+
+
+def _visible(value: Any) -> Any:
+    """A text of the page without characters that are not seen; one that is escaped stays so."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
 
 
 def _read(name: str) -> str:
@@ -73,4 +83,6 @@ def _finite(content: Any) -> Any:
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
+    if isinstance(content, str):
+        return visible(content)
     return None if isinstance(content, float) and not math.isfinite(content) else content

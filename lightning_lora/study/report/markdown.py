@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_lora.study.report.content import Block, Choice, Figure, Listing, Page, Table, Words
+from lightning_lora.study.report.visible import visible
 
 
 def to_markdown(page: Page, made: str) -> str:
@@ -16,6 +17,7 @@ def to_markdown(page: Page, made: str) -> str:
         made: The line that says when and by what it was made.
     """
     lines = [f"# {_text(page.verdict.text)}", "", *(f"{_text(words.text)}\n" for words in page.lede)]
+    lines += [] if page.figure is None else list(_block(page.figure))
     for section in page.sections:
         lines += [f"## {_text(section.title)}", ""]
         for block in section.blocks:
@@ -37,7 +39,7 @@ def _block(block: Block) -> Iterator[str]:
         case Listing():
             yield f"{_text(block.caption)}:\n"
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
-            yield f"{fence}text\n{block.text}\n{fence}\n"
+            yield f"{fence}text\n{visible(block.text)}\n{fence}\n"
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -51,4 +53,4 @@ def _table(table: Table) -> Iterator[str]:
 
 def _text(text: str) -> str:
     """A text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(visible(text).split()))

@@ -20,6 +20,18 @@ def nats(value: float | None, places: int = 4) -> Cell:
     return NOTHING if value is None else Cell(_plain(value, f"{value:.{places}f}"), value)
 
 
+def difference(value: float | None, places: int = 4) -> Cell:
+    """A difference of losses, with its sign.
+
+    >>> difference(0.03).text, difference(-0.00001).text
+    ('+0.0300', '0.0000')
+    """
+    if value is None:
+        return NOTHING
+    text = f"{value:+.{places}f}"
+    return Cell(_plain(value, text if float(text) else text[1:]), value)
+
+
 def count(value: float | None) -> Cell:
     """A whole number with commas."""
     return NOTHING if value is None else Cell(_plain(value, f"{value:,.0f}"), value)
@@ -47,7 +59,19 @@ def size(value: float | None) -> Cell:
     if value is None:
         return NOTHING
     unit, name = next(((unit, name) for unit, name in _SIZES if abs(value) >= unit), (1, "bytes"))
-    return Cell(f"{value / unit:,.4g} {name}", value)
+    return Cell(f"{value / unit:,.3g} {name}" if value / unit < 1000 else f"{value / unit:,.0f} {name}", value)
+
+
+def energy(value: float | None) -> Cell:
+    """Joules as watt-hours, or kilowatt-hours.
+
+    >>> energy(1800.0).text, energy(7.2e6).text
+    ('0.5 Wh', '2 kWh')
+    """
+    if value is None:
+        return NOTHING
+    hours = value / 3600
+    return Cell(f"{hours:.3g} Wh" if hours < 1000 else f"{hours / 1000:,.3g} kWh", value)
 
 
 def seconds(value: float | None) -> Cell:
@@ -62,7 +86,8 @@ def seconds(value: float | None) -> Cell:
         return Cell(f"{value:.3g} s", value)
     whole = round(value)
     minutes, rest = divmod(whole, 60)
-    return Cell(f"{minutes} min {rest} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min", value)
+    large, small = (f"{minutes} min", f"{rest} s") if whole < 3600 else (f"{minutes // 60} h", f"{minutes % 60} min")
+    return Cell(f"{large} {small}" if small[0] != "0" else large, value)
 
 
 def tidy(value: float) -> str:

@@ -39,6 +39,7 @@ function told(value) {
 }
 
 function ticks(axis, most) {
+  if (axis.marks && axis.marks.length) return axis.marks.filter((value) => value >= axis.low && value <= axis.high);
   const found = [];
   if (axis.log) {
     for (const digits of [[1, 2, 5], [1, 3], [1]]) {
@@ -71,17 +72,10 @@ class Chart {
     this.at = null;
     this.groups = [...this.svg.querySelectorAll("g[data-series]")];
     this.marks = this.groups.map((group) => [...group.querySelectorAll(".mark")]);
-    this.rings = this.groups.map((group) => [...group.querySelectorAll(".ring")].map((ring) => this.back(ring)));
+    this.pins = this.groups.map((group) => [...group.querySelectorAll(".pin")]);
     this.addTools();
     this.addLegend();
     this.listen();
-  }
-
-  back(ring) {
-    const [left, top, width, height] = this.given.box;
-    const across = (Number(ring.getAttribute("cx")) - left) / width;
-    const up = 1 - (Number(ring.getAttribute("cy")) - top) / height;
-    return [valueAt(this.given.x, across), valueAt(this.given.y, up)];
   }
 
   addLegend() {
@@ -90,18 +84,20 @@ class Chart {
       const button = make("button", "", null, { type: "button" });
       button.append(...item.childNodes);
       item.append(button);
+      item.classList.remove("off");
       const key = "#" + this.figure.id + " " + button.textContent.trim();
-      if (recall(key) === "hidden") this.hidden.add(number);
+      const isOff = this.given.series.some((series) => series.group === number && series.off);
+      if ((recall(key) || (isOff ? "hidden" : "shown")) === "hidden") this.hidden.add(number);
       const press = () => button.setAttribute("aria-pressed", String(!this.hidden.has(number)));
       press();
       button.addEventListener("click", () => {
         if (!this.hidden.delete(number)) this.hidden.add(number);
-        remember(key, this.hidden.has(number) ? "hidden" : "");
+        remember(key, this.hidden.has(number) ? "hidden" : "shown");
         press();
         this.draw();
       });
     }
-    if (this.hidden.size) this.draw();
+    if (this.given.series.some((series) => this.hidden.has(series.group) !== series.off)) this.draw();
   }
 
   addTools() {
@@ -238,7 +234,8 @@ class Chart {
   }
 
   fit() {
-    const isWhole = this.x.low === this.given.x.low && this.x.high === this.given.x.high && !this.hidden.size;
+    const isWhole = this.x.low === this.given.x.low && this.x.high === this.given.x.high &&
+      this.given.series.every((series) => series.off || !this.hidden.has(series.group));
     const values = [];
     for (const series of this.shown())
       for (const [x, y] of series.points)
@@ -282,11 +279,17 @@ class Chart {
         mark.classList.toggle("off", !inside(x, y));
         if (inside(x, y)) mark.setAttribute("transform", "translate(" + point(x, y).join(" ") + ")");
       });
-      [...group.querySelectorAll(".ring")].forEach((ring, at) => {
-        const [x, y] = this.rings[number][at];
-        ring.classList.toggle("off", !inside(x, y));
-        if (inside(x, y)) { const [cx, cy] = point(x, y); ring.setAttribute("cx", cx); ring.setAttribute("cy", cy); }
+      this.pins[number].forEach((pin, at) => {
+        const [x, y] = series.pins[at];
+        pin.classList.toggle("off", !inside(x, y));
+        if (inside(x, y)) pin.setAttribute("transform", "translate(" + point(x, y).join(" ") + ")");
       });
+    });
+    this.svg.querySelectorAll(".limit").forEach((limit, at) => {
+      const height = this.given.limits[at];
+      const isIn = height >= this.y.low && height <= this.y.high;
+      limit.classList.toggle("off", !isIn);
+      if (isIn) limit.setAttribute("d", "M" + left + " " + point(this.x.low, height)[1] + "h" + width);
     });
     this.svg.querySelector(".ends")?.classList.add("off");
     this.drawTicks(point);

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from lightning_lora.study.report.content import Cell, Choice, Figure, Page, Table, Words
+from lightning_lora.study.report.visible import visible
 
 COLUMNS = ("part", "row", "column", "value", "shown")
 
@@ -28,6 +29,8 @@ def cells_of(page: Page) -> Iterator[tuple[str, str, str, Cell]]:
     yield from _sentence("verdict", 0, page.verdict)
     for number, words in enumerate(page.lede, 1):
         yield from _sentence("verdict", number, words)
+    if page.figure is not None:
+        yield from _figure(page.figure)
     for section in page.sections:
         for number, block in enumerate(section.blocks):
             match block:
@@ -64,5 +67,5 @@ def _figure(figure: Figure) -> Iterator[tuple[str, str, str, Cell]]:
 
 def _safe(text: str) -> str:
     """A text with a quote in front of what a spreadsheet would compute; a line break is a space."""
-    text = " ".join(text.split("\n"))
+    text = " ".join(visible(text).split("\n"))
     return f"'{text}" if re.match(r"'?[=+\-@\t\r]", text) and not re.fullmatch(r"-|[-+]?[\d.,]+\S*", text) else text

@@ -18,15 +18,18 @@ from lightning_lora.study.matched.record import (
     CHOICES,
     COLUMNS,
     CURVE,
+    FURTHER,
     RESULTS,
     ROW_LOSSES,
     RUNS,
     STUDY,
     UNTRAINED,
     VERDICTS,
+    read_study,
 )
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.compare import compare, corrected
+from tests.study.report.planted_run import plant_run
 
 BASELINE = "full fine-tuning"
 BASE_LOSS = 2.4
@@ -76,9 +79,16 @@ def plant(
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    (folder / VERDICTS).write_text(json.dumps([verdict.to_dict() for verdict in verdicts]))
+    steps = {"target": 1.5, "ratio": 1.25, "low": 1.1, "high": None, "bound": "at least", "seeds": 3, "not_reached": 1}
+    found = [verdict.to_dict() | {"steps_to_loss": steps} for verdict in verdicts]
+    (folder / VERDICTS).write_text(json.dumps(found))
     chosen = {
-        name: {"chosen_rate": 3e-4, "why": "1e-4 and 9e-4 are worse", "problem": problem.get(name, "")}
+        name: {
+            "chosen_rate": 3e-4,
+            "why": "1e-4 and 9e-4 are worse",
+            "problem": problem.get(name, ""),
+            "expected_best": [1.5, 1.42, 1.4],
+        }
         for name in names
     }
     (folder / CHOICES).write_text(json.dumps(chosen))
@@ -158,3 +168,33 @@ def _line(
             "saved_bytes": 7_600_000 // (1 + place),
         }
     return line
+
+
+def plant_more(folder: Path) -> Path:
+    """Write into a planted study what only some studies have: monitors' events, further findings, tasks."""
+    study = read_study(folder)
+    for arm in study.arms:
+        run = study.run_folder(study.cells_of(arm.name, "verdict")[0])
+        (run / CURVE).unlink()
+        run.rmdir()
+        plant_run(run)
+    between = {"difference": 0.0123, "low": -0.0017, "high": 0.0263, "verdict": "cannot tell"}
+    further = {
+        "noise_floor": between | {"run_spread": 0.0071},
+        "batch_penalty": between | {"sentence": "cannot tell: 3 seeds"},
+    }
+    (folder / FURTHER).write_text(json.dumps(further))
+    names = {"task": "gsm8k", "metric": "acc", "baseline": BASELINE, "seeds": 3, "questions": 321, "alpha": 0.05}
+    numbers = {"band": 0.01, "spread": 0.002, "p": 0.0123, "p_corrected": None}
+    verdicts = [
+        {"arm": arm.name, **names, **between, **numbers, "sentence": f"cannot tell whether {arm.name} matches"}
+        for arm in study.arms
+        if arm.name != BASELINE
+    ]
+    score = {"task": "gsm8k", "metric": "acc", "questions": 321}
+    scores = [{"arm": arm.name, "seed": seed, "score": 0.417, **score} for arm in study.arms for seed in (1, 2, 3)]
+    settings = {"tasks": ["gsm8k"], "limit": 321, "num_fewshot": 5, "chat_template": False, "band": 0.01}
+    found = {"lm_eval": "0.4.13", "settings": settings | {"allow_code_execution": False}, "baseline": BASELINE}
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "tasks.json").write_text(json.dumps(found | {"verdicts": verdicts, "scores": scores}))
+    return folder

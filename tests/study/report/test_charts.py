@@ -90,7 +90,7 @@ def test_an_interval_without_an_end_reaches_the_edge_and_has_no_cap_there() -> N
     open_end, closed = re.findall(r'class="whisker" d="([^"]+)"', str(figure.svg))
     assert open_end.startswith("M20.0 ")
     assert (open_end.count("v10"), closed.count("v10")) == (1, 2)
-    left, width = re.findall(r'class="band" x="([\d.]+)" y="20" width="([\d.]+)"', str(figure.svg))[0]
+    left, width = re.findall(r'class="band" x="([\d.]+)" y="24" width="([\d.]+)"', str(figure.svg))[0]
     low = float(re.findall(r"M([\d.]+) ", closed)[0])
     assert float(left) < low < float(left) + float(width)
 
@@ -113,3 +113,32 @@ def test_runs_side_by_side_have_no_verdict() -> None:
     cells = {(part, row, column): cell.text for part, row, column, cell in cells_of(page)}
     assert cells["runs", "LoRA", "time"] == "3 s"
     assert cells["losses", "full", "2"] == "2"
+
+
+def test_a_difference_far_from_the_main_one_is_an_arrow_at_the_edge() -> None:
+    near = Difference("near", "matches", 0.001, 0.0, 0.002)
+    far = Difference("far", "falls behind", 3.0, 2.0, 4.0, text="+3.0000", is_main=False)
+    other = Difference("other", "cannot tell", 0.03, 0.02, 0.04, is_main=False)
+    svg = str(interval_chart("d", "t", "s", "nats", [near, far, other], 0.005, EMPTY).svg)
+    assert len(re.findall('class="whisker"', svg)) == 2
+    assert len(re.findall('class="beyond"', svg)) == 1
+    assert "+3.0000" in svg
+    left, width = map(float, re.findall(r'class="band" x="([\d.]+)" y="24" width="([\d.]+)"', svg)[0])
+    assert width > 60, "the band can be seen"
+    assert left > 20
+
+
+def test_a_line_that_is_off_is_in_the_page_and_not_shown() -> None:
+    x, y = Axis("x", 1.0, 10.0).marked([2.0, 8.0]), Axis("y", 0.0, 1.0)
+    series = [
+        Series("on", [(1.0, 1.0)], rings=[(1.0, 1.0)], crosses=[(2.0, 1.0)]),
+        Series("off", [(1.0, 0.5)], is_off=True),
+    ]
+    figure = line_chart("c", "t", "s", x, y, series, limits=(0.25,))
+    svg = str(figure.svg)
+    assert re.findall(r'<g class="([^"]*)" data-series="1"', svg) == ["s0 off"]
+    assert figure.off == [1]
+    assert "off</text>" not in svg
+    assert svg.count('class="pin ring"') == svg.count('class="pin cross-mark"') == 1
+    assert re.findall(r'class="limit" d="M72 ([\d.]+)H', svg) == [f"{14 + 0.75 * 272:.1f}"]
+    assert [text for _, text in x.ticks()] == ["2", "8"]

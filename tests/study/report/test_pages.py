@@ -12,14 +12,23 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.study.report import html
+from lightning_lora.study.report.visible import visible
 from lightning_lora.study.report.write import CSV, HTML, MARKDOWN, write_report
 from tests.study.report.html_page import HtmlPage
 from tests.study.report.planted_run import plant_run
-from tests.study.report.planted_study import plant
+from tests.study.report.planted_study import plant, plant_more
 from tests.support import warm
 
 EVIL = "<script>alert(1)</script>"
-NAMES = (EVIL, "=cmd|' /C calc'!A0", 'a | `b` "q" & \' *bold* </style>', "x" * 300, "\u2028 ü 漢字")
+NAMES = (
+    EVIL,
+    '"><img src=x onerror=alert(1)>',
+    "=cmd|' /C calc'!A0",
+    'a | `b` "q" & \' *bold* </style>',
+    "x" * 300,
+    "\u2028 ü 漢字",
+    "\u202egnp.exe \u2066 عربي\x07",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +38,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     failed = {("rank 1", 2): f"{EVIL} at step 3"}
     found = {
         "run": plant_run(top / "run"),
-        "bad run": plant_run(top / "bad", name=EVIL, how="failed"),
+        "bad run": plant_run(top / f'bad "><img src=x> {"y" * 60}\u202e', name=EVIL, how="failed"),
         "study": plant(top / "study", {"rank 1": 0.03, "rank 8": 0.0005}, failed=failed),
-        "bad study": plant(top / "bad-study", {name: 0.001 * number for number, name in enumerate(NAMES)}),
+        "full study": plant_more(plant(top / "full", {"rank 1": 0.03, "rank 8": 0.0005})),
+        "bad study": plant_more(plant(top / "bad-study", {name: 0.001 * number for number, name in enumerate(NAMES)})),
     }
     for folder in found.values():
         write_report(folder)
     return found
 
 
-@pytest.fixture(params=["run", "bad run", "study", "bad study"])
+@pytest.fixture(params=["run", "bad run", "study", "full study", "bad study"])
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
@@ -83,7 +93,8 @@ def test_names_stay_texts(folders: dict[str, Path]) -> None:
         assert "&lt;script&gt;alert(1)" in text
     page = page_of(folders["bad study"])
     heads = {each.text for each in page.all_of("th")}
-    assert set(NAMES) <= heads
+    assert set(map(visible, NAMES)) <= heads
+    assert not page.all_of("img")
     markdown = (folders["bad study"] / MARKDOWN).read_text(encoding="utf-8")
     assert "<script>" not in markdown.partition("```text")[0]
     # No name adds a cell to a row.
@@ -94,6 +105,19 @@ def test_names_stay_texts(folders: dict[str, Path]) -> None:
         cells = [cell for row in csv.reader(file) for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "@"))]
     assert any(cell.startswith("'=cmd") for cell in cells)
+
+
+def test_no_name_turns_the_words_beside_it_around(folders: dict[str, Path]) -> None:
+    for name in ("bad run", "bad study"):
+        for file in (HTML, MARKDOWN, CSV):
+            text = (folders[name] / file).read_text(encoding="utf-8")
+            assert not re.findall("[\x00-\x08\x0b-\x1f\u200e\u200f\u202a-\u202e\u2066-\u2069]", text), file
+            assert name == "bad run" or "U+202E" in text.replace("\\", ""), file
+
+
+def test_a_page_is_valid_html(folder: Path) -> None:
+    html5lib = pytest.importorskip("html5lib", reason="html5lib is not installed: pip install lightning-lora[dev]")
+    html5lib.HTMLParser(strict=True).parse((folder / HTML).read_text(encoding="utf-8"))
 
 
 def test_a_page_is_well_formed_and_can_be_read_without_seeing(folder: Path) -> None:
@@ -149,13 +173,16 @@ def test_every_number_of_the_text_is_in_the_csv(folder: Path) -> None:
 
 def test_what_is_shown_is_the_number_of_the_csv(folder: Path) -> None:
     with (folder / CSV).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if re.fullmatch(r"-?\d[\d,]*(\.\d+)?%?", row["shown"])]
+        rows = [row for row in csv.DictReader(file) if re.fullmatch(r"[-+]?\d[\d,]*(\.\d+)?%?", row["shown"])]
     assert len(rows) > 50
     for row in rows:
         if re.fullmatch(r"-?[\d.]+(e-?\d+)?", row["value"]):
             shown = float(row["shown"].replace(",", "").rstrip("%")) / (100 if row["shown"].endswith("%") else 1)
             value = float(row["value"])
-            assert abs(shown - value) <= max(0.006 * abs(value), 6e-5 if "%" not in row["shown"] else 6e-3), row
+            last = 10.0 ** -len(row["shown"].rstrip("%").partition(".")[2])
+            assert abs(shown - value) <= max(0.006 * abs(value), 0.51 * last * (0.01 if "%" in row["shown"] else 1)), (
+                row
+            )
 
 
 def test_a_long_run_with_many_measurements_stays_small(tmp_path: Path) -> None:
@@ -191,7 +218,7 @@ def test_colours_can_be_told_from_what_is_behind_them() -> None:
     ]
     assert len(schemes) == 2
     for colours in schemes:
-        for text in ("front", "quiet", "link", "live"):
+        for text in ("front", "quiet", "link", "live", "good", "bad", "better", "open"):
             for back in ("back", "soft"):
                 assert _contrast(colours[text], colours[back]) >= 4.5, (text, back)
         for number in range(8):

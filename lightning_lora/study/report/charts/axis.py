@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lightning_lora.study.report.numbers import tidy
@@ -19,19 +19,21 @@ class Axis:
         low: Its lower end.
         high: Its upper end.
         is_log: Whether equal ratios have equal lengths.
+        marks: The values that are written at it; empty: round ones.
     """
 
     label: str
     low: float
     high: float
     is_log: bool = False
+    marks: tuple[float, ...] = ()
 
     @classmethod
     def around(cls, label: str, values: Iterable[float], is_log: bool = False, margin: float = 0.04) -> Axis:
         """An axis that holds all finite values, and on a logarithmic one all positive ones.
 
         >>> Axis.around("nats", [1.0, 2.0], margin=0.1)
-        Axis(label='nats', low=0.9, high=2.1, is_log=False)
+        Axis(label='nats', low=0.9, high=2.1, is_log=False, marks=())
         """
         fit = [value for value in values if math.isfinite(value) and (value > 0 or not is_log)] or [1.0]
         low, high = min(fit), max(fit)
@@ -40,6 +42,11 @@ class Axis:
             return cls(label, low / room, high * room, True)
         room = margin * (high - low) or 0.05 * abs(high) or 1.0
         return cls(label, low - room, high + room)
+
+    def marked(self, values: Iterable[float], most: int = 8) -> Axis:
+        """The same with these values written at it, if they are few."""
+        found = tuple(sorted(set(values)))
+        return replace(self, marks=found) if len(found) <= most else self
 
     def place(self, value: float) -> float:
         """0 at the lower end, 1 at the upper; NaN where the axis has no such place."""
@@ -51,6 +58,8 @@ class Axis:
 
     def ticks(self, most: int = 6) -> list[tuple[float, str]]:
         """Round values on the axis with their texts, at most about ``most``."""
+        if self.marks:
+            return [(value, tidy(value)) for value in self.marks if self.low <= value <= self.high]
         values = self._log_ticks(most) if self.is_log else []
         values = values if len(values) > 1 else self._even_ticks(most)
         values = [value for value in values if self.low <= value <= self.high]

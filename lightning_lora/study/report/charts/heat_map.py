@@ -32,6 +32,7 @@ def heat_map(
     groups: Mapping[str, Mapping[str, Cell]],
     measures: Sequence[str],
     note: str = "",
+    is_folded: bool = False,
 ) -> Table:
     """A table with a row for each layer and a column for each measure and role.
 
@@ -41,6 +42,7 @@ def heat_map(
         groups: Group of layers, such as ``"layer 3 mlp"``, to its measures.
         measures: The measures, in the order of the columns.
         note: A remark below it.
+        is_folded: Whether it is shown when asked for.
     """
     places = {group: place_of(group) for group in groups}
     layers = sorted(dict.fromkeys(place[0] for place in places.values()), key=_natural)
@@ -52,7 +54,7 @@ def heat_map(
         [words(layer), *(by_place.get((layer, role), {}).get(each, empty) for each in measures for role in roles)]
         for layer in layers
     ]
-    return Table(name, caption, ["layer", *columns], rows, note)
+    return Table(name, caption, ["layer", *columns], rows, note, is_folded)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

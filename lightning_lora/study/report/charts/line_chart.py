@@ -36,6 +36,9 @@ class Series:
         low: Lower end of its interval at each point.
         high: Upper end.
         rings: Points that are pointed at, such as a chosen learning rate.
+        edges: Points that are pointed at as wanting, such as a best rate at the edge of its sweep.
+        crosses: Points where something failed.
+        is_off: Whether it is shown only when asked for.
     """
 
     name: str
@@ -46,6 +49,14 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     rings: Points = field(default_factory=tuple)
+    edges: Points = field(default_factory=tuple)
+    crosses: Points = field(default_factory=tuple)
+    is_off: bool = False
+
+    @property
+    def pins(self) -> Points:
+        """Its rings, edges and crosses."""
+        return [*self.rings, *self.edges, *self.crosses]
 
     def thinned(self) -> Series:
         """The same with at most `MOST_POINTS`, evenly spread in the logarithm of the place; the last one is kept."""
@@ -77,6 +88,7 @@ def line_chart(
     series: Sequence[Series],
     table: Table | None = None,
     choice: str = "",
+    limits: Sequence[float] = (),
 ) -> Figure:
     """Draw lines.
 
@@ -89,6 +101,7 @@ def line_chart(
         series: The lines.
         table: The numbers that matter most. None: the first, lowest and last point of each line.
         choice: Words on the button that shows this figure in the place of its neighbours.
+        limits: Heights at which a line is drawn that is nobody's.
     """
     series = [each.thinned() for each in series]
     names = list(dict.fromkeys(each.name for each in series))
@@ -97,6 +110,7 @@ def line_chart(
         tag("title", title, id=f"{name}-title"),
         tag("desc", says, id=f"{name}-says"),
         frame(x, y),
+        *(_limit(at, x, y) for at in limits),
         *(_drawn(each, names.index(each.name), x, y) for each in series),
         _end_labels(series, x, y),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -104,15 +118,17 @@ def line_chart(
         aria_labelledby=f"{name}-title {name}-says",
     )
     script = {
-        "x": {"low": x.low, "high": x.high, "log": x.is_log, "label": x.label},
+        "x": {"low": x.low, "high": x.high, "log": x.is_log, "label": x.label, "marks": list(x.marks)},
         "y": {"low": y.low, "high": y.high, "log": y.is_log, "label": y.label},
         "series": [_for_script(each, names.index(each.name)) for each in series],
+        "limits": list(limits),
         "box": [LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM],
     }
     points = {f"{each.name}{' (thin)' if each.is_thin else ''}": each.points for each in series}
     styles = [next(each.style for each in series if each.name == name) for name in names]
+    off = [names.index(each.name) for each in series if each.is_off]
     numbers = table or _ends(name, title, x, series)
-    return Figure(name, title, says, drawing, names, numbers, points, script, x.label, choice, styles)
+    return Figure(name, title, says, drawing, names, numbers, points, script, x.label, choice, styles, off)
 
 
 def frame(x: Axis, y: Axis) -> Markup:
@@ -163,11 +179,20 @@ def _drawn(series: Series, number: int, x: Axis, y: Axis) -> Markup:
         parts.append(tag("path", d=polyline(places), class_="thin" if series.is_thin else "line"))
     if not series.is_thin and (len(places) <= _MANY_MARKS or not series.has_line):
         parts += [_mark(place, series.style) for place in places if not math.isnan(sum(place))]
-    for ring in series.rings:
-        at = on_page(ring, x, y)
-        if not math.isnan(sum(at)):
-            parts.append(tag("circle", cx=at[0], cy=at[1], r=9, class_="ring"))
-    return tag("g", *parts, class_=f"s{series.style % NUM_STYLES}", data_series=number)
+    kinds = ["ring"] * len(series.rings) + ["ring edge"] * len(series.edges) + ["cross-mark"] * len(series.crosses)
+    parts += [_pin(kind, on_page(point, x, y)) for kind, point in zip(kinds, series.pins, strict=True)]
+    style = f"s{series.style % NUM_STYLES}{' off' if series.is_off else ''}"
+    return tag("g", *parts, class_=style, data_series=number)
+
+
+def _pin(kind: str, place: tuple[float, float]) -> Markup:
+    """A ring around a point, or a cross at it."""
+    at = {"class_": f"pin {kind}", "transform": f"translate({place[0]:.1f} {place[1]:.1f})"}
+    return tag("path", d="M-5-5L5 5M5-5L-5 5", **at) if kind == "cross-mark" else tag("circle", r=9, **at)
+
+
+def _limit(height: float, x: Axis, y: Axis) -> Markup:
+    return tag("path", class_="limit", d=f"M{LEFT} {on_page((x.low, height), x, y)[1]:.1f}H{WIDTH - RIGHT}")
 
 
 def _area(series: Series, x: Axis, y: Axis) -> str:
@@ -191,7 +216,7 @@ def _end_labels(series: Sequence[Series], x: Axis, y: Axis) -> Markup:
     labels: list[tuple[float, Series]] = []
     for each in series:
         ends = [place[1] for place in (on_page(point, x, y) for point in each.points) if not math.isnan(sum(place))]
-        if ends and not each.is_thin:
+        if ends and not each.is_thin and not each.is_off:
             labels.append((ends[-1], each))
     labels.sort(key=lambda label: label[0])
     drawn, free = [], TOP + 4.0
@@ -214,6 +239,8 @@ def _for_script(series: Series, number: int) -> dict[str, object]:
         "line": series.has_line,
         "low": [_digits(value) for value in series.low],
         "high": [_digits(value) for value in series.high],
+        "pins": [[_digits(x), _digits(y)] for x, y in series.pins],
+        "off": series.is_off,
     }
 
 

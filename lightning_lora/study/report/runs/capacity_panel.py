@@ -28,7 +28,7 @@ def capacity_panel(run: RunRecord) -> Section | None:
     measured = _since_last_start(run)
     blocks: list[Block] = []
     if verdict := run.last_of("capacity_verdict"):
-        blocks.append(Words(str(verdict["sentence"])))
+        blocks.append(Words(str(verdict["sentence"])[:1].upper() + str(verdict["sentence"])[1:]))
     elif measured:
         last = measured[-1]
         blocks.append(said("So far: {word}.", word=words(str(last["verdict"]))))
@@ -106,7 +106,12 @@ def _losses(measured: Sequence[Mapping[str, Any]]) -> Figure | None:
     )
 
 
-def layer_map(groups: Mapping[str, Mapping[str, Any]], caption: str = "Layers by role") -> Table:
+def layer_map(
+    groups: Mapping[str, Mapping[str, Any]],
+    caption: str = "Layers by role",
+    name: str = "layers",
+    is_folded: bool = False,
+) -> Table:
     """A heat map of the groups of layers of a capacity verdict."""
 
     def shown(group: Mapping[str, Any]) -> dict[str, Cell]:
@@ -128,7 +133,7 @@ def layer_map(groups: Mapping[str, Mapping[str, Any]], caption: str = "Layers by
         "gain. The effective rank describes an update and decides nothing. A question mark: not measured, or not told "
         "from noise."
     )
-    return heat_map("layers", caption, cells, measures, note)
+    return heat_map(name, caption, cells, measures, note, is_folded)
 
 
 def _percent(value: float) -> Cell:

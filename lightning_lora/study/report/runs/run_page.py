@@ -9,7 +9,8 @@ from lightning_lora.study.report.runs.run_curves import run_curves
 from lightning_lora.study.report.runs.run_health import health_log, planned_and_measured
 from lightning_lora.study.report.runs.run_origin import limits, origin
 from lightning_lora.study.report.runs.run_record import RunRecord
-from lightning_lora.study.report.runs.run_summary import run_lede, run_settings, run_verdict
+from lightning_lora.study.report.runs.run_summary import run_lede, run_settings, run_verdict, run_word
+from lightning_lora.study.report.task_panel import task_panel
 
 
 def run_page(run: RunRecord) -> Page:
@@ -20,6 +21,7 @@ def run_page(run: RunRecord) -> Page:
         planned_and_measured(run),
         batch_panel(run),
         capacity_panel(run),
+        task_panel(run.folder, {}),
         health_log(run),
         origin(run),
         limits(run),
@@ -31,4 +33,5 @@ def run_page(run: RunRecord) -> Page:
         list(run_lede(run)),
         [section for section in sections if section is not None],
         "running" if run.ending == "running" else "",
+        *run_word(run),
     )

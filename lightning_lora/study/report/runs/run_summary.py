@@ -58,6 +58,12 @@ def run_verdict(run: RunRecord) -> Words:
     return Words("The run has logged no loss")
 
 
+def run_word(run: RunRecord) -> tuple[str, str]:
+    """How the run ended in a word, with its tone, where that has to be seen first."""
+    known = {"stopped": ("Stopped", "open"), "failed": ("Failed", "bad"), "killed": ("Killed", "bad")}
+    return known.get(run.ending, ("", "open"))
+
+
 def run_lede(run: RunRecord) -> Iterator[Words]:
     """How the run ended, and what its monitors say."""
     text = _ENDINGS[run.ending]

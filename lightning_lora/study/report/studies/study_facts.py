@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from lightning_lora.study.matched.record import UNTRAINED, CellRecord, StudyRecord
+from lightning_lora.study.report.numbers import difference
+from lightning_lora.study.report.runs.run_record import RunRecord, is_run, read_run
 from lightning_lora.study.statistics.arm import Arm
 
 
@@ -52,13 +54,42 @@ class StudyFacts:
         means = list(self.losses(arm).means().values())
         return fmean(means) if means else None
 
+    @cached_property
+    def watched(self) -> dict[str, tuple[int, RunRecord]]:
+        """Arm to the first of its verdict runs that has events of a monitor, with its seed."""
+        found = {}
+        for arm in self.study.arms:
+            for cell in self.verdict_runs(arm.name):
+                folder = self.study.run_folder(cell)
+                run = read_run(folder) if is_run(folder) else None
+                if run and any(run.last_of(event) for event in ("capacity_verdict", "noise_scale")):
+                    found[arm.name] = (cell.seed, run)
+                    break
+        return found
+
     def failures(self) -> list[CellRecord]:
         """Runs that failed, in the order of the study."""
         return [cell for cell in self.study.cells if cell.state == "failed" and cell.arm != UNTRAINED]
 
 
 def headline(verdict: Mapping[str, Any]) -> str:
-    """The sentence of a verdict with the names of both arms in every case."""
+    """The sentence of a verdict with the names of both arms in every case, without why nobody can tell."""
     if verdict["verdict"] == "cannot tell":
-        return f"{verdict['arm']} against {verdict['baseline']}: {verdict['sentence']}"
+        return f"Cannot tell whether {verdict['arm']} matches {verdict['baseline']}"
     return str(verdict["sentence"])
+
+
+def why_open(verdict: Mapping[str, Any]) -> str:
+    """Why nobody can tell; "" where there is a verdict."""
+    if verdict["verdict"] != "cannot tell":
+        return ""
+    return str(verdict["sentence"]).removeprefix("cannot tell").lstrip(": ")
+
+
+def with_interval(verdict: Mapping[str, Any]) -> str:
+    """The difference of a verdict with its interval, in numbers."""
+    mean, low, high = (verdict[name] for name in ("difference", "low", "high"))
+    if low is None and high is None:
+        return difference(mean).text
+    ends = ["?" if end is None else difference(end).text for end in (low, high)]
+    return f"{difference(mean).text} ({ends[0]} to {ends[1]})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,9 @@ from typing import Any
 
 import yaml
 
-from lightning_lora.study.matched.record import STUDY
+from lightning_lora.files.adapter.manifest import MANIFEST_FILE
+from lightning_lora.files.atomic import sha256
+from lightning_lora.study.matched.record import CHOICES, RESULTS, STUDY, VERDICTS
 from lightning_lora.study.report.content import Block, Listing, Section, Table, Words
 from lightning_lora.study.report.numbers import words
 from lightning_lora.study.report.studies.study_facts import StudyFacts
@@ -24,7 +27,9 @@ def study_origin(facts: StudyFacts) -> Section:
     command = made.pop("command", "lightning-lora study FILE.yaml")
     command = command if isinstance(command, str) else shlex.join(command)
     rows = [[words(name), words(text)] for name, text in _flat(made)]
-    rows += [[words(name), words(str(spec[name]))] for name in ("seeds", "selection_seeds") if name in spec]
+    rows += [[words(name), words(text)] for name, text in _seeds(facts)]
+    rows += [[words("base, fingerprint of its weights"), words(text)] for text in _fingerprints(facts)]
+    rows += [[words(f"SHA-256 of {name}"), words(sha256(facts.study.folder / name))] for name in _files(facts)]
     again = re.sub(r"^\S*lightning_lora/__main__\.py", "lightning-lora", command)
     blocks: list[Block] = [Listing("The command; given again, it goes on with what is not finished", again)]
     if rows:
@@ -32,6 +37,29 @@ def study_origin(facts: StudyFacts) -> Section:
     text = yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True)
     blocks.append(Listing(f"The whole study ({STUDY})", text.rstrip(), is_folded=True))
     return Section("reproduce", "Reproduce", blocks)
+
+
+def _seeds(facts: StudyFacts) -> Iterator[tuple[str, str]]:
+    for name in ("seeds", "selection_seeds"):
+        if name in facts.study.spec:
+            given = facts.study.spec[name]
+            yield name.replace("_", " "), ", ".join(map(str, given)) if isinstance(given, list) else str(given)
+    verdict = sorted({cell.seed for cell in facts.study.cells if cell.phase == "verdict"})
+    yield "seeds of the verdict runs", ", ".join(map(str, verdict))
+
+
+def _fingerprints(facts: StudyFacts) -> list[str]:
+    """The fingerprints of the base weights that adapters of the study were trained on; one, if all is well."""
+    found = set()
+    for cell in facts.study.cells:
+        file = facts.study.run_folder(cell) / "adapters" / "last" / MANIFEST_FILE
+        if cell.phase == "verdict" and file.is_file():
+            found.add(str(json.loads(file.read_text(encoding="utf-8")).get("base_fingerprint") or ""))
+    return sorted(found - {""})
+
+
+def _files(facts: StudyFacts) -> list[str]:
+    return [name for name in (STUDY, RESULTS, CHOICES, VERDICTS) if (facts.study.folder / name).is_file()]
 
 
 def study_limits(facts: StudyFacts) -> Section:
@@ -61,7 +89,7 @@ def _flat(given: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
         if name == "versions" and isinstance(value, Mapping):
             yield name, ", ".join(f"{library} {version}" for library, version in value.items())
         elif isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}, ")
+            yield from _flat(value, "SHA-256 of " if name == "data_sha256" else f"{above}{name}, ")
         else:
             yield f"{above}{name}", " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 

@@ -1,4 +1,4 @@
-"""The learning-rate sweeps: one U for each arm, the chosen rate, and the runs that failed."""
+"""The learning-rate sweeps: one U for each arm, the chosen rate, and what a smaller sweep would have found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_lora.study.matched.record import CellRecord
 from lightning_lora.study.report.charts.axis import Axis
 from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Section, Table
-from lightning_lora.study.report.numbers import count, nats, rate, words
+from lightning_lora.study.report.numbers import nats, rate, words
 from lightning_lora.study.report.studies.study_facts import StudyFacts
 
 
@@ -22,27 +22,7 @@ def study_rates(facts: StudyFacts) -> Section | None:
         return None
     figure = _figure(facts, tried)
     blocks: list[Block] = [figure] if figure else []
-    return Section("rates", "Learning rates", [*blocks, _choices(facts)])
-
-
-def failures(facts: StudyFacts) -> Section | None:
-    """The runs that failed, each with its reason; None without any."""
-    rows = [
-        [
-            words(cell.arm),
-            words(cell.phase),
-            rate(cell.learning_rate),
-            count(cell.seed),
-            count(cell.attempt),
-            words(cell.reason),
-        ]
-        for cell in facts.failures()
-    ]
-    if not rows:
-        return None
-    columns = ["arm", "phase", "rate", "seed", "attempts", "reason"]
-    note = "A rate that diverged counts as worse than all others and closes its side of the sweep."
-    return Section("failed", "Failed runs", [Table("failed-runs", "Runs that failed", columns, rows, note)])
+    return Section("rates", "Learning rates", [*blocks, _choices(facts), *_expected(facts)])
 
 
 def _figure(facts: StudyFacts, tried: list[CellRecord]) -> Figure | None:
@@ -51,22 +31,45 @@ def _figure(facts: StudyFacts, tried: list[CellRecord]) -> Figure | None:
     if not good:
         return None
     top = Axis.around("", [cell.loss for cell in good if cell.loss is not None]).high
-    series, chosen = [], []
+    series, chosen, wanting, failed = [], [], [], []
     for arm in facts.study.arms:
         points = _means(cell for cell in good if cell.arm == arm.name)
-        if not points:
+        bad = sorted({cell.learning_rate for cell in tried if cell not in good and cell.arm == arm.name})
+        if not points and not bad:
             continue
-        rings = [(at, loss) for at, loss in points if at == arm.chosen_rate]
-        series.append(Series(arm.name, points, facts.styles[arm.name], rings=rings))
+        rings = [(at, loss) for at, loss in points if at == arm.chosen_rate and not arm.problem]
+        edges = [min(points, key=lambda point: point[1])] if points and arm.problem else []
+        crosses = [(at, top) for at in bad]
+        style = facts.styles[arm.name]
+        series.append(Series(arm.name, points, style, rings=rings, edges=edges, crosses=crosses))
         chosen += [f"{arm.name} {rate(arm.chosen_rate).text}"] if arm.chosen_rate is not None else []
-    bad = sorted({cell.learning_rate for cell in tried if cell not in good})
-    if bad:
-        series.append(Series("failed or diverged", [(at, top) for at in bad], style=4, has_line=False))
+        wanting += [arm.name] if edges else []
+        failed += [f"{arm.name} {', '.join(rate(at).text for at in bad)}"] if bad else []
     x = Axis.around("learning rate, in terms of full fine-tuning", [cell.learning_rate for cell in tried], is_log=True)
-    y = Axis.around("loss on the selection rows, nats", [value for each in series for _, value in each.points])
+    heights = [value for each in series for _, value in [*each.points, *each.crosses]]
+    y = Axis.around("loss on the selection rows, nats", heights)
     says = f"Chosen, with a ring: {', '.join(chosen)}." if chosen else "No rate is chosen yet."
-    says += " Rates that failed or diverged are at the top." if bad else ""
+    says += f" A dashed ring: the best rate cannot carry a verdict ({', '.join(wanting)})." if wanting else ""
+    says += f" Crosses at the top: failed or diverged, {'; '.join(failed)}." if failed else ""
     return line_chart("u-curves", "Loss against learning rate", says, x, y, series)
+
+
+def _expected(facts: StudyFacts) -> list[Table]:
+    """What somebody would have found who tries fewer of the rates."""
+    known = {arm.name: arm.expected_best for arm in facts.study.arms if arm.expected_best}
+    if not known:
+        return []
+    most = max(map(len, known.values()))
+    rows = [
+        [words(name), *(nats(found[at] if at < len(found) else None) for at in range(most))]
+        for name, found in known.items()
+    ]
+    columns = ["arm", *(f"{budget} rate{'s' if budget > 1 else ''}" for budget in range(1, most + 1))]
+    note = (
+        "The expected lowest loss on the selection rows if so many of the sweep's rates are tried, drawn at random; a "
+        "diverged rate counts with the loss of the untrained base. It describes this sweep only."
+    )
+    return [Table("expected-best", "Expected best of a smaller sweep", columns, rows, note)]
 
 
 def _means(cells: Iterable[CellRecord]) -> list[tuple[float, float]]:

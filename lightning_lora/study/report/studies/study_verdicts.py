@@ -8,12 +8,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
-from lightning_lora.study.report.content import Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, nats, short, words
-from lightning_lora.study.report.studies.study_facts import StudyFacts, headline
+from lightning_lora.study.report.content import Cell, Figure, Section, Table, Words, said
+from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, short, words
+from lightning_lora.study.report.studies.study_facts import StudyFacts, headline, why_open, with_interval
+from lightning_lora.study.report.word_cell import WORDS, word_cell
 
 _LONGEST = 200
-_SHORT = {"behind": "falls behind"}
+
+
+def study_word(facts: StudyFacts) -> tuple[str, str]:
+    """The main verdict in a word or two, and its tone."""
+    verdict = facts.verdicts.get(facts.study.primary)
+    if verdict is None:
+        return "Unfinished", "open"
+    word, tone = WORDS.get(str(verdict["verdict"]), (str(verdict["verdict"]), "open"))
+    return word[:1].upper() + word[1:], tone
 
 
 def study_verdict(facts: StudyFacts) -> Words:
@@ -22,17 +31,17 @@ def study_verdict(facts: StudyFacts) -> Words:
     verdict = facts.verdicts.get(study.primary)
     if verdict is None:
         return said(
-            "No verdict yet: {over} of {asked} runs are over",
-            over=count(facts.over),
-            asked=count(len(study.cells)),
+            "No verdict yet: {over} of {asked} runs are over", over=count(facts.over), asked=count(len(study.cells))
         )
     # The whole sentence is below: an error of a library may have ten lines.
-    return Words(textwrap.shorten(headline(verdict), _LONGEST, placeholder=" …"), _numbers(verdict))
+    return Words(_short(headline(verdict)), _numbers(verdict))
 
 
 def study_lede(facts: StudyFacts) -> Iterator[Words]:
     """What else has to be known at once."""
     study = facts.study
+    if why := why_open(facts.verdicts[study.primary]) if study.primary in facts.verdicts else "":
+        yield Words(f"{_short(why)}.".replace("….", "…"))
     seeds = [verdict["seeds"] for verdict in study.verdicts]
     alpha = next((each["alpha"] for each in study.verdicts if each.get("alpha")), None)
     text = "Differences below {band} nats count as none, which was fixed before the start."
@@ -60,37 +69,68 @@ def study_lede(facts: StudyFacts) -> Iterator[Words]:
         )
 
 
-def study_verdicts(facts: StudyFacts) -> Section | None:
-    """All verdicts, and their intervals beside the band; None without any."""
-    if not facts.verdicts:
+def differences(facts: StudyFacts) -> Figure | None:
+    """The differences of all arms beside the band; None as long as there is none."""
+    known = [verdict for verdict in facts.verdicts.values() if verdict["difference"] is not None]
+    if not known:
         return None
-    sentences = [Words(f"{headline(verdict)}.", _numbers(verdict)) for verdict in facts.verdicts.values()]
+    # The main comparison first: it is what the page is about.
+    known.sort(key=lambda verdict: verdict["arm"] != facts.study.primary)
     rows = [
         Difference(
             str(verdict["arm"]),
-            _word(verdict),
+            word_cell(verdict).text,
             float(verdict["difference"]),
             -math.inf if verdict["low"] is None else float(verdict["low"]),
             math.inf if verdict["high"] is None else float(verdict["high"]),
             facts.styles.get(str(verdict["arm"]), 0),
+            with_interval(verdict),
+            verdict["arm"] == facts.study.primary,
         )
-        for verdict in facts.verdicts.values()
-        if verdict["difference"] is not None
+        for verdict in known
     ]
-    if not rows:
-        return Section("verdicts", "Verdicts", sentences)
     baseline = facts.study.baseline
-    chart = interval_chart(
+    says = "; ".join(f"{each['arm']} {with_interval(each)}, {word_cell(each).text}" for each in known)
+    return interval_chart(
         "differences",
         f"Loss of each arm minus that of {baseline}",
-        "; ".join(_in_numbers(verdict) for verdict in facts.verdicts.values() if verdict["difference"] is not None)
-        + ".",
+        f"{says}.",
         f"nats above {baseline}: less is better",
         rows,
         facts.band,
         _table(facts),
     )
-    return Section("verdicts", "Verdicts", [*sentences, chart])
+
+
+def study_verdicts(facts: StudyFacts) -> Section | None:
+    """All verdicts in words; None without any."""
+    if not facts.verdicts:
+        return None
+    sentences = [
+        Words(f"{headline(verdict)}{why and f': {why}'}.", _numbers(verdict))
+        for verdict in facts.verdicts.values()
+        for why in (why_open(verdict),)
+    ]
+    return Section("verdicts", "Verdicts", [*sentences, *_noise_floor(facts)])
+
+
+def _noise_floor(facts: StudyFacts) -> Iterator[Words]:
+    """The baseline against itself."""
+    floor = facts.study.noise_floor
+    if floor is None or floor["difference"] is None:
+        return
+    text = "Noise floor: {baseline} differs from itself, with other seeds, by {interval} nats."
+    text += (
+        " Its single runs spread by {spread} nats: below that a difference does not matter to somebody who trains once."
+    )
+    if floor.get("run_spread") is None:
+        text = text.partition(" Its single")[0]
+    interval = Cell(with_interval(floor), floor["difference"])
+    yield said(text, baseline=words(str(facts.study.baseline)), interval=interval, spread=nats(floor.get("run_spread")))
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, _LONGEST, placeholder=" …")
 
 
 def _table(facts: StudyFacts) -> Table:
@@ -98,8 +138,8 @@ def _table(facts: StudyFacts) -> Table:
     rows = [
         [
             words(str(verdict["arm"])),
-            words(_word(verdict)),
-            *(nats(verdict[name]) for name in ("difference", "low", "high")),
+            word_cell(verdict),
+            *(difference(verdict[name]) for name in ("difference", "low", "high")),
             count(verdict["seeds"]),
             nats(verdict.get("spread")),
             *(short(verdict.get(name)) for name in ("p", "p_corrected")),
@@ -117,13 +157,3 @@ def _table(facts: StudyFacts) -> Table:
 
 def _numbers(verdict: Mapping[str, Any]) -> dict[str, Any]:
     return {name: nats(verdict[name]) for name in ("difference", "low", "high") if verdict[name] is not None}
-
-
-def _in_numbers(verdict: Mapping[str, Any]) -> str:
-    mean, low, high = (nats(verdict[name]).text for name in ("difference", "low", "high"))
-    return f"{verdict['arm']} {mean} ({low} to {high}), {_word(verdict)}"
-
-
-def _word(verdict: Mapping[str, Any]) -> str:
-    word = str(verdict["verdict"])
-    return _SHORT.get(word, word)
