@@ -93,7 +93,7 @@ class Setting:
 
 
 THREE = {
-    "one": Setting(1, 3e-3, seed=1),
+    "one": Setting(1, 2e-4, seed=1),
     "eight": Setting(8, 1e-3, seed=2, trainer={"gradient_clip_val": 0.02}),
     "thirty-two": Setting(32, 5e-4, seed=3),
 }
