@@ -34,15 +34,17 @@ class CellCLI(LoRACLI):
         seed: Seed of the run.
         phase: What the run is for.
         every: Time between two checkpoints.
+        evaluations: See `CellRecorder`.
     """
 
-    def __init__(self, folder: Path, seed: int, phase: Any, every: timedelta) -> None:
+    def __init__(self, folder: Path, seed: int, phase: Any, every: timedelta, evaluations: float | None) -> None:
         self._folder, self._seed, self._phase, self._every = folder, seed, phase, every
+        self._evaluations = evaluations
         super().__init__()
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        recorder = CellRecorder(self._folder, self._seed)
+        recorder = CellRecorder(self._folder, self._seed, evaluations=self._evaluations)
         return super()._instantiate_trainer(config, [*callbacks, *cell_callbacks(self._folder, recorder, self._every)])
 
     def fit(self, **_: Any) -> None:
@@ -50,7 +52,7 @@ class CellCLI(LoRACLI):
         self.outcome = fit_and_score(self.trainer, self.model, self.datamodule, self._folder, self._phase)
 
 
-def run_child(folder: str, seed: int, phase: str, checkpoint_seconds: float) -> None:
+def run_child(folder: str, seed: int, phase: str, checkpoint_seconds: float, evaluations: float | None) -> None:
     """Do a run; ``result.json`` says what came out.
 
     Args:
@@ -58,6 +60,7 @@ def run_child(folder: str, seed: int, phase: str, checkpoint_seconds: float) -> 
         seed: Seed of the run.
         phase: What it is for.
         checkpoint_seconds: Time between two checkpoints.
+        evaluations: See `CellRecorder`.
     """
     _end_with_parent()
     place = Path(folder)
@@ -66,7 +69,7 @@ def run_child(folder: str, seed: int, phase: str, checkpoint_seconds: float) -> 
     restrict_imports()
     sys.argv = ["lightning-lora", "fit", f"--config={place / CONFIG}"]
     try:
-        cli = CellCLI(place, seed, phase, timedelta(seconds=checkpoint_seconds))
+        cli = CellCLI(place, seed, phase, timedelta(seconds=checkpoint_seconds), evaluations)
         result = {"outcome": outcome_to_text(cli.outcome)}
     except Exception as error:
         traceback.print_exc()

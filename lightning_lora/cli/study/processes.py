@@ -51,7 +51,7 @@ class ProcessCells:
         drop_foreign_locks(folder)
         with atomic_file(folder / CONFIG) as file:
             file.write(yaml.safe_dump(cell_config(self.spec, cell, folder), sort_keys=False).encode())
-        arguments = (str(folder), cell.seed, cell.phase, self.checkpoint_seconds)
+        arguments = (str(folder), cell.seed, cell.phase, self.checkpoint_seconds, self.spec.evaluations)
         process = self._context.Process(target=run_child, args=arguments, name=cell.run)
         process.start()
         try:

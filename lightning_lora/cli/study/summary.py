@@ -8,10 +8,9 @@ from pathlib import Path
 from lightning_lora.cli.study.estimate import Estimate
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.planner import StudyPlan
-from lightning_lora.study.matched.progress import described, duration
+from lightning_lora.study.matched.progress import described, duration, promises
 from lightning_lora.study.matched.record import RESULTS, VERDICTS
 from lightning_lora.study.matched.spec import StudySpec
-from lightning_lora.study.statistics.before_start import before_start
 
 
 def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estimated: Estimate | None) -> list[str]:
@@ -25,7 +24,7 @@ def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estima
         estimated: The time of a run; None if it is not known.
     """
     arms = ", ".join(arm.name for arm in spec.arms if arm.name != spec.baseline)
-    lines = [f"study {spec.name}: {arms} against {spec.baseline}, in {folder}", *before_start(spec.plan, spec.band)]
+    lines = [f"study {spec.name}: {arms} against {spec.baseline}, in {folder}", *promises(spec)]
     if over:
         return [*lines, f"{over} runs are over already; about {expected - over} are left"]
     if estimated is None:
@@ -40,7 +39,11 @@ def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estima
 def after_end(plan: StudyPlan, statuses: Sequence[CellStatus], folder: Path) -> list[str]:
     """Lines about what was found, which runs failed, and where it is written."""
     lines = [f"{name}: learning rate {step.chosen:g}, {step.why}" for name, step in plan.choices.items() if step.chosen]
-    lines += [verdict.headline for verdict in plan.verdicts]
+    for verdict in plan.verdicts:
+        lines.append(verdict.headline)
+        if verdict.steps is not None and verdict.steps.ratio is not None:
+            lines.append(f"  steps to 90% of the gain of {verdict.baseline}, times its own: {verdict.steps}")
+    lines += plan.further.sentences
     failed: dict[tuple[str, str], list[CellStatus]] = {}
     for status in statuses:
         if status.state == "failed":

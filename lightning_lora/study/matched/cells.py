@@ -54,6 +54,10 @@ class Outcome:
         saved_bytes: Bytes of the saved adapter, or of the trained weights.
         rows: Losses on held-out rows.
         rows_hash: Hash of what these rows hold: runs are compared on equal rows only.
+        evaluations: Step, tokens and validation loss of each evaluation; for the base that at step 0.
+        rate_fell: Whether a learning rate was lowered during the run: then steps to a loss say something of the
+            schedule only.
+        energy_joules: Energy of the GPU while it trained; None where it does not tell.
     """
 
     steps: int
@@ -64,6 +68,9 @@ class Outcome:
     saved_bytes: int
     rows: RowLosses
     rows_hash: str = ""
+    evaluations: tuple[tuple[int, int, float], ...] = ()
+    rate_fell: bool = False
+    energy_joules: float | None = None
 
 
 @dataclass(frozen=True)

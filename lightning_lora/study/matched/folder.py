@@ -14,10 +14,12 @@ import yaml
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.matched.cells import CellStatus
+from lightning_lora.study.matched.judging.further import Further
 from lightning_lora.study.matched.outcomes import write_row_losses
 from lightning_lora.study.matched.record import (
     CHOICES,
     COLUMNS,
+    FURTHER,
     RESULTS,
     ROW_LOSSES,
     RUNS,
@@ -83,6 +85,10 @@ def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
         "alpha": spec.plan.alpha,
         "selection_seeds": list(spec.selection_seeds),
         "learning_rate_option": spec.learning_rate_option,
+        "evaluations": spec.evaluations,
+        "aa_seeds": list(spec.aa_seeds),
+        "halving": spec.halving,
+        "batch_penalty": {kind: dict(arms) for kind, arms in spec.batch_penalty.items()},
         "made": dict(made),
         "arms": arms,
     }
@@ -92,9 +98,13 @@ def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
 
 
 def write_results(
-    folder: Path, statuses: Iterable[CellStatus], choices: Mapping[str, NextStep], verdicts: Iterable[Verdict]
+    folder: Path,
+    statuses: Iterable[CellStatus],
+    choices: Mapping[str, NextStep],
+    verdicts: Iterable[Verdict],
+    further: Further,
 ) -> None:
-    """Write ``results.csv``, ``choices.json`` and ``verdicts.json``, and row losses of runs of other machines."""
+    """Write ``results.csv``, ``choices.json``, ``verdicts.json`` and ``further.json``, and what other machines did."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -106,9 +116,16 @@ def write_results(
     with atomic_file(folder / RESULTS) as file:
         file.write(text.getvalue().encode())
     chosen = {
-        name: {"chosen_rate": step.chosen, "why": step.why, "problem": step.problem} for name, step in choices.items()
+        name: {
+            "chosen_rate": step.chosen,
+            "why": step.why,
+            "problem": step.problem,
+            "expected_best": list(step.expected_best),
+        }
+        for name, step in choices.items()
     }
-    for name, found in ((CHOICES, chosen), (VERDICTS, [verdict.to_dict() for verdict in verdicts])):
+    files = {CHOICES: chosen, VERDICTS: [verdict.to_dict() for verdict in verdicts], FURTHER: further.to_dict()}
+    for name, found in files.items():
         with atomic_file(folder / name) as file:
             file.write((json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
 
@@ -135,5 +152,6 @@ def _line(status: CellStatus) -> dict[str, Any]:
             "trained_parameters": outcome.trained_parameters,
             "tokens": outcome.tokens,
             "saved_bytes": outcome.saved_bytes,
+            "energy_joules": None if outcome.energy_joules is None else f"{outcome.energy_joules:.1f}",
         }
     return {name: spreadsheet_text(value) if name in _TEXTS else value for name, value in values.items()}

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_lora.errors import DataError
+from lightning_lora.study.matched.measures.curve import validation_metric
 from lightning_lora.study.matched.outcomes import as_losses
 from lightning_lora.study.matched.record import RowLosses
-from lightning_lora.study.matched.recorder import validation_metric
 from lightning_lora.study.statistics.rates.selection_rows import selection_rows
 
 

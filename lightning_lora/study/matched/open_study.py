@@ -47,6 +47,10 @@ def open_study(
         "selection seeds": list(spec.selection_seeds),
         "learning_rate_option": spec.learning_rate_option,
         "data": dict(data),
+        # A setting that is not used is as one that an older version did not know.
+        "evaluations": spec.evaluations,
+        "halving": spec.halving or None,
+        "batch_penalty": {kind: dict(arms) for kind, arms in spec.batch_penalty.items()} or None,
     }
     store.open({"fixed": fixed, "arms": {arm.name: _hash(arm.config) for arm in spec.arms}})
     (folder / RUNS).mkdir(parents=True, exist_ok=True)

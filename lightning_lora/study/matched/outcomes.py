@@ -34,7 +34,8 @@ def outcome_from_text(text: str) -> Outcome:
         name: torch.from_numpy(np.frombuffer(base64.b64decode(plain["rows"][name]), kind).copy())
         for name, kind in _TYPES.items()
     }
-    return Outcome(**(plain | {"rows": as_losses(**rows)}))
+    evaluations = tuple((int(step), int(tokens), float(loss)) for step, tokens, loss in plain.get("evaluations", ()))
+    return Outcome(**(plain | {"rows": as_losses(**rows), "evaluations": evaluations}))
 
 
 def write_row_losses(path: Path, rows: RowLosses) -> None:

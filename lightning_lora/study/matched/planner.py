@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from textwrap import shorten
 
 from lightning_lora.study.matched.cells import Cell, CellStatus, cell_key
-from lightning_lora.study.matched.judge import judge
+from lightning_lora.study.matched.judge import Judge
+from lightning_lora.study.matched.judging.further import NOTHING_FURTHER, Further
 from lightning_lora.study.matched.record import UNTRAINED, Phase
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.compare import corrected
+from lightning_lora.study.statistics.rates.over_rates import expected_best
 from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 from lightning_lora.study.statistics.verdict import Verdict
 
@@ -34,12 +36,14 @@ class StudyPlan:
         choices: Arm to what its sweep does next, or has chosen.
         verdicts: What is found so far; empty as long as seeds are missing.
         expected: Number of runs that the whole study will take, as far as can be seen.
+        further: What is found beside the verdicts.
     """
 
     cells: tuple[Cell, ...]
     choices: Mapping[str, NextStep]
     verdicts: tuple[Verdict, ...]
     expected: int
+    further: Further = NOTHING_FURTHER
 
 
 def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[str, str]) -> StudyPlan:
@@ -60,9 +64,9 @@ def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[st
         return StudyPlan((base,), waits, (), 1 + _further(spec, waits, ()))
     for arm in spec.arms:
         choices[arm.name] = _sweep(spec, arm, data, known, scored, cells)
-    verdicts = _verdicts(spec, data, known, choices, cells)
+    verdicts, further = _found(spec, data, known, choices, cells)
     cells = list(dict.fromkeys(cells))
-    return StudyPlan(tuple(cells), choices, verdicts, len(cells) + _further(spec, choices, cells))
+    return StudyPlan(tuple(cells), choices, verdicts, len(cells) + _further(spec, choices, cells), further)
 
 
 def base_cell(spec: StudySpec, data: Mapping[str, str]) -> Cell:
@@ -82,6 +86,8 @@ def _further(spec: StudySpec, choices: Mapping[str, NextStep], cells: Iterable[C
             further += max(0, TYPICAL_SWEEP * len(spec.selection_seeds) - asked[name, "selection"])
         if not asked[name, "verdict"]:
             further += spec.plan.looks[0]
+    if not choices[spec.baseline].problem and not asked[spec.baseline, "aa"]:
+        further += len(spec.aa_seeds)
     return further
 
 
@@ -115,7 +121,8 @@ def _sweep(
         if reason := _broken(arm, cells, known):
             return NextStep((), None, "every run failed", f"every run failed: {reason}")
         if not wanted:
-            return step
+            losses = [base_loss if math.isnan(trial.loss) else min(trial.loss, base_loss) for trial in trials]
+            return replace(step, expected_best=tuple(expected_best(losses, n + 1) for n in range(len(losses))))
         trials += (Trial(rate, loss) for rate, loss in over if loss is not None)
 
 
@@ -135,40 +142,60 @@ def _loss_of(cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> float | 
     return fmean(math.nan if run is None or run.loss is None else run.loss for run in runs)
 
 
-def _verdicts(
+def _found(
     spec: StudySpec,
     data: Mapping[str, str],
     known: Mapping[str, CellStatus],
     choices: Mapping[str, NextStep],
     cells: list[Cell],
-) -> tuple[Verdict, ...]:
+) -> tuple[tuple[Verdict, ...], Further]:
     """Append the verdict runs that are wanted, look by look, and judge the arms whose runs are over."""
     baseline = choices[spec.baseline]
     if baseline.chosen is None and not baseline.problem:
-        return ()
+        return (), NOTHING_FURTHER
     found: dict[str, Verdict] = {}
     rivals = [arm.name for arm in spec.arms if arm.name != spec.baseline]
-    open_arms, waits = list(rivals), False
+    four = [name for arms in spec.batch_penalty.values() for name in arms.values()]
+    open_arms, open_batches, of_batches = list(rivals), bool(four), None
     no_runs = bool(baseline.problem) or all(choices[name].problem for name in rivals)
+    # An arm that still sweeps is part of the number of comparisons.
+    waits = any(choices[name].chosen is None and not choices[name].problem for name in rivals)
     for look in spec.plan.looks:
-        if not open_arms:
+        if not open_arms and not open_batches:
             break
         seeds = spec.verdict_seeds(look)
-        for name in (spec.baseline, *open_arms):
-            step = choices[name]
-            if step.chosen is None or step.problem or no_runs:
-                continue
-            wanted = [make_cell(spec.arm(name), step.chosen, seed, "verdict", data) for seed in seeds]
-            cells += wanted
-            waits = waits or any(cell.key not in known or not known[cell.key].is_over for cell in wanted)
-        # An arm that still sweeps is part of the number of comparisons.
-        waits = waits or any(choices[name].chosen is None and not choices[name].problem for name in rivals)
+        for name in dict.fromkeys((spec.baseline, *open_arms, *(four if open_batches else ()))):
+            if not no_runs and _wants(spec, name, choices[name], seeds, "verdict", data, known, cells):
+                waits = True
+        if look == spec.plan.looks[0] and not no_runs:
+            _wants(spec, spec.baseline, baseline, spec.aa_seeds, "aa", data, known, cells)
         if waits:
             break
-        for name in open_arms:
-            found[name] = judge(spec, name, seeds, choices, cells, known)
+        judge = Judge(spec, choices, cells, known)
+        found |= {name: judge.verdict(name, seeds) for name in open_arms}
         verdicts = corrected([found[name] for name in rivals], spec.primary)
         open_arms = [verdict.arm for verdict in verdicts if verdict.is_open]
-    if len(found) < len(rivals):
-        return ()
-    return tuple(corrected([found[name] for name in rivals], spec.primary))
+        if open_batches:
+            of_batches = judge.penalty(seeds)
+            open_batches = of_batches.is_open
+    judge = Judge(spec, choices, cells, known)
+    verdicts = corrected([found[name] for name in rivals], spec.primary) if len(found) == len(rivals) else ()
+    return tuple(judge.with_curves(verdict) for verdict in verdicts), judge.further(of_batches)
+
+
+def _wants(
+    spec: StudySpec,
+    name: str,
+    step: NextStep,
+    seeds: Iterable[int],
+    phase: Phase,
+    data: Mapping[str, str],
+    known: Mapping[str, CellStatus],
+    cells: list[Cell],
+) -> bool:
+    """Append the runs of an arm at its chosen rate; says whether one of them is not over."""
+    if step.chosen is None or step.problem:
+        return False
+    wanted = [make_cell(spec.arm(name), step.chosen, seed, phase, data) for seed in seeds]
+    cells += wanted
+    return any(cell.key not in known or not known[cell.key].is_over for cell in wanted)

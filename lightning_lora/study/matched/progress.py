@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lightning_lora.study.matched.cells import Cell, Outcome
+from lightning_lora.study.matched.spec import StudySpec
+from lightning_lora.study.statistics.before_start import before_start
 
 
 class Progress:
@@ -32,6 +34,17 @@ class Progress:
     def failed(cell: Cell, reason: str) -> str:
         """The line for a run that failed."""
         return f"failed: {described(cell)}: {reason}"
+
+
+def promises(spec: StudySpec) -> list[str]:
+    """Lines to print before a study starts: what it can show."""
+    lines = before_start(spec.plan, spec.band)
+    if spec.aa:
+        lines.append(
+            f"noise floor: {len(spec.aa_seeds)} more runs of {spec.baseline} with other seeds show how much it differs "
+            f"from itself"
+        )
+    return lines
 
 
 def described(cell: Cell) -> str:

@@ -1,7 +1,7 @@
 """What a study folder holds, read back: a report needs nothing else.
 
 ``study.yaml`` is the resolved study, ``results.csv`` has a line for each run, ``choices.json`` the rate of each arm,
-``verdicts.json`` what is found, and ``runs/`` a run folder for each run.
+``verdicts.json`` and ``further.json`` what is found, and ``runs/`` a run folder for each run.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from torch import Tensor
 
 from lightning_lora.errors import DataError
 from lightning_lora.files.safetensors_file import read_tensors
+from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve
 
 STUDY, RESULTS, VERDICTS, RUNS = "study.yaml", "results.csv", "verdicts.json", "runs"
 CHOICES = "choices.json"
-ROW_LOSSES, CURVE = "row_losses.safetensors", "curve.csv"
+FURTHER, ROW_LOSSES = "further.json", "row_losses.safetensors"
 UNTRAINED = "untrained base"
 """Name of the arm that trains nothing: the loss which every other run must beat."""
 COLUMNS = (
     *("arm", "learning_rate", "seed", "state", "loss", "steps", "seconds", "peak_bytes", "trained_parameters"),
-    *("phase", "tokens", "saved_bytes", "attempt", "reason", "run", "key"),
+    *("phase", "tokens", "saved_bytes", "energy_joules", "attempt", "reason", "run", "key"),
 )
 """Columns of ``results.csv``."""
-Phase = Literal["base", "selection", "verdict"]
-State = Literal["ready", "running", "done", "failed"]
+Phase = Literal["base", "rung", "selection", "verdict", "aa"]
+State = Literal["ready", "running", "done", "failed", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -59,25 +60,6 @@ class RowLosses:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """A line of ``curve.csv``.
-
-    Args:
-        step: Optimizer steps so far.
-        tokens: Supervised tokens trained on so far; rows where the batches have no tokens.
-        seconds: Seconds of training so far, without validation.
-        train_loss: Loss of the step; None at a validation.
-        val_loss: Validation loss after the step; None at other steps.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    train_loss: float | None
-    val_loss: float | None
-
-
-@dataclass(frozen=True)
 class CellRecord:
     """One run of a study: a line of ``results.csv``.
 
@@ -85,17 +67,20 @@ class CellRecord:
         arm: Name of its arm; `UNTRAINED` for the base.
         learning_rate: In terms of full fine-tuning; adapters train at ``lora.lr_multiplier`` times it. 0 for the base.
         seed: Moves data order, initialisation and dropout alike in all arms.
-        state: ``"ready"`` (waits), ``"running"``, ``"done"`` or ``"failed"``.
+        state: ``"ready"`` (waits), ``"running"``, ``"done"``, ``"failed"``, or ``"pruned"``: given up by successive
+            halving after the first third of the run. A pruned run counts as worse, and its loss is told nowhere.
         loss: Nats per supervised token on the held-out rows of its phase; None if there is none. May be NaN.
         steps: Optimizer steps.
         seconds: Seconds of training, without validation.
         peak_bytes: Peak memory: allocated on the GPU, else resident in the process.
         trained_parameters: Number of trained parameters.
-        phase: ``"selection"`` (chooses the rate), ``"verdict"`` (judged) or ``"base"`` (trains nothing).
+        phase: ``"selection"`` (chooses the rate), ``"verdict"`` (judged), ``"base"`` (trains nothing), ``"rung"`` (the
+            first third of a selection run, with successive halving) or ``"aa"`` (the baseline with other seeds again).
         tokens: Supervised tokens trained on; rows where the batches have no tokens.
         saved_bytes: Bytes of the saved adapter, or of the trained weights.
+        energy_joules: Energy of the GPU while it trained, by its driver; None where the device does not tell.
         attempt: How often it was begun.
-        reason: Why it failed; "" if it did not.
+        reason: Why it failed or was pruned; "" otherwise.
         run: Name of its run folder in ``runs``.
         key: Hash of its resolved config, data and phase.
     """
@@ -112,6 +97,7 @@ class CellRecord:
     phase: Phase
     tokens: int | None
     saved_bytes: int | None
+    energy_joules: float | None
     attempt: int
     reason: str
     run: str
@@ -130,6 +116,9 @@ class ArmRecord:
         chosen_rate: The rate of its verdict runs; None as long as it is not chosen.
         why: Why this rate, or what the sweep does next.
         problem: Why the rate cannot carry a verdict; "" if it can.
+        expected_best: Expected lowest selection loss, nats, of somebody who tries 1, 2, ... of the rates of the sweep;
+            diverged runs count with the loss of the untrained base. It describes this sweep only. Empty before the
+            sweep is over, or where runs were pruned.
     """
 
     name: str
@@ -139,6 +128,7 @@ class ArmRecord:
     chosen_rate: float | None = None
     why: str = ""
     problem: str = ""
+    expected_best: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,7 +142,26 @@ class StudyRecord:
         primary: Name of the arm whose comparison was named as the main one before the start.
         arms: The arms in the order of the study file.
         cells: All runs that the study has asked for so far.
-        verdicts: What ``verdicts.json`` holds; empty before the first verdict run is done.
+        verdicts: What ``verdicts.json`` holds: for each arm but the baseline ``arm``, ``baseline``, ``verdict`` (the
+            word), ``sentence``, ``difference``, ``low``, ``high``, ``seeds``, ``band``, ``alpha``, ``spread``,
+            ``inside_band``, ``p``, ``p_corrected``, and
+
+            - ``worst`` and ``baseline_worst``: ``seed`` and ``loss`` of the worst seed of either; the loss is null if
+              it diverged, and all is null without runs;
+            - ``after_tokens``: trained tokens from which an arm that falls behind stays behind; null if it does not, or
+              there are fewer than two evaluations in common;
+            - ``steps_to_loss``: null before a verdict, else ``target`` (nats: where 90 % of the baseline's gain is
+              reached), ``ratio``, ``low``, ``high`` (steps of the arm over those of the baseline; ``high`` is null
+              where there is no upper end), ``bound`` (``""``, ``"at least"``, ``"at most"`` or ``"cannot tell"``: on
+              which side ``ratio`` is only a bound), ``seeds``, ``not_reached``, ``text``, and ``reached``: ``arm`` and
+              ``baseline``, each seed to ``[steps, bound]``. If there is no number, ``left_out`` has the reason, and
+              ``text`` says it.
+
+            Empty before the first verdict.
+        noise_floor: The baseline against itself with other seeds, like a verdict, if the study has ``aa``; else None.
+        batch_penalty: Whether the large batch costs adapters more than full fine-tuning, like a verdict, whose
+            ``difference`` is a difference of differences, if the study has ``batch_penalty``; else None. Both are in
+            ``further.json``.
     """
 
     folder: Path
@@ -162,6 +171,8 @@ class StudyRecord:
     arms: tuple[ArmRecord, ...]
     cells: tuple[CellRecord, ...]
     verdicts: tuple[Mapping[str, Any], ...]
+    noise_floor: Mapping[str, Any] | None = None
+    batch_penalty: Mapping[str, Any] | None = None
 
     def cells_of(self, arm: str, phase: Phase | None = None) -> tuple[CellRecord, ...]:
         """The runs of an arm, in one phase or all."""
@@ -200,12 +211,10 @@ def read_study(folder: str | Path) -> StudyRecord:
     try:
         spec = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
         cells = read_results(folder / RESULTS)
-        file = folder / VERDICTS
-        verdicts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        file = folder / CHOICES
-        choices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        verdicts, choices, further = (_json(folder / name) for name in (VERDICTS, CHOICES, FURTHER))
         arms = tuple(_arm(name, settings, choices.get(name, {})) for name, settings in spec["arms"].items())
-        return StudyRecord(folder, spec, spec["baseline"], spec["primary"], arms, cells, tuple(verdicts))
+        found = [further.get(name) for name in ("noise_floor", "batch_penalty")]
+        return StudyRecord(folder, spec, spec["baseline"], spec["primary"], arms, cells, tuple(verdicts), *found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"{folder} cannot be read as a study: {type(error).__name__}: {error}") from error
 
@@ -218,24 +227,6 @@ def read_results(path: Path) -> tuple[CellRecord, ...]:
         return tuple(_cell(row) for row in csv.DictReader(file))
 
 
-def read_curve(path: Path) -> tuple[CurvePoint, ...]:
-    """The lines of ``curve.csv``; none if there is no such file."""
-    if not path.is_file():
-        return ()
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return tuple(
-        CurvePoint(
-            int(row["step"]),
-            int(row["tokens"]),
-            float(row["seconds"]),
-            _number(row["train_loss"]),
-            _number(row["val_loss"]),
-        )
-        for row in rows
-    )
-
-
 def plain_text(text: str) -> str:
     """A text cell of a CSV file without the quote in front, which keeps spreadsheets from computing it."""
     return text[1:] if re.match(r"'[=+\-@\t\r]", text) else text
@@ -246,9 +237,14 @@ def spreadsheet_text(text: str) -> str:
     return f"'{text}" if re.match(r"'?[=+\-@\t\r]", text) else text
 
 
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _arm(name: str, settings: Mapping[str, Any], choice: Mapping[str, Any]) -> ArmRecord:
     rates = tuple(float(rate) for rate in settings["learning_rates"])
-    return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates, **choice)
+    found = dict(choice) | {"expected_best": tuple(choice.get("expected_best", ()))}
+    return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates, **found)
 
 
 def _cell(row: Mapping[str, str]) -> CellRecord:
@@ -265,6 +261,7 @@ def _cell(row: Mapping[str, str]) -> CellRecord:
         phase=row["phase"],  # pyright: ignore[reportArgumentType]
         tokens=_count(row["tokens"]),
         saved_bytes=_count(row["saved_bytes"]),
+        energy_joules=_number(row.get("energy_joules") or ""),
         attempt=int(row["attempt"]),
         reason=plain_text(row["reason"]),
         run=plain_text(row["run"]),

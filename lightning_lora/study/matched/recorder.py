@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
-from lightning_lora.files.atomic import atomic_file
-from lightning_lora.study.matched.record import CURVE, CurvePoint, read_curve
+from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
+from lightning_lora.study.matched.measures.energy import joules
+from lightning_lora.study.matched.measures.evaluations import Evaluations
 from lightning_lora.study.matched.worker import LeaseLostError
 
 
@@ -32,13 +33,29 @@ class CellRecorder(Callback):
         folder: The run folder.
         seed: Seed of the run.
         lost: Stops the run when it is set: another worker has it.
+        evaluations: Evaluate on a log-spaced grid, each step at most this many times the one before; None: the
+            validations of the run are its evaluations.
+
+    Attributes:
+        seconds: Seconds of training, without validation.
+        energy: Joules of the GPU in this time; None where it does not tell.
+        rate_fell: Whether a learning rate was lowered during the run.
     """
 
-    def __init__(self, folder: Path, seed: int, lost: threading.Event | None = None) -> None:
+    def __init__(
+        self, folder: Path, seed: int, lost: threading.Event | None = None, evaluations: float | None = None
+    ) -> None:
         self.folder = folder
         self.seed = seed
         self.lost = lost or threading.Event()
         self.seconds = 0.0
+        self.energy: float | None = None
+        self.rate_fell = False
+        self._factor = evaluations
+        self._evaluations: Evaluations | None = None
+        self._rates: list[float] = []
+        self._joules: tuple[torch.device, float] | None = None
+        self._evaluated: list[CurvePoint] = []
         self._tokens: Tensor | int = 0
         self._points: list[CurvePoint] = []
         self._waiting: list[tuple[int, Tensor | int, float, Tensor | None]] = []
@@ -50,6 +67,16 @@ class CellRecorder(Callback):
     def tokens(self) -> int:
         """Supervised tokens trained on; rows where the batches have no tokens."""
         return int(self._tokens)
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether evaluations are on a log-spaced grid of steps."""
+        return self._factor is not None
+
+    @property
+    def evaluations(self) -> tuple[tuple[int, int, float], ...]:
+        """Step, tokens and validation loss of each evaluation."""
+        return tuple((each.step, each.tokens, each.val_loss or 0.0) for each in self._evaluated)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,8 +95,13 @@ class CellRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the part of the curve before the step that the run continues from, and start the clock."""
         self._step = trainer.global_step
-        self._points = [point for point in read_curve(self.folder / CURVE) if point.step <= trainer.global_step]
-        self._since = time.perf_counter()
+        before = [point for point in read_curve(self.folder / CURVE) if point.step <= trainer.global_step]
+        # The evaluations are those of the checkpoint: `fit` keeps a curve of its own in the same file.
+        trained = [point for point in before if point.train_loss is not None]
+        self._points = sorted([*trained, *self._evaluated], key=lambda point: point.step)
+        if self._factor is not None:
+            self._evaluations = Evaluations(trainer, pl_module, self._factor)
+        self._start_clock(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,6 +119,11 @@ class CellRecorder(Callback):
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self._waiting.append((self._step, self._tokens, self._clock(), None if loss is None else loss.detach()))
+            self._watch_rates(trainer)
+            if self._evaluations is not None and self._step in self._evaluations.steps:
+                self._stop_clock()
+                self._add_evaluation(self._evaluations.loss(trainer, pl_module))
+                self._start_clock(trainer)
         if self.lost.is_set():
             raise LeaseLostError
 
@@ -94,55 +131,81 @@ class CellRecorder(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         if trainer.state.fn == "fit" and self._since is not None:
-            self.seconds, self._since = self._clock(), None
+            self._stop_clock()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the validation loss, and let the clock run again."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if (name := validation_metric(trainer.callback_metrics)) is not None:
-            loss = float(trainer.callback_metrics[name])
-            self._write()
-            self._points.append(CurvePoint(trainer.global_step, self.tokens, self.seconds, None, loss))
-        self._since = time.perf_counter()
+        name = validation_metric(trainer.callback_metrics)
+        if self._evaluations is None and name is not None:
+            self._add_evaluation(float(trainer.callback_metrics[name]))
+        self._start_clock(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and write the curve."""
-        self.seconds, self._since = self._clock(), None
-        self._write()
+        self._stop_clock()
+        self.write()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Counts up to now; the curve is on disk whenever a checkpoint is."""
-        self._write()
-        return {"tokens": self.tokens, "seconds": self._clock()}
+        self.write()
+        return {
+            "tokens": self.tokens,
+            "seconds": self._clock(),
+            "energy": self._energy(),
+            "rate_fell": self.rate_fell,
+            "evaluated": [list(astuple(point)) for point in self._evaluated],
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting."""
         self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self.energy, self.rate_fell = state_dict["energy"], state_dict["rate_fell"]
+        self._evaluated = [CurvePoint(*values) for values in state_dict["evaluated"]]
 
     def _clock(self) -> float:
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
+    def _energy(self) -> float | None:
+        if self._joules is None or (now := joules(self._joules[0])) is None:
+            return self.energy
+        return (self.energy or 0.0) + now - self._joules[1]
+
+    def _start_clock(self, trainer: Trainer) -> None:
+        device = trainer.strategy.root_device
+        now = joules(device)
+        self._since, self._joules = time.perf_counter(), None if now is None else (device, now)
+
+    def _stop_clock(self) -> None:
+        self.seconds, self._since = self._clock(), None
+        self.energy, self._joules = self._energy(), None
+
+    def _watch_rates(self, trainer: Trainer) -> None:
+        rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.rate_fell = self.rate_fell or any(now < then for now, then in zip(rates, self._rates, strict=False))
+        self._rates = rates
+
+    def _add_evaluation(self, loss: float) -> None:
+        self.write()
+        self._evaluated.append(CurvePoint(self._step, self.tokens, self.seconds, None, loss))
+        self._points.append(self._evaluated[-1])
+
     def _seed_epoch(self, epoch: int) -> None:
         seed_all(random.Random(f"{self.seed} {epoch}").getrandbits(32))
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write ``curve.csv``."""
         waiting, self._waiting = self._waiting, []
         self._points += [
             CurvePoint(step, int(tokens), seconds, None if loss is None else float(loss), None)
             for step, tokens, seconds, loss in waiting
         ]
-        lines = [",".join(("step", "tokens", "seconds", "train_loss", "val_loss"))]
-        for point in self._points:
-            step, tokens, seconds, *losses = astuple(point)
-            texts = ("" if loss is None else repr(loss) for loss in losses)
-            lines.append(",".join([str(step), str(tokens), f"{seconds:.3f}", *texts]))
-        with atomic_file(self.folder / CURVE) as file:
-            file.write(("\n".join(lines) + "\n").encode())
+        write_curve(self.folder / CURVE, self._points)
 
 
 def seed_all(seed: int) -> None:
@@ -150,9 +213,3 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def validation_metric(names: Any) -> str | None:
-    """The logged metric that is a validation loss, ``val_loss`` before its other spellings; None without one."""
-    fitting = [name for name in names if name.lower().startswith("val") and name.lower().endswith("loss")]
-    return min(fitting, key=lambda name: (name != "val_loss", len(name)), default=None)

@@ -17,6 +17,7 @@ from lightning_lora.files.folder_lock import drop_foreign_lock
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.study.matched.cells import DIVERGED, Outcome
 from lightning_lora.study.matched.held_out import held_out_losses
+from lightning_lora.study.matched.measures.curve import validation_metric
 from lightning_lora.study.matched.outcomes import write_row_losses
 from lightning_lora.study.matched.record import ROW_LOSSES, Phase
 from lightning_lora.study.matched.recorder import CellRecorder
@@ -59,17 +60,45 @@ def fit_and_score(
     """
     recorder = found(trainer, CellRecorder)
     assert recorder is not None
-    if phase != "base":
+    evaluations = ()
+    if phase == "base" and not recorder.on_grid:
+        evaluations = _first_evaluation(trainer, module, datamodule)
+    elif phase != "base":
         path = last_checkpoint(folder)
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)
         if not trainer.global_step:
             raise DataError("the run took no optimizer step: give it training rows and steps.")
+        recorder.write()  # `fit` has kept a curve of its own there
+        evaluations = recorder.evaluations
     peak = peak_bytes(module.device)
     steps, trained = trainer.global_step, 0 if phase == "base" else count_parameters(module).trainable
     rows, rows_hash = held_out_losses(trainer, module, datamodule)
     write_row_losses(folder / ROW_LOSSES, rows)
+    if phase == "base" and recorder.on_grid:
+        evaluations = ((0, 0, float(rows.loss_sum.sum() / rows.tokens.sum())),)
     saved = _saved_bytes(module, folder) if trained else 0
-    return Outcome(steps, recorder.tokens, recorder.seconds, peak, trained, saved, rows, rows_hash)
+    return Outcome(
+        steps,
+        recorder.tokens,
+        recorder.seconds,
+        peak,
+        trained,
+        saved,
+        rows,
+        rows_hash,
+        evaluations,
+        recorder.rate_fell,
+        recorder.energy,
+    )
+
+
+def _first_evaluation(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None
+) -> tuple[tuple[int, int, float], ...]:
+    """The validation loss before the first step; nothing where none is logged."""
+    (metrics, *_) = trainer.validate(module, datamodule=datamodule, verbose=False) or [{}]
+    name = validation_metric(metrics)
+    return () if name is None else ((0, 0, float(metrics[name])),)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -6,9 +6,8 @@ options exist is known when the configs are read.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.study.matched import settings as read
 from lightning_lora.study.matched.record import UNTRAINED
 from lightning_lora.study.statistics.seed_plan import SeedPlan
 from lightning_lora.study.statistics.word import BAND, check_band
 
 KEYS = (
     *("name", "configs", "overrides", "baseline", "primary", "arms", "learning_rates", "learning_rate_option"),
-    *("seeds", "selection_seeds", "band"),
+    *("seeds", "selection_seeds", "band", "evaluations", "aa", "halving", "batch_penalty"),
 )
 ARM_KEYS = ("configs", "overrides", "learning_rates", "matched_rank")
 RATE_OPTION = "model.init_args.learning_rate"
@@ -64,6 +64,12 @@ class StudySpec:
         selection_seeds: Seeds that learning rates are chosen with; never used for a verdict.
         band: Nats that count as equal.
         learning_rate_option: Dotted option that takes the learning rate.
+        evaluations: Evaluate held-out rows on a log-spaced grid, each step at most this many times the one before;
+            None: the validations of a run are its evaluations.
+        aa: Whether the baseline is run again with other seeds, as the noise floor.
+        halving: Whether selection runs that are far behind after a third of their steps are given up.
+        batch_penalty: ``lora`` and ``full``, each with the names of its arms at a ``small`` and a ``large`` batch, for
+            a difference of differences; empty if none is asked for.
     """
 
     name: str
@@ -74,6 +80,10 @@ class StudySpec:
     selection_seeds: tuple[int, ...] = (0,)
     band: float = BAND
     learning_rate_option: str = RATE_OPTION
+    evaluations: float | None = None
+    aa: bool = False
+    halving: bool = False
+    batch_penalty: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_band(self.band)
@@ -81,9 +91,16 @@ class StudySpec:
         if len(names) < 2:
             raise ConfigError(f"a study compares at least two arms, got {names or 'none'}: name them under arms.")
         matched = [(f"matched_rank of {arm.name!r}", arm.matched_rank) for arm in self.arms if arm.matched_rank]
-        for key, name in (("baseline", self.baseline), ("primary", self.primary), *matched):
+        batches = [
+            (f"batch_penalty, {kind}, {batch}", name)
+            for kind, arms in self.batch_penalty.items()
+            for batch, name in arms.items()
+        ]
+        for key, name in (("baseline", self.baseline), ("primary", self.primary), *matched, *batches):
             if name not in names:
                 raise ConfigError(f"{key} {name!r} is no arm{did_you_mean(name, names)}")
+        if len({name for _, name in batches}) < len(batches):
+            raise ConfigError(f"batch_penalty compares four arms, got {', '.join(name for _, name in batches)}.")
         if self.primary == self.baseline:
             raise ConfigError(f"primary names the arm to compare with the baseline, and {self.primary!r} is both.")
         if not self.selection_seeds:
@@ -105,6 +122,13 @@ class StudySpec:
         if isinstance(self.seeds, tuple):
             return self.seeds[:count]
         fresh = max(self.selection_seeds) + 1
+        return tuple(range(fresh, fresh + count))
+
+    @property
+    def aa_seeds(self) -> tuple[int, ...]:
+        """The seeds of the baseline's second runs: as many as the first look has, and used by no other run."""
+        count = self.plan.looks[0] if self.aa else 0
+        fresh = max(*self.selection_seeds, *self.verdict_seeds(self.plan.looks[-1])) + 1
         return tuple(range(fresh, fresh + count))
 
     def with_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> StudySpec:
@@ -142,11 +166,11 @@ def read_spec(path: str | Path) -> tuple[StudySpec, tuple[str, ...], dict[str, A
 
 def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, ...], dict[str, Any]]:
     """The study of settings that are already read; see `read_spec`."""
-    _check_keys(given, KEYS, "the study")
+    read.check_keys(given, KEYS, "the study")
     if "arms" not in given:
         raise ConfigError("there are no arms: name at least two ways to train under arms.")
-    arms = _mapping(given["arms"], "arms")
-    rates = _rates(given.get("learning_rates", "auto"), "learning_rates")
+    arms = read.mapping(given["arms"], "arms")
+    rates = read.rates(given.get("learning_rates", "auto"), "learning_rates")
     made = tuple(_arm(str(arm), settings, rates) for arm, settings in arms.items())
     names = [arm.name for arm in made]
     baseline = str(given.get("baseline", names[0] if names else ""))
@@ -156,82 +180,27 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
         arms=made,
         baseline=baseline,
         primary=str(given.get("primary", others[-1] if others else baseline)),
-        seeds=_seeds(given.get("seeds", 3)),
-        selection_seeds=_seed_list(given.get("selection_seeds", [0]), "selection_seeds"),
-        band=_number(given.get("band", BAND), "band"),
+        seeds=read.seeds(given.get("seeds", 3)),
+        selection_seeds=read.seed_list(given.get("selection_seeds", [0]), "selection_seeds"),
+        band=read.number(given.get("band", BAND), "band"),
         learning_rate_option=str(given.get("learning_rate_option", RATE_OPTION)),
+        evaluations=read.evaluation_factor(given.get("evaluations")),
+        aa=read.flag(given, "aa"),
+        halving=read.flag(given, "halving"),
+        batch_penalty=read.four_arms(given.get("batch_penalty")),
     )
-    return spec, _texts(given.get("configs") or [], "configs"), _overrides(given.get("overrides"), "overrides")
+    configs = read.texts(given.get("configs") or [], "configs")
+    return spec, configs, read.overrides(given.get("overrides"), "overrides")
 
 
 def _arm(name: str, settings: Any, rates: tuple[float, ...]) -> ArmSpec:
     where = f"arm {name!r}"
     if not _NAME.fullmatch(name) or name == UNTRAINED or name.endswith("."):
         raise ConfigError(f"{where}: a name has 1 to 60 letters, digits, spaces or .,:+/()%- and begins with a letter.")
-    settings = _mapping(settings or {}, where)
-    _check_keys(settings, ARM_KEYS, where)
+    settings = read.mapping(settings or {}, where)
+    read.check_keys(settings, ARM_KEYS, where)
     if "learning_rates" in settings:
-        rates = _rates(settings["learning_rates"], f"{where}, learning_rates")
-    overrides = _overrides(settings.get("overrides"), f"{where}, overrides")
-    configs = _texts(settings.get("configs") or [], f"{where}, configs")
+        rates = read.rates(settings["learning_rates"], f"{where}, learning_rates")
+    overrides = read.overrides(settings.get("overrides"), f"{where}, overrides")
+    configs = read.texts(settings.get("configs") or [], f"{where}, configs")
     return ArmSpec(name, configs, overrides, rates, str(settings.get("matched_rank") or ""))
-
-
-def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{where} has no setting {key!r}{did_you_mean(str(key), known)}")
-
-
-def _mapping(given: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must map names to settings, got {given!r}.")
-    return given
-
-
-def _texts(given: Any, where: str) -> tuple[str, ...]:
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        raise ConfigError(f"{where} must be a list of files, got {given!r}.")
-    return tuple(given)
-
-
-def _overrides(given: Any, where: str) -> dict[str, Any]:
-    """Dotted options to values; nested mappings are left as they are, since an option may take one."""
-    return {str(name): value for name, value in _mapping(given or {}, where).items()}
-
-
-def _rates(given: Any, where: str) -> tuple[float, ...]:
-    if given == "auto":
-        return ()
-    given = given if isinstance(given, list) else [given]
-    rates = tuple(_number(rate, where) for rate in given)
-    if not rates:
-        raise ConfigError(f"{where} is empty: give learning rates, in terms of full fine-tuning, or auto.")
-    if not all(0 < rate < math.inf for rate in rates):
-        raise ConfigError(f"{where} must be positive numbers, got {given}.")
-    return tuple(sorted(set(rates)))
-
-
-def _number(given: Any, where: str) -> float:
-    try:
-        if isinstance(given, bool):
-            raise ValueError
-        return float(given)  # YAML reads 1e-4 as a text
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where} must be a number, got {given!r}.") from None
-
-
-def _seeds(given: Any) -> int | tuple[int, ...] | Literal["auto"]:
-    if isinstance(given, list):
-        return _seed_list(given, "seeds")
-    return given  # `SeedPlan` refuses what is neither a number nor auto
-
-
-def _seed_list(given: Any, where: str) -> tuple[int, ...]:
-    given = given if isinstance(given, list) else [given]
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
-        raise ConfigError(f"{where} must be whole numbers of 0 or more, got {given}.")
-    if not given or len(set(given)) < len(given):
-        raise ConfigError(f"{where} {'has a seed twice' if given else 'is empty'}: {given}.")
-    return tuple(given)

@@ -21,6 +21,7 @@ from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.open_study import open_study
+from lightning_lora.study.matched.progress import promises
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from lightning_lora.study.matched.recorder import CellRecorder, seed_all
 from lightning_lora.study.matched.run_cell import (
@@ -33,7 +34,6 @@ from lightning_lora.study.matched.run_cell import (
 )
 from lightning_lora.study.matched.spec import spec_of
 from lightning_lora.study.matched.worker import LeaseLostError, Worker
-from lightning_lora.study.statistics.before_start import before_start
 from lightning_lora.study.statistics.rates.sweep import first_rates
 from lightning_lora.study.statistics.word import BAND
 
@@ -73,6 +73,13 @@ class Study:
         seeds: Number of fresh seeds for the verdict, a list of them, or ``"auto"`` for 3, 5 and 8 as needed.
         selection_seeds: Seeds that learning rates are chosen with.
         band: Nats that count as equal.
+        evaluations: ``"log"`` evaluates the held-out rows on a grid of steps, each at most 1.1 times the one before,
+            for curves and steps to a loss; a number is another factor. It needs losses of rows by ``predict_step``, and
+            changes nothing of the training. None: the validations of the Trainer are the evaluations.
+        aa: Whether the baseline is run again with other seeds, to see how much it differs from itself.
+        halving: Whether selection runs that are far behind after a third of their steps are given up.
+        batch_penalty: Asks whether the large batch costs the arms under ``lora`` more than those under ``full``:
+            ``{"lora": {"small": ARM, "large": ARM}, "full": {"small": ARM, "large": ARM}}``.
         out: The study folder.
         storage: ``postgresql://USER@HOST/NAME`` for several machines; None for a SQLite file in ``out``.
         trainer: Options of the Trainer of every run.
@@ -101,6 +108,10 @@ class Study:
         seeds: int | Sequence[int] | Literal["auto"] = 3,
         selection_seeds: Sequence[int] = (0,),
         band: float = BAND,
+        evaluations: float | Literal["log"] | None = None,
+        aa: bool = False,
+        halving: bool = False,
+        batch_penalty: Mapping[str, Mapping[str, str]] | None = None,
         out: str | Path = "study",
         storage: str | None = None,
         trainer: Mapping[str, Any] | None = None,
@@ -117,6 +128,10 @@ class Study:
             "seeds": list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else seeds,
             "selection_seeds": list(selection_seeds),
             "band": band,
+            "evaluations": evaluations,
+            "aa": aa,
+            "halving": halving,
+            "batch_penalty": batch_penalty,
             "arms": {name: {"learning_rates": self._rates(learning_rates, name)} for name in self.arms},
         }
         given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
@@ -135,7 +150,7 @@ class Study:
         """
         store = open_study(self.spec, {}, self.folder, self.storage)
         try:
-            for line in before_start(self.spec.plan, self.spec.band):
+            for line in promises(self.spec):
                 print(line)
             Worker(self.spec, {}, self.folder, store, self._run_cell).work()
         finally:
@@ -198,7 +213,7 @@ class Study:
         own = copy.deepcopy(options.pop("callbacks", None) or [])
         own = own if isinstance(own, list) else [own]
         guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]
-        recorder = CellRecorder(folder, cell.seed, lost)
+        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations)
         callbacks = [*own, *guards, *cell_callbacks(folder, recorder, self.every)]
         return Trainer(**(options | {"default_root_dir": folder, "callbacks": callbacks}))
 

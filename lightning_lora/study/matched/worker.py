@@ -95,7 +95,7 @@ class Worker:
         self.store.add(cell for cell in plan.cells if cell.key not in known)
         # Runs of arms that were taken out of the study stay in the database, and out of its results.
         statuses = [known.get(cell.key, CellStatus(cell, "ready")) for cell in plan.cells]
-        write_results(self.folder, statuses, plan.choices, plan.verdicts)
+        write_results(self.folder, statuses, plan.choices, plan.verdicts, plan.further)
         return plan, statuses
 
     def _do(self, claim: Claim, plan: StudyPlan) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.compare import compare, differences
 from lightning_lora.study.statistics.interval import ALPHA
-from lightning_lora.study.statistics.verdict import Verdict
+from lightning_lora.study.statistics.verdict import Verdict, nats
 from lightning_lora.study.statistics.word import BAND
 
 
@@ -43,6 +43,22 @@ def batch_penalty(
     """
     first, second = _gap(*large, "large", tokens), _gap(*small, "small", tokens)
     return compare(first, second, band=band, alpha=alpha, seeds=seeds, tokens=tokens)
+
+
+def penalty_sentence(verdict: Verdict) -> str:
+    """A verdict of `batch_penalty` in words."""
+    if verdict.verdict == "cannot tell" or verdict.interval is None:
+        return verdict.sentence
+    low, high = sorted(abs(end) for end in (verdict.interval.low, verdict.interval.high))
+    size, *ends = (nats(value, verdict.band) for value in (abs(verdict.interval.mean), low, high))
+    if verdict.verdict == "matches":
+        ends = (nats(end, verdict.band) for end in (verdict.interval.low, verdict.interval.high))
+        return (
+            f"the large batch costs LoRA as much as full fine-tuning within {verdict.band:g} nats: the difference is "
+            f"{nats(verdict.interval.mean, verdict.band)} ({' to '.join(ends)})"
+        )
+    side = "more" if verdict.verdict == "behind" else "less"
+    return f"the large batch costs LoRA {size} nats {side} than full fine-tuning ({' to '.join(ends)})"
 
 
 def _gap(arm: Arm, baseline: Arm, batch: str, tokens: ArrayLike | None) -> Arm:

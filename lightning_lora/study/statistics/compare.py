@@ -54,7 +54,10 @@ def compare(
     both = [seed for seed in planned if seed in arm.losses and seed in baseline.losses]
     stable = [seed for seed in both if seed not in ours + theirs]
     evidence = _Evidence.of(differences(arm, baseline, stable), tokens, alpha) if stable else None
-    verdict = Verdict(arm.name, baseline.name, "cannot tell", band, seeds=len(stable))
+    worst = arm.worst(tokens), baseline.worst(tokens)
+    verdict = Verdict(
+        arm.name, baseline.name, "cannot tell", band, seeds=len(stable), worst=worst[0], baseline_worst=worst[1]
+    )
     if evidence is not None:
         verdict = replace(verdict, interval=evidence.interval, spread=evidence.spread)
     if reason := _no_verdict(arm, baseline, planned, unequal):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -62,6 +62,39 @@ class StepRatio:
             why = f", not reached in {self.not_reached} of {self.seeds}" if self.not_reached else ""
             return f"{sign} {self.ratio:.3f}{why}"
         return f"{self.ratio:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+@dataclass(frozen=True)
+class StepsToLoss:
+    """The steps of an arm and of its baseline to one loss.
+
+    Args:
+        target: The loss to reach, nats; None where it is not known.
+        arm: Seed to when the arm reached it.
+        baseline: Seed to when the baseline reached it.
+        ratio: Both compared; None where nothing can be compared.
+        left_out: Why it is None; "" otherwise.
+    """
+
+    target: float | None = None
+    arm: Mapping[int, Reached] = field(default_factory=dict)
+    baseline: Mapping[int, Reached] = field(default_factory=dict)
+    ratio: StepRatio | None = None
+    left_out: str = ""
+
+    def __str__(self) -> str:
+        return f"left out: {self.left_out}" if self.ratio is None else str(self.ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, None where there is no number."""
+        plain: dict[str, Any] = dict.fromkeys(("ratio", "low", "high", "bound", "seeds", "not_reached"))
+        plain |= {} if self.ratio is None else vars(self.ratio)
+        plain |= {name: None for name in ("ratio", "low", "high") if not math.isfinite(plain[name] or 0.0)}
+        reached = {
+            name: {str(seed): [each.steps, each.bound] for seed, each in runs.items()}
+            for name, runs in (("arm", self.arm), ("baseline", self.baseline))
+        }
+        return {"target": self.target, **plain, "reached": reached, "left_out": self.left_out, "text": str(self)}
 
 
 def target_loss(base: float, best_full: float, share: float = 0.9) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.study.statistics.interval import Interval
+from lightning_lora.study.statistics.steps_to_loss import StepsToLoss
 from lightning_lora.study.statistics.word import Word
 
 
@@ -27,6 +28,9 @@ class Verdict:
         p_corrected: The same after `corrected`.
         is_open: Whether more seeds could change "cannot tell" into another word.
         after_tokens: Training tokens from which the arm stays behind (`stays_behind_after`).
+        worst: The seed of the arm with the highest loss, and that loss; NaN if it diverged. None without runs.
+        baseline_worst: The same of the baseline.
+        steps: Steps to the loss at which most of the baseline's gain is reached; None if it was not looked at.
     """
 
     arm: str
@@ -41,6 +45,9 @@ class Verdict:
     p_corrected: float | None = None
     is_open: bool = False
     after_tokens: float | None = None
+    worst: tuple[int, float] | None = None
+    baseline_worst: tuple[int, float] | None = None
+    steps: StepsToLoss | None = None
 
     @property
     def sentence(self) -> str:
@@ -82,6 +89,9 @@ class Verdict:
             "p": self.p,
             "p_corrected": self.p_corrected,
             "after_tokens": self.after_tokens,
+            "worst": _seed(self.worst),
+            "baseline_worst": _seed(self.baseline_worst),
+            "steps_to_loss": None if self.steps is None else self.steps.to_dict(),
         }
 
     def _slightly(self) -> str:
@@ -107,6 +117,10 @@ _VERBS = {"matches": "matches", "behind": "falls behind"}
 def nats(value: float, band: float) -> str:
     """``value`` with four decimals, or with as many as two digits of the band need."""
     return f"{value:.{max(4, 1 - math.floor(math.log10(band)))}f}"
+
+
+def _seed(worst: tuple[int, float] | None) -> dict[str, Any] | None:
+    return None if worst is None else {"seed": worst[0], "loss": _finite(worst[1])}
 
 
 def _finite(value: float) -> float | None:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
 
-from lightning_lora.files.atomic import atomic_file
-from lightning_lora.study.matched.record import CURVE, read_curve
+from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 
 METRICS = "metrics.csv"
 TRAIN = ("train_loss", "train_loss_step")
-_COLUMNS = ("step", "tokens", "seconds", "train_loss", "val_loss")
-_VALIDATION = re.compile(r"val(id(ation)?)?[_/.-]?loss")
 
 
 @dataclass
@@ -67,27 +61,14 @@ class LossCurve:
 
     def write(self, path: Path) -> None:
         """Write ``curve.csv``; steps whose tokens are not known have none there."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        points = []
         for step in sorted({*self.train, *self.validation}):
-            tokens, seconds = self.effort.get(step, (0, 0.0))
-            for losses, place in ((self.train, 0), (self.validation, 1)):
-                if step in losses:
-                    cells = [repr(losses[step]) if column == place else "" for column in (0, 1)]
-                    writer.writerow([step, tokens, f"{seconds:.3f}", *cells])
-        with atomic_file(path) as file:
-            file.write(text.getvalue().encode())
-
-
-def validation_metric(names: Iterable[str]) -> str | None:
-    """The metric that is a validation loss: ``val_loss`` or a spelling of it such as ``valid/loss``; None without."""
-    return min(filter(is_validation, names), key=lambda name: name != "val_loss", default=None)
-
-
-def is_validation(name: str) -> bool:
-    """Whether a metric of this name is a validation loss."""
-    return _VALIDATION.fullmatch(name.lower()) is not None
+            effort = self.effort.get(step, (0, 0.0))
+            if step in self.train:
+                points.append(CurvePoint(step, *effort, self.train[step], None))
+            if step in self.validation:
+                points.append(CurvePoint(step, *effort, None, self.validation[step]))
+        write_curve(path, points)
 
 
 def read_losses(folder: Path) -> LossCurve:

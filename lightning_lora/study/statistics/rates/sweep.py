@@ -43,12 +43,14 @@ class NextStep:
         chosen: The chosen rate of a finished sweep; None if every rate diverged.
         why: The reason, in a few words.
         problem: Why ``chosen`` cannot carry a verdict (`Arm.problem`); "" if it can.
+        expected_best: Expected lowest loss with 1, 2, ... of the measured rates; empty before the end.
     """
 
     rates: tuple[float, ...]
     chosen: float | None
     why: str
     problem: str = ""
+    expected_best: tuple[float, ...] = ()
 
 
 def rate_key(rate: float) -> float:
