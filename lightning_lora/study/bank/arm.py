@@ -11,9 +11,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.callbacks import GracefulStop
-from lightning_lora.errors import ConfigError
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.study.bank.exactness import why_apart
+from lightning_lora.study.bank.exactness import ApartError, why_apart
 from lightning_lora.study.bank.rows import ArmRows, Meeting
 from lightning_lora.study.bank.shared_base import SharedBase
 from lightning_lora.study.bank.turns import Seat
@@ -46,7 +45,7 @@ class ArmTurns(Callback):
         if stage != "fit":
             return
         if reason := why_apart(trainer, pl_module):
-            raise ConfigError(f"arm {self._seat.name!r} cannot share its base with other arms: {reason}.")
+            raise ApartError(reason)
         if isinstance(pl_module, PretrainedTask):
             pl_module.load_through = partial(self._load, trainer, pl_module)
         stop = found(trainer, GracefulStop)

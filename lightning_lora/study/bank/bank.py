@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.study.bank.arm import ArmTurns
+from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.bank.rows import Meeting
 from lightning_lora.study.bank.shared_base import SharedBase
 from lightning_lora.study.bank.turns import Seat, Turns
-from lightning_lora.study.matched.recorder import seed_all
 
 Mode = Literal["turns", "rows"]
 
@@ -89,6 +89,17 @@ class ArmBank:
     def shared_passes(self) -> tuple[int, int]:
         """Number of passes of several arms, and of passes of one arm whose batch could not be joined with others."""
         return (0, 0) if self._meeting is None else (self._meeting.num_joint, self._meeting.num_alone)
+
+    @property
+    def remark(self) -> str:
+        """What a user should know after the arms were to share rows; "" if they did, or were to take turns anyway."""
+        joint, alone = self.shared_passes
+        if self.why_turns:
+            return f"arms take turns, as they cannot share batches: {self.why_turns}"
+        if alone > joint:
+            reason = self._meeting.last_reason if self._meeting is not None else ""
+            return f"arms shared {joint} batches, and took turns for {alone}: {reason}"
+        return ""
 
     def fit(self, runs: Mapping[str, ArmRun]) -> dict[str, Exception]:
         """Train all arms.

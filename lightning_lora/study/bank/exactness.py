@@ -10,8 +10,24 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
+from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.trainer_access import found
+
+TRAINS_BASE = "it trains the base"
+CHANGES_BASE = "MergeOnFitEnd changes the base at the end of a run"
+
+
+class ApartError(ConfigError):
+    """A run cannot share its base with others, and must be done alone.
+
+    Args:
+        reason: Why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this arm cannot share its base with other arms: {reason}.")
+        self.reason = reason
 
 
 def why_apart(trainer: Trainer, module: LightningModule) -> str:
@@ -19,9 +35,9 @@ def why_apart(trainer: Trainer, module: LightningModule) -> str:
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         return f"{type(trainer.strategy).__name__} places the weights itself"
     if found(trainer, MergeOnFitEnd) is not None:
-        return "MergeOnFitEnd changes the base at the end of the run"
+        return CHANGES_BASE
     if getattr(module, "lora", None) is None:
-        return f"{type(module).__name__} has no lora: it trains the base"
+        return TRAINS_BASE
     return ""
 
 

@@ -30,6 +30,13 @@ class ProcessState:
         torch.set_default_dtype(self._dtype)
 
 
+def seed_all(seed: int) -> None:
+    """Seed all global generators; unlike `seed_everything` it leaves nothing in the environment."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def drawn_since(before: torch.Tensor, before_cuda: list[torch.Tensor]) -> bool:
     """Whether torch's generators are no longer in the states that `generator_states` returned."""
     now, now_cuda = generator_states()

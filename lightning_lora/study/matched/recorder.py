@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
+from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 from lightning_lora.study.matched.measures.energy import joules
 from lightning_lora.study.matched.measures.evaluations import Evaluations
@@ -35,6 +36,7 @@ class CellRecorder(Callback):
         lost: Stops the run when it is set: another worker has it.
         evaluations: Evaluate on a log-spaced grid, each step at most this many times the one before; None: the
             validations of the run are its evaluations.
+        clock: Seconds that count for this run.
 
     Attributes:
         seconds: Seconds of training, without validation.
@@ -43,7 +45,12 @@ class CellRecorder(Callback):
     """
 
     def __init__(
-        self, folder: Path, seed: int, lost: threading.Event | None = None, evaluations: float | None = None
+        self,
+        folder: Path,
+        seed: int,
+        lost: threading.Event | None = None,
+        evaluations: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.folder = folder
         self.seed = seed
@@ -52,6 +59,7 @@ class CellRecorder(Callback):
         self.energy: float | None = None
         self.rate_fell = False
         self._factor = evaluations
+        self._now = clock
         self._evaluations: Evaluations | None = None
         self._rates: list[float] = []
         self._joules: tuple[torch.device, float] | None = None
@@ -169,7 +177,7 @@ class CellRecorder(Callback):
         self._evaluated = [CurvePoint(*values) for values in state_dict["evaluated"]]
 
     def _clock(self) -> float:
-        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self.seconds + (0.0 if self._since is None else self._now() - self._since)
 
     def _energy(self) -> float | None:
         if self._joules is None or (now := joules(self._joules[0])) is None:
@@ -179,7 +187,7 @@ class CellRecorder(Callback):
     def _start_clock(self, trainer: Trainer) -> None:
         device = trainer.strategy.root_device
         now = joules(device)
-        self._since, self._joules = time.perf_counter(), None if now is None else (device, now)
+        self._since, self._joules = self._now(), None if now is None else (device, now)
 
     def _stop_clock(self) -> None:
         self.seconds, self._since = self._clock(), None
@@ -206,10 +214,3 @@ class CellRecorder(Callback):
             for step, tokens, seconds, loss in waiting
         ]
         write_curve(self.folder / CURVE, self._points)
-
-
-def seed_all(seed: int) -> None:
-    """Seed all global generators; unlike `seed_everything` it leaves nothing in the environment."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)

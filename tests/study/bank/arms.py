@@ -16,7 +16,7 @@ from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import FiniteGradients
 from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.study.bank.bank import ArmBank, ArmRun, Mode
-from lightning_lora.study.matched.recorder import seed_all
+from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.tasks import CausalLM
 from tests.support import tiny_models, toys
 
