@@ -155,12 +155,12 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         if self.model is not None:
             return
         self._check_trainer()
-        self.model = self._load() if self.load_through is None else self.load_through(self._load)
+        self.model = model = self._load() if self.load_through is None else self.load_through(self._load)
         # transformers returns models in eval mode and Lightning leaves them so.
-        self.model.train()
+        model.train()
         self.apply_lora()
         self._model_is_whole()
-        shard_model(self.model, self._trainer)
+        shard_model(model, self._trainer)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -128,8 +128,6 @@ def _why_apart(arm: ArmSpec) -> str:
         return TRAINS_BASE
     if any(str(option_of(callback, "class_path")).endswith("MergeOnFitEnd") for callback in callbacks):
         return CHANGES_BASE
-    if option_of(arm.config, "trainer.precision") == "16-mixed":
-        return "the gradient scaler of 16-mixed is not tried with several arms"
     return ""
 
 

@@ -56,14 +56,30 @@ def why_no_rows(root: nn.Module) -> str:
             return "activation checkpointing computes layers again in the backward pass"
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             return f"{name or 'the module'} is compiled for batches of one arm"
-        if hooks := [at for at in _HOOKS if getattr(module, at)]:
-            return f"{name or 'the module'} has hooks ({hooks[0].strip('_')}) that would see the rows of all arms"
         if (has_capacity := _capacity(module)) is not None:
             return f"experts of {name or 'the module'} take {has_capacity} tokens of a batch at most"
     for name, layer in lora_layers(root).items():
         if layer.lora_dropout:
             return f"lora.dropout ({name}) draws from one stream of random numbers for all rows"
     return ""
+
+
+def why_not_now(root: nn.Module) -> str:
+    """Why a pass cannot be shared just now: something watches the layers of one arm; "" if nothing does."""
+    head = output_layer(root)
+    for name, module in root.named_modules():
+        if not name:
+            continue  # it is called by each arm itself
+        if any(getattr(module, at) for at in _HOOKS):
+            return f"a hook of {name} would see the rows of all arms"
+        if module is not head and "forward" in module.__dict__:
+            return f"the calls of {name} are watched"
+    return ""
+
+
+def output_layer(root: nn.Module) -> nn.Module | None:
+    """The output layer of a transformers model, whose place another computation may take."""
+    return getattr(root, "get_output_embeddings", lambda: None)()
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

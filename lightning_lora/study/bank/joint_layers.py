@@ -16,6 +16,7 @@ from lightning_lora.lora.functional import can_fuse, linear_update
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.linear import LoRALinear
+from lightning_lora.study.bank.exactness import output_layer
 from lightning_lora.study.bank.joining import CannotJoinError, Rows
 
 
@@ -42,9 +43,9 @@ class RowUpdates(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> Any:
+    def backward(ctx: Any, *d_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of ``x`` and of the factors."""
-        x, W, *saved = ctx.saved_tensors
+        (d_y,), (x, W, *saved) = d_outputs, ctx.saved_tensors
         counts, scales = ctx.counts, ctx.scales
         inner, pairs = saved[: len(counts)], saved[len(counts) :]
         d_x = d_y @ W if ctx.needs_input_grad[2] else None
@@ -93,6 +94,7 @@ def joint_layers(roots: Sequence[nn.Module], rows: Rows, is_joint: bool = True) 
         is_joint: False: layers stay as they are, except for those that are left to the arms.
     """
     before: list[tuple[nn.Module, Any]] = []
+    head = output_layer(roots[0])
     heads: list[Head] = []
     apart: list[str] = []
     try:
@@ -101,7 +103,7 @@ def joint_layers(roots: Sequence[nn.Module], rows: Rows, is_joint: bool = True) 
             if name and any(name.startswith(f"{above}.") for above in apart):
                 continue  # the layer above it is called once for each arm
             forward: Any = None
-            if name and "forward" in module.__dict__:
+            if name and module is head and "forward" in module.__dict__:
                 heads.append(Head(layers))
                 forward = heads[-1].forward
             elif name and is_joint and any(map(_is_own, layers)):

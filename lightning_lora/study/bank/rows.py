@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_lora.study.bank.exactness import why_no_rows
+from lightning_lora.study.bank.exactness import why_no_rows, why_not_now
 from lightning_lora.study.bank.joining import CannotJoinError
 from lightning_lora.study.bank.joint_pass import Call, JointPass, backward, difference
 from lightning_lora.study.bank.shared_base import storage_of
@@ -132,6 +132,8 @@ class Meeting:
 
     def _forward(self, arms: Sequence[ArmRows], calls: Sequence[Call]) -> None:
         reason = self.why_not
+        if len(calls) > 1 and not reason:
+            reason = next(filter(None, (why_not_now(arm.root) for arm in arms)), "")
         if len(calls) > 1 and not reason:
             try:
                 if not self._is_checked:

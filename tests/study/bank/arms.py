@@ -20,12 +20,13 @@ from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.tasks import CausalLM
 from tests.support import tiny_models, toys
 
-STEPS = 12
+STEPS = 8
 
 
 def model_folder(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
     settings = {"hidden_size": 64, **settings}  # rank 32 in all layers
-    tiny_models.llama(**settings).to(dtype).save_pretrained(folder)
+    model: Any = tiny_models.llama(**settings)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -52,12 +53,12 @@ class Rows(LightningDataModule):
 
 
 class Losses(Callback):
-    """Keeps what each micro-batch logs, and spoils the loss of one step if it is asked to."""
+    """Keeps what each micro-batch logs."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
@@ -135,10 +136,7 @@ def side_by_side(
     made = {name: setting.make(model, folder / name) for name, setting in settings.items()}
     bank = ArmBank(mode)
     failed = bank.fit(
-        {
-            name: ArmRun(trainer, module, data, settings[name].seed)
-            for name, (trainer, module, data, _) in made.items()
-        }
+        {name: ArmRun(trainer, module, data, settings[name].seed) for name, (trainer, module, data, _) in made.items()}
     )
     return {name: Trained(one[1], one[3].losses, failed.get(name)) for name, one in made.items()}, bank
 
