@@ -12,12 +12,9 @@ from lightning_lora.study.bank.groups import Job
 from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.spec import read_spec
 from tests.cli.study.test_study_command import ARMS, write
-from tests.support import toys
-
-pytestmark = toys.expected_warnings
-
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the forked processes are no tests
 def test_runs_in_one_process_end_as_those_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
