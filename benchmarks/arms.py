@@ -69,7 +69,7 @@ class Clock(Callback):
 def train(way: str, num_arms: int, data: tuple[int, int, int]) -> float:
     """Train arms; returns seconds of a step of all of them, without loading and without the first two steps."""
     clocks: list[list[float]] = [[] for _ in range(num_arms)]
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     made = {
         f"rank {rank}": ArmRun(
             Trainer(max_epochs=1, devices=1, logger=False, callbacks=[Clock(times)], gradient_clip_val=1.0, **quiet),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ REASONS = {
 
 @pytest.mark.parametrize(("setting", "of_model", "reason"), REASONS.values(), ids=list(REASONS))
 def test_arms_that_cannot_share_batches_take_turns_and_say_why(
-    tmp_path: Path, setting: Setting, of_model: Mapping[str, float], reason: str
+    tmp_path: Path, setting: Setting, of_model: Mapping[str, Any], reason: str
 ) -> None:
     model = arms.model_folder(tmp_path / "model", **of_model)
     settings = {"one": setting, "two": replace(setting, seed=2)}
