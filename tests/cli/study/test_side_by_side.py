@@ -13,6 +13,7 @@ from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.spec import read_spec
 from tests.cli.study.test_study_command import ARMS, write
 
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the forked processes are no tests
 def test_runs_in_one_process_end_as_those_in_processes_of_their_own(

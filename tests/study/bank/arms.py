@@ -96,7 +96,8 @@ class Setting:
 THREE = {
     "one": Setting(1, 2e-4, seed=1),
     "eight": Setting(8, 1e-3, seed=2, trainer={"gradient_clip_val": 0.02}),
-    "thirty-two": Setting(32, 5e-4, seed=3),
+    # Not clipped: clipping would hide a gradient that is a multiple of its own.
+    "thirty-two": Setting(32, 5e-4, seed=3, trainer={"gradient_clip_val": None}),
 }
 
 
