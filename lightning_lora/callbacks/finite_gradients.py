@@ -79,8 +79,8 @@ class FiniteGradients(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if no optimizer step was seen."""
-        if not self._seen:
+        """Warn if no optimizer step was seen; a run that is continued at the end of an epoch has none in it."""
+        if not self._seen and self._step >= 0:
             rank_zero_warn(
                 "FiniteGradients saw no optimizer step in this epoch: with manual optimization, step the optimizers "
                 "that self.optimizers() returns."

@@ -42,6 +42,7 @@ class BatchProbe(Probe):
     Adam keeps its half-life in rows (`fit_to_batch`). The learning rate falls to zero in the last fifth of a branch.
     Branches are compared in pairs, by the losses of single held-out rows: a batch costs nothing if the interval
     of its mean loss lies within 0.005 nats, and is worse if the whole interval is above zero; else nobody can tell.
+    A study (``studies/batch_size.yaml``) compares whole runs with several seeds, and LoRA with full fine-tuning.
 
     Model, optimizer, schedules, random numbers and the place in the data stay as they are. Use it in a run, as a
     callback; on the command line, by `lightning-lora probe`; or outside of a run, by `run`.
@@ -57,9 +58,6 @@ class BatchProbe(Probe):
         min_steps: Least number of optimizer steps of the branch with the largest batch.
         min_epoch: Least fraction of the training rows that each branch trains on.
         held_out_rows: Validation rows to compare on, spread evenly; all if there are fewer. Use at least 256.
-        num_seeds: Number of orders of the data to repeat every branch with: the run's own order, then shuffled ones.
-        full_ft: Whether to train branches of full fine-tuning too: adapters are merged and removed, and every weight is
-            trained at the present learning rate over ``lr_multiplier``. All branches then start with fresh moments.
         stop: Whether to end the run after the probe.
 
     Attributes:
@@ -80,15 +78,12 @@ class BatchProbe(Probe):
         min_steps: int = 64,
         min_epoch: float = 0.05,
         held_out_rows: int = 512,
-        num_seeds: int = 1,
-        full_ft: bool = False,
         stop: bool = False,
     ) -> None:
-        super().__init__(at, min_steps, min_epoch, held_out_rows, num_seeds, stop)
+        super().__init__(at, min_steps, min_epoch, held_out_rows, stop)
         if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios):
             raise ConfigError(f"ratios must be at least two positive numbers, got {list(ratios)}.")
         self.ratios = tuple(ratios)
-        self.full_ft = full_ft
         self.result: BatchProbeResult | None = None
 
     def run(
@@ -167,12 +162,12 @@ class BatchProbe(Probe):
         self, point: BranchPoint, branches: BatchBranches, rows: Sequence[Any], held_out: HeldOut
     ) -> BatchProbeResult:
         started = time.perf_counter()
-        result = compare_batches(branches, point, rows, held_out, self.full_ft)
+        result = compare_batches(branches, point, rows, held_out)
         self.result = replace(result, seconds=time.perf_counter() - started)
         return self.result
 
     def _branches(self, batch_rows: int, available: int) -> BatchBranches:
-        return BatchBranches.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available, self.num_seeds)
+        return BatchBranches.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available)
 
     def _branches_of_run(self, trainer: Trainer) -> BatchBranches:
         loader = check_loader(trainer.train_dataloader, "training")

@@ -25,10 +25,7 @@ def draw_probe(result: BatchProbeResult, path: Path) -> None:
     # The smallest batch is the reference of the others, so it has no interval.
     spread = [widths.get(batch, 0.0) for batch in batches]
     spread = [width if math.isfinite(width) else 0.0 for width in spread]
-    label = "LoRA" if result.full_losses else "held-out loss"
-    axes.errorbar(batches, list(result.losses.values()), spread, marker="o", capsize=4, label=label)
-    if result.full_losses:
-        axes.plot(batches, list(result.full_losses.values()), marker="s", label="full fine-tuning")
+    axes.errorbar(batches, list(result.losses.values()), spread, marker="o", capsize=4, label="held-out loss")
     axes.axvline(result.batch_rows, color="grey", linestyle=":", label="batch of the run")
     bound = f"{result.bound} " if result.bound else ""
     text = f"costs nothing: {bound}{result.largest_harmless}"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lightning_lora.batch.calibration import PROBE_FORMAT, damaged_probe, read_probe
 from lightning_lora.files.atomic import atomic_file
-from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS, IN_WORDS, Comparison
+from lightning_lora.study.comparison import ENOUGH_ROWS, IN_WORDS, Comparison
 from lightning_lora.study.statistics.word import BAND, word_of
 
 
@@ -23,12 +23,9 @@ class BatchProbeResult:
         batch_rows: Rows per step of the run.
         num_rows: Rows that each branch trained on.
         num_held_out: Held-out rows that each branch was scored on.
-        num_seeds: Orders of the data.
         start_loss: Mean held-out loss before the branches, nats.
         losses: Mean held-out loss after the branches of each batch, nats; keys are rows per step, ascending.
         comparisons: Comparisons of every pair of batches.
-        full_losses: ``losses`` of full fine-tuning; None if it was not asked for.
-        extra_cost: Cost of the largest batch against the smallest for LoRA, minus the same for full fine-tuning.
         noise_scale: Noise scale of the run when it was probed, rows; None if unknown.
         step: Optimizer step of the run; None outside of a run.
         seconds: Duration of the probe.
@@ -37,12 +34,9 @@ class BatchProbeResult:
     batch_rows: int
     num_rows: int
     num_held_out: int
-    num_seeds: int
     start_loss: float
     losses: dict[int, float]
     comparisons: tuple[Comparison, ...]
-    full_losses: dict[int, float] | None = None
-    extra_cost: Comparison | None = None
     noise_scale: float | None = None
     step: int | None = None
     seconds: float = 0.0
@@ -109,15 +103,12 @@ class BatchProbeResult:
 
     def __str__(self) -> str:
         when = "" if self.step is None else f" after step {self.step:,}"
-        seeds = f" in {self.num_seeds} orders" if self.num_seeds > 1 else ""
         lines = [
-            f"batch probe{when}: {self.num_rows:,} rows{seeds} to each of {len(self.losses)} batches, loss on "
+            f"batch probe{when}: {self.num_rows:,} rows to each of {len(self.losses)} batches, loss on "
             f"{self.num_held_out:,} held-out rows ({self.start_loss:.4f} before), {self.seconds:.0f} s"
         ]
         lines += [self._line(batch) for batch in self.losses]
         lines += [f"  {pair.large} against {pair.small}: {pair}, {self._word(pair)}" for pair in self.comparisons]
-        if self.extra_cost is not None:
-            lines.append(self._extra_cost(self.extra_cost))
         if self.num_held_out < ENOUGH_ROWS:
             lines.append(
                 f"  {self.num_held_out} held-out rows are few: use {ENOUGH_ROWS} or more for a useful interval."
@@ -126,9 +117,8 @@ class BatchProbeResult:
         return "\n".join(lines)
 
     def _line(self, batch: int) -> str:
-        full = f", full fine-tuning {self.full_losses[batch]:.4f}" if self.full_losses else ""
         here = "  (the run's own)" if batch == self.batch_rows else ""
-        return f"  {batch:>6} rows a step, {self.num_rows // batch:>4} steps: {self.losses[batch]:.4f}{full}{here}"
+        return f"  {batch:>6} rows a step, {self.num_rows // batch:>4} steps: {self.losses[batch]:.4f}{here}"
 
     def _word(self, pair: Comparison) -> str:
         fallen = pair.word != word_of(pair.interval)
@@ -139,33 +129,22 @@ class BatchProbeResult:
         text = f"largest batch that costs nothing (within {BAND:g} nats): {bound}{self.largest_harmless} rows a step"
         if self.undecided is None:
             return text
-        more = "more held-out rows would" if self.num_seeds == 1 else "more held-out rows or orders would"
-        return f"{text}; of {self.undecided} nobody can tell, {more}"
-
-    def _extra_cost(self, pair: Comparison) -> str:
-        text = f"  [LoRA - full]({pair.large}) - [LoRA - full]({pair.small}): {pair}, "
-        if self.num_seeds < ENOUGH_SEEDS:
-            return f"{text}from {self.num_seeds} order(s) of the data: too few to tell an extra cost of LoRA."
-        if pair.word == "cannot tell":
-            return f"{text}cannot tell."
-        return text + ("a penalty of LoRA for the large batch" if pair.is_worse else "no penalty of LoRA")
+        return f"{text}; of {self.undecided} nobody can tell, more held-out rows would"
 
 
 def _read(cls: type[BatchProbeResult], found: Mapping[str, Any]) -> BatchProbeResult:
     losses = _losses(found["losses"])
-    full, extra, scale = found["full_losses"], found["extra_cost"], found["noise_scale"]
+    scale = found["noise_scale"]
     comparisons = tuple(Comparison.read(pair) for pair in found["comparisons"])
     if not losses or {(pair.small, pair.large) for pair in comparisons} != _pairs(losses):
         raise ValueError("a comparison is missing")
     if scale is not None and not 0 < float(scale) < math.inf:
         raise ValueError(f"noise_scale {scale!r}")
     return cls(
-        **{name: int(found[name]) for name in ("batch_rows", "num_rows", "num_held_out", "num_seeds")},
+        **{name: int(found[name]) for name in ("batch_rows", "num_rows", "num_held_out")},
         start_loss=float(found["start_loss"]),
         losses=losses,
         comparisons=comparisons,
-        full_losses=None if full is None else _losses(full),
-        extra_cost=None if extra is None else Comparison.read(extra),
         noise_scale=None if scale is None else float(scale),
         step=None if found["step"] is None else int(found["step"]),
         seconds=float(found["seconds"]),

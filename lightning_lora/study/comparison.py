@@ -16,7 +16,7 @@ from lightning_lora.study.statistics.word import BAND, Word, p_of_word, word_of
 ENOUGH_ROWS = 256
 """Held-out rows needed for a useful interval."""
 ENOUGH_SEEDS = 3
-"""Orders of the data needed before a difference of differences is called a penalty."""
+"""Orders of the data from which an interval can tell what another order would give."""
 IN_WORDS: Mapping[Word, str] = {
     "matches": "no loss",
     "behind": "worse",

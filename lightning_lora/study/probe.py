@@ -30,7 +30,6 @@ class Probe(Callback, ABC):
         min_steps: Least number of optimizer steps of a branch.
         min_epoch: Least fraction of the training rows that a branch trains on.
         held_out_rows: Validation rows to compare on, spread evenly; all if there are fewer.
-        num_seeds: Number of orders of the data to repeat every branch with.
         stop: Whether to end the run after the probe.
     """
 
@@ -39,21 +38,18 @@ class Probe(Callback, ABC):
     elsewhere: ClassVar[str]
     """What to do in a run on several devices, for a message."""
 
-    def __init__(
-        self, at: float, min_steps: int, min_epoch: float, held_out_rows: int, num_seeds: int, stop: bool
-    ) -> None:
+    def __init__(self, at: float, min_steps: int, min_epoch: float, held_out_rows: int, stop: bool) -> None:
         if not 0 < at < math.inf or (at >= 1 and at != int(at)):
             raise ConfigError(f"at must be a fraction of the steps below 1, or a whole number of steps, got {at}.")
-        if min_steps < 1 or held_out_rows < 2 or num_seeds < 1 or not 0 <= min_epoch <= 1:
+        if min_steps < 1 or held_out_rows < 2 or not 0 <= min_epoch <= 1:
             raise ConfigError(
-                f"min_steps and num_seeds must be at least 1, held_out_rows at least 2 and min_epoch in [0, 1], got "
-                f"min_steps={min_steps}, num_seeds={num_seeds}, held_out_rows={held_out_rows}, min_epoch={min_epoch}."
+                f"min_steps must be at least 1, held_out_rows at least 2 and min_epoch in [0, 1], got min_steps="
+                f"{min_steps}, held_out_rows={held_out_rows}, min_epoch={min_epoch}."
             )
         self.at = at
         self.min_steps = min_steps
         self.min_epoch = min_epoch
         self.held_out_rows = held_out_rows
-        self.num_seeds = num_seeds
         self.stop = stop
         self._is_due = True
         self._step = 0

@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_lora.errors import ConfigError, DataError, GradientError
 from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.layers.adapted import learning_weights
-from lightning_lora.study.batch_branches import shuffled
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.comparison import Comparison
 from lightning_lora.study.rank_probe_result import RankProbeResult
@@ -100,6 +99,13 @@ class RankBranches:
                 f"the {arm} branch diverged: its held-out loss is not finite. Lower the learning rate, or probe later."
             )
         return losses
+
+
+def shuffled(rows: Sequence[Any], seed: int) -> Sequence[Any]:
+    """``rows`` in an order of their own for each seed; seed 0 keeps the order of the run."""
+    if seed == 0:
+        return rows
+    return [rows[place] for place in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()]
 
 
 def adapted_ranks(module: LightningModule) -> dict[str, int]:

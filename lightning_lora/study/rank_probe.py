@@ -71,7 +71,10 @@ class RankProbe(Probe):
         factor: int = 2,
         stop: bool = False,
     ) -> None:
-        super().__init__(at, min_steps, min_epoch, held_out_rows, num_seeds, stop)
+        super().__init__(at, min_steps, min_epoch, held_out_rows, stop)
+        if num_seeds < 1:
+            raise ConfigError(f"num_seeds must be at least 1, got {num_seeds}.")
+        self.num_seeds = num_seeds
         if factor < 2:
             raise ConfigError(f"factor must be at least 2, got {factor}.")
         self.factor = factor

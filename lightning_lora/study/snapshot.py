@@ -24,12 +24,11 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.travelling import recorded_parameters
 
 
-def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> LightningModule:
-    """A deep copy without a Trainer.
+def copy_module(module: LightningModule) -> LightningModule:
+    """A deep copy without a Trainer, which uses the same memory for frozen weights.
 
     Args:
         module: The module to copy; it stays as it is.
-        shares_frozen: Whether the copy uses the same memory for frozen weights. False if they will be trained.
 
     Raises:
         ConfigError: If the ``forward`` of a layer was replaced by a function, which would call the original layer.
@@ -44,7 +43,7 @@ def copy_module(module: LightningModule, *, shares_frozen: bool = True) -> Light
     # A frozen copy that follows the network, such as a teacher, changes in the branch.
     moving = recorded_parameters(module) | held_factors(module).keys()
     named = ((plain_name(name), p) for name, p in module.named_parameters())
-    frozen = [p for name, p in named if shares_frozen and not p.requires_grad and name not in moving]
+    frozen = [p for name, p in named if not p.requires_grad and name not in moving]
     memo: dict[int, Any] = {id(p): _same_memory(p) for p in frozen}
     trainer = attached_trainer(module)
     module.trainer = None

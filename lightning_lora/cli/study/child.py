@@ -26,7 +26,7 @@ from lightning_lora.study.bank.bank import Arm, ArmBank
 from lightning_lora.study.bank.exactness import ApartError
 from lightning_lora.study.matched.outcomes import outcome_to_text
 from lightning_lora.study.matched.recorder import CellRecorder
-from lightning_lora.study.matched.run_cell import as_run_error, cell_callbacks, fit_and_score
+from lightning_lora.study.matched.run_cell import as_run_error, cell_callbacks, fit_and_score, share_of_run
 
 CONFIG, LOG, RESULT, REMARK = "cell.yaml", "log.txt", "result.json", "remark.txt"
 
@@ -59,7 +59,8 @@ class CellCLI(LoRACLI):
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         clock = time.perf_counter if self._place is None else self._place.seconds
-        recorder = CellRecorder(self._folder, self._seed, evaluations=self._evaluations, clock=clock)
+        share = share_of_run(self._phase)
+        recorder = CellRecorder(self._folder, self._seed, None, self._evaluations, share, clock)
         more = [*cell_callbacks(self._folder, recorder, self._every), *([self._place.callback] if self._place else [])]
         return super()._instantiate_trainer(config, [*callbacks, *more])
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lightning_lora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lightning_lora.cli.study.estimate import Estimate
     from lightning_lora.study.matched.spec import StudySpec
     from lightning_lora.study.matched.worker import Worker
 
@@ -59,14 +60,19 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 
     tell_infos(False)
     if given is not None:
-        spec = resolve(*given, Path(str(options.file)).parent)
+        spec, estimated = resolve(*given, Path(str(options.file)).parent), None
     else:
-        spec = default_study(rest, options.hours, Path(options.out) if options.out else DEFAULT_OUT)
+        spec, estimated = default_study(rest, options.hours, Path(options.out) if options.out else DEFAULT_OUT)
     again = [word for word in arguments if word != RETRY]
-    _work(options, spec, lambda: start_workers(visible_devices(), again, allowed))
+    _work(options, spec, estimated, lambda: start_workers(visible_devices(), again, allowed))
 
 
-def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[Popen[bytes]]]) -> None:
+def _work(
+    options: Namespace,
+    spec: StudySpec,
+    estimated: Estimate | None,
+    start_others: Callable[[], list[Popen[bytes]]],
+) -> None:
     from lightning_lora.cli.study.processes import ProcessCells
     from lightning_lora.cli.study.summary import after_end
     from lightning_lora.study.matched.open_study import data_fingerprints, open_study
@@ -84,7 +90,7 @@ def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[P
         worker = Worker(spec, data, folder, store, cells, partial(print, flush=True), group)
         signal.signal(signal.SIGTERM, _stop)
         if not options.worker:
-            _tell_start(worker, folder)
+            _tell_start(worker, folder, estimated)
             for line in group.announcement() if group else ():
                 print(line, flush=True)
             others = start_others()
@@ -108,13 +114,14 @@ def _work(options: Namespace, spec: StudySpec, start_others: Callable[[], list[P
         raise SystemExit(FAILED)
 
 
-def _tell_start(worker: Worker, folder: Path) -> None:
+def _tell_start(worker: Worker, folder: Path, estimated: Estimate | None) -> None:
     from lightning_lora.cli.study.estimate import estimate
     from lightning_lora.cli.study.summary import before_begin
 
     first, statuses = worker.plan()
     over = sum(status.is_over for status in statuses)
-    for line in before_begin(worker.spec, first.expected, over, folder, None if over else estimate(worker.spec)):
+    estimated = None if over else estimated or estimate(worker.spec)
+    for line in before_begin(worker.spec, first.expected, over, folder, estimated):
         print(line, flush=True)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_lora.cli.study.arms import resolve
+from lightning_lora.cli.study.estimate import Estimate, estimate
 from lightning_lora.cli.study.fit_config import fit_config
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.options import has_option, option_of
@@ -20,13 +22,16 @@ LOW = 8
 FEWEST_STEPS = 20
 
 
-def default_study(arguments: Sequence[str], hours: float | None, folder: Path) -> StudySpec:
+def default_study(arguments: Sequence[str], hours: float | None, folder: Path) -> tuple[StudySpec, Estimate | None]:
     """The study of the arguments of ``fit``: full fine-tuning, the config's rank on all layers, and an eighth of it.
 
     Args:
         arguments: Arguments of ``fit``.
         hours: Shortens every run so that the whole study takes about so long; None leaves them as they are.
         folder: The study folder. The length of the runs of a study that has begun there stays as it is.
+
+    Returns:
+        The study, and its time if that was estimated on the way.
 
     Raises:
         ConfigError: If the model takes no ``lora``, or not even a few steps fit into the hours.
@@ -45,11 +50,13 @@ def default_study(arguments: Sequence[str], hours: float | None, folder: Path) -
         arms[f"rank {rank}"] = {"overrides": {LORA: lora}}
     spec, _, _ = spec_of({"arms": arms, "primary": f"rank {high}"}, DEFAULT_NAME)
     more = list(arguments)
-    if hours is not None:
-        begun = (folder / STUDY).is_file()
-        steps = _begun_steps(folder) if begun else _steps(resolve(spec, (), {}, Path(), more), hours)
-        more.append(f"--trainer.max_steps={steps}")
-    return resolve(spec, (), {}, Path(), more)
+    found = None
+    if hours is not None and (folder / STUDY).is_file():
+        more.append(f"--trainer.max_steps={_begun_steps(folder)}")
+    elif hours is not None:
+        found = _shortened(resolve(spec, (), {}, Path(), more), hours)
+        more.append(f"--trainer.max_steps={found.steps}")
+    return resolve(spec, (), {}, Path(), more), found
 
 
 def _begun_steps(folder: Path) -> int:
@@ -57,10 +64,8 @@ def _begun_steps(folder: Path) -> int:
     return int(option_of(record.arms[0].config, "trainer.max_steps", -1))
 
 
-def _steps(spec: StudySpec, hours: float) -> int:
-    """Steps of each run with which the whole study takes so long."""
-    from lightning_lora.cli.study.estimate import estimate
-
+def _shortened(spec: StudySpec, hours: float) -> Estimate:
+    """The time of the study with runs so short that all of it takes so long."""
     found = estimate(spec)
     if found is None:
         raise ConfigError("--hours needs an estimate of the time of a run, and there is none for this module and data.")
@@ -70,4 +75,4 @@ def _steps(spec: StudySpec, hours: float) -> int:
             f"in {hours:g} hours each of about {found.runs} runs would take {steps} steps, too few to compare: give "
             f"--hours {FEWEST_STEPS * found.total_seconds / found.steps / 3600:.2g} or more, or a smaller model."
         )
-    return steps
+    return replace(found, steps=steps, run_seconds=found.run_seconds * steps / found.steps)

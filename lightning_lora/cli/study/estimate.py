@@ -49,4 +49,5 @@ def estimate(spec: StudySpec) -> Estimate | None:
     if made.seconds is None:
         return None
     per_arm = TYPICAL_SWEEP * len(spec.selection_seeds) + spec.plan.looks[0]
-    return Estimate(1 + per_arm * len(spec.arms), int(made.settings["steps"]), made.seconds)
+    runs = 1 + per_arm * len(spec.arms) + len(spec.aa_seeds)
+    return Estimate(runs, int(made.settings["steps"]), made.seconds)

@@ -23,7 +23,7 @@ from lightning_lora.study.bank.groups import Job, SideBySide, side_by_side
 from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.options import has_option, option_of, set_option
 from lightning_lora.study.matched.outcomes import outcome_from_text
-from lightning_lora.study.matched.record import UNTRAINED
+from lightning_lora.study.matched.record import UNTRAINED, Phase
 from lightning_lora.study.matched.run_cell import EVERY, drop_foreign_locks, remove_checkpoints
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.matched.worker import LeaseLostError, RunError
@@ -54,7 +54,7 @@ class ProcessCells:
         process = self._context.Process(target=run_child, args=(self._begun(cell, folder),), name=cell.run)
         if self._ended(process, [lost]):
             raise LeaseLostError
-        return self._result(process.exitcode, folder)
+        return self._result(process.exitcode, folder, cell.phase)
 
     def side_by_side(self) -> SideBySide | None:
         """Does several runs in one process, if the study asks for it."""
@@ -68,13 +68,13 @@ class ProcessCells:
         process = self._context.Process(target=run_children, args=(runs, self.spec.arms_mode), name=name)
         stopped = self._ended(process, [lost for _, _, lost in jobs])
         results: list[Outcome | BaseException] = []
-        for _, folder, lost in jobs:
+        for cell, folder, lost in jobs:
             try:
                 if lost.is_set():
                     raise LeaseLostError
                 if stopped and not (folder / RESULT).is_file():
                     raise RunError("stopped with a run whose lease was lost", is_final=False, is_busy=True)
-                results.append(self._result(process.exitcode, folder))
+                results.append(self._result(process.exitcode, folder, cell.phase))
             except BaseException as error:
                 results.append(error)
         remark = jobs[0][1] / REMARK
@@ -105,7 +105,7 @@ class ProcessCells:
         return False
 
     @staticmethod
-    def _result(code: int | None, folder: Path) -> Outcome:
+    def _result(code: int | None, folder: Path, phase: Phase) -> Outcome:
         if code in (130, 143) and not (folder / RESULT).is_file():
             raise SystemExit(code)  # it was told to stop, as this worker probably was
         if not (folder / RESULT).is_file():
@@ -117,7 +117,7 @@ class ProcessCells:
             raise ApartError(result["apart"])
         if "outcome" not in result:
             raise RunError(**result)
-        remove_checkpoints(folder)
+        remove_checkpoints(folder, phase)
         return outcome_from_text(result["outcome"])
 
 

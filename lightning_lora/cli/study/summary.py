@@ -44,6 +44,7 @@ def after_end(plan: StudyPlan, statuses: Sequence[CellStatus], folder: Path) -> 
         if verdict.steps is not None and verdict.steps.ratio is not None:
             lines.append(f"  steps to 90% of the gain of {verdict.baseline}, times its own: {verdict.steps}")
     lines += plan.further.sentences
+    lines += [f"{described(run.cell)}: {run.reason}" for run in statuses if run.state == "pruned"]
     failed: dict[tuple[str, str], list[CellStatus]] = {}
     for status in statuses:
         if status.state == "failed":

@@ -22,6 +22,7 @@ class Cell:
         seed: Moves data order, initialisation and dropout alike in all arms.
         phase: What it is for.
         key: 16 hexadecimal digits of the SHA-256 of its resolved config, its data and its phase.
+        goes_on: For a rung, the key of the selection run that goes on from it, in the same folder.
     """
 
     arm: str
@@ -29,12 +30,14 @@ class Cell:
     seed: int
     phase: Phase
     key: str
+    goes_on: str = ""
 
     @property
     def run(self) -> str:
         """The name of its run folder, made of characters that every file system takes."""
         arm = re.sub(r"[^\w.-]+", "-", self.arm).strip("-.") or "arm"
-        return f"{arm}-lr{self.learning_rate:g}-s{self.seed}-{self.phase}-{self.key[:8]}"
+        phase = "selection" if self.phase == "rung" else self.phase
+        return f"{arm}-lr{self.learning_rate:g}-s{self.seed}-{phase}-{(self.goes_on or self.key)[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the database."""
@@ -81,7 +84,7 @@ class CellStatus:
         cell: The cell.
         state: What is known of it.
         attempt: How often it was begun.
-        reason: Why it failed.
+        reason: Why it failed, or was pruned.
         outcome: What it has measured, if it is done.
     """
 
@@ -94,7 +97,7 @@ class CellStatus:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will be known of it."""
-        return self.state in ("done", "failed")
+        return self.state in ("done", "failed", "pruned")
 
     @property
     def diverged(self) -> bool:
@@ -103,8 +106,8 @@ class CellStatus:
 
     @property
     def loss(self) -> float | None:
-        """Nats per supervised token on the held-out rows of its phase; None if it has none."""
-        return None if self.outcome is None else self.outcome.rows.mean(self.cell.phase)
+        """Nats per supervised token on the held-out rows of its phase; None if it has none, or is pruned."""
+        return None if self.outcome is None or self.state == "pruned" else self.outcome.rows.mean(self.cell.phase)
 
 
 DIVERGED = "diverged"

@@ -32,7 +32,8 @@ def check_equal(arms: Sequence[ArmSpec]) -> None:
         arms: The arms, with their configs.
     """
     first = arms[0]
-    _check_one_device(first)
+    for arm in arms:
+        _check_one_device(arm)
     for arm in arms[1:]:
         for what, option in _EQUAL.items():
             _compare(what, option, first, arm)
@@ -76,12 +77,10 @@ def _budget(config: Mapping[str, Any]) -> int:
 
 def _check_one_device(arm: ArmSpec) -> None:
     devices, strategy = option_of(arm.config, "trainer.devices", 1), option_of(arm.config, "trainer.strategy", "auto")
+    why = "and each run of a study trains on one device: take it out"
     if (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1):
         raise ConfigError(
-            f"trainer.devices is {devices}, and each run of a study trains on one device: take it out, and start one "
-            f"worker on each device."
+            f"arm {arm.name!r}: trainer.devices is {devices}, {why}, and start one worker on each device."
         )
     if not isinstance(strategy, str) or strategy not in ("auto", "single_device"):
-        raise ConfigError(
-            f"trainer.strategy is {strategy!r}, and each run of a study trains on one device: take it out."
-        )
+        raise ConfigError(f"arm {arm.name!r}: trainer.strategy is {strategy!r}, {why}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.judging.further import Further
 from lightning_lora.study.matched.outcomes import write_row_losses
 from lightning_lora.study.matched.record import (
+    CHECKPOINTS,
     CHOICES,
     COLUMNS,
     FURTHER,
@@ -111,8 +113,10 @@ def write_results(
     for status in statuses:
         writer.writerow(_line(status))
         rows = folder / RUNS / status.cell.run / ROW_LOSSES
-        if status.outcome is not None and not rows.is_file():
+        if status.outcome is not None and status.cell.phase != "rung" and not rows.is_file():
             write_row_losses(rows, status.outcome.rows)
+        if status.state == "pruned":
+            shutil.rmtree(folder / RUNS / status.cell.run / CHECKPOINTS, ignore_errors=True)
     with atomic_file(folder / RESULTS) as file:
         file.write(text.getvalue().encode())
     chosen = {
@@ -140,7 +144,7 @@ def _line(status: CellStatus) -> dict[str, Any]:
         "loss": None if status.loss is None else repr(status.loss),
         "phase": cell.phase,
         "attempt": status.attempt,
-        "reason": " ".join(status.reason.split()) if status.state == "failed" else "",
+        "reason": " ".join(status.reason.split()) if status.state in ("failed", "pruned") else "",
         "run": cell.run,
         "key": cell.key,
     }

@@ -35,7 +35,7 @@ class Judge:
     ) -> None:
         self.spec = spec
         self.choices = choices
-        self.runs = [known[cell.key] for cell in cells if cell.key in known]
+        self.runs = [known.get(cell.key, CellStatus(cell, "ready")) for cell in cells]
         base = next((run for run in self.runs if run.cell.phase == "base"), None)
         self.base = None if base is None else base.outcome
         judged = [run.outcome for run in self.runs if run.cell.phase in ("verdict", "aa") and run.outcome is not None]
@@ -76,13 +76,18 @@ class Judge:
 
     def further(self, of_batches: Verdict | None) -> Further:
         """The noise floor, if its runs are over, beside what is found of batches."""
-        again = [run for run in self.runs if run.cell.phase == "aa"]
-        if not again or not all(run.is_over for run in again):
+        full, aa_seeds = self.spec.baseline, self.spec.aa_seeds
+        seeds = self.spec.verdict_seeds(len(aa_seeds))
+        both = [
+            run
+            for run in self.runs
+            if run.cell.phase == "aa"
+            or (run.cell.phase == "verdict" and run.cell.arm == full and run.cell.seed in seeds)
+        ]
+        if not aa_seeds or not both or not all(run.is_over for run in both):
             return Further(batch_penalty=of_batches)
-        full = self.spec.baseline
-        first = self.arm(full, self.spec.verdict_seeds(len(self.spec.aa_seeds)))
         return Further(
-            *noise_floor(self.spec, first, self.arm(full, self.spec.aa_seeds, "aa"), self.tokens), of_batches
+            *noise_floor(self.spec, self.arm(full, seeds), self.arm(full, aa_seeds, "aa"), self.tokens), of_batches
         )
 
     def arm(self, name: str, seeds: Sequence[int], phase: Phase = "verdict") -> Arm:

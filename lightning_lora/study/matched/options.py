@@ -1,9 +1,19 @@
-"""Dotted options in the config of a run."""
+"""Dotted options in the config of a run, and such a config for what is given from Python."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_lora.errors import ConfigError, did_you_mean
+
+ARM_PARTS = ("trainer", "data")
+"""Settings of an arm from Python that are not arguments of its module."""
 
 
 def has_option(config: Mapping[str, Any], option: str) -> bool:
@@ -32,3 +42,63 @@ def set_option(config: dict[str, Any], option: str, value: Any) -> None:
     for key in above:
         place = place[key]
     place[name] = value
+
+
+def config_of(
+    where: str,
+    module: Callable[..., Any],
+    data: Callable[..., Any] | None,
+    arm: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a run of an arm is made of, in the shape of a config of ``fit`` and in plain values.
+
+    Args:
+        where: Whose settings they are, for a message.
+        module: Makes the module.
+        data: Makes the data module; None if there is none.
+        arm: The settings of the arm.
+        trainer: Options of the Trainer of all arms.
+
+    Raises:
+        ConfigError: If something takes no argument of a name that is given.
+    """
+    own = {name: value for name, value in arm.items() if name not in ARM_PARTS}
+    parts: dict[str, Mapping[str, Any]] = {name: arm.get(name) or {} for name in ARM_PARTS}
+    for name, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise ConfigError(f"{where}: {name} must map names to settings, got {part!r}.")
+    _check_names(where, module, {"learning_rate", *own})
+    if data is not None:
+        _check_names(where, data, parts["data"])
+    _check_names(where, Trainer, {*trainer, *parts["trainer"]})
+    made = {"class_path": data, "init_args": parts["data"]}
+    return plain(
+        {"model": {"class_path": module, "init_args": own}, "data": made, "trainer": {**trainer, **parts["trainer"]}}
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value as texts, numbers, lists and mappings, the same in every process."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, type) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _check_names(where: str, made: Callable[..., Any], names: Iterable[str]) -> None:
+    """Refuse arguments that ``made`` does not take."""
+    parameters = inspect.signature(made).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in names:
+        if name not in parameters:
+            called = getattr(made, "__name__", repr(made))
+            raise ConfigError(f"{where}: {called} takes no {name!r}{did_you_mean(name, parameters)}")

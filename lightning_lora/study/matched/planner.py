@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from textwrap import shorten
 
@@ -19,6 +19,7 @@ from lightning_lora.study.matched.judging.further import NOTHING_FURTHER, Furthe
 from lightning_lora.study.matched.record import UNTRAINED, Phase
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.compare import corrected
+from lightning_lora.study.statistics.rates.halving import FAR_WORSE, FIRST_RUNG, given_up
 from lightning_lora.study.statistics.rates.over_rates import expected_best
 from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 from lightning_lora.study.statistics.verdict import Verdict
@@ -37,6 +38,7 @@ class StudyPlan:
         verdicts: What is found so far; empty as long as seeds are missing.
         expected: Number of runs that the whole study will take, as far as can be seen.
         further: What is found beside the verdicts.
+        pruned: Key of a run that was given up after its first third, to the reason.
     """
 
     cells: tuple[Cell, ...]
@@ -44,6 +46,7 @@ class StudyPlan:
     verdicts: tuple[Verdict, ...]
     expected: int
     further: Further = NOTHING_FURTHER
+    pruned: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[str, str]) -> StudyPlan:
@@ -62,11 +65,12 @@ def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[st
         # Alone: a mistake in the config, the data or the scoring is found before anything is trained.
         waits = {arm.name: NextStep((), None, "the untrained base is scored first") for arm in spec.arms}
         return StudyPlan((base,), waits, (), 1 + _further(spec, waits, ()))
+    pruned: dict[str, str] = {}
     for arm in spec.arms:
-        choices[arm.name] = _sweep(spec, arm, data, known, scored, cells)
+        choices[arm.name] = _Sweep(spec, arm, data, known, cells, pruned).next_step(scored)
     verdicts, further = _found(spec, data, known, choices, cells)
     cells = list(dict.fromkeys(cells))
-    return StudyPlan(tuple(cells), choices, verdicts, len(cells) + _further(spec, choices, cells), further)
+    return StudyPlan(tuple(cells), choices, verdicts, len(cells) + _further(spec, choices, cells), further, pruned)
 
 
 def base_cell(spec: StudySpec, data: Mapping[str, str]) -> Cell:
@@ -96,42 +100,90 @@ def make_cell(arm: ArmSpec, rate: float, seed: int, phase: Phase, data: Mapping[
     return Cell(arm.name, rate, seed, phase, cell_key(arm.config, data, phase, rate, seed))
 
 
-def _sweep(
-    spec: StudySpec,
-    arm: ArmSpec,
-    data: Mapping[str, str],
-    known: Mapping[str, CellStatus],
-    base: CellStatus,
-    cells: list[Cell],
-) -> NextStep:
-    """Append the selection runs of an arm that are wanted, and say what its sweep does next."""
-    if base.outcome is None:
-        return NextStep((), None, "the base was not scored", f"the untrained base cannot be scored: {base.reason}")
-    base_loss = base.outcome.rows.mean("selection")
-    trials: list[Trial] = []
-    while True:
-        step = next_step(arm.learning_rates, trials, base_loss, spec.band)
-        wanted = [
-            [make_cell(arm, rate, seed, "selection", data) for seed in spec.selection_seeds] for rate in step.rates
-        ]
-        cells += (cell for of_rate in wanted for cell in of_rate)
-        over = [(rate, _loss_of(of_rate, known)) for rate, of_rate in zip(step.rates, wanted, strict=True)]
-        if any(loss is None for _, loss in over):
-            return step
-        if reason := _broken(arm, cells, known):
-            return NextStep((), None, "every run failed", f"every run failed: {reason}")
-        if not wanted:
-            losses = [base_loss if math.isnan(trial.loss) else min(trial.loss, base_loss) for trial in trials]
-            return replace(step, expected_best=tuple(expected_best(losses, n + 1) for n in range(len(losses))))
-        trials += (Trial(rate, loss) for rate, loss in over if loss is not None)
+@dataclass
+class _Sweep:
+    """The sweep of one arm; appends the runs that it wants to ``cells``, and reasons of those it gives up."""
+
+    spec: StudySpec
+    arm: ArmSpec
+    data: Mapping[str, str]
+    known: Mapping[str, CellStatus]
+    cells: list[Cell]
+    pruned: dict[str, str]
+
+    def next_step(self, base: CellStatus) -> NextStep:
+        """What the sweep does next."""
+        if base.outcome is None:
+            return NextStep((), None, "the base was not scored", f"the untrained base cannot be scored: {base.reason}")
+        base_loss = base.outcome.rows.mean("selection")
+        trials: list[Trial] = []
+        rungs: dict[float, float] = {}
+        while True:
+            step = next_step(self.arm.learning_rates, trials, base_loss, self.spec.band)
+            ended = self._ended(step.rates, rungs) if self.spec.halving else []
+            if ended is None:
+                return step
+            going_on = [rate for rate in step.rates if rate not in {trial.rate for trial in ended}]
+            losses = [self._loss(rate, "selection") for rate in going_on]
+            if reason := self._broken():
+                return NextStep((), None, "every run failed", f"every run failed: {reason}")
+            if any(loss is None for loss in losses):
+                return step
+            if not step.rates:
+                return replace(step, expected_best=_expected(trials, base_loss))
+            trials += ended
+            trials += (Trial(rate, loss) for rate, loss in zip(going_on, losses, strict=True) if loss is not None)
+
+    def _ended(self, rates: Iterable[float], rungs: dict[float, float]) -> list[Trial] | None:
+        """Successive halving: the rates of which no more is run than the first third; None as long as that is open."""
+        found = {rate: self._loss(rate, "rung") for rate in rates}
+        if any(loss is None for loss in found.values()):
+            return None
+        rungs |= {rate: loss for rate, loss in found.items() if loss is not None}
+        far = given_up(rungs, FIRST_RUNG, self.spec.band)
+        best = min(rungs, key=lambda rate: math.inf if math.isnan(rungs[rate]) else rungs[rate], default=math.nan)
+        ended = []
+        for rate in found:
+            if math.isnan(rungs[rate]):
+                ended.append(Trial(rate, math.nan))
+            elif rate in far:
+                ended.append(Trial(rate, math.nan, is_pruned=True))
+                limit = f"{FAR_WORSE} bands ({FAR_WORSE * self.spec.band:g} nats)"
+                reason = f"given up after a third of its steps: more than {limit} worse than learning rate {best:g}"
+                self.pruned |= {cell.key: reason for cell in self._runs(rate, "rung")}
+        return ended
+
+    def _loss(self, rate: float, phase: Phase) -> float | None:
+        """Ask for the runs of a rate; their mean loss over selection seeds, NaN if one failed, None if one is open."""
+        wanted = self._runs(rate, phase)
+        self.cells += wanted
+        return _loss_of(wanted, self.known)
+
+    def _runs(self, rate: float, phase: Phase) -> list[Cell]:
+        cells = [make_cell(self.arm, rate, seed, phase, self.data) for seed in self.spec.selection_seeds]
+        if phase != "rung":
+            return cells
+        runs = self._runs(rate, "selection")
+        return [replace(rung, goes_on=run.key) for rung, run in zip(cells, runs, strict=True)]
+
+    def _broken(self) -> str:
+        """Why all runs fail; "" if one is done or open, or diverged, which a lower rate may not."""
+        runs = [self.known.get(cell.key) for cell in self.cells if cell.arm == self.arm.name]
+        # The run that goes on from a rung tells whether it works.
+        runs = [run for run in runs if run is None or run.cell.phase != "rung" or run.state != "done"]
+        if not runs or any(run is None or run.state != "failed" or run.diverged for run in runs):
+            return ""
+        reason = next(run.reason for run in runs if run is not None)
+        return shorten(reason.rstrip("."), 160, placeholder=" ...")
 
 
-def _broken(arm: ArmSpec, cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> str:
-    """Why all runs of an arm fail; "" if one is done, or diverged, which a lower rate may not."""
-    runs = [known[cell.key] for cell in cells if cell.arm == arm.name and cell.phase == "selection"]
-    if any(run.state == "done" or run.diverged for run in runs):
-        return ""
-    return shorten(runs[0].reason.rstrip("."), 160, placeholder=" ...") if runs else ""
+def _expected(trials: Iterable[Trial], base_loss: float) -> tuple[float, ...]:
+    """The expected best of 1, 2, ... rates; empty where a loss is not known because its run was given up."""
+    trials = list(trials)
+    if any(trial.is_pruned for trial in trials):
+        return ()
+    losses = [base_loss if math.isnan(trial.loss) else min(trial.loss, base_loss) for trial in trials]
+    return tuple(expected_best(losses, budget) for budget in range(1, len(losses) + 1))
 
 
 def _loss_of(cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> float | None:

@@ -40,10 +40,8 @@ def promises(spec: StudySpec) -> list[str]:
     """Lines to print before a study starts: what it can show."""
     lines = before_start(spec.plan, spec.band)
     if spec.aa:
-        lines.append(
-            f"noise floor: {len(spec.aa_seeds)} more runs of {spec.baseline} with other seeds show how much it differs "
-            f"from itself"
-        )
+        count = len(spec.aa_seeds)
+        lines.append(f"noise floor: {spec.baseline} runs with {count} other seeds too, and is compared with itself")
     return lines
 
 

@@ -22,7 +22,7 @@ from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve
 
 STUDY, RESULTS, VERDICTS, RUNS = "study.yaml", "results.csv", "verdicts.json", "runs"
-CHOICES = "choices.json"
+CHOICES, CHECKPOINTS = "choices.json", "checkpoints"
 FURTHER, ROW_LOSSES = "further.json", "row_losses.safetensors"
 UNTRAINED = "untrained base"
 """Name of the arm that trains nothing: the loss which every other run must beat."""
@@ -56,7 +56,7 @@ class RowLosses:
 
     def rows_of(self, phase: Phase) -> Tensor:
         """``(rows,)`` bool: whether the row counts in a phase."""
-        return self.selection if phase == "selection" else ~self.selection
+        return self.selection if phase in ("selection", "rung") else ~self.selection
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ class StudyRecord:
         return self.folder / RUNS / cell.run
 
     def row_losses(self, cell: CellRecord) -> RowLosses | None:
-        """Losses on single held-out rows; None if the run has none here."""
+        """Losses on single held-out rows; None if the run has none here. A rung has none: its run goes on."""
         file = self.run_folder(cell) / ROW_LOSSES
-        return RowLosses(**read_tensors(file)) if file.is_file() else None
+        return RowLosses(**read_tensors(file)) if cell.phase != "rung" and file.is_file() else None
 
     def curve(self, cell: CellRecord) -> tuple[CurvePoint, ...]:
         """Losses against steps, tokens and seconds; empty if the run has none here."""
@@ -243,7 +243,7 @@ def _json(path: Path) -> Any:
 
 def _arm(name: str, settings: Mapping[str, Any], choice: Mapping[str, Any]) -> ArmRecord:
     rates = tuple(float(rate) for rate in settings["learning_rates"])
-    found = dict(choice) | {"expected_best": tuple(choice.get("expected_best", ()))}
+    found: dict[str, Any] = dict(choice) | {"expected_best": tuple(choice.get("expected_best", ()))}
     return ArmRecord(name, settings.get("overrides") or {}, settings.get("config") or {}, rates, **found)
 
 

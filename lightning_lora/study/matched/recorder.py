@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -17,10 +18,12 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
+from lightning_lora.errors import DataError
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 from lightning_lora.study.matched.measures.energy import joules
 from lightning_lora.study.matched.measures.evaluations import Evaluations
+from lightning_lora.study.matched.record import CHECKPOINTS
 from lightning_lora.study.matched.worker import LeaseLostError
 
 
@@ -36,6 +39,7 @@ class CellRecorder(Callback):
         lost: Stops the run when it is set: another worker has it.
         evaluations: Evaluate on a log-spaced grid, each step at most this many times the one before; None: the
             validations of the run are its evaluations.
+        share: Share of the steps after which the run pauses, to go on later from the checkpoint that it leaves.
         clock: Seconds that count for this run.
 
     Attributes:
@@ -50,6 +54,7 @@ class CellRecorder(Callback):
         seed: int,
         lost: threading.Event | None = None,
         evaluations: float | None = None,
+        share: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.folder = folder
@@ -60,6 +65,8 @@ class CellRecorder(Callback):
         self.rate_fell = False
         self._factor = evaluations
         self._now = clock
+        self._share = share
+        self._last = math.inf
         self._evaluations: Evaluations | None = None
         self._rates: list[float] = []
         self._joules: tuple[torch.device, float] | None = None
@@ -109,6 +116,12 @@ class CellRecorder(Callback):
         self._points = sorted([*trained, *self._evaluated], key=lambda point: point.step)
         if self._factor is not None:
             self._evaluations = Evaluations(trainer, pl_module, self._factor)
+        if self._share < 1:
+            steps = trainer.estimated_stepping_batches
+            if math.isinf(steps):
+                raise DataError("halving needs runs with a known number of steps: set trainer.max_steps.")
+            self._last = math.ceil(self._share * steps)
+            trainer.should_stop = self._step >= self._last  # it was killed after it had come so far
         self._start_clock(trainer)
 
     @override
@@ -132,6 +145,9 @@ class CellRecorder(Callback):
                 self._stop_clock()
                 self._add_evaluation(self._evaluations.loss(trainer, pl_module))
                 self._start_clock(trainer)
+            if self._step >= self._last:
+                trainer.save_checkpoint(self.folder / CHECKPOINTS / f"step={self._step}.ckpt")
+                trainer.should_stop = True
         if self.lost.is_set():
             raise LeaseLostError
 

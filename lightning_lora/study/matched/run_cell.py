@@ -19,12 +19,12 @@ from lightning_lora.study.matched.cells import DIVERGED, Outcome
 from lightning_lora.study.matched.held_out import held_out_losses
 from lightning_lora.study.matched.measures.curve import validation_metric
 from lightning_lora.study.matched.outcomes import write_row_losses
-from lightning_lora.study.matched.record import ROW_LOSSES, Phase
+from lightning_lora.study.matched.record import CHECKPOINTS, ROW_LOSSES, Phase
 from lightning_lora.study.matched.recorder import CellRecorder
 from lightning_lora.study.matched.worker import RunError
+from lightning_lora.study.statistics.rates.halving import FIRST_RUNG
 from lightning_lora.trainer_access import found
 
-CHECKPOINTS = "checkpoints"
 EVERY = timedelta(minutes=5)
 """Time between two checkpoints, which is what a kill costs at most."""
 
@@ -74,7 +74,8 @@ def fit_and_score(
     peak = peak_bytes(module.device)
     steps, trained = trainer.global_step, 0 if phase == "base" else count_parameters(module).trainable
     rows, rows_hash = held_out_losses(trainer, module, datamodule)
-    write_row_losses(folder / ROW_LOSSES, rows)
+    if phase != "rung":
+        write_row_losses(folder / ROW_LOSSES, rows)
     if phase == "base" and recorder.on_grid:
         evaluations = ((0, 0, float(rows.loss_sum.sum() / rows.tokens.sum())),)
     saved = _saved_bytes(module, folder) if trained else 0
@@ -119,8 +120,18 @@ def drop_foreign_locks(folder: Path) -> None:
         drop_foreign_lock(path)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a run whose result is recorded: with all arms and seeds they would fill the disk."""
+def share_of_run(phase: Phase) -> float:
+    """The share of the steps that a run of this phase takes."""
+    return FIRST_RUNG if phase == "rung" else 1.0
+
+
+def remove_checkpoints(folder: Path, phase: Phase) -> None:
+    """Remove the checkpoints of a run whose result is recorded: with all arms and seeds they would fill the disk.
+
+    Those of a rung stay until the run goes on from them, or is given up.
+    """
+    if phase == "rung":
+        return
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 

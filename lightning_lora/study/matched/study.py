@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,9 @@ from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
 from lightning_lora.study.bank.groups import Job, run_group, side_by_side
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.cells import Cell, Outcome
+from lightning_lora.study.matched.equal import check_equal
 from lightning_lora.study.matched.open_study import open_study
+from lightning_lora.study.matched.options import ARM_PARTS, config_of
 from lightning_lora.study.matched.progress import promises
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from lightning_lora.study.matched.recorder import CellRecorder
@@ -36,13 +37,13 @@ from lightning_lora.study.matched.run_cell import (
     drop_foreign_locks,
     fit_and_score,
     remove_checkpoints,
+    share_of_run,
 )
 from lightning_lora.study.matched.spec import spec_of
 from lightning_lora.study.matched.worker import LeaseLostError, Worker
 from lightning_lora.study.statistics.rates.sweep import first_rates
 from lightning_lora.study.statistics.word import BAND
 
-_ARM_PARTS = ("trainer", "data")
 _TRAINER: dict[str, Any] = {
     "max_epochs": 1,
     "devices": 1,
@@ -85,6 +86,7 @@ class Study:
         halving: Whether selection runs that are far behind after a third of their steps are given up.
         batch_penalty: Asks whether the large batch costs the arms under ``lora`` more than those under ``full``:
             ``{"lora": {"small": ARM, "large": ARM}, "full": {"small": ARM, "large": ARM}}``.
+        name: Its name, which tells it from other studies in one database; None: the name of the folder.
         out: The study folder.
         storage: ``postgresql://USER@HOST/NAME`` for several machines; None for a SQLite file in ``out``.
         trainer: Options of the Trainer of every run.
@@ -93,7 +95,7 @@ class Study:
         arms_mode: ``"turns"``, as separate runs bit for bit, or ``"rows"``, in the same batches, equal up to rounding.
 
     Raises:
-        ConfigError: If a setting is wrong, or ``out`` belongs to something else.
+        ConfigError: If a setting is wrong, arms differ in what must be equal, or ``out`` belongs to something else.
 
     Example::
 
@@ -119,6 +121,7 @@ class Study:
         aa: bool = False,
         halving: bool = False,
         batch_penalty: Mapping[str, Mapping[str, str]] | None = None,
+        name: str | None = None,
         out: str | Path = "study",
         storage: str | None = None,
         trainer: Mapping[str, Any] | None = None,
@@ -146,15 +149,20 @@ class Study:
             "arms": {name: {"learning_rates": self._rates(learning_rates, name)} for name in self.arms},
         }
         given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
-        spec, _, _ = spec_of(given, self.folder.name)
-        configs = {
-            name: _plain({"module": module, "data": data, "arm": self.arms[name], "trainer": self.trainer})
-            for name in self.arms
-        }
-        self.spec = spec.with_configs(configs)
+        spec, _, _ = spec_of(given, name or self.folder.name)
+        self.spec = spec.with_configs(
+            {
+                name: config_of(f"arm {name!r}", module, data, arm, _TRAINER | self.trainer)
+                for name, arm in self.arms.items()
+            }
+        )
+        check_equal(self.spec.arms)
 
-    def run(self) -> StudyRecord:
+    def run(self, retry_failed: bool = False) -> StudyRecord:
         """Do all runs that are not finished, and return what is found.
+
+        Args:
+            retry_failed: Whether runs that failed before are tried again.
 
         Raises:
             ConfigError: If the folder or the database belong to another study.
@@ -163,6 +171,8 @@ class Study:
         try:
             for line in promises(self.spec):
                 print(line)
+            if retry_failed:
+                print(f"{store.retry_failed()} failed runs are tried again")
             group = side_by_side(self.spec, self._why_apart(), self._run_group)
             for line in group.announcement() if group else ():
                 print(line)
@@ -213,7 +223,7 @@ class Study:
     def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event, place: Arm | None = None) -> Outcome:
         arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
         drop_foreign_locks(folder)
-        parts = {name: dict(arm.pop(name, {})) for name in _ARM_PARTS}
+        parts = {name: dict(arm.pop(name, {})) for name in ARM_PARTS}
         try:
             with kept_random_state(torch.device("cpu")), nullcontext() if place else _without_infos():
                 seed_all(cell.seed)
@@ -226,7 +236,7 @@ class Study:
             raise
         except Exception as error:
             raise as_run_error(error) from error
-        remove_checkpoints(folder)
+        remove_checkpoints(folder, cell.phase)
         return outcome
 
     def _trainer(
@@ -237,7 +247,7 @@ class Study:
         own = own if isinstance(own, list) else [own]
         guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]
         clock = time.perf_counter if place is None else place.seconds
-        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations, clock)
+        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations, share_of_run(cell.phase), clock)
         callbacks = [*own, *guards, *cell_callbacks(folder, recorder, self.every), *([place.callback] if place else [])]
         return Trainer(**(options | {"default_root_dir": folder, "callbacks": callbacks}))
 
@@ -260,16 +270,3 @@ def _without_infos() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _plain(value: Any) -> Any:
-    """A value as texts, numbers, lists and mappings, the same in every process."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, type) or inspect.isroutine(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_lora.errors import ConfigError
@@ -41,6 +42,12 @@ class RunError(Exception):
 
 class LeaseLostError(Exception):
     """A run was stopped because another worker has it now."""
+
+
+def _status(plan: StudyPlan, status: CellStatus) -> CellStatus:
+    """What is known of a run, which the plan may have given up."""
+    reason = plan.pruned.get(status.cell.key)
+    return status if reason is None else replace(status, state="pruned", reason=reason)
 
 
 RunCell = Callable[[Cell, Path, threading.Event], Outcome]
@@ -99,7 +106,7 @@ class Worker:
         plan = plan_study(self.spec, known.values(), self.data)
         self.store.add(cell for cell in plan.cells if cell.key not in known)
         # Runs of arms that were taken out of the study stay in the database, and out of its results.
-        statuses = [known.get(cell.key, CellStatus(cell, "ready")) for cell in plan.cells]
+        statuses = [_status(plan, known.get(cell.key, CellStatus(cell, "ready"))) for cell in plan.cells]
         write_results(self.folder, statuses, plan.choices, plan.verdicts, plan.further)
         return plan, statuses
 

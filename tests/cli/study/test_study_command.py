@@ -98,7 +98,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, warm.Done,
     folder = tmp_path_factory.mktemp("study")
     stops = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nothing"}}
     broken = {"overrides": {"trainer.callbacks": [stops]}, "learning_rates": [1e-4]}
-    file = write(folder, arms=ARMS | {"broken": broken}, primary="rank 8")
+    file = write(folder, arms=ARMS | {"broken": broken}, primary="rank 8", evaluations="log", aa=True)
     done = warm.run(forking.__file__, "study", file, "--out", folder / "out", cwd=folder)
     return folder, done, read_study(folder / "out")
 
@@ -119,6 +119,10 @@ def test_a_study_trains_its_arms_by_the_code_of_fit(finished: tuple[Path, warm.D
     ).stat().st_size == adapted.saved_bytes
     losses = record.row_losses(adapted)
     assert losses is not None
+    mean = float(losses.loss_sum.sum() / losses.tokens.sum())
+    assert [(point.step, point.val_loss) for point in record.curve(adapted) if point.val_loss is not None][1:] == [
+        (2, pytest.approx(mean, rel=1e-6))
+    ]
     assert set(losses.tokens.tolist()) != {1}
     config = yaml.safe_load((record.run_folder(adapted) / "config.yaml").read_text())
     assert config["seed_everything"] == config["data"]["init_args"]["seed"] == adapted.seed == 1
@@ -136,6 +140,8 @@ def test_a_failed_arm_is_rows_with_a_reason_and_exit_code_3(finished: tuple[Path
     assert verdicts["rank 8"]["sentence"] == "cannot tell: 1 seed; at least 3 are needed"
     assert "every run failed" in verdicts["broken"]["sentence"]
     assert "no verdict: it takes at least 3 seeds" in done.stdout
+    assert "noise floor: full runs with 1 other seeds too" in done.stdout
+    assert "noise floor: full with other seeds against full: cannot tell: 1 seed" in done.stdout
     assert f"{len(record.cells)} of about" in done.stdout
 
 

@@ -98,6 +98,31 @@ def test_seeds_are_added_only_where_nobody_can_tell_yet() -> None:
     assert plan.verdicts[0].verdict == "matches"
 
 
+def test_an_arm_that_is_better_is_ahead() -> None:
+    plan, _ = finished(spec(), lambda cell: planted_loss(cell, behind=-0.05))
+    assert plan.verdicts[1].sentence.startswith("rank 1 is ahead of full by 0.05")
+
+
+@pytest.mark.parametrize(
+    ("of_seed", "sentence"),
+    [
+        ({1: 0.03, 2: -0.028, 3: 0.0}, "cannot tell: 3 seeds; "),  # symmetric: more seeds would tell
+        ({1: 0.0, 2: 0.06, 3: 0.0}, "cannot tell: 3 seeds; the difference is as large as the band"),  # one that failed
+    ],
+    ids=["symmetric", "skewed"],
+)
+def test_heavy_tails_over_seeds_lead_to_cannot_tell(of_seed: dict[int, float], sentence: str) -> None:
+    def loss(cell: Cell) -> float:
+        return planted_loss(cell) + (of_seed[cell.seed] if (cell.arm, cell.phase) == ("rank 1", "verdict") else 0.0)
+
+    plan, _ = finished(spec(), loss)
+    assert plan.verdicts[1].sentence.startswith(sentence)
+    assert plan.verdicts[0].verdict == "matches"
+    worst = plan.verdicts[1].worst
+    assert worst is not None
+    assert worst[0] == max(of_seed, key=lambda seed: of_seed[seed])
+
+
 def test_two_seeds_are_no_verdict() -> None:
     plan, _ = finished(spec(seeds=2), planted_loss)
     assert all(verdict.sentence == "cannot tell: 2 seeds; at least 3 are needed" for verdict in plan.verdicts)

@@ -24,6 +24,12 @@ def test_a_study_file_needs_arms_only(tmp_path: Path) -> None:
     assert configs == ("sft.yaml",)
     assert not overrides
     assert spec.arm("full").learning_rates == (1e-4,)
+    assert (spec.evaluations, spec.aa, spec.halving, spec.batch_penalty) == (None, False, False, {})
+
+
+def test_evaluations_are_on_a_log_grid_or_by_a_factor() -> None:
+    assert spec_of({"arms": ARMS, "evaluations": "log"}, "s")[0].evaluations == 1.1
+    assert spec_of({"arms": ARMS, "evaluations": "1.3"}, "s")[0].evaluations == 1.3
 
 
 BAD = {
@@ -45,6 +51,38 @@ BAD = {
     "seeds of both kinds": ({"arms": ARMS, "seeds": [0, 1, 2]}, r"share \[0\]: a seed that chose a learning rate"),
     "name of an arm": ({"arms": ARMS | {"=1+1": None}}, "begins with a letter"),
     "configs": ({"arms": ARMS, "configs": 3}, "configs must be a list of files"),
+    "evaluations": (
+        {"arms": ARMS, "evaluations": "often"},
+        r"evaluations \(log, or a factor such as 1.3\) must be a num",
+    ),
+    "evaluations that stand still": ({"arms": ARMS, "evaluations": 1}, "evaluations must be log, or above 1"),
+    "aa": ({"arms": ARMS, "aa": "yes"}, "aa must be true or false, got 'yes'"),
+    "halving": ({"arms": ARMS, "halving": 3}, "halving must be true or false, got 3"),
+    "batch penalty of two arms": (
+        {"arms": ARMS, "batch_penalty": ["full", "rank 8"]},
+        "batch_penalty names four arms: {lora: {small: ARM, large: ARM}, full",
+    ),
+    "batch penalty without a large batch": (
+        {"arms": ARMS, "batch_penalty": {"lora": {"small": "rank 8"}, "full": {"small": "full", "large": "full"}}},
+        "batch_penalty names four arms",
+    ),
+    "batch penalty of unknown arms": (
+        {
+            "arms": ARMS,
+            "batch_penalty": {"lora": {"small": "rank 8", "large": "rank"}, "full": {"small": "full", "large": "f"}},
+        },
+        "batch_penalty, lora, large 'rank' is no arm; did you mean 'rank 8'",
+    ),
+    "batch penalty of an arm twice": (
+        {
+            "arms": ARMS,
+            "batch_penalty": {
+                "lora": {"small": "rank 8", "large": "rank 8"},
+                "full": {"small": "full", "large": "full"},
+            },
+        },
+        "batch_penalty compares four arms, got rank 8, rank 8, full, full",
+    ),
 }
 
 

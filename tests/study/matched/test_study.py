@@ -17,7 +17,7 @@ from lightning_lora.memory.process_peak import resident_bytes
 from lightning_lora.study.matched.cells import Cell
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from tests.study.matched.learner import Learner, Rows
-from tests.support import toys
+from tests.support import commands, toys
 
 pytestmark = [*toys.expected_warnings, pytest.mark.slow]
 ARMS: dict[str, Any] = {"full": {"lora": None}, "rank 8": {"lora": ll.LoRAConfig(rank=8)}}
@@ -138,6 +138,9 @@ def test_a_run_that_diverges_or_breaks_is_a_row_with_its_reason(tmp_path: Path) 
     assert reasons["rank 8", 0.0007] == "RuntimeError: no kernel for this rank"
     assert [cell.attempt for cell in record.cells_of("rank 8")] == [2, 2, 2]
     assert "every run failed: RuntimeError: no kernel" in record.verdicts[0]["sentence"]
+    again = Study(Broken, Rows, ARMS, RATES, seeds=1, out=tmp_path / "s", trainer=TRAINER | {"max_epochs": 1})
+    assert {cell.attempt for cell in again.run().cells_of("rank 8")} == {2}, "failed runs stay"
+    assert {cell.attempt for cell in again.run(retry_failed=True).cells_of("rank 8")} == {4}
 
 
 def test_a_folder_that_is_no_study_is_one_error(tmp_path: Path) -> None:
@@ -147,3 +150,67 @@ def test_a_folder_that_is_no_study_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no study folder; choose another one"):
         study(tmp_path).run()
     assert json.dumps([file.name for file in tmp_path.iterdir()]) == '["notes.txt"]'
+
+
+UNEQUAL: dict[str, tuple[dict[str, Any], str]] = {
+    "precision": (
+        {"trainer": {"precision": "bf16-true"}},
+        "differ in precision .trainer.precision: None and 'bf16-true",
+    ),
+    "epochs": ({"trainer": {"max_epochs": 5}}, "differ in number of epochs"),
+    "data": ({"data": {"rows": 3}}, r"differ in data .data\.init_args\.rows: None and 3"),
+    "nothing": ({}, "'full' and 'other' are the same"),
+    "an argument": ({"rank": 8}, "arm 'other': Learner takes no 'rank'"),
+    "an argument of the data": ({"data": {"batchsize": 8}}, "Sized takes no 'batchsize'; did you mean 'batch_size'"),
+    "an option of the Trainer": (
+        {"trainer": {"max_epoch": 1}},
+        "Trainer takes no 'max_epoch'; did you mean 'max_epochs'",
+    ),
+    "devices": (
+        {"trainer": {"devices": 2}},
+        r"arm 'other': trainer\.devices is 2, and each run of a study trains on one device",
+    ),
+}
+
+
+class Sized(Rows):
+    def __init__(self, batch_size: int = 8, rows: int = 192) -> None:
+        super().__init__(batch_size)
+
+
+@pytest.mark.parametrize(("arm", "message"), UNEQUAL.values(), ids=list(UNEQUAL))
+def test_a_mistake_in_an_arm_is_one_error_before_anything_is_written(
+    tmp_path: Path, arm: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Study(Learner, Sized, {"full": {}, "other": arm}, 0.01, out=tmp_path / "s")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arms_may_differ_in_batch_size(tmp_path: Path) -> None:
+    arms = {"full": {}, "other": {"data": {"batch_size": 16}}}
+    Study(Learner, Sized, arms, 0.01, out=tmp_path / "s")
+    with pytest.raises(ConfigError, match="learning_rates is empty"):
+        Study(Learner, Sized, arms, [], out=tmp_path / "s")
+    with pytest.raises(ConfigError, match="learning_rates has no rate for the arm 'other'"):
+        Study(Learner, Sized, arms, {"full": 0.1}, out=tmp_path / "s")
+
+
+def test_a_database_of_another_study_is_refused(tmp_path: Path, done: tuple[Study, StudyRecord]) -> None:
+    made, _ = done
+    storage = f"sqlite:///{made.folder / 'study.sqlite'}"
+    with pytest.raises(ConfigError, match="holds the study 'done', and this one is 'other'"):
+        study(tmp_path / "other", storage=storage).run()
+    assert not (tmp_path / "other" / "study.yaml").exists()
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        study(tmp_path / "other", storage="sqlite:////proc/none/study.sqlite").run()
+
+
+def test_two_studies_in_one_folder_are_refused(tmp_path: Path, done: tuple[Study, StudyRecord]) -> None:
+    made, _ = done
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study.yaml").write_bytes((made.folder / "study.yaml").read_bytes())
+    before = commands.tree(tmp_path)
+    with pytest.raises(ConfigError, match="mine holds the study 'done', and this one is 'mine': choose another --out"):
+        study(tmp_path / "mine").run()
+    assert commands.tree(tmp_path) == before

@@ -121,18 +121,18 @@ def test_the_refinement_keeps_to_half_a_step() -> None:
         assert loss <= 1
 
 
-def test_a_vertex_is_taken_though_noise_put_the_best_rate_below_it() -> None:
-    trials = [Trial(1e-4, 1.2), Trial(3e-4, 1.1), Trial(9e-4, 1.16), Trial(3.44e-4, 1.102)]
-    start = (1e-4, 3e-4, 9e-4)
-    step = next_step(start, trials, BASE, 0.002)
-    assert (step.chosen, step.why) == (3.44e-4, "0.000344 is at the vertex of 4 rates, 0.0001 and 0.0009 are worse")
-    assert next_step(start, [*trials[:3], Trial(3.44e-4, 1.17)], BASE, 0.002).chosen == 3e-4
-    cliff = [Trial(1e-4, 1.12), Trial(3e-4, 1.1), Trial(9e-4, 2.5), Trial(1.97e-4, 1.11)]
-    assert next_step(start, cliff, BASE).chosen == 3e-4
+def test_the_chosen_rate_is_the_best_measured_one() -> None:
+    """The vertex of the parabola is a candidate like any other."""
+    start, trials = (1e-4, 3e-4, 9e-4), [Trial(1e-4, 1.2), Trial(3e-4, 1.1), Trial(9e-4, 1.16)]
+    step = next_step(start, [*trials, Trial(3.44e-4, 1.098)], BASE, 0.002)
+    assert (step.chosen, step.why) == (3.44e-4, "0.000344 is the best of 4 rates, 0.0001 and 0.0009 are worse")
+    for measured in (1.102, 1.17, NAN):
+        step = next_step(start, [*trials, Trial(3.44e-4, measured)], BASE, 0.002)
+        assert (step.chosen, step.why) == (3e-4, "0.0003 is the best of 4 rates, 0.0001 and 0.0009 are worse")
 
 
 def test_the_parabola_leaves_little_regret_under_noise() -> None:
-    """In units of the curvature with noise .3: .23 by the best of a x3 grid, .042 by the sweep (2,000 sweeps)."""
+    """In units of the curvature with noise .3: .24 by the best of a x3 grid, .061 by the sweep (2,000 sweeps)."""
     rng, plain, refined = np.random.default_rng(0), 0.0, 0.0
     for _ in range(200):
         best = 1e-3 * 3 ** float(rng.uniform(-0.5, 0.5))
@@ -143,7 +143,7 @@ def test_the_parabola_leaves_little_regret_under_noise() -> None:
         grid = min(first_rates(1e-3), key=lambda rate: losses[rate])
         plain += math.log2(grid / best) ** 2 / 200
         refined += math.log2(step.chosen / best) ** 2 / 200
-    assert refined < 0.3 * plain
+    assert refined < 0.4 * plain
 
 
 @pytest.mark.parametrize("start", [(), (0.0,), (1e-3, -1e-3), (NAN,), (math.inf,)])

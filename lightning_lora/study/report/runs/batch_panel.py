@@ -100,7 +100,6 @@ def _noise(samples: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _probe(probe: BatchProbeResult) -> list[Block]:
-    full = probe.full_losses
-    columns = ["rows per step", "held-out loss", *(["the same, full fine-tuning"] if full else [])]
-    rows = [[count(batch), nats(loss), *([nats(full[batch])] if full else [])] for batch, loss in probe.losses.items()]
+    rows = [[count(batch), nats(loss)] for batch, loss in probe.losses.items()]
+    columns = ["rows per step", "held-out loss"]
     return [Table("batch-probe", "Batches tried by a probe", columns, rows), Listing("The probe", str(probe))]

@@ -27,8 +27,8 @@ class StudyFacts:
 
     @property
     def over(self) -> int:
-        """Number of runs that are done or have failed."""
-        return sum(cell.state in ("done", "failed") for cell in self.study.cells)
+        """Number of runs that are done, have failed, or were given up."""
+        return sum(cell.state in ("done", "failed", "pruned") for cell in self.study.cells)
 
     @cached_property
     def base_losses(self) -> dict[str, float]:

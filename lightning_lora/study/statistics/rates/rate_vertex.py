@@ -18,12 +18,10 @@ class RefinedRate:
     Args:
         rate: The rate.
         why: What it was found by.
-        is_vertex: Whether a parabola stands behind it.
     """
 
     rate: float
     why: str
-    is_vertex: bool = False
 
 
 def vertex(rates: Three, losses: Three) -> tuple[float, float]:
@@ -57,4 +55,4 @@ def refined_rate(rates: Three, losses: Three, band: float) -> RefinedRate | None
         gentle = rates[0] if rises[0] < rises[1] else rates[2]
         place = rates[1] * (gentle / rates[1]) ** GOLDEN
         return RefinedRate(place, "a golden section of the side that rises gently")
-    return RefinedRate(place, "the vertex of a parabola through the best rate and its neighbours", is_vertex=True)
+    return RefinedRate(place, "the vertex of a parabola through the best rate and its neighbours")

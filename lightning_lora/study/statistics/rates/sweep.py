@@ -28,10 +28,12 @@ class Trial:
     Args:
         rate: Its learning rate.
         loss: Its loss on the selection rows, nats; NaN or infinite if it diverged.
+        is_pruned: Whether it was given up early: it counts as worse than the others, and its loss as no number.
     """
 
     rate: float
     loss: float
+    is_pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def next_step(
     """
     check_band(band)
     grid = _grid(start)
-    losses = {rate_key(trial.rate): _capped(trial.loss, base_loss) for trial in trials}
+    trials = list(trials)
+    losses = {rate_key(trial.rate): _capped(math.nan if trial.is_pruned else trial.loss, base_loss) for trial in trials}
     if missing := tuple(rate for rate in grid if rate not in losses):
         return NextStep(missing, None, "the first rates")
     grid, step = _widened(grid, losses, base_loss, most_widenings)
@@ -104,6 +107,8 @@ def next_step(
         return NextStep((), level[(len(level) - 1) // 2], f"flat: any rate from {level[0]:g} to {level[-1]:g} does")
     if place in (0, len(grid) - 1):
         return NextStep((), best, f"the best of {len(grid)} rates is at the edge", f"{AT_THE_EDGE}, {best:g}")
+    if any(rate_key(trial.rate) in (grid[place - 1], grid[place + 1]) for trial in trials if trial.is_pruned):
+        return NextStep((), best, f"{best:g} is the best of {len(grid)} rates; one beside it was given up early")
     return _refined(grid, losses, place, band)
 
 
@@ -162,9 +167,4 @@ def _refined(grid: Sequence[float], losses: dict[float, float], place: int, band
     if found is not None and not tried:
         return NextStep((rate_key(found.rate),), None, found.why)
     chosen = min([best, *tried], key=lambda rate: losses[rate])
-    # Four measurements stand behind a vertex, and one behind a lowest loss: a vertex below its neighbours is nearer to
-    # the optimum, though noise may have put the best rate below it.
-    if found is not None and found.is_vertex and losses[tried[0]] < min(losses[lower], losses[upper]):
-        chosen = tried[0]
-    found_by = "the best" if losses[chosen] <= losses[best] else "at the vertex"
-    return NextStep((), chosen, f"{chosen:g} is {found_by} of {len(grid) + len(tried)} rates, {proof}")
+    return NextStep((), chosen, f"{chosen:g} is the best of {len(grid) + len(tried)} rates, {proof}")

@@ -1,0 +1,72 @@
+"""``--hours`` shortens the runs so that the whole study takes so long, by one plan of the fit."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lora.cli.study import command, default_study, estimate
+from lightning_lora.cli.study.estimate import Estimate
+from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.spec import StudySpec
+
+Began = tuple[StudySpec, Estimate | None]
+
+
+@pytest.fixture
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Began]:
+    """``study --config`` up to its first run, where the plan of a fit has 100 steps in 600 s, for each of 25 runs."""
+    began: list[Began] = []
+    plans: list[StudySpec] = []
+
+    def plan(spec: StudySpec) -> Estimate:
+        plans.append(spec)
+        return Estimate(25, 100, 600.0)
+
+    def resolve(spec: StudySpec, configs: Any, overrides: Any, beside: Path, more: Sequence[str]) -> StudySpec:
+        config: Mapping[str, Any] = {"trainer": {"arguments": list(more)}}
+        return replace(spec, arms=tuple(replace(arm, config=config) for arm in spec.arms))
+
+    def work(options: Namespace, spec: StudySpec, estimated: Estimate | None, others: Any) -> None:
+        began.append((spec, estimated))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(default_study, "fit_config", lambda *_: {"model": {"init_args": {"lora": {"rank": 16}}}})
+    monkeypatch.setattr(default_study, "resolve", resolve)
+    for place in (default_study, estimate):
+        monkeypatch.setattr(place, "estimate", plan)
+    monkeypatch.setattr(command, "_work", work)
+    for nothing in ("lora_cli.restrict_imports", "quiet.tell_infos"):  # they change this process
+        monkeypatch.setattr(f"lightning_lora.cli.{nothing}", lambda *_: None)
+
+    def run(*arguments: str) -> Began:
+        command.run_study(["--config=base.yaml", *arguments], ())
+        assert len(plans) == len(arguments) // 2, "a fit is planned once, and only for --hours"
+        return began[-1]
+
+    return run
+
+
+def test_runs_are_shortened_to_the_hours_by_one_plan(begin: Callable[..., Began]) -> None:
+    spec, estimated = begin("--hours", "1")
+    assert [arm.name for arm in spec.arms] == ["full fine-tuning", "rank 2", "rank 16"]
+    assert all("--trainer.max_steps=24" in arm.config["trainer"]["arguments"] for arm in spec.arms)
+    assert estimated is not None
+    assert (estimated.runs, estimated.steps) == (25, 24)
+    assert estimated.total_seconds == pytest.approx(3600)
+
+
+def test_without_hours_the_runs_stay_as_they_are(begin: Callable[..., Began]) -> None:
+    spec, estimated = begin()
+    assert {tuple(arm.config["trainer"]["arguments"]) for arm in spec.arms} == {("--config=base.yaml",)}
+    assert estimated is None
+
+
+def test_hours_that_are_too_few_name_those_that_would_do(begin: Callable[..., Began]) -> None:
+    with pytest.raises(ConfigError, match=r"in 0\.1 hours each of about 25 runs would take 2 steps.*--hours 0\.83 or"):
+        begin("--hours", "0.1")
