@@ -54,6 +54,7 @@ def test_arms_in_one_batch_are_separate_runs_up_to_rounding(
     assert max(gaps(together["rows"], apart).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_arms_in_one_batch_are_separate_runs_in_float64(model: Path, tmp_path: Path) -> None:
     settings = {name: replace(each, trainer={**each.trainer, "precision": "64-true"}) for name, each in THREE.items()}
     expected = arms.apart(settings, model, tmp_path / "apart")
@@ -71,6 +72,7 @@ def test_a_single_arm_is_an_ordinary_run_bit_for_bit(
     assert arms.gap(found["eight"], apart["eight"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_other_places_give_the_same_arms(
     model: Path, together: dict[str, dict[str, Trained]], tmp_path: Path, mode: Mode
@@ -127,6 +129,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_arms_may_differ_in_what_they_adapt_and_how_long_they_train(model: Path, tmp_path: Path, mode: Mode) -> None:
     settings = {
@@ -145,6 +148,7 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "of_model", "reason"), REASONS.values(), ids=list(REASONS))
 def test_arms_that_cannot_share_batches_take_turns_and_say_why(
     tmp_path: Path, setting: Setting, of_model: Mapping[str, Any], reason: str
