@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +63,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """Whether the output layer belongs to this task and may be missing from the pretrained weights."""
     # The tokenizer of the latest run; None: the model's own, as it is.
     _trained_tokenizer: Any = None
+    # Given the function that loads the weights, returns the model: arms side by side load one base. None: it is called.
+    load_through: Callable[[Callable[[], Any]], Any] | None = None
 
     def __init__(
         self,
@@ -152,12 +155,12 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         if self.model is not None:
             return
         self._check_trainer()
-        self.model = self._load()
+        self.model = model = self._load() if self.load_through is None else self.load_through(self._load)
         # transformers returns models in eval mode and Lightning leaves them so.
-        self.model.train()
+        model.train()
         self.apply_lora()
         self._model_is_whole()
-        shard_model(self.model, self._trainer)
+        shard_model(model, self._trainer)
 
     @override
     def configure_optimizers(self) -> Any:

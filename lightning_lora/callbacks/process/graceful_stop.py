@@ -38,6 +38,8 @@ class GracefulStop(Callback):
     """
 
     def __init__(self) -> None:
+        # False where somebody else receives the signals, and calls `ask`: for a run outside of the main thread.
+        self.listens = True
         self._received = 0
         self._training = False
         self._last_step = 0
@@ -128,8 +130,16 @@ class GracefulStop(Callback):
             f"continue by the same command with --ckpt_path {path}"
         )
 
+    def ask(self, signum: int) -> bool:
+        """Stop after this optimizer step, as by a signal; returns whether the run trains, and will do so."""
+        if self._training:
+            self._received = signum
+        return self._training
+
     def _listen(self, *signums: int) -> None:
         """Receive these signals until the run ends, when Lightning restores every handler that it found."""
+        if not self.listens:
+            return
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn("GracefulStop does nothing: signals reach the main thread, and training runs in another.")
             return

@@ -88,10 +88,14 @@ def _work(
     try:
         if options.retry_failed:
             print(f"{store.retry_failed()} failed runs are tried again")
-        worker = Worker(spec, data, folder, store, ProcessCells(spec), partial(print, flush=True))
+        cells = ProcessCells(spec)
+        group = cells.side_by_side()
+        worker = Worker(spec, data, folder, store, cells, partial(print, flush=True), group)
         signal.signal(signal.SIGTERM, _stop)
         if not options.worker:
             _tell_start(worker, folder, estimated)
+            for line in group.announcement() if group else ():
+                print(line, flush=True)
             others = start_others()
         plan = worker.work()
         _, statuses = worker.plan()

@@ -6,11 +6,11 @@ import math
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
 from lightning_lora.errors import DataError
+from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 from lightning_lora.study.matched.measures.energy import joules
 from lightning_lora.study.matched.measures.evaluations import Evaluations
@@ -39,6 +40,7 @@ class CellRecorder(Callback):
         evaluations: Evaluate on a log-spaced grid, each step at most this many times the one before; None: the
             validations of the run are its evaluations.
         share: Share of the steps after which the run pauses, to go on later from the checkpoint that it leaves.
+        clock: Seconds that count for this run.
 
     Attributes:
         seconds: Seconds of training, without validation.
@@ -53,6 +55,7 @@ class CellRecorder(Callback):
         lost: threading.Event | None = None,
         evaluations: float | None = None,
         share: float = 1.0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.folder = folder
         self.seed = seed
@@ -61,6 +64,7 @@ class CellRecorder(Callback):
         self.energy: float | None = None
         self.rate_fell = False
         self._factor = evaluations
+        self._now = clock
         self._share = share
         self._last = math.inf
         self._evaluations: Evaluations | None = None
@@ -189,7 +193,7 @@ class CellRecorder(Callback):
         self._evaluated = [CurvePoint(*values) for values in state_dict["evaluated"]]
 
     def _clock(self) -> float:
-        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self.seconds + (0.0 if self._since is None else self._now() - self._since)
 
     def _energy(self) -> float | None:
         if self._joules is None or (now := joules(self._joules[0])) is None:
@@ -199,7 +203,7 @@ class CellRecorder(Callback):
     def _start_clock(self, trainer: Trainer) -> None:
         device = trainer.strategy.root_device
         now = joules(device)
-        self._since, self._joules = time.perf_counter(), None if now is None else (device, now)
+        self._since, self._joules = self._now(), None if now is None else (device, now)
 
     def _stop_clock(self) -> None:
         self.seconds, self._since = self._clock(), None
@@ -226,10 +230,3 @@ class CellRecorder(Callback):
             for step, tokens, seconds, loss in waiting
         ]
         write_curve(self.folder / CURVE, self._points)
-
-
-def seed_all(seed: int) -> None:
-    """Seed all global generators; unlike `seed_everything` it leaves nothing in the environment."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)

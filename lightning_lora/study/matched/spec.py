@@ -23,8 +23,10 @@ from lightning_lora.study.statistics.word import BAND, check_band
 KEYS = (
     *("name", "configs", "overrides", "baseline", "primary", "arms", "learning_rates", "learning_rate_option"),
     *("seeds", "selection_seeds", "band", "evaluations", "aa", "halving", "batch_penalty"),
+    *("arms_per_device", "arms_mode"),
 )
 ARM_KEYS = ("configs", "overrides", "learning_rates", "matched_rank")
+MODES = ("turns", "rows")
 RATE_OPTION = "model.init_args.learning_rate"
 _NAME = re.compile(r"[^\W_][\w .,:+/()%-]{0,59}")
 
@@ -70,6 +72,8 @@ class StudySpec:
         halving: Whether selection runs that are far behind after a third of their steps are given up.
         batch_penalty: ``lora`` and ``full``, each with the names of its arms at a ``small`` and a ``large`` batch, for
             a difference of differences; empty if none is asked for.
+        arms_per_device: Number of adapter runs that a worker trains side by side on one base; see `ArmBank`.
+        arms_mode: Whether these take turns, as separate runs bit for bit, or share batches: ``turns`` or ``rows``.
     """
 
     name: str
@@ -84,6 +88,8 @@ class StudySpec:
     aa: bool = False
     halving: bool = False
     batch_penalty: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    arms_per_device: int = 1
+    arms_mode: str = "turns"
 
     def __post_init__(self) -> None:
         check_band(self.band)
@@ -188,6 +194,8 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
         aa=read.flag(given, "aa"),
         halving=read.flag(given, "halving"),
         batch_penalty=read.four_arms(given.get("batch_penalty")),
+        arms_per_device=read.at_least_one(given.get("arms_per_device", 1), "arms_per_device"),
+        arms_mode=read.one_of(given.get("arms_mode", "turns"), MODES, "arms_mode"),
     )
     configs = read.texts(given.get("configs") or [], "configs")
     return spec, configs, read.overrides(given.get("overrides"), "overrides")

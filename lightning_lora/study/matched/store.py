@@ -8,7 +8,7 @@ So a result is recorded once, whatever is killed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,15 +123,21 @@ class Store:
                     [self.study, cell.key, place, json.dumps(cell.to_dict())],
                 )
 
-    def claim(self) -> Claim | None:
-        """Claim a run that waits, or one whose worker is gone; None if there is none."""
+    def claim(self, suits: Callable[[Cell, int], bool] | None = None) -> Claim | None:
+        """Claim a run that waits, or one whose worker is gone; None if there is none.
+
+        Args:
+            suits: Whether a run may be claimed with this number of the claim; None: the first one is taken.
+        """
+        limit = "LIMIT 1" if suits is None else ""
         with self._database.transaction() as transaction:
             self._give_up(transaction)
-            row = transaction.execute(
+            rows = transaction.execute(
                 f"SELECT key, spec, attempt, state FROM ll_cell WHERE study = ? AND (state = 'ready' OR (state = "
-                f"'running' AND expires < {self._now})) ORDER BY place, key LIMIT 1 {self._locked}",
+                f"'running' AND expires < {self._now})) ORDER BY place, key {limit} {self._locked}",
                 [self.study],
-            ).fetchone()
+            ).fetchall()
+            row = next((r for r in rows if suits is None or suits(Cell(**json.loads(r[1])), r[2] + 1)), None)
             if row is None:
                 return None
             key, spec, attempt, state = row

@@ -6,8 +6,9 @@ import copy
 import inspect
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,17 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteGradients, GracefulStop, RunLock
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
+from lightning_lora.study.bank.bank import Arm, Mode
+from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
+from lightning_lora.study.bank.groups import Job, run_group, side_by_side
+from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.cells import Cell, Outcome
 from lightning_lora.study.matched.equal import check_equal
 from lightning_lora.study.matched.open_study import open_study
 from lightning_lora.study.matched.options import ARM_PARTS, config_of
 from lightning_lora.study.matched.progress import promises
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
-from lightning_lora.study.matched.recorder import CellRecorder, seed_all
+from lightning_lora.study.matched.recorder import CellRecorder
 from lightning_lora.study.matched.run_cell import (
     EVERY,
     as_run_error,
@@ -86,6 +91,8 @@ class Study:
         storage: ``postgresql://USER@HOST/NAME`` for several machines; None for a SQLite file in ``out``.
         trainer: Options of the Trainer of every run.
         checkpoint_minutes: Time between two checkpoints of a run, which is what a kill costs at most.
+        arms_per_device: Number of adapter runs that train side by side on one base in this process; see `ArmBank`.
+        arms_mode: ``"turns"``, as separate runs bit for bit, or ``"rows"``, in the same batches, equal up to rounding.
 
     Raises:
         ConfigError: If a setting is wrong, arms differ in what must be equal, or ``out`` belongs to something else.
@@ -119,6 +126,8 @@ class Study:
         storage: str | None = None,
         trainer: Mapping[str, Any] | None = None,
         checkpoint_minutes: float = EVERY.total_seconds() / 60,
+        arms_per_device: int = 1,
+        arms_mode: Mode = "turns",
     ) -> None:
         self.module = module
         self.data = data
@@ -135,6 +144,8 @@ class Study:
             "aa": aa,
             "halving": halving,
             "batch_penalty": batch_penalty,
+            "arms_per_device": arms_per_device,
+            "arms_mode": arms_mode,
             "arms": {name: {"learning_rates": self._rates(learning_rates, name)} for name in self.arms},
         }
         given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
@@ -162,7 +173,10 @@ class Study:
                 print(line)
             if retry_failed:
                 print(f"{store.retry_failed()} failed runs are tried again")
-            Worker(self.spec, {}, self.folder, store, self._run_cell).work()
+            group = side_by_side(self.spec, self._why_apart(), self._run_group)
+            for line in group.announcement() if group else ():
+                print(line)
+            Worker(self.spec, {}, self.folder, store, self._run_cell, side_by_side=group).work()
         finally:
             store.close()
         return self.results()
@@ -199,32 +213,42 @@ class Study:
             given = given[arm]
         return list(given) if isinstance(given, Sequence) else list(first_rates(given))
 
-    def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event) -> Outcome:
+    def _why_apart(self) -> dict[str, str]:
+        return {name: TRAINS_BASE for name, arm in self.arms.items() if "lora" in arm and arm["lora"] is None}
+
+    def _run_group(self, jobs: Sequence[Job]) -> tuple[Sequence[Outcome | BaseException], Sequence[str]]:
+        with _without_infos():  # here, as each run would put back what another one has set
+            return run_group(jobs, self.spec.arms_mode, self._run_cell)
+
+    def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event, place: Arm | None = None) -> Outcome:
         arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
         drop_foreign_locks(folder)
         parts = {name: dict(arm.pop(name, {})) for name in ARM_PARTS}
         try:
-            with kept_random_state(torch.device("cpu")), _without_infos():
+            with kept_random_state(torch.device("cpu")), nullcontext() if place else _without_infos():
                 seed_all(cell.seed)
                 # The base is not trained, so any rate does; zero is refused by some modules.
                 rate = cell.learning_rate or self.spec.arm(self.spec.baseline).learning_rates[0]
                 module = self.module(learning_rate=rate, **arm)
-                trainer = self._trainer(cell, folder, lost, parts["trainer"])
+                trainer = self._trainer(cell, folder, lost, parts["trainer"], place)
                 outcome = fit_and_score(trainer, module, self._data(cell.seed, parts["data"]), folder, cell.phase)
-        except LeaseLostError:
+        except (LeaseLostError, ApartError):
             raise
         except Exception as error:
             raise as_run_error(error) from error
         remove_checkpoints(folder, cell.phase)
         return outcome
 
-    def _trainer(self, cell: Cell, folder: Path, lost: threading.Event, of_arm: Mapping[str, Any]) -> Trainer:
+    def _trainer(
+        self, cell: Cell, folder: Path, lost: threading.Event, of_arm: Mapping[str, Any], place: Arm | None
+    ) -> Trainer:
         options = _TRAINER | self.trainer | dict(of_arm)
         own = copy.deepcopy(options.pop("callbacks", None) or [])
         own = own if isinstance(own, list) else [own]
         guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]
-        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations, share_of_run(cell.phase))
-        callbacks = [*own, *guards, *cell_callbacks(folder, recorder, self.every)]
+        clock = time.perf_counter if place is None else place.seconds
+        recorder = CellRecorder(folder, cell.seed, lost, self.spec.evaluations, share_of_run(cell.phase), clock)
+        callbacks = [*own, *guards, *cell_callbacks(folder, recorder, self.every), *([place.callback] if place else [])]
         return Trainer(**(options | {"default_root_dir": folder, "callbacks": callbacks}))
 
     def _data(self, seed: int, arguments: Mapping[str, Any]) -> LightningDataModule | None:

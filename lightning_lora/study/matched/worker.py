@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.study.bank.exactness import ApartError
+from lightning_lora.study.bank.groups import Job, SideBySide
 from lightning_lora.study.matched.cells import Cell, CellStatus, Outcome
 from lightning_lora.study.matched.folder import write_results
 from lightning_lora.study.matched.planner import StudyPlan, plan_study
@@ -62,6 +64,7 @@ class Worker:
         store: Its runs.
         run_cell: Does one run.
         tell: Takes lines for the user.
+        side_by_side: Does several runs on one base; None: one run after the other.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Worker:
         store: Store,
         run_cell: RunCell,
         tell: Callable[[str], None] = print,
+        side_by_side: SideBySide | None = None,
     ) -> None:
         self.spec = spec
         self.data = data
@@ -79,6 +83,7 @@ class Worker:
         self.store = store
         self.run_cell = run_cell
         self.tell = tell
+        self.side_by_side = side_by_side
         self.progress = Progress()
 
     def work(self) -> StudyPlan:
@@ -86,7 +91,7 @@ class Worker:
         while True:
             plan, statuses = self.plan()
             if (claim := self.store.claim()) is not None:
-                self._do(claim, plan)
+                self._do([claim, *self._others(claim)], plan)
             elif all(status.is_over for status in statuses):
                 return plan
             else:
@@ -105,31 +110,73 @@ class Worker:
         write_results(self.folder, statuses, plan.choices, plan.verdicts, plan.further)
         return plan, statuses
 
-    def _do(self, claim: Claim, plan: StudyPlan) -> None:
-        cell = claim.cell
-        folder = self.folder / "runs" / cell.run
-        folder.mkdir(parents=True, exist_ok=True)
+    def _others(self, first: Claim) -> Iterator[Claim]:
+        """Claim runs that can be done side by side with one that is claimed."""
+        group = self.side_by_side
+        if group is None or not group.takes(first.cell, first.attempt):
+            return
+        for _ in range(group.most - 1):
+            claim = self.store.claim(lambda cell, attempt: group.suits(first.cell, cell, attempt))
+            if claim is None:
+                return
+            yield claim
+
+    def _do(self, claims: Sequence[Claim], plan: StudyPlan) -> None:
         started = time.monotonic()
+        with ExitStack() as leases:
+            jobs: list[Job] = []
+            for claim in claims:
+                folder = self.folder / "runs" / claim.cell.run
+                folder.mkdir(parents=True, exist_ok=True)
+                jobs.append((claim.cell, folder, leases.enter_context(self._beating(claim))))
+            results = self._results(jobs)
+        seconds = (time.monotonic() - started) / len(claims)
+        for claim, result in zip(claims, results, strict=True):
+            self._record(claim, result, seconds, plan)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, (RunError, LeaseLostError)):
+                raise result
+
+    def _results(self, jobs: Sequence[Job]) -> list[Outcome | BaseException]:
+        """What comes out of each run; those that cannot share a base are done one after the other."""
+        if self.side_by_side is None or len(jobs) == 1:
+            return [self._alone(job) for job in jobs]
         try:
-            with self._beating(claim) as lost:
-                outcome = self.run_cell(cell, folder, lost)
-        except RunError as error:
-            if error.is_busy:
-                # A worker that was asleep finds out at its next beat that it has lost the run, and stops.
-                self.store.release(claim)
-                time.sleep(self.store.lease / BEATS)
-            elif self.store.fail(claim, error.reason, error.is_final):
-                self.tell(self.progress.failed(cell, error.reason))
-            return
-        except LeaseLostError:
+            results, remarks = self.side_by_side.run(jobs)
+        except BaseException as error:
+            return [error for _ in jobs]
+        for remark in remarks:
+            self.tell(remark)
+        made: list[Outcome | BaseException] = []
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(result, ApartError):
+                self.tell(f"apart, not side by side: {job[0].arm}: {result.reason}")
+                result = self._alone(job)
+            made.append(result)
+        return made
+
+    def _alone(self, job: Job) -> Outcome | BaseException:
+        try:
+            return self.run_cell(*job)
+        except BaseException as error:
+            return error
+
+    def _record(self, claim: Claim, result: Outcome | BaseException, seconds: float, plan: StudyPlan) -> None:
+        cell = claim.cell
+        if isinstance(result, Outcome):
+            if self.store.finish(claim, result):
+                over = [status for status in self.store.statuses() if status.is_over]
+                self.tell(self.progress.done(cell, result, seconds, len(over), plan.expected))
+        elif isinstance(result, LeaseLostError):
             self.tell(f"{cell.run}: another worker has taken this run over")
-            return
-        except BaseException:
+        elif not isinstance(result, RunError):
             self.store.release(claim)
-            raise
-        if self.store.finish(claim, outcome):
-            over = [status for status in self.store.statuses() if status.is_over]
-            self.tell(self.progress.done(cell, outcome, time.monotonic() - started, len(over), plan.expected))
+        elif result.is_busy:
+            # A worker that was asleep finds out at its next beat that it has lost the run, and stops.
+            self.store.release(claim)
+            time.sleep(self.store.lease / BEATS)
+        elif self.store.fail(claim, result.reason, result.is_final):
+            self.tell(self.progress.failed(cell, result.reason))
 
     @contextmanager
     def _beating(self, claim: Claim) -> Iterator[threading.Event]:

@@ -54,7 +54,7 @@ def test_a_worker_that_slept_too_long_stops_its_run_and_writes_nothing(tmp_path:
         raise LeaseLostError
 
     sleeper = worker(tmp_path, slow, lines, lease=0.6)
-    thread = threading.Thread(target=sleeper._do, args=(_claimed(sleeper), sleeper.plan()[0]))
+    thread = threading.Thread(target=sleeper._do, args=([_claimed(sleeper)], sleeper.plan()[0]))
     thread.start()
     assert first.wait(5)
     other = Store(sleeper.store.url, "planted", 60)

@@ -1,0 +1,84 @@
+"""Which runs of a study train side by side, for the worker that does them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_lora.study.bank.bank import Arm, ArmBank
+from lightning_lora.study.matched.cells import Cell, Outcome
+
+if TYPE_CHECKING:
+    from lightning_lora.study.matched.spec import StudySpec
+
+Job = tuple[Cell, Path, threading.Event]
+"""A run, its folder, and the event that is set when another worker has it."""
+
+
+@dataclass
+class SideBySide:
+    """Groups of runs that share a base.
+
+    Args:
+        most: Number of runs in a group at most.
+        why_apart: Arm to why its runs cannot share their base; arms that can are not in it.
+        run: Does a group; an outcome or an error for each run, and remarks for the user.
+        bases: Arm to what its base depends on; runs of a group have the same.
+    """
+
+    most: int
+    why_apart: Mapping[str, str]
+    run: Callable[[Sequence[Job]], tuple[Sequence[Outcome | BaseException], Sequence[str]]]
+    bases: Mapping[str, Any] = field(default_factory=dict)
+
+    def takes(self, cell: Cell, attempt: int) -> bool:
+        """Whether a run may be in a group; one that was begun before goes on alone, as its process may have been
+        killed for lack of memory.
+        """
+        return attempt == 1 and cell.phase != "base" and cell.arm not in self.why_apart
+
+    def suits(self, first: Cell, other: Cell, attempt: int) -> bool:
+        """Whether two runs may be in one group."""
+        return self.takes(other, attempt) and self.bases.get(first.arm) == self.bases.get(other.arm)
+
+    def announcement(self) -> list[str]:
+        """Lines about the arms that run apart, and why."""
+        reasons: dict[str, list[str]] = {}
+        for arm, reason in self.why_apart.items():
+            reasons.setdefault(reason, []).append(arm)
+        return [f"apart, not side by side: {', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
+
+
+def side_by_side(
+    spec: StudySpec,
+    why_apart: Mapping[str, str],
+    run: Callable[[Sequence[Job]], tuple[Sequence[Outcome | BaseException], Sequence[str]]],
+    bases: Mapping[str, Any] | None = None,
+) -> SideBySide | None:
+    """The groups that a study asks for; None if its runs are done one after the other. Arguments as in `SideBySide`."""
+    return None if spec.arms_per_device == 1 else SideBySide(spec.arms_per_device, why_apart, run, bases or {})
+
+
+def run_group(
+    jobs: Sequence[Job], mode: str, run: Callable[[Cell, Path, threading.Event, Arm], Outcome]
+) -> tuple[list[Outcome | BaseException], list[str]]:
+    """Do runs side by side in this process.
+
+    Args:
+        jobs: The runs.
+        mode: ``turns`` or ``rows``.
+        run: Does one of them, in its place among the others.
+
+    Returns:
+        Outcome or error of each, and remarks for the user.
+    """
+    bank = ArmBank(mode)  # pyright: ignore[reportArgumentType]
+    found = bank.run({job[0].run: partial(run, *job) for job in jobs})
+    results = [found[job[0].run] for job in jobs]
+    # The peak of a process tells nothing of one run in it.
+    results = [replace(result, peak_bytes=None) if isinstance(result, Outcome) else result for result in results]
+    return results, [bank.remark] if bank.remark else []
