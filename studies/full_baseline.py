@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_lora.sharding import FSDP2Strategy, shard_lora
@@ -39,9 +40,10 @@ class Sharded(TinyTask):
 
     @override
     def train_dataloader(self) -> Any:
-        """Rows in order; Lightning deals them out to the processes."""
-        rows = TinyRows(rows_of("text", "new", ROWS * 100))
-        return torch.utils.data.DataLoader(rows, ROWS // self.trainer.world_size)
+        """Rows in order, dealt out to the processes; a sampler of Lightning's would shuffle them."""
+        rows, trainer = TinyRows(rows_of("text", "new", ROWS * 100)), self.trainer
+        sampler = DistributedSampler(rows, trainer.world_size, trainer.global_rank, shuffle=False)
+        return DataLoader(rows, ROWS // trainer.world_size, sampler=sampler)
 
 
 class Trace(Callback):
@@ -63,16 +65,13 @@ class Trace(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss)
         self.losses.append(float(loss) / trainer.world_size)
-
-    @override
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Measure while gradients are there; the first call comes before the first of them."""
+        # Gradients stay until the next step, and the weights are sharded again.
         weights = [each for each in pl_module.parameters() if each.requires_grad]
+        (optimizer,) = trainer.optimizers
         states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
         self.held = {
             "weights": sum(map(_bytes, weights)),
-            "gradients": sum(_bytes(each.grad) for each in weights if each.grad is not None)
-            or self.held.get("gradients", 0),
+            "gradients": sum(_bytes(each.grad) for each in weights if each.grad is not None),
             "optimizer state": sum(map(_bytes, states)),
         }
 
