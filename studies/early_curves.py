@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -43,7 +44,7 @@ def measure(seeds: int, steps: int) -> list[dict[str, object]]:
     return lines
 
 
-def mean_curves(lines: list[dict[str, object]]) -> Curves:
+def mean_curves(lines: Sequence[Mapping[str, object]]) -> Curves:
     """The mean over seeds."""
     found: dict[tuple[str, int], dict[int, list[float]]] = {}
     for line in lines:

@@ -36,7 +36,6 @@ def mixture() -> Qwen3MoeForCausalLM:
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
             num_key_value_heads=4,
-            head_dim=16,
             num_experts=EXPERTS,
             num_experts_per_tok=ACTIVE,
             norm_topk_prob=True,
@@ -68,8 +67,19 @@ def parameters() -> Iterator[Line]:
         found = count_parameters(model).adapter
         yield {"law": "parameters", "case": rule, "found": found, "says": LAYERS * formula}
         yield {"law": "share of full fine-tuning", "case": rule, "found": found / full, "says": ""}
-    dense = RANK * (2 * (WIDTH + INNER) + INNER + WIDTH) / (3 * INNER * WIDTH)
-    yield {"law": "share of full fine-tuning", "case": "a dense MLP of one expert's size", "found": dense, "says": ""}
+    found = _dense_share(RANK, WIDTH, ACTIVE * INNER)
+    yield {"law": "share of full fine-tuning", "case": "a dense MLP of the active size", "found": found, "says": ""}
+    # Qwen3-30B-A3B: width 2048, experts of 768, 8 active; each expert is a dense MLP of its own size at rank / 8.
+    for case, share in (
+        ("30B-A3B; rank 32 / 8 active", _dense_share(4, 2048, 768)),
+        ("30B-A3B; rank 32 in a dense MLP of the active size", _dense_share(32, 2048, 8 * 768)),
+    ):
+        yield {"law": "share of full fine-tuning", "case": case, "found": share, "says": "by formula"}
+
+
+def _dense_share(rank: int, width: int, inner: int) -> float:
+    """Adapter parameters of a gated MLP, whose two first layers are one weight, as a share of its weights."""
+    return rank * ((width + 2 * inner) + (inner + width)) / (3 * inner * width)
 
 
 def after_training() -> Iterator[Line]:

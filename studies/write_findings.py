@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -45,7 +46,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "curve": curve_table,
     "penalty": penalty_table,
     "lines": lines_table,
-    "early": lambda folder: early_curves.table(early_curves.mean_curves(list(read_lines(folder / RESULTS)))),
+    "early": lambda folder: early_curves.table(early_curves.mean_curves(read_lines(folder / RESULTS))),
     "rates": lambda folder: learning_rates.table(read_lines(folder / RESULTS)),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -105,7 +106,7 @@ def draw(record: StudyRecord, path: Path) -> None:
     save_figure(figure, path)
 
 
-def penalties(record: StudyRecord) -> list[dict[str, object]]:
+def penalties(record: StudyRecord) -> list[dict[str, Any]]:
     """The batch penalty of each LoRA arm, in a study whose arms are named ``METHOD, batch NUMBER``."""
     named = [re.fullmatch(r"(.+), batch (\d+)", arm.name) for arm in record.arms]
     if not all(named):
