@@ -44,22 +44,27 @@ class Optimum:
 
 
 def measure(arms: Sequence[str], steps: Sequence[int], seeds: int, path: Path) -> list[dict[str, str]]:
-    """A line for each arm, rate, seed and length; those in the file already are kept."""
+    """A line for each arm, rate, seed and length; runs that are in the file with all of these lengths are kept."""
     lines = read_lines(path)
-    known = {(line["arm"], float(line["rate"]), int(line["seed"])) for line in lines}
     for seed in range(1, seeds + 1):
         for arm in arms:
             for rate in OF_FULL if arm == FULL else OF_LORA:
-                if (arm, rate, seed) in known:
+                mine = [line for line in lines if _run_of(line) == (arm, rate, seed)]
+                if {int(line["step"]) for line in mine} >= {0, *steps}:
                     continue
                 lora = None if arm == FULL else LoRAConfig(rank=int(arm.split()[1]))
                 found = losses_at("facts", lora, rate, seed, [0, *steps], num_rows=NUM_FACTS)
+                lines = [line for line in lines if _run_of(line) != (arm, rate, seed)]
                 lines += (
                     {"arm": arm, "rate": repr(rate), "seed": str(seed), "step": str(step), "loss": repr(loss)}
                     for step, loss in found.items()
                 )
                 write_lines(path, lines)
     return lines
+
+
+def _run_of(line: dict[str, str]) -> tuple[str, float, int]:
+    return line["arm"], float(line["rate"]), int(line["seed"])
 
 
 def optimum(lines: Sequence[dict[str, str]], arm: str, step: int, seed: int) -> Optimum:

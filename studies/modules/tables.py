@@ -76,7 +76,9 @@ def penalty_table(folder: Path) -> str:
         (each["arm"], f"{each['difference']:+.4f}", f"{each['low']:+.4f} to {each['high']:+.4f}", each["verdict"])
         for each in json.loads((folder / PENALTY).read_text(encoding="utf-8"))
     ]
-    return markdown_table(("arm", "loses more by the large batch than full, nats", "90 % interval", "the gap of LoRA is"), rows)
+    return markdown_table(
+        ("arm", "loses more by the large batch than full, nats", "90 % interval", "the gap of LoRA is"), rows
+    )
 
 
 def lines_table(folder: Path) -> str:
