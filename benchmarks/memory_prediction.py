@@ -177,7 +177,7 @@ def images() -> list[Tensor]:
     return [torch.randn(16, 3, 48, 48, generator=generator), torch.arange(16)]
 
 
-def _folders(top: Path) -> dict[str, str]:
+def folders(top: Path) -> dict[str, str]:
     """Random models on disk: a llama, a mixture of experts, a BERT."""
     from transformers import (
         BertConfig,
@@ -244,7 +244,7 @@ def main(names: list[str]) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as top:
         with contextlib.redirect_stdout(io.StringIO()):
-            known = cases(_folders(Path(top)))
+            known = cases(folders(Path(top)))
         print("| step | weights and adapters, MiB | predicted above, MiB | measured above, MiB | error |")
         print("|---|---|---|---|---|")
         for name in names or known:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,8 @@ from lightning_lora.batch.counting import count_items, count_rows, count_supervi
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.reports import count_parameters
+from lightning_lora.memory.process_peak import peak_bytes, resident_bytes, restart_peak
 from lightning_lora.sharding.collectives import total_of_ranks
-
-from .progress import peak_bytes
 
 _KEY = "lightning_lora_planned_run"
 # Of the part before a checkpoint: Lightning calls no callback where the earlier part had none.
@@ -115,7 +112,8 @@ class PlannedRun(Callback):
         if stage == "fit":
             self._restart()
             self._earlier = dict(_NOT_COUNTED if trainer.ckpt_path else _NOTHING)
-            self._resident, self._peak_before = _resident_bytes(), peak_bytes(torch.device("cpu"))
+            restart_peak(torch.device("cpu"))
+            self._resident, self._peak_before = resident_bytes(), peak_bytes(torch.device("cpu"))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,7 +121,7 @@ class PlannedRun(Callback):
         self._events = RunEvents(trainer, "PlannedRun")
         self._trained = count_parameters(pl_module).trainable
         if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+            restart_peak(pl_module.device)
         self._start, self._is_running = self._clock(), True
 
     @override
@@ -234,7 +232,7 @@ class PlannedRun(Callback):
         # The system counts the peak and the resident memory apart, to within some pages.
         if module.device.type != "cpu" or peak is None or before is None or peak <= before or peak == self._peak_before:
             return None, "not measured here, or hidden by an earlier peak of the process"
-        return peak - before, "growth of the process's resident memory"
+        return peak - before, "growth of the process: libraries and freed blocks count, too"
 
 
 def _total(trainer: Trainer, own: Tensor | int) -> int:
@@ -266,12 +264,6 @@ def _all_tokens(batch: Any) -> Tensor | int:
     labelled = torch.zeros(example.numel() + 1, dtype=torch.bool, device=example.device)
     labelled[example[(labels != -100).flatten()]] = True
     return labelled[example].sum()
-
-
-def _resident_bytes() -> int | None:
-    """Resident memory of this process; None where the system does not tell."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else None
 
 
 def _aligned(rows: list[_Row]) -> Iterator[str]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
@@ -17,6 +16,7 @@ from typing_extensions import override
 from lightning_lora.batch.counting import count_items
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import factor_parameters
+from lightning_lora.memory.process_peak import peak_bytes
 
 BAR_SECONDS = 0.5  # between two readings for the bar; each waits for the device
 
@@ -226,15 +226,3 @@ def _learning_rates(trainer: Trainer, pl_module: LightningModule) -> list[float]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     ours = [group for group in groups if any(id(parameter) in adapters for parameter in group["params"])]
     return list(dict.fromkeys(float(group["lr"]) for group in ours or groups if "lr" in group))
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """Peak memory so far in bytes: allocated on a CUDA device, else resident in this process; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from typing_extensions import override
 
 from lightning_lora.callbacks import LoRAGuard, LoRAProgressBar
-from lightning_lora.callbacks.progress import peak_bytes
 from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.data import SFTDataModule
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.reports import count_parameters
+from lightning_lora.memory.process_peak import peak_bytes
 from lightning_lora.tasks import CausalLM
 
 BATCH_SIZE = 8

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_lora import ConfigError, LoRAConfig
 from lightning_lora.callbacks import PlannedRun, planned_run
 from lightning_lora.files.events import read_events
+from lightning_lora.memory.process_peak import peak_bytes
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
 from tests.support.toys import Toy
@@ -51,8 +55,27 @@ def test_a_peak_below_what_was_resident_before_is_no_memory(tmp_path: Path, monk
     """The system counts the two apart; a negative number would be told otherwise."""
     peaks = iter((100, 150))
     monkeypatch.setattr(planned_run, "peak_bytes", lambda device: next(peaks))
-    monkeypatch.setattr(planned_run, "_resident_bytes", lambda: 200)
+    monkeypatch.setattr(planned_run, "resident_bytes", lambda: 200)
     assert run(tmp_path, PlannedRun()).measured["peak_bytes"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+def test_a_peak_before_the_run_is_none_of_it(tmp_path: Path) -> None:
+    """Neither in this process, nor that of the process that started it."""
+    spent = torch.ones(100_000_000)  # 400 MB
+    del spent
+    earlier = peak_bytes(torch.device("cpu"))
+    measured = run(tmp_path, PlannedRun()).measured["peak_bytes"]
+    assert earlier is not None
+    assert measured is None or measured < 100e6
+    now = peak_bytes(torch.device("cpu"))
+    assert now is not None
+    assert now < earlier - 300e6
+    code = "import torch; from lightning_lora.memory.process_peak import peak_bytes as p; print(p(torch.device('cpu')))"
+    spent = torch.ones(300_000_000)
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(child.stdout) < 1e9 < spent.nbytes
 
 
 def adapted() -> Toy:
@@ -130,6 +153,7 @@ warnings.simplefilter("ignore")
 from pathlib import Path
 from lightning_lora.callbacks import PlannedRun
 from lightning_lora.files.events import read_events
+from lightning_lora.memory.process_peak import peak_bytes
 from tests.support import toys
 planned = PlannedRun(2, 8)
 runner = toys.trainer(Path(sys.argv[1]), callbacks=[planned], devices=2, strategy="ddp")

@@ -70,7 +70,7 @@ def test_the_report_shows_both_runs_and_claims_no_verdict(demo: tuple[Path, str]
     assert {"LoRA rank 32", "full"} <= set(heads)
     lora, full = json.loads((demo[0] / "results.json").read_text())
     (verdict,) = (element.text for element in page.all_of("h1"))
-    assert all(f"{arm['val_losses']['12']:.4f} " in verdict for arm in (lora, full))
+    assert all(f"{arm['val_losses'][str(STEPS)]:.4f} " in verdict for arm in (lora, full))
     assert verdict.endswith("one seed each")
 
 

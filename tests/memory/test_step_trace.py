@@ -26,7 +26,7 @@ BATCH = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "labels
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, memory_prediction.Case]:
-    return memory_prediction.cases(memory_prediction._folders(tmp_path_factory.mktemp("models")))
+    return memory_prediction.cases(memory_prediction.folders(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora.callbacks.progress import peak_bytes
 from lightning_lora.errors import DataError, GradientError, RunFolderError, user_error
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from lightning_lora.files.checkpoint_manifest import checkpoints_in, examine
 from lightning_lora.files.folder_lock import drop_foreign_lock
 from lightning_lora.lora.reports import count_parameters
+from lightning_lora.memory.process_peak import peak_bytes, restart_peak
 from lightning_lora.study.matched.cells import DIVERGED, Outcome
 from lightning_lora.study.matched.held_out import held_out_losses
 from lightning_lora.study.matched.outcomes import write_row_losses
@@ -59,6 +59,7 @@ def fit_and_score(
     """
     recorder = found(trainer, CellRecorder)
     assert recorder is not None
+    restart_peak(trainer.strategy.root_device)  # this process may have done another run before
     if phase != "base":
         path = last_checkpoint(folder)
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)

@@ -13,6 +13,7 @@ import torch
 import lightning_lora as ll
 from lightning_lora import Study
 from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.memory.process_peak import resident_bytes
 from lightning_lora.study.matched.cells import Cell
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from tests.study.matched.learner import Learner, Rows
@@ -32,6 +33,8 @@ def study(out: Path, **settings: Any) -> Study:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, StudyRecord]:
     made = study(tmp_path_factory.mktemp("studies") / "done")
+    spent = torch.ones(200_000_000)  # 800 MB that are none of the runs'
+    del spent
     return made, made.run()
 
 
@@ -78,6 +81,13 @@ def test_the_costs_of_a_run_are_recorded(done: tuple[Study, StudyRecord]) -> Non
         assert [point.step for point in curve if point.val_loss is not None] == [24, 48, 72]
         assert all(a.seconds <= b.seconds and a.tokens <= b.tokens for a, b in itertools.pairwise(curve))
         assert not (record.run_folder(cell) / "checkpoints").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets an earlier peak")
+def test_the_peak_of_a_run_is_not_that_of_what_the_process_did_before(done: tuple[Study, StudyRecord]) -> None:
+    now = resident_bytes()
+    assert now is not None
+    assert all(cell.peak_bytes is not None and cell.peak_bytes < now + 700e6 for cell in done[1].cells)
 
 
 def test_a_finished_study_runs_nothing_again(done: tuple[Study, StudyRecord]) -> None:
