@@ -30,8 +30,8 @@ bench: $(VENV)/.developing
 	$(BIN)/python -m benchmarks.step --workload tiny --repetitions 10 --out build/benchmarks
 
 lint: $(VENV)/.developing
-	$(BIN)/ruff check lightning_lora tests benchmarks
-	$(BIN)/ruff format --check lightning_lora tests benchmarks
+	$(BIN)/ruff check lightning_lora tests benchmarks studies
+	$(BIN)/ruff format --check lightning_lora tests benchmarks studies
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.torch:
