@@ -32,6 +32,14 @@ def test_every_config_is_named_here() -> None:
     assert shipped == {"sft.yaml", "packing.yaml", *WATCHING, *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
 
 
+def test_watching_configs_add_to_each_other(tmp_path: Path) -> None:
+    done = lightning_lora("fit", *configs("sft.yaml", "lora.yaml", *WATCHING[1:]), "--print_config", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "replace" not in done.stderr
+    callbacks = [each["class_path"].rpartition(".")[2] for each in yaml.safe_load(done.stdout)["trainer"]["callbacks"]]
+    assert {"BatchSizeMonitor", "BatchProbe", "CapacityMonitor", "RankGrowth"} <= set(callbacks)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_parses(strategy: str, tmp_path: Path) -> None:
     done = lightning_lora(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lora.errors import ConfigError, did_you_mean, first_five
 
@@ -20,11 +21,15 @@ def check_config_files(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: If one does not exist, is no YAML, holds no settings, gives a name twice, or has settings of a
             class beside its ``init_args``.
+
+    Warns:
+        UserWarning: If the callbacks of one replace those of another.
     """
-    for name in config_files(arguments):
-        root = _parsed(name)
+    roots = {name: _parsed(name) for name in config_files(arguments)}
+    for name, root in roots.items():
         for mapping in _mappings(root):
             _check_mapping(name, mapping)
+    _tell_replaced_callbacks(roots)
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:
@@ -52,6 +57,19 @@ def place_of(key: str, arguments: Sequence[str]) -> str | None:
         if line is not None:
             return f"{name}, line {line}"
     return None
+
+
+def _tell_replaced_callbacks(roots: Mapping[str, yaml.MappingNode]) -> None:
+    before = ""
+    for name, root in roots.items():
+        if before and _line_of(root, ["trainer", "callbacks"]) is not None:
+            rank_zero_warn(
+                f"the callbacks of {name} replace those of {before}, which do not run: write 'callbacks+:' in {name} "
+                "to add to them.",
+                category=UserWarning,
+            )
+        if any(_line_of(root, ["trainer", key]) is not None for key in ("callbacks", "callbacks+")):
+            before = name
 
 
 def _parsed(name: str) -> yaml.MappingNode:

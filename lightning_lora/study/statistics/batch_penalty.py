@@ -69,5 +69,5 @@ def _gap(arm: Arm, baseline: Arm, batch: str, tokens: ArrayLike | None) -> Arm:
     missing |= {seed: "not run" for seed in (arm.losses.keys() ^ baseline.losses.keys()) - diverged}
     found = dict(zip(both, differences(arm, baseline, both), strict=True)) if both else {}
     problem = next((f"{each.problem} ({each.name})" for each in (arm, baseline) if each.problem), "")
-    name = f"[{arm.name} - {baseline.name}]({batch})"
+    name = f"{arm.name} - {baseline.name} ({batch})"
     return Arm(name, found, missing | {**arm.failed, **baseline.failed}, problem=problem)

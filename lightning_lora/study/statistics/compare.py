@@ -20,7 +20,7 @@ from lightning_lora.study.statistics.holm import holm
 from lightning_lora.study.statistics.interval import ALPHA, Interval
 from lightning_lora.study.statistics.needed import rows_needed, seeds_needed
 from lightning_lora.study.statistics.verdict import Verdict
-from lightning_lora.study.statistics.word import BAND, MIN_SEEDS, check_band, p_of_word, word_of
+from lightning_lora.study.statistics.word import BAND, MIN_SEEDS, Word, check_band, p_of_word, word_of
 
 
 def compare(
@@ -106,12 +106,25 @@ def corrected(verdicts: Sequence[Verdict], primary: str | None = None) -> list[V
     ]
 
 
+ALONE: dict[Word, str] = {
+    "matches": "it would match as the only comparison",
+    "behind": "it would be behind as the only comparison",
+    "ahead": "it would be ahead as the only comparison",
+}
+"""What a word that does not stand among several comparisons would have been."""
+
+
 def _stands(verdict: Verdict, p: float, count: int) -> Verdict:
     verdict = replace(verdict, p_corrected=p)
     assert verdict.interval is not None
     if verdict.verdict == "cannot tell" or p <= verdict.interval.alpha:
         return verdict
-    return replace(verdict, verdict="cannot tell", reason=f"({count} comparisons)", is_open=True)
+    return replace(
+        verdict,
+        verdict="cannot tell",
+        reason=f"({count} comparisons): {ALONE[verdict.verdict]}, more seeds may tell",
+        is_open=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
 from lightning_lora.cli import main as cli
 from lightning_lora.cli.embedded import MODEL
+from lightning_lora.cli.mistakes.config_files import check_config_files
 from lightning_lora.cli.mistakes.options import nearest
 from tests.support import toys
 from tests.support.commands import EMBEDDED, configs, tree
@@ -187,3 +189,14 @@ def test_the_nearest_option_may_lack_its_groups() -> None:
     assert nearest("max_steps", options) == "; did you mean 'trainer.max_steps'?"
     assert nearest("trainer.max_step", options) == "; did you mean 'trainer.max_steps'?"
     assert nearest("colour", options) == "."
+
+
+def test_callbacks_that_another_config_replaces_are_told(tmp_path: Path) -> None:
+    for name, key in (("first.yaml", "callbacks"), ("second.yaml", "callbacks"), ("more.yaml", "callbacks+")):
+        (tmp_path / name).write_text(f"trainer:\n  {key}:\n    - class_path: lightning_lora.callbacks.PlannedRun\n")
+    first, second, more = (str(tmp_path / name) for name in ("first.yaml", "second.yaml", "more.yaml"))
+    with pytest.warns(UserWarning, match=r"of .*second\.yaml replace those of .*first\.yaml.*write 'callbacks\+:'"):
+        check_config_files(["--config", first, "--config", second])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config_files(["--config", first, "--config", more])

@@ -111,7 +111,7 @@ def test_the_gap_of_two_arms_at_two_batches() -> None:
         (0.036667, 0.010915, 0.062419), abs=6e-7
     )
     assert found.sentence == (
-        "[rank 16 - full fine-tuning](large) falls behind [rank 16 - full fine-tuning](small) by 0.0367 nats (0.0109 "
+        "rank 16 - full fine-tuning (large) falls behind rank 16 - full fine-tuning (small) by 0.0367 nats (0.0109 "
         "to 0.0624)"
     )
 

@@ -82,7 +82,7 @@ def test_a_gap_of_gaps_needs_all_four_cells() -> None:
     ours, broken = arm("lora", 1.0, 1.0, 1.001), Arm("lora", {0: 1.0, 1: 1.0}, {2: "out of memory"})
     assert batch_penalty((ours, full), (ours, full)).verdict == "matches"
     assert batch_penalty((broken, full), (ours, full)).sentence == (
-        "cannot tell: [lora - full](large) has no result for seed 2 (out of memory)"
+        "cannot tell: lora - full (large) has no result for seed 2 (out of memory)"
     )
     wild = arm("lora", 1.0, 1.0, math.nan)
     assert "seed 2 (diverged)" in batch_penalty((ours, full), (wild, full)).sentence

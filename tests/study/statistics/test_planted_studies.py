@@ -187,7 +187,8 @@ def test_a_further_comparison_must_stand_among_all() -> None:
     noisy = replace(compare(*pair(0.001, 0.004, -0.002)), arm="rank 2")
     found = corrected([*verdicts, noisy], primary="rank 64")
     assert [each.verdict for each in found] == ["matches", "cannot tell", "matches", "cannot tell"]
-    assert found[1].sentence == "cannot tell (3 comparisons)"
+    told = "cannot tell (3 comparisons): it would match as the only comparison, more seeds may tell"
+    assert found[1].sentence == told
     assert found[0].p_corrected is None
     assert [each.p_corrected for each in found[1:]] == pytest.approx(
         [2 * (edge.p or 0), 3 * (tie.p or 0), noisy.p], rel=1e-6
