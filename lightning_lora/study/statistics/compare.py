@@ -106,12 +106,8 @@ def corrected(verdicts: Sequence[Verdict], primary: str | None = None) -> list[V
     ]
 
 
-ALONE: dict[Word, str] = {
-    "matches": "it would match as the only comparison",
-    "behind": "it would be behind as the only comparison",
-    "ahead": "it would be ahead as the only comparison",
-}
-"""What a word that does not stand among several comparisons would have been."""
+# What a word that does not stand among several comparisons would be.
+_ALONE: dict[Word, str] = {"matches": "it would match", "behind": "it would be behind", "ahead": "it would be ahead"}
 
 
 def _stands(verdict: Verdict, p: float, count: int) -> Verdict:
@@ -119,12 +115,8 @@ def _stands(verdict: Verdict, p: float, count: int) -> Verdict:
     assert verdict.interval is not None
     if verdict.verdict == "cannot tell" or p <= verdict.interval.alpha:
         return verdict
-    return replace(
-        verdict,
-        verdict="cannot tell",
-        reason=f"({count} comparisons): {ALONE[verdict.verdict]}, more seeds may tell",
-        is_open=True,
-    )
+    reason = f"({count} comparisons): {_ALONE[verdict.verdict]} as the only comparison, more seeds may tell"
+    return replace(verdict, verdict="cannot tell", reason=reason, is_open=True)
 
 
 @dataclass(frozen=True)
