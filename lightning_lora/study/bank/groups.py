@@ -79,6 +79,10 @@ def run_group(
     bank = ArmBank(mode)  # pyright: ignore[reportArgumentType]
     found = bank.run({job[0].run: partial(run, *job) for job in jobs})
     results = [found[job[0].run] for job in jobs]
-    # The peak of a process tells nothing of one run in it.
-    results = [replace(result, peak_bytes=None) if isinstance(result, Outcome) else result for result in results]
+    # Memory and energy of a process tell nothing of one run in it.
+    results = [_without_shared(result) if isinstance(result, Outcome) else result for result in results]
     return results, [bank.remark] if bank.remark else []
+
+
+def _without_shared(outcome: Outcome) -> Outcome:
+    return replace(outcome, peak_bytes=None, energy_joules=None)
