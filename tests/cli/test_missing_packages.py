@@ -66,12 +66,12 @@ def test_a_package_of_our_extras_is_named_by_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lacking(*arguments: object) -> None:
-        monkeypatch.setitem(sys.modules, "optuna", None)
-        raise ModuleNotFoundError("No module named 'optuna.storages'", name="optuna.storages")
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        raise ModuleNotFoundError("No module named 'bitsandbytes.nn'", name="bitsandbytes.nn")
 
     monkeypatch.setattr(cli, "run_command", lacking)
     assert cli.main(["merge"]) == 2
-    assert 'the package optuna is not installed: pip install "lightning-lora[study]"' in capsys.readouterr().err
+    assert 'the package bitsandbytes is not installed: pip install "lightning-lora[quant]"' in capsys.readouterr().err
 
 
 def test_a_fault_of_our_own_is_no_missing_package() -> None:

@@ -9,7 +9,6 @@ import yaml
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.equal import check_equal
 from lightning_lora.study.matched.spec import ArmSpec, read_spec, spec_of
-from tests.support import toys
 
 ARMS: dict[str, Any] = {"full": None, "rank 8": {"overrides": {"model.init_args.lora.rank": 8}}}
 
@@ -138,13 +137,3 @@ def test_arms_with_other_numbers_of_rows_are_refused() -> None:
 def test_several_devices_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.devices is 2, and each run of a study trains on one device"):
         check_equal([arm("a", devices=2), arm("b", devices=2, lora={"rank": 1})])
-
-
-@pytest.mark.parametrize("file", sorted((toys.ROOT / "studies").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_study_file_says_what_it_shows_and_can_be_read(file: Path) -> None:
-    spec, configs, _ = read_spec(file)
-    assert spec.name == file.stem
-    assert all((toys.ROOT / name).is_file() for name in configs)
-    first, second = file.read_text().splitlines()[:2]
-    assert first.startswith("# ")
-    assert second == f"#   lightning-lora study studies/{file.name} --out runs/{file.stem}"
