@@ -14,7 +14,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 from benchmarks.machine import load, machine
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.embedded import MODEL
+from lightning_lora.memory.process_peak import peak_bytes
 from lightning_lora.study.bank.bank import ArmBank, ArmRun
 from lightning_lora.tasks import CausalLM
 
@@ -96,10 +96,11 @@ def peak(train_it: Callable[[], Any]) -> int:
 
     def measure() -> None:
         quieten()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cpu = torch.device("cpu")
+        before = peak_bytes(cpu) or 0
         train_it()
         on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
-        child.send(on_gpu or (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        child.send(on_gpu or (peak_bytes(cpu) or 0) - before)
 
     process = multiprocessing.get_context("fork").Process(target=measure)
     process.start()

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import load, machine
+from lightning_lora.memory.process_peak import peak_bytes
 
 NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ida", "Jon"]
 THINGS = ["apples", "stamps", "marbles", "pencils", "shells", "coins", "books", "tickets", "cards", "buttons"]
@@ -99,7 +99,7 @@ def _cpu_seconds() -> float:
 
 def _peak_bytes() -> int:
     """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_bytes(torch.device("cpu")) or 0
 
 
 def measured(way: str, path: Path, num_proc: int) -> dict[str, float]:

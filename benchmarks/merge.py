@@ -30,16 +30,15 @@ from benchmarks.machine import load, machine
 WIDTH = 8_192
 MERGE = """
 import json, sys, time
-from pathlib import Path
+import torch
 from lightning_lora.files.merge.merge_files import merge_files
+from lightning_lora.memory.process_peak import peak_bytes, resident_bytes, restart_peak
 
-def resident(kind):
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(kind))
-
-Path("/proc/self/clear_refs").write_text("5")  # what importing took at its peak does not count
-before, start = resident("VmRSS"), time.perf_counter()
+cpu = torch.device("cpu")
+restart_peak(cpu)  # what importing took at its peak does not count
+before, start = resident_bytes(), time.perf_counter()
 merge_files(*sys.argv[1:])
-print(json.dumps({"seconds": time.perf_counter() - start, "bytes": resident("VmHWM") - before}))
+print(json.dumps({"seconds": time.perf_counter() - start, "bytes": peak_bytes(cpu) - before}))
 """
 
 

@@ -7,11 +7,8 @@ It takes seconds, and a larger model shows nothing more.
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, count_parameters, inject_lora, lora_layers, merge_lora, unmerge_lora
-from studies.modules.pages import FINDINGS, made_with, markdown_table, write_lines
+from studies.modules.pages import run_laws
 from studies.modules.rows import VOCAB, rows_of
 from studies.modules.tiny_gpt import TinyGPT
 
@@ -158,18 +155,7 @@ def laws() -> Iterator[Line]:
 
 def main() -> None:
     """Measure, print the table and write the CSV."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FINDINGS / "exact_laws")
-    options = parser.parse_args()
-    start = time.perf_counter()
-    lines = list(laws())
-    write_lines(options.out / "results.csv", lines)
-    rows = [[f"{each:.3g}" if isinstance(each, float) else each for each in line.values()] for line in lines]
-    print(
-        markdown_table(("law", "case", "found", "the law says"), rows),
-        made_with(time.perf_counter() - start),
-        sep="\n\n",
-    )
+    run_laws(__doc__, "exact_laws", laws, digits=3)
 
 
 if __name__ == "__main__":

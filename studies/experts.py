@@ -8,17 +8,14 @@ layers learn more in a mixture is studies/layers_experts.yaml.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_lora import LoRAConfig, count_parameters, inject_lora, lora_layers, merge_lora
-from studies.modules.pages import FINDINGS, made_with, markdown_table, write_lines
+from studies.modules.pages import run_laws
 
 EXPERTS, ACTIVE, WIDTH, INNER, LAYERS, RANK = 8, 2, 64, 64, 2, 8
 Line = dict[str, object]
@@ -136,18 +133,7 @@ def _train(model: Qwen3MoeForCausalLM, ids: Tensor) -> dict[int, set[int]]:
 
 def main() -> None:
     """Measure, print the table and write the CSV."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FINDINGS / "experts")
-    options = parser.parse_args()
-    start = time.perf_counter()
-    lines = [*parameters(), *after_training()]
-    write_lines(options.out / "results.csv", lines)
-    rows = [[f"{each:.4g}" if isinstance(each, float) else each for each in line.values()] for line in lines]
-    print(
-        markdown_table(("law", "case", "found", "the law says"), rows),
-        made_with(time.perf_counter() - start),
-        sep="\n\n",
-    )
+    run_laws(__doc__, "experts", lambda: (*parameters(), *after_training()), digits=4)
 
 
 if __name__ == "__main__":

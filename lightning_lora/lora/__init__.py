@@ -6,6 +6,7 @@ weights and back), `reports` (what was done, parameter counts), `patterns` (name
 optimizer state), `allocation` (ranks of layers from a gradient), `gradient_start` (first values from a gradient),
 `shards` (sharded tensors), `fingerprint` (digests of the base), `travelling` (buffers and others that training changes
 without an optimizer), `base_values` (the base of modules trained in full), `frozen_copies` (teachers and target
-networks), `vocabulary` (the check that it was not resized), `merged_saving` (``save_pretrained`` of an adapted model);
+networks), `vocabulary` (the check that it was not resized), `merged_saving` (``save_pretrained`` of an adapted model),
+`evaluation_mode` (for a while);
 then the rooms `targets` (which weights, at which rank), `layers` (adapted modules) and `functional` (tensors).
 """

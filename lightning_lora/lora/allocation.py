@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.lora.functional.sketched_svd import SketchedSVD
 from lightning_lora.lora.targets.resolve import Target, resolve_targets
 
@@ -179,11 +180,9 @@ def _measure(
 def _only_trained(module: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Let only ``weights`` have gradients, in eval mode; restore flags, gradients and random numbers on exit."""
     before = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    modes = [(child, child.training) for child in module.modules()]
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=list(devices)):
-            module.eval()
+        with torch.random.fork_rng(devices=list(devices)), in_eval_mode(module):
             module.requires_grad_(False)
             for weight in weights:
                 weight.grad = None
@@ -193,8 +192,6 @@ def _only_trained(module: nn.Module, weights: list[nn.Parameter]) -> Iterator[No
         for parameter, trained, gradient in before:
             parameter.requires_grad_(trained)
             parameter.grad = gradient
-        for child, mode in modes:
-            child.training = mode
 
 
 def _give_out(shares: dict[str, list[float]], cost: dict[str, int], budget: int) -> dict[str, int]:

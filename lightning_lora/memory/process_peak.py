@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,12 +33,9 @@ def restart_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    forget = _PROC / "clear_refs"
-    if os.access(forget, os.W_OK):
-        try:
-            forget.write_text("5")  # proc(5): the peak becomes what is resident now
-        except PermissionError:  # some containers refuse what the file's mode allows; the earlier peak stays
-            return
+    # Where there is no such file, or a container forbids it, the earlier peak stays.
+    with suppress(FileNotFoundError, PermissionError):
+        (_PROC / "clear_refs").write_text("5")  # proc(5): the peak becomes what is resident now
 
 
 def resident_bytes() -> int | None:

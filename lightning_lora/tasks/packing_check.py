@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
+from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.lora.functional.torch_internals import has_values
 
 EXAMPLE_TOKENS = 8
@@ -99,14 +100,8 @@ def _rounding_unit(model: nn.Module, logits: Tensor) -> float:
 @contextmanager
 def _eval_without_trace(model: nn.Module) -> Iterator[None]:
     """Run in eval mode without gradients; restore the mode of every module and the random generators on exit."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), kept_random_state(next(model.parameters()).device):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model), torch.no_grad(), kept_random_state(next(model.parameters()).device):
+        yield
 
 
 def _class_name(model: nn.Module) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,26 @@ def made_with(seconds: float, device: str = "") -> str:
     versions = ", ".join(f"{name} {installed_version(name)}" for name in ("lightning-lora", "torch", "lightning"))
     where = device or f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     return f"{datetime.now(timezone.utc):%Y-%m-%d}, {versions}, {where}, {seconds:.0f} s."
+
+
+def run_laws(doc: str | None, name: str, laws: Callable[[], Iterable[Mapping[str, Any]]], digits: int) -> None:
+    """The command of a script that compares what it finds with laws: prints the table, and writes the CSV.
+
+    Args:
+        doc: The script's own description.
+        name: Name of the finding.
+        laws: Makes the lines of the table.
+        digits: Significant digits to print; the CSV has all.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FINDINGS / name)
+    options = parser.parse_args()
+    start = time.perf_counter()
+    lines = list(laws())
+    write_lines(options.out / "results.csv", lines)
+    rows = [[f"{each:.{digits}g}" if isinstance(each, float) else each for each in line.values()] for line in lines]
+    table = markdown_table(("law", "case", "found", "the law says"), rows)
+    print(table, made_with(time.perf_counter() - start), sep="\n\n")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.support.tiny_models import llama
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 DIGESTS = """
-import itertools, json, os, resource, sys, warnings
+import itertools, json, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
 from lightning_lora.lora.fingerprint import base_digests, fingerprint, tensor_digest
 from lightning_lora.lora.shards import every_nth
+from lightning_lora.memory.process_peak import peak_bytes
 from lightning_lora.sharding import shard_lora
 from tests.support.tiny_models import llama, wake
 
@@ -62,7 +63,7 @@ assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 assert base_digests(model) == expected
 save_adapter(model, sys.argv[1] + "/adapter")
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: peak_bytes(torch.device("cpu")) // 2**20
 large = DTensor.from_local(torch.ones(1024, 8192), one, [Shard(0)])  # 128 MB, 32 MB a rank
 before = peak()
 tensor_digest(large)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.study.bank.joining import MASK, CannotJoinError, joined, taken_apart
 from lightning_lora.study.bank.joint_layers import Head, joint_layers
-from lightning_lora.study.bank.process_state import ProcessState, drawn_since, generator_states
+from lightning_lora.study.bank.process_state import ProcessState
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TOLERANCE_BELOW = 5e-2
@@ -56,12 +56,12 @@ class JointPass:
     def __init__(self, calls: Sequence[Call], is_joint: bool = True) -> None:
         self.calls = calls
         args, kwargs, self.rows = joined([(call.args, call.kwargs) for call in calls])
-        before, states = ProcessState(), generator_states()
+        before = ProcessState()
         roots = [call.root for call in calls]
         kind: Any = type(roots[0])
         with joint_layers(roots, self.rows, is_joint) as heads:
             self._output = kind.forward(roots[0], *args, **kwargs)
-        if is_joint and drawn_since(*states):
+        if is_joint and before.torch_has_drawn():
             before.restore()
             raise CannotJoinError("its base draws random numbers in training, as dropout does")
         self._heads = heads

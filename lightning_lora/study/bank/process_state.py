@@ -15,8 +15,7 @@ class ProcessState:
     def __init__(self) -> None:
         self._python = random.getstate()
         self._numpy: Any = numpy.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._torch, self._cuda = _torch_states()
         # A Trainer in half precision changes it around each step.
         self._dtype = torch.get_default_dtype()
 
@@ -29,6 +28,13 @@ class ProcessState:
             torch.cuda.set_rng_state_all(self._cuda)
         torch.set_default_dtype(self._dtype)
 
+    def torch_has_drawn(self) -> bool:
+        """Whether torch's generators are in another state by now."""
+        now, now_cuda = _torch_states()
+        return not torch.equal(self._torch, now) or any(
+            not torch.equal(one, other) for one, other in zip(self._cuda, now_cuda, strict=False)
+        )
+
 
 def seed_all(seed: int) -> None:
     """Seed all global generators; unlike `seed_everything` it leaves nothing in the environment."""
@@ -37,12 +43,5 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def drawn_since(before: torch.Tensor, before_cuda: list[torch.Tensor]) -> bool:
-    """Whether torch's generators are no longer in the states that `generator_states` returned."""
-    now, now_cuda = generator_states()
-    return not torch.equal(before, now) or any(map(lambda one, two: not torch.equal(one, two), before_cuda, now_cuda))
-
-
-def generator_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The states of torch's generators."""
+def _torch_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_lora.errors import DataError
+from lightning_lora.study.matched.measures.batch_losses import batch_losses
 from lightning_lora.study.matched.measures.curve import validation_metric
 from lightning_lora.study.matched.outcomes import as_losses
 from lightning_lora.study.matched.record import RowLosses
@@ -98,14 +99,15 @@ def _by_row(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) 
     count = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     for size in (loader.batch_size or 1, 1):  # a mean over a batch is a row of its own only in a batch of one
         found = trainer.predict(module, _subset(loader, range(count), size)) or []
-        if not all(isinstance(each, Mapping) and isinstance(each.get("loss"), Tensor) for each in found):
+        given = [each for each in map(batch_losses, found) if each is not None]
+        if len(given) < len(found):
             return None
-        losses = torch.cat([each["loss"].detach().cpu().double().reshape(-1) for each in found])  # pyright: ignore
+        losses = torch.cat([each.cpu() for each, _ in given])
         if len(losses) == count:
-            tokens = [each.get("tokens") for each in found]  # pyright: ignore[reportAttributeAccessIssue]
-            if not all(isinstance(each, Tensor) for each in tokens):
+            tokens = [each.cpu() for _, each in given if each is not None]
+            if len(tokens) < len(given):
                 return losses, torch.ones(count)
-            counts = torch.cat([each.detach().cpu().reshape(-1) for each in tokens if isinstance(each, Tensor)])
+            counts = torch.cat(tokens)
             return losses * counts, counts
     return None
 

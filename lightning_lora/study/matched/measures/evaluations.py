@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora.capacity.fixed_rows import fixed_batches, validation_loaders
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import DataError
+from lightning_lora.lora.evaluation_mode import in_eval_mode
+from lightning_lora.study.matched.measures.batch_losses import batch_losses
 from lightning_lora.study.statistics.steps_to_loss import evaluation_steps
 
 
@@ -52,7 +51,7 @@ class Evaluations:
         device = trainer.strategy.root_device
         with (
             kept_random_state(device),
-            _evaluating(module),
+            in_eval_mode(module),
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
         ):
@@ -63,24 +62,13 @@ class Evaluations:
         return sum(loss for loss, _ in found) / sum(count for _, count in found)
 
 
-@contextmanager
-def _evaluating(module: LightningModule) -> Iterator[None]:
-    """All layers in the mode of evaluation; each is put back into its own."""
-    modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
-
-
 def _sums(module: LightningModule, found: Any) -> tuple[float, float]:
     """Sum of the losses of a batch over its tokens, and the number of them."""
-    if not isinstance(found, Mapping) or not isinstance(found.get("loss"), Tensor):
+    given = batch_losses(found)
+    if given is None:
         raise _no_losses(module)
-    losses, tokens = found["loss"].double().reshape(-1), found.get("tokens")
-    weights = tokens.double().reshape(-1) if isinstance(tokens, Tensor) else torch.ones_like(losses)
+    losses, tokens = given
+    weights = torch.ones_like(losses) if tokens is None else tokens.double()
     return float((losses * weights).sum()), float(weights.sum())
 
 
