@@ -53,6 +53,7 @@ GPU_TESTS = (
     "tests/batch/noise/test_sample_precision.py",
     "tests/tasks/test_quantised_training.py",
     "tests/memory/test_other_devices.py",
+    "tests/study/matched/test_on_a_gpu.py",
 )
 
 
@@ -60,9 +61,9 @@ def marked_tests(place: Place) -> dict[str, Any]:
     """The tests that want a GPU, by themselves."""
     if place.dry:
         return {"skipped": "needs CUDA"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "-k", "cuda or gpu"]
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "-k", "cuda or gpu"]
     command = [sys.executable, "-m", "pytest", *options, *GPU_TESTS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=75, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     return {"rc": done.returncode, "tail": done.stdout.splitlines()[-12:] + done.stderr.splitlines()[-3:]}
 
 
@@ -85,7 +86,7 @@ PARTS: dict[str, tuple[Callable[[Place], dict[str, Any]], int]] = {
     "sharded": (sharded, 40),
     "quantised": (quantised, 60),
     "compiled": (compiled, 100),
-    "marked_tests": (marked_tests, 80),
+    "marked_tests": (marked_tests, 115),
     "step_8b_whole": (step_8b_whole, 60),
 }
 # Parts that start a Python of their own.

@@ -31,7 +31,8 @@ def peak_bytes(device: torch.device) -> int | None:
 def restart_peak(device: torch.device) -> None:
     """Forget earlier peaks, where the system can: on CUDA and on Linux."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        if torch.cuda.is_initialized():  # before that torch knows no device, and nothing is allocated
+            torch.cuda.reset_peak_memory_stats(device)
         return
     # Where there is no such file, or a container forbids it, the earlier peak stays.
     with suppress(FileNotFoundError, PermissionError):

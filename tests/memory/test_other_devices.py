@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
+from lightning_lora.memory.process_peak import restart_peak
 from lightning_lora.memory.step_mode import known_batch
 
 
@@ -29,3 +30,10 @@ def test_heads_of_keys_that_serve_several_queries_save_no_operation() -> None:
 def test_a_batch_on_a_gpu_is_traced_as_one_on_a_cpu_cuda() -> None:
     batch = torch.ones(4, 8)
     assert known_batch({"x": batch.cuda()})["x"].device.type == "cpu"
+
+
+def test_a_peak_is_forgotten_before_torch_has_asked_for_a_gpu() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("an earlier test of this process has used the GPU")
+    restart_peak(torch.device("cuda", 0))
+    assert not torch.cuda.is_initialized()

@@ -61,7 +61,8 @@ def fit_and_score(
     recorder = found(trainer, CellRecorder)
     assert recorder is not None
     evaluations = ()
-    restart_peak(trainer.strategy.root_device)  # this process may have done another run before
+    device = trainer.strategy.root_device  # the module's own is the CPU, before a fit and after it
+    restart_peak(device)  # this process may have done another run before
     if phase == "base" and not recorder.on_grid:
         evaluations = _first_evaluation(trainer, module, datamodule)
     elif phase != "base":
@@ -71,7 +72,7 @@ def fit_and_score(
             raise DataError("the run took no optimizer step: give it training rows and steps.")
         recorder.write()  # `fit` has kept a curve of its own there
         evaluations = recorder.evaluations
-    peak = peak_bytes(module.device)
+    peak = peak_bytes(device)
     steps, trained = trainer.global_step, 0 if phase == "base" else count_parameters(module).trainable
     rows, rows_hash = held_out_losses(trainer, module, datamodule)
     if phase != "rung":
