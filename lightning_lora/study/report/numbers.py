@@ -54,6 +54,15 @@ def short(value: float | None) -> Cell:
     )
 
 
+def p_value(value: float | None) -> Cell:
+    """A p-value; how small it is below ``1e-4`` rests on the shape of a distribution that nobody has looked at.
+
+    >>> p_value(0.0123).text, p_value(3e-80).text
+    ('0.0123', '< 1e-4')
+    """
+    return Cell("< 1e-4", value) if value is not None and value < 1e-4 else short(value)
+
+
 def size(value: float | None) -> Cell:
     """Bytes in the largest unit that fits."""
     if value is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, share, short, words
+from lightning_lora.study.report.numbers import NOTHING, count, p_value, share, words
 from lightning_lora.study.report.word_cell import word_cell
 from lightning_lora.study.tasks.record import read_tasks
 
@@ -99,7 +99,7 @@ def _table(number: int, where: str, verdicts: Sequence[Mapping[str, Any]]) -> Ta
             word_cell(each),
             *(_points(each[name]) for name in ("difference", "low", "high")),
             *(count(each[name]) for name in ("seeds", "questions")),
-            *(short(each[name]) for name in ("p", "p_corrected")),
+            *(p_value(each[name]) for name in ("p", "p_corrected")),
         ]
         for each in verdicts
     ]

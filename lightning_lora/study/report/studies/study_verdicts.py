@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Cell, Figure, Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, short, words
+from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, p_value, short, words
 from lightning_lora.study.report.studies.study_facts import StudyFacts, headline, why_open, with_interval
 from lightning_lora.study.report.word_cell import WORDS, word_cell
 
@@ -142,7 +142,7 @@ def _table(facts: StudyFacts) -> Table:
             *(difference(verdict[name]) for name in ("difference", "low", "high")),
             count(verdict["seeds"]),
             nats(verdict.get("spread")),
-            *(short(verdict.get(name)) for name in ("p", "p_corrected")),
+            *(p_value(verdict.get(name)) for name in ("p", "p_corrected")),
         ]
         for verdict in facts.verdicts.values()
     ]
