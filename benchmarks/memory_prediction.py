@@ -10,6 +10,7 @@ adapters, whose size is known. Models are random and small enough for a minute, 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import sys
@@ -74,6 +75,7 @@ def measured_bytes(case: Case) -> int:
     batches: DataLoader[Any] = DataLoader(cast(Any, [batch] * 8), batch_size=None, collate_fn=_own)
     # Prepare outside of the profile, as its first forward and backward do not see blocks from before.
     module.configure_model()
+    gc.collect()  # what was freed in the profile, of a run before it, would count as freed by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.fit(module, batches)
     assert profiler.profiler is not None
