@@ -30,12 +30,11 @@ from lightning_lora.callbacks import RankGrowth
 from lightning_lora.lora.allocation import allocate_ranks
 from lightning_lora.lora.growth_plan import num_factor_parameters
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.student_t import t_quantile
 
 WIDTH, DEPTH, ROWS, BATCH, STEPS, RANK = 32, 6, 1024, 32, 400, 4
 HIGH_RANK, HIGH_LAYERS = 12, (1, 4)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""Quantile of Student's t by number of pairs."""
 METHODS = ("fixed", "grown", "allocated")
 
 
@@ -117,6 +116,13 @@ def train(method: str, rate: float, seed: int, folder: str) -> tuple[float, int]
         return float((module.net(x) - y).square().mean() / y.var()), num_factor_parameters(module)
 
 
+def interval(pairs: list[float]) -> str:
+    """The mean difference and its two-sided interval of 95 %, as two cells of a table."""
+    mean = statistics.mean(pairs)
+    half = t_quantile(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{mean:+.4f} | {mean - half:+.4f} to {mean + half:+.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -146,9 +152,7 @@ def main() -> None:
     print("\n| compared with fixed | mean difference | 95 % interval |\n|---|---|---|")
     for method in METHODS[1:]:
         pairs = [one - other for one, other in zip(errors[method], errors["fixed"], strict=True)]
-        half = T_95[len(pairs)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-        mean = statistics.mean(pairs)
-        print(f"| {method} | {mean:+.4f} | {mean - half:+.4f} to {mean + half:+.4f} |")
+        print(f"| {method} | {interval(pairs)} |")
     print(f"\n{STEPS} steps of {BATCH} rows, seeds {arguments.seeds}, {time.monotonic() - start:.0f} s; ", end="")
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
 

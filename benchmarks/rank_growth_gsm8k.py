@@ -11,7 +11,6 @@ Markdown: validation losses in nats per answer token, and paired differences wit
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import statistics
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from benchmarks.rank_growth import T_95
+from benchmarks.rank_growth import interval
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import RankGrowth
 from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
@@ -92,12 +91,6 @@ def train(method: str, rate: float, seed: int, steps: int, folder: str) -> Run:
     return Run(loss, num_factor_parameters(module), grown, time.process_time() - start)
 
 
-def _interval(pairs: list[float]) -> str:
-    mean = statistics.mean(pairs)
-    half = T_95[len(pairs)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{mean:+.4f} | {mean - half:+.4f} to {mean + half:+.4f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -125,7 +118,7 @@ def main() -> None:
     print("\n| compared | mean difference, nats | 95 % interval |\n|---|---|---|")
     for one, other in (("grown", "final"), ("grown", "small"), ("final", "small")):
         pairs = [left.loss - right.loss for left, right in zip(runs[one], runs[other], strict=True)]
-        print(f"| {NAMES[one]}, minus {NAMES[other]} | {_interval(pairs)} |")
+        print(f"| {NAMES[one]}, minus {NAMES[other]} | {interval(pairs)} |")
     seconds = (f"{NAMES[method]} {statistics.mean(run.seconds for run in runs[method]):.0f}" for method in METHODS)
     print(f"\nCPU seconds of a run: {', '.join(seconds)}")
     print(f"Steps with growths: {[sorted(set(run.growths)) for run in runs['grown']]}")

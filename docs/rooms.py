@@ -33,6 +33,7 @@ ABOUT = {
     "effective_batch": "rows of an optimizer step",
     "lightning_private": "private attributes of Lightning",
     "hub": "hub access",
+    "student_t": "Student's t",
     "errors": "every error; all rooms import it, without an arc",
 }
 ROW, LEFT, WIDTH, TOP = 46, 16, 340, 16

@@ -25,6 +25,7 @@ MODELS = (*LIGHTNING, "transformers", "datasets")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "versions": (),
+    "student_t": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
     "lightning_private": LIGHTNING,

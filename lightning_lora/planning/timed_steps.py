@@ -24,13 +24,12 @@ from lightning_lora.planning.set_up_data import copy_with_generators
 from lightning_lora.planning.stop_signals import ending_at_once
 from lightning_lora.planning.timing.shapes import Shape, with_rows
 from lightning_lora.planning.timing.stopwatch import Stopwatch
+from lightning_lora.student_t import t_quantile
 
 OTHER_MINUTES = 0.1
 """Relative uncertainty of carrying a time of now over to later: the least half-width of an interval."""
 OTHER_ROWS = 0.1
 """The same for a time of fewer rows than those of a micro-batch."""
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""Student's t for a two-sided interval of 95 % by degrees of freedom, from 1."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class StepTimes:
             return 0.5
         residuals = [taken - rate * work for taken, work in zip(self.micro, works, strict=True)]
         error = math.sqrt(sum(residual**2 for residual in residuals) / (count - 1) / count)
-        spread = _T[min(count - 1, len(_T)) - 1] * error / statistics.fmean(self.micro)
+        spread = t_quantile(0.975, count - 1) * error / statistics.fmean(self.micro)
         return math.hypot(spread, OTHER_MINUTES, OTHER_ROWS if is_fewer else 0.0)
 
 

@@ -5,5 +5,5 @@ rows), `word` (matches, behind, ahead, cannot tell), `arm` (the runs of one arm)
 `verdict` (what is found, and its sentence), `holm` (several comparisons), `needed` (seeds and rows that would do),
 `seed_plan` (3, 5, 8 seeds and their price), `power` (the chance of each word), `before_start` (what to print before a
 study starts). `rates` chooses the learning rate of an arm. Other questions: `steps_to_loss`, `stays_behind` (since
-when), `batch_penalty`. Beneath all: `student_t`.
+when), `batch_penalty`.
 """

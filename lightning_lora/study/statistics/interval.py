@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_lora.study.statistics.student_t import t_above, t_quantile
+from lightning_lora.student_t import t_above, t_quantile
 
 ALPHA = 0.05
 """One-sided level of every interval: the true mean is below ``low`` in at most this share of studies."""

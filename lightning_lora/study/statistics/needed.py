@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lightning_lora.student_t import t_quantile
 from lightning_lora.study.statistics.interval import ALPHA
-from lightning_lora.study.statistics.student_t import t_quantile
 
 
 def seeds_needed(spread: float, room: float, alpha: float = ALPHA) -> int | None:

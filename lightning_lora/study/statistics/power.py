@@ -14,9 +14,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_lora.student_t import t_quantile
 from lightning_lora.study.statistics.interval import ALPHA
 from lightning_lora.study.statistics.seed_plan import SeedPlan
-from lightning_lora.study.statistics.student_t import t_quantile
 
 _STUDIES = 40_000
 

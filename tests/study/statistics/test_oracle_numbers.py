@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_lora.errors import DataError
+from lightning_lora.student_t import t_quantile
 from lightning_lora.study.statistics.batch_penalty import batch_penalty
 from lightning_lora.study.statistics.crossed import linearised, mean_squares, paired_interval
 from lightning_lora.study.statistics.holm import holm
@@ -15,7 +16,6 @@ from lightning_lora.study.statistics.needed import rows_needed, seeds_needed
 from lightning_lora.study.statistics.rates.over_rates import expected_best
 from lightning_lora.study.statistics.rates.rate_vertex import vertex
 from lightning_lora.study.statistics.steps_to_loss import Reached, crossing, step_ratio
-from lightning_lora.study.statistics.student_t import t_quantile
 from lightning_lora.study.statistics.word import word_of
 from tests.study.statistics.arms import arm
 
