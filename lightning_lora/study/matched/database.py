@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,11 @@ from lightning_lora.errors import ConfigError
 
 NETWORK_DISKS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "fuse.sshfs", "9p")
 WAIT_SECONDS = 60
-"""How long a transaction waits for those of other workers."""
+"""How long a transaction waits for those of other workers, and for a server that restarts."""
+
+
+class ServerGoneError(ConfigError):
+    """The server went away in the middle of a transaction, which the next one may find back."""
 
 
 class Transaction(Protocol):
@@ -45,7 +50,8 @@ class Database:
             self._connection: Any = self._open_file(Path(url.removeprefix("sqlite:///")))
         elif re.match(r"postgres(ql)?(\+psycopg2?)?://", url):
             self.now = "extract(epoch from clock_timestamp())::double precision"
-            self._connection = self._open_server(re.sub(r"^postgres(ql)?(\+psycopg2?)?://", "postgresql://", url))
+            self._url = re.sub(r"^postgres(ql)?(\+psycopg2?)?://", "postgresql://", url)
+            self._connection = self._open_server(self._url)
         else:
             raise ConfigError(f"storage {self.shown} must be sqlite:///FILE or postgresql://USER@HOST/NAME.")
 
@@ -55,7 +61,11 @@ class Database:
 
         Raises:
             ConfigError: If the database cannot be used.
+            ServerGoneError: If the server goes away within the block. Its statements may then have been done: what is
+                tried again must be able to find them done.
         """
+        if not self.is_sqlite:
+            self._wait_for_server()
         try:
             if self.is_sqlite:
                 # Immediate: a transaction that first reads and then writes must not lose its place to another one.
@@ -66,7 +76,8 @@ class Database:
                 with self._connection.transaction():
                     yield _Placeholders(self._connection)
         except self._errors as error:
-            raise ConfigError(f"storage {self.shown} cannot be used: {_first_line(error)}.") from error
+            kind = ServerGoneError if not self.is_sqlite and self._connection.closed else ConfigError
+            raise kind(f"storage {self.shown} cannot be used: {_first_line(error)}.") from error
 
     def close(self) -> None:
         """Close the connection."""
@@ -99,6 +110,24 @@ class Database:
             return psycopg.connect(url, autocommit=True, connect_timeout=20)
         except psycopg.Error as error:
             raise ConfigError(f"storage {self.shown} cannot be reached: {_first_line(error)}.") from error
+
+    def _wait_for_server(self) -> None:
+        """Connect again if the connection is gone, as it is after a restart of the server."""
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                if self._connection.closed:
+                    self._connection = self._open_server(self._url)
+                self._connection.execute("SELECT 1")
+                return
+            except (ConfigError, *self._errors) as error:
+                self._connection.close()
+                if time.monotonic() > end:
+                    raise ConfigError(
+                        f"storage {self.shown} has been away for {WAIT_SECONDS} s: {_first_line(error)}. Finished runs "
+                        f"are kept: give the same command again when the server is back."
+                    ) from error
+            time.sleep(1)
 
 
 class _Placeholders:

@@ -7,15 +7,16 @@ So a result is recorded once, whatever is killed.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.folder_lock import is_dead_process, process_name
 from lightning_lora.study.matched.cells import Cell, CellStatus, Outcome
-from lightning_lora.study.matched.database import Database, Transaction
+from lightning_lora.study.matched.database import Database, ServerGoneError, Transaction
 from lightning_lora.study.matched.outcomes import outcome_from_text, outcome_to_text
 
 LEASE_SECONDS = 120.0
@@ -25,6 +26,8 @@ MOST_LOST = 5
 MOST_ERRORS = 2
 """Attempts of a run that ends with an error other than NaN or bad input."""
 _VERSION = 1
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _TABLES = (
     """CREATE TABLE IF NOT EXISTS ll_study (name TEXT PRIMARY KEY, spec TEXT NOT NULL, version INTEGER NOT NULL)""",
     """CREATE TABLE IF NOT EXISTS ll_cell (study TEXT NOT NULL, key TEXT NOT NULL, place INTEGER NOT NULL,
@@ -48,6 +51,19 @@ class Claim:
     attempt: int
 
 
+def _patient(method: Callable[Concatenate[Store, _P], _T]) -> Callable[Concatenate[Store, _P], _T]:
+    """Do it once more if the server went away within it; what was written nevertheless is not written again."""
+
+    @functools.wraps(method)
+    def patient(self: Store, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except ServerGoneError:
+            return method(self, *args, **kwargs)
+
+    return patient
+
+
 class Store:
     """The runs of one study in a database.
 
@@ -68,6 +84,7 @@ class Store:
         self._database = Database(url)
         self._now = self._database.now
 
+    @_patient
     def open(self, fingerprint: Mapping[str, Any]) -> None:
         """Create the tables and the study, or join it.
 
@@ -110,6 +127,7 @@ class Store:
             )
         return {"fixed": dict(here["fixed"]), "arms": {**there["arms"], **here["arms"]}}
 
+    @_patient
     def add(self, cells: Iterable[Cell]) -> None:
         """Ask for runs, behind those that were asked for before, which stay as they are."""
         with self._database.transaction() as transaction:
@@ -123,6 +141,7 @@ class Store:
                     [self.study, cell.key, place, json.dumps(cell.to_dict())],
                 )
 
+    @_patient
     def claim(self, suits: Callable[[Cell, int], bool] | None = None) -> Claim | None:
         """Claim a run that waits, or one whose worker is gone; None if there is none.
 
@@ -169,10 +188,12 @@ class Store:
             [f"killed {MOST_LOST} times; out of memory?", self.study, MOST_LOST - 1],
         )
 
+    @_patient
     def beat(self, claim: Claim) -> bool:
         """Renew a lease; False if it is lost, and then nothing may be written for this claim any more."""
         return self._update(claim, f"expires = {self._now} + ?", [self.lease])
 
+    @_patient
     def finish(self, claim: Claim, outcome: Outcome) -> bool:
         """Record a result; False if the lease was lost before."""
         with self._database.transaction() as transaction:
@@ -184,6 +205,7 @@ class Store:
             )
         return True
 
+    @_patient
     def fail(self, claim: Claim, reason: str, is_final: bool) -> bool:
         """Record that a run failed; it is tried once more unless ``is_final``. False if the lease was lost before."""
         with self._database.transaction() as transaction:
@@ -191,10 +213,12 @@ class Store:
             values = [int(is_final), reason]
             return self._update(claim, f"state = {state}, errors = errors + 1, reason = ?", values, transaction)
 
+    @_patient
     def release(self, claim: Claim) -> bool:
         """Give a run back that was stopped, for whoever comes next."""
         return self._update(claim, "state = 'ready', expires = 0", [])
 
+    @_patient
     def retry_failed(self) -> int:
         """Let all failed runs be tried again; returns their number."""
         with self._database.transaction() as transaction:
@@ -203,6 +227,7 @@ class Store:
                 [self.study],
             ).rowcount
 
+    @_patient
     def statuses(self) -> list[CellStatus]:
         """All runs, in the order in which they were asked for."""
         with self._database.transaction() as transaction:

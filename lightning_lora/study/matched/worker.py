@@ -184,19 +184,20 @@ class Worker:
         lost, stop = threading.Event(), threading.Event()
 
         def beat() -> None:
-            store, alive = self.store.another(), time.monotonic()
+            store, alive = None, time.monotonic()
             while not stop.wait(self.store.lease / BEATS):
                 try:
+                    store = store or self.store.another()
                     if not store.beat(claim):
                         break
                     alive = time.monotonic()
-                except ConfigError:  # a server that restarts may be back before the lease ends
+                except ConfigError:  # a server that is away may be back before the lease ends
                     if time.monotonic() - alive > self.store.lease:
                         break
-                    store = self._reconnected(store)
             if not stop.is_set():
                 lost.set()
-            store.close()
+            if store is not None:
+                store.close()
 
         thread = threading.Thread(target=beat, name="lease", daemon=True)
         thread.start()
@@ -205,10 +206,3 @@ class Worker:
         finally:
             stop.set()
             thread.join()
-
-    @staticmethod
-    def _reconnected(store: Store) -> Store:
-        try:
-            return store.another()
-        except ConfigError:
-            return store
