@@ -61,7 +61,7 @@ def why_no_rows(root: nn.Module) -> str:
             return RECOMPUTES
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             return f"{name or 'the module'} is compiled for batches of one arm"
-        if hasattr(getattr(module, "weight", None), "SCB") and not isinstance(module, LoRALayer):
+        if hasattr(module._parameters.get("weight"), "SCB") and not isinstance(module, LoRALayer):
             return f"int8 layers ({name}) look for outliers in all rows of a batch"
         if has_capacity := _capacity(module):
             return f"experts of {name or 'the module'} take a part of the tokens of a batch at most ({has_capacity})"
