@@ -12,12 +12,15 @@ from typing_extensions import override
 
 from lightning_lora.callbacks import GracefulStop
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.study.bank.exactness import ApartError, why_apart
+from lightning_lora.study.bank.exactness import ApartError, changes_base, why_apart
 from lightning_lora.study.bank.rows import ArmRows, Meeting
 from lightning_lora.study.bank.shared_base import SharedBase
 from lightning_lora.study.bank.turns import Seat
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.trainer_access import found
+
+FIRST_BATCHES = 3
+"""Batches before which the base is looked at, as most that change it do so in every step; the bank looks at the end."""
 
 
 class ArmTurns(Callback):
@@ -35,6 +38,7 @@ class ArmTurns(Callback):
         self._meeting = meeting
         self._rows: ArmRows | None = None
         self._step = 0
+        self._num_looks = FIRST_BATCHES
 
     def __deepcopy__(self, memo: Any) -> ArmTurns:
         return self  # a Trainer that is copied with its callbacks stays in its place
@@ -69,7 +73,10 @@ class ArmTurns(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin a batch."""
+        """Begin a batch; in the first ones, see whether an arm has changed what all share."""
+        if self._num_looks and (name := self._base.changed()):
+            raise ApartError(changes_base(name))
+        self._num_looks = max(0, self._num_looks - 1)
         if self._rows is not None:
             self._rows.begin()
 

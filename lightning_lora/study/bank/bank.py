@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.study.bank.arm import ArmTurns
+from lightning_lora.study.bank.exactness import ApartError, changes_base
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.bank.rows import Meeting
 from lightning_lora.study.bank.shared_base import SharedBase
@@ -63,7 +64,8 @@ class ArmBank:
       the arms alone: where it differs, as with dropout or batch normalisation, arms take turns, and `why_turns` says
       why.
 
-    An arm that fails, by NaN for instance, ends alone.
+    An arm that fails, by NaN for instance, ends alone. Arms of which one changes frozen weights in training, as a
+    teacher that follows its student does, all fail with an `ApartError`: they must be trained apart.
 
     Args:
         mode: How arms share the process.
@@ -131,6 +133,8 @@ class ArmBank:
             return lambda seat: train(Arm(ArmTurns(seat, base, self._meeting), seat.seconds))
 
         seats = Turns().run({name: function(train) for name, train in arms.items()})
+        if changed := base.changed():
+            return {seat.name: ApartError(changes_base(changed)) for seat in seats}
         return {seat.name: seat.result if seat.error is None else seat.error for seat in seats}
 
 

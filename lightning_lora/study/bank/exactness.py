@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -12,9 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_lora.callbacks.merge_on_fit_end import MergeOnFitEnd
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.trainer_access import found
 
 TRAINS_BASE = "it trains the base"
+RECOMPUTES = "activation checkpointing computes layers again in the backward pass"
 CHANGES_BASE = "MergeOnFitEnd changes the base at the end of a run"
 
 
@@ -41,6 +41,11 @@ def why_apart(trainer: Trainer, module: LightningModule) -> str:
     return ""
 
 
+def changes_base(name: str) -> str:
+    """Why arms cannot share a base of which one changes the frozen weight ``name``."""
+    return f"the frozen weight {name} is changed in training, and arms have it in common"
+
+
 def why_no_rows(root: nn.Module) -> str:
     """Why the rows of several arms cannot go through a base in one batch; "" if nothing speaks against it.
 
@@ -53,11 +58,13 @@ def why_no_rows(root: nn.Module) -> str:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             return f"dropout ({name}) draws from one stream of random numbers for all rows"
         if getattr(module, "gradient_checkpointing", False) and module.training:
-            return "activation checkpointing computes layers again in the backward pass"
+            return RECOMPUTES
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             return f"{name or 'the module'} is compiled for batches of one arm"
-        if (has_capacity := _capacity(module)) is not None:
-            return f"experts of {name or 'the module'} take {has_capacity} tokens of a batch at most"
+        if hasattr(module._parameters.get("weight"), "SCB") and not isinstance(module, LoRALayer):
+            return f"int8 layers ({name}) look for outliers in all rows of a batch"
+        if has_capacity := _capacity(module):
+            return f"experts of {name or 'the module'} take a part of the tokens of a batch at most ({has_capacity})"
     for name, layer in lora_layers(root).items():
         if layer.lora_dropout:
             return f"lora.dropout ({name}) draws from one stream of random numbers for all rows"
@@ -85,9 +92,9 @@ def output_layer(root: nn.Module) -> nn.Module | None:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def _capacity(module: nn.Module) -> Any:
-    for name in ("expert_capacity", "capacity_factor"):
-        value = getattr(module, name, None)
-        if isinstance(value, (int, float)) and value:
-            return value
-    return None
+def _capacity(module: nn.Module) -> str:
+    """The setting that says how many tokens an expert takes; "" if there is none."""
+    for name, value in vars(module).items():
+        if "capacity" in name and isinstance(value, (int, float)) and value:
+            return f"{name} {value}"
+    return ""

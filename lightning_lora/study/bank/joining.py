@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Rows:
 
     counts: tuple[int, ...]
     lengths: tuple[int, ...] = ()
+    # What `split` found ``n`` to be, call by call, where it is not 1.
+    multiples: list[int] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -43,6 +45,8 @@ class Rows:
         if x.dim() == 0 or len(x) % self.total:
             raise CannotJoinError(f"a tensor of shape {tuple(x.shape)} has no rows")
         n = len(x) // self.total
+        if n != 1:
+            self.multiples.append(n)
         return x.split([count * n for count in self.counts])
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -84,6 +88,8 @@ def _one(values: Sequence[Any], rows: Rows) -> Any:
         if any(isinstance(value, Tensor) for value in values) or any(value != values[0] for value in values):
             raise CannotJoinError("arms call the module with different arguments")
         return values[0]
+    if any(value.requires_grad and value.is_leaf for value in values):
+        raise CannotJoinError("gradients of its inputs are asked for")
     if any(value.dim() == 0 or len(value) != count for value, count in zip(values, rows.counts, strict=True)):
         raise CannotJoinError("the module is called with tensors of different numbers of rows")
     if rows.lengths and all(v.dim() >= 2 and v.shape[1] == n for v, n in zip(values, rows.lengths, strict=True)):
@@ -119,4 +125,5 @@ def taken_apart(output: Any, rows: Rows, part_of: Callable[[Tensor], Sequence[An
         return [made([item[arm] for item in items]) for arm in arms]
     if output is None or isinstance(output, (bool, int, float, str)):
         return [output for _ in arms]
-    raise CannotJoinError(f"it returns a {type(output).__name__}")
+    hint = "; use_cache=False leaves it out" if "Cache" in type(output).__name__ else ""
+    raise CannotJoinError(f"it returns a {type(output).__name__}{hint}")

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.lora.functional import can_fuse, linear_update
+from lightning_lora.lora.functional.torch_internals import saved_tensor_hooks
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.linear import LoRALinear
-from lightning_lora.study.bank.exactness import output_layer
+from lightning_lora.study.bank.exactness import RECOMPUTES, output_layer
 from lightning_lora.study.bank.joining import CannotJoinError, Rows
 
 
@@ -136,6 +137,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 def _linear(layers: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
     """The output of a linear layer, ``(rows, *, out)``, for ``x`` ``(rows, *, in)``."""
+    _refuse_recomputing()
     W, b = layers[0].weight, layers[0].bias
     active = [layer if isinstance(layer, LoRALinear) and layer.lora_active else None for layer in layers]
     scales = [0.0 if layer is None else layer.lora_spec.scale for layer in active]
@@ -155,8 +157,15 @@ def _linear(layers: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
     )
 
 
+def _refuse_recomputing() -> None:
+    """Refuse activation checkpointing around a layer of several arms, which it would compute again as that of one."""
+    if saved_tensor_hooks() is not None or not torch.is_grad_enabled():
+        raise CannotJoinError(RECOMPUTES)
+
+
 def _one_by_one(layers: Sequence[nn.Module], rows: Rows, *args: Any, **kwargs: Any) -> Any:
     """The output of a layer of another kind: that of each arm for its own rows."""
+    _refuse_recomputing()
     positional = [rows.split(x) if isinstance(x, Tensor) else [x] * len(layers) for x in args]
     named = {name: rows.split(x) if isinstance(x, Tensor) else [x] * len(layers) for name, x in kwargs.items()}
     outputs = []

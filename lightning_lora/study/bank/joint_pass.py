@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from lightning_lora.study.bank.process_state import ProcessState
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TOLERANCE_BELOW = 5e-2
+_NUMBERS = itertools.count()
 
 
 @dataclass(eq=False)
@@ -61,10 +63,12 @@ class JointPass:
         kind: Any = type(roots[0])
         with joint_layers(roots, self.rows, is_joint) as heads:
             self._output = kind.forward(roots[0], *args, **kwargs)
-        if is_joint and before.torch_has_drawn():
+        if is_joint and before.has_drawn():
             before.restore()
             raise CannotJoinError("its base draws random numbers in training, as dropout does")
+        self.shape = tuple(tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         self._heads = heads
+        self.number = next(_NUMBERS)
         # Of each arm: parts of the graph, and the tensors that it gets in their places.
         self.pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in calls]
 
@@ -108,23 +112,47 @@ def backward(parts: Sequence[tuple[JointPass, Sequence[int]]], is_last: bool) ->
     """Go on with the backward passes of arms, from what they got to their adapters.
 
     Args:
-        parts: Passes, and the arms that are at their backward pass.
+        parts: Passes in the order in which they were made, and the arms that are at their backward pass.
         is_last: Whether no other arm will come.
     """
-    pairs = [pair for made, arms in parts for arm in arms for pair in made.pairs[arm] if pair[1].grad is not None]
-    if not pairs:
-        return
-    tensors, gradients = [part for part, _ in pairs], [leaf.grad for _, leaf in pairs]
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        torch.autograd.backward(tensors, gradients, retain_graph=not is_last)  # pyright: ignore[reportArgumentType]
+    for made, arms in reversed(parts):  # what a pass was given may come from an earlier one
+        pairs = [pair for arm in arms for pair in made.pairs[arm] if pair[1].grad is not None]
+        if not pairs:
+            continue
+        tensors, gradients = [part for part, _ in pairs], [leaf.grad for _, leaf in pairs]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            torch.autograd.backward(tensors, gradients, retain_graph=not is_last)  # pyright: ignore[reportArgumentType]
 
 
-def difference(calls: Sequence[Call]) -> str:
+def equal_rows(calls: Sequence[Call]) -> list[Call]:
+    """The same calls with one row in the place of all, and one token at all its positions.
+
+    They tell a base that looks at several rows, though only where these are alike, such as experts that are full.
+    """
+
+    def repeated(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return x
+        has_tokens = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+        first = x.detach()[:1, :1] if has_tokens else x.detach()[:1]
+        return first.expand_as(x).contiguous()
+
+    return [
+        Call(
+            call.root,
+            tuple(map(repeated, call.args)),
+            {name: x if name == MASK else repeated(x) for name, x in call.kwargs.items()},
+        )
+        for call in calls
+    ]
+
+
+def difference(made: JointPass) -> str:
     """What differs between a joint pass and the passes of the arms alone; "" if nothing does beyond rounding.
 
     Outputs and gradients of the adapters are compared, so that a base that looks at several rows at once is found out.
     """
-    together = JointPass(calls).leaves()
+    calls, together = made.calls, made.leaves()
     gradients = torch.autograd.grad(
         _sum([pair for pairs in together for pair in pairs], calls),
         flat := [parameter for call in calls for parameter in _trained(call.root)],
@@ -137,6 +165,8 @@ def difference(calls: Sequence[Call]) -> str:
         expected = torch.autograd.grad(_sum(alone, [call]), trained, allow_unused=True)
         kept = _kept(call)
         outputs = [(kept(one), kept(other)) for (one, _), (other, _) in zip(pairs, alone, strict=True)]
+        if any(one.shape != other.shape for one, other in outputs):
+            return "its outputs have other shapes than those of an arm alone"
         factors = [(_or_zero(found[id(p)], p), _or_zero(g, p)) for p, g in zip(trained, expected, strict=True)]
         tolerance = _tolerance([one for one, _ in outputs + factors])
         for what, compared in (("outputs", outputs), ("gradients", factors)):

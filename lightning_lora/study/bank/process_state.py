@@ -28,12 +28,14 @@ class ProcessState:
             torch.cuda.set_rng_state_all(self._cuda)
         torch.set_default_dtype(self._dtype)
 
-    def torch_has_drawn(self) -> bool:
-        """Whether torch's generators are in another state by now."""
+    def has_drawn(self) -> bool:
+        """Whether one of the generators is in another state by now."""
+        numbers: Any = numpy.random.get_state()
+        if random.getstate() != self._python or numbers[2:] != self._numpy[2:]:
+            return True
         now, now_cuda = _torch_states()
-        return not torch.equal(self._torch, now) or any(
-            not torch.equal(one, other) for one, other in zip(self._cuda, now_cuda, strict=False)
-        )
+        states = zip([self._torch, *self._cuda], [now, *now_cuda], strict=False)
+        return bool((numbers[1] != self._numpy[1]).any()) or any(not torch.equal(*pair) for pair in states)
 
 
 def seed_all(seed: int) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lightning_lora.study.bank.exactness import why_no_rows, why_not_now
 from lightning_lora.study.bank.joining import CannotJoinError
-from lightning_lora.study.bank.joint_pass import Call, JointPass, backward, difference
+from lightning_lora.study.bank.joint_pass import Call, JointPass, backward, difference, equal_rows
+from lightning_lora.study.bank.module_state import ModuleState
+from lightning_lora.study.bank.process_state import ProcessState
 from lightning_lora.study.bank.shared_base import storage_of
 from lightning_lora.study.bank.turns import Seat
 
@@ -40,6 +42,8 @@ class ArmRows:
 
     def begin(self) -> None:
         """Let the calls of the base in this batch go to the meeting."""
+        if not self.meeting.why_not and (reason := self._why_not()):
+            self.meeting.give_up(reason)
         if self.meeting.why_not:
             return
         self.has_called = False
@@ -47,11 +51,21 @@ class ArmRows:
         self.root.__dict__["forward"] = self._forward
         self.module.__dict__["backward"] = self._backward
 
+    def _why_not(self) -> str:
+        """Why the calls of this arm cannot go to the meeting; "" if they can."""
+        if not self.module.automatic_optimization:
+            return "manual optimisation may go backward in its own way"
+        if "forward" in self.root.__dict__ or "backward" in self.module.__dict__:
+            return f"the forward of {type(self.root).__name__} or the backward of its task is replaced in the object"
+        return ""
+
     def leave(self) -> bool:
         """Call the base directly again; returns whether calls went to the meeting."""
         self.open.clear()
-        self.module.__dict__.pop("backward", None)
-        return self.root.__dict__.pop("forward", None) is not None
+        met = self.root.__dict__.get("forward") == self._forward  # not one that the user has put there
+        if met:
+            del self.root.__dict__["forward"], self.module.__dict__["backward"]
+        return met
 
     def end(self) -> None:
         """The batch is over."""
@@ -74,6 +88,9 @@ class ArmRows:
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         kind: Any = type(self.module)
+        if len(self.open) > 1:
+            # Calls of which one is made from the output of another have a part of the graph in common.
+            kwargs = {"retain_graph": True, **kwargs}
         kind.backward(self.module, loss, *args, **kwargs)
         if self.open:
             call = Call(self.root, (), {}, output=_BACKWARD)
@@ -96,7 +113,8 @@ class Meeting:
         self.why_not = ""
         self.num_joint = self.num_alone = 0
         self.last_reason = ""
-        self._is_checked = False
+        # Shapes of the input to how many rows of theirs layers take for one of it, where the joint pass is right.
+        self._checked: dict[Any, list[int]] = {}
 
     def give_up(self, reason: str) -> None:
         """Let arms take turns from now on."""
@@ -132,13 +150,16 @@ class Meeting:
 
     def _forward(self, arms: Sequence[ArmRows], calls: Sequence[Call]) -> None:
         reason = self.why_not
+        if len(calls) > 1 and not reason and not self._checked:
+            self.give_up(next(filter(None, (why_no_rows(arm.root) for arm in arms)), ""))
+            reason = self.why_not
         if len(calls) > 1 and not reason:
             reason = next(filter(None, (why_not_now(arm.root) for arm in arms)), "")
         if len(calls) > 1 and not reason:
             try:
-                if not self._is_checked:
+                if not self._checked:
                     self._check(arms, calls)
-                made = JointPass(calls)
+                made = self._made(arms, calls)
                 made.hand_out()
                 for place, arm in enumerate(arms):
                     arm.open.append((made, place))
@@ -151,20 +172,38 @@ class Meeting:
         self.num_alone += len(calls) if reason else 0
         self.last_reason = reason or self.last_reason
 
+    def _made(self, arms: Sequence[ArmRows], calls: Sequence[Call]) -> JointPass:
+        """A joint pass in which each layer takes the rows that it took when such a pass was checked."""
+        made = JointPass(calls)
+        if made.rows.multiples and made.shape not in self._checked:
+            self._check(arms, calls)
+        if made.rows.multiples != self._checked.setdefault(made.shape, made.rows.multiples):
+            raise CannotJoinError("its layers take a choice of rows, not all of them")
+        return made
+
     def _check(self, arms: Sequence[ArmRows], calls: Sequence[Call]) -> None:
-        """Compare the first joint pass with the arms alone, and take turns for good if it differs."""
-        reasons = (why_no_rows(arm.root) for arm in arms)
-        reason = next(filter(None, reasons), "") or _not_shared([arm.root for arm in arms])
+        """Compare a joint pass with the arms alone, and take turns for good if it differs."""
+        reason = _not_shared([arm.root for arm in arms])
+        process, states = ProcessState(), [ModuleState(arm.root) for arm in arms]
         try:
-            reason = reason or difference(calls)
+            if not reason:
+                made = JointPass(calls)
+                reason = difference(made) or difference(JointPass(equal_rows(calls)))
+                self._checked[made.shape] = made.rows.multiples
         except CannotJoinError as error:
             if "rows of different lengths" not in str(error):
                 self.give_up(str(error))
             raise
-        if reason:
+        finally:
+            process.restore()
+            changed = next(filter(None, (state.changed() for state in states)), "")
+            for state in states:
+                state.restore()
+            if changed:
+                self.give_up(f"its forward changes {changed} in training")
+        if reason or self.why_not:
             self.give_up(reason)
-            raise CannotJoinError(reason)
-        self._is_checked = True
+            raise CannotJoinError(self.why_not)
 
     @staticmethod
     def _backward(arms: Sequence[ArmRows]) -> None:
@@ -175,7 +214,8 @@ class Meeting:
             arm.open = []
         others = [seat.waits_for[0] for seat in arms[0].seat.turns.seats if seat.waits_for is not None]
         awaited = {id(made) for other in others for made, _ in other.open}
-        backward(list(passes.values()), is_last=not awaited & set(passes))
+        in_order = sorted(passes.values(), key=lambda each: each[0].number)
+        backward(in_order, is_last=not awaited & set(passes))
 
 
 def _not_shared(roots: Sequence[nn.Module]) -> str:

@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_SAMPLE = 64
+"""Values of each weight that are looked at to see whether it has changed."""
 
 
 class SharedBase:
@@ -19,6 +23,7 @@ class SharedBase:
 
     def __init__(self) -> None:
         self._weights: dict[Any, Tensor] = {}
+        self._samples: dict[Any, Tensor] = {}
         self._loaded: dict[Any, nn.Module] = {}
 
     def load(self, key: Any, load: Callable[[], nn.Module], device: torch.device) -> nn.Module:
@@ -48,19 +53,37 @@ class SharedBase:
             known = self._weights.setdefault(key, parameter.data)
             if known.data_ptr() != parameter.data_ptr() and torch.equal(known, parameter.data):
                 parameter.data = known
+                self._samples.setdefault(key, _sample(known))
+
+    def changed(self) -> str:
+        """The name of a frozen weight that an arm has changed, as a teacher that follows its student is; "" if none."""
+        return next(
+            (key[0] for key, was in self._samples.items() if not torch.equal(_sample(self._weights[key]), was)), ""
+        )
 
 
 def storage_of(tensor: Tensor) -> int:
-    """The address of the memory that a tensor is in."""
-    return tensor.untyped_storage().data_ptr()
+    """The address of the memory that a tensor is in; for a tensor made of several, which one it is."""
+    return id(tensor) if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    values = weight.reshape(-1)  # a view of what is contiguous
+    return values[:: max(1, len(values) // _SAMPLE)].clone().view(torch.uint8)  # bits: NaN is equal to itself
 
 
 def _with_same_values(base: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in base.parameters():
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) is not nn.Parameter and not _gives_scales_away(parameter):
             memo[id(parameter)] = parameter  # a quantised weight is only read, and its class has its own constructor
             continue
-        memo[id(parameter)] = made = nn.Parameter(parameter.data, parameter.requires_grad)
+        kind: Any = type(parameter)
+        memo[id(parameter)] = made = kind._make_subclass(kind, parameter.data, parameter.requires_grad)
         vars(made).update(vars(parameter))  # transformers marks weights that come from a file
     return copy.deepcopy(base, memo)
+
+
+def _gives_scales_away(weight: Tensor) -> bool:
+    """Whether the layer of a quantised weight takes its scales at the first call, as those in int8 do."""
+    return "SCB" in vars(weight)

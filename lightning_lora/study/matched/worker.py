@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from lightning_lora.study.matched.cells import Cell, CellStatus, Outcome
 from lightning_lora.study.matched.folder import write_results
 from lightning_lora.study.matched.planner import StudyPlan, plan_study
 from lightning_lora.study.matched.progress import Progress
+from lightning_lora.study.matched.record import CHECKPOINTS
 from lightning_lora.study.matched.spec import StudySpec
 from lightning_lora.study.matched.store import Claim, Store
 
@@ -151,6 +153,8 @@ class Worker:
         for job, result in zip(jobs, results, strict=True):
             if isinstance(result, ApartError):
                 self.tell(f"apart, not side by side: {job[0].arm}: {result.reason}")
+                # What it has trained may come from a base that another arm has changed.
+                shutil.rmtree(job[1] / CHECKPOINTS, ignore_errors=True)
                 result = self._alone(job)
             made.append(result)
         return made

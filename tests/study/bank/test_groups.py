@@ -67,6 +67,9 @@ def test_each_run_of_a_group_ends_in_its_own_way(tmp_path: Path) -> None:
 
     def result(cell: Cell) -> Result:
         first.append(cell)
+        trained = tmp_path / "runs" / cell.run / "checkpoints" / "step=1.ckpt"
+        trained.parent.mkdir(parents=True)
+        trained.touch()
         endings: list[Result] = [
             scored(cell),
             RunError("diverged: the gradient is NaN", is_final=True),
@@ -79,6 +82,7 @@ def test_each_run_of_a_group_ends_in_its_own_way(tmp_path: Path) -> None:
     states = {run.cell.key: (run.state, run.attempt) for run in study.store.statuses()}
     assert [states[cell.key] for cell in first[:3]] == [("done", 1), ("failed", 1), ("done", 1)]
     assert first[2] in study.alone
+    assert not (tmp_path / "runs" / first[2].run / "checkpoints").exists(), "it begins anew"
     assert f"apart, not side by side: {first[2].arm}: its structure differs" in study.lines
 
 
