@@ -1,0 +1,1 @@
+"""Pure functions on log-probabilities of tokens, ``(rows, tokens)``."""
