@@ -160,8 +160,8 @@ class _HeadLogprobs(torch.autograd.Function):
         gradients = empty_gradients(bias, parts, list(ctx.needs_input_grad[2:]))
         for rows, logits in logit_chunks(bias, parts):
             logprobs = _scaled(logits, ctx.temperature).sub_(log_sums[rows, None])
-            given = [None if values is None else values[rows, None] for values in by_output]
-            logit_grads = _logit_grads(logprobs, ids[rows, None], *given, entropy[rows, None]).div_(ctx.temperature)
+            g, h = (None if values is None else values[rows, None] for values in by_output)
+            logit_grads = _logit_grads(logprobs, ids[rows, None], g, h, entropy[rows, None]).div_(ctx.temperature)
             add_gradients(rows, logit_grads, logits, parts, gradients)
         dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, *parts)]
         return None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
