@@ -1,0 +1,1 @@
+"""What scores completions, in processes of their own with a time limit."""

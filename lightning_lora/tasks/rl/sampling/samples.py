@@ -1,0 +1,60 @@
+"""What is asked of a sampler and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: Tokens of a completion at most; one that gets there is cut off.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Draws from the likeliest tokens that hold this share of the probability.
+        stop: Texts that end a completion. They stay in it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Completions: ``group_size`` rows of the first prompt, then those of the second, and so on.
+
+    Args:
+        tokens: New tokens, the end of a turn among them, ``(rows, width)``, padded on the right.
+        logprobs: Natural log-probabilities under the distribution that they were drawn from, ``(rows, width)`` float32;
+            0 at padding.
+        lengths: Tokens of each row, ``(rows,)``.
+        finished: Whether a row ended by itself, ``(rows,)``; False where it was cut off.
+        version: Of the weights, as told to `Sampler.load`.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+    finished: Tensor
+    version: int
+
+
+class Sampler(Protocol):
+    """Draws completions from a model that changes as it is trained."""
+
+    def load(self, model: nn.Module, version: int) -> None:
+        """Take the present weights; ``version`` counts optimizer steps."""
+        ...
+
+    def sample(
+        self, prompts: list[Tensor], group_size: int, settings: SamplingSettings, generator: torch.Generator
+    ) -> Samples:
+        """Draw ``group_size`` completions of each prompt, which are tokens ``(length,)`` without padding."""
+        ...
