@@ -22,6 +22,7 @@ from lightning_lora.errors import (
     GradientError,
     GuardError,
     LoRAError,
+    RewardError,
     RunFolderError,
     TargetNotFoundError,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "ParameterCount",
     "Plan",
     "RankProbe",
+    "RewardError",
     "RunFolderError",
     "Study",
     "TargetNotFoundError",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
-from lightning_lora.data.tokenizer import pad_id
 from lightning_lora.errors import DataError
 from lightning_lora.tasks.loading import context_length
 
@@ -19,8 +19,6 @@ from .prompt_tokens import prompt_ids, stop_ids
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
-    from transformers.generation.stopping_criteria import StoppingCriteria
-    from transformers.generation.streamers import BaseStreamer
 
 END_OF_TURN, MAX_NEW_TOKENS, CONTEXT, INTERRUPTED = "end of turn", "max_new_tokens", "context", "interrupted"
 
@@ -47,8 +45,7 @@ def generate(
     conversations: Sequence[Conversation | Text],
     settings: RowSettings | None = None,
     sampling: Sampling | None = None,
-    streamer: BaseStreamer | None = None,
-    criteria: Sequence[StoppingCriteria] = (),
+    on_tokens: Callable[[Tensor], bool] | None = None,
 ) -> list[Answer]:
     """Answer conversations, or continue texts, in order.
 
@@ -58,15 +55,14 @@ def generate(
         conversations: Conversations up to the answer that is asked for, and texts.
         settings: How conversations become tokens; those of the training. None takes the tokenizer's chat template.
         sampling: How tokens are chosen. None is greedy.
-        streamer: Is handed the tokens of a single answer as they come.
-        criteria: Further reasons to stop.
+        on_tokens: Is told the tokens of a single answer as they come, ``(1,)``; True ends it.
 
     Raises:
         DataError: If a conversation cannot be rendered, or is longer than the context of the model.
     """
     settings = settings or RowSettings(max_length=1024)
     prompts = encode_prompts(model, tokenizer, conversations, settings)
-    return answer_tokens(model, tokenizer, prompts, settings, sampling or Sampling(), streamer, criteria)
+    return answer_tokens(model, tokenizer, prompts, settings, sampling or Sampling(), on_tokens)
 
 
 def encode_prompts(
@@ -99,13 +95,11 @@ def answer_tokens(
     prompts: Sequence[Sequence[int]],
     settings: RowSettings,
     sampling: Sampling,
-    streamer: BaseStreamer | None = None,
-    criteria: Sequence[StoppingCriteria] = (),
+    on_tokens: Callable[[Tensor], bool] | None = None,
 ) -> list[Answer]:
     """Answers to prompts that `encode_prompts` has made; the other arguments are those of `generate`."""
     stops, limit = stop_ids(model, tokenizer, settings), context_length(model.config)
-    filler = pad_id(tokenizer, model.config.get_text_config().vocab_size)
-    found = continue_tokens(model, prompts, sampling, stops, filler, streamer, criteria)
+    found = continue_tokens(model, prompts, sampling, stops, on_tokens)
     reasons = [
         END_OF_TURN if ids[-1] in stops else _why_not_ended(len(prompt), len(ids), sampling.max_new_tokens, limit)
         for prompt, ids in zip(prompts, found, strict=True)

@@ -218,12 +218,12 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any], words: str) ->
 
 
 def test_a_stopped_answer_is_interrupted_not_ended(tuned: Any, tokenizer: Any) -> None:
-    def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        written.append(1)
-        return torch.full((len(input_ids),), len(written) == 3)
+    def enough(tokens: torch.Tensor) -> bool:
+        written.extend(tokens.tolist())
+        return len(written) == 3
 
     written: list[int] = []
-    (answer,) = generate(tuned, tokenizer, asked(QUESTIONS[0]), SETTINGS, SHORT, criteria=[stop])  # pyright: ignore
+    (answer,) = generate(tuned, tokenizer, asked(QUESTIONS[0]), SETTINGS, SHORT, enough)
     assert (answer.stop, answer.tokens) == ("interrupted", 3)
 
 
