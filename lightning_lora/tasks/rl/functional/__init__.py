@@ -1,1 +1,6 @@
-"""Pure functions on log-probabilities of tokens, ``(rows, tokens)``."""
+"""Pure functions on log-probabilities of tokens, ``(rows, tokens)``.
+
+- `policy_loss`: importance-weighted, clipped and sequence-level policy losses; the correction for the sampler.
+- `advantages`: rewards compared within their group; generalised advantage estimates; the loss of values.
+- `kl`: estimates of the divergence from a reference.
+"""
