@@ -8,10 +8,8 @@ Prints a Markdown table of paired ratios (10th percentile, median, 90th), after 
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +18,9 @@ from torch import Tensor
 from benchmarks.machine import load, machine
 from benchmarks.timing import Clock, interleave, paired_ratio
 from benchmarks.workloads import IGNORED
+from lightning_lora.tasks import head_chunks
 from lightning_lora.tasks.head_loss import head_loss
 
-# The module, which the function of its name hides.
-MODULE: Any = importlib.import_module("lightning_lora.tasks.head_loss")
 USUAL = 0
 
 
@@ -32,7 +29,7 @@ def step(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     if rows == USUAL:
         loss = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORED, reduction="sum")
     else:
-        MODULE.CHUNK_ROWS = rows
+        head_chunks.CHUNK_ROWS = rows
         loss = head_loss(hidden, weight, labels)
     return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
@@ -72,7 +69,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 32000])
-    parser.add_argument("--rows", type=int, nargs="+", default=[MODULE.CHUNK_ROWS])
+    parser.add_argument("--rows", type=int, nargs="+", default=[head_chunks.CHUNK_ROWS])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -71,13 +71,24 @@ def _peak_on_gpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, i
 
 
 def _peak_on_cpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, int]:
-    # The allocator reports to the profiler, temporaries inside operators included. Blocks from before are not counted.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainee = adapt()
+    trained: list[Trainee] = []
+
+    def prepare() -> None:
+        trained.append(adapt())
         for _ in range(2):
-            train_step(trainee, batch)
+            train_step(trained[0], batch)
+
+    peak = peak_on_cpu(lambda: train_step(trained[0], batch), prepare)
+    return trained[0], peak
+
+
+def peak_on_cpu(step: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """Bytes that ``step`` held at its peak, with what ``prepare`` has left, temporaries inside operators included."""
+    # The allocator reports to the profiler. Blocks from before are not counted.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        prepare()
         with record_function(_MEASURED):
-            train_step(trainee, batch)
+            step()
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
@@ -88,4 +99,4 @@ def _peak_on_cpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, i
         held += event.nbytes()
         if event.start_ns() >= begin:
             peak = max(peak, held)
-    return trainee, peak
+    return peak

@@ -18,7 +18,8 @@ from lightning_lora.batch.token_loss import one_if_zero
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
-from lightning_lora.tasks.head_loss import IGNORE_INDEX, HeadScores, at_least_float32, head_loss, head_scores
+from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
+from lightning_lora.tasks.head_loss import HeadScores, head_loss, head_scores
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, plain_head
 from lightning_lora.tasks.packing_check import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask

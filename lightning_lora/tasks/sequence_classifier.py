@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.tasks.head_loss import at_least_float32
+from lightning_lora.tasks.head_chunks import at_least_float32
 from lightning_lora.tasks.loading import head_names
 from lightning_lora.tasks.pretrained import PretrainedTask
 

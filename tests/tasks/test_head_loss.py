@@ -15,17 +15,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import DataError
+from lightning_lora.tasks import head_chunks
 from lightning_lora.tasks.head_loss import head_loss, head_scores
 
 ROWS, TOKENS, DIM, VOCAB, RANK = 3, 7, 6, 11, 2
-# The package gives the function the name of its file.
-MODULE = importlib.import_module("lightning_lora.tasks.head_loss")
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last of them short."""
-    monkeypatch.setattr(MODULE, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(head_chunks, "CHUNK_ROWS", 4)
 
 
 def inputs(dtype: torch.dtype = torch.float64, **trained: bool) -> dict[str, Tensor]:
@@ -278,6 +277,6 @@ def test_compiling_gives_one_graph_with_the_plain_formula() -> None:
 
 
 def test_the_example_runs() -> None:
-    failed, tried = doctest.testmod(MODULE)
+    failed, tried = doctest.testmod(importlib.import_module("lightning_lora.tasks.head_loss"))
     assert tried
     assert not failed

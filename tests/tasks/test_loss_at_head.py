@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, inject_lora, lora_layers
 from lightning_lora.callbacks import LoRAGuard
-from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks import CausalLM, head_chunks
 from lightning_lora.tasks.loss_at_head import plain_head
 from tests.architectures.decoders import GROUPED, SHAPE, VOCAB
 from tests.support import tiny_models, toys
@@ -24,12 +23,11 @@ from tests.tasks.test_head_loss import Largest
 pytestmark = toys.expected_warnings
 
 LORA = LoRAConfig(rank=2)
-HEAD_LOSS = importlib.import_module("lightning_lora.tasks.head_loss")
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HEAD_LOSS, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(head_chunks, "CHUNK_ROWS", 8)
 
 
 class Usual(CausalLM):

@@ -3,4 +3,5 @@
 - `policy_loss`: importance-weighted, clipped and sequence-level policy losses; the correction for the sampler.
 - `advantages`: rewards compared within their group; generalised advantage estimates; the loss of values.
 - `kl`: estimates of the divergence from a reference.
+- `head_logprobs`: these log-probabilities, and entropies, out of an output layer.
 """

@@ -1,4 +1,4 @@
 """Completions of prompts with their log-probabilities.
 
-- `samples.py`: what is asked of a sampler and what it returns.
+- `samples`: what is asked of a sampler and what it returns.
 """

@@ -1,0 +1,1 @@
+"""Losses on log-probabilities, against closed forms and published numbers."""
