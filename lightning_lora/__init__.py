@@ -21,6 +21,7 @@ from lightning_lora.errors import (
     GradientError,
     GuardError,
     LoRAError,
+    RewardError,
     RunFolderError,
     TargetNotFoundError,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "ParameterCount",
     "Plan",
     "RankProbe",
+    "RewardError",
     "RunFolderError",
     "Study",
     "TargetNotFoundError",

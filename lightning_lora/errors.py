@@ -45,6 +45,10 @@ class GradientError(LoRAError, RuntimeError):
     """A gradient is NaN or infinite."""
 
 
+class RewardError(LoRAError, RuntimeError):
+    """A reward fails on a row: it raises, takes too long, or returns no finite number."""
+
+
 class RunFolderError(LoRAError, ValueError):
     """The folder of a run cannot be written, or another run is writing there."""
 
