@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
@@ -29,6 +28,7 @@ from lightning_lora.tasks.rl.rewards.pool import RewardPool
 from lightning_lora.tasks.rl.rollout import Rollout, RolloutLoader, seed_of
 from lightning_lora.tasks.rl.rollout_maker import RolloutMaker
 from lightning_lora.tasks.rl.sampler_mismatch import check_mismatch, measure_mismatch
+from lightning_lora.tasks.rl.sampling.in_process import InProcessSampler
 from lightning_lora.tasks.rl.sampling.samples import Sampler, Samples, SamplingSettings
 from lightning_lora.tasks.running_mean import RunningMean
 
@@ -244,7 +244,7 @@ class PolicyGradient(PolicyModel):
             self._maker = RolloutMaker(
                 self.settings,
                 self.sampling,
-                self.sampler,
+                self.sampler or InProcessSampler(tokenizer),
                 self._pool,
                 tokenizer,
                 self.context_length,
