@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lightning_lora.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +21,28 @@ class SamplingSettings:
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Draws from the likeliest tokens that hold this share of the probability.
         stop: Texts that end a completion. They stay in it.
+        top_k: Draws from so many of the likeliest tokens; 0 leaves all.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
     """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("top_k", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be a whole number of {least} or more, got {getattr(self, name)}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be a finite number of at least 0, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigError(f"stop must be a list of texts that are not empty, got {self.stop!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +52,7 @@ class Samples:
     Args:
         tokens: New tokens, the end of a turn among them, ``(rows, width)``, padded on the right.
         logprobs: Natural log-probabilities under the distribution that they were drawn from, ``(rows, width)`` float32;
-            0 at padding.
+            0 at padding. At temperature 0, which draws nothing, those of temperature 1.
         lengths: Tokens of each row, ``(rows,)``.
         finished: Whether a row ended by itself, ``(rows,)``; False where it was cut off.
         version: Of the weights, as told to `Sampler.load`.
