@@ -6,7 +6,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lightning_lora.cli.escapes import acts_on_terminal, escaped
 from lightning_lora.cli.quiet import tell_infos
-from lightning_lora.data import SFTDataModule
+from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.split import SplitStatistics
 from lightning_lora.errors import ConfigError
 
@@ -42,14 +42,16 @@ def preview_data(trainer: Trainer, data: LightningDataModule | None) -> None:
         ConfigError: If the data module is not one of ours, which have rows to show.
         DataError: If a file or a row cannot be used.
     """
-    if not isinstance(data, SFTDataModule):
+    if not isinstance(data, RowsDataModule):
         kind = "none is given" if data is None else f"it is {type(data).__name__}"
-        raise ConfigError(f"preview shows the rows of lightning_lora.data.SFTDataModule, but as data module {kind}.")
+        raise ConfigError(
+            f"preview shows the rows of the data modules of lightning_lora.data, but as data module {kind}."
+        )
     notes = _set_up(trainer, data)
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     tokenizer = data._find_tokenizer()
-    for number, row in enumerate(_first_rows(data), start=1):
-        show_row(console, tokenizer, row, f"row {number}")
+    for name, row in data.first_rows(ROWS):
+        show_row(console, tokenizer, row, name)
     for split, counts in data.statistics.items():
         console.print(_summary(split, counts, data.settings.max_length))
     for note in notes:
@@ -94,15 +96,6 @@ def segments(tokenizer: Any, ids: Sequence[int], supervised: Sequence[bool]) -> 
         found.append((text[len(before) :], is_trained))
         before = text
     return [segment for segment in found if segment[0]]
-
-
-def _first_rows(data: SFTDataModule) -> list[dict[str, Any]]:
-    """The first training rows; of a stream, those that are drawn first."""
-    if "train" in data.rows:
-        rows = data.rows["train"]
-        return [rows[number] for number in range(min(ROWS, len(rows)))]
-    drawn = list(islice(iter(data.train_dataloader().sampler), ROWS))
-    return [{**example, "place": "as drawn from the stream", "length": len(example["input_ids"])} for example in drawn]
 
 
 def _set_up(trainer: Trainer, data: LightningDataModule) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a row holds: a conversation or a plain text."""
+"""What a row holds: a conversation, a plain text, or two conversations of which one is preferred."""
 
 from __future__ import annotations
 
@@ -49,3 +49,20 @@ class Text:
     weight: float = 1.0
     unused: frozenset[str] = frozenset()
     renamed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations with the same prompt, of which one is preferred. Only their answers are trained on.
+
+    Args:
+        place: File and row, for messages.
+        chosen: The preferred conversation, which also holds what is told about the row.
+        rejected: The other one.
+        margin: By how much it is preferred, at least 0; None if the row does not say.
+    """
+
+    place: str
+    chosen: Conversation
+    rejected: Conversation
+    margin: float | None = None

@@ -1,14 +1,19 @@
-"""The part of a data module that does not know what batches are made of: sources to rows of tokens."""
+"""The part of a data module that does not know what batches are made of: sources to rows of tokens, and loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
+import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -35,7 +40,8 @@ _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": 
 class RowsDataModule(LightningDataModule):
     """Reads the rows of each split as tokens, checks them against the model and counts them.
 
-    A subclass makes batches of ``rows``.
+    A subclass makes batches of ``rows``: by `_examples` and `_collator` for the splits in the order of the files, and
+    by ``train_dataloader``.
 
     Args:
         sources: The sources of ``train``, ``validation`` and ``test``; None for a split without rows. The sources of
@@ -49,6 +55,8 @@ class RowsDataModule(LightningDataModule):
         on_bad_row: ``"error"`` stops if rows cannot be used, ``"skip"`` leaves them out.
         num_proc: Processes that tokenise.
         streaming: Whether the rows of ``train`` are read and tokenised while training.
+        batch_size: Rows in a batch on each device.
+        num_workers: Processes that make batches.
 
     Attributes:
         stream: The training rows after ``setup`` if they are streamed.
@@ -69,8 +77,21 @@ class RowsDataModule(LightningDataModule):
         on_bad_row: str = "error",
         num_proc: int = 1,
         streaming: bool = False,
+        batch_size: int = 8,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
+        counts = {
+            "batch_size": (batch_size, 1),
+            "max_length": (settings.max_length, 1),
+            "num_workers": (num_workers, 0),
+        }
+        counts |= {"num_proc": (num_proc, 1), "seed": (seed, 0)}
+        counts |= {"max_rows": (limits["train"], 1), "validation_rows": (limits["validation"], 1)}
+        for name, (value, least) in counts.items():
+            optional = name.endswith("_rows") and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         self.shares = read_shares(sources["train"])
         for split in ("validation", "test"):
             if isinstance(sources[split], Mapping):
@@ -90,6 +111,8 @@ class RowsDataModule(LightningDataModule):
         self.on_bad_row = check_action(on_bad_row)
         self.num_proc = num_proc
         self.streaming = streaming
+        self.batch_size = batch_size
+        self.num_workers = num_workers
         self.stream: TokenStream | None = None
         self.statistics: dict[str, SplitStatistics] = {}
         self.rows: dict[str, Dataset] = {}
@@ -129,6 +152,64 @@ class RowsDataModule(LightningDataModule):
             check_context(rows, split, self.settings.max_length, context, whose)
             names = list(dict.fromkeys(source_names(self.sources[self._read_from(split)])))
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length, names)
+        if self.num_workers:
+            # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    @override
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
+        """Validation rows in the order of the files; an empty list without ``validation``."""
+        return self._in_file_order("validation") if self._has("validation") else []
+
+    @override
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Test rows in the order of the files."""
+        return self._in_file_order("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Test rows in the order of the files."""
+        return self._in_file_order("test")
+
+    def first_rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+        """The names and tokens of the first ``count`` training rows."""
+        rows = self.rows["train"]
+        return [(f"row {number + 1}", rows[number]) for number in range(min(count, len(rows)))]
+
+    def _examples(self, split: str) -> Any:
+        """What a loader takes its examples from."""
+        raise NotImplementedError
+
+    def _collator(self, split: str) -> Callable[[Any], dict[str, Tensor]]:
+        """What makes a batch of examples of a split in the order of the files."""
+        raise NotImplementedError
+
+    def _in_file_order(self, split: str) -> DataLoader[dict[str, Tensor]]:
+        rows = self._examples(split)
+        return self._loader(rows, SequentialSampler(rows), self._collator(split))
+
+    def _loader(
+        self, rows: Any, sampler: Sampler[Any], collate: Callable[[Any], dict[str, Tensor]]
+    ) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(scrambled(self.seed)),  # or the loader draws from the global one
+        )
+
+    def _is_weighted(self, split: str) -> bool:
+        if split == "train" and self.stream is not None:
+            return True  # a later row may have a weight
+        return bool((column(self._loaded(split), "weight") != 1).any())
+
+    def _loaded(self, split: str) -> Dataset:
+        if split not in self.rows:
+            raise ConfigError(f"no {split} rows are loaded; give {split}= and call setup() first.")
+        return self.rows[split]
 
     def _tables(self, splits: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
         tables, reports = self._read(splits, tokenizer)
@@ -196,3 +277,10 @@ def _check_validation_share(share: Any, sources: Mapping[str, Any]) -> None:
         raise ConfigError("validation_share takes rows from train, and validation has its own: give one of them.")
     if sources["train"] is None:
         raise ConfigError("validation_share takes rows from train, which is not given.")
+
+
+def scrambled(seed: int) -> int:
+    """A number for a sampler's seed that shares no order with those of other seeds."""
+    # DistributedSampler adds the epoch to its seed, and torch keeps 32 bits of the sum. Epoch 1 of seed 0 must differ
+    # from epoch 0 of seed 1, and seed 2**32 from seed 0.
+    return random.Random(seed).getrandbits(32)

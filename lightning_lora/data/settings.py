@@ -31,6 +31,7 @@ class RowSettings:
         end_of_answer: Text of a token put after each answer if the chat template ends it with none. None adds none.
         prompt_separator: Text between prompt and answer for a tokenizer without a chat template; none is put after a
             prompt that ends in white space.
+        pairs: Whether a row holds two answers of which one is preferred.
         today: The day on which the settings were made. It is no part of the `identity`, but of that of a chat template
             that writes it.
     """
@@ -42,6 +43,7 @@ class RowSettings:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     end_of_answer: str | None = None
     prompt_separator: str = "\n"
+    pairs: bool = False
     today: date = field(default_factory=date.today)
 
     def __post_init__(self) -> None:

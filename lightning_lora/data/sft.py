@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -19,7 +17,7 @@ from lightning_lora.errors import ConfigError
 from .batches.bins import batched, even_rows
 from .batches.collate import Collate, CollateEvenly, CollatePacked
 from .batches.packing import PackedRows, PackSampler
-from .rows_module import RowsDataModule
+from .rows_module import RowsDataModule, scrambled
 from .sampling.mixture import Mixture, MixtureSampler
 from .settings import RowSettings
 from .split import column, row_lengths
@@ -123,17 +121,6 @@ class SFTDataModule(RowsDataModule):
         num_proc: int = 1,
         streaming: bool = False,
     ) -> None:
-        numbers = {"batch_size": (batch_size, 1), "max_length": (max_length, 1), "num_workers": (num_workers, 0)}
-        numbers |= {
-            "num_proc": (num_proc, 1),
-            "seed": (seed, 0),
-            "max_rows": (max_rows, 1),
-            "validation_rows": (validation_rows, 1),
-        }
-        for name, (value, least) in numbers.items():
-            optional = name.endswith("_rows") and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         if not isinstance(packing, bool) and packing not in ("length", "batch"):
             raise ConfigError(f"packing must be true (or 'length'), 'batch' or false, got {packing!r}.")
         settings = RowSettings(
@@ -158,9 +145,9 @@ class SFTDataModule(RowsDataModule):
             on_bad_row,
             num_proc,
             streaming,
+            batch_size,
+            num_workers,
         )
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.packing = "length" if packing is True else packing
         if streaming and self.packing == "length":
             raise ConfigError("packing: true needs all rows at once, and streaming never has them: set packing: batch.")
@@ -175,9 +162,6 @@ class SFTDataModule(RowsDataModule):
             self._mix()
             if self.packing:
                 self._pack()
-        if self.num_workers:
-            # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -193,58 +177,33 @@ class SFTDataModule(RowsDataModule):
         return self._loader(self._examples("train"), self._sampler(**share), collate)
 
     @override
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
-        """Validation rows in the order of the files; an empty list without ``validation``."""
-        return self._in_file_order("validation") if self._has("validation") else []
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test rows in the order of the files."""
-        return self._in_file_order("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test rows in the order of the files."""
-        return self._in_file_order("test")
-
-    def _in_file_order(self, split: str) -> DataLoader[dict[str, Tensor]]:
-        rows = self._examples(split)
-        return self._loader(rows, SequentialSampler(rows), self._collate(Collate, split))
-
-    def _loader(
-        self, rows: Any, sampler: Sampler[Any], collate: Callable[[Any], dict[str, Tensor]]
-    ) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
-            generator=torch.Generator().manual_seed(_scrambled(self.seed)),  # or the loader draws from the global one
-        )
-
     def _examples(self, split: str) -> Any:
         columns = ["input_ids", "supervised", *(["weight"] if self._is_weighted(split) else [])]
-        return self.rows[split].select_columns(columns).with_format("numpy")
+        return self._loaded(split).select_columns(columns).with_format("numpy")
+
+    @override
+    def first_rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+        """The names and tokens of the first ``count`` training rows; of a stream, those that are drawn first."""
+        if self.stream is None:
+            return super().first_rows(count)
+        drawn = enumerate(islice(iter(self.train_dataloader().sampler), count), start=1)
+        about = {"place": "as drawn from the stream"}
+        return [(f"row {n}", {**row, **about, "length": len(row["input_ids"])}) for n, row in drawn]
+
+    @override
+    def _collator(self, split: str) -> Any:
+        return self._collate(Collate, split)
 
     def _collate(self, kind: Callable[..., Callable[[Any], dict[str, Tensor]]], split: str) -> Any:
         return kind(self._pad_id, self._is_weighted(split))
 
-    def _is_weighted(self, split: str) -> bool:
-        if split == "train" and self.stream is not None:
-            return True  # a later row may have a weight
-        if split not in self.rows:
-            raise ConfigError(f"no {split} rows are loaded; give {split}= and call setup() first.")
-        return bool((column(self.rows[split], "weight") != 1).any())
-
     def _sampler(self, num_replicas: int, rank: int) -> DistributedSampler[Any]:
         # Lightning keeps a DistributedSampler as it is; one that it makes would take the global seed.
         if self._packed is not None:
-            return PackSampler(self._packed, _scrambled(self.seed), num_replicas, rank)
+            return PackSampler(self._packed, scrambled(self.seed), num_replicas, rank)
         if self._mixture is not None:
-            return MixtureSampler(self._mixture, _scrambled(self.seed), num_replicas, rank)
-        return DistributedSampler(self._examples("train"), num_replicas, rank, seed=_scrambled(self.seed))
+            return MixtureSampler(self._mixture, scrambled(self.seed), num_replicas, rank)
+        return DistributedSampler(self._examples("train"), num_replicas, rank, seed=scrambled(self.seed))
 
     def _mix(self) -> None:
         """Decide which training rows an epoch has if sources have shares."""
@@ -253,7 +212,7 @@ class SFTDataModule(RowsDataModule):
             return
         rows, limit = self.rows["train"], self.limits["train"]
         lengths = row_lengths(rows, self.settings.max_length)
-        self._mixture = Mixture(lengths, column(rows, "source"), self.shares, limit, _scrambled(self.seed))
+        self._mixture = Mixture(lengths, column(rows, "source"), self.shares, limit, scrambled(self.seed))
         self.statistics["train"] = counts = self.statistics["train"].with_mixture(self._mixture)
         parts = (
             f"{source.epoch_rows:,} from {name} ({source.epoch_rows / len(self._mixture):.1%}), each of its "
@@ -268,7 +227,7 @@ class SFTDataModule(RowsDataModule):
         unpacked = batched(lengths[list(self._sampler(1, 0))].tolist(), self.batch_size)
         if self.packing == "length":
             in_epoch = lengths if self._mixture is None else self._mixture.lengths
-            capacity, seed = self.settings.max_length, _scrambled(self.seed)
+            capacity, seed = self.settings.max_length, scrambled(self.seed)
             self._packed = PackedRows(self._examples("train"), in_epoch, capacity, seed, self._mixture)
             packed = batched([int(lengths[list(pack)].sum()) for pack in self._sampler(1, 0)], self.batch_size)
         else:
@@ -279,9 +238,3 @@ class SFTDataModule(RowsDataModule):
             f"train: {num_rows} rows packed into {counts.packed_rows}; {counts.filled:.1%} of the positions in a "
             f"batch hold tokens, {counts.filled_unpacked:.1%} without packing"
         )
-
-
-def _scrambled(seed: int) -> int:
-    # DistributedSampler adds the epoch to its seed, and torch keeps 32 bits of the sum. Epoch 1 of seed 0 must differ
-    # from epoch 0 of seed 1, and seed 2**32 from seed 0.
-    return random.Random(seed).getrandbits(32)

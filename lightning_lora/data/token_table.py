@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,8 +17,9 @@ from .bad_rows import RowError
 from .documents import divide
 from .encoding import Encoded, encode
 from .formats.find import find_format
+from .preferences.encode_pairs import encode_pairs
 from .reading import Row
-from .records import Conversation, Text
+from .records import Conversation, Pair, Text
 from .settings import RowSettings
 
 COLUMNS = Features(
@@ -30,6 +31,7 @@ COLUMNS = Features(
         "largest_id": Value("int32"),
         "open_ended": Value("bool"),
         "weight": Value("float32"),
+        "margin": Value("float32"),
         "place": Value("string"),
         "record": Value("int64"),
         "problem": Value("string"),
@@ -40,8 +42,9 @@ COLUMNS = Features(
     }
 )
 """Columns of a row of tokens: ids and mask after cutting, number of tokens before cutting, number of supervised tokens
-after it, the largest id, whether the conversation ends with a turn that is not the assistant's, factor of the loss, the
-origin, the number of the conversation or text within its source, and what is told about the row. A row that cannot be
+after it, the largest id, whether the conversation ends with a turn that is not the assistant's, factor of the loss, by
+how much the row's answer is preferred in a pair (0 if the pair does not say), the origin, the number of the
+conversation or text within its source, and what is told about the row. A row that cannot be
 used has no tokens; ``problem`` and ``detail`` say what is wrong with it."""
 
 
@@ -80,12 +83,16 @@ class ToTokens:
         read = find_format(self.example, self.settings).read
         records = [row if isinstance(row, RowError) else _or_error(read, row) for row in chunk.rows]
         good = [record for record in records if not isinstance(record, RowError)]
-        encoded = iter(encode(self.tokenizer, good, self.settings) if good else ())
+        encode_all = encode_pairs if self.settings.pairs else encode
+        encoded: Iterator[Any] = iter(encode_all(self.tokenizer, good, self.settings) if good else ())
         lines: list[_Line] = []
         for number, record in enumerate(records, start=chunk.start):
             result = record if isinstance(record, RowError) else next(encoded)
             if isinstance(result, RowError):
                 lines.append(_Line(number, result, _NOTHING, result))
+            elif isinstance(record, Pair):
+                margin = record.margin or 0.0
+                lines += [_Line(number, side, row, margin=margin) for side, row in result]
             elif self.are_documents:
                 assert not isinstance(record, RowError)
                 parts = divide(record, result, self.settings.max_length)
@@ -112,6 +119,7 @@ class _Line(NamedTuple):
     record: Conversation | Text | RowError
     row: Encoded
     problem: RowError | None = None
+    margin: float = 0.0
 
 
 _NOTHING = Encoded(numpy.zeros(0, dtype=numpy.int64), numpy.zeros(0, dtype=bool))
@@ -140,6 +148,7 @@ def _table(lines: list[_Line], max_length: int) -> pyarrow.Table:
         "largest_id": [int(line.row.ids[:max_length].max(initial=-1)) for line in lines],
         "open_ended": _open_ended(lines),
         "weight": [getattr(line.record, "weight", 1.0) for line in lines],
+        "margin": [line.margin for line in lines],
         "place": [line.record.place for line in lines],
         "record": [line.number for line in lines],
         "problem": [line.problem and line.problem.kind for line in lines],

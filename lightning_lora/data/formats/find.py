@@ -15,7 +15,8 @@ from ..reading import Row
 from ..records import Conversation, Text
 from ..settings import RowSettings
 from .beside import read_variables, read_weight, with_system
-from .names import BESIDE, COLUMNS, FORMATS
+from .names import BESIDE, COLUMNS, FORMATS, PAIRS
+from .pairs import PairFormat, find_pair_format
 from .question import read_answer, read_question
 from .row import NamedRow
 from .suggest import suggest_names
@@ -63,12 +64,14 @@ class Format:
         return [*read_question(row, question), *read_answer(row, answer)]
 
 
-def find_format(row: Row, settings: RowSettings) -> Format:
+def find_format(row: Row, settings: RowSettings) -> Format | PairFormat:
     """The first of the known formats whose columns the row has, filled ones before empty ones.
 
     Raises:
         RowError: If no format fits. The message names the columns of the row, the known formats and a mapping to try.
     """
+    if settings.pairs:
+        return find_pair_format(row, settings)
     columns = NamedRow(row, settings).columns
     filled = {name for name, value in columns.items() if value is not None}
     for present in (filled, columns.keys()):
@@ -83,6 +86,8 @@ def find_format(row: Row, settings: RowSettings) -> Format:
 
 def _advice(own: Mapping[str, Any], columns: Mapping[str, Any], mapping: Mapping[str, str]) -> str:
     """What to write for the columns of a row that fit no format."""
+    if set(PAIRS[-1]) <= columns.keys():
+        return "Rows with a chosen and a rejected answer are read by lightning_lora.data.PreferenceDataModule."
     absent = [
         f"columns maps {name!r}, which the row does not have{did_you_mean(name, own)} "
         for name, known in mapping.items()

@@ -19,12 +19,14 @@ FORMATS = (
     ("text",),
 )
 """Columns of the known formats. A row with the columns of several formats is read by the first of them."""
+PAIRS = (("prompt", "chosen", "rejected"), ("question", "chosen", "rejected"), ("chosen", "rejected"))
+"""Columns of the known formats of pairs, the preferred answer first."""
 
 BESIDE = frozenset(("system", "tools", "functions", "documents", "chat_template_kwargs", "weight"))
 """Columns that a conversation may have in any format."""
 QUESTION = frozenset(("input", "context", "options", "choices", "history"))
 """Columns that a question may have."""
-COLUMNS = frozenset(name for names in (*FORMATS, BESIDE, QUESTION) for name in names)
+COLUMNS = frozenset(name for names in (*FORMATS, *PAIRS, BESIDE, QUESTION, ("margin",)) for name in names)
 
 TRAINED = frozenset(("weight", "train", "training", "loss", "loss_weight", "loss_mask"))
 """Keys of a message that say whether it is trained on: OpenAI's; axolotl's; ms-swift's, XTuner's, LLaMA-Factory's."""
