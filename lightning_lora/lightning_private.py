@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,9 +15,11 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.tuner.lr_finder import _ExponentialLR, _LinearLR
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -27,6 +30,27 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
 def training_loader_source(trainer: Trainer) -> _DataLoaderSource:
     """Maker of the training loaders: ``instance`` is a module, data module or loader, ``dataloader()`` makes them."""
     return trainer.fit_loop._data_source
+
+
+def wrap_training_loader(trainer: Trainer, module: LightningModule, wrap: Callable[[Any], Any]) -> None:
+    """Let ``trainer`` train ``module`` on ``wrap(loader)``, of the training loader with its sampler for each rank."""
+    source = training_loader_source(trainer)
+
+    def wrapped(loader: Any) -> Any:
+        if trainer.lightning_module is not module:  # a later fit of another module
+            return loader
+        return wrap(trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING))
+
+    trainer.fit_loop._data_source = _WrappedSource(source.instance, source.name, wrapped)
+
+
+@dataclass
+class _WrappedSource(_DataLoaderSource):
+    wrap: Callable[[Any], Any]
+
+    @override
+    def dataloader(self) -> Any:
+        return self.wrap(super().dataloader())
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:

@@ -9,6 +9,7 @@ and reinforcement learning).
 """
 
 from lightning_lora.tasks.causal_lm import CausalLM
+from lightning_lora.tasks.rl.policy_gradient import PolicyGradient
 from lightning_lora.tasks.sequence_classifier import SequenceClassifier
 
-__all__ = ["CausalLM", "SequenceClassifier"]
+__all__ = ["CausalLM", "PolicyGradient", "SequenceClassifier"]

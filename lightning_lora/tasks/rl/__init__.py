@@ -3,4 +3,16 @@
 - `functional`: the losses, advantages and divergences on log-probabilities of tokens.
 - `sampling`: completions of prompts with their log-probabilities.
 - `rewards`: what scores completions, in processes of their own.
+- `policy_gradient`: the task; `policy_settings` checks what it was asked for.
+- `policy_model`: log-probabilities and values of sampled tokens by the model that learns; `value_head`, `no_dropout`.
+- `rollout`: sampled completions, and the loader that makes them between steps; `rollout_maker` samples, scores and
+  compares, `completions` puts tokens into rows and texts.
+- `policy_step`: the losses of a minibatch and what is logged of it; `sampler_mismatch`, `learning_signal`: what would
+  spoil a run.
 """
+
+from lightning_lora.tasks.rl.functional.advantages import gae, group_advantages
+from lightning_lora.tasks.rl.functional.kl import kl_estimate
+from lightning_lora.tasks.rl.functional.policy_loss import policy_loss
+
+__all__ = ["gae", "group_advantages", "kl_estimate", "policy_loss"]

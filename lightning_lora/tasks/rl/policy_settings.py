@@ -1,0 +1,126 @@
+"""The settings of a policy gradient, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.tasks.rl.functional.policy_loss import NORMALISE
+
+# How far the ratio may move, by loss. GSPO's ratio is a mean over tokens, CISPO only caps the weight of a token.
+CLIPS: dict[str, tuple[float, float] | None] = {
+    "importance": None,
+    "clip": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+}
+ADVANTAGES = ("mean", "grpo", "rloo", "batch", "gae")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """What `PolicyGradient` was asked for; its arguments say what each setting means.
+
+    Raises:
+        ConfigError: If a setting is out of its range, or has no effect beside another one.
+    """
+
+    group_size: int
+    max_new_tokens: int
+    loss: str
+    advantage: str
+    normalise: str
+    clip: tuple[float, float] | None
+    dual_clip: float | None
+    kl: str
+    kl_coefficient: float
+    minibatches: int
+    epochs: int
+    temperature: float
+    top_p: float
+    truncated: str
+    length_buffer: int
+    gamma: float
+    lam: float
+    value_coefficient: float
+    value_clip: float | None
+    sampler_cap: float | None
+    mismatch_limit: float
+    patience: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "minibatches", "epochs", "patience", "group_size"):
+            _check_count(name, getattr(self, name))
+        _check_choice("loss", self.loss, tuple(CLIPS))
+        _check_choice("advantage", self.advantage, ADVANTAGES)
+        _check_choice("normalise", self.normalise, NORMALISE)
+        _check_choice("kl", self.kl, ("k1", "k2"))
+        _check_choice("truncated", self.truncated, ("keep", "mask"))
+        if self.group_size < 2 and not self.has_values:
+            raise ConfigError(
+                f"group_size must be at least 2 with advantage={self.advantage!r}, got {self.group_size}: a single "
+                "completion of a prompt has nothing to be compared with. advantage='gae' learns what to expect instead."
+            )
+        if self.top_p != 1:
+            raise ConfigError(
+                f"top_p={self.top_p} cannot be trained on: tokens outside of it are never sampled, so the policy is "
+                "another one than its log-probabilities say, and the ratio of a token is off by the share that was "
+                "left out. Set top_p=1; lower the temperature for less random completions."
+            )
+        _check_number("temperature", self.temperature, above=0)
+        _check_number("kl_coefficient", self.kl_coefficient)
+        _check_number("value_coefficient", self.value_coefficient)
+        _check_number("mismatch_limit", self.mismatch_limit, above=0)
+        for name in ("value_clip", "sampler_cap"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), above=0)
+        if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
+            raise ConfigError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma!r} and {self.lam!r}.")
+        if not 0 <= self.length_buffer <= self.max_new_tokens:
+            raise ConfigError(
+                f"length_buffer must be between 0 and max_new_tokens={self.max_new_tokens}, got {self.length_buffer!r}."
+            )
+        if self.loss == "importance" and self.clip is not None:
+            raise ConfigError("clip has no effect with loss='importance': use loss='clip', 'gspo' or 'cispo'.")
+        if self.clip is not None and (len(self.clip) != 2 or min(self.clip) <= 0):
+            raise ConfigError(f"clip must be two numbers above 0, such as [0.2, 0.28], got {self.clip!r}.")
+        if self.dual_clip is not None and (self.loss != "clip" or not self.dual_clip > 1):
+            raise ConfigError(
+                f"dual_clip bounds the ratio of loss='clip' and is above 1, got {self.dual_clip!r} with "
+                f"loss={self.loss!r}."
+            )
+
+    @property
+    def has_values(self) -> bool:
+        """Whether a value head learns what to expect."""
+        return self.advantage == "gae"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the policy is held near its base."""
+        return self.kl_coefficient > 0
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """How far the ratio may fall below 1 and rise above it."""
+        return self.clip if self.clip is not None else CLIPS[self.loss]
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _check_number(name: str, value: object, above: float | None = None) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 0 or (above is not None and value <= above):  # type: ignore[operator]
+        least = "at least 0" if above is None else f"above {above:g}"
+        raise ConfigError(f"{name} must be a number {least}, got {value!r}.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
+        )
