@@ -11,9 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(BIN)/lightning-lora demo
 
-# One process for each core, each with one thread: tiny models gain nothing from more. Idle processes take over tests of
-# busy ones. Compiled files are kept, also where Python is told not to write them.
-PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# One process for each core, each with one thread: tiny models gain nothing from more. Files are handed out whole, so that
+# what the tests of a file share is set up once, in the order of tests/conftest.py. Compiled files are kept, also where
+# Python is told not to write them.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The linters run beside the tests, which wait for processes now and then.
 test: $(VENV)/.developing

@@ -9,20 +9,24 @@ import pytest
 
 # Libraries are imported where they are used: the process that hands out tests to others needs none.
 LONGEST = (
-    "test_on_gpu.py",
-    "test_cluster.py",
     "test_strategies.py",
+    "test_cluster.py",
+    "test_on_gpu.py",
     "test_faults.py",
+    "test_step_trace.py",
+    "test_study_command.py",
+    "test_configs.py",
     "test_matrix.py",
-    "test_demo.py",
     "test_docs.py",
+    "test_resume.py",
+    "test_demo.py",
     "test_noise_mutations.py",
 )
-"""Files with tests of twenty seconds and more."""
+"""Files that take fifteen seconds and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: workers share what is left, and at the end that should be short tests."""
+    """Files with slow tests come first: a worker is given one file after the other, and the last should be short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 

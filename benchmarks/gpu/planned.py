@@ -12,8 +12,6 @@ from benchmarks.gpu.training import causal_lm, fit, gsm8k, model_folder
 from lightning_lora.callbacks import PlannedRun
 from lightning_lora.planning.make_plan import plan
 
-STEPS = 20
-
 
 def planned(place: Place) -> dict[str, Any]:
     """Planned beside measured: LoRA, full fine-tuning, NF4, packing, mixed precision."""
@@ -44,7 +42,7 @@ def _said(
     """What a plan of the run says, with a table of devices, and with steps timed here."""
     found: dict[str, Any] = {}
     rows = place.pick(8, 2)
-    trainer = options | {"max_steps": STEPS, "limit_val_batches": 0, "accelerator": place.pick("gpu", "cpu")}
+    trainer = options | {"max_steps": _steps(place), "limit_val_batches": 0, "accelerator": place.pick("gpu", "cpu")}
     for how, calibrate in (("table", False), ("timed", True)) if name == "lora, bf16-true" else (("timed", True),):
         start = time.perf_counter()
         module = causal_lm(model_folder(place), **task)
@@ -68,10 +66,14 @@ def _done(place: Place, task: dict[str, Any], data: dict[str, Any], options: dic
     """What the run took."""
     watch = PlannedRun()
     module, rows = causal_lm(model_folder(place), **task), gsm8k(place, 8, 512, **data)
-    clock, _ = fit(place, module, rows, STEPS, [watch], **options)
+    clock, _ = fit(place, module, rows, _steps(place), [watch], **options)
     found = {"measured seconds": watch.measured["seconds"], "measured GiB": (watch.measured["peak_bytes"] or 0) / 2**30}
     found["ms a micro-batch"] = round(clock.milliseconds(), 1)
     return found | _context(place)
+
+
+def _steps(place: Place) -> int:
+    return place.pick(20, 4)
 
 
 def _context(place: Place) -> dict[str, float]:

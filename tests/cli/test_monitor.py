@@ -43,7 +43,8 @@ def test_a_watched_run_ends_with_the_state_of_its_batch_in_two_lines(overlay: st
 
 def test_a_run_that_watches_capacity_ends_with_a_verdict_and_its_picture(tmp_path: Path) -> None:
     files = configs("sft.yaml", "lora.yaml", "capacity.yaml")
-    done = lightning_lora("fit", *files, *EMBEDDED, "--trainer.max_epochs=6", cwd=tmp_path)
+    model = f"--model.init_args.model={toys.save_llama(tmp_path / 'llama', max_position_embeddings=1024)}"
+    done = lightning_lora("fit", *files, *EMBEDDED, model, "--trainer.max_epochs=6", cwd=tmp_path)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     (run,) = tmp_path.glob("runs/sft/version_0")

@@ -34,10 +34,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(toys.save_llama(tmp_path_factory.mktemp("llama")))
 
 
-FAST = ("lora", "moe-lora", "encoder-lora", "cnn-lora")
+FAST = ("lora", "cnn-lora")
 SLOW = (
     *("full", "full-clip-accumulate", "lora-dropout", "packed", "checkpointed", "nf4", "amp-lora", "amp-full"),
-    *("moe-full", "encoder-full", "cnn-full"),
+    *("moe-lora", "moe-full", "encoder-lora", "encoder-full", "cnn-full"),
 )
 
 

@@ -27,7 +27,7 @@ BASE = {
         "init_args": {
             "train": str(TRAIN),
             "validation": str(VALIDATION),
-            **{"max_rows": 16, "validation_rows": 12, "batch_size": 8, "max_length": 256},
+            **{"max_rows": 8, "validation_rows": 4, "batch_size": 4, "max_length": 256},
         },
     },
     "trainer": {"max_epochs": 1, "accelerator": "cpu", "gradient_clip_val": 1.0},
@@ -58,7 +58,7 @@ MISTAKES = {
         "learning_rates",
     ),
     "seed": (both(seed_everything=1), "which the study sets for each run, alike in all arms", ""),
-    "other data": (both(**{"data.init_args.max_rows": 8}), "differ in data", "set it for the whole study"),
+    "other data": (both(**{"data.init_args.max_rows": 6}), "differ in data", "set it for the whole study"),
     "other precision": (both(**{"trainer.precision": "bf16-true"}), "differ in precision", "must be equal"),
     "the same": (both(), "'full' and 'other' are the same", ""),
     "no config": ({"full": None, "other": {"configs": ["no.yaml"]}}, "no.yaml' does not exist", ""),
