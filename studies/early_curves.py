@@ -16,7 +16,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from lightning_lora import LoRAConfig
-from studies.modules.curves import losses_at
+from studies.modules.curves import points_at
 from studies.modules.pages import FINDINGS, made_with, markdown_table, save_figure, write_lines
 
 RANKS = (1, 4, 16, 64, 128)
@@ -36,10 +36,10 @@ def measure(seeds: int, steps: int) -> list[dict[str, object]]:
         for rank in RANKS:
             for seed in range(1, seeds + 1):
                 lora = LoRAConfig(rank=rank, scaling=scaling)  # pyright: ignore[reportArgumentType]
-                found = losses_at("text", lora, RATE, seed, range(steps + 1), num_rows=8000)
+                found = points_at("text", lora, RATE, seed, range(steps + 1), num_rows=8000)
                 lines += (
-                    {"scaling": scaling, "rank": rank, "seed": seed, "step": step, "loss": loss}
-                    for step, loss in found.items()
+                    {"scaling": scaling, "rank": rank, "seed": seed, "step": step, "loss": point.loss}
+                    for step, point in found.items()
                 )
     return lines
 

@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lines": lines_table,
     "early": lambda folder: early_curves.table(early_curves.mean_curves(read_lines(folder / RESULTS))),
     "rates": lambda folder: learning_rates.table(read_lines(folder / RESULTS)),
+    "norms": lambda folder: learning_rates.norms_table(read_lines(folder / RESULTS)),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -118,10 +119,13 @@ def penalties(record: StudyRecord) -> list[dict[str, Any]]:
     def pair(method: str, size: int) -> tuple[Arm, Arm]:
         return arm_of(record, f"{method}, batch {size}"), arm_of(record, f"{full}, batch {size}")
 
-    found = [
-        (method, batch_penalty(pair(method, sizes[-1]), pair(method, sizes[0]))) for method in methods if method != full
+    return [
+        batch_penalty(pair(method, size), pair(method, sizes[0])).to_dict()
+        | {"arm": f"{method}, {size} against {sizes[0]}"}
+        for method in methods
+        if method != full
+        for size in sizes[1:]
     ]
-    return [verdict.to_dict() | {"arm": f"{method}, {sizes[-1]} against {sizes[0]}"} for method, verdict in found]
 
 
 def arm_of(record: StudyRecord, name: str) -> Arm:

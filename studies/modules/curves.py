@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, lora_layers
 from studies.modules.rows import Rows, Task, rows_of
 from studies.modules.task import TinyTask
 from studies.modules.tiny_gpt import row_losses
@@ -18,10 +19,23 @@ from studies.modules.tiny_gpt import row_losses
 BATCH = 32
 
 
-def losses_at(
+@dataclass(frozen=True)
+class Point:
+    """A run at one step.
+
+    Args:
+        loss: On the scored rows, in nats a token.
+        b_over_a: The largest singular value of B over that of A, the mean over adapted weights; 0 without adapters.
+    """
+
+    loss: float
+    b_over_a: float
+
+
+def points_at(
     task: Task, lora: LoRAConfig | None, rate: float, seed: int, at: Iterable[int], num_rows: int, held_out: int = 256
-) -> dict[int, float]:
-    """Train at a constant rate, and return the loss on fixed rows after each of the steps ``at``.
+) -> dict[int, Point]:
+    """Train at a constant rate, and return the loss on fixed rows, and norms, after each of the steps ``at``.
 
     A seed moves the order of the rows and the first values of the adapters alike in all runs. A run ends early with NaN
     at all further steps once its loss is not finite.
@@ -44,18 +58,18 @@ def losses_at(
         module = TinyTask(lora=None if lora is None else replace(lora, lr_multiplier=1.0), learning_rate=rate)
         module.configure_model()
         optimizer = module.configure_optimizers()
-    found: dict[int, float] = {}
+    found: dict[int, Point] = {}
     for step in range(at[-1] + 1):
         if step in at:
-            found[step] = _score(module, scored)
-            if not math.isfinite(found[step]):
+            found[step] = Point(_score(module, scored), _b_over_a(module))
+            if not math.isfinite(found[step].loss):
                 break
         places = next(order)
         loss, _ = row_losses(module.gpt(train["input_ids"][places]), train["labels"][places])
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-    return {step: found.get(step, math.nan) for step in at}
+    return {step: found.get(step, Point(math.nan, math.nan)) for step in at}
 
 
 def _batches(num_rows: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -66,6 +80,16 @@ def _batches(num_rows: int, generator: torch.Generator) -> Iterator[torch.Tensor
 @torch.no_grad()
 def _score(module: TinyTask, rows: Rows) -> float:
     return float(row_losses(module.gpt(rows["input_ids"]), rows["labels"])[0].double().mean())
+
+
+@torch.no_grad()
+def _b_over_a(module: TinyTask) -> float:
+    ratios = [
+        float(torch.linalg.matrix_norm(layer.get_parameter("lora_B"), 2))
+        / float(torch.linalg.matrix_norm(layer.get_parameter("lora_A"), 2))
+        for layer in lora_layers(module).values()
+    ]
+    return fmean(ratios) if ratios else 0.0
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from lightning_lora.study.tasks.settings import TaskSettings
 CONFIG, LOG = "lm_eval.yaml", "log.txt"
 CODE, TRUST = "HF_ALLOW_CODE_EVAL", "HF_DATASETS_TRUST_REMOTE_CODE"
 _LAST_LINES = 3
+_SIGNS = ("marked as unsafe", "code_eval")
+"""In a log of lm-eval that refused to run programs: it refuses late, and by what is missing first."""
 
 
 def check_installed() -> None:
@@ -84,6 +86,7 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
         folder: Where config, log, results and samples are written.
 
     Raises:
+        ConfigError: If a task runs programs that the model writes, and that is not allowed.
         DataError: If lm-eval fails; its last lines are in the message, all of them in ``log.txt``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,5 +108,11 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
             process.wait()
             raise
     if code:
-        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        text = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
+        if not settings.allow_code_execution and any(sign in text.lower() for sign in _SIGNS):
+            raise ConfigError(
+                f"of the tasks {', '.join(settings.tasks)} some run programs that the model writes, as this user and "
+                f"without a sandbox: --allow-code-execution allows it, in a container or on a machine that may be lost."
+            )
+        lines = text.splitlines()
         raise DataError(f"lm-eval ended with code {code}, see {folder / LOG}: {' / '.join(lines[-_LAST_LINES:])}")
