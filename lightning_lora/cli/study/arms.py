@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,13 @@ from typing import Any
 
 from lightning_lora.cli.study.fit_config import fit_config, fit_objects
 from lightning_lora.cli.study.matched_size import LORA, rank_like
-from lightning_lora.errors import ConfigError, user_error
-from lightning_lora.study.matched.equal import check_equal
+from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.study.matched.checks.built import build_arm, check_kept
+from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.options import has_option, option_of
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.rates.sweep import first_rates
+from lightning_lora.study.tasks.settings import KEEP_VARIABLE
 
 _OF_THE_STUDY = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "data.init_args.seed")
 
@@ -48,7 +51,10 @@ def resolve(
     arms = {arm.name: made(arm) for arm in spec.arms}
     for arm in list(arms.values()):
         if arm.matched_rank:
-            rank = rank_like(arm, arms[arm.matched_rank])
+            try:
+                rank = rank_like(arm, arms[arm.matched_rank])
+            except LoRAError as error:
+                raise ConfigError(f"arm {arm.name!r}, matched_rank {arm.matched_rank!r}: {error}") from error
             arms[arm.name] = made(replace(arm, overrides={**arm.overrides, f"{LORA}.rank": rank}))
     found = [_with_rates(arm, spec) for arm in arms.values()]
     check_equal(found)
@@ -58,16 +64,10 @@ def resolve(
 
 
 def _check_objects(arm: ArmSpec) -> None:
-    """Make module and data module, which refuse what the parser does not know; ours read no weights for it."""
-    if not str(option_of(arm.config, "model.class_path")).startswith("lightning_lora."):
-        return
-    try:
-        fit_objects(arm.config)
-    except Exception as error:
-        known = user_error(error)
-        if known is None:
-            raise
-        raise ConfigError(f"arm {arm.name!r}: {known}") from error
+    """Make module and data module of an arm, which refuse what the parser does not know, and adapt the module."""
+    built = build_arm(arm.name, lambda: fit_objects(arm.config)[0], option_of(arm.config, "trainer.callbacks"))
+    if os.environ.get(KEEP_VARIABLE):
+        check_kept(arm.name, built)
 
 
 def _check_overrides(arm: str, overrides: Mapping[str, Any], rate_option: str) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
 from lightning_lora.study.bank.groups import Job, run_group, side_by_side
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.cells import Cell, Outcome
-from lightning_lora.study.matched.equal import check_equal
+from lightning_lora.study.matched.checks.built import build_arm
+from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.open_study import open_study
 from lightning_lora.study.matched.options import ARM_PARTS, config_of
 from lightning_lora.study.matched.progress import promises
@@ -165,8 +167,11 @@ class Study:
             retry_failed: Whether runs that failed before are tried again.
 
         Raises:
-            ConfigError: If the folder or the database belong to another study.
+            ConfigError: If the folder or the database belong to another study, or the module of an arm cannot be made
+                and adapted.
         """
+        for name in self.arms:
+            build_arm(name, partial(self._module, name), self._options(name).get("callbacks"))
         store = open_study(self.spec, {}, self.folder, self.storage)
         try:
             for line in promises(self.spec):
@@ -221,17 +226,15 @@ class Study:
             return run_group(jobs, self.spec.arms_mode, self._run_cell)
 
     def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event, place: Arm | None = None) -> Outcome:
-        arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
+        name = self.spec.baseline if cell.arm == UNTRAINED else cell.arm
         drop_foreign_locks(folder)
-        parts = {name: dict(arm.pop(name, {})) for name in ARM_PARTS}
         try:
             with kept_random_state(torch.device("cpu")), nullcontext() if place else _without_infos():
                 seed_all(cell.seed)
-                # The base is not trained, so any rate does; zero is refused by some modules.
-                rate = cell.learning_rate or self.spec.arm(self.spec.baseline).learning_rates[0]
-                module = self.module(learning_rate=rate, **arm)
-                trainer = self._trainer(cell, folder, lost, parts["trainer"], place)
-                outcome = fit_and_score(trainer, module, self._data(cell.seed, parts["data"]), folder, cell.phase)
+                module = self._module(name, cell.learning_rate)
+                trainer = self._trainer(cell, folder, lost, self._options(name), place)
+                data = self._data(cell.seed, dict(self.arms[name].get("data", {})))
+                outcome = fit_and_score(trainer, module, data, folder, cell.phase)
         except (LeaseLostError, ApartError):
             raise
         except Exception as error:
@@ -239,10 +242,18 @@ class Study:
         remove_checkpoints(folder, cell.phase)
         return outcome
 
+    def _module(self, arm: str, rate: float = 0.0) -> LightningModule:
+        settings = {name: value for name, value in self.arms[arm].items() if name not in ARM_PARTS}
+        # The base is not trained, so any rate does; zero is refused by some modules.
+        return self.module(learning_rate=rate or self.spec.arm(arm).learning_rates[0], **settings)
+
+    def _options(self, arm: str) -> dict[str, Any]:
+        """Options of the Trainer of an arm."""
+        return _TRAINER | self.trainer | dict(self.arms[arm].get("trainer", {}))
+
     def _trainer(
-        self, cell: Cell, folder: Path, lost: threading.Event, of_arm: Mapping[str, Any], place: Arm | None
+        self, cell: Cell, folder: Path, lost: threading.Event, options: dict[str, Any], place: Arm | None
     ) -> Trainer:
-        options = _TRAINER | self.trainer | dict(of_arm)
         own = copy.deepcopy(options.pop("callbacks", None) or [])
         own = own if isinstance(own, list) else [own]
         guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]
