@@ -95,6 +95,7 @@ class Study:
         checkpoint_minutes: Time between two checkpoints of a run, which is what a kill costs at most.
         arms_per_device: Number of adapter runs that train side by side on one base in this process; see `ArmBank`.
         arms_mode: ``"turns"``, as separate runs bit for bit, or ``"rows"``, in the same batches, equal up to rounding.
+            ``"auto"`` takes turns and says why.
 
     Raises:
         ConfigError: If a setting is wrong, arms differ in what must be equal, or ``out`` belongs to something else.
@@ -129,7 +130,7 @@ class Study:
         trainer: Mapping[str, Any] | None = None,
         checkpoint_minutes: float = EVERY.total_seconds() / 60,
         arms_per_device: int = 1,
-        arms_mode: Mode = "turns",
+        arms_mode: Mode | Literal["auto"] = "auto",
     ) -> None:
         self.module = module
         self.data = data
@@ -170,8 +171,11 @@ class Study:
             ConfigError: If the folder or the database belong to another study, or the module of an arm cannot be made
                 and adapted.
         """
+        reasons = []
         for name in self.arms:
-            build_arm(name, partial(self._module, name), self._options(name).get("callbacks"))
+            built = build_arm(name, partial(self._module, name), self._options(name).get("callbacks"))
+            reasons.append("" if built is None else built.why_no_rows)
+        self.spec = self.spec.with_mode(reasons, tokens=None, is_cpu=not torch.cuda.is_available())
         store = open_study(self.spec, {}, self.folder, self.storage)
         try:
             for line in promises(self.spec):

@@ -16,7 +16,9 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.memory.building import built_without_memory
 from lightning_lora.memory.failures import TraceError
+from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.planning.advice.named_callbacks import with_lora_callback
+from lightning_lora.study.bank.exactness import why_no_rows
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class BuiltArm:
         kind: Name of its class.
         is_adapted: Whether it has adapters.
         has_model: Whether it holds a model of transformers.
+        why_no_rows: Why its rows cannot be in one batch with those of other arms; "" if nothing speaks against it.
     """
 
     kind: str
     is_adapted: bool
     has_model: bool
+    why_no_rows: str = ""
 
 
 def build_arm(arm: str, make: Callable[[], LightningModule], callbacks: Any = None) -> BuiltArm | None:
@@ -53,7 +57,9 @@ def build_arm(arm: str, make: Callable[[], LightningModule], callbacks: Any = No
             warnings.simplefilter("ignore")  # its runs repeat them
             module = with_lora_callback(make(), callbacks)
             with built_without_memory(module) as built:
-                return BuiltArm(type(module).__name__, bool(lora_layers(built)), any(hugging_face_models(built)))
+                layers, has_model = lora_layers(built), any(hugging_face_models(built))
+                reason = why_no_rows(built._lora_module()) if isinstance(built, LoRAMixin) and layers else ""
+                return BuiltArm(type(module).__name__, bool(layers), has_model, reason)
     except TraceError:
         return None
     except Exception as error:
