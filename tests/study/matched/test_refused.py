@@ -110,8 +110,9 @@ def test_a_report_of_a_half_finished_study_says_so_and_the_study_goes_on(tmp_pat
     folder, spec = tmp_path / "study", planted.spec()
     work(folder, spec, MOST).store.close()
     before = contents(folder)
-    page = (write_report(folder)[0] / "report.html").read_text()
-    assert "unfinished" in page
+    _, page = write_report(folder)
+    assert page.state == "unfinished"
+    assert page.verdict.text.startswith(f"No verdict yet: {MOST} of ")
     assert {name: text for name, text in contents(folder).items() if not name.startswith("report.")} == before
     work(folder, spec).store.close()
-    assert "unfinished" not in (write_report(folder)[0] / "report.html").read_text()
+    assert write_report(folder)[1].state == ""
