@@ -45,6 +45,7 @@ class RunSeconds:
         validation: Seconds of validation, which are part of ``total``.
         source: ``"steps timed here"``, ``"device table"`` or ``"a product timed here"``.
         how: How the number came about and how sure it is, in one sentence.
+        validations: Number of passes over the validation rows; 0 if a clock decides.
     """
 
     total: float
@@ -54,6 +55,7 @@ class RunSeconds:
     validation: float
     source: str
     how: str
+    validations: int = 0
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,9 @@ def seconds_from_table(step: StepWork, run: RunWork, device: Device, precision: 
         f"{known}: {low:g} to {high:g} times this"
     )
     source = PRODUCT if device.is_timed else TABLE
-    return RunSeconds(total, low * total, high * total, training / max(1, run.steps), validation, source, how)
+    return RunSeconds(
+        total, low * total, high * total, training / max(1, run.steps), validation, source, how, run.passes or 0
+    )
 
 
 def _sureness(device: Device, dtype: str) -> tuple[float, float, str]:

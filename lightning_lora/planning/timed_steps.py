@@ -63,7 +63,7 @@ class StepTimes:
         rows = " of fewer rows" if is_fewer else ""
         how = f"{len(self.micro)} batches{rows} timed here, scaled by their operations: +- {relative:.0%}"
         low, high = total * max(0.0, 1 - relative), total * (1 + relative)
-        return RunSeconds(total, low, high, training / max(1, run.steps), validation, TIMED, how)
+        return RunSeconds(total, low, high, training / max(1, run.steps), validation, TIMED, how, run.passes or 0)
 
     def _relative(self, works: Sequence[float], rate: float, is_fewer: bool) -> float:
         """Half the width of the interval of the total, relative to it."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_lora.cli.study.fit_config import fit_config, fit_objects
 from lightning_lora.cli.study.matched_size import LORA, rank_like
-from lightning_lora.errors import ConfigError, user_error
-from lightning_lora.study.matched.equal import check_equal
+from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.study.matched.checks.built import BuiltArm, build_arm, check_kept
+from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.options import has_option, option_of
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.rates.sweep import first_rates
+from lightning_lora.study.tasks.settings import KEEP_VARIABLE
 
 _OF_THE_STUDY = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "data.init_args.seed")
 
@@ -48,26 +53,30 @@ def resolve(
     arms = {arm.name: made(arm) for arm in spec.arms}
     for arm in list(arms.values()):
         if arm.matched_rank:
-            rank = rank_like(arm, arms[arm.matched_rank])
+            try:
+                rank = rank_like(arm, arms[arm.matched_rank])
+            except LoRAError as error:
+                raise ConfigError(f"arm {arm.name!r}, matched_rank {arm.matched_rank!r}: {error}") from error
             arms[arm.name] = made(replace(arm, overrides={**arm.overrides, f"{LORA}.rank": rank}))
     found = [_with_rates(arm, spec) for arm in arms.values()]
     check_equal(found)
-    for arm in found:
-        _check_objects(arm)
-    return replace(spec, arms=tuple(found))
+    reasons = ["" if (built := _built(arm)) is None else built.why_no_rows for arm in found]
+    is_cpu = option_of(found[0].config, "trainer.accelerator") == "cpu" or not torch.cuda.is_available()
+    tokens = max((_tokens(arm.config) for arm in found), default=0) or None
+    return replace(spec, arms=tuple(found)).with_mode(reasons, tokens, is_cpu)
 
 
-def _check_objects(arm: ArmSpec) -> None:
-    """Make module and data module, which refuse what the parser does not know; ours read no weights for it."""
-    if not str(option_of(arm.config, "model.class_path")).startswith("lightning_lora."):
-        return
-    try:
-        fit_objects(arm.config)
-    except Exception as error:
-        known = user_error(error)
-        if known is None:
-            raise
-        raise ConfigError(f"arm {arm.name!r}: {known}") from error
+def _tokens(config: Mapping[str, Any]) -> int:
+    """Most tokens of a batch; 0 if they are not known."""
+    return (option_of(config, "data.init_args.batch_size") or 0) * (option_of(config, "data.init_args.max_length") or 0)
+
+
+def _built(arm: ArmSpec) -> BuiltArm | None:
+    """Make module and data module of an arm, which refuse what the parser does not know, and adapt the module."""
+    built = build_arm(arm.name, lambda: fit_objects(arm.config)[0], option_of(arm.config, "trainer.callbacks"))
+    if os.environ.get(KEEP_VARIABLE):
+        check_kept(arm.name, built)
+    return built
 
 
 def _check_overrides(arm: str, overrides: Mapping[str, Any], rate_option: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +68,14 @@ def _shortened(spec: StudySpec, hours: float) -> Estimate:
     found = estimate(spec)
     if found is None:
         raise ConfigError("--hours needs an estimate of the time of a run, and there is none for this module and data.")
-    steps = int(found.steps * min(1.0, hours * 3600 / found.total_seconds))
-    if steps < min(FEWEST_STEPS, found.steps):
+    scoring = found.mostly.passes * found.pass_seconds
+    share = max(0.0, hours * 3600 - scoring) / (found.total_seconds - scoring)
+    steps = int(found.steps * min(1.0, share))
+    fewest = min(FEWEST_STEPS, found.steps)
+    if steps < fewest:
+        needed = found.with_steps(fewest).total_seconds / 3600
         raise ConfigError(
-            f"in {hours:g} hours each of about {found.runs} runs would take {steps} steps, too few to compare: give "
-            f"--hours {FEWEST_STEPS * found.total_seconds / found.steps / 3600:.2g} or more, or a smaller model."
+            f"in {hours:g} hours each of about {found.mostly.runs} runs would take {steps} steps, too few to compare: "
+            f"give --hours {needed:.2g} or more, or a smaller model."
         )
-    return replace(found, steps=steps, run_seconds=found.run_seconds * steps / found.steps)
+    return found.with_steps(steps)

@@ -1,17 +1,23 @@
-"""How long a study will take, before it starts: by the plan of one run."""
+"""How long a study will take, before it starts: by the plan of one run, and what the study does with such runs."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_lora.cli.study.fit_config import fit_objects
 from lightning_lora.errors import LoRAError
+from lightning_lora.study.matched.checks.equal import rows_of_step
+from lightning_lora.study.matched.checks.work import Work, planned_work
 from lightning_lora.study.matched.options import option_of
-from lightning_lora.study.matched.planner import TYPICAL_SWEEP
 from lightning_lora.study.matched.spec import StudySpec
 
-_LENGTH = ("max_epochs", "max_steps", "limit_train_batches", "precision", "accelerator", "accumulate_grad_batches")
+_LENGTH = (
+    *("max_epochs", "max_steps", "limit_train_batches", "precision", "accelerator", "accumulate_grad_batches"),
+    *("val_check_interval", "check_val_every_n_epoch", "limit_val_batches"),
+)
 
 
 @dataclass(frozen=True)
@@ -19,19 +25,37 @@ class Estimate:
     """The time of a study.
 
     Args:
-        runs: Number of runs, as sweeps mostly go.
-        steps: Optimizer steps of each.
-        run_seconds: Seconds of training of a run of the baseline.
+        low: What it does at least.
+        mostly: What it does as sweeps mostly go.
+        high: What it does at most.
+        steps: Optimizer steps of a run of the baseline.
+        run_seconds: Seconds of training of such a run, with the validations of ``fit``.
+        pass_seconds: Seconds of a pass over the held-out rows; 0 if it is not known.
     """
 
-    runs: int
+    low: Work
+    mostly: Work
+    high: Work
     steps: int
     run_seconds: float
+    pass_seconds: float = 0.0
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of training of all runs, for one worker."""
-        return self.runs * self.run_seconds
+        """Seconds of the whole study for one worker, as sweeps mostly go."""
+        return self.seconds(self.mostly)
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of training and scoring for one worker."""
+        return work.lengths * self.run_seconds + work.passes * self.pass_seconds
+
+    def with_steps(self, steps: int) -> Estimate:
+        """The time with runs of so many steps."""
+        share = steps / self.steps
+        low, mostly, high = (
+            replace(work, steps=int(work.steps * share)) for work in (self.low, self.mostly, self.high)
+        )
+        return Estimate(low, mostly, high, steps, self.run_seconds * share, self.pass_seconds)
 
 
 def estimate(spec: StudySpec) -> Estimate | None:
@@ -40,7 +64,7 @@ def estimate(spec: StudySpec) -> Estimate | None:
 
     config = copy.deepcopy(dict(spec.arm(spec.baseline).config))
     trainer = {name: value for name in _LENGTH if (value := option_of(config, f"trainer.{name}")) is not None}
-    rows = (option_of(config, "data.init_args.batch_size") or 1) * trainer.get("accumulate_grad_batches", 1)
+    rows = rows_of_step(config)
     try:
         module, data = fit_objects(config)
         made = plan(module, data, devices=1, target_batch_size=rows, trainer=trainer)
@@ -48,6 +72,9 @@ def estimate(spec: StudySpec) -> Estimate | None:
         return None
     if made.seconds is None:
         return None
-    per_arm = TYPICAL_SWEEP * len(spec.selection_seeds) + spec.plan.looks[0]
-    runs = 1 + per_arm * len(spec.arms) + len(spec.aa_seeds)
-    return Estimate(runs, int(made.settings["steps"]), made.seconds)
+    steps = int(made.settings["steps"])
+    # All arms train on the same rows.
+    lengths = {arm.name: math.ceil(steps * rows / rows_of_step(arm.config)) for arm in spec.arms}
+    time: dict[str, Any] = made.numbers["time"]
+    pass_seconds = time["validation"] / time["validations"] if time["validations"] else 0.0
+    return Estimate(*planned_work(spec, lengths), steps, made.seconds, pass_seconds)

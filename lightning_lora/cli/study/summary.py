@@ -29,10 +29,16 @@ def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estima
         return [*lines, f"{over} runs are over already; about {expected - over} are left"]
     if estimated is None:
         return [*lines, f"about {expected} runs; how long they take is said after the first"]
+    low, mostly, high = estimated.low, estimated.mostly, estimated.high
+    scored = f"{low.passes:,} to {high.passes:,} passes over the held-out rows"
+    if estimated.pass_seconds:
+        scored += f" of {duration(estimated.pass_seconds)}"
+    times = f"{duration(estimated.seconds(low))} to {duration(estimated.seconds(high))}"
     return [
         *lines,
-        f"about {expected} runs of {estimated.steps:,} steps, by plan {duration(estimated.run_seconds)} of training "
-        f"each: {duration(expected * estimated.run_seconds)} for one worker",
+        f"{low.runs} to {high.runs} runs, mostly about {mostly.runs}, of {estimated.steps:,} steps, by plan "
+        f"{duration(estimated.run_seconds)} each; {scored}",
+        f"{times} for one worker, mostly {duration(estimated.total_seconds)}, without loading",
     ]
 
 

@@ -5,5 +5,5 @@ each of them has of its own), `arm` (the callback that puts a Trainer in its pla
 stored once), `exactness` (why not); for arms in one batch `rows` (where they meet), `joint_pass` (forward and backward
 for all of them), `joint_layers` (the update of each arm on its own rows), `joining` (batches as one, outputs apart) and
 `module_state` (what a pass leaves in a module).
-`groups` says which runs of a study do so.
+`groups` says which runs of a study do so, and `mode` how, where nobody has said it.
 """

@@ -28,12 +28,14 @@ class SideBySide:
         why_apart: Arm to why its runs cannot share their base; arms that can are not in it.
         run: Does a group; an outcome or an error for each run, and remarks for the user.
         bases: Arm to what its base depends on; runs of a group have the same.
+        mode: How the arms of a group share the process, in words; "" if the study says it.
     """
 
     most: int
     why_apart: Mapping[str, str]
     run: Callable[[Sequence[Job]], tuple[Sequence[Outcome | BaseException], Sequence[str]]]
     bases: Mapping[str, Any] = field(default_factory=dict)
+    mode: str = ""
 
     def takes(self, cell: Cell, attempt: int) -> bool:
         """Whether a run may be in a group; one that was begun before goes on alone, as its process may have been
@@ -46,11 +48,12 @@ class SideBySide:
         return self.takes(other, attempt) and self.bases.get(first.arm) == self.bases.get(other.arm)
 
     def announcement(self) -> list[str]:
-        """Lines about the arms that run apart, and why."""
+        """Lines about the arms that run apart, and how the others share the process, each with the reason."""
         reasons: dict[str, list[str]] = {}
         for arm, reason in self.why_apart.items():
             reasons.setdefault(reason, []).append(arm)
-        return [f"apart, not side by side: {', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
+        lines = [f"apart, not side by side: {', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
+        return [*lines, self.mode] if self.mode else lines
 
 
 def side_by_side(
@@ -60,7 +63,11 @@ def side_by_side(
     bases: Mapping[str, Any] | None = None,
 ) -> SideBySide | None:
     """The groups that a study asks for; None if its runs are done one after the other. Arguments as in `SideBySide`."""
-    return None if spec.arms_per_device == 1 else SideBySide(spec.arms_per_device, why_apart, run, bases or {})
+    if spec.arms_per_device == 1:
+        return None
+    how = "take turns" if spec.arms_mode == "turns" else "share batches"
+    mode = f"arms side by side {how}: {spec.mode_reason}" if spec.mode_reason else ""
+    return SideBySide(spec.arms_per_device, why_apart, run, bases or {}, mode)
 
 
 def run_group(

@@ -14,6 +14,7 @@ from statistics import fmean
 from textwrap import shorten
 
 from lightning_lora.study.matched.cells import Cell, CellStatus, cell_key
+from lightning_lora.study.matched.checks.work import TYPICAL_SWEEP
 from lightning_lora.study.matched.judge import Judge
 from lightning_lora.study.matched.judging.further import NOTHING_FURTHER, Further
 from lightning_lora.study.matched.record import UNTRAINED, Phase
@@ -23,9 +24,6 @@ from lightning_lora.study.statistics.rates.halving import FAR_WORSE, FIRST_RUNG,
 from lightning_lora.study.statistics.rates.over_rates import expected_best
 from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 from lightning_lora.study.statistics.verdict import Verdict
-
-TYPICAL_SWEEP = 5
-"""Runs that the sweep of an arm takes mostly, for estimates: three rates, one further out, one between."""
 
 
 @dataclass(frozen=True)

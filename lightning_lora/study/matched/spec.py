@@ -7,7 +7,7 @@ options exist is known when the configs are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.study.bank.mode import chosen_mode
 from lightning_lora.study.matched import settings as read
 from lightning_lora.study.matched.record import UNTRAINED
 from lightning_lora.study.statistics.seed_plan import SeedPlan
@@ -26,7 +27,7 @@ KEYS = (
     *("arms_per_device", "arms_mode"),
 )
 ARM_KEYS = ("configs", "overrides", "learning_rates", "matched_rank")
-MODES = ("turns", "rows")
+MODES = ("auto", "turns", "rows")
 RATE_OPTION = "model.init_args.learning_rate"
 _NAME = re.compile(r"[^\W_][\w .,:+/()%-]{0,59}")
 
@@ -73,7 +74,9 @@ class StudySpec:
         batch_penalty: ``lora`` and ``full``, each with the names of its arms at a ``small`` and a ``large`` batch, for
             a difference of differences; empty if none is asked for.
         arms_per_device: Number of adapter runs that a worker trains side by side on one base; see `ArmBank`.
-        arms_mode: Whether these take turns, as separate runs bit for bit, or share batches: ``turns`` or ``rows``.
+        arms_mode: Whether these take turns, as separate runs bit for bit, or share batches: ``turns`` or ``rows``;
+            ``auto`` chooses before the study starts.
+        mode_reason: Why this mode was chosen; "" if it was given.
     """
 
     name: str
@@ -89,7 +92,8 @@ class StudySpec:
     halving: bool = False
     batch_penalty: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     arms_per_device: int = 1
-    arms_mode: str = "turns"
+    arms_mode: str = "auto"
+    mode_reason: str = ""
 
     def __post_init__(self) -> None:
         check_band(self.band)
@@ -140,6 +144,13 @@ class StudySpec:
     def with_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> StudySpec:
         """The same study, whose arms have these configs."""
         return replace(self, arms=tuple(replace(arm, config=configs[arm.name]) for arm in self.arms))
+
+    def with_mode(self, reasons: Iterable[str], tokens: int | None, is_cpu: bool) -> StudySpec:
+        """The same study, with a mode for arms side by side if it is to be chosen; arguments as in `chosen_mode`."""
+        if self.arms_mode != "auto" or self.arms_per_device == 1:
+            return self
+        mode, reason = chosen_mode(reasons, tokens, is_cpu)
+        return replace(self, arms_mode=mode, mode_reason=reason)
 
     def arm(self, name: str) -> ArmSpec:
         """The arm of this name."""
@@ -195,7 +206,7 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
         halving=read.flag(given, "halving"),
         batch_penalty=read.four_arms(given.get("batch_penalty")),
         arms_per_device=read.at_least_one(given.get("arms_per_device", 1), "arms_per_device"),
-        arms_mode=read.one_of(given.get("arms_mode", "turns"), MODES, "arms_mode"),
+        arms_mode=read.one_of(given.get("arms_mode", "auto"), MODES, "arms_mode"),
     )
     configs = read.texts(given.get("configs") or [], "configs")
     return spec, configs, read.overrides(given.get("overrides"), "overrides")

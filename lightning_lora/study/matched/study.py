@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
 from lightning_lora.study.bank.groups import Job, run_group, side_by_side
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.cells import Cell, Outcome
-from lightning_lora.study.matched.equal import check_equal
+from lightning_lora.study.matched.checks.built import build_arm
+from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.open_study import open_study
 from lightning_lora.study.matched.options import ARM_PARTS, config_of
 from lightning_lora.study.matched.progress import promises
@@ -93,6 +95,7 @@ class Study:
         checkpoint_minutes: Time between two checkpoints of a run, which is what a kill costs at most.
         arms_per_device: Number of adapter runs that train side by side on one base in this process; see `ArmBank`.
         arms_mode: ``"turns"``, as separate runs bit for bit, or ``"rows"``, in the same batches, equal up to rounding.
+            ``"auto"`` takes turns and says why.
 
     Raises:
         ConfigError: If a setting is wrong, arms differ in what must be equal, or ``out`` belongs to something else.
@@ -127,7 +130,7 @@ class Study:
         trainer: Mapping[str, Any] | None = None,
         checkpoint_minutes: float = EVERY.total_seconds() / 60,
         arms_per_device: int = 1,
-        arms_mode: Mode = "turns",
+        arms_mode: Mode | Literal["auto"] = "auto",
     ) -> None:
         self.module = module
         self.data = data
@@ -165,8 +168,14 @@ class Study:
             retry_failed: Whether runs that failed before are tried again.
 
         Raises:
-            ConfigError: If the folder or the database belong to another study.
+            ConfigError: If the folder or the database belong to another study, or the module of an arm cannot be made
+                and adapted.
         """
+        reasons = []
+        for name in self.arms:
+            built = build_arm(name, partial(self._module, name), self._options(name).get("callbacks"))
+            reasons.append("" if built is None else built.why_no_rows)
+        self.spec = self.spec.with_mode(reasons, tokens=None, is_cpu=not torch.cuda.is_available())
         store = open_study(self.spec, {}, self.folder, self.storage)
         try:
             for line in promises(self.spec):
@@ -221,17 +230,15 @@ class Study:
             return run_group(jobs, self.spec.arms_mode, self._run_cell)
 
     def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event, place: Arm | None = None) -> Outcome:
-        arm = dict(self.arms[self.spec.baseline if cell.arm == UNTRAINED else cell.arm])
+        name = self.spec.baseline if cell.arm == UNTRAINED else cell.arm
         drop_foreign_locks(folder)
-        parts = {name: dict(arm.pop(name, {})) for name in ARM_PARTS}
         try:
             with kept_random_state(torch.device("cpu")), nullcontext() if place else _without_infos():
                 seed_all(cell.seed)
-                # The base is not trained, so any rate does; zero is refused by some modules.
-                rate = cell.learning_rate or self.spec.arm(self.spec.baseline).learning_rates[0]
-                module = self.module(learning_rate=rate, **arm)
-                trainer = self._trainer(cell, folder, lost, parts["trainer"], place)
-                outcome = fit_and_score(trainer, module, self._data(cell.seed, parts["data"]), folder, cell.phase)
+                module = self._module(name, cell.learning_rate)
+                trainer = self._trainer(cell, folder, lost, self._options(name), place)
+                data = self._data(cell.seed, dict(self.arms[name].get("data", {})))
+                outcome = fit_and_score(trainer, module, data, folder, cell.phase)
         except (LeaseLostError, ApartError):
             raise
         except Exception as error:
@@ -239,10 +246,18 @@ class Study:
         remove_checkpoints(folder, cell.phase)
         return outcome
 
+    def _module(self, arm: str, rate: float = 0.0) -> LightningModule:
+        settings = {name: value for name, value in self.arms[arm].items() if name not in ARM_PARTS}
+        # The base is not trained, so any rate does; zero is refused by some modules.
+        return self.module(learning_rate=rate or self.spec.arm(arm).learning_rates[0], **settings)
+
+    def _options(self, arm: str) -> dict[str, Any]:
+        """Options of the Trainer of an arm."""
+        return _TRAINER | self.trainer | dict(self.arms[arm].get("trainer", {}))
+
     def _trainer(
-        self, cell: Cell, folder: Path, lost: threading.Event, of_arm: Mapping[str, Any], place: Arm | None
+        self, cell: Cell, folder: Path, lost: threading.Event, options: dict[str, Any], place: Arm | None
     ) -> Trainer:
-        options = _TRAINER | self.trainer | dict(of_arm)
         own = copy.deepcopy(options.pop("callbacks", None) or [])
         own = own if isinstance(own, list) else [own]
         guards = [RunLock(), FiniteGradients(), CheckpointGuard(), AdapterCheckpoint(), GracefulStop()]

@@ -13,6 +13,7 @@ import pytest
 from lightning_lora.cli.study import command, default_study, estimate
 from lightning_lora.cli.study.estimate import Estimate
 from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.checks.work import Work
 from lightning_lora.study.matched.spec import StudySpec
 
 Began = tuple[StudySpec, Estimate | None]
@@ -26,7 +27,8 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bega
 
     def plan(spec: StudySpec) -> Estimate:
         plans.append(spec)
-        return Estimate(25, 100, 600.0)
+        work = Work(runs=25, steps=2500, lengths=25.0, passes=30)
+        return Estimate(work, work, work, 100, 600.0, 20.0)
 
     def resolve(spec: StudySpec, configs: Any, overrides: Any, beside: Path, more: Sequence[str]) -> StudySpec:
         config: Mapping[str, Any] = {"trainer": {"arguments": list(more)}}
@@ -55,10 +57,10 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bega
 def test_runs_are_shortened_to_the_hours_by_one_plan(begin: Callable[..., Began]) -> None:
     spec, estimated = begin("--hours", "1")
     assert [arm.name for arm in spec.arms] == ["full fine-tuning", "rank 2", "rank 16"]
-    assert all("--trainer.max_steps=24" in arm.config["trainer"]["arguments"] for arm in spec.arms)
+    assert all("--trainer.max_steps=20" in arm.config["trainer"]["arguments"] for arm in spec.arms)
     assert estimated is not None
-    assert (estimated.runs, estimated.steps) == (25, 24)
-    assert estimated.total_seconds == pytest.approx(3600)
+    assert (estimated.mostly.runs, estimated.steps, estimated.mostly.steps) == (25, 20, 500)
+    assert estimated.total_seconds == pytest.approx(3600), "600 s of them for scoring"
 
 
 def test_without_hours_the_runs_stay_as_they_are(begin: Callable[..., Began]) -> None:
@@ -68,5 +70,5 @@ def test_without_hours_the_runs_stay_as_they_are(begin: Callable[..., Began]) ->
 
 
 def test_hours_that_are_too_few_name_those_that_would_do(begin: Callable[..., Began]) -> None:
-    with pytest.raises(ConfigError, match=r"in 0\.1 hours each of about 25 runs would take 2 steps.*--hours 0\.83 or"):
-        begin("--hours", "0.1")
+    with pytest.raises(ConfigError, match=r"in 0\.2 hours each of about 25 runs would take 0 steps.*--hours 1 or"):
+        begin("--hours", "0.2")

@@ -26,7 +26,7 @@ def test_runs_in_one_process_end_as_those_in_processes_of_their_own(
     cells = processes.ProcessCells(spec)
     group = cells.side_by_side()
     assert group is not None
-    assert group.announcement() == ["apart, not side by side: full: it trains the base"]
+    assert group.announcement()[0] == "apart, not side by side: full: it trains the base"
     jobs: list[Job] = []
     for place in ("together", "apart"):
         for arm, seed in (("rank 8", 1), ("rank 2", 2)):

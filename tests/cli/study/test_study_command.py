@@ -60,6 +60,24 @@ MISTAKES = {
     "seed": (both(seed_everything=1), "which the study sets for each run, alike in all arms", ""),
     "other data": (both(**{"data.init_args.max_rows": 6}), "differ in data", "set it for the whole study"),
     "other precision": (both(**{"trainer.precision": "bf16-true"}), "differ in precision", "must be equal"),
+    "target": (
+        both(**{"model.init_args.lora": {"targets": ["q_prj"]}}),
+        "arm 'other': target 'q_prj' matches none",
+        "",
+    ),
+    "rank of a pattern": (
+        both(**{"model.init_args.lora": {"rank_pattern": {"q_prj": 2}}}),
+        "arm 'other': rank_pattern 'q_prj' matches none",
+        "",
+    ),
+    "matched rank": (
+        {
+            "full": {"overrides": {"model.init_args.lora": {"rank": 4096}}},
+            "other": {"overrides": {"model.init_args.lora": {"targets": ["q_proj"]}}, "matched_rank": "full"},
+        },
+        "arm 'other', matched_rank 'full': targets=('q_proj',) hold",
+        "match at a lower rank",
+    ),
     "the same": (both(), "'full' and 'other' are the same", ""),
     "no config": ({"full": None, "other": {"configs": ["no.yaml"]}}, "no.yaml' does not exist", ""),
 }
@@ -77,6 +95,49 @@ def test_a_mistake_in_an_arm_is_one_error_and_nothing_is_written(
     assert lines[0].startswith("error: ")
     assert first in lines[0]
     assert second in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+OWN = {"model.class_path": "tests.study.matched.learner.Learner", "data.class_path": "tests.study.matched.learner.Rows"}
+
+
+def own_study(folder: Path, **settings: Any) -> Path:
+    """A study of a module and data of the user's own."""
+    base = {
+        "model": {"class_path": OWN["model.class_path"], "init_args": {"learning_rate": 1e-3}},
+        "data": {"class_path": OWN["data.class_path"]},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(base))
+    arms = {"full": None, "rank 2": {"overrides": {"model.init_args.lora": {"rank": 2}}}}
+    file = folder / "own_study.yaml"
+    file.write_text(yaml.safe_dump({"configs": ["own.yaml"], "arms": arms, "seeds": 1} | settings, sort_keys=False))
+    return file
+
+
+OWN_MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "target": (
+        {"arms": {"full": None, "last": {"overrides": {"model.init_args.lora": {"targets": ["lyer"]}}}}},
+        (),
+        "arm 'last': target 'lyer' matches none",
+    ),
+    "kept models": ({}, ("--keep-models",), "--keep-models: arm 'full' trains Learner in full"),
+    "option of the rate": (
+        {"learning_rate_option": "model.init_args.lr"},
+        (),
+        "arm 'full' has no option model.init_args.lr",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "options", "message"), OWN_MISTAKES.values(), ids=list(OWN_MISTAKES))
+def test_what_the_own_module_of_an_arm_cannot_do_is_said_before_anything_is_trained(
+    tmp_path: Path, settings: dict[str, Any], options: tuple[str, ...], message: str
+) -> None:
+    file = own_study(tmp_path, **settings)
+    done = commands.lightning_lora("--allow", "tests", "study", str(file), "--out", "out", *options, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.study.matched.equal import check_equal
+from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.spec import ArmSpec, read_spec, spec_of
 
 ARMS: dict[str, Any] = {"full": None, "rank 8": {"overrides": {"model.init_args.lora.rank": 8}}}

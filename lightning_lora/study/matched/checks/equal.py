@@ -66,13 +66,15 @@ def _compare(what: str, option: str, one: ArmSpec, other: ArmSpec) -> None:
 def _budget(config: Mapping[str, Any]) -> int:
     """Training rows by the number of steps; -1 without such a limit."""
     steps = option_of(config, "trainer.max_steps", -1)
-    if steps is None or steps < 0:
-        return -1
-    batch = option_of(config, "target_batch_size") or (
+    return -1 if steps is None or steps < 0 else steps * rows_of_step(config)
+
+
+def rows_of_step(config: Mapping[str, Any]) -> int:
+    """Rows of an optimizer step."""
+    return option_of(config, "target_batch_size") or (
         (option_of(config, "data.init_args.batch_size") or 1)
         * (option_of(config, "trainer.accumulate_grad_batches") or 1)
     )
-    return steps * batch
 
 
 def _check_one_device(arm: ArmSpec) -> None:
