@@ -6,24 +6,25 @@ tokens), `sources` (from a name to rows), `reading`, `records` and `formats` (fr
 rows), `token_table` (a batch of rows, all of these steps), `processes` (several batches at once), `tokens` (a whole
 source, cached), `source_report` (what is told about it), `read_splits` (the sources of a split), `split` (its counts),
 `sampling` (held-out rows, sources mixed by shares), `streaming` (rows that are tokenised while training), `batches`
-(padded or packed), `terminal_progress`.
+(padded or packed), `prompts` (what a model is asked, without answers), `terminal_progress`.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .prompts.data_module import PromptDataModule
     from .sft import SFTDataModule
 
-__all__ = ["SFTDataModule"]
+__all__ = ["PromptDataModule", "SFTDataModule"]
+_FILES = {"PromptDataModule": ".prompts.data_module", "SFTDataModule": ".sft"}
 
 
 def __getattr__(name: str) -> object:
     # Imported when first asked for: processes that tokenise start without torch and Lightning, four times as fast.
-    if name != "SFTDataModule":
+    if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .sft import SFTDataModule
-
-    globals()[name] = SFTDataModule
-    return SFTDataModule
+    globals()[name] = getattr(import_module(_FILES[name], __name__), name)
+    return globals()[name]

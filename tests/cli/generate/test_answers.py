@@ -14,8 +14,8 @@ from lightning_lora import disable_lora, load_adapter, merge_lora
 from lightning_lora.cli.embedded import MODEL, VALIDATION
 from lightning_lora.cli.generate.answers import Answer, encode_prompts, generate
 from lightning_lora.cli.generate.decoding import Sampling
-from lightning_lora.cli.generate.prompt_tokens import prompt_ids
 from lightning_lora.data.encoding import encode
+from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ConfigError, DataError
