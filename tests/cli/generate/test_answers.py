@@ -227,6 +227,19 @@ def test_a_stopped_answer_is_interrupted_not_ended(tuned: Any, tokenizer: Any) -
     assert (answer.stop, answer.tokens) == ("interrupted", 3)
 
 
+def test_a_stop_text_ends_an_answer_and_stays_in_it(tuned: Any, tokenizer: Any, answers: list[Answer]) -> None:
+    stop = answers[0].text[4:7]
+    for answer, free in zip(
+        generate(tuned, tokenizer, PROMPTS, SETTINGS, Sampling(16, stop=(stop,))), answers, strict=True
+    ):
+        if stop in free.text:
+            assert answer.stop == "stop text"
+            assert answer.text.startswith(free.text[: free.text.index(stop) + len(stop)])
+            assert answer.tokens <= free.tokens
+        else:
+            assert answer == free
+
+
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
     "{% if loop.last %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
