@@ -51,6 +51,12 @@ MODELS = {
 }
 
 
+def greedy(model: Any, prompt: Tensor) -> Tensor:
+    """Prompt and completion by transformers, ``(1, tokens)``."""
+    ids, settings = prompt.unsqueeze(0), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, eos_token_id=STOPS, **settings)
+
+
 def sampled(
     model: nn.Module, group_size: int = 4, prompts: list[Tensor] = PROMPTS, seed: int = 0, **settings: Any
 ) -> Samples:
@@ -88,7 +94,7 @@ def test_greedy_completions_are_those_of_transformers(kind: str) -> None:
     model: Any = adapted(MODELS[kind]())
     samples = sampled(model, group_size=2, temperature=0.0)
     for prompt, tokens, _ in rows_of(samples, PROMPTS, 2):
-        whole = model.generate(prompt.unsqueeze(0), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=STOPS)
+        whole = greedy(model, prompt)
         assert tokens.tolist() == whole[0, len(prompt) :].tolist()
 
 
@@ -104,7 +110,7 @@ def test_a_model_that_keeps_a_state_is_sampled_from_too() -> None:
     prompts = [PROMPTS[1], PROMPTS[1].flip(0)]
     samples = sampled(model, group_size=2, temperature=0.0, prompts=prompts)
     for prompt, tokens, _ in rows_of(samples, prompts, 2):
-        whole = model.generate(prompt.unsqueeze(0), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=STOPS)
+        whole = greedy(model, prompt)
         assert tokens.tolist() == whole[0, len(prompt) :].tolist()
 
 
