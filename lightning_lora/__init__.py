@@ -24,6 +24,7 @@ from lightning_lora.errors import (
     LoRAError,
     RewardError,
     RunFolderError,
+    SamplerError,
     TargetNotFoundError,
 )
 
@@ -71,6 +72,7 @@ __all__ = [
     "RankProbe",
     "RewardError",
     "RunFolderError",
+    "SamplerError",
     "Study",
     "TargetNotFoundError",
     "count_parameters",

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataError
+from lightning_lora.tasks.end_of_turn import stop_ids
 from lightning_lora.tasks.loading import context_length
+from lightning_lora.tasks.rl.sampling.stop_texts import StopTexts
 
 from .decoding import Sampling, continue_tokens
-from .prompt_tokens import prompt_ids, stop_ids
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
 
-END_OF_TURN, MAX_NEW_TOKENS, CONTEXT, INTERRUPTED = "end of turn", "max_new_tokens", "context", "interrupted"
+END_OF_TURN, STOP_TEXT, MAX_NEW_TOKENS = "end of turn", "stop text", "max_new_tokens"
+CONTEXT, INTERRUPTED = "context", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Answer:
 
     Args:
         text: The answer without the token that ended it. Other special tokens are shown as they are written.
-        stop: Why it ends: ``"end of turn"``, ``"max_new_tokens"``, ``"context"`` (the model's context is full) or
-            ``"interrupted"``.
+        stop: Why it ends: ``"end of turn"``, ``"stop text"``, ``"max_new_tokens"``, ``"context"`` (the model's context
+            is full) or ``"interrupted"``.
         tokens: Number of tokens written, the one that ended the turn included.
     """
 
@@ -99,14 +102,17 @@ def answer_tokens(
 ) -> list[Answer]:
     """Answers to prompts that `encode_prompts` has made; the other arguments are those of `generate`."""
     stops, limit = stop_ids(model, tokenizer, settings), context_length(model.config)
-    found = continue_tokens(model, prompts, sampling, stops, on_tokens)
+    texts = StopTexts(tokenizer, sampling.stop) if sampling.stop else None
+    found = continue_tokens(model, prompts, sampling, stops, texts, on_tokens)
     reasons = [
-        END_OF_TURN if ids[-1] in stops else _why_not_ended(len(prompt), len(ids), sampling.max_new_tokens, limit)
-        for prompt, ids in zip(prompts, found, strict=True)
+        (END_OF_TURN if ids[-1] in stops else STOP_TEXT)
+        if finished
+        else _why_not_ended(len(prompt), len(ids), sampling.max_new_tokens, limit)
+        for prompt, (ids, finished) in zip(prompts, found, strict=True)
     ]
     return [
         Answer(_text(tokenizer, ids[:-1] if reason == END_OF_TURN else ids), reason, len(ids))
-        for ids, reason in zip(found, reasons, strict=True)
+        for (ids, _), reason in zip(found, reasons, strict=True)
     ]
 
 

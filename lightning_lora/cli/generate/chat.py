@@ -19,11 +19,11 @@ from typing_extensions import override
 from lightning_lora.data.records import Conversation, Message
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataError
+from lightning_lora.tasks.end_of_turn import stop_ids
 
 from .answers import END_OF_TURN, Answer, generate
 from .decoding import Sampling
 from .loading import Loaded
-from .prompt_tokens import stop_ids
 from .view import ANSWER, BASE, TUNED, printable, terminal
 
 HELP = "/reset: forget all; /quit or Ctrl-D: end; Ctrl-C: stop the answer"

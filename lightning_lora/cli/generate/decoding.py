@@ -13,6 +13,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.tasks.loading import context_length
 from lightning_lora.tasks.rl.sampling.decoding import decode
 from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
+from lightning_lora.tasks.rl.sampling.stop_texts import StopTexts
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
@@ -60,9 +61,10 @@ def continue_tokens(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: Sequence[int],
+    stop_texts: StopTexts | None = None,
     on_tokens: Callable[[Tensor], bool] | None = None,
-) -> list[list[int]]:
-    """Continue prompts of any lengths, each until a stop token or its most tokens; the stop token is the last one.
+) -> list[tuple[list[int], bool]]:
+    """Continue prompts of any lengths, each until a stop token, a stop text or its most tokens; each stays at the end.
 
     Nothing but ``sampling`` decides how tokens are chosen: the ``generation_config`` of the model is not read. Global
     random generators stay as they were.
@@ -72,9 +74,13 @@ def continue_tokens(
         prompts: Token ids of each prompt, shorter than the model's context.
         sampling: How tokens are chosen.
         stop_ids: Tokens that end an answer.
+        stop_texts: Finds the texts that end an answer.
         on_tokens: Is told the tokens as they come, for a single prompt; True ends the answer.
+
+    Returns:
+        For each prompt the new tokens, and whether they ended by a stop token or text.
     """
-    found: list[list[int]] = []
+    found: list[tuple[list[int], bool]] = []
     generator = torch.Generator().manual_seed(sampling.seed)
     for start in range(0, len(prompts), sampling.batch_size):
         samples = decode(
@@ -85,9 +91,10 @@ def continue_tokens(
             generator,
             stop_ids,
             limit=context_length(model.config),
+            stop_texts=stop_texts,
             use_cache=sampling.use_cache,
             on_tokens=on_tokens,
         )
-        rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)
-        found += [ids[:length] for ids, length in rows]
+        rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), samples.finished.tolist(), strict=True)
+        found += [(ids[:length], finished) for ids, length, finished in rows]
     return found

@@ -69,4 +69,4 @@ def find_reward(name: str) -> Reward:
     if not callable(found):
         hint = did_you_mean(attribute, [key for key, value in vars(module).items() if callable(value)])
         raise ConfigError(f"reward {name!r}: module {place} has no function {attribute}{hint}")
-    return found
+    return found  # pyright: ignore[reportReturnType]

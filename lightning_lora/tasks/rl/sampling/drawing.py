@@ -39,10 +39,9 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> tuple[
 def _inverse(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     dtype = torch.float64 if logprobs.shape[-1] > _LONG else torch.float32
     sums = logprobs.exp().cumsum(-1, dtype=dtype)
-    total = sums[:, -1]
-    # Rounding must not reach the total itself, which no sum exceeds.
-    reached = torch.minimum(uniforms.to(dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, reached.unsqueeze(-1), right=True).squeeze(-1)
+    # Numbers of float32 below 1 are at most 1 - 2**-24: rounded, too, the product stays below the total.
+    reached = uniforms.to(dtype).unsqueeze(-1) * sums[:, -1:]
+    return torch.searchsorted(sums, reached, right=True).squeeze(-1)
 
 
 def _likeliest(logits: Tensor, count: int) -> Tensor:
