@@ -61,10 +61,9 @@ def test_scores_are_read_at_the_last_real_token(side: str, folder: str) -> None:
 
 
 def test_an_encoder_has_a_score_too(tmp_path: Path) -> None:
-    config = BertConfig(
-        vocab_size=pairs.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        num_labels=1,
-    )  # fmt: skip
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config: Any = BertConfig(vocab_size=pairs.VOCAB, **sizes)
+    config.num_labels = 1
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     module, batch = make(str(tmp_path / "bert")), next(iter(pairs.loader()))
     ids, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask"))
