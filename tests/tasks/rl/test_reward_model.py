@@ -61,7 +61,12 @@ def test_scores_are_read_at_the_last_real_token(side: str, folder: str) -> None:
 
 
 def test_an_encoder_has_a_score_too(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     config: Any = BertConfig(vocab_size=pairs.VOCAB, **sizes)
     config.num_labels = 1
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
