@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from .bad_rows import RowError
 from .documents import divide
 from .encoding import Encoded, encode
-from .formats.find import find_format
+from .formats.find import Format, find_format
+from .formats.pairs import PairFormat, find_pair_format
 from .preferences.encode_pairs import encode_pairs
 from .reading import Row
 from .records import Conversation, Pair, Text
@@ -80,7 +81,7 @@ class ToTokens:
 
     def __call__(self, chunk: Chunk) -> pyarrow.Table:
         """A table with the columns of `COLUMNS`: one or several rows for each row of the chunk, in order."""
-        read = find_format(self.example, self.settings).read
+        read = _find_format(self.example, self.settings).read
         records = [row if isinstance(row, RowError) else _or_error(read, row) for row in chunk.rows]
         good = [record for record in records if not isinstance(record, RowError)]
         encode_all = encode_pairs if self.settings.pairs else encode
@@ -106,7 +107,7 @@ def find_example(rows: Sequence[Row | RowError], settings: RowSettings) -> Row |
     """The first row that is of a known format; if there is none, what is wrong with each row."""
     errors: list[RowError] = []
     for row in rows:
-        found = row if isinstance(row, RowError) else _or_error(partial(find_format, settings=settings), row)
+        found = row if isinstance(row, RowError) else _or_error(partial(_find_format, settings=settings), row)
         if not isinstance(found, RowError):
             assert isinstance(row, Row)
             return row
@@ -123,6 +124,10 @@ class _Line(NamedTuple):
 
 
 _NOTHING = Encoded(numpy.zeros(0, dtype=numpy.int64), numpy.zeros(0, dtype=bool))
+
+
+def _find_format(row: Row, settings: RowSettings) -> Format | PairFormat:
+    return find_pair_format(row, settings) if settings.pairs else find_format(row, settings)
 
 
 def _or_error(read: Callable[[Row], Any], row: Row) -> Any:

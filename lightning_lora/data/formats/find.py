@@ -16,7 +16,6 @@ from ..records import Conversation, Text
 from ..settings import RowSettings
 from .beside import read_variables, read_weight, with_system
 from .names import BESIDE, COLUMNS, FORMATS, PAIRS
-from .pairs import PairFormat, find_pair_format
 from .question import read_answer, read_question
 from .row import NamedRow
 from .suggest import suggest_names
@@ -64,14 +63,12 @@ class Format:
         return [*read_question(row, question), *read_answer(row, answer)]
 
 
-def find_format(row: Row, settings: RowSettings) -> Format | PairFormat:
+def find_format(row: Row, settings: RowSettings) -> Format:
     """The first of the known formats whose columns the row has, filled ones before empty ones.
 
     Raises:
         RowError: If no format fits. The message names the columns of the row, the known formats and a mapping to try.
     """
-    if settings.pairs:
-        return find_pair_format(row, settings)
     columns = NamedRow(row, settings).columns
     filled = {name for name, value in columns.items() if value is not None}
     for present in (filled, columns.keys()):
