@@ -1,4 +1,4 @@
-"""Is rank 1 enough for reinforcement learning (T6): six digits to be sorted, rewards for exact answers, every rate swept.
+"""Is rank 1 enough for reinforcement learning (T6): six digits to be sorted, rewards for exact answers.
 
     PYTHONPATH=. python studies/rank_one.py
 
@@ -142,7 +142,7 @@ def train(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _trainer(*callbacks: Callback, **options: Any) -> Trainer:
     quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings = dict.fromkeys(quiet, False) | {"logger": False, "num_sanity_val_steps": 0} | options
+    settings: dict[str, Any] = dict.fromkeys(quiet, False) | {"logger": False, "num_sanity_val_steps": 0} | options
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **settings)
 
 

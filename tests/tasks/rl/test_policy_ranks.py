@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from typing_extensions import override
 
+from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
 from tests.support import toys
 from tests.support.resuming import differences
+from tests.tasks.rl.policies import PlainSampler
 
 SCRIPT = """
 import sys, warnings
@@ -70,23 +75,20 @@ if dist.is_initialized():
 """
 
 
-class OfPrompt:
-    """Draws what the prompt alone decides, on whichever rank it is."""
+class OfPrompt(PlainSampler):
+    """Draws what the prompt and the number of its completion alone decide, on whichever rank it is."""
 
-    def __new__(cls) -> object:
-        from tests.tasks.rl.policies import PlainSampler
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: Counter[int] = Counter()
 
-        class Seeded(PlainSampler):
-            def _row(self, prompt, settings, generator):  # noqa: ANN001, ANN202
-                own = int(prompt.sum()) * 100 + self.rows[int(prompt.sum())]
-                self.rows[int(prompt.sum())] += 1
-                return super()._row(prompt, settings, torch.Generator().manual_seed(own))
-
-        from collections import Counter
-
-        sampler = Seeded()
-        sampler.rows = Counter()
-        return sampler
+    @override
+    def _row(
+        self, prompt: Tensor, settings: SamplingSettings, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, int, bool]:
+        name = int(prompt.sum())
+        self.drawn[name] += 1
+        return super()._row(prompt, settings, torch.Generator().manual_seed(100 * name + self.drawn[name]))
 
 
 @pytest.mark.slow
