@@ -23,6 +23,7 @@ from lightning_lora.errors import (
     LoRAError,
     RewardError,
     RunFolderError,
+    SamplerError,
     TargetNotFoundError,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "RankProbe",
     "RewardError",
     "RunFolderError",
+    "SamplerError",
     "Study",
     "TargetNotFoundError",
     "count_parameters",

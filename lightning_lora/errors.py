@@ -49,6 +49,10 @@ class RewardError(LoRAError, RuntimeError):
     """A reward fails on a row: it raises, takes too long, or returns no finite number."""
 
 
+class SamplerError(LoRAError, RuntimeError):
+    """A server that draws completions cannot be asked, or gives no usable answer."""
+
+
 class RunFolderError(LoRAError, ValueError):
     """The folder of a run cannot be written, or another run is writing there."""
 

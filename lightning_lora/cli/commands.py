@@ -112,6 +112,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     answers.add_argument("--temperature", type=float, help="0 takes the most probable token (the default)")
     answers.add_argument("--top_p", type=float, help="draw from the most probable tokens up to this sum (default: 1)")
     answers.add_argument("--top_k", type=int, metavar="N", help="draw from the N most probable tokens (default: all)")
+    answers.add_argument("--stop", action="append", metavar="TEXT", help="a text that ends an answer (repeatable)")
     answers.add_argument("--seed", type=int, help="seed of the draws (default: 0)")
     answers.add_argument("--batch_size", type=int, metavar="N", help="prompts answered together (default: 8)")
     model = parser.add_argument_group("model")

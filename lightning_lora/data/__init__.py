@@ -6,7 +6,8 @@ tokens), `sources` (from a name to rows), `reading`, `records` and `formats` (fr
 rows), `token_table` (a batch of rows, all of these steps), `processes` (several batches at once), `tokens` (a whole
 source, cached), `source_report` (what is told about it), `read_splits` (the sources of a split), `split` (its counts),
 `sampling` (held-out rows, sources mixed by shares), `streaming` (rows that are tokenised while training), `batches`
-(padded or packed), `preferences` (pairs of answers), `terminal_progress`.
+(padded or packed), `preferences` (pairs of answers), `prompts` (what a model is asked, without answers),
+`terminal_progress`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .preferences.data_module import PreferenceDataModule
+    from .prompts.data_module import PromptDataModule
     from .sft import SFTDataModule
 
-__all__ = ["PreferenceDataModule", "SFTDataModule"]
-_FILES = {"PreferenceDataModule": ".preferences.data_module", "SFTDataModule": ".sft"}
+__all__ = ["PreferenceDataModule", "PromptDataModule", "SFTDataModule"]
+_FILES = {
+    "PreferenceDataModule": ".preferences.data_module",
+    "PromptDataModule": ".prompts.data_module",
+    "SFTDataModule": ".sft",
+}
 
 
 def __getattr__(name: str) -> object:

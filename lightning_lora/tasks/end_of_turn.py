@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lora.data.chat.endings import end_of_turn_ids
+from lightning_lora.data.chat.profile import end_of_answer_id, find_profile
 from lightning_lora.data.chat.template import find_template
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.tokenizer import find_tokenizer
@@ -70,6 +71,16 @@ def stopping_ids(generation_config: Any, ends: Iterable[int]) -> list[int]:
     known = getattr(generation_config, "eos_token_id", None)
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     return list(dict.fromkeys([*known, *ends]))
+
+
+def stop_ids(model: Any, tokenizer: Any, settings: RowSettings) -> list[int]:
+    """Tokens at which an answer ends: those of the chat template, of the tokenizer, and of the model."""
+    found = {*stopping_ids(model.generation_config, ()), tokenizer.eos_token_id, end_of_answer_id(tokenizer, settings)}
+    for tools in (False, True):
+        profile = find_profile(tokenizer, settings, tools)
+        found.update(end_of_turn_ids(tokenizer, profile.template.text) if profile else ())
+        found.update(tokenizer.convert_tokens_to_ids(list(profile.ends)) if profile else ())
+    return sorted(found - {None})
 
 
 def stop_at(model: Any, ids: list[int]) -> None:

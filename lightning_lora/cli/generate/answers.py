@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
-from lightning_lora.data.tokenizer import pad_id
 from lightning_lora.errors import DataError
+from lightning_lora.tasks.end_of_turn import stop_ids
 from lightning_lora.tasks.loading import context_length
+from lightning_lora.tasks.rl.sampling.stop_texts import StopTexts
 
 from .decoding import Sampling, continue_tokens
-from .prompt_tokens import prompt_ids, stop_ids
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
-    from transformers.generation.stopping_criteria import StoppingCriteria
-    from transformers.generation.streamers import BaseStreamer
 
-END_OF_TURN, MAX_NEW_TOKENS, CONTEXT, INTERRUPTED = "end of turn", "max_new_tokens", "context", "interrupted"
+END_OF_TURN, STOP_TEXT, MAX_NEW_TOKENS = "end of turn", "stop text", "max_new_tokens"
+CONTEXT, INTERRUPTED = "context", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Answer:
 
     Args:
         text: The answer without the token that ended it. Other special tokens are shown as they are written.
-        stop: Why it ends: ``"end of turn"``, ``"max_new_tokens"``, ``"context"`` (the model's context is full) or
-            ``"interrupted"``.
+        stop: Why it ends: ``"end of turn"``, ``"stop text"``, ``"max_new_tokens"``, ``"context"`` (the model's context
+            is full) or ``"interrupted"``.
         tokens: Number of tokens written, the one that ended the turn included.
     """
 
@@ -47,8 +48,7 @@ def generate(
     conversations: Sequence[Conversation | Text],
     settings: RowSettings | None = None,
     sampling: Sampling | None = None,
-    streamer: BaseStreamer | None = None,
-    criteria: Sequence[StoppingCriteria] = (),
+    on_tokens: Callable[[Tensor], bool] | None = None,
 ) -> list[Answer]:
     """Answer conversations, or continue texts, in order.
 
@@ -58,15 +58,14 @@ def generate(
         conversations: Conversations up to the answer that is asked for, and texts.
         settings: How conversations become tokens; those of the training. None takes the tokenizer's chat template.
         sampling: How tokens are chosen. None is greedy.
-        streamer: Is handed the tokens of a single answer as they come.
-        criteria: Further reasons to stop.
+        on_tokens: Is told the tokens of a single answer as they come, ``(1,)``; True ends it.
 
     Raises:
         DataError: If a conversation cannot be rendered, or is longer than the context of the model.
     """
     settings = settings or RowSettings(max_length=1024)
     prompts = encode_prompts(model, tokenizer, conversations, settings)
-    return answer_tokens(model, tokenizer, prompts, settings, sampling or Sampling(), streamer, criteria)
+    return answer_tokens(model, tokenizer, prompts, settings, sampling or Sampling(), on_tokens)
 
 
 def encode_prompts(
@@ -99,20 +98,21 @@ def answer_tokens(
     prompts: Sequence[Sequence[int]],
     settings: RowSettings,
     sampling: Sampling,
-    streamer: BaseStreamer | None = None,
-    criteria: Sequence[StoppingCriteria] = (),
+    on_tokens: Callable[[Tensor], bool] | None = None,
 ) -> list[Answer]:
     """Answers to prompts that `encode_prompts` has made; the other arguments are those of `generate`."""
     stops, limit = stop_ids(model, tokenizer, settings), context_length(model.config)
-    filler = pad_id(tokenizer, model.config.get_text_config().vocab_size)
-    found = continue_tokens(model, prompts, sampling, stops, filler, streamer, criteria)
+    texts = StopTexts(tokenizer, sampling.stop) if sampling.stop else None
+    found = continue_tokens(model, prompts, sampling, stops, texts, on_tokens)
     reasons = [
-        END_OF_TURN if ids[-1] in stops else _why_not_ended(len(prompt), len(ids), sampling.max_new_tokens, limit)
-        for prompt, ids in zip(prompts, found, strict=True)
+        (END_OF_TURN if ids[-1] in stops else STOP_TEXT)
+        if finished
+        else _why_not_ended(len(prompt), len(ids), sampling.max_new_tokens, limit)
+        for prompt, (ids, finished) in zip(prompts, found, strict=True)
     ]
     return [
         Answer(_text(tokenizer, ids[:-1] if reason == END_OF_TURN else ids), reason, len(ids))
-        for ids, reason in zip(found, reasons, strict=True)
+        for (ids, _), reason in zip(found, reasons, strict=True)
     ]
 
 

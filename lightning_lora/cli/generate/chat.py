@@ -10,22 +10,20 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text as StyledText
 from torch import Tensor
-from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import TextStreamer
 from typing_extensions import override
 
 from lightning_lora.data.records import Conversation, Message
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataError
+from lightning_lora.tasks.end_of_turn import stop_ids
 
 from .answers import END_OF_TURN, Answer, generate
 from .decoding import Sampling
 from .loading import Loaded
-from .prompt_tokens import stop_ids
 from .view import ANSWER, BASE, TUNED, printable, terminal
 
 HELP = "/reset: forget all; /quit or Ctrl-D: end; Ctrl-C: stop the answer"
@@ -79,10 +77,14 @@ class Dialogue:
     def _answer(self, speaker: str, record: Conversation, console: Console) -> Answer:
         model = self.loaded.base() if speaker == BASE else nullcontext(self.loaded.model)
         with model as asked, _interrupt() as interrupt:
-            streamer = _Printer(self.loaded.tokenizer, console, stop_ids(asked, self.loaded.tokenizer, self.rows))
-            (answer,) = generate(
-                asked, self.loaded.tokenizer, [record], self.rows, self.sampling, streamer, [interrupt]
-            )
+            printer = _Printer(self.loaded.tokenizer, console, stop_ids(asked, self.loaded.tokenizer, self.rows))
+
+            def show(tokens: Tensor) -> bool:
+                printer.put(tokens)
+                return interrupt.asked
+
+            (answer,) = generate(asked, self.loaded.tokenizer, [record], self.rows, self.sampling, show)
+            printer.end()
         return answer
 
 
@@ -136,14 +138,14 @@ class _Printer(TextStreamer):
     """Prints the words of an answer as they come, without its end token and with nothing that acts on the terminal."""
 
     def __init__(self, tokenizer: Any, console: Console, stop_ids: Sequence[int]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
+        super().__init__(tokenizer, clean_up_tokenization_spaces=False)
         self.console = console
         self.stop_ids = stop_ids
 
     @override
     def put(self, value: Tensor) -> None:
         """Print what has become whole words, but for the token that ends the answer."""
-        if self.next_tokens_are_prompt or value.tolist()[-1] not in self.stop_ids:
+        if value.tolist()[-1] not in self.stop_ids:
             super().put(value)
 
     @override
@@ -152,14 +154,10 @@ class _Printer(TextStreamer):
         self.console.file.flush()
 
 
-class _Interrupt(StoppingCriteria):
-    """Stops the answer at its next token once the user has pressed Ctrl-C; pressed again, it ends the program."""
+class _Interrupt:
+    """Notes that the user has pressed Ctrl-C, which stops the answer; pressed again, it ends the program."""
 
     asked = False
-
-    @override
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)  # type: ignore[return-value]
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Note the first interrupt."""
@@ -171,9 +169,9 @@ class _Interrupt(StoppingCriteria):
 @contextmanager
 def _interrupt() -> Iterator[_Interrupt]:
     """Within the context, Ctrl-C stops the answer only."""
-    criterion = _Interrupt()
-    before = signal.signal(signal.SIGINT, criterion.handle)
+    interrupt = _Interrupt()
+    before = signal.signal(signal.SIGINT, interrupt.handle)
     try:
-        yield criterion
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lightning_lora.data.prompts.read_prompts import Prompt, text_prompt
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.atomic import atomic_file
@@ -22,7 +23,7 @@ from .answers import Answer, answer_tokens, encode_prompts
 from .chat import chat
 from .decoding import Sampling
 from .loading import Loaded, choose_loading, load
-from .prompts import Prompt, read_prompts, text_prompt, with_system
+from .prompts import read_prompts, with_system
 from .run_settings import RunSettings, read_run_settings
 from .source import find
 from .view import show, terminal

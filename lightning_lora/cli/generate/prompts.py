@@ -1,53 +1,15 @@
-"""Prompts: from a text, or from rows as the data room reads them, each up to its last answer."""
+"""What a model is asked: texts of the command line, and rows of files with a system message of the user's."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from glob import glob
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from lightning_lora.data.bad_rows import RowError
-from lightning_lora.data.formats.find import find_format
-from lightning_lora.data.formats.values import parsed
-from lightning_lora.data.reading import Row
-from lightning_lora.data.records import Conversation, Message, Text
+from lightning_lora.data.prompts.read_prompts import Prompt, prompt_rows
+from lightning_lora.data.records import Text
 from lightning_lora.data.settings import RowSettings
-from lightning_lora.data.sources import find_sources
 from lightning_lora.errors import DataError
-
-_ANSWER_COLUMNS = ("completion", "answer", "output", "response")
-_ANY_ANSWER = "?"
-"""Stands for the answer of a row that has none, so that it is read as a training row is."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a model is asked.
-
-    Args:
-        record: The conversation up to the answer that is asked for, or a text to be continued.
-        reference: The answer that the row has; None if it has none.
-    """
-
-    record: Conversation | Text
-    reference: str | None = None
-
-
-def text_prompt(text: str, place: str) -> Prompt:
-    """A prompt of one question.
-
-    Raises:
-        DataError: If the text is empty.
-    """
-    if not text.strip():
-        raise DataError(f"{place} is empty.")
-    return Prompt(Conversation(place, [{"role": "user", "content": text}]))
 
 
 def read_prompts(names: str | list[str], settings: RowSettings, limit: int | None = None) -> list[Prompt]:
@@ -64,9 +26,10 @@ def read_prompts(names: str | list[str], settings: RowSettings, limit: int | Non
         DataError: If a file cannot be read, or a row holds no prompt.
     """
     found: list[Prompt] = []
-    for name in [names] if isinstance(names, str) else names:
-        left = None if limit is None else limit - len(found)
-        found += islice(_read(name, settings), left)
+    for prompt in islice(prompt_rows(names, settings, "test"), limit):
+        if isinstance(prompt, RowError):
+            raise prompt
+        found.append(prompt)
     return found
 
 
@@ -81,92 +44,3 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
     others = [message for message in prompt.record.messages if message["role"] != "system"]
     messages = [{"role": "system", "content": system}, *others]
     return dataclasses.replace(prompt, record=dataclasses.replace(prompt.record, messages=messages))
-
-
-def read_prompt(row: Row, settings: RowSettings) -> Prompt:
-    """Read one row, and cut it before its last answer.
-
-    Raises:
-        DataError: If the row holds no prompt.
-    """
-    try:
-        record = find_format(row, settings).read(row)
-    except DataError:
-        completed = _read_with_any_answer(row, settings)
-        if completed is None:
-            raise
-        return Prompt(_without_answer(completed))
-    if isinstance(record, Text):
-        return Prompt(record)
-    answers = _answers(record)
-    if answers and answers[-1] == len(record.messages) - 1:
-        return Prompt(_without_answer(record), _reference(record.messages[-1]))
-    return Prompt(record)
-
-
-def _read(name: str, settings: RowSettings) -> Iterator[Prompt]:
-    if name.lower().endswith(".txt") and (files := sorted(glob(os.path.expanduser(name), recursive=True))):
-        # Unlike in training, where such a file is one long text.
-        for file in files:
-            yield from _lines(Path(file))
-        return
-    for source in find_sources(name, "test"):
-        for row in source.rows():
-            if isinstance(row, RowError):
-                raise row
-            yield read_prompt(row, settings)
-
-
-def _lines(file: Path) -> Iterator[Prompt]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not filled:
-        raise DataError(f"{file} has no lines with text.")
-    for number, line in filled:
-        yield text_prompt(line, f"{file}, line {number}")
-
-
-def _read_with_any_answer(row: Row, settings: RowSettings) -> Conversation | None:
-    """Read a row that lacks its answer, with another one in its place; None if that does not make it a row."""
-    for columns in _with_any_answer(row.columns):
-        completed = dataclasses.replace(row, columns=columns)
-        try:
-            record = find_format(completed, settings).read(completed)
-        except DataError:
-            continue  # the caller tells what is wrong with the row as it is
-        if isinstance(record, Conversation) and record.messages[-1].get("content") == _ANY_ANSWER:
-            return record
-    return None
-
-
-def _with_any_answer(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, value in columns.items():
-        turns = parsed(value)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            yield columns | {name: [*turns, {"role": "assistant", "content": _ANY_ANSWER}]}
-    for name in _ANSWER_COLUMNS:
-        yield columns | {name: _ANY_ANSWER}
-
-
-def _without_answer(record: Conversation) -> Conversation:
-    last = _answers(record)[-1]
-    if last == 0:
-        raise DataError(f"{record.place}: nothing comes before the answer, so there is no prompt.")
-    return dataclasses.replace(
-        record, messages=record.messages[:last], untrained=frozenset(i for i in record.untrained if i < last)
-    )
-
-
-def _answers(record: Conversation) -> list[int]:
-    return [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
-
-
-def _reference(answer: Message) -> str:
-    """The answer as text; what else it holds, such as calls of tools, as JSON."""
-    others = {key: value for key, value in answer.items() if key != "role" and value not in (None, "")}
-    if others.keys() == {"content"} and isinstance(others["content"], str):
-        return others["content"]
-    return json.dumps(others, ensure_ascii=False, default=str)

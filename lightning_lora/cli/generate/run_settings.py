@@ -15,6 +15,8 @@ from lightning_lora.errors import ConfigError
 FILE = "config.yaml"
 _DEPTH = 3
 """Folders between the file of a run and the folder of the run, at most, and that folder itself."""
+_KINDS = ("SFTDataModule", "PromptDataModule")
+"""Data modules whose settings say how rows become tokens."""
 _PLAIN = RowSettings(max_length=1024)
 
 
@@ -55,7 +57,7 @@ def _read(file: Path) -> RunSettings:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict) or not str(data.get("class_path", "SFTDataModule")).endswith("SFTDataModule"):
+    if not isinstance(data, dict) or not str(data.get("class_path", _KINDS[0])).endswith(_KINDS):
         return RunSettings()
     given: dict[str, Any] = data.get("init_args") or {} if "class_path" in data else data
     names = {field.name for field in dataclasses.fields(RowSettings)}

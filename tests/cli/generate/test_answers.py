@@ -14,8 +14,8 @@ from lightning_lora import disable_lora, load_adapter, merge_lora
 from lightning_lora.cli.embedded import MODEL, VALIDATION
 from lightning_lora.cli.generate.answers import Answer, encode_prompts, generate
 from lightning_lora.cli.generate.decoding import Sampling
-from lightning_lora.cli.generate.prompt_tokens import prompt_ids
 from lightning_lora.data.encoding import encode
+from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ConfigError, DataError
@@ -218,13 +218,26 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any], words: str) ->
 
 
 def test_a_stopped_answer_is_interrupted_not_ended(tuned: Any, tokenizer: Any) -> None:
-    def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        written.append(1)
-        return torch.full((len(input_ids),), len(written) == 3)
+    def enough(tokens: torch.Tensor) -> bool:
+        written.extend(tokens.tolist())
+        return len(written) == 3
 
     written: list[int] = []
-    (answer,) = generate(tuned, tokenizer, asked(QUESTIONS[0]), SETTINGS, SHORT, criteria=[stop])  # pyright: ignore
+    (answer,) = generate(tuned, tokenizer, asked(QUESTIONS[0]), SETTINGS, SHORT, enough)
     assert (answer.stop, answer.tokens) == ("interrupted", 3)
+
+
+def test_a_stop_text_ends_an_answer_and_stays_in_it(tuned: Any, tokenizer: Any, answers: list[Answer]) -> None:
+    stop = answers[0].text[4:7]
+    for answer, free in zip(
+        generate(tuned, tokenizer, PROMPTS, SETTINGS, Sampling(16, stop=(stop,))), answers, strict=True
+    ):
+        if stop in free.text:
+            assert answer.stop == "stop text"
+            assert answer.text.startswith(free.text[: free.text.index(stop) + len(stop)])
+            assert answer.tokens <= free.tokens
+        else:
+            assert answer == free
 
 
 THINKING = (

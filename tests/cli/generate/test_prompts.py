@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightning_lora.cli.generate.prompts import Prompt, read_prompt, read_prompts, text_prompt, with_system
+from lightning_lora.cli.generate.prompts import read_prompts, with_system
+from lightning_lora.data.prompts.read_prompts import Prompt, read_prompt, text_prompt
 from lightning_lora.data.reading import Row
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings

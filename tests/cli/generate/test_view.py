@@ -13,8 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lightning_lora.cli.generate.answers import Answer
-from lightning_lora.cli.generate.prompts import Prompt
 from lightning_lora.cli.generate.view import printable, show, terminal
+from lightning_lora.data.prompts.read_prompts import Prompt
 from lightning_lora.data.records import Conversation, Text
 from tests.support import warm
 
@@ -88,7 +88,7 @@ def test_a_text_to_be_continued_is_shown() -> None:
 
 SHOW = """
 from lightning_lora.cli.generate.answers import Answer
-from lightning_lora.cli.generate.prompts import text_prompt
+from lightning_lora.data.prompts.read_prompts import text_prompt
 from lightning_lora.cli.generate.view import show, terminal
 answers = [Answer(name, "end of turn", 2) for name in ("tuned", "base")]
 show(terminal(), 1, text_prompt("question", "--prompt 1"), *answers)

@@ -22,7 +22,8 @@ class RewardPool:
     """Calls a reward in worker processes, a few rows at a time, each call within a time limit.
 
     The processes are new interpreters that start with the first batch and stay. They import the module of the reward; a
-    function of a notebook or of the script that runs is sent to them.
+    function of a notebook or of the script that runs is sent to them. A reward with an attribute ``sees_all_rows`` that
+    is true, as `ModelReward`, is called in this process with the whole batch.
 
     Args:
         reward: ``reward(prompts, completions, **columns) -> rewards``, each argument a list with an entry per row.
@@ -53,6 +54,8 @@ class RewardPool:
                 raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         if rows_per_call == 0 or (timeout is not None and not timeout > 0):
             raise ConfigError(f"rows_per_call and timeout must be above 0, got {rows_per_call} and {timeout}.")
+        if getattr(reward, "sees_all_rows", False):
+            workers, rows_per_call = 0, None
         self.reward, self.name = reward, getattr(reward, "__name__", type(reward).__name__)
         self.timeout, self.rows_per_call, self.on_timeout = timeout, rows_per_call, on_timeout
         self._pickled = _pickled(reward, self.name) if workers else b""

@@ -7,4 +7,5 @@
 - `cache`: keys and values of earlier tokens.
 - `drawing`: from logits to tokens and their log-probabilities.
 - `stop_texts`: texts that end a completion.
+- `vllm`: the sampler that asks a vLLM server.
 """

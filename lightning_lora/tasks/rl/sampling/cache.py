@@ -25,31 +25,31 @@ class ReservedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin without tokens."""
         super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self._all_keys, self._all_values = self.keys, self.values
+        self._all_keys, self._all_values = key_states[:, :, :0], value_states[:, :, :0]
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens, and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before = self.keys.shape[-2]
+        before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if after > self._all_keys.shape[-2]:
-            self._all_keys = _with_room(self.keys, after)
-            self._all_values = _with_room(self.values, after)
+            self._all_keys = _with_room(self._all_keys[:, :, :before], after)
+            self._all_values = _with_room(self._all_values[:, :, :before], after)
         self._all_keys[:, :, before:after] = key_states
         self._all_values[:, :, before:after] = value_states
-        self.keys, self.values = self._all_keys[:, :, :after], self._all_values[:, :, :after]
-        return self.keys, self.values
+        keys, values = self._all_keys[:, :, :after], self._all_values[:, :, :after]
+        self.keys, self.values = keys, values
+        return keys, values
 
     @override
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows by number, some of them several times or not at all."""
-        if not self.get_seq_length():
-            return
-        self._all_keys, self._all_values = self.keys[beam_idx], self.values[beam_idx]
-        self.keys, self.values = self._all_keys, self._all_values
+        if tokens := self.get_seq_length():
+            self._all_keys = self._all_keys[beam_idx, :, :tokens]
+            self._all_values = self._all_values[beam_idx, :, :tokens]
+            self.keys, self.values = self._all_keys, self._all_values
 
 
 def _with_room(states: Tensor, tokens: int) -> Tensor:

@@ -43,6 +43,7 @@ class SamplingSettings:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigError(f"stop must be a list of texts that are not empty, got {self.stop!r}.")
+        object.__setattr__(self, "stop", tuple(self.stop))  # a config gives a list
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,13 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 
 PROMPTS = [torch.tensor([5, 6, 7]), torch.tensor([9, 8, 7, 6, 5, 4, 3]), torch.tensor([11])]
 
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
 
 def adapted(model: nn.Module) -> nn.Module:
     inject_lora(model, LoRAConfig(rank=8))
@@ -30,9 +37,8 @@ def adapted(model: nn.Module) -> nn.Module:
 
 def mistral() -> nn.Module:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     return MistralForCausalLM(
-        MistralConfig(vocab_size=tiny_models.VOCAB, num_key_value_heads=2, sliding_window=4, eos_token_id=2, **shape)
+        MistralConfig(vocab_size=tiny_models.VOCAB, num_key_value_heads=2, sliding_window=4, eos_token_id=2, **SHAPE)
     )
 
 
@@ -86,18 +92,11 @@ def test_greedy_completions_are_those_of_transformers(kind: str) -> None:
 
 def test_a_model_that_keeps_a_state_is_sampled_from_too() -> None:
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
     config = Qwen3NextConfig(
         vocab_size=tiny_models.VOCAB, num_key_value_heads=2, linear_num_value_heads=4, linear_num_key_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"], eos_token_id=2, **shape,
+        layer_types=["linear_attention", "full_attention"], eos_token_id=2, head_dim=8, **SHAPE,
     )  # fmt: skip
     model: Any = Qwen3NextForCausalLM(config).eval()
     prompts = [PROMPTS[1], PROMPTS[1].flip(0)]

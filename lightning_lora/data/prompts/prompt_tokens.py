@@ -1,24 +1,18 @@
-"""Prompts to token ids, as in training; and the tokens at which an answer ends."""
+"""Prompts to token ids, as in training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.data.bad_rows import RowError
-from lightning_lora.data.chat.answer import Renderer
-from lightning_lora.data.chat.endings import end_of_turn_ids
-from lightning_lora.data.chat.masks import PLAIN
-from lightning_lora.data.chat.profile import end_of_answer_id, find_profile
-from lightning_lora.data.encoding import encode
-from lightning_lora.data.records import Conversation, Text
-from lightning_lora.data.settings import RowSettings
-from lightning_lora.tasks.end_of_turn import stopping_ids
-
-if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
-    from transformers import PreTrainedModel
+from ..bad_rows import RowError
+from ..chat.answer import Renderer
+from ..chat.masks import PLAIN
+from ..chat.profile import find_profile
+from ..encoding import encode
+from ..records import Conversation, Text
+from ..settings import RowSettings
 
 
 def prompt_ids(
@@ -46,17 +40,6 @@ def prompt_ids(
             text = Renderer(profile, record).prompt(len(record.messages))
             found.append(list(tokenizer(text, **PLAIN)["input_ids"]))  # type: ignore[arg-type]
     return found
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> list[int]:
-    """Tokens at which an answer ends: those of the chat template, of the tokenizer, and of the model."""
-    of_tokenizer: Any = tokenizer.eos_token_id
-    found = {*stopping_ids(model.generation_config, ()), of_tokenizer, end_of_answer_id(tokenizer, settings)}
-    for tools in (False, True):
-        profile = find_profile(tokenizer, settings, tools)
-        found.update(end_of_turn_ids(tokenizer, profile.template.text) if profile else ())
-        found.update(tokenizer.convert_tokens_to_ids(list(profile.ends)) if profile else ())  # type: ignore[arg-type]
-    return sorted(found - {None})
 
 
 def _has_tools(record: Conversation | Text) -> bool:

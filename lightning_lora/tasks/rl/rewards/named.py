@@ -1,0 +1,72 @@
+"""A reward of the user's own, by the name of its function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_lora.errors import ConfigError, did_you_mean
+
+from .worker import Reward
+
+ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
+"""Environment variable of the prefixes that ``lightning-lora --allow PREFIX`` has allowed."""
+_OURS = "lightning_lora"
+
+
+class NamedReward:
+    """Calls a function that is named in a config, such as ``my_rewards.short_and_right``.
+
+    Its module is imported only if the user allows it, as for the classes that a config names:
+    ``lightning-lora --allow my_rewards fit ...``.
+
+    Args:
+        function: The dotted name of a function, or of anything else that can be called.
+
+    Raises:
+        ConfigError: If the module is not allowed, cannot be imported, or has no such function.
+    """
+
+    def __init__(self, function: str) -> None:
+        self.function = function
+        self.__name__ = function.rpartition(".")[2]
+        self._reward = find_reward(function)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> Any:
+        """What the function returns."""
+        return self._reward(prompts=prompts, completions=completions, **columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets another process import the function itself."""
+        return type(self), (self.function,)
+
+
+def find_reward(name: str) -> Reward:
+    """Import a function by its dotted name.
+
+    Raises:
+        ConfigError: As for `NamedReward`.
+    """
+    place, _, attribute = name.rpartition(".")
+    if not place:
+        raise ConfigError(f"reward {name!r} must be the dotted name of a function, such as my_rewards.short.")
+    allowed = [_OURS, *os.environ.get(ALLOW_VARIABLE, "").split()]
+    if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed):
+        raise ConfigError(
+            f"reward {name!r}: module {place} is not allowed. Allow it with `lightning-lora --allow {place} ...`, or "
+            f"{ALLOW_VARIABLE}={place} in the environment."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `lightning-lora` is a script, whose path lacks the folder it is run in
+    try:
+        module = importlib.import_module(place)
+    except ImportError as error:
+        raise ConfigError(f"reward {name!r}: module {place} cannot be imported: {error}.") from error
+    found: Any = getattr(module, attribute, None)
+    if not callable(found):
+        hint = did_you_mean(attribute, [key for key, value in vars(module).items() if callable(value)])
+        raise ConfigError(f"reward {name!r}: module {place} has no function {attribute}{hint}")
+    return found  # pyright: ignore[reportReturnType]
