@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.tasks.head_chunks import at_least_float32
-from lightning_lora.tasks.loading import head_names
-from lightning_lora.tasks.pretrained import PretrainedTask
+from lightning_lora.tasks.new_head import NewHeadTask
 
 
-class SequenceClassifier(PretrainedTask):
+class SequenceClassifier(NewHeadTask):
     """Sequence classification: one class per row, with LoRA on the body and a new head trained in full.
 
     Batches are mappings with ``input_ids`` and ``attention_mask``, each ``(rows, tokens)``, and ``labels``
@@ -34,24 +31,11 @@ class SequenceClassifier(PretrainedTask):
         TargetNotFoundError: If a LoRA pattern matches nothing in this model.
     """
 
-    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
-    new_head: ClassVar[bool] = True
-
     def __init__(self, model: str, num_labels: int, **settings: Any) -> None:
         if not isinstance(num_labels, int) or num_labels < 2:
             raise ConfigError(f"num_labels must be an integer of at least 2, got {num_labels!r}.")
-        self._num_labels = num_labels
+        self._num_outputs = num_labels
         super().__init__(model, **settings)
-        if self.model_config.pad_token_id is None:
-            # The head reads the last token that is not padding.
-            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-            self.model_config.pad_token_id = end if pad is None else pad
-
-    @override
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Compute the logits, ``(rows, num_labels)``."""
-        assert self.model is not None
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -82,11 +66,3 @@ class SequenceClassifier(PretrainedTask):
         self.mean_accuracy.update(logits.argmax(-1) == labels, len(labels))
         metrics = {f"{stage}_loss": self.mean_loss, f"{stage}_accuracy": self.mean_accuracy}
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(labels))
-
-    @override
-    def _config_overrides(self) -> dict[str, Any]:
-        return {"num_labels": self._num_labels}
-
-    @override
-    def _trainable_patterns(self, meta_model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*config.trainable, *head_names(meta_model)]))

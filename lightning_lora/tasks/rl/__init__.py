@@ -1,5 +1,8 @@
 """Preferences and reinforcement learning: losses as pure functions, and what samples and scores completions.
 
+- `dpo`: direct preference optimisation; `reference`: what its policy is compared with.
+- `reward_model`: a score for answers, learned from preferences.
+- `no_dropout`: dropout of a model off.
 - `functional`: the losses, advantages and divergences on log-probabilities of tokens.
 - `sampling`: completions of prompts with their log-probabilities.
 - `rewards`: what scores completions, in processes of their own.
@@ -14,5 +17,6 @@
 from lightning_lora.tasks.rl.functional.advantages import gae, group_advantages
 from lightning_lora.tasks.rl.functional.kl import kl_estimate
 from lightning_lora.tasks.rl.functional.policy_loss import policy_loss
+from lightning_lora.tasks.rl.functional.preference_loss import preference_loss, reward_model_loss
 
-__all__ = ["gae", "group_advantages", "kl_estimate", "policy_loss"]
+__all__ = ["gae", "group_advantages", "kl_estimate", "policy_loss", "preference_loss", "reward_model_loss"]
