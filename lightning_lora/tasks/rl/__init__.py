@@ -2,7 +2,6 @@
 
 - `dpo`: direct preference optimisation; `reference`: what its policy is compared with.
 - `reward_model`: a score for answers, learned from preferences.
-- `no_dropout`: dropout of a model off.
 - `functional`: the losses, advantages and divergences on log-probabilities of tokens.
 - `sampling`: completions of prompts with their log-probabilities.
 - `rewards`: what scores completions, in processes of their own.

@@ -66,6 +66,17 @@ class PolicyModel(CausalLM):
             # Its gradient is then averaged over ranks, as all others are.
             shard_lora(self.value_head, strategy.device_mesh)
 
+    @override
+    def _model_is_whole(self) -> None:
+        """Refuse to train low-precision weights in full: no comparison with adapters would be fair."""
+        super()._model_is_whole()
+        narrow = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.element_size() < 4}
+        if self.lora is None and narrow:
+            raise ConfigError(
+                f"the weights are {', '.join(sorted(narrow))} and lora=None trains them all: the small updates of RL "
+                "round to nothing there. Set dtype='float32' and precision '32-true' or 'bf16-mixed', or give lora."
+            )
+
     def score(self, batch: Mapping[str, Any]) -> TokenScores:
         """What the policy, as it is now, says of the sampled tokens of a minibatch."""
         ids, mask = F.pad(batch["input_ids"][:, 1:], (0, 1)), batch["mask"]
