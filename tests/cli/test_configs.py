@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lightning_lora.cli.embedded import MODEL as EMBEDDED_MODEL
 from tests.support import toys, warm
 from tests.support.commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
 # Run in test_monitor.py and in callbacks/test_grown_ranks.py.
 WATCHING = ["monitor.yaml", "probe.yaml", "capacity.yaml", "rank_growth.yaml"]
+PREFERENCES = ["dpo.yaml", "reward.yaml"]
+POLICIES = ["grpo.yaml", "ppo.yaml", "rank1.yaml"]
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
 NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}
@@ -29,7 +33,15 @@ def test_every_config_says_in_its_first_lines_what_it_shows_and_the_command() ->
 
 def test_every_config_is_named_here() -> None:
     shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert shipped == {"sft.yaml", "packing.yaml", *WATCHING, *METHODS, *(f"strategy/{name}" for name in STRATEGIES)}
+    assert shipped == {
+        "sft.yaml",
+        "packing.yaml",
+        *PREFERENCES,
+        *POLICIES,
+        *WATCHING,
+        *METHODS,
+        *(f"strategy/{name}" for name in STRATEGIES),
+    }
 
 
 def test_watching_configs_add_to_each_other(tmp_path: Path) -> None:
@@ -96,6 +108,36 @@ def two_steps(method: str, strategy: str, ranks: int, folder: Path) -> warm.Done
         cwd=folder,
         ranks=ranks,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlays", [["lora.yaml"], ["full.yaml"], ["rank1.yaml"], ["ppo.yaml", "lora.yaml"]])
+def test_policies_train(overlays: list[str], tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--data.init_args.train=prompts.jsonl", "--data.init_args.validation=prompts.jsonl"]
+    sizes = [
+        "--data.init_args.batch_size=2",
+        "--model.init_args.max_new_tokens=4",
+        "--data.init_args.validation_rows=2",
+    ]
+    own = [f"--model.init_args.model={EMBEDDED_MODEL}", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    done = lightning_lora("fit", *configs("grpo.yaml", *overlays), *own, *files, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "val_reward" in done.stdout + done.stderr
+    assert "information budget" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", PREFERENCES)
+@pytest.mark.parametrize("method", ["lora.yaml", "full.yaml"])
+def test_preferences_train(config: str, method: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = [f"--model.init_args.model={EMBEDDED_MODEL}", "--data.init_args.train=pairs.jsonl", "--trainer.max_steps=2"]
+    done = lightning_lora("fit", *configs(config, method), *own, "--data.init_args.validation_share=0.25", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "val_accuracy" in done.stdout + done.stderr
 
 
 # What is said where a layer cannot be split: nothing for adapters of a model with two heads.

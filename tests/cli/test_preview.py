@@ -137,3 +137,17 @@ def test_short_arguments_stand_for_those_of_fit() -> None:
     assert expand_arguments(["--config=sft.yaml"]) == ["--config=sft.yaml"]
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         expand_arguments(["a.csv"])
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_pairs_are_shown_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "What now?", "chosen": "Yes.", "rejected": "No."}))
+    settings = ["--data.init_args.train=pairs.jsonl", "--data.init_args.validation_share=null"]
+    command = [*configs("dpo.yaml", "lora.yaml"), f"--model.init_args.model={MODEL}", *settings]
+    assert cli.main(["preview", *command]) == 0
+    chosen, rejected, counts = capsys.readouterr().out.split("\n\n")
+    assert chosen.startswith("pair 1, chosen, pairs.jsonl, row 0 (line 1): ")
+    assert "trained | Yes.<|end|>" in chosen
+    assert rejected.startswith("pair 1, rejected, pairs.jsonl, row 0 (line 1): ")
+    assert "trained | No.<|end|>" in rejected
+    assert "train: 2 rows" in counts

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
 
-from lightning_lora.data import SFTDataModule
+from lightning_lora.data import PreferenceDataModule, SFTDataModule
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.tasks import CausalLM, SequenceClassifier
+from lightning_lora.tasks import DPO, CausalLM, RewardModel, SequenceClassifier
 
 _OURS = {
-    "model.init_args": (CausalLM, SequenceClassifier),
-    "data.init_args": (SFTDataModule,),
+    "model.init_args": (CausalLM, SequenceClassifier, DPO, RewardModel),
+    "data.init_args": (SFTDataModule, PreferenceDataModule),
     "model.init_args.lora": (LoRAConfig,),
 }
 
