@@ -128,9 +128,9 @@ class PolicyGradient(PolicyModel):
                 "whole model: give lora, or kl_coefficient=0."
             )
         super().__init__(model, learning_rate, lora, **settings)
-        for name in ("reward", "sampler"):  # a checkpoint holds plain types only
-            self._hparams.pop(name, None)
-            self._hparams_initial.pop(name, None)
+        for kept in ("_hparams", "_hparams_initial"):  # a checkpoint holds plain types only
+            for name in ("reward", "sampler"):
+                vars(self)[kept].pop(name, None)
         self.reward, self.sampler = reward, sampler
         # In this process a reward sees all rows at once, as one that compares them or uses a model needs.
         at_once = 1 if reward_workers else None

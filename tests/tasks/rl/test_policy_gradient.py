@@ -84,7 +84,9 @@ def test_a_policy_earns_more_than_at_the_start(llama_folder: Path, tmp_path: Pat
 
     class Record(Callback):
         @override
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             rewards.append(float(trainer.callback_metrics["reward"]))
 
     policies.fit(module, tmp_path, max_steps=25, callbacks=[Record()], loader=policies.prompt_loader(32, 4))
@@ -188,8 +190,10 @@ class Silent(policies.PlainSampler):
     """Ends one completion before it begins."""
 
     @override
-    def sample(self, *arguments: Any) -> Samples:
-        samples = super().sample(*arguments)
+    def sample(
+        self, prompts: list[torch.Tensor], group_size: int, settings: Any, generator: torch.Generator
+    ) -> Samples:
+        samples = super().sample(prompts, group_size, settings, generator)
         samples.lengths[0] = 0
         return samples
 
@@ -293,7 +297,8 @@ def test_advantages_of_a_rollout_are_those_of_its_rewards(llama_folder: Path, tm
 
 
 def test_weights_of_low_precision_are_not_trained_in_full(llama_folder: Path, tmp_path: Path) -> None:
-    for options, precision in (({"dtype": "bfloat16"}, "32-true"), ({}, "bf16-true")):
+    cases: list[tuple[dict[str, Any], Any]] = [({"dtype": "bfloat16"}, "32-true"), ({}, "bf16-true")]
+    for options, precision in cases:
         with pytest.raises(ConfigError, match=r"the weights are bfloat16 and lora=None trains them all"):
             policies.fit(policies.make(llama_folder, lora=None, **options), tmp_path, precision=precision)
     policies.fit(policies.make(llama_folder, lora=None), tmp_path, precision="bf16-mixed", max_steps=1)
