@@ -1,11 +1,11 @@
-"""Is rank 1 enough for reinforcement learning (T6): six digits to be sorted, rewards for exact answers, every rate swept.
+"""Is rank 1 enough for reinforcement learning (T6): six digits to be sorted, rewards for exact answers.
 
     PYTHONPATH=. python studies/rank_one.py
 
 A small model learns the task in part from examples, and the rest from rewards: in full, and with adapters of rank 1 and
 8, with and without the output layer. Controls: no reward, shuffled rewards, and examples at rank 1 instead of rewards.
-Each run is a file in the folder of the finding; runs that have one are not repeated, and several processes of this
-command share the work.
+Each run is a file below ``--out``; runs that have one are not repeated, and several processes of this command share the
+work. The curves of all runs are written to ``docs/findings/rank_one/results.csv``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning_lora.files.atomic import atomic_file
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.tasks import CausalLM, PolicyGradient
 from studies.modules import sorting
-from studies.modules.pages import FINDINGS
+from studies.modules.pages import FINDINGS, write_lines
 
 PROMPTS, GROUP, STEPS, EVERY = 32, 8, 150, 25
 HELD_OUT = 512
@@ -142,7 +142,7 @@ def train(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _trainer(*callbacks: Callback, **options: Any) -> Trainer:
     quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings = dict.fromkeys(quiet, False) | {"logger": False, "num_sanity_val_steps": 0} | options
+    settings: dict[str, Any] = dict.fromkeys(quiet, False) | {"logger": False, "num_sanity_val_steps": 0} | options
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **settings)
 
 
@@ -168,15 +168,28 @@ def run(folder: Path, num_seeds: int, most: int) -> None:
         print(f"{cell.name}: {last} in {result['seconds']:.0f} s", flush=True)
 
 
+def table(folder: Path) -> list[dict[str, Any]]:
+    """A line for every point of the curve of every run in ``folder``."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    kept = ("control", "arm", "rate", "seed", "trained", "bits", "seconds")
+    names = ("step", "val_reward", "val_reward_greedy", "entropy", "sampler_mismatch")
+    return [
+        {name: result[name] for name in kept} | {name: point.get(name, "") for name in names}
+        for result in found
+        for point in result["points"]
+    ]
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FINDINGS / "rank_one")
+    parser.add_argument("--out", type=Path, default=Path("runs", "rank_one"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1000, help="runs of this process at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     run(options.out, options.seeds, options.runs)
+    write_lines(FINDINGS / "rank_one" / "results.csv", table(options.out))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class LoRAGuard(Callback):
     - No trained weight is NaN or infinite, which the loss need not show, as fused attention can hide it. Checked every
       ``patience`` optimizer steps, before each validation, and before each checkpoint is written.
 
+    A module whose ``has_learning_signal`` is False, such as a policy that has earned no reward yet, need not move.
     Without adapters the guard refuses a module that has LoRA settings all the same, and else does nothing.
 
     Args:
@@ -119,6 +120,8 @@ class LoRAGuard(Callback):
         self._training.stop()
         if trainer.global_step >= self._checked_step + self.patience:
             self._check_finite(trainer, pl_module)
+        if not _has_signal(pl_module):
+            self._first_step = trainer.global_step
         if trainer.global_step < self._first_step + self.patience:
             return
         period = f"{self.patience} optimizer steps"
@@ -195,7 +198,7 @@ class LoRAGuard(Callback):
         """Check that every adapter has moved and that the base has not."""
         self._stop_recording()
         reshard(pl_module)
-        layers = learning_layers(pl_module)
+        layers = learning_layers(pl_module) if _has_signal(pl_module) else {}
         if not self._base or not self._learning:
             return
         unmoved = [name for name, layer in layers.items() if not layer.lora_moved]
@@ -233,6 +236,10 @@ def _bypassed(names: Sequence[str], period: str) -> str:
         f"without calling them (a fused path, F.linear(x, layer.weight)), or the layers are not used: exclude them, "
         f"or make the module call them."
     )
+
+
+def _has_signal(module: LightningModule) -> bool:
+    return getattr(module, "has_learning_signal", True)
 
 
 def _has_gradient(layer: LoRALayer) -> bool:

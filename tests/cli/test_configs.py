@@ -16,6 +16,7 @@ from tests.support.commands import CONFIGS, EMBEDDED, configs, lightning_lora
 # Run in test_monitor.py and in callbacks/test_grown_ranks.py.
 WATCHING = ["monitor.yaml", "probe.yaml", "capacity.yaml", "rank_growth.yaml"]
 PREFERENCES = ["dpo.yaml", "reward.yaml"]
+POLICIES = ["grpo.yaml", "ppo.yaml", "rank1.yaml"]
 METHODS = ["lora.yaml", "qlora.yaml", "full.yaml", "attention_only.yaml"]
 STRATEGIES = sorted(path.name for path in (CONFIGS / "strategy").iterdir())
 NEEDS_GPU = {"fsdp.yaml", "deepspeed.yaml"}
@@ -36,6 +37,7 @@ def test_every_config_is_named_here() -> None:
         "sft.yaml",
         "packing.yaml",
         *PREFERENCES,
+        *POLICIES,
         *WATCHING,
         *METHODS,
         *(f"strategy/{name}" for name in STRATEGIES),
@@ -106,6 +108,24 @@ def two_steps(method: str, strategy: str, ranks: int, folder: Path) -> warm.Done
         cwd=folder,
         ranks=ranks,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlays", [["lora.yaml"], ["full.yaml"], ["rank1.yaml"], ["ppo.yaml", "lora.yaml"]])
+def test_policies_train(overlays: list[str], tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--data.init_args.train=prompts.jsonl", "--data.init_args.validation=prompts.jsonl"]
+    sizes = [
+        "--data.init_args.batch_size=2",
+        "--model.init_args.max_new_tokens=4",
+        "--data.init_args.validation_rows=2",
+    ]
+    own = [f"--model.init_args.model={EMBEDDED_MODEL}", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    done = lightning_lora("fit", *configs("grpo.yaml", *overlays), *own, *files, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "val_reward" in done.stdout + done.stderr
+    assert "information budget" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

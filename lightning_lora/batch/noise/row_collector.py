@@ -61,6 +61,7 @@ class RowCollector:
         rows_of: Computes the per-row tensors of one call, from the name and the `LayerCall`.
         take: Receives the name and the per-row tensors, summed over the calls of that name.
         after_dropout: Whether `LayerCall.x` is the input of the update, after dropout, or the input of the layer.
+        together: Rows side by side that count as one, such as the completions of a prompt.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class RowCollector:
         rows_of: Callable[[str, LayerCall], PerRow],
         take: Callable[[str, PerRow], None],
         after_dropout: bool,
+        together: int = 1,
     ) -> None:
-        self.layers, self.after_dropout = layers, after_dropout
+        self.layers, self.after_dropout, self.together = layers, after_dropout, together
         self._rows_of, self._take = rows_of, take
         self._handles: list[Any] = []
         self._reset()
@@ -171,8 +173,8 @@ class RowCollector:
 
     def _add(self, call: _PendingCall, x: Tensor, d_y: Tensor) -> None:
         name, is_low_precision = call.name, d_y.element_size() < 4
-        x = _by_row(drop(x, *call.dropout))
-        rows = self._rows_of(name, LayerCall(x, _by_row(d_y), call.scale, is_low_precision))
+        x = _by_row(drop(x, *call.dropout), self.together)
+        rows = self._rows_of(name, LayerCall(x, _by_row(d_y, self.together), call.scale, is_low_precision))
         if self._sizes.setdefault(name, len(x)) != len(x):
             raise ConfigError(f"{name} is called with {self._sizes[name]} rows and with {len(x)} in one pass.")
         if self._calls[name] == 1:
@@ -183,9 +185,9 @@ class RowCollector:
             self._sums[name] = rows if before is None else tuple(map(torch.add, before, rows))
 
 
-def _by_row(tensor: Tensor) -> Tensor:
-    """``(n, t, features)`` in float32 or float64."""
-    if tensor.dim() < 2:
-        raise ConfigError("a layer receives a single vector, which has no dimension of rows.")
-    rows = tensor.detach().reshape(len(tensor), -1, tensor.shape[-1])
+def _by_row(tensor: Tensor, together: int) -> Tensor:
+    """``(n, t, features)`` in float32 or float64, with ``together`` rows in one."""
+    if tensor.dim() < 2 or len(tensor) % together:
+        raise ConfigError(f"a layer receives {len(tensor)} vectors without a dimension of rows.")
+    rows = tensor.detach().reshape(len(tensor) // together, -1, tensor.shape[-1])
     return rows.float() if rows.element_size() < 4 else rows

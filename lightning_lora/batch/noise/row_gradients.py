@@ -26,7 +26,7 @@ class RowGradients(MicroGradients):
     Rows must be independent. They are not where they meet in a batch norm or a contrastive loss.
 
     Args:
-        module: The module being trained.
+        module: The module being trained. Its ``rows_per_sample``, 1 if it has none, count as one.
         parameters: Its trained parameters.
         metrics: Further metrics by name, see `MicroGradients`.
 
@@ -40,7 +40,8 @@ class RowGradients(MicroGradients):
         super().__init__(parameters, None, metrics)
         self._layers = row_layers(module, self.parameters)
         self._names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
-        self._collector = RowCollector(self._layers, self._rows_of, self._take, after_dropout=True)
+        together = getattr(module, "rows_per_sample", 1)
+        self._collector = RowCollector(self._layers, self._rows_of, self._take, True, together)
         self._clear()
 
     @override

@@ -121,18 +121,20 @@ class PolicyGradient(PolicyModel):
     ) -> None:
         given = locals()
         fields = [field.name for field in dataclasses.fields(PolicySettings)]
-        self.settings = asked = PolicySettings(**{name: given[name] for name in fields})
+        self.policy_settings = asked = PolicySettings(**{name: given[name] for name in fields})
         if asked.has_reference and lora is None:
             raise ConfigError(
                 "kl_coefficient needs a reference, which is the model with its adapters off, and lora=None trains the "
                 "whole model: give lora, or kl_coefficient=0."
             )
-        super().__init__(model, learning_rate, lora, has_values=asked.has_values, temperature=temperature, **settings)
-        for name in ("reward", "sampler"):  # a checkpoint holds plain types only
-            self._hparams.pop(name, None)
-            self._hparams_initial.pop(name, None)
+        super().__init__(model, learning_rate, lora, **settings)
+        for kept in ("_hparams", "_hparams_initial"):  # a checkpoint holds plain types only
+            for name in ("reward", "sampler"):
+                vars(self)[kept].pop(name, None)
         self.reward, self.sampler = reward, sampler
-        self._pool = None if reward is None else RewardPool(reward, reward_workers, reward_timeout)
+        # In this process a reward sees all rows at once, as one that compares them or uses a model needs.
+        at_once = 1 if reward_workers else None
+        self._pool = None if reward is None else RewardPool(reward, reward_workers, reward_timeout, at_once)
         self.sampling = SamplingSettings(max_new_tokens, temperature, top_p, tuple(stop))
         self.signal = LearningSignal(patience)
         self.mean_reward, self.mean_greedy = RunningMean(), RunningMean()
@@ -146,7 +148,7 @@ class PolicyGradient(PolicyModel):
     @property
     def rows_per_sample(self) -> int:
         """Rows of a batch that belong to one independent sample: the completions of a prompt."""
-        return self.settings.group_size
+        return self.policy_settings.group_size
 
     @override
     def setup(self, stage: str) -> None:
@@ -163,7 +165,7 @@ class PolicyGradient(PolicyModel):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the minibatch's share of the loss of the optimizer step."""
-        asked, numbers = self.settings, batch["numbers"]
+        asked, numbers = self.policy_settings, batch["numbers"]
         scores = self.score(batch)
         # A token that the policy or the sampler gives no probability has no ratio.
         mask = batch["mask"].bool() & scores.logprobs.isfinite() & numbers["sampler_logprobs"].isfinite()
@@ -225,7 +227,7 @@ class PolicyGradient(PolicyModel):
 
     def _rollouts(self, prompts: Any) -> Any:
         """The training loader that makes rollouts of prompts."""
-        asked = self.settings
+        asked = self.policy_settings
         return RolloutLoader(
             prompts, self._roll_out, asked.minibatches, asked.epochs, self.trainer, torch.initial_seed()
         )
@@ -242,7 +244,7 @@ class PolicyGradient(PolicyModel):
             assert self._pool is not None
             tokenizer = self.trained_tokenizer
             self._maker = RolloutMaker(
-                self.settings,
+                self.policy_settings,
                 self.sampling,
                 self.sampler or InProcessSampler(tokenizer),
                 self._pool,

@@ -22,6 +22,7 @@ from lightning_lora.sharding import shard_lora
 from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.rl.functional.head_logprobs import head_logprobs, logprobs_of_logits
 from lightning_lora.tasks.rl.no_dropout import without_dropout
+from lightning_lora.tasks.rl.policy_settings import PolicySettings
 from lightning_lora.tasks.rl.rollout_maker import TokenScores
 from lightning_lora.tasks.rl.value_head import ValueHead
 
@@ -29,25 +30,24 @@ from lightning_lora.tasks.rl.value_head import ValueHead
 class PolicyModel(CausalLM):
     """A causal language model without dropout, with a value head if it needs one.
 
+    A subclass sets ``policy_settings`` before it calls this constructor.
+
     Args:
         model: Folder of a model on this machine, or its hub name.
         learning_rate: See `PretrainedTask`.
         lora: See `PretrainedTask`.
-        has_values: Whether it has a value head, which is trained in full.
-        temperature: Divides the logits.
         settings: The other settings of `PretrainedTask`.
     """
+
+    policy_settings: PolicySettings
 
     def __init__(
         self,
         model: str,
         learning_rate: float = 2e-5,
         lora: LoRAConfig | dict[str, Any] | None = None,
-        has_values: bool = False,
-        temperature: float = 1.0,
         **settings: Any,
     ) -> None:
-        self.has_values, self.temperature = has_values, temperature
         if lora is not None and LoRAConfig.from_dict(lora).dropout:
             raise ConfigError("dropout of adapters makes a policy another one at each pass: set lora.dropout to 0.")
         super().__init__(model, learning_rate, lora, **settings)
@@ -58,7 +58,7 @@ class PolicyModel(CausalLM):
     @override
     def configure_model(self) -> None:
         """Load the base, adapt it, and add the value head."""
-        if self.has_values and self.value_head is None:
+        if self.policy_settings.has_values and self.value_head is None:
             self.value_head = ValueHead(self.model_config.get_text_config().hidden_size)
         super().configure_model()
         strategy = getattr(self._trainer, "strategy", None)
@@ -66,10 +66,23 @@ class PolicyModel(CausalLM):
             # Its gradient is then averaged over ranks, as all others are.
             shard_lora(self.value_head, strategy.device_mesh)
 
+    @override
+    def _model_is_whole(self) -> None:
+        """Refuse to train low-precision weights in full: no comparison with adapters would be fair."""
+        super()._model_is_whole()
+        narrow = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.element_size() < 4}
+        if self.lora is None and narrow:
+            raise ConfigError(
+                f"the weights are {', '.join(sorted(narrow))} and lora=None trains them all: the small updates of RL "
+                "round to nothing there. Set dtype='float32' and precision '32-true' or 'bf16-mixed', or give lora."
+            )
+
     def score(self, batch: Mapping[str, Any]) -> TokenScores:
         """What the policy, as it is now, says of the sampled tokens of a minibatch."""
         ids, mask = F.pad(batch["input_ids"][:, 1:], (0, 1)), batch["mask"]
-        at_head = partial(_scores, ids=ids, mask=mask, temperature=self.temperature, value_head=self.value_head)
+        at_head = partial(
+            _scores, ids=ids, mask=mask, temperature=self.policy_settings.temperature, value_head=self.value_head
+        )
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         scores = self._compute_at_head(inputs, at_head)
         if scores is None:
@@ -88,9 +101,11 @@ class PolicyModel(CausalLM):
         """The same for a model whose output layer must run itself."""
         assert self.model is not None
         hidden: list[Tensor] = []
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        handle = head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
         try:
-            found = logprobs_of_logits(self._logits(inputs), ids, mask, self.temperature)
+            found = logprobs_of_logits(self._logits(inputs), ids, mask, self.policy_settings.temperature)
         finally:
             handle.remove()
         values = [] if self.value_head is None else [self.value_head(hidden[0])]
@@ -100,7 +115,7 @@ class PolicyModel(CausalLM):
     def _resolve_lora(self, config: LoRAConfig) -> LoRAConfig:
         """Train the value head in full; it lies beside the model, where patterns of the model do not reach."""
         config = super()._resolve_lora(config)
-        own = ("value_head",) if self.has_values and "value_head" not in config.trainable else ()
+        own = ("value_head",) if self.policy_settings.has_values and "value_head" not in config.trainable else ()
         return dataclasses.replace(config, trainable=(*config.trainable, *own))
 
 

@@ -61,6 +61,9 @@ class RolloutMaker:
         score: The learner's `TokenScores` of a minibatch.
         without_adapters: A context in which ``score`` is that of the reference.
         signal: Follows the rewards of the run.
+
+    Attributes:
+        has_warned: Whether the user knows that most completions are cut off.
     """
 
     settings: PolicySettings
@@ -73,6 +76,7 @@ class RolloutMaker:
     score: Callable[[Mapping[str, Any]], TokenScores]
     without_adapters: Callable[[], AbstractContextManager[Any]]
     signal: LearningSignal
+    has_warned: bool = dataclasses.field(default=False, init=False)
 
     @torch.no_grad()
     def make(self, trainer: Trainer, batch: Mapping[str, Any], seed: int) -> Rollout:
@@ -180,7 +184,8 @@ class RolloutMaker:
             trainer, torch.stack([each.double() for each in sums])
         ).tolist()
         truncated = cut / rows
-        if truncated > _LARGE_SHARE:
+        if truncated > _LARGE_SHARE and not self.has_warned:
+            self.has_warned = True
             rank_zero_warn(
                 f"{truncated:.0%} of the completions were cut off at max_new_tokens={self.settings.max_new_tokens}: "
                 "most rewards judge an answer that is not there. Raise max_new_tokens, or check that the model can end "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from lightning_lora import LoRAConfig
 from lightning_lora.tasks import PolicyGradient
 from lightning_lora.tasks.rl.sampling.samples import Samples, SamplingSettings
 from tests.support import toys
+
+# Random models rarely end their turn in time.
+EXPECTED = [*toys.expected_warnings, pytest.mark.filterwarnings("ignore:.*completions were cut off at")]
 
 END = 2
 """The token that ends a turn in the tokenizer of `toys.save_llama`."""
@@ -105,5 +109,16 @@ def fit(module: PolicyGradient, folder: Path, **options: Any) -> Trainer:
     loader, validation = options.pop("loader", None), options.pop("validation", None)
     ckpt_path = options.pop("ckpt_path", None)
     runner = toys.trainer(folder, **({"max_epochs": -1 if "max_steps" in options else 1} | options))
-    runner.fit(module, loader or prompt_loader(), validation, ckpt_path=ckpt_path, weights_only=True)
+    prompts = prompt_loader() if loader is None else loader
+    runner.fit(module, prompts, validation, ckpt_path=ckpt_path, weights_only=True)
     return runner
+
+
+def coin(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+    """A reward of 0 or 1 that depends on the completion."""
+    return [float(len(text) % 2) for text in completions]
+
+
+def trained(module: nn.Module) -> list[Tensor]:
+    """Copies of what is trained; of a model that is not loaded yet, what it starts from."""
+    return [parameter.detach().clone() for parameter in module.parameters() if parameter.requires_grad]

@@ -164,7 +164,7 @@ def loss_sum_and_count(
         raise ConfigError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}{hint}")
     if (normalise == "constant") != (constant is not None):
         raise ConfigError(f"constant divides rows with normalise='constant' only, got {constant} and {normalise!r}.")
-    losses = losses.masked_fill(~mask.bool(), 0)
+    losses, mask = losses.masked_fill(~mask.bool(), 0), mask.long()
     if normalise == "tokens":
         return losses.sum(), mask.sum()
     if normalise == "rows":
