@@ -146,8 +146,8 @@ def test_layers_with_one_input_share_the_mask_alone_and_together(dtype: torch.dt
         x = torch.randn(20, IN, dtype=dtype)
         query, key, value = (layer(x) for layer in model.train())
         # Another mask would differ by the size of the update; products of another shape may round in another order.
-        tolerance = {"rtol": 0.0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
-        torch.testing.assert_close(key, query, **tolerance)
-        torch.testing.assert_close(value, query, **tolerance)
+        atol = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(key, query, rtol=0, atol=atol)
+        torch.testing.assert_close(value, query, rtol=0, atol=atol)
         assert not torch.equal(model[1](x), key), "called once more, alone"
         (query + key + value).sum().backward()
