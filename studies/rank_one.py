@@ -30,8 +30,9 @@ from studies.modules import reward_curves, sorting
 from studies.modules.pages import FINDINGS, read_lines, write_lines
 
 PROMPTS, GROUP, STEPS, EVERY = 32, 8, 150, 25
-FULL_RATES = (3e-5, 1e-4, 3e-4)
-LORA_RATES = (3e-4, 1e-3, 3e-3)
+FULL_RATES = (3e-5, 5e-5, 1e-4, 2e-4, 3e-4)
+LORA_RATES = (3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
+MIDDLE = 2
 MULTIPLIER = 10.0
 
 
@@ -74,12 +75,13 @@ def cells(num_seeds: int) -> Iterator[Cell]:
     arms = ("full", "r1+head", "r8+head", "r1", "r8")
     for seed in range(num_seeds):
         for arm in arms:
-            yield Cell(arm, FULL_RATES[1] if arm == "full" else LORA_RATES[1], seed)
-        yield from (Cell("r1+head", LORA_RATES[1], seed, control) for control in ("zero", "shuffled", "examples"))
+            yield Cell(arm, FULL_RATES[MIDDLE] if arm == "full" else LORA_RATES[MIDDLE], seed)
+        yield from (Cell("r1+head", LORA_RATES[MIDDLE], seed, control) for control in ("zero", "shuffled", "examples"))
         yield from (
-            Cell(arm, rate, seed, "shuffled") for arm, rate in (("full", FULL_RATES[1]), ("r1+head", LORA_RATES[0]))
+            Cell(arm, rate, seed, "shuffled")
+            for arm, rate in (("full", FULL_RATES[MIDDLE]), ("r1+head", LORA_RATES[0]))
         )
-        for place in (0, 2):
+        for place in (0, 4, 1, 3):
             yield from (Cell(arm, (FULL_RATES if arm == "full" else LORA_RATES)[place], seed) for arm in arms)
 
 
