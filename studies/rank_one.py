@@ -5,7 +5,7 @@
 A small model learns the task in part from examples, and the rest from rewards: in full, and with adapters of rank 1 and
 8, with and without the output layer. Controls: no reward, shuffled rewards, and examples at rank 1 instead of rewards.
 Each run is a file below ``--out``; runs that have one are not repeated, and several processes of this command share the
-work. The curves of all runs are written to ``docs/findings/rank_one/results.csv``.
+work. The curves of all runs are written to ``results.csv`` in ``docs/findings/rank_one``, with a picture of them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lightning_lora import LoRAConfig
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.tasks import CausalLM, PolicyGradient
-from studies.modules import sorting
-from studies.modules.pages import FINDINGS, write_lines
+from studies.modules import reward_curves, sorting
+from studies.modules.pages import FINDINGS, read_lines, write_lines
 
 PROMPTS, GROUP, STEPS, EVERY = 32, 8, 150, 25
-HELD_OUT = 512
-FULL_RATES = (3e-5, 1e-4, 3e-4)
-LORA_RATES = (3e-4, 1e-3, 3e-3)
+FULL_RATES = (3e-5, 5e-5, 1e-4, 2e-4, 3e-4)
+LORA_RATES = (3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
+MIDDLE = 2
 MULTIPLIER = 10.0
 
 
@@ -75,9 +75,13 @@ def cells(num_seeds: int) -> Iterator[Cell]:
     arms = ("full", "r1+head", "r8+head", "r1", "r8")
     for seed in range(num_seeds):
         for arm in arms:
-            yield Cell(arm, FULL_RATES[1] if arm == "full" else LORA_RATES[1], seed)
-        yield from (Cell("r1+head", LORA_RATES[1], seed, control) for control in ("zero", "shuffled", "examples"))
-        for place in (0, 2):
+            yield Cell(arm, FULL_RATES[MIDDLE] if arm == "full" else LORA_RATES[MIDDLE], seed)
+        yield from (Cell("r1+head", LORA_RATES[MIDDLE], seed, control) for control in ("zero", "shuffled", "examples"))
+        yield from (
+            Cell(arm, rate, seed, "shuffled")
+            for arm, rate in (("full", FULL_RATES[MIDDLE]), ("r1+head", LORA_RATES[0]))
+        )
+        for place in (0, 4, 1, 3):
             yield from (Cell(arm, (FULL_RATES if arm == "full" else LORA_RATES)[place], seed) for arm in arms)
 
 
@@ -103,8 +107,8 @@ class Curve(Callback):
 def train(cell: Cell, folder: Path) -> dict[str, Any]:
     """Run a cell: its curve, its time and what it trained."""
     start = time.perf_counter()
-    rows = sorting.questions(HELD_OUT + STEPS * PROMPTS, seed=0)
-    held_out, prompts = rows[:HELD_OUT], rows[HELD_OUT:]
+    rows = sorting.questions(sorting.HELD_OUT + STEPS * PROMPTS, seed=0)
+    held_out, prompts = rows[: sorting.HELD_OUT], rows[sorting.HELD_OUT :]
     base = folder / f"base_{cell.seed}"
     if not (base / "tokenizer_config.json").exists():
         sorting.warm_model(base, cell.seed, held_out)
@@ -117,7 +121,7 @@ def train(cell: Cell, folder: Path) -> dict[str, Any]:
         group_size=GROUP,
         max_new_tokens=sorting.ANSWER_TOKENS,
     )
-    evaluated = sorting.prompt_loader(held_out, HELD_OUT)
+    evaluated = sorting.prompt_loader(held_out, sorting.HELD_OUT)
     _trainer(curve).validate(policy, evaluated, verbose=False)
     if cell.control == "examples":
         examples = CausalLM(**settings)  # type: ignore[arg-type]
@@ -189,7 +193,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run(options.out, options.seeds, options.runs)
-    write_lines(FINDINGS / "rank_one" / "results.csv", table(options.out))
+    target = FINDINGS / "rank_one"
+    write_lines(target / "results.csv", table(options.out))
+    reward_curves.draw(read_lines(target / "results.csv"), target / "curves.png")
 
 
 if __name__ == "__main__":

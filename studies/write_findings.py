@@ -25,6 +25,7 @@ from lightning_lora.study.report.write import HTML, write_report
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.batch_penalty import batch_penalty
 from studies import early_curves, learning_rates
+from studies.modules import reward_curves
 from studies.modules.pages import FINDINGS, read_lines, save_figure, write_lines
 from studies.modules.tables import (
     CURVES,
@@ -35,6 +36,7 @@ from studies.modules.tables import (
     losses_of,
     multiplier,
     penalty_table,
+    public_table,
     study_table,
     sweep_table,
 )
@@ -48,6 +50,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lines": lines_table,
     "early": lambda folder: early_curves.table(early_curves.mean_curves(read_lines(folder / RESULTS))),
     "rates": lambda folder: learning_rates.table(read_lines(folder / RESULTS)),
+    "rewards": lambda folder: reward_curves.runs_table(read_lines(folder / RESULTS)),
+    "gaps": lambda folder: reward_curves.gaps_table(read_lines(folder / RESULTS)),
+    "controls": lambda folder: reward_curves.controls_table(read_lines(folder / RESULTS)),
+    "public": public_table,
     "norms": lambda folder: learning_rates.norms_table(read_lines(folder / RESULTS)),
 }
 _BLOCK = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -18,6 +18,8 @@ from lightning_lora.tasks.rl.sampling.in_process import InProcessSampler
 from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
 
 DIGITS = 6
+HELD_OUT = 512
+"""Questions that no run trains on, and all are evaluated on."""
 ANSWER_TOKENS = DIGITS + 1
 """The digits of an answer and the token that ends it."""
 PAD, END, ASK = 10, 11, 12

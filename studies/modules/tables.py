@@ -14,7 +14,7 @@ from lightning_lora.study.matched.record import ArmRecord, StudyRecord, read_stu
 from studies.modules.pages import markdown_table, read_lines
 from studies.modules.rows import BITS, VALUE
 
-PENALTY, CURVES = "batch_penalty.json", "curves.csv"
+PENALTY, CURVES, PUBLIC = "batch_penalty.json", "curves.csv", "public.csv"
 
 
 def study_table(folder: Path) -> str:
@@ -85,6 +85,12 @@ def lines_table(folder: Path) -> str:
     """The CSV file of a script as it is, with numbers in four digits."""
     lines = read_lines(folder / "results.csv")
     return markdown_table(list(lines[0]), [[_short(text) for text in line.values()] for line in lines])
+
+
+def public_table(folder: Path) -> str:
+    """What others have published on the same question, word for word."""
+    lines = read_lines(folder / PUBLIC)
+    return markdown_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def losses_of(record: StudyRecord, arm: str) -> list[float]:
