@@ -154,6 +154,7 @@ class PolicyGradient(PolicyModel):
     def setup(self, stage: str) -> None:
         """Turn the prompts of the training loader into rollouts."""
         super().setup(stage)
+        self._maker = None  # another Trainer may have another precision, and its data another tokenizer
         if self._pool is None:
             raise ConfigError(
                 "PolicyGradient has no reward: give reward= a function reward(prompts, completions, **columns) that "
@@ -253,6 +254,7 @@ class PolicyGradient(PolicyModel):
                 self.model,
                 self.score,
                 self.without_adapters,
+                self.trainer.precision_plugin.forward_context,
                 self.signal,
             )
         return self._maker

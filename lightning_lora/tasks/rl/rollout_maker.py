@@ -60,6 +60,7 @@ class RolloutMaker:
         model: The model of transformers that is trained.
         score: The learner's `TokenScores` of a minibatch.
         without_adapters: A context in which ``score`` is that of the reference.
+        precision: A context in which models compute as in a step of the Trainer.
         signal: Follows the rewards of the run.
 
     Attributes:
@@ -75,6 +76,7 @@ class RolloutMaker:
     model: Any
     score: Callable[[Mapping[str, Any]], TokenScores]
     without_adapters: Callable[[], AbstractContextManager[Any]]
+    precision: Callable[[], AbstractContextManager[Any]]
     signal: LearningSignal
     has_warned: bool = dataclasses.field(default=False, init=False)
 
@@ -106,7 +108,8 @@ class RolloutMaker:
             version,
             [each.to(device) for each in orders],
         )
-        self._score(rollout, trainer.accumulate_grad_batches)
+        with self.precision():
+            self._score(rollout, trainer.accumulate_grad_batches)
         shaped = rewards
         if asked.length_buffer:
             shaped = rewards + overlong_penalty(samples.lengths, asked.max_new_tokens, asked.length_buffer)
@@ -120,7 +123,8 @@ class RolloutMaker:
         """Completions of prompts by the present weights, checked; drawn as in training, or as ``how`` says."""
         self.sampler.load(self.model, version)
         generator = torch.Generator(prompts[0].device).manual_seed(seed)
-        samples = self.sampler.sample(prompts, group_size, how or self.sampling, generator)
+        with self.precision():
+            samples = self.sampler.sample(prompts, group_size, how or self.sampling, generator)
         check_samples(samples, len(prompts) * group_size, version)
         return samples
 
