@@ -47,7 +47,8 @@ class PolicyGradient(PolicyModel):
         model: Folder of a model on this machine, or its hub name. Weights must be stored as safetensors.
         learning_rate: The learning rate *of full fine-tuning*; see `PretrainedTask`.
         lora: LoRA settings; None trains the whole model. For RL adapt the output layer too (``adapt_head``).
-        reward: ``reward(prompts, completions, **columns) -> list of numbers``, one for each completion.
+        reward: ``reward(prompts, completions, **columns) -> list of numbers``, one for each completion; or a
+            `RewardPool` of one, which sets more than ``reward_workers`` and ``reward_timeout`` do.
         group_size: Completions of each prompt.
         max_new_tokens: Tokens of a completion at most.
         loss: ``"importance"`` (the ratio of probabilities times the advantage), ``"clip"`` (PPO), ``"gspo"`` (the ratio
@@ -134,7 +135,8 @@ class PolicyGradient(PolicyModel):
         self.reward, self.sampler = reward, sampler
         # In this process a reward sees all rows at once, as one that compares them or uses a model needs.
         at_once = 1 if reward_workers else None
-        self._pool = None if reward is None else RewardPool(reward, reward_workers, reward_timeout, at_once)
+        is_whole = reward is None or isinstance(reward, RewardPool)
+        self._pool = reward if is_whole else RewardPool(reward, reward_workers, reward_timeout, at_once)
         self.sampling = SamplingSettings(max_new_tokens, temperature, top_p, tuple(stop))
         self.signal = LearningSignal(patience)
         self.mean_reward, self.mean_greedy = RunningMean(), RunningMean()
@@ -166,6 +168,8 @@ class PolicyGradient(PolicyModel):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the minibatch's share of the loss of the optimizer step."""
+        if "numbers" not in batch:
+            raise ConfigError("a policy trains on completions of prompts, which its loader writes during fit only.")
         asked, numbers = self.policy_settings, batch["numbers"]
         scores = self.score(batch)
         # A token that the policy or the sampler gives no probability has no ratio.
