@@ -41,7 +41,7 @@ class PolicyGradient(PolicyModel):
     Prompts become rollouts inside of the training loader: completions are sampled with the weights of that moment,
     rewarded, compared with the other completions of the same prompt, and handed to ``training_step`` in minibatches.
     The loss is normalised over the optimizer step, as in the other tasks. Dropout is off. With LoRA, the reference of a
-    KL penalty is the same model with its adapters off. What is logged is listed in docs/reinforcement.md.
+    KL penalty is the same model as training begins. What is logged is listed in docs/reinforcement.md.
 
     Args:
         model: Folder of a model on this machine, or its hub name. Weights must be stored as safetensors.
@@ -61,6 +61,8 @@ class PolicyGradient(PolicyModel):
         dual_clip: Largest ratio that counts for a negative advantage with ``loss="clip"``; None sets no limit.
         kl: ``"k2"`` in the loss, or ``"k1"`` in the reward.
         kl_coefficient: Weight of the divergence from the reference; 0 needs no reference.
+        reference: ``"adapter_off"`` (the base) or ``"frozen"`` (a copy of the adapter as training begins). None takes
+            the base for a new adapter, and a copy for one that was loaded.
         minibatches: Parts of a rollout, each a batch of the training loader.
         epochs: Times that a rollout is trained on.
         temperature: Divides the logits, of sampler and learner alike.
@@ -101,6 +103,7 @@ class PolicyGradient(PolicyModel):
         dual_clip: float | None = None,
         kl: str = "k2",
         kl_coefficient: float = 0.0,
+        reference: str | None = None,
         minibatches: int = 1,
         epochs: int = 1,
         temperature: float = 1.0,
@@ -128,7 +131,7 @@ class PolicyGradient(PolicyModel):
                 "kl_coefficient needs a reference, which is the model with its adapters off, and lora=None trains the "
                 "whole model: give lora, or kl_coefficient=0."
             )
-        super().__init__(model, learning_rate, lora, **settings)
+        super().__init__(model, learning_rate, lora, reference, **settings)
         for kept in ("_hparams", "_hparams_initial"):  # a checkpoint holds plain types only
             for name in ("reward", "sampler"):
                 vars(self)[kept].pop(name, None)
@@ -257,7 +260,7 @@ class PolicyGradient(PolicyModel):
                 self.context_length,
                 self.model,
                 self.score,
-                self.without_adapters,
+                self.as_reference,
                 self.trainer.precision_plugin.forward_context,
                 self.signal,
             )
