@@ -138,8 +138,9 @@ class PolicyGradient(PolicyModel):
         self.reward, self.sampler = reward, sampler
         # In this process a reward sees all rows at once, as one that compares them or uses a model needs.
         at_once = 1 if reward_workers else None
-        is_whole = reward is None or isinstance(reward, RewardPool)
-        self._pool = reward if is_whole else RewardPool(reward, reward_workers, reward_timeout, at_once)
+        self._pool = reward if isinstance(reward, RewardPool) else None
+        if reward is not None and self._pool is None:
+            self._pool = RewardPool(reward, reward_workers, reward_timeout, at_once)
         self.sampling = SamplingSettings(max_new_tokens, temperature, top_p, tuple(stop))
         self.signal = LearningSignal(patience)
         self.mean_reward, self.mean_greedy = RunningMean(), RunningMean()
