@@ -26,15 +26,15 @@ def short(completions, **columns):
     return [-len(completion) / 100 for completion in completions]
 
 def compare(prompts, completions, answer, **columns):
-    assert len(prompts) == 4 or len(prompts) == 1
+    assert len(prompts) == len(answer) == 4, "not all rows of a batch"
     return [float(len(completion) - min(map(len, completions))) for completion in completions]
 
 compare.sees_all_rows = True
 
 def hang(prompts, completions, **columns):
-    time.sleep(60 if completions[0].__hash__() % 2 or True else 0)
-    return [1.0]
+    time.sleep(60)
 """
+NAMED = "lightning_lora.tasks.rl.rewards.NamedReward"
 OPTIONS: dict[str, list[str]] = {
     "DPO": ["--data", "PreferenceDataModule", "--data.train", "pairs.jsonl"],
     "RewardModel": ["--data", "PreferenceDataModule", "--data.train", "pairs.jsonl"],
@@ -94,5 +94,35 @@ def test_data_is_shown_and_the_run_planned_before_it(
     assert command("preview", task) == 0
     shown = capsys.readouterr().out
     assert ("4 prompts" in shown and "answer: '0'" in shown) or "chosen" in shown
-    base = [f"--model=lightning_lora.tasks.{task}", f"--model.model={MODEL}"]
-    assert base
+    assert command("plan", task, "--memory=8GiB", "--json=plan.json") == 0
+    planned = capsys.readouterr().out
+    assert ("not traced" in planned) == (task == "PolicyGradient")
+    assert "KeyError" not in planned
+
+
+@pytest.mark.parametrize("how", ["by name", "by class"])
+def test_a_reward_that_compares_rows_sees_all_of_them(how: str, folder: Path) -> None:
+    named = [f"--model.reward={NAMED}", "--model.reward.function"]
+    reward = {"by name": ["--model.reward=rewards_beside.compare"], "by class": [*named, "rewards_beside.compare"]}
+    assert command("fit", "PolicyGradient", *reward[how], "--model.reward_workers=1") == 0
+
+
+def test_a_reward_that_hangs_is_told_in_one_message_or_worth_what_was_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hang = ["--model.reward=rewards_beside.hang", "--model.reward_workers=2", "--model.reward_timeout=0.2"]
+    assert command("fit", "PolicyGradient", *hang) == 1
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "took more than 0.2 seconds" in told
+    pool = ["--model.reward=lightning_lora.tasks.rl.rewards.RewardPool", "--model.reward.reward=rewards_beside.hang"]
+    pool += ["--model.reward.workers=2", "--model.reward.timeout=0.2", "--model.reward.on_timeout=-1.0"]
+    assert command("fit", "PolicyGradient", *pool) == 0
+
+
+def test_a_reward_whose_module_is_not_allowed_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("fit", "PolicyGradient", "--model.reward=rewards_of_others.short")
+    assert "lightning-lora --allow" in capsys.readouterr().err
+    named = [f"--model.reward={NAMED}", "--model.reward.function=rewards_of_others.short"]
+    assert command("fit", "PolicyGradient", *named) == 2
+    assert "lightning-lora --allow" in capsys.readouterr().err
