@@ -19,16 +19,18 @@ pytestmark = policies.EXPECTED
 
 
 class Divergences(Callback):
-    """The divergence from the reference in each step."""
+    """The divergence from the reference in each step, and the numbers it was computed from."""
 
     def __init__(self) -> None:
         self.found: list[float] = []
+        self.numbers: list[Any] = []
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.found.append(float(trainer.callback_metrics["kl"]))
+        self.numbers.append(batch["numbers"])
 
 
 def loaded(folder: Path, **options: Any) -> Any:
@@ -78,3 +80,14 @@ def test_a_run_that_goes_on_keeps_its_reference(llama_folder: Path, tmp_path: Pa
 def test_references_that_make_no_sense_are_refused(options: dict[str, Any], message: str, llama_folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         policies.make(llama_folder, **options)
+
+
+def test_the_reference_is_exactly_the_policy_before_the_first_step(llama_folder: Path, tmp_path: Path) -> None:
+    for dtype in ("32-true", "bf16-true"):
+        seen = Divergences()
+        module = policies.make(llama_folder, kl_coefficient=0.1, epochs=2)
+        policies.fit(module, tmp_path, max_steps=1, callbacks=[seen], precision=dtype)
+        numbers = seen.numbers[0]
+        assert numbers["old_logprobs"].any()
+        assert torch.equal(numbers["old_logprobs"], numbers["ref_logprobs"]), dtype
+        assert numbers["ref_logprobs"].dtype is torch.float32
