@@ -25,12 +25,15 @@ from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_check
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.tasks import DPO, CausalLM, RewardModel, SequenceClassifier
+from lightning_lora.tasks import DPO, CausalLM, PolicyGradient, RewardModel, SequenceClassifier
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 FORMATS = ("peft", "merged")
 TARGETS = ("vllm", "llama.cpp")
-_TASKS = {f"{task.__module__}.{task.__qualname__}": task for task in (CausalLM, SequenceClassifier, DPO, RewardModel)}
+_TASKS = {
+    f"{task.__module__}.{task.__qualname__}": task
+    for task in (CausalLM, SequenceClassifier, DPO, RewardModel, PolicyGradient)
+}
 
 
 def export(run: str | Path, out: str | Path, format: str = "peft", target: str | None = None) -> str:

@@ -283,6 +283,8 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI
 
 def restrict_imports() -> None:
     """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
+    if os.environ.get(ALLOW_VARIABLE) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `lightning-lora` is a script, whose path lacks the folder it is run in
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=[*ALLOWED_PREFIXES, *os.environ.get(ALLOW_VARIABLE, "").split()],

@@ -9,7 +9,7 @@ from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.errors import GradientError, GuardError, did_you_mean, user_error
+from lightning_lora.errors import GradientError, GuardError, RewardError, did_you_mean, user_error
 from lightning_lora.versions import installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
@@ -84,7 +84,7 @@ def _exit_code(run: Callable[[], None]) -> int:
     """Run a command; an error that the user caused is printed as one message."""
     try:
         run()
-    except (GradientError, GuardError) as error:
+    except (GradientError, GuardError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -16,8 +16,10 @@ from rich.text import Text
 
 from lightning_lora.cli.escapes import acts_on_terminal, escaped
 from lightning_lora.cli.quiet import tell_infos
+from lightning_lora.data.prompts.data_module import PromptDataModule, PromptRow
 from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.split import SplitStatistics
+from lightning_lora.data.tokenizer import find_tokenizer
 from lightning_lora.errors import ConfigError
 
 ROWS = 3
@@ -42,18 +44,25 @@ def preview_data(trainer: Trainer, data: LightningDataModule | None) -> None:
         ConfigError: If the data module is not one of ours, which have rows to show.
         DataError: If a file or a row cannot be used.
     """
-    if not isinstance(data, RowsDataModule):
+    if not isinstance(data, (RowsDataModule, PromptDataModule)):
         kind = "none is given" if data is None else f"it is {type(data).__name__}"
         raise ConfigError(
             f"preview shows the rows of the data modules of lightning_lora.data, but as data module {kind}."
         )
     notes = _set_up(trainer, data)
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    tokenizer = data._find_tokenizer()
-    for name, row in data.first_rows(ROWS):
-        show_row(console, tokenizer, row, name)
-    for split, counts in data.statistics.items():
-        console.print(_summary(split, counts, data.settings.max_length))
+    if isinstance(data, PromptDataModule):
+        _show_prompts(console, find_tokenizer(data.tokenizer, trainer.lightning_module), data)
+    else:
+        tokenizer = data._find_tokenizer()
+        for name, row in data.first_rows(ROWS):
+            show_row(console, tokenizer, row, name)
+    if isinstance(data, PromptDataModule):
+        for split, rows in data.rows.items():
+            console.print(_summary_of_prompts(split, rows))
+    else:
+        for split, counts in data.statistics.items():
+            console.print(_summary(split, counts, data.settings.max_length))
     for note in notes:
         console.print("note: " + "\n".join(map(_printable, note.splitlines())))
 
@@ -79,6 +88,17 @@ def show_row(console: Console, tokenizer: Any, row: dict[str, Any], name: str) -
             shown.highlight_words(special, _SPECIAL)
             console.print(Text(_MARK if is_trained else " " * (len(_MARK) - 2) + "| ") + shown)
     console.print()
+
+
+def _show_prompts(console: Console, tokenizer: Any, data: PromptDataModule) -> None:
+    """Print the first prompts, and what else a reward is given."""
+    for number, prompt in enumerate(data.rows["train"][:ROWS], start=1):
+        ids = prompt.input_ids
+        row = {"input_ids": ids, "supervised": [False] * len(ids), "length": len(ids), "place": prompt.place}
+        show_row(console, tokenizer, row, f"prompt {number}")
+        for name, value in prompt.columns.items():
+            console.print(_printable(f"{name}: {value!r}"))
+        console.print()
 
 
 def segments(tokenizer: Any, ids: Sequence[int], supervised: Sequence[bool]) -> list[Segment]:
@@ -152,6 +172,12 @@ def _summary(split: str, counts: SplitStatistics, max_length: int) -> str:
     cut = f"{counts.truncated_rows:,} rows cut at max_length={max_length} (the longest has {counts.longest:,} tokens)"
     used = f"{counts.rows:,} rows, {counts.tokens:,} tokens, {counts.supervised_tokens:,} trained ({share:.1%})"
     return f"{split}: {used}; {cut}"
+
+
+def _summary_of_prompts(split: str, rows: Sequence[PromptRow]) -> str:
+    lengths, columns = [len(row.input_ids) for row in rows], dict.fromkeys(name for row in rows for name in row.columns)
+    given = f"a reward is given {', '.join(columns)}" if columns else "no further columns"
+    return f"{split}: {len(rows):,} prompts, {sum(lengths):,} tokens, the longest has {max(lengths):,}; {given}"
 
 
 def expand_arguments(arguments: Sequence[str]) -> list[str]:

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_lora.data import SFTDataModule
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.json_object import read_json
-from lightning_lora.tasks import CausalLM, SequenceClassifier
+from lightning_lora.tasks import DPO, CausalLM, PolicyGradient, RewardModel, SequenceClassifier
+from lightning_lora.tasks.pretrained import PretrainedTask
 
 PROMPT = "Hello! What can you do?"
 """A question for a model whose run had no validation rows."""
@@ -29,7 +30,7 @@ def next_commands(
         adapter: Its adapter folder; None without adapters.
     """
     # A checkpoint of a class of the user's cannot be built from here, but its adapter can be read.
-    is_ours = type(module) in (CausalLM, SequenceClassifier)
+    is_ours = type(module) in (CausalLM, SequenceClassifier, DPO, RewardModel, PolicyGradient)
     source, merged = shown(folder if is_ours or adapter is None else adapter), shown(folder / "merged")
     commands = []
     if isinstance(module, CausalLM) and (is_ours or adapter):
@@ -39,9 +40,10 @@ def next_commands(
         return [_line(command) for command in commands]
     commands[0:1] = [[*command, "--compare"] for command in commands]
     base = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    if base and Path(base).is_dir():
+    has_new_head = isinstance(module, PretrainedTask) and module.new_head
+    if base and Path(base).is_dir() and not has_new_head:
         commands.append(["merge", shown(Path(base)), shown(adapter), merged])
-    elif is_ours:  # a base of the hub: export finds it in the cache
+    elif is_ours:  # export finds a base of the hub in the cache, and builds an output layer that a base has not
         commands.append(["export", source, merged, "--format", "merged"])
     commands.append(["export", source, shown(folder / "exported")])
     return [_line(command) for command in commands]

@@ -21,7 +21,7 @@ from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
 from lightning_lora.lora.adapter import disable_lora
-from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks import DPO, CausalLM, PolicyGradient
 from lightning_lora.tasks.loading import load_model, read_config
 from lightning_lora.tasks.pretrained import BASE_DTYPES, PretrainedTask
 
@@ -30,8 +30,8 @@ from .source import Source
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
 
-_TASK = f"{CausalLM.__module__}.{CausalLM.__qualname__}"
-_TASK_NAMES = (_TASK, "lightning_lora.tasks.CausalLM")
+_TASKS = (CausalLM, DPO, PolicyGradient)
+_TASK_NAMES = [f"{place}.{task.__name__}" for task in _TASKS for place in (task.__module__, "lightning_lora.tasks")]
 _OTHER_PEFT_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
@@ -186,7 +186,7 @@ def _without_report() -> Iterator[None]:
 
 
 def _task_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of the `CausalLM` that has written a checkpoint.
+    """The settings of a `CausalLM` for the checkpoint of a task that writes text.
 
     Raises:
         AdapterFileError: If another module has written it.
@@ -198,17 +198,16 @@ def _task_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     # A run without the command line records no class. All settings of a CausalLM are those that every task has.
     is_ours = written_by in _TASK_NAMES if written_by else "model" in settings and settings.keys() <= known
     if not is_ours:
-        writer = written_by or "a module of yours"
+        writer, names = written_by or "a module of yours", ", ".join(task.__name__ for task in _TASKS)
         advice = f" Its adapter folder works where there is one: {folder}." if (folder := _adapter_beside(path)) else ""
-        raise AdapterFileError(
-            f"{path} was written by {writer}, and text is generated with {CausalLM.__name__} only.{advice}"
-        )
+        raise AdapterFileError(f"{path} was written by {writer}, and text is generated with {names} only.{advice}")
     return {name: value for name, value in settings.items() if name in known}
 
 
 def _adapter_beside(checkpoint: Path) -> Path | None:
     folder = checkpoint.absolute().parent.parent / "adapters" / "last"
-    return folder if (folder / CONFIG_FILE).is_file() else None
+    is_there = (folder / CONFIG_FILE).is_file()
+    return folder if is_there and read_json(folder / CONFIG_FILE).get("task_type") not in _OTHER_PEFT_TASKS else None
 
 
 def _load_model_folder(path: Path, how: Loading, tokenizer: str | None, compare: bool) -> Loaded:

@@ -120,7 +120,8 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
     if missing:
         raise AdapterFileError(
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
-            f"weights are not in the checkpoint: {first_five(missing)}."
+            f"weights are not in the checkpoint: {first_five(missing)}. If they are an output layer that the run has "
+            "added, `lightning-lora export RUN OUT --format merged` builds the model with it."
         )
 
     def tensors(names: Collection[str]) -> dict[str, str]:

@@ -30,7 +30,8 @@ def largest_batches(data: LightningDataModule, loader: Any) -> Callable[[int], A
     """
     if isinstance(data, RowsDataModule) and "train" in data.rows and not getattr(data, "packing", False):
         lengths = row_lengths(data.rows["train"], data.max_length)
-        longest = loader.dataset[int(numpy.argmax(lengths))]
+        rows_each = len(lengths) // len(loader.dataset)  # 2 of a pair
+        longest = loader.dataset[int(numpy.argmax(lengths)) // rows_each]
         return lambda count: loader.collate_fn([longest] * count)
     if isinstance(loader, DataLoader) and can_choose_rows(loader) and data.trainer is not None:
         trainer = data.trainer

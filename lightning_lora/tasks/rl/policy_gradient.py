@@ -41,13 +41,14 @@ class PolicyGradient(PolicyModel):
     Prompts become rollouts inside of the training loader: completions are sampled with the weights of that moment,
     rewarded, compared with the other completions of the same prompt, and handed to ``training_step`` in minibatches.
     The loss is normalised over the optimizer step, as in the other tasks. Dropout is off. With LoRA, the reference of a
-    KL penalty is the same model with its adapters off. What is logged is listed in docs/reinforcement.md.
+    KL penalty is the same model as training begins. What is logged is listed in docs/reinforcement.md.
 
     Args:
         model: Folder of a model on this machine, or its hub name. Weights must be stored as safetensors.
         learning_rate: The learning rate *of full fine-tuning*; see `PretrainedTask`.
         lora: LoRA settings; None trains the whole model. For RL adapt the output layer too (``adapt_head``).
-        reward: ``reward(prompts, completions, **columns) -> list of numbers``, one for each completion.
+        reward: ``reward(prompts, completions, **columns) -> list of numbers``, one for each completion; or a
+            `RewardPool` of one, which sets more than ``reward_workers`` and ``reward_timeout`` do.
         group_size: Completions of each prompt.
         max_new_tokens: Tokens of a completion at most.
         loss: ``"importance"`` (the ratio of probabilities times the advantage), ``"clip"`` (PPO), ``"gspo"`` (the ratio
@@ -60,6 +61,8 @@ class PolicyGradient(PolicyModel):
         dual_clip: Largest ratio that counts for a negative advantage with ``loss="clip"``; None sets no limit.
         kl: ``"k2"`` in the loss, or ``"k1"`` in the reward.
         kl_coefficient: Weight of the divergence from the reference; 0 needs no reference.
+        reference: ``"adapter_off"`` (the base) or ``"frozen"`` (a copy of the adapter as training begins). None takes
+            the base for a new adapter, and a copy for one that was loaded.
         minibatches: Parts of a rollout, each a batch of the training loader.
         epochs: Times that a rollout is trained on.
         temperature: Divides the logits, of sampler and learner alike.
@@ -100,6 +103,7 @@ class PolicyGradient(PolicyModel):
         dual_clip: float | None = None,
         kl: str = "k2",
         kl_coefficient: float = 0.0,
+        reference: str | None = None,
         minibatches: int = 1,
         epochs: int = 1,
         temperature: float = 1.0,
@@ -127,14 +131,16 @@ class PolicyGradient(PolicyModel):
                 "kl_coefficient needs a reference, which is the model with its adapters off, and lora=None trains the "
                 "whole model: give lora, or kl_coefficient=0."
             )
-        super().__init__(model, learning_rate, lora, **settings)
+        super().__init__(model, learning_rate, lora, reference, **settings)
         for kept in ("_hparams", "_hparams_initial"):  # a checkpoint holds plain types only
             for name in ("reward", "sampler"):
                 vars(self)[kept].pop(name, None)
         self.reward, self.sampler = reward, sampler
         # In this process a reward sees all rows at once, as one that compares them or uses a model needs.
         at_once = 1 if reward_workers else None
-        self._pool = None if reward is None else RewardPool(reward, reward_workers, reward_timeout, at_once)
+        self._pool = reward if isinstance(reward, RewardPool) else None
+        if reward is not None and self._pool is None:
+            self._pool = RewardPool(reward, reward_workers, reward_timeout, at_once)
         self.sampling = SamplingSettings(max_new_tokens, temperature, top_p, tuple(stop))
         self.signal = LearningSignal(patience)
         self.mean_reward, self.mean_greedy = RunningMean(), RunningMean()
@@ -154,6 +160,7 @@ class PolicyGradient(PolicyModel):
     def setup(self, stage: str) -> None:
         """Turn the prompts of the training loader into rollouts."""
         super().setup(stage)
+        self._maker = None  # another Trainer may have another precision, and its data another tokenizer
         if self._pool is None:
             raise ConfigError(
                 "PolicyGradient has no reward: give reward= a function reward(prompts, completions, **columns) that "
@@ -165,6 +172,8 @@ class PolicyGradient(PolicyModel):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the minibatch's share of the loss of the optimizer step."""
+        if "numbers" not in batch:
+            raise ValueError("a policy trains on completions of prompts, which its loader writes during fit only.")
         asked, numbers = self.policy_settings, batch["numbers"]
         scores = self.score(batch)
         # A token that the policy or the sampler gives no probability has no ratio.
@@ -252,7 +261,8 @@ class PolicyGradient(PolicyModel):
                 self.context_length,
                 self.model,
                 self.score,
-                self.without_adapters,
+                self.as_reference,
+                self.trainer.precision_plugin.forward_context,
                 self.signal,
             )
         return self._maker

@@ -16,13 +16,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.sharding import shard_lora
 from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.rl.functional.head_logprobs import head_logprobs, logprobs_of_logits
 from lightning_lora.tasks.rl.no_dropout import without_dropout
 from lightning_lora.tasks.rl.policy_settings import PolicySettings
+from lightning_lora.tasks.rl.reference import Reference
 from lightning_lora.tasks.rl.rollout_maker import TokenScores
 from lightning_lora.tasks.rl.value_head import ValueHead
 
@@ -36,6 +36,7 @@ class PolicyModel(CausalLM):
         model: Folder of a model on this machine, or its hub name.
         learning_rate: See `PretrainedTask`.
         lora: See `PretrainedTask`.
+        reference: See `PolicyGradient`.
         settings: The other settings of `PretrainedTask`.
     """
 
@@ -46,12 +47,18 @@ class PolicyModel(CausalLM):
         model: str,
         learning_rate: float = 2e-5,
         lora: LoRAConfig | dict[str, Any] | None = None,
+        reference: str | None = None,
         **settings: Any,
     ) -> None:
+        if reference not in (None, "adapter_off", "frozen"):
+            raise ConfigError(f"reference of a policy must be adapter_off, frozen or null, got {reference!r}.")
+        if reference is not None and not self.policy_settings.has_reference:
+            raise ConfigError(f"reference={reference!r} has no effect with kl_coefficient=0: leave out one of them.")
         if lora is not None and LoRAConfig.from_dict(lora).dropout:
             raise ConfigError("dropout of adapters makes a policy another one at each pass: set lora.dropout to 0.")
         super().__init__(model, learning_rate, lora, **settings)
         self.value_head: ValueHead | None = None
+        self.reference = Reference(reference, True) if self.policy_settings.has_reference else None
         if off := without_dropout(self.model_config):
             rank_zero_info(f"dropout is off while a policy is trained: {', '.join(off)}")
 
@@ -91,11 +98,35 @@ class PolicyModel(CausalLM):
         return TokenScores(logprobs, entropy.detach(), values[0] if values else None)
 
     @contextmanager
-    def without_adapters(self) -> Iterator[None]:
-        """The model is its own reference: within the context it computes what the base computes."""
+    def as_reference(self) -> Iterator[None]:
+        """The model is its own reference: within the context it computes what it did when training began."""
         assert self.model is not None
-        with disable_lora(self.model):
+        assert self.reference is not None
+        with self.reference.weights(self.model):
             yield
+
+    @override
+    def on_train_start(self) -> None:
+        """Take the model as it is now as the reference, unless the run goes on."""
+        super().on_train_start()
+        if self.reference is not None:
+            assert self.model is not None
+            self.reference.fix(self.model)
+            rank_zero_info(f"reference: {self.reference.kind}")
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference, which the trained weights do not tell."""
+        super().on_save_checkpoint(checkpoint)
+        if self.reference is not None:
+            self.reference.save(checkpoint)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the reference of the checkpoint's run."""
+        super().on_load_checkpoint(checkpoint)
+        if self.reference is not None:
+            self.reference.load(checkpoint)
 
     def _scores_of_tokens(self, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         """The same for a model whose output layer must run itself."""

@@ -59,7 +59,8 @@ class RolloutMaker:
         context: Tokens of a row that the model was made for; None if it sets no limit.
         model: The model of transformers that is trained.
         score: The learner's `TokenScores` of a minibatch.
-        without_adapters: A context in which ``score`` is that of the reference.
+        as_reference: A context in which ``score`` is that of the reference.
+        precision: A context in which models compute as in a step of the Trainer.
         signal: Follows the rewards of the run.
 
     Attributes:
@@ -74,7 +75,8 @@ class RolloutMaker:
     context: int | None
     model: Any
     score: Callable[[Mapping[str, Any]], TokenScores]
-    without_adapters: Callable[[], AbstractContextManager[Any]]
+    as_reference: Callable[[], AbstractContextManager[Any]]
+    precision: Callable[[], AbstractContextManager[Any]]
     signal: LearningSignal
     has_warned: bool = dataclasses.field(default=False, init=False)
 
@@ -106,7 +108,8 @@ class RolloutMaker:
             version,
             [each.to(device) for each in orders],
         )
-        self._score(rollout, trainer.accumulate_grad_batches)
+        with self.precision():
+            self._score(rollout, trainer.accumulate_grad_batches)
         shaped = rewards
         if asked.length_buffer:
             shaped = rewards + overlong_penalty(samples.lengths, asked.max_new_tokens, asked.length_buffer)
@@ -120,7 +123,8 @@ class RolloutMaker:
         """Completions of prompts by the present weights, checked; drawn as in training, or as ``how`` says."""
         self.sampler.load(self.model, version)
         generator = torch.Generator(prompts[0].device).manual_seed(seed)
-        samples = self.sampler.sample(prompts, group_size, how or self.sampling, generator)
+        with self.precision():
+            samples = self.sampler.sample(prompts, group_size, how or self.sampling, generator)
         check_samples(samples, len(prompts) * group_size, version)
         return samples
 
@@ -146,7 +150,7 @@ class RolloutMaker:
                 if scores.values is not None:
                     rollout.fill("old_values", index, scores.values)
             if asked.has_reference:
-                with self.without_adapters():
+                with self.as_reference():
                     rollout.fill("ref_logprobs", index, self.score(minibatch).logprobs)
 
     def _advantages(self, trainer: Trainer, rollout: Rollout, rewards: Tensor, is_used: Tensor) -> Tensor:

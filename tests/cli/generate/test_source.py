@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "a classifier's run": (
         lambda folder: _checkpoint(folder, hyper_parameters={"_class_path": "lightning_lora.tasks.SequenceClassifier"}),
-        "written by lightning_lora.tasks.SequenceClassifier, and text is generated with CausalLM only",
+        "written by lightning_lora.tasks.SequenceClassifier, and text is generated with CausalLM, DPO, PolicyGradient",
     ),
     "a classifier's adapter": (
         lambda folder: _adapter(folder, llama_classifier(), trainable=["score"]), "of another task (SEQ_CLS)"

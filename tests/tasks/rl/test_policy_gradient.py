@@ -131,17 +131,6 @@ def test_every_method_trains_under_the_guard_and_logs_its_names(
     assert any(not torch.equal(one, two) for one, two in zip(before, policies.trained(module), strict=True))
 
 
-def test_the_reference_is_exactly_the_policy_before_the_first_step(llama_folder: Path, tmp_path: Path) -> None:
-    for dtype in ("32-true", "bf16-true"):
-        seen = Gradients()
-        module = policies.make(llama_folder, kl_coefficient=0.1, epochs=2)
-        policies.fit(module, tmp_path, max_steps=1, callbacks=[seen], precision=dtype)
-        numbers = seen.batches[0]["numbers"]
-        assert numbers["old_logprobs"].any()
-        assert torch.equal(numbers["old_logprobs"], numbers["ref_logprobs"]), dtype
-        assert numbers["ref_logprobs"].dtype is torch.float32
-
-
 def test_dropout_of_the_model_is_off_and_that_of_adapters_is_refused(tmp_path: Path) -> None:
     folder = toys.save_llama(tmp_path / "wet", attention_dropout=0.5)
     module = policies.make(folder)

@@ -34,6 +34,7 @@ class NamedReward:
         self.function = function
         self.__name__ = function.rpartition(".")[2]
         self._reward = find_reward(function)
+        self.sees_all_rows = bool(getattr(self._reward, "sees_all_rows", False))
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> Any:
         """What the function returns."""

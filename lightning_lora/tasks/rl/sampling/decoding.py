@@ -60,10 +60,10 @@ def decode(
     most = torch.tensor(room, device=device).repeat_interleave(group_size)
     width = _largest(max(room), device) if in_step else max(room)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    uniforms = torch.rand(width, rows, generator=generator, device=generator.device).to(device)
+    uniforms = torch.rand(width, rows, generator=generator, device=generator.device, dtype=torch.float32).to(device)
 
     tokens = torch.full((rows, width), pad_id, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, width, device=device)
+    logprobs = torch.zeros(rows, width, device=device, dtype=torch.float32)
     lengths = torch.zeros(rows, dtype=torch.int64, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     live = torch.arange(rows, device=device)  # the row of each line of the model's batch
