@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_lora.cli import main as cli
@@ -72,15 +73,20 @@ def command(name: str, task: str, *more: str) -> int:
     return cli.main([*allowed, name, *base, *data, "--data.batch_size=1", *own, *short, *more])
 
 
-@pytest.mark.parametrize("task", OPTIONS)
-def test_a_run_is_exported_inspected_and_asked(task: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("fit", task) == 0
+@pytest.mark.parametrize(
+    ("task", "more"), [*((task, ()) for task in OPTIONS), ("PolicyGradient", ("--model.advantage=gae",))]
+)
+def test_a_run_is_exported_inspected_and_asked(
+    task: str, more: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", task, *more) == 0
     capsys.readouterr()
     for what, out in (["export", "peft"], ["export", "merged"], ["inspect", ""]):
         options = [out, "--format", out] if out else []
         assert cli.main([what, "run", *options]) == 0, capsys.readouterr().err
     auto: Any = AutoModelForSequenceClassification if task == "RewardModel" else AutoModelForCausalLM
     auto.from_pretrained("merged")
+    assert not [name for name in load_file("peft/adapter_model.safetensors") if "value_head" in name]
     code = cli.main(["generate", "run", "--prompt", "Hi", "--max_new_tokens=2"])
     told = capsys.readouterr().err
     assert (code, "was written by" in told) == ((2, True) if task == "RewardModel" else (0, False))

@@ -164,6 +164,7 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
     task.lora_allow_other_base = how.allow_other_base
     with _without_report():
         task.configure_model()
+    _drop_value_head(checkpoint)
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
     assert task.model is not None
@@ -202,6 +203,14 @@ def _task_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         advice = f" Its adapter folder works where there is one: {folder}." if (folder := _adapter_beside(path)) else ""
         raise AdapterFileError(f"{path} was written by {writer}, and text is generated with {names} only.{advice}")
     return {name: value for name, value in settings.items() if name in known}
+
+
+def _drop_value_head(checkpoint: dict[str, Any]) -> None:
+    """Take the value head of a policy out of its checkpoint: it takes no part in writing."""
+    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
+    for tensors in (checkpoint["state_dict"], manifest.get("tensors", {})):
+        for name in [name for name in tensors if name.startswith("value_head.")]:
+            del tensors[name]
 
 
 def _adapter_beside(checkpoint: Path) -> Path | None:

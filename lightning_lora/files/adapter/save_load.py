@@ -215,9 +215,13 @@ def _unknown(model: nn.Module, folder: AdapterFolder) -> set[str]:
 def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
     """The tensors that learn beside the adapters: parameters with gradients, and the buffers next to them.
 
-    Modules named in ``trainable`` count even without gradients, as a module may be frozen after training.
+    Modules named in ``trainable`` count even without gradients, as a module may be frozen after training. One with
+    ``is_for_training_only = True`` is no part of what is saved.
     """
-    tensors = dict(model_tensors(root))
+    left_out = [name for name, part in root.named_modules() if getattr(part, "is_for_training_only", False)]
+    tensors = {
+        name: tensor for name, tensor in model_tensors(root) if not is_inside(name.rpartition(".")[0], set(left_out))
+    }
     configs = {id(config): config for layer in lora_layers(root).values() for config in (layer.lora_spec.config,)}
     patterns = {pattern for config in configs.values() for pattern in config.trainable}
     asked = {plain_name(name) for name, _ in root.named_modules() if name and matches_any(name, patterns)}

@@ -16,6 +16,9 @@ class ValueHead(nn.Linear):
         - Input ``(rows, tokens, dim)``, output ``(rows, tokens)``.
     """
 
+    is_for_training_only = True
+    """Adapter folders leave it out: what has been trained is the model."""
+
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 1)
         nn.init.zeros_(self.weight)

@@ -12,6 +12,7 @@ from lightning_lora.tasks import PolicyGradient
 from tests.support import toys
 from tests.tasks.rl import policies
 
+pytestmark = policies.EXPECTED
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 1}, "group_size must be at least 2 with advantage='mean', got 1: a single completion"),
     ({"group_size": 0, "advantage": "gae"}, "group_size must be a whole number of at least 1, got 0"),
