@@ -17,6 +17,7 @@ from tests.tasks.rl import policies
 
 pytestmark = [
     *policies.EXPECTED,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
 

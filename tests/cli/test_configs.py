@@ -44,6 +44,7 @@ def test_every_config_is_named_here() -> None:
     }
 
 
+@pytest.mark.slow
 def test_watching_configs_add_to_each_other(tmp_path: Path) -> None:
     done = lightning_lora("fit", *configs("sft.yaml", "lora.yaml", *WATCHING[1:]), "--print_config", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

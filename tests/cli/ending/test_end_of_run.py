@@ -48,6 +48,7 @@ def fit(folder: Path, *callbacks: Callback, module: LightningModule | None = Non
     return ending
 
 
+@pytest.mark.slow
 def test_a_module_of_the_user_is_told_what_applies(tmp_path: Path, told: Any) -> None:
     ending = fit(tmp_path, max_epochs=3)
     (text,) = told()

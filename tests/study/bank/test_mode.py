@@ -38,6 +38,7 @@ def test_batches_are_shared_where_that_is_exact_and_known_to_be_faster(
 HOW = [(8, 256, "take turns: batches of up to 2,048"), (1, 64, "share batches: of 64")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "length", "how"), HOW)
 def test_a_study_says_how_its_arms_share_the_process(
     tmp_path: Path, size: int, length: int, how: str, monkeypatch: pytest.MonkeyPatch

@@ -109,6 +109,7 @@ ArmBank().fit(runs)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_lets_each_arm_save_its_state(tmp_path: Path) -> None:
     (tmp_path / "stopped.py").write_text(STOPPED)
     process = warm.Process(str(tmp_path / "stopped.py"), cwd=tmp_path)

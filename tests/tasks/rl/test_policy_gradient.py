@@ -78,6 +78,7 @@ def test_minibatches_that_are_accumulated_give_the_gradient_of_the_whole_rollout
             assert torch.allclose(gradient, other[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_policy_earns_more_than_at_the_start(llama_folder: Path, tmp_path: Path) -> None:
     module = policies.make(llama_folder, learning_rate=5e-3, group_size=8, lora=LoRAConfig(rank=2, adapt_head=True))
     rewards: list[float] = []

@@ -51,6 +51,7 @@ def test_a_pattern_is_found_anywhere_or_must_match_the_whole() -> None:
     assert Pattern(r"<think>.*</think>.+", whole=True)(["q"] * 3, texts) == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_rewards_of_ours_work_in_other_processes() -> None:
     pool = RewardPool(ExactAnswer(), workers=1)
     assert pool(["q"] * 2, ["#### 1", "#### 2"], {"answer": ["#### 1", "#### 1"]}) == [1.0, 0.0]
