@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy
+import pytest
 import torch
 
 from lightning_lora.study.bank.process_state import seed_all
