@@ -25,14 +25,16 @@ from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_check
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.study.tasks.kept_models import save_whole
 from lightning_lora.tasks import DPO, CausalLM, PolicyGradient, RewardModel, SequenceClassifier
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 FORMATS = ("peft", "merged")
 TARGETS = ("vllm", "llama.cpp")
 _TASKS = {
-    f"{task.__module__}.{task.__qualname__}": task
+    f"{place}.{task.__name__}": task
     for task in (CausalLM, SequenceClassifier, DPO, RewardModel, PolicyGradient)
+    for place in (task.__module__, "lightning_lora.tasks")
 }
 
 
@@ -115,24 +117,29 @@ def _export_folder(source: Path, out: Path, format: str, server: str | None = No
 
 def _export_checkpoint(source: Path, out: Path, format: str) -> None:
     task = _load_task(source)
-    if format == "merged":
+    if lora_layers(task) and format == "merged":
         save_merged(task, out, task.trained_tokenizer)
-    else:
+    elif lora_layers(task):
         save_adapter(task, out, tokenizer=task.trained_tokenizer)
+    elif format == "merged":
+        save_whole(task, out)
+    else:
+        raise AdapterFileError(
+            f"{source} was trained in full: it holds no adapter. Write the whole model with --format merged."
+        )
 
 
 def _load_task(source: Path) -> PretrainedTask:
     checkpoint = read_checkpoint(source)
-    if CHECKPOINT_KEY not in checkpoint:
-        raise AdapterFileError(f"{source} is a full checkpoint: it holds no adapter to export.")
-    name = checkpoint[CHECKPOINT_KEY]["module"]
+    written_by = checkpoint.get(CHECKPOINT_KEY) or {"module": checkpoint.get("hyper_parameters", {}).get("_class_path")}
+    name = written_by["module"]
     if name not in _TASKS:
         raise AdapterFileError(
-            f"{source} was written by {name}, a class of yours: load it in your own code and call save_adapter()."
+            f"{source} was written by {name or 'a module that left no name'}: load it in your own code and call "
+            "save_adapter(), or save_pretrained() of its model."
         )
     task = _TASKS[name].load_from_checkpoint(source, map_location="cpu", weights_only=True)
     assert isinstance(task, PretrainedTask)
-    assert lora_layers(task)
     return task
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -92,6 +93,19 @@ def test_a_run_is_exported_inspected_and_asked(
     told = capsys.readouterr().err
     assert (code, "was written by" in told) == ((2, True) if task == "RewardModel" else (0, False))
     assert "adapter folder works" not in told
+
+
+def test_a_run_of_full_fine_tuning_is_exported_as_a_whole_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", "PolicyGradient", "--model.lora=null") == 0
+    assert cli.main(["export", "run", "peft"]) == 2
+    assert "it holds no adapter. Write the whole model with --format merged" in capsys.readouterr().err
+    assert cli.main(["export", "run", "merged", "--format", "merged"]) == 0, capsys.readouterr().err
+    (checkpoint,) = Path("run").glob("**/*.ckpt")
+    trained = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, tensor in AutoModelForCausalLM.from_pretrained("merged").named_parameters():
+        assert torch.equal(tensor, trained[f"model.{name}"])
 
 
 @pytest.mark.parametrize("task", OPTIONS)

@@ -29,13 +29,27 @@ def keep_model(module: LightningModule, folder: Path) -> None:
     Raises:
         ConfigError: If the module holds no model of transformers.
     """
-    if (folder / _ADAPTER / CONFIG_FILE).is_file():
-        return
+    if not (folder / _ADAPTER / CONFIG_FILE).is_file():
+        save_whole(module, folder / MODEL)
+
+
+def save_whole(module: LightningModule, path: Path) -> None:
+    """Write the model that a module without adapters has trained, with its tokenizer.
+
+    Args:
+        module: The module.
+        path: The folder to write; an older model there is replaced in one step.
+
+    Raises:
+        ConfigError: If the module holds no model of transformers, or ``path`` is the folder that it was read from.
+    """
     model: Any = next((model for _, model in hugging_face_models(module)), None)
     if model is None:
         raise ConfigError(f"{type(module).__name__} holds no model of transformers, so no model of it can be kept.")
+    if path.resolve() == Path(model.name_or_path).resolve():
+        raise ConfigError(f"{path} is the folder of the base itself: name another one.")
     tokenizer = tokenizer_of(module)
-    with atomic_folder(folder / MODEL, replaces="config.json") as place:
+    with atomic_folder(path, replaces="config.json") as place:
         model.save_pretrained(place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
