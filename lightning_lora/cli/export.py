@@ -21,7 +21,7 @@ from lightning_lora.files.adapter.vllm_rules import vllm_flags
 from lightning_lora.files.atomic import atomic_folder
 from lightning_lora.files.generation_config import GENERATION_FILE, add_stops, stops_of
 from lightning_lora.files.json_object import read_json
-from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
+from lightning_lora.files.lightning_checkpoint import read_checkpoint, written_by
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
@@ -131,9 +131,8 @@ def _export_checkpoint(source: Path, out: Path, format: str) -> None:
 
 def _load_task(source: Path) -> PretrainedTask:
     checkpoint = read_checkpoint(source)
-    written_by = checkpoint.get(CHECKPOINT_KEY) or {"module": checkpoint.get("hyper_parameters", {}).get("_class_path")}
-    name = written_by["module"]
-    if name not in _TASKS:
+    name = written_by(checkpoint)
+    if name is None or name not in _TASKS:
         raise AdapterFileError(
             f"{source} was written by {name or 'a module that left no name'}: load it in your own code and call "
             "save_adapter(), or save_pretrained() of its model."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise AdapterFileError(f"{path} is not a Lightning checkpoint: it has no state_dict.")
     return checkpoint
+
+
+def written_by(checkpoint: Mapping[str, Any]) -> str | None:
+    """The dotted name of the module that a checkpoint is of; None if it does not tell.
+
+    One with adapters tells in its manifest, another one in the hyperparameters of a run of the command line.
+    """
+    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
+    return manifest.get("module") or checkpoint.get("hyper_parameters", {}).get("_class_path")

@@ -19,7 +19,7 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigErr
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
-from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint
+from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint, written_by
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.tasks import DPO, CausalLM, PolicyGradient
 from lightning_lora.tasks.loading import load_model, read_config
@@ -193,13 +193,12 @@ def _task_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         AdapterFileError: If another module has written it.
     """
     settings = dict(checkpoint.get("hyper_parameters", {}))
-    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
-    written_by = manifest.get("module") or settings.get("_class_path")
+    name = written_by(checkpoint)
     known = inspect.signature(PretrainedTask.__init__).parameters.keys() - {"self"}
     # A run without the command line records no class. All settings of a CausalLM are those that every task has.
-    is_ours = written_by in _TASK_NAMES if written_by else "model" in settings and settings.keys() <= known
+    is_ours = name in _TASK_NAMES if name else "model" in settings and settings.keys() <= known
     if not is_ours:
-        writer, names = written_by or "a module of yours", ", ".join(task.__name__ for task in _TASKS)
+        writer, names = name or "a module of yours", ", ".join(task.__name__ for task in _TASKS)
         advice = f" Its adapter folder works where there is one: {folder}." if (folder := _adapter_beside(path)) else ""
         raise AdapterFileError(f"{path} was written by {writer}, and text is generated with {names} only.{advice}")
     return {name: value for name, value in settings.items() if name in known}

@@ -54,7 +54,7 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     """
     check_not_merged(module, "write the merged model")
     model = _model_with_all_adapters(module)
-    _check_not_the_base(model, Path(path))
+    check_not_the_base(model, Path(path))
     num_quantised = len(quantised_layers(module))
     merge_layers(module)
     try:
@@ -84,7 +84,8 @@ def _write_weights(folder: Path, module: nn.Module, model: Any) -> None:
     write_tensors(folder / _WEIGHT_FILE, state.items(), layout, {"format": "pt"})
 
 
-def _check_not_the_base(model: Any, path: Path) -> None:
+def check_not_the_base(model: Any, path: Path) -> None:
+    """Raise `ConfigError` if ``path`` is the folder that a Hugging Face model was loaded from."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if base and Path(base).is_dir() and Path(base).resolve() == path.resolve():
         raise ConfigError(f"{path} is the folder the base was loaded from; the base is never written to.")

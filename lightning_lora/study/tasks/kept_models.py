@@ -13,6 +13,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.atomic import atomic_folder
 from lightning_lora.files.generation_config import add_stops
+from lightning_lora.files.merge.merged_model import check_not_the_base
 from lightning_lora.lora.targets.roles import hugging_face_models
 
 MODEL = "model"
@@ -46,8 +47,7 @@ def save_whole(module: LightningModule, path: Path) -> None:
     model: Any = next((model for _, model in hugging_face_models(module)), None)
     if model is None:
         raise ConfigError(f"{type(module).__name__} holds no model of transformers, so no model of it can be kept.")
-    if path.resolve() == Path(model.name_or_path).resolve():
-        raise ConfigError(f"{path} is the folder of the base itself: name another one.")
+    check_not_the_base(model, path)
     tokenizer = tokenizer_of(module)
     with atomic_folder(path, replaces="config.json") as place:
         model.save_pretrained(place)
