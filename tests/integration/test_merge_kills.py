@@ -21,6 +21,7 @@ from tests.support.tiny_models import wake
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 TRIALS = 12
+MOST_TRIALS = 100
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -54,13 +55,20 @@ def test_after_any_kill_the_base_is_untouched_and_the_result_absent_or_complete(
     duration, whole = time.perf_counter() - start, tree(tmp_path / "whole")
     assert whole
     numbers, in_the_middle = random.Random(0), 0
-    for trial in range(TRIALS):
+    for trial in range(MOST_TRIALS):
         out = tmp_path / f"out-{trial}"
         pid = merge(tmp_path, out)
-        time.sleep(numbers.uniform(0, 1.1) * duration)
+        delay = numbers.uniform(0, 1.1) * duration
+        time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        in_the_middle += os.WIFSIGNALED(status)
+        if os.WIFSIGNALED(status):
+            in_the_middle += 1
+        else:
+            # The first merge was slower: it read the base from the disk, or the machine was busy then.
+            duration = min(duration, delay)
         assert tree(tmp_path / "base") == base
         assert not out.exists() or tree(out) == whole
-    assert in_the_middle >= TRIALS // 3
+        if in_the_middle == TRIALS:
+            break
+    assert in_the_middle == TRIALS
