@@ -1,13 +1,14 @@
 """LoRA arithmetic on tensors, without modules.
 
 Read in this order: `update` (the formulas), `fused_linear` (one differentiable function for a layer or a group of
-siblings), `linear_group` (its tensors and settings), `linear_products` (its products and gradients), `narrow_products`
+siblings), `linear_group` (its tensors and settings), `factor_copies` (its factors in the type of the input),
+`linear_products` (its products and gradients), `narrow_products`
 (products with a thin side), `gated_input` (computing ``silu(gate) * up`` again), `seeded_dropout`, `experts` and
 `fused_experts`, `spectrum` (singular values of an update), `sketched_svd` (singular vectors of a gradient),
 `magnitude` (norms and magnitudes of DoRA), `torch_internals` (what torch has no public function for).
 """
 
-from lightning_lora.lora.functional.fused_linear import can_fuse, fused_lora_linears
+from lightning_lora.lora.functional.fused_linear import can_fuse, fused_lora_linears, product_type
 from lightning_lora.lora.functional.linear_group import AdaptedWeight
 from lightning_lora.lora.functional.linear_products import base_product
 from lightning_lora.lora.functional.magnitude import magnitude_ratio, rescaled, row_norms
@@ -31,6 +32,7 @@ __all__ = [
     "linear_update",
     "magnitude_ratio",
     "merged_weight",
+    "product_type",
     "rescaled",
     "rounding_loss",
     "row_norms",

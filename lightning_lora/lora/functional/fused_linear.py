@@ -13,11 +13,13 @@ Shape legend: ``T`` rows of input (all leading axes together), ``r`` rank, ``R``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.lora.functional.factor_copies import Factors, group_factors
 from lightning_lora.lora.functional.gated_input import gated_input, recomputed, source_gradients
 from lightning_lora.lora.functional.linear_group import AdaptedWeight, GroupTensors, Settings
 from lightning_lora.lora.functional.linear_products import (
@@ -41,11 +43,14 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
     ``W`` and ``b`` are frozen. For the backward pass it keeps ``x``, by reference, and ``A x``, ``(T, R)``, or where
     `merging_pays` each ``W + scale B A``; with dropout a seed instead of a mask. If ``x`` is an activation times a
     second tensor (`gated_input`), it keeps these two instead, and the gradient goes to them past ``x``. If no ``A``
-    needs a gradient, it keeps no input at all. The gradient can be differentiated again. All tensors have one type.
+    needs a gradient, it keeps no input at all. The gradient can be differentiated again.
+
+    Under autocast, ``x``, ``W`` and ``b`` are cast as in ``F.linear``, but ``x`` once for all layers. ``A`` and ``B`` may be
+    of any type: they are cast to that of the product, and their gradients are in their own type.
 
     Args:
         x: ``(*, in)``.
-        layers: One or more layers with the input ``x``.
+        layers: One or more layers with the input ``x``, whose weights are of the type of ``x``, or autocast makes them so.
         dropout: Probability of zeroing an entry of ``x`` on its way to ``A``, rounded to a multiple of 1/256, at least
             one; what is kept is scaled by the exact probability of keeping it. Layers called one after the other with
             the same ``x`` drop the same entries.
@@ -57,11 +62,13 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
         Zhu et al., *LoRAFusion*, 2025, https://arxiv.org/abs/2510.00206 (fusing, seeded dropout).
     """
     weights, biases, As, Bs, scales, callers = zip(*layers, strict=True)
+    seed = shared_seed(x, callers) if dropout else 0
+    x, weights, biases = _as_multiplied(x, weights, biases)
     activation, sources = gated_input(x) or (None, (x,))
     settings = Settings(
         scales=tuple(scale / kept_share(dropout) for scale in scales),
         dropout=dropout,
-        seed=shared_seed(x, callers) if dropout else 0,
+        seed=seed,
         activation=activation,
         merges=not dropout and merging_pays(x, layers),
     )
@@ -80,18 +87,35 @@ def merging_pays(x: Tensor, layers: Sequence[AdaptedWeight]) -> bool:
     return is_many and x.is_cpu and x.element_size() >= 4 and any(layer.A.requires_grad for layer in layers)
 
 
+def product_type(tensor: Tensor) -> torch.dtype:
+    """The type in which torch multiplies by ``tensor`` here: that of autocast, if it is on and would cast it."""
+    kind = tensor.device.type
+    is_cast = torch.is_autocast_enabled(kind) and tensor.is_floating_point() and tensor.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if is_cast else tensor.dtype
+
+
+def _as_multiplied(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None]]:
+    dtype = product_type(x)
+    if all(tensor is None or tensor.dtype == dtype for tensor in (x, *weights, *biases)):
+        return x, weights, biases
+    # ``to`` returns what is of this type already as it is.
+    return x.to(dtype), [W.to(dtype) for W in weights], [None if b is None else b.to(dtype) for b in biases]
+
+
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `fused_lora_linears` computes what the written-out formula does for these tensors, here and now.
 
-    It does not where types or devices differ, where autocast chooses the types, where base weights are trained,
-    quantised or sharded, and where every operation must be visible (`is_traced`).
+    It does not where types or devices differ (and autocast does not make the types one), where base weights are
+    trained, quantised or sharded, and where every operation must be visible (`is_traced`).
     """
     frozen = [weight] if bias is None else [weight, bias]
+    dtype = product_type(x)
     return (
         all(type(tensor) in PLAIN_TYPES and not tensor.requires_grad for tensor in frozen)
-        and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in frozen)
+        and all(product_type(tensor) is dtype and tensor.device == x.device for tensor in frozen)
         and type(x) in PLAIN_TYPES
-        and not torch.is_autocast_enabled(x.device.type)
         and not is_traced()
     )
 
@@ -107,15 +131,16 @@ class FusedLinears(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         """``(*, out)`` of each layer."""
         group, needs = GroupTensors.of(tensors, settings), GroupTensors.of(ctx.needs_input_grad[2:], settings)
+        factors = group_factors(group.As, group.Bs, x, any(needs.As) or any(needs.Bs))
         if settings.merges:
-            ys, products = merged_outputs(x, group, settings)
+            ys, products = merged_outputs(x, group, factors, settings)
         else:
-            ys, inner = split_outputs(x, group, settings)
+            ys, inner = split_outputs(x, group, factors, settings)
             products = [inner]
             if not any(needs.As) and settings.activation is None:
                 group = group._replace(sources=[None])
         ctx.settings, ctx.shape, ctx.is_done = settings, x.shape, False
-        ctx.save_for_backward(*products, *group.flat())
+        ctx.save_for_backward(*products, factors.A, *factors.Bs, *group.flat())
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -124,10 +149,12 @@ class FusedLinears(torch.autograd.Function):
         """Gradients of the tensors that need one."""
         ctx.is_done = True
         settings: Settings = ctx.settings
-        num_products = len(settings.scales) if settings.merges else 1
+        n = len(settings.scales)
         # Read once: activation checkpointing hands out what was saved a single time.
-        saved = ctx.saved_tensors
-        products, group = saved[:num_products], GroupTensors.of(saved[num_products:], settings)
+        saved = iter(ctx.saved_tensors)
+        products = list(islice(saved, n if settings.merges else 1))
+        factors = Factors(next(saved), list(islice(saved, n)))
+        group = GroupTensors.of(list(saved), settings)
         needs = GroupTensors.of(ctx.needs_input_grad[2:], settings)
         if all(d is None for d in d_outputs):
             return (None,) * len(ctx.needs_input_grad)
@@ -137,11 +164,11 @@ class FusedLinears(torch.autograd.Function):
         inner, sums = (None, products) if settings.merges else (products[0], ())
         x, activated = recomputed(settings.activation, group.sources)
         dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
-        d_inner = inner_gradient(group, d_ys)
-        d_As, d_Bs = factor_gradients(group, settings, needs, dropped, inner, d_inner, d_ys)
+        d_inner = inner_gradient(factors, settings, d_ys)
+        d_As, d_Bs = factor_gradients(group, factors, settings, needs, dropped, inner, d_inner, d_ys)
         d_sources: Sequence[Tensor | None] = [None] * len(group.sources)
         if any(needs.sources):
-            d_x = input_gradient(group, settings, sums, d_inner, d_ys).view(ctx.shape)
+            d_x = input_gradient(group, factors, settings, sums, d_inner, d_ys).view(ctx.shape)
             d_sources = source_gradients(settings.activation, group.sources, d_x, activated)
-        frozen = [None] * len(settings.scales)
+        frozen = [None] * n
         return None, None, *GroupTensors(frozen, frozen, d_As, d_Bs, d_sources).flat()

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.lora.functional.factor_copies import Factors
 from lightning_lora.lora.functional.gated_input import recomputed
 from lightning_lora.lora.functional.linear_group import GroupTensors, Settings
-from lightning_lora.lora.functional.narrow_products import times_narrow, transposed_times_narrow
+from lightning_lora.lora.functional.narrow_products import fast_layout, scaled_product, transposed_products
 from lightning_lora.lora.functional.seeded_dropout import drop
 from lightning_lora.lora.functional.torch_internals import uninitialised, whole
 
@@ -45,59 +46,72 @@ def affine_into(out: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> 
         torch.addmm(bias, x, matrix, out=out)
 
 
-def scaled_factors(group: GroupTensors, settings: Settings) -> Tensor:
-    """``scale A`` of all layers below each other, ``(R, in)``."""
-    factors = [A * scale for A, scale in zip(group.As, settings.scales, strict=True)]
-    return factors[0] if len(factors) == 1 else torch.cat(factors)
+def scaled_inner(x: Tensor, factors: Factors, settings: Settings) -> Tensor:
+    """``scale * x A^T`` of all layers side by side, ``(T, R)``, of ``x`` ``(T, in)``."""
+    inner = uninitialised(x, (len(x), len(factors.A)))
+    if len(set(settings.scales)) == 1:
+        return scaled_product(inner, x, factors.A.T, settings.scales[0])
+    for part, A, scale in zip(
+        _by_layer(inner, factors, 1), _by_layer(factors.A, factors, 0), settings.scales, strict=True
+    ):
+        scaled_product(part, x, A.T, scale)
+    return inner
 
 
-def split_outputs(x: Tensor, group: GroupTensors, settings: Settings) -> tuple[list[Tensor], Tensor]:
+def split_outputs(x: Tensor, group: GroupTensors, factors: Factors, settings: Settings) -> tuple[list[Tensor], Tensor]:
     """``x W^T + b + scale * drop(x) A^T B^T`` of each layer.
 
     Args:
         x: ``(*, in)``.
         group: Tensors of the group.
+        factors: Its factors, in the type of ``x``.
         settings: Settings of the group.
 
     Returns:
         ``(*, out)`` of each layer, and ``scale * drop(x) A^T`` of all layers side by side, ``(T, R)``.
     """
     rows = x.reshape(-1, x.shape[-1])
-    inner = drop(rows, settings.dropout, settings.seed) @ scaled_factors(group, settings).T
+    inner = scaled_inner(drop(rows, settings.dropout, settings.seed), factors, settings)
     ys = [base_product(x, W, b) for W, b in zip(group.weights, group.biases, strict=True)]
-    for y, part, B in zip(ys, _by_layer(inner, group.As, dim=1), group.Bs, strict=True):
+    for y, part, B in zip(ys, _by_layer(inner, factors, 1), factors.Bs, strict=True):
         y.view(-1, len(B)).addmm_(part, B.T)
     return ys, inner
 
 
-def merged_outputs(x: Tensor, group: GroupTensors, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
+def merged_outputs(
+    x: Tensor, group: GroupTensors, factors: Factors, settings: Settings
+) -> tuple[list[Tensor], list[Tensor]]:
     """``x (W + scale B A)^T + b`` of each layer, with the arguments of `split_outputs`.
 
     Returns:
         ``(*, out)`` of each layer, and ``W + scale B A`` of each layer, ``(out, in)``.
     """
-    factors = _by_layer(scaled_factors(group, settings), group.As, dim=0)
-    sums = [torch.addmm(W, B, A) for W, B, A in zip(group.weights, group.Bs, factors, strict=True)]
+    each = zip(group.weights, factors.Bs, _by_layer(factors.A, factors, 0), settings.scales, strict=True)
+    sums = [torch.addmm(W, B, A, alpha=scale) for W, B, A, scale in each]
     return [base_product(x, merged, b) for merged, b in zip(sums, group.biases, strict=True)], sums
 
 
-def inner_gradient(group: GroupTensors, d_ys: Sequence[Tensor | None]) -> Tensor:
-    """Gradient of ``scale A x`` of all layers side by side, ``(T, R)``.
+def inner_gradient(factors: Factors, settings: Settings, d_ys: Sequence[Tensor | None]) -> Tensor:
+    """Gradient of ``A x`` of all layers side by side, ``(T, R)``.
 
     Args:
-        group: Tensors of the group.
+        factors: Factors of the group.
+        settings: Settings of the group.
         d_ys: ``(T, out)`` of each layer; None where nothing depends on its output, but not for every layer.
     """
     rows = next(d_y for d_y in d_ys if d_y is not None)
-    parts = [
-        rows.new_zeros(len(rows), B.shape[1]) if d_y is None else times_narrow(d_y, B)
-        for d_y, B in zip(d_ys, group.Bs, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    d_inner = uninitialised(rows, (len(rows), len(factors.A)))
+    for part, d_y, B, scale in zip(_by_layer(d_inner, factors, 1), d_ys, factors.Bs, settings.scales, strict=True):
+        if d_y is None:
+            part.zero_()
+        else:
+            scaled_product(part, d_y, fast_layout(B), scale)
+    return d_inner
 
 
 def factor_gradients(
     group: GroupTensors,
+    factors: Factors,
     settings: Settings,
     needs: GroupTensors,
     dropped: Tensor | None,
@@ -105,10 +119,11 @@ def factor_gradients(
     d_inner: Tensor,
     d_ys: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """Gradients of every ``A`` and every ``B``; None for those that need none.
+    """Gradients of every ``A`` and every ``B``, in their types; None for those that need none.
 
     Args:
         group: Tensors of the group.
+        factors: Its factors, in the type of ``dropped``.
         settings: Settings of the group.
         needs: Which gradients are needed.
         dropped: ``drop(x)``, ``(T, in)``; None only where no ``A`` needs a gradient.
@@ -116,24 +131,29 @@ def factor_gradients(
         d_inner: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
-    d_As: Sequence[Tensor | None] = [None] * len(group.As)
-    d_Bs: Sequence[Tensor | None] = d_As
-    if dropped is not None and any(needs.As):
-        d_A = _by_layer(d_inner.T @ dropped, group.As, dim=0)
-        d_As = [part * scale for part, scale in zip(d_A, settings.scales, strict=True)]
-    if any(needs.Bs):
-        if inner is None:
-            assert dropped is not None
-            inner = dropped @ scaled_factors(group, settings).T
-        d_Bs = [
-            transposed_times_narrow(d_y, part) if needed and d_y is not None else None
-            for d_y, part, needed in zip(d_ys, _by_layer(inner, group.As, dim=1), needs.Bs, strict=True)
-        ]
+    d_As: list[Tensor | None] = [None] * len(group.As)
+    d_Bs: list[Tensor | None] = [None] * len(group.Bs)
+    learns_A = dropped is not None and any(needs.As)
+    pairs = [(d_inner, dropped)] if dropped is not None and any(needs.As) else []
+    learning = [i for i, d_y in enumerate(d_ys) if needs.Bs[i] and d_y is not None]
+    if learning and inner is None:
+        assert dropped is not None
+        inner = scaled_inner(dropped, factors, settings)
+    if inner is not None:
+        parts = _by_layer(inner, factors, 1)
+        pairs += [(d_ys[i], parts[i]) for i in learning]
+    if pairs:
+        found = transposed_products(pairs, group.As[0].dtype)
+        if learns_A:
+            d_As = list(_by_layer(found.pop(0), factors, 0))
+        for i, d_B in zip(learning, found, strict=True):
+            d_Bs[i] = d_B
     return d_As, d_Bs
 
 
 def input_gradient(
     group: GroupTensors,
+    factors: Factors,
     settings: Settings,
     sums: Sequence[Tensor],
     d_inner: Tensor,
@@ -143,24 +163,29 @@ def input_gradient(
 
     Args:
         group: Tensors of the group.
+        factors: Its factors, in the type of ``x``.
         settings: Settings of the group.
         sums: What `merged_outputs` returned; empty after `split_outputs`.
         d_inner: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     # As autograd adds up the gradients of layers that are called one after the other: the last one first, each computed
-    # alone.
+    # alone. Below float32 each sum would be rounded, and is left to the product.
     pairs = zip(reversed(d_ys), reversed(sums or group.weights), strict=True)
     (d_y, matrix), *others = [(d_y, matrix) for d_y, matrix in pairs if d_y is not None]
     d_x = d_y @ matrix
-    alone = uninitialised(d_x, d_x.shape) if others else d_x
+    is_rounded = d_x.element_size() < 4
+    alone = uninitialised(d_x, d_x.shape) if others and not is_rounded else d_x
     for d_y, matrix in others:
-        d_x += torch.mm(d_y, matrix, out=alone)
+        if is_rounded:
+            d_x.addmm_(d_y, matrix)
+        else:
+            d_x += torch.mm(d_y, matrix, out=alone)
     if sums:
         return d_x
     if settings.dropout:
-        return d_x.add_(drop(d_inner @ scaled_factors(group, settings), settings.dropout, settings.seed))
-    return d_x.addmm_(d_inner, scaled_factors(group, settings))
+        return d_x.add_(drop(d_inner @ factors.A, settings.dropout, settings.seed))
+    return d_x.addmm_(d_inner, factors.A)
 
 
 def differentiable_gradients(
@@ -183,7 +208,7 @@ def differentiable_gradients(
     rows = x.reshape(-1, x.shape[-1])
     dropped = drop(rows, settings.dropout, settings.seed)
     outputs = [
-        (rows @ W.T + dropped @ (A * scale).T @ B.T, d_y)
+        (rows @ W.T + dropped @ (A.to(rows.dtype) * scale).T @ B.to(rows.dtype).T, d_y)
         for W, A, B, scale, d_y in zip(group.weights, group.As, group.Bs, settings.scales, d_ys, strict=True)
         if d_y is not None
     ]
@@ -206,6 +231,6 @@ def gradients_of(
     return [next(found) if needs and tensor is not None else None for tensor, needs in zip(inputs, needed, strict=True)]
 
 
-def _by_layer(together: Tensor, As: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+def _by_layer(together: Tensor, factors: Factors, dim: int) -> Sequence[Tensor]:
     """Split an axis of length ``R`` by layer."""
-    return together.split([A.shape[0] for A in As], dim)
+    return together.split([B.shape[1] for B in factors.Bs], dim)

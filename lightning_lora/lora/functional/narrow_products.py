@@ -6,20 +6,44 @@ two to five times longer in their usual order (``benchmarks/products.py``). On a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+from lightning_lora.lora.functional.torch_internals import uninitialised
 
 # Columns below which MKL is slow; one full vector of float32 in AVX-512.
 _NARROW = 16
 
 
-def times_narrow(y: Tensor, B: Tensor) -> Tensor:
-    """``y B``: ``(T, out)`` times ``(out, r)``."""
-    return y @ fast_layout(B)
+def scaled_product(out: Tensor, x: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    """Write ``scale * x matrix`` to ``out``, ``(T, n)``, in one launch; return ``out``."""
+    return torch.addmm(out, x, matrix, beta=0, alpha=scale, out=out)
 
 
 def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
     """``y^T inner``: ``(T, out)`` and ``(T, r)`` to ``(out, r)``."""
     return (inner.T @ y).T if _is_slow(inner) else y.T @ inner
+
+
+def transposed_products(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """``left^T right`` of each pair, ``(T, n)`` and ``(T, m)`` to ``(n, m)``, in ``dtype``.
+
+    Where that is wider than the pairs, a GPU writes the sums as it has them, in float32; elsewhere the results are cast
+    together.
+    """
+    like = pairs[0][0]
+    if like.dtype == dtype:
+        return [transposed_times_narrow(left, right) for left, right in pairs]
+    if like.is_cuda and like.element_size() < 4 and dtype is torch.float32:
+        return [torch.mm(left.T, right, out_dtype=dtype) for left, right in pairs]
+    sizes = [left.shape[1] * right.shape[1] for left, right in pairs]
+    memory = uninitialised(like, (sum(sizes),))
+    for part, (left, right) in zip(memory.split(sizes), pairs, strict=True):
+        torch.mm(left.T, right, out=part.view(left.shape[1], -1))
+    parts = memory.to(dtype).split(sizes)
+    return [part.view(left.shape[1], -1) for part, (left, _) in zip(parts, pairs, strict=True)]
 
 
 def fast_layout(B: Tensor) -> Tensor:

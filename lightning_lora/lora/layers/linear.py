@@ -46,6 +46,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         if not self.lora_active:
             # Without gradients, bit for bit as before the weights were frozen; with gradients, torch decides.
             is_plain = not torch.is_grad_enabled() and self._computes_plainly(input)
+            is_plain = is_plain and self.weight.dtype == input.dtype
             return base_product(input, self.weight, self.bias) if is_plain else super().forward(input)
         if (adapted := self.adapted_weight(input)) is not None:
             return sibling_output(self, input, adapted)
@@ -57,7 +58,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         if not (self.lora_active and self._computes_plainly(x)):
             return None
         A, B = self.linear_factors()
-        return AdaptedWeight(self.weight, self.bias, A.to(x.dtype), B.to(x.dtype), self.lora_spec.scale, self)
+        return AdaptedWeight(self.weight, self.bias, A, B, self.lora_spec.scale, self)
 
     def _computes_plainly(self, x: Tensor) -> bool:
         return can_fuse(x, self.weight, self.bias) and _computes_as_linear(type(self))
@@ -104,8 +105,7 @@ class LoRAConv1D(LoRALayer):
         if not can_fuse(x, self.weight, self.bias):
             y = super().forward(x)
             return y + _update(self, x, *self.update_pair()).to(y.dtype)
-        A, B = (factor.to(x.dtype) for factor in self.update_pair())
-        adapted = AdaptedWeight(self.weight.T, self.bias, A, B, self.lora_spec.scale, self)
+        adapted = AdaptedWeight(self.weight.T, self.bias, *self.update_pair(), self.lora_spec.scale, self)
         return fused_lora_linears(x, [adapted], self.lora_dropout)[0]
 
     @override

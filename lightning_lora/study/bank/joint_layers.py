@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.lora.functional import can_fuse, linear_update
+from lightning_lora.lora.functional import can_fuse, linear_update, product_type
 from lightning_lora.lora.functional.torch_internals import saved_tensor_hooks
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
@@ -143,7 +143,7 @@ def _linear(layers: Sequence[Any], rows: Rows, x: Tensor) -> Tensor:
     scales = [0.0 if layer is None else layer.lora_spec.scale for layer in active]
     pairs = [(None, None) if layer is None else layer.linear_factors() for layer in active]
     parts = rows.split(x)
-    if can_fuse(x, W, b):
+    if can_fuse(x, W, b) and x.dtype == W.dtype == product_type(x):
         counts = [part.numel() // x.shape[-1] for part in parts]
         factors = [None if factor is None else factor.to(x.dtype) for pair in pairs for factor in pair]
         y: Any = RowUpdates.apply(counts, scales, x.reshape(-1, x.shape[-1]), W, b, *factors)
