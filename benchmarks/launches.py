@@ -2,10 +2,11 @@
 
     python -m benchmarks.launches
 
-Where a model is small or its batch is, a GPU waits for the host, and the host's time is the number of operators. They are
-counted here as PyTorch dispatches them, forward and backward: views and memory alone launch nothing and are left out. A
-Llama of eight layers with seven linear layers each, dimensions of a toy, all adapted at rank 16. ``floor`` is the frozen
-model with the gradient that reaches its embeddings; the second pass is counted, once groups of siblings are known.
+Where a model is small or its batch is, a GPU waits for the host, and the host's time is the number of operators. They
+are counted here as PyTorch dispatches them, forward and backward: views and memory alone launch nothing and are left
+out. A Llama of eight layers with seven linear layers each, of a toy's dimensions, all adapted at rank 16. ``floor`` is
+the frozen model with the gradient that reaches its embeddings. The third pass is counted: groups of siblings are known
+then.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def toy_llama(dtype: torch.dtype) -> nn.Module:
         num_key_value_heads=4,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).train()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).requires_grad_(False).train()
 
 
 CONTENDERS: Mapping[str, Callable[[nn.Module, Loss], Trainee]] = {

@@ -102,20 +102,27 @@ def test_a_fresh_adapter_changes_no_bit(name: str, dtype: Any) -> None:
         assert torch.equal(output(module, x), output(base.eval().requires_grad_(True), x))
 
 
+def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_gradient_of_the_input_is_the_bases_bit_for_bit(dtype: torch.dtype) -> None:
+def test_the_gradient_of_the_input_is_the_bases_bit_for_bit_or_closer_to_exact(dtype: torch.dtype) -> None:
     base = Attention().to(dtype)
     module = copy.deepcopy(base.requires_grad_(False))
     inject_lora(module, LoRAConfig(rank=4))
     x = torch.randn(2, 30, 160, dtype=dtype)
     for num_rows in (30, 30, 5):
-        inputs = [x[:, :num_rows].clone().requires_grad_() for _ in range(2)]
-        for leaf, model in zip(inputs, (base, module), strict=True):
-            model(leaf).square().sum().backward()
-        expected, found = (leaf.grad for leaf in inputs)
-        assert expected is not None
-        assert found is not None
-        assert torch.equal(found, expected)
+        expected, found = (input_gradient(model, x[:, :num_rows]) for model in (base, module))
+        if dtype == torch.float32:
+            assert torch.equal(found, expected)
+            continue
+        # Gradients of siblings are added up within their products, and rounded once.
+        exact = input_gradient(copy.deepcopy(base).double(), x[:, :num_rows].double())
+        assert (found - exact).norm() <= 1.01 * (expected - exact).norm()
 
 
 @pytest.mark.slow

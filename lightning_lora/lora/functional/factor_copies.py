@@ -1,12 +1,15 @@
 """The factors of a group as its products take them: in the type of the input, and every ``A`` below the other.
 
 Factors in float32 on a base in bfloat16 are cast in each forward pass: on a GPU the launches of many small casts take
-longer than the casts. So one launch casts a whole group, and from the second pass on one launch casts the factors of all
-groups that the pass before asked for. Nobody says where a pass begins: it does when its first group is asked for again.
+longer than the casts. So one launch casts a whole group, and from the second pass on one launch casts the factors of
+all groups that the pass before asked for. Nobody says where a pass begins: it does when its first group is asked for
+again.
 
-A copy is handed out once, for one forward pass, and only while its factor is the one it was made of: the same memory, in
-the same version. Anything else (a second call of a layer within a pass, a pass without gradients or inside a backward
-pass, factors that are gathered or computed) is cast for itself, as it is at that moment.
+A copy is handed out once, and only while its factor is the one it was made of: the same memory, in the same version.
+Anything else (a second call of a layer within a pass, a pass without gradients or inside a backward pass, factors that
+are gathered or computed) is cast for itself, as it is at that moment. So a change counts in the next pass, also one
+past autograd, which leaves the version (``factor.data.add_(...)``); of these only one in the middle of a pass, to a
+layer that is still to be called, counts a pass later.
 
 Shape legend: ``r`` rank, ``R`` sum of ranks, ``in``/``out`` features.
 """
@@ -26,8 +29,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_lora.lora.functional.torch_internals import has_values, in_backward, uninitialised
 
-# Calls of a group within one pass, after which it is seen as the first of the passes to come.
-_CALLS_OF_A_LEADER = 3
+# Calls of a group since a pass began, after which the next one begins another: the first group is called no more.
+_CALLS_OF_A_PASS = 2
 
 
 class Factors(NamedTuple):
@@ -84,7 +87,7 @@ class _Group:
 
 
 class _Passes(threading.local):
-    """The passes of this thread: number of the present one, the first ``A`` it asked for, and all groups by that ``A``."""
+    """The passes of this thread: number and first ``A`` of the present one, and all groups by their first ``A``."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -111,25 +114,25 @@ def group_factors(As: Sequence[Tensor], Bs: Sequence[Tensor], x: Tensor, is_lear
     if not (is_learning and are_parameters and has_values(x)) or in_backward():
         return _cast([given])[0]
     group = _known_group(given)
-    is_changed = group.copies is None or group.state != given.state()
-    if is_changed and (_begins_a_pass(As[0]) or group.calls >= _CALLS_OF_A_LEADER):
-        _begin_pass(group, given)
-    copies = _cast([given])[0] if group.copies is None or group.state != given.state() else group.copies
+    if group.copies is None or group.state != given.state():
+        group.copies = None
+        if _begins_a_pass(As[0]) or group.calls >= _CALLS_OF_A_PASS:
+            _begin_pass(group, given)
+    copies, group.copies = group.copies or _cast([given])[0], None
     if group.asked_in != _passes.number:
         group.asked_in, group.calls = _passes.number, 0
     group.calls += 1
-    group.copies = None
     return copies
 
 
 def _known_group(given: _Given) -> _Group:
-    group = _passes.groups.get(given.As[0])
     factors = (*given.As, *given.Bs)
-    if group is not None and group.dtype == given.dtype and len(group.factors) == len(factors):
-        if all(ref() is factor for ref, factor in zip(group.factors, factors, strict=True)):
-            return group
-    group = _Group([weakref.ref(factor) for factor in factors], given.dtype)
-    _passes.groups[given.As[0]] = group
+    known = _passes.groups.get(given.As[0])
+    if known is not None and known.dtype == given.dtype and [id(ref()) for ref in known.factors] == [*map(id, factors)]:
+        return known
+    group = _passes.groups[given.As[0]] = _Group([weakref.ref(factor) for factor in factors], given.dtype)
+    if known is not None:
+        group.asked_in, group.calls = known.asked_in, known.calls
     return group
 
 

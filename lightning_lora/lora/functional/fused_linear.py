@@ -45,12 +45,12 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
     second tensor (`gated_input`), it keeps these two instead, and the gradient goes to them past ``x``. If no ``A``
     needs a gradient, it keeps no input at all. The gradient can be differentiated again.
 
-    Under autocast, ``x``, ``W`` and ``b`` are cast as in ``F.linear``, but ``x`` once for all layers. ``A`` and ``B`` may be
-    of any type: they are cast to that of the product, and their gradients are in their own type.
+    Under autocast, ``x``, ``W`` and ``b`` are cast as in ``F.linear``, but ``x`` once for all layers. ``A`` and ``B``
+    may be of any type: they are cast to that of the product, and their gradients are in their own type.
 
     Args:
         x: ``(*, in)``.
-        layers: One or more layers with the input ``x``, whose weights are of the type of ``x``, or autocast makes them so.
+        layers: One or more layers with the input ``x``; weights are of the type of ``x``, or autocast makes them so.
         dropout: Probability of zeroing an entry of ``x`` on its way to ``A``, rounded to a multiple of 1/256, at least
             one; what is kept is scaled by the exact probability of keeping it. Layers called one after the other with
             the same ``x`` drop the same entries.

@@ -133,21 +133,23 @@ def factor_gradients(
     """
     d_As: list[Tensor | None] = [None] * len(group.As)
     d_Bs: list[Tensor | None] = [None] * len(group.Bs)
-    learns_A = dropped is not None and any(needs.As)
-    pairs = [(d_inner, dropped)] if dropped is not None and any(needs.As) else []
-    learning = [i for i, d_y in enumerate(d_ys) if needs.Bs[i] and d_y is not None]
-    if learning and inner is None:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    if any(needs.As):
         assert dropped is not None
-        inner = scaled_inner(dropped, factors, settings)
-    if inner is not None:
+        pairs.append((d_inner, dropped))
+    learning = {i: d_y for i, d_y in enumerate(d_ys) if needs.Bs[i] and d_y is not None}
+    if learning:
+        if inner is None:
+            assert dropped is not None
+            inner = scaled_inner(dropped, factors, settings)
         parts = _by_layer(inner, factors, 1)
-        pairs += [(d_ys[i], parts[i]) for i in learning]
-    if pairs:
-        found = transposed_products(pairs, group.As[0].dtype)
-        if learns_A:
-            d_As = list(_by_layer(found.pop(0), factors, 0))
-        for i, d_B in zip(learning, found, strict=True):
-            d_Bs[i] = d_B
+        pairs += [(d_y, parts[i]) for i, d_y in learning.items()]
+    products = transposed_products(pairs, group.As[0].dtype) if pairs else []
+    if any(needs.As):
+        d_A, *products = products
+        d_As = list(_by_layer(d_A, factors, 0))
+    for i, d_B in zip(learning, products, strict=True):
+        d_Bs[i] = d_B
     return d_As, d_Bs
 
 
