@@ -27,6 +27,7 @@ from lightning_lora.study.statistics.batch_penalty import batch_penalty
 from studies import early_curves, learning_rates
 from studies.modules import reward_curves
 from studies.modules.pages import FINDINGS, read_lines, save_figure, write_lines
+from studies.modules.pair_accuracy import ACCURACY, accuracy_lines, accuracy_table, is_of_pairs
 from studies.modules.tables import (
     CURVES,
     PENALTY,
@@ -47,6 +48,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sweep": sweep_table,
     "curve": curve_table,
     "penalty": penalty_table,
+    "accuracy": accuracy_table,
     "lines": lines_table,
     "early": lambda folder: early_curves.table(early_curves.mean_curves(read_lines(folder / RESULTS))),
     "rates": lambda folder: learning_rates.table(read_lines(folder / RESULTS)),
@@ -86,6 +88,8 @@ def take_over(source: Path) -> None:
     ]
     if curves:
         write_lines(target / CURVES, curves)
+    if is_of_pairs(record):
+        write_lines(target / ACCURACY, accuracy_lines({arm.name: arm_of(record, arm.name) for arm in record.arms}))
     draw(record, target / "losses.png")
     if found := penalties(record):
         with atomic_file(target / PENALTY) as file:
