@@ -214,6 +214,16 @@ class Throughput:
         return (unit, count / seconds) if unit and count else None
 
 
+def needs_metric(trainer: Trainer, name: str) -> bool:
+    """Whether a module should log ``train_loss`` for the bar; no other name.
+
+    `LoRAProgressBar` finds it by itself when a reading is due. What is logged with ``prog_bar=True`` Lightning reads
+    several times in every batch, and waits for the device.
+    """
+    bar = trainer.progress_bar_callback
+    return name == "train_loss" and bar is not None and not isinstance(bar, LoRAProgressBar)
+
+
 def _on_terminal() -> bool:
     """Whether the output can be overwritten. Colour settings do not matter: a coloured log file is still a file."""
     console = Console()
