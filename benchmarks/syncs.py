@@ -1,20 +1,22 @@
 """Counts where a fit would wait for the device, and the operators of its steps, on a machine without a GPU.
 
-    python -m benchmarks.syncs --out runs/benchmarks
-    python -m benchmarks.syncs --monitor 3
+    python -m benchmarks.syncs
 
 A Trainer trains the embedded model with every callback that ``lightning-lora fit`` adds. Weights, optimizer state and
 batches stand for tensors on the device, and so does what is computed from them; a host tensor is one made of Python
 numbers. A *sync* is an operation that a GPU can answer only when it has finished its work: reading a number
 (``item``, ``bool``, ``tolist``, ``cpu``), a result whose shape depends on values (``nonzero``, boolean masks,
-``unique``, ``repeat_interleave``), and making a device tensor of Python numbers. Copies by ``.to(device)`` are not seen.
+``unique``, ``repeat_interleave``), and making a device tensor of Python numbers. Copies by ``.to(device)`` are
+not seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -195,30 +197,58 @@ def _place() -> str:
     return "?"
 
 
-def count(module: LightningModule, data: Any, folder: Path, steps: int, *callbacks: Callback, **options: Any) -> Any:
-    """Train with every callback of ``lightning-lora fit``, and return the `SyncCounter`."""
+class Alternating(BatchSizeMonitor):
+    """Measures every second step by its rows."""
+
+    @override
+    def _is_due(self, step: int) -> bool:
+        return step % 2 == 1
+
+
+def count(
+    module: LightningModule, data: Any, folder: Path, callbacks: Iterable[Callback], **options: Any
+) -> SyncCounter:
+    """Train without a logger, and return the counts."""
     counter = SyncCounter()
-    defaults = [default() for default in (*DEFAULTS, LoRAProgressBar)]
     settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False}
-    settings |= {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": str(folder)}
-    trainer = Trainer(**(settings | options), callbacks=[counter, *defaults, *callbacks])
+    settings |= {"limit_val_batches": 0, "default_root_dir": str(folder), "enable_checkpointing": False}
+    trainer = Trainer(**(settings | options), callbacks=[counter, *callbacks])
     with counter:
         trainer.fit(module, data)
     return counter
 
 
+def of_command() -> list[Callback]:
+    """The callbacks that ``lightning-lora fit`` adds."""
+    return [default() for default in (*DEFAULTS, LoRAProgressBar)]
+
+
+def monitored_ratio(counter: SyncCounter) -> float:
+    """Operators of the cheapest step that `Alternating` has measured, over those of the cheapest other one."""
+    by_step = list(counter.num_ops.items())[2:]  # the first steps make optimizer state
+    return min(n for step, n in by_step if step % 2) / min(n for step, n in by_step if not step % 2)
+
+
 def main() -> None:
-    seed_everything(0, verbose=False)
-    model = CausalLM(str(MODEL), learning_rate=2e-5, lora=LoRAConfig(rank=8))
-    data = SFTDataModule(str(TRAIN), batch_size=4, max_length=128)
-    with tempfile.TemporaryDirectory() as folder:
-        counter = count(model, data, Path(folder), 12)
-    for step, syncs in counter.by_step.items():
-        print(step, counter.num_ops[step], len(syncs))
-        for (op, place), n in Counter((s.op, s.place) for s in syncs).items():
-            print("    ", n, op, place)
-    for (op, place), n in Counter((s.op, s.place) for s in counter.syncs if s.step is None).items():
-        print("  outside   ", n, op, place)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rank", type=int, default=8)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    kinds = {"fit": of_command, "fit, rows measured in every second step": lambda: [*of_command(), Alternating()]}
+    for name, callbacks in kinds.items():
+        seed_everything(0, verbose=False)
+        model = CausalLM(str(MODEL), learning_rate=2e-5, lora=LoRAConfig(rank=arguments.rank))
+        data = SFTDataModule(str(TRAIN), batch_size=4, max_length=256)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            counter = count(model, data, Path(folder), callbacks(), max_steps=arguments.steps)
+        print(f"\n## {name}\n\n| step | operators | syncs | where |\n|---|---|---|---|")
+        for step, syncs in counter.by_step.items():
+            places = Counter(f"{sync.op} {sync.place}" for sync in syncs)
+            where = "; ".join(f"{n} x {place}" if n > 1 else place for place, n in places.items())
+            print(f"| {step + 1} | {counter.num_ops[step]} | {len(syncs)} | {where} |")
+    print(f"\na measured step takes {monitored_ratio(counter):.2f} of the operators of another one")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def next_token_weights(batch: dict[str, Tensor]) -> Tensor | None:
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """``values`` times the weights, if there are any."""
     return values if weights is None else values * weights
 
 
