@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import Self, override
 
 from lightning_lora import LoRAConfig
+from lightning_lora.batch_facts import FACTS
 from lightning_lora.callbacks import BatchSizeMonitor, LoRAProgressBar
 from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.cli.lora_cli import DEFAULTS
@@ -66,7 +67,7 @@ class SyncCounter(Callback):
 
     Attributes:
         syncs: All syncs in training, in order.
-        num_ops: Operators of each optimizer step.
+        num_ops: Operators of each optimizer step, views included, without those on tensors of the host.
     """
 
     def __init__(self) -> None:
@@ -101,7 +102,8 @@ class SyncCounter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """So is the batch."""
         self.step = trainer.global_step
-        self.mark(tree_leaves(batch))
+        facts = batch.get(FACTS) if isinstance(batch, Mapping) else None
+        self.mark([*tree_leaves(batch), getattr(facts, "places", None)])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,11 +137,11 @@ class _Operators(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, counter = func(*args, **(kwargs or {})), self.counter
-        if counter.step is not None:
-            counter.num_ops[counter.step] += 1
         given, made = tree_leaves((args, kwargs)), tree_leaves(out)
         # `lift_fresh` is what `torch.tensor` calls on its new tensor.
         on_device = func is not torch.ops.aten.lift_fresh.default and any(map(counter.is_on_device, given))
+        if counter.step is not None and (on_device or not any(isinstance(each, Tensor) for each in given)):
+            counter.num_ops[counter.step] += 1
         (counter.mark if on_device else counter.forget)(made)
         if on_device and _waits(func, args):
             counter.add(func.name().removeprefix("aten::"))
