@@ -248,13 +248,13 @@ class Throughput:
         return (unit, number / seconds) if unit and number else None
 
 
-def needs_metric(trainer: Trainer, name: str) -> bool:
+def needs_metric(trainer: Trainer | None, name: str) -> bool:
     """Whether a module should log ``train_loss`` for the bar; no other name.
 
     `LoRAProgressBar` finds it by itself when a reading is due. What is logged with ``prog_bar=True`` Lightning reads
     several times in every batch, and waits for the device.
     """
-    bar = trainer.progress_bar_callback
+    bar = None if trainer is None else trainer.progress_bar_callback
     return name == "train_loss" and bar is not None and not isinstance(bar, LoRAProgressBar)
 
 

@@ -124,7 +124,7 @@ class CausalLM(PretrainedTask):
         if loss_sum is None:
             loss_sum = weighted(self._scores_from_logits(batch).losses, weights).sum()
         loss_sum = loss_sum.squeeze()
-        prog_bar = needs_metric(self.trainer, "train_loss")
+        prog_bar = needs_metric(self._trainer, "train_loss")
         self.log("train_loss", loss_sum.detach() / one_if_zero(count), prog_bar=prog_bar, batch_size=num_rows)
         return self.token_loss(loss_sum, count)
 
@@ -176,6 +176,8 @@ class CausalLM(PretrainedTask):
     def _compute_at_head(self, batch: dict[str, Tensor], compute: Callable[..., Tensor]) -> Tensor | None:
         """Run the model with ``compute`` in place of its output layer; None if the layer itself must run."""
         assert self.model is not None
+        if facts_of(batch) is not None:
+            self._needs_mask()  # which runs the layer
         head = plain_head(self.model)
         if head is None or self._head_is_last is False:
             return None

@@ -43,7 +43,7 @@ class SequenceClassifier(NewHeadTask):
         """Compute the micro-batch's share of the mean loss over the rows of the optimizer step."""
         logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
         loss_sum = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
-        prog_bar = needs_metric(self.trainer, "train_loss")
+        prog_bar = needs_metric(self._trainer, "train_loss")
         self.log("train_loss", loss_sum.detach() / len(labels), prog_bar=prog_bar, batch_size=len(labels))
         return self.token_loss(loss_sum, len(labels))
 

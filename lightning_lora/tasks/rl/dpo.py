@@ -143,7 +143,7 @@ class DPO(CausalLM):
         means |= {"train_chosen_reward": scores.rewards[:, 0], "train_rejected_reward": scores.rewards[:, 1]}
         for name, values in means.items():
             mean = (values.detach() * weights).sum() / count
-            self.log(name, mean, prog_bar=needs_metric(self.trainer, name), batch_size=len(weights))
+            self.log(name, mean, prog_bar=needs_metric(self._trainer, name), batch_size=len(weights))
         return self.token_loss(loss_sum, count)
 
     @override

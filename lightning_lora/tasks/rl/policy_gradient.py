@@ -192,7 +192,7 @@ class PolicyGradient(PolicyModel):
         found = step_statistics(self.trainer, asked, scores, old, numbers, mask)
         found |= batch["statistics"] | {"rollout_age": float(self.trainer.global_step - batch["version"])}
         num_prompts = len(batch["prompts"])
-        prog_bar = needs_metric(self.trainer, "train_loss")
+        prog_bar = needs_metric(self._trainer, "train_loss")
         self.log("train_loss", total.detach() / one_if_zero(count), prog_bar=prog_bar, batch_size=num_prompts)
         self.log("reward", found.pop("reward"), prog_bar=True, batch_size=num_prompts)
         self.log_dict(found, batch_size=num_prompts)

@@ -88,7 +88,7 @@ class RewardModel(NewHeadTask):
         count, margins = weights.sum(), scores[:, 0] - scores[:, 1]
         for name, values in {"loss": losses, "accuracy": margins > 0, "margin": margins}.items():
             mean = (values.detach() * weights).sum() / count
-            prog_bar = needs_metric(self.trainer, f"train_{name}")
+            prog_bar = needs_metric(self._trainer, f"train_{name}")
             self.log(f"train_{name}", mean, prog_bar=prog_bar, batch_size=len(weights))
         return self.token_loss((losses * weights).sum(), count)
 
