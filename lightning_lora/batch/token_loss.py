@@ -138,10 +138,12 @@ class TokenWeightedLoss(LightningModule):
 
 
 def multiply(gradients: Sequence[Tensor], factor: Tensor | float) -> None:
-    """Multiply gradients in place. A factor on the device is read only for gradients that round it."""
+    """Multiply gradients in place. A factor on the device is read only for gradients that cannot take it from there."""
     whole = [local_shard(gradient) for gradient in gradients]
-    if isinstance(factor, Tensor) and any(part.is_sparse or part.element_size() < 4 for part in whole):
-        factor = factor.item()
+    if isinstance(factor, Tensor):
+        device = factor.device
+        if any(part.device != device or part.is_sparse or part.element_size() < 4 for part in whole):
+            factor = factor.item()
     if isinstance(factor, float):
         if gradients and factor != 1:
             torch._foreach_mul_(gradients, factor)

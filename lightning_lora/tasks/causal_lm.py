@@ -191,7 +191,7 @@ class CausalLM(PretrainedTask):
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         facts = facts_of(batch)
-        with nullcontext() if facts is None else known_packing(facts.packed):
+        with nullcontext() if facts is None or torch.compiler.is_compiling() else known_packing(facts.packed):
             return self._logits_of_rows(batch, needs_mask=facts is None or self._needs_mask())
 
     def _logits_of_rows(self, batch: dict[str, Tensor], needs_mask: bool) -> Tensor:
