@@ -237,20 +237,21 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    kinds = {"fit": of_command, "fit, rows measured in every second step": lambda: [*of_command(), Alternating()]}
-    for name, callbacks in kinds.items():
+    told = {"fit": [], "fit, rows measured in every second step": [Alternating()]}
+    for name, more in told.items():
         seed_everything(0, verbose=False)
         model = CausalLM(str(MODEL), learning_rate=2e-5, lora=LoRAConfig(rank=arguments.rank))
         data = SFTDataModule(str(TRAIN), batch_size=4, max_length=256)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            counter = count(model, data, Path(folder), callbacks(), max_steps=arguments.steps)
+            counter = count(model, data, Path(folder), [*of_command(), *more], max_steps=arguments.steps)
         print(f"\n## {name}\n\n| step | operators | syncs | where |\n|---|---|---|---|")
         for step, syncs in counter.by_step.items():
             places = Counter(f"{sync.op} {sync.place}" for sync in syncs)
             where = "; ".join(f"{n} x {place}" if n > 1 else place for place, n in places.items())
             print(f"| {step + 1} | {counter.num_ops[step]} | {len(syncs)} | {where} |")
-    print(f"\na measured step takes {monitored_ratio(counter):.2f} of the operators of another one")
+        if more:
+            print(f"\na measured step takes {monitored_ratio(counter):.2f} of the operators of another one")
 
 
 if __name__ == "__main__":

@@ -144,9 +144,9 @@ def multiply(gradients: Sequence[Tensor], factor: Tensor | float) -> None:
         device = factor.device
         if any(part.device != device or part.is_sparse or part.element_size() < 4 for part in whole):
             factor = factor.item()
-    if isinstance(factor, float):
-        if gradients and factor != 1:
-            torch._foreach_mul_(gradients, factor)
+    if not isinstance(factor, Tensor):
+        if whole and factor != 1:
+            torch._foreach_mul_(whole, factor)
         return
     for dtype in {part.dtype for part in whole}:
         torch._foreach_mul_([part for part in whole if part.dtype == dtype], factor.to(dtype))

@@ -267,7 +267,7 @@ class CausalLM(PretrainedTask):
             return batch
         names = {"input_ids", "labels", "position_ids", "weights"} & batch.keys()
         facts = facts_of(batch)
-        known = {} if facts is None else {FACTS: facts.joined()}
+        known: dict[str, Any] = {} if facts is None else {FACTS: facts.joined()}
         return {name: batch[name].reshape(1, -1) for name in names} | known
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
