@@ -31,6 +31,7 @@ ABOUT = {
     "lora": "LoRA on any module",
     "trainer_access": "callbacks and folder of a Trainer",
     "effective_batch": "rows of an optimizer step",
+    "batch_facts": "known of a batch",
     "lightning_private": "private attributes of Lightning",
     "hub": "hub access",
     "student_t": "Student's t",

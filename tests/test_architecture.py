@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "versions": (),
     "student_t": (),
+    "batch_facts": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
     "lightning_private": LIGHTNING,

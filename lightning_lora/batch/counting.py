@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lora.batch_facts import FACTS, BatchFacts
+
 
 def count_items(batch: Any) -> tuple[Tensor | int, str | None]:
     """Count the items of a batch, and name them: ``"tokens"``, ``"rows"``, or None if there is no tensor.
@@ -39,11 +41,15 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((tensor for tensor in map(_first_tensor, children) if tensor is not None), None)
 
 
-def count_supervised(batch: Any) -> Tensor | None:
-    """Count the tokens that a causal language model learns from, on the batch's device; None without labels.
+def count_supervised(batch: Any) -> Tensor | int | None:
+    """Count the tokens that a causal language model learns from; None without labels.
 
-    The first label of a row does not count, because no position predicts it.
+    The first label of a row does not count, because no position predicts it. The count is a number where the batch
+    brings `BatchFacts`, else a tensor on its device.
     """
+    facts = batch.get(FACTS) if isinstance(batch, Mapping) else None
+    if isinstance(facts, BatchFacts) and isinstance(batch["labels"], Tensor) and facts.fit(batch["labels"]):
+        return facts.count
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() < 2:
         return None

@@ -17,7 +17,7 @@ from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.lightning_private import training_loaders
 
 _CHECKED_STEPS = 10
-"""Measured steps whose rows are compared: each comparison copies rows from the device."""
+"""Measured steps whose rows are compared: each comparison copies rows from the device, at the end of the step."""
 
 
 def announce_batch(batch: EffectiveBatch, reading: BatchReading, num_steps: float, first: Any) -> None:
@@ -60,21 +60,26 @@ class RepeatedRows:
 
     def __init__(self) -> None:
         self._num_repeated = self._num_rows = self._steps = 0
-        self._seen: set[bytes] = set()
+        self._batches: list[Any] = []
 
     def start(self) -> None:
         """Begin a step."""
         self._steps += 1
-        self._seen = set()
+        self._batches = []
 
     def add(self, batch: Any) -> None:
-        """Compare the rows of a micro-batch with those of the step before it."""
-        if self._steps > _CHECKED_STEPS:
-            return
-        for key in _row_keys(batch):
-            self._num_repeated += key in self._seen
+        """Keep a micro-batch of the step."""
+        if self._steps <= _CHECKED_STEPS:
+            self._batches.append(batch)
+
+    def finish(self) -> None:
+        """Compare the rows of the step; where they are on a device, at a moment when that has nothing to do."""
+        seen: set[bytes] = set()
+        for key in (key for batch in self._batches for key in _row_keys(batch)):
+            self._num_repeated += key in seen
             self._num_rows += 1
-            self._seen.add(key)
+            seen.add(key)
+        self._batches = []
 
     def warn(self) -> None:
         """Warn if at least a hundredth of the rows is repeated."""

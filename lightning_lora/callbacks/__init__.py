@@ -3,7 +3,8 @@
 LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Room for what is
 learnt: `capacity_monitor`, `rank_growth`. Rows of an optimizer step: `batch_size_monitor`, `adaptive_accumulation`,
 `target_batch_size`. Faults of training: `checkpoint_guard`, `finite_gradients` with `finite`, `memory_advice`. Faults
-of processes and files: `process`. Display: `progress`, `planned_run`.
+of processes and files: `process`. Display: `progress`, `planned_run`. What they read of the device, together:
+`one_reading`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint

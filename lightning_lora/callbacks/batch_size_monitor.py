@@ -125,7 +125,7 @@ class BatchSizeMonitor(Callback):
             if not meter.is_open and meter.can_start(batch_idx) and self._is_due(trainer.global_step):
                 meter.start()
                 self._repeated.start()
-                self._tokens: Tensor | None = None
+                self._tokens: Tensor | int | None = None
             if meter.is_open:
                 self._repeated.add(batch)
                 if (tokens := count_supervised(batch)) is not None:
@@ -149,7 +149,10 @@ class BatchSizeMonitor(Callback):
         if not self._failed_on_any_rank(trainer):
             with self._harmless():
                 samples = meter.finish()
-                tokens = None if self._tokens is None else int(total_of_ranks(trainer, self._tokens))
+                self._repeated.finish()
+                tokens = self._tokens
+                if tokens is not None:
+                    tokens = int(total_of_ranks(trainer, torch.as_tensor(tokens)))
                 self._other_metrics.add(samples, self._rows_seen, self._judge.history.half_life)
                 if (sample := samples.get("adapter")) is not None:
                     self._take(trainer, sample, tokens)

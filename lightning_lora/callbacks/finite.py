@@ -15,10 +15,10 @@ from lightning_lora.lora.shards import local_shard
 from lightning_lora.sharding.collectives import largest_of_ranks
 
 
-def may_be_infinite(trainer: Trainer, tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors of any rank may hold NaN or infinity. A collective: all ranks must call.
+def infinite_on_any_rank(trainer: Trainer, tensors: Sequence[Tensor]) -> Tensor:
+    """One integer on the device: not 0 if tensors of any rank may hold NaN or infinity. A collective.
 
-    If True, each tensor must still be checked: it may be only their norm that overflows.
+    Each tensor must then still be checked: it may be only their norm that overflows.
 
     Args:
         trainer: Knows the other ranks.
@@ -26,7 +26,12 @@ def may_be_infinite(trainer: Trainer, tensors: Sequence[Tensor]) -> bool:
     """
     # The 2-norm is the fastest sum that keeps NaN and infinity, and gives one number to wait for.
     is_wrong = ~get_total_norm(list(tensors)).isfinite() if tensors else torch.tensor(False)
-    return bool(largest_of_ranks(trainer, is_wrong.int()))
+    return largest_of_ranks(trainer, is_wrong.int())
+
+
+def trained_weights(module: LightningModule) -> dict[str, Tensor]:
+    """The part of each trained weight on this rank, by name."""
+    return {name: local_shard(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
 
 
 def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
@@ -37,8 +42,8 @@ def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
     """
     if not lora_layers(module):
         return
-    weights = {name: local_shard(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
-    if not may_be_infinite(trainer, list(weights.values())):
+    weights = trained_weights(module)
+    if not infinite_on_any_rank(trainer, list(weights.values())):
         return
     names = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
     # If only the norm overflowed, no rank has found a weight.
@@ -49,3 +54,9 @@ def check_finite_weights(trainer: Trainer, module: LightningModule) -> None:
             f"loss need not show it. They were written to no checkpoint: continue from the last one with a lower "
             f"learning rate, and check the batches before this step."
         )
+
+
+def local_values(tensor: Tensor) -> Tensor:
+    """The values of a gradient on this rank, as a dense tensor."""
+    tensor = local_shard(tensor)
+    return tensor.coalesce().values() if tensor.is_sparse else tensor

@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GradientError
-from lightning_lora.lora.shards import local_shard
 from lightning_lora.sharding.collectives import largest_of_ranks
 
-from .finite import may_be_infinite
+from .finite import infinite_on_any_rank, local_values
+from .one_reading import reading_of
+
+_NAME = "infinite gradients"
 
 
 class FiniteGradients(Callback):
@@ -24,7 +26,7 @@ class FiniteGradients(Callback):
 
     Weights, optimizer state and checkpoints stay as they were after the last good step. Each optimizer step takes one
     norm over all gradients, after accumulation, averaging over ranks and unscaling, and before clipping, and waits for
-    the device once. All ranks stop together.
+    the device once, together with the other callbacks (`one_reading`). All ranks stop together.
 
     With ``16-mixed`` overflows are part of the method: the gradient scaler skips such a step and halves its scale. The
     run is stopped only when the scale has fallen below 1, as then it is not the scale that overflows.
@@ -61,8 +63,10 @@ class FiniteGradients(Callback):
         """Check all gradients by one norm, and each of them only if the norm is not finite."""
         self._seen = True
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-        if not may_be_infinite(trainer, gradients):
+        gradients = [local_values(p.grad) for p in parameters if p.grad is not None]
+        reading = reading_of(trainer)
+        reading.ask(_NAME, infinite_on_any_rank(trainer, gradients))
+        if reading.take(_NAME) == [0]:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() >= 1:
@@ -70,7 +74,7 @@ class FiniteGradients(Callback):
         names_by_id = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         order = {key: number for number, key in enumerate(names_by_id)}
         parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
-        wrong = torch.tensor([p.grad is not None and not _is_finite(_local(p.grad)) for p in parameters]).int()
+        wrong = torch.tensor([p.grad is not None and not _is_finite(local_values(p.grad)) for p in parameters]).int()
         names = [names_by_id.get(id(p), "(not a parameter of the module)") for p in parameters]
         # Sharded gradients differ between ranks, and all ranks must stop together.
         wrong = largest_of_ranks(trainer, wrong)
@@ -98,12 +102,6 @@ class FiniteGradients(Callback):
             f"checkpoints are those of step {trainer.global_step}. Check these batches{clip} or lower the learning "
             f"rate; trainer.detect_anomaly=true shows the operation that the gradient comes from."
         )
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """The values of a gradient on this rank, as a dense tensor."""
-    gradient = local_shard(gradient)
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _is_finite(gradient: Tensor) -> bool:

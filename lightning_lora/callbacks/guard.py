@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,20 +16,23 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.errors import GuardError, first_five
+from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.fingerprint import base_digests
 from lightning_lora.lora.layers.adapted import learning_layers, lora_layers
-from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.merging import check_not_merged
-from lightning_lora.lora.shards import reshard
+from lightning_lora.lora.shards import is_dtensor, reshard
 from lightning_lora.lora.travelling import recorded_parameters
 from lightning_lora.mixin.given_settings import check_they_have_a_reader
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_optimizers
-from lightning_lora.sharding.collectives import missing_on_all_ranks
+from lightning_lora.sharding.collectives import largest_of_ranks, missing_on_all_ranks
 
-from .finite import check_finite_weights
+from .finite import check_finite_weights, infinite_on_any_rank, local_values, trained_weights
 from .layer_calls import LayerCallRecorder
+from .one_reading import reading_of
+
+_GRADIENTS, _WEIGHTS = "gradients of adapters", "infinite weights"
 
 
 class LoRAGuard(Callback):
@@ -62,12 +67,14 @@ class LoRAGuard(Callback):
         self._first_step = self._checked_step = 0
         self._learning = False
         self._must_ask_ranks = False
+        # The layer of each gradient that was asked for; empty if no answer is awaited.
+        self._asked: list[str] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the previous run, and refuse callbacks that would change the base of an adapted module."""
         self._training = self._evaluation = None
-        self._base, self._without_gradient, self._learning = {}, set(), False
+        self._base, self._without_gradient, self._learning, self._asked = {}, set(), False, []
         if lora_layers(pl_module):
             refuse_callbacks(trainer)
 
@@ -101,14 +108,17 @@ class LoRAGuard(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember which adapters have had a gradient."""
-        if self._without_gradient:
-            layers = lora_layers(pl_module)
-            self._without_gradient = {name for name in self._without_gradient if not _has_gradient(layers[name])}
+        """Ask which adapters have had a gradient in the step."""
+        if self._without_gradient and not is_accumulating(trainer):
+            self._ask_for_gradients(trainer, pl_module)
+            if not pl_module.automatic_optimization:  # which may forget this gradient at once
+                self._take_gradients(trainer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Remember whether any weight can move: a warm-up starts at learning rate 0."""
+        """Take the answers, and remember whether any weight can move: a warm-up starts at learning rate 0."""
+        self._take_gradients(trainer)
+        self._take_weights(trainer, pl_module)
         self._learning = self._learning or any(group["lr"] > 0 for group in optimizer.param_groups)
 
     @override
@@ -118,8 +128,12 @@ class LoRAGuard(Callback):
         """Report adapters that did not run, or had no gradient, for ``patience`` optimizer steps."""
         assert self._training is not None
         self._training.stop()
+        self._take_gradients(trainer)
         if trainer.global_step >= self._checked_step + self.patience:
-            self._check_finite(trainer, pl_module)
+            # The answer comes with those of the next step.
+            self._checked_step = trainer.global_step
+            weights = list(trained_weights(pl_module).values()) if lora_layers(pl_module) else []
+            reading_of(trainer).ask(_WEIGHTS, infinite_on_any_rank(trainer, weights))
         if not _has_signal(pl_module):
             self._first_step = trainer.global_step
         if trainer.global_step < self._first_step + self.patience:
@@ -196,6 +210,7 @@ class LoRAGuard(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every adapter has moved and that the base has not."""
+        self._take_weights(trainer, pl_module)
         self._stop_recording()
         reshard(pl_module)
         layers = learning_layers(pl_module) if _has_signal(pl_module) else {}
@@ -222,7 +237,37 @@ class LoRAGuard(Callback):
 
     def _check_finite(self, trainer: Trainer, module: LightningModule) -> None:
         self._checked_step = trainer.global_step
+        reading_of(trainer).drop(_WEIGHTS)
         check_finite_weights(trainer, module)
+
+    def _take_weights(self, trainer: Trainer, module: LightningModule) -> None:
+        if reading_of(trainer).take(_WEIGHTS) not in (None, [0]):
+            check_finite_weights(trainer, module)
+
+    def _ask_for_gradients(self, trainer: Trainer, module: LightningModule) -> None:
+        """Ask for the largest entry of the gradient of each factor of layers that have had none so far."""
+        layers = lora_layers(module)
+        factors = ((n, factor) for n in sorted(self._without_gradient) for factor in layers[n].lora_factors().values())
+        gradients = [(name, factor.grad) for name, factor in factors if factor.grad is not None]
+        if not gradients:
+            return
+        parts = [local_values(gradient) for _, gradient in gradients]
+        # A rank may hold an empty shard.
+        parts = [part if part.numel() else part.new_zeros(1) for part in parts]
+        largest = torch.stack(torch._foreach_norm(parts, math.inf))
+        if any(is_dtensor(gradient) for _, gradient in gradients):
+            largest = largest_of_ranks(trainer, largest)
+        self._asked = [name for name, _ in gradients]
+        reading_of(trainer).ask(_GRADIENTS, largest)
+
+    def _take_gradients(self, trainer: Trainer) -> None:
+        """Remember which adapters have had a gradient."""
+        if not self._asked:
+            return
+        largest = reading_of(trainer).take(_GRADIENTS) or []
+        # NaN is a gradient too.
+        self._without_gradient -= {name for name, entry in zip(self._asked, largest, strict=True) if entry != 0}
+        self._asked = []
 
     def _stop_recording(self) -> None:
         for calls in (self._training, self._evaluation):
@@ -240,11 +285,6 @@ def _bypassed(names: Sequence[str], period: str) -> str:
 
 def _has_signal(module: LightningModule) -> bool:
     return getattr(module, "has_learning_signal", True)
-
-
-def _has_gradient(layer: LoRALayer) -> bool:
-    gradients = [factor.grad for factor in layer.lora_factors().values()]
-    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def _moving_names(module: nn.Module) -> set[str]:

@@ -261,9 +261,10 @@ def _all_tokens(batch: Any) -> Tensor | int:
         return count_items(batch)[0]
     # Packed: each example begins at position 0, and one without a label is padding.
     example = (places == 0).flatten().long().cumsum(0)
-    labelled = torch.zeros(example.numel() + 1, dtype=torch.bool, device=example.device)
-    labelled[example[(labels != -100).flatten()]] = True
-    return labelled[example].sum()
+    # By a sum, as a mask as index would wait for the device.
+    labelled = torch.zeros(example.numel() + 1, dtype=torch.int64, device=example.device)
+    labelled.index_add_(0, example, (labels != -100).flatten().long())
+    return (labelled[example] > 0).sum()
 
 
 def _aligned(rows: list[_Row]) -> Iterator[str]:

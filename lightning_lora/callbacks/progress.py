@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,9 +15,13 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_items
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.memory.process_peak import peak_bytes
 
+from .one_reading import reading_of
+
+_LOSS, _COUNT = "loss of the bar", "count of the bar"
 BAR_SECONDS = 0.5  # between two readings for the bar; each waits for the device
 
 
@@ -26,6 +30,11 @@ class LossOfBatch:
 
     def __init__(self) -> None:
         self._logged: Tensor | None = None
+
+    def logged(self, trainer: Trainer) -> Tensor | None:
+        """``train_loss`` if the module has logged it in this batch; also before the batch ends."""
+        logged = trainer.callback_metrics.get("train_loss")
+        return None if logged is self._logged else logged
 
     def __call__(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Tensor | None:
         """``train_loss`` if the module logs it at every step, else what ``training_step`` returns; None without one."""
@@ -89,15 +98,32 @@ class LoRAProgressBar(RichProgressBar):
         self._throughput.restart()
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the batch."""
+        self._due = False
+        if self._enabled:
+            self._throughput.add(batch)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for the numbers that are due after the step, so that they are read with what the step waits for."""
+        if not (self._enabled and pl_module.automatic_optimization) or is_accumulating(trainer):
+            return
+        self._due = self._is_due(trainer.global_step + 1)
+        if self._due:
+            for name, number in ((_LOSS, self._loss_of.logged(trainer)), (_COUNT, self._throughput.count)):
+                if isinstance(number, Tensor):
+                    reading_of(trainer).ask(name, number)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and show all numbers when they are due."""
+        """Show all numbers when they are due."""
         if self._enabled:
             self._epoch = trainer.current_epoch
-            self._throughput.add(batch)
             self._loss = self._loss_of(trainer, pl_module, outputs)
-            if self._is_due(trainer.global_step):
+            if self._due or (not pl_module.automatic_optimization and self._is_due(trainer.global_step)):
                 self._report(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -137,6 +163,7 @@ class LoRAProgressBar(RichProgressBar):
 
     def _reset(self) -> None:
         self.readings: dict[str, str] = {}
+        self._due = False
         self._last_step = self._epoch = 0
         self._loss: Tensor | None = None
         self._loss_of = LossOfBatch()
@@ -150,14 +177,16 @@ class LoRAProgressBar(RichProgressBar):
         return step // self.every_n_steps > self._last_step // self.every_n_steps
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read all numbers and show them; this waits for the device."""
+        """Show all numbers; those that were not read with the step are read now."""
         self._last_step = trainer.global_step
         self.readings = {}
-        if self._loss is not None:
-            self.readings["loss"] = f"{float(self._loss):.4g}"
+        reading = reading_of(trainer)
+        loss = reading.take(_LOSS) or (None if self._loss is None else [float(self._loss)])
+        if loss is not None:
+            self.readings["loss"] = f"{loss[0]:.4g}"
         if rates := _learning_rates(trainer, pl_module):
             self.readings["lr"] = "/".join(f"{rate:.3g}" for rate in rates)
-        if speed := self._throughput.read():
+        if speed := self._throughput.read(reading.take(_COUNT)):
             self.readings[f"{speed[0]}/s"] = f"{speed[1]:,.0f}" if speed[1] >= 10 else f"{speed[1]:.2g}"
         if (peak := peak_bytes(pl_module.device)) is not None:
             self.readings["memory"] = f"{peak / 1e6:,.0f} MB"
@@ -182,7 +211,7 @@ class Throughput:
     def restart(self) -> None:
         """Forget all counts and start the clock."""
         self.unit: str | None = None
-        self._count: Tensor | int = 0
+        self.count: Tensor | int = 0
         self._start = time.perf_counter()
         self._paused_at: float | None = None
 
@@ -204,14 +233,29 @@ class Throughput:
     def add(self, batch: Any) -> None:
         """Count one batch."""
         count, unit = count_items(batch)
-        self._count = count if unit != self.unit else self._count + count
+        self.count = count if unit != self.unit else self.count + count
         self.unit = unit
 
-    def read(self) -> tuple[str, float] | None:
-        """``("tokens", per second)`` or ``("rows", per second)`` since the last reading; None without a count."""
-        unit, count, seconds = self.unit, float(self._count), self.seconds
+    def read(self, count: Sequence[float] | None = None) -> tuple[str, float] | None:
+        """``("tokens", per second)`` or ``("rows", per second)`` since the last reading; None without a count.
+
+        Args:
+            count: The number in ``count`` if the host knows it already; None waits for the device.
+        """
+        unit, seconds = self.unit, self.seconds
+        number = count[0] if count else float(self.count)
         self.restart()
-        return (unit, count / seconds) if unit and count else None
+        return (unit, number / seconds) if unit and number else None
+
+
+def needs_metric(trainer: Trainer | None, name: str) -> bool:
+    """Whether a module should log ``train_loss`` for the bar; no other name.
+
+    `LoRAProgressBar` finds it by itself when a reading is due. What is logged with ``prog_bar=True`` Lightning reads
+    several times in every batch, and waits for the device.
+    """
+    bar = None if trainer is None else trainer.progress_bar_callback
+    return name == "train_loss" and bar is not None and not isinstance(bar, LoRAProgressBar)
 
 
 def _on_terminal() -> bool:

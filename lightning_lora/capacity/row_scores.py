@@ -138,7 +138,9 @@ def mean_training_loss(trainer: Trainer, module: LightningModule, batch: Any) ->
     if isinstance(module, TokenWeightedLoss):
         return module.mean_of_micro_batch(loss)
     tokens = count_supervised(batch)
-    return loss, tokens if tokens is not None else torch.tensor(float(count_rows(batch)))
+    if not isinstance(tokens, Tensor):
+        tokens = torch.tensor(float(count_rows(batch) if tokens is None else tokens))
+    return loss, tokens
 
 
 def _is_overridden(module: LightningModule) -> bool:

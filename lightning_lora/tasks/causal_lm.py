@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,14 +16,18 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
+from lightning_lora.batch_facts import FACTS
+from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.tasks.attention_mask import is_causal, known_packing
 from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
 from lightning_lora.tasks.head_loss import HeadScores, head_loss, head_scores
-from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, plain_head
+from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, is_compiled, plain_head
 from lightning_lora.tasks.packing_check import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
+from lightning_lora.tasks.supervision import facts_of, next_token_labels, next_token_weights, num_tokens, weighted
 from lightning_lora.tasks.untrained_tokens import Unlearnable, frozen_output, unlearnable_tokens
 
 _TOKENIZER_KEY = "lightning_lora_tokenizer"
@@ -47,6 +52,9 @@ class CausalLM(PretrainedTask):
     examples apart, and refuses a model that does not. The first token of an example is never predicted from the
     example before it.
 
+    Batches of our data modules bring `BatchFacts` too, and no step then waits for the device; without ``facts`` a step
+    does so four times, with the same result.
+
     If the model returns the output of a plain linear layer as its logits, the loss is computed in place of that layer
     (`lightning_lora.tasks.head_loss`), so that unsupervised tokens cost no product with it and logits are never held.
     """
@@ -58,6 +66,8 @@ class CausalLM(PretrainedTask):
     _unlearnable: Unlearnable | None = None
     # The tokens at which the base stops; None: the model is not loaded yet.
     _stops_of_base: list[int] | None = None
+    # Whether a token sees no later one, so that padding on the right needs no mask; None: not checked yet.
+    _is_causal: bool | None = None
     # Whether the model keeps packed examples apart in a batch of several rows; None: not checked yet.
     _separates_rows: bool | None = None
 
@@ -75,9 +85,17 @@ class CausalLM(PretrainedTask):
     def on_fit_start(self) -> None:
         """Check packing and the end of turn again in every run, as model and data may have changed."""
         super().on_fit_start()
-        self._separates_rows = None
+        self._separates_rows = self._is_causal = None
         self._trained_tokenizer = tokenizer_of_data(self._data(), self)
         self._look_at_ends()
+
+    @override
+    def on_train_start(self) -> None:
+        """Check what a step would else wait for. A sharded model runs only within a step."""
+        super().on_train_start()
+        if not isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            with self.trainer.precision_plugin.forward_context():
+                self._needs_mask()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -98,16 +116,17 @@ class CausalLM(PretrainedTask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the micro-batch's share of the mean loss over the supervised tokens of the optimizer step."""
         batch, num_rows = self._in_one_row_if_needed(batch), len(batch["input_ids"])
-        labels, weights = _next_token_labels(batch), _next_token_weights(batch)
+        labels, weights, facts = next_token_labels(batch), next_token_weights(batch), facts_of(batch)
         if self._unlearnable is not None and batch_idx < _FIRST_BATCHES:
             self._tell_of_unlearnable(labels)
-        num_tokens = _weighted(labels != IGNORE_INDEX, weights).sum()
-        loss_sum = self._compute_at_head(batch, partial(_loss_sum, labels=labels, factors=weights))
+        count = num_tokens(labels, weights, facts)
+        loss_sum = self._compute_at_head(batch, partial(_loss_sum, labels=labels, factors=weights, facts=facts))
         if loss_sum is None:
-            loss_sum = _weighted(self._scores_from_logits(batch).losses, weights).sum()
+            loss_sum = weighted(self._scores_from_logits(batch).losses, weights).sum()
         loss_sum = loss_sum.squeeze()
-        self.log("train_loss", loss_sum.detach() / one_if_zero(num_tokens), prog_bar=True, batch_size=num_rows)
-        return self.token_loss(loss_sum, num_tokens)
+        prog_bar = needs_metric(self._trainer, "train_loss")
+        self.log("train_loss", loss_sum.detach() / one_if_zero(count), prog_bar=prog_bar, batch_size=num_rows)
+        return self.token_loss(loss_sum, count)
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -132,13 +151,14 @@ class CausalLM(PretrainedTask):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Compute the mean loss of each row in nats per token, ``(rows,)``, and its number of supervised tokens."""
-        num_tokens = (_next_token_labels(batch) != IGNORE_INDEX).sum(-1)
+        num_tokens = (next_token_labels(batch) != IGNORE_INDEX).sum(-1)
         return {"loss": self._scores(batch).losses.sum(-1) / num_tokens.clamp(min=1), "tokens": num_tokens}
 
     def _scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """Loss and correctness of the prediction after each token, without gradients."""
         shape, batch = batch["input_ids"].shape, self._in_one_row_if_needed(batch)
-        scores = self._compute_at_head(batch, partial(_stacked_scores, labels=_next_token_labels(batch)))
+        at_head = partial(_stacked_scores, labels=next_token_labels(batch), facts=facts_of(batch))
+        scores = self._compute_at_head(batch, at_head)
         if scores is None:
             losses, correct = self._scores_from_logits(batch)
         else:
@@ -147,7 +167,7 @@ class CausalLM(PretrainedTask):
 
     def _scores_from_logits(self, batch: dict[str, Tensor]) -> HeadScores:
         """Loss and correctness computed from the logits; the losses have gradients."""
-        logits, labels = self._logits(batch), _next_token_labels(batch)
+        logits, labels = self._logits(batch), next_token_labels(batch)
         losses = F.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
         ).view_as(labels)
@@ -156,25 +176,41 @@ class CausalLM(PretrainedTask):
     def _compute_at_head(self, batch: dict[str, Tensor], compute: Callable[..., Tensor]) -> Tensor | None:
         """Run the model with ``compute`` in place of its output layer; None if the layer itself must run."""
         assert self.model is not None
+        if facts_of(batch) is not None:
+            self._needs_mask()  # which runs the layer
         head = plain_head(self.model)
         if head is None or self._head_is_last is False:
             return None
         if self._head_is_last is None:
             few = batch["input_ids"][:1, :2]
-            self._head_is_last = head_is_last(head, lambda: self(few, torch.ones_like(few)))
+            with known_packing(False):
+                self._head_is_last = head_is_last(head, lambda: self(few))
         result = compute_at_head(head, lambda: self._logits(batch), compute) if self._head_is_last else None
         self._head_is_last = result is not None
         return result
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        facts = facts_of(batch)
+        with nullcontext() if facts is None or torch.compiler.is_compiling() else known_packing(facts.packed):
+            return self._logits_of_rows(batch, needs_mask=facts is None or self._needs_mask())
+
+    def _logits_of_rows(self, batch: dict[str, Tensor], needs_mask: bool) -> Tensor:
         if "position_ids" not in batch:
-            return self(batch["input_ids"], batch["attention_mask"])
+            return self(batch["input_ids"], batch["attention_mask"] if needs_mask else None)
         if "attention_mask" in batch:
             # With a mask, transformers does not read examples off the positions, and they would see each other.
             raise DataError(
                 "a batch has attention_mask (padded rows) or position_ids (packed rows), not both: drop one."
             )
         return self(batch["input_ids"], position_ids=batch["position_ids"])
+
+    def _needs_mask(self) -> bool:
+        """Whether padding on the right must be masked."""
+        if self._is_causal is None:
+            assert self.model is not None
+            # A compiled model would be compiled again for the tokens of this check.
+            self._is_causal = not is_compiled(self.model) and is_causal(self.model, self, self.vocab_size)
+        return not self._is_causal
 
     @override
     def _model_is_whole(self) -> None:
@@ -230,15 +266,16 @@ class CausalLM(PretrainedTask):
         if self._separates_rows:
             return batch
         names = {"input_ids", "labels", "position_ids", "weights"} & batch.keys()
-        return {name: batch[name].reshape(1, -1) for name in names}
+        facts = facts_of(batch)
+        known: dict[str, Any] = {} if facts is None else {FACTS: facts.joined()}
+        return {name: batch[name].reshape(1, -1) for name in names} | known
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        supervised, weights = _next_token_labels(batch) != IGNORE_INDEX, _next_token_weights(batch)
+        labels, weights = next_token_labels(batch), next_token_weights(batch)
         losses, correct = self._scores(batch)
-        num_tokens = _weighted(supervised, weights).sum()
-        if num_tokens:
-            self.mean_loss.update(_weighted(losses, weights), num_tokens)
-            self.mean_accuracy.update(_weighted(correct & supervised, weights), num_tokens)
+        count = num_tokens(labels, weights, facts_of(batch))
+        self.mean_loss.update(weighted(losses, weights), count)
+        self.mean_accuracy.update(weighted(correct & (labels != IGNORE_INDEX), weights), count)
 
     def _log_means(self, stage: str) -> None:
         loss = self.mean_loss.compute()
@@ -247,40 +284,11 @@ class CausalLM(PretrainedTask):
         self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)
 
 
-def _next_token_labels(batch: dict[str, Tensor]) -> Tensor:
-    """The label of the token after each token, ``(rows, tokens)``; -100 for the last token of an example."""
-    labels = batch["labels"][:, 1:]
-    if "position_ids" in batch:
-        # transformers starts a new example wherever positions do not rise by 1.
-        labels = labels.masked_fill(batch["position_ids"].diff() != 1, IGNORE_INDEX)
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)
-
-
-def _next_token_weights(batch: dict[str, Tensor]) -> Tensor | None:
-    """The weight of the token after each token, ``(rows, tokens)``; None if all tokens weigh the same.
-
-    Raises:
-        DataError: If there is not one weight for each token.
-    """
-    weights = batch.get("weights")
-    if weights is None:
-        return None
-    if weights.shape != batch["labels"].shape:
-        shapes = f"weights are {tuple(weights.shape)}, labels {tuple(batch['labels'].shape)}"
-        raise DataError(f"a batch needs one weight for each token: {shapes}.")
-    # The precisions bf16-true and 16-true convert every number of a batch; sums would lose digits.
-    return F.pad(at_least_float32(weights[:, 1:]), (0, 1))
-
-
-def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values if weights is None else values * weights
-
-
-def _loss_sum(labels: Tensor, factors: Tensor | None, **head: Any) -> Tensor:
+def _loss_sum(**head: Any) -> Tensor:
     # A copy, because FSDP2 warns if a model returns a view.
-    return head_loss(labels=labels, factors=factors, **head).view(1, 1, 1).clone()
+    return head_loss(**head).view(1, 1, 1).clone()
 
 
-def _stacked_scores(labels: Tensor, **head: Any) -> Tensor:
-    losses, correct = head_scores(labels=labels, **head)
+def _stacked_scores(**head: Any) -> Tensor:
+    losses, correct = head_scores(**head)
     return torch.stack([losses, correct.to(losses.dtype)], -1)

@@ -8,12 +8,13 @@ Shape legend: ``*`` any leading axes, ``rows`` the number of supervised rows, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.batch_facts import BatchFacts
 from lightning_lora.errors import DataError
 from lightning_lora.lora.functional.linear_products import affine_into
 from lightning_lora.lora.functional.torch_internals import uninitialised
@@ -32,9 +33,14 @@ def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, update: tu
 
 
 def supervised_rows(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, update: tuple[Tensor, Tensor] | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    update: tuple[Tensor, Tensor] | None,
+    facts: BatchFacts | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
-    """The rows with a label.
+    """The rows with a label. Without ``facts`` that fit the labels, finding them waits for the device twice.
 
     Returns:
         Parts (inputs ``(rows, dim)`` and weights in turn), bias and labels of these rows, and their indices.
@@ -47,10 +53,15 @@ def supervised_rows(
             f"an output layer needs one label for each row: the hidden states are {tuple(hidden.shape)}, the labels "
             f"are {tuple(labels.shape)}."
         )
-    labels = labels.flatten()
-    (rows,) = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-    labels = labels[rows].long()
-    _check_labels(labels, len(weight))
+    if facts is not None and facts.fit(labels):
+        rows, labels = facts.places, labels.flatten()[facts.places].long()
+        _check_labels(facts.labels, len(weight))
+    else:
+        labels = labels.flatten()
+        (rows,) = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        labels = labels[rows].long()
+        if len(labels):
+            _check_labels(torch.stack(labels.aminmax()).tolist(), len(weight))
     parts = []
     for x, matrix in ((hidden, weight), *(() if update is None else (update,))):
         x = x.flatten(0, -2)
@@ -130,10 +141,8 @@ def wide_type(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _check_labels(labels: Tensor, vocab: int) -> None:
-    if not len(labels):
-        return
-    for label in torch.stack(labels.aminmax()).tolist():
+def _check_labels(extremes: Iterable[int], vocab: int) -> None:
+    for label in extremes:
         if not 0 <= label < vocab:
             raise DataError(
                 f"label {label} is outside the {vocab} classes of the head: labels are in [0, {vocab}), or "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.batch_facts import BatchFacts
 from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
 from lightning_lora.tasks.head_chunks import (
     IGNORE_INDEX,
@@ -50,6 +51,7 @@ def head_loss(
     update: tuple[Tensor, Tensor] | None = None,
     divisor: Tensor | float = 1,
     factors: Tensor | None = None,
+    facts: BatchFacts | None = None,
 ) -> Tensor:
     r"""``cross_entropy(hidden weight^T + bias, labels, reduction="sum") / divisor`` without holding all logits.
 
@@ -69,6 +71,8 @@ def head_loss(
         divisor: Divides the sum, such as the number of supervised tokens in the batch or the sum of their factors; 0
             counts as 1.
         factors: Multiplies the loss of each row, ``(*)``; None multiplies by 1.
+        facts: Which rows have a label, found when the batch was made. None, or those of other labels: they are looked
+            for on the device, which the host waits for, and which a CUDA graph cannot hold.
 
     Returns:
         A scalar in nats, at least float32. If no row has a label it is 0, and so are its gradients.
@@ -85,7 +89,7 @@ def head_loss(
     divisor = divisor.masked_fill(divisor == 0, 1) if torch.is_tensor(divisor) else divisor or 1
     if is_traced():
         return _plain(hidden, weight, labels, bias, update, factors) / divisor
-    parts, bias, labels, rows = supervised_rows(hidden, weight, labels, bias, update)
+    parts, bias, labels, rows = supervised_rows(hidden, weight, labels, bias, update, facts)
     if factors is not None:
         factors = factors.flatten()[rows].to(wide_type(parts[0]))
     # Inside a Function, inputs seem to require gradients even while gradients are disabled.
@@ -104,6 +108,7 @@ def head_scores(
     bias: Tensor | None = None,
     *,
     update: tuple[Tensor, Tensor] | None = None,
+    facts: BatchFacts | None = None,
 ) -> HeadScores:
     """Compute the loss of every token and whether it is predicted correctly, without gradients.
 
@@ -113,7 +118,7 @@ def head_scores(
         DataError: If a label is neither a class nor -100.
     """
     shape = labels.shape
-    parts, bias, labels, rows = supervised_rows(hidden, weight, labels, bias, update)
+    parts, bias, labels, rows = supervised_rows(hidden, weight, labels, bias, update, facts)
     losses = torch.zeros(shape, dtype=wide_type(parts[0]), device=labels.device)
     correct = torch.zeros(shape, dtype=torch.bool, device=labels.device)
     for chunk in _chunks(labels, bias, parts):

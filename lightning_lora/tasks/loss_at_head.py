@@ -29,8 +29,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     None if the layer is quantised or compiled, has hooks, a ``forward`` of its own or an adapter with dropout, and if
     ``torch.compile`` compiles the whole model.
     """
-    compiled = getattr(model, "_compiled_call_impl", None) is not None or "_orig_mod" in model._modules
-    if torch.compiler.is_compiling() or compiled:
+    if is_compiled(model):
         return None
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear) or type(head).forward not in (nn.Linear.forward, LoRALinear.forward):
@@ -41,6 +40,12 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
         return None
     # FSDP2 gathers its shards before the layer is called.
     return head if isinstance(head.weight, DTensor) or _is_dense(head.weight) else None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` compiles the whole model, or is doing so."""
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or "_orig_mod" in model._modules
+    return torch.compiler.is_compiling() or compiled
 
 
 def head_is_last(head: nn.Linear, logits: Callable[[], Tensor]) -> bool:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError
 from lightning_lora.tasks.head_chunks import at_least_float32
 from lightning_lora.tasks.new_head import NewHeadTask
@@ -42,8 +43,9 @@ class SequenceClassifier(NewHeadTask):
         """Compute the micro-batch's share of the mean loss over the rows of the optimizer step."""
         logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
         loss_sum = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
-        self.log("train_loss", loss_sum.detach() / len(labels), prog_bar=True, batch_size=len(labels))
-        return self.token_loss(loss_sum, labels.new_tensor(len(labels)))
+        prog_bar = needs_metric(self._trainer, "train_loss")
+        self.log("train_loss", loss_sum.detach() / len(labels), prog_bar=prog_bar, batch_size=len(labels))
+        return self.token_loss(loss_sum, len(labels))
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

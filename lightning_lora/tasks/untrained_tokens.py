@@ -49,7 +49,8 @@ class Unlearnable:
         Args:
             labels: Supervised tokens of a batch, in any shape.
         """
-        found = [token for token in self.tokens if bool((labels == token).any())]
+        held = torch.stack([(labels == token).any() for token in self.tokens]).tolist()
+        found = [token for token, is_held in zip(self.tokens, held, strict=True) if is_held]
         if not found:
             return None
         names = ", ".join(repr(self.tokens[token]) for token in found)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora.batch.token_loss import TokenWeightedLoss
+from lightning_lora.batch.token_loss import TokenWeightedLoss, multiply
 from tests.support import toys
 from tests.support.toys import Net
 
@@ -177,3 +177,25 @@ def test_every_optimizer_that_steps_after_a_backward_pass_gets_the_same_gradient
         runs.append(module.gradients)
     assert len(runs[0]) == 4
     torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_factor_on_the_device_gives_the_same_bits_as_a_number(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor = 1024.0 * 3 / 7
+    number, tensor = ([torch.randn(50, generator=generator.manual_seed(1)).to(dtype)] for _ in range(2))
+    before = number[0].clone()
+    multiply(number, factor)
+    multiply(tensor, torch.tensor(factor, dtype=torch.float64))
+    assert torch.equal(number[0], tensor[0])
+    torch.testing.assert_close(number[0], before * factor)
+    multiply([], torch.tensor(factor))
+
+
+def test_a_count_of_the_host_trains_as_one_of_the_device(tmp_path: Path) -> None:
+    class OfHost(Weighted):
+        def token_loss(self, loss_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
+            return super().token_loss(loss_sum, float(num_tokens))
+
+    found = [gradients(tmp_path, token_loader(2), kind, accumulate_grad_batches=3) for kind in (Weighted, OfHost)]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

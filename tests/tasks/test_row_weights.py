@@ -203,9 +203,9 @@ def test_batches_have_weights_only_if_a_row_has_one(write: Any, llama_folder: Pa
             data = SFTDataModule(path, path, tokenizer=tokenizer, packing=packing, max_length=60)
             data.setup()
             for batch in data.train_dataloader():
-                assert set(batch) == {"input_ids", "labels", usual} | weighs
+                assert set(batch) == {"input_ids", "labels", "facts", usual} | weighs
             for batch in data.val_dataloader():
-                assert set(batch) == {"input_ids", "labels", "attention_mask"} | weighs
+                assert set(batch) == {"input_ids", "labels", "facts", "attention_mask"} | weighs
 
 
 def test_rows_of_weight_zero_are_dropped_and_counted(write: Any, llama_folder: Path) -> None:

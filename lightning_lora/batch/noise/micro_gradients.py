@@ -95,14 +95,19 @@ class MicroGradients(ABC):
             weighted_by_rows: Whether the loss of a micro-batch is a sum (over rows, or their tokens), so that large
                 micro-batches weigh more. False: a mean, so that all weigh the same.
         """
+        evidence = self._evidence()
         self.stop()
         squares, rows = self._gather(torch.cat(self._squares, 1), torch.tensor(self._rows, dtype=torch.float64))
         mean_squares = self._sum_over_shards(self._square([(p, p.grad) for p in self.parameters if p.grad is not None]))
+        # One transfer: each would wait for the device.
+        numbers = [squares.flatten(), mean_squares, evidence]
+        own, mean_squares, evidence = torch.cat(numbers).cpu().split([len(part) for part in numbers])
+        self._check(evidence)
         if len(rows) < 2:
             return {}
         weights = rows / rows.sum() if weighted_by_rows else torch.full_like(rows, 1 / len(rows))
         return step_samples(
-            ("adapter", *self.metrics), squares, mean_squares, rows, shares=weights * self._averaged_ranks
+            ("adapter", *self.metrics), own.view_as(squares), mean_squares, rows, shares=weights * self._averaged_ranks
         )
 
     @property
@@ -114,6 +119,14 @@ class MicroGradients(ABC):
     def _latest(self, num_rows: int) -> Tensor:
         """Square norms ``(metrics, samples)`` of what the latest micro-batch has added to the gradient."""
 
+    def _evidence(self) -> Tensor:
+        """Numbers on the device, float64, by which `_check` tells whether the measurement is right."""
+        return torch.zeros(0, dtype=torch.float64, device=self._squares[0].device)
+
+    def _check(self, evidence: Tensor) -> None:
+        """Raise `ConfigError` if the numbers, now on the host, show that something was not seen."""
+        assert not len(evidence)
+
     def _gather(self, squares: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Square norms and rows of the samples of all ranks."""
         return squares, rows
@@ -121,9 +134,10 @@ class MicroGradients(ABC):
     def _sum_over_shards(self, squares: Tensor) -> Tensor:
         return squares
 
+    @torch.no_grad()
     def _square(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
         """Sums of squares ``(metrics,)`` in float64, of this rank's shards."""
-        own = [(parameter, local_shard(gradient).detach()) for parameter, gradient in gradients]
+        own = [(parameter, local_shard(gradient)) for parameter, gradient in gradients]
         scaled = [[gradient for _, gradient in own]]
         scaled += [[metric(*pair) for pair in own] for metric in self.metrics.values()]
         return torch.stack([_sum_of_squares(parts) for parts in scaled])
@@ -191,4 +205,4 @@ class LeafGradients(MicroGradients):
 
 def _sum_of_squares(parts: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm([part.float() if part.element_size() < 4 else part for part in parts])
-    return torch.stack([norm.double() for norm in norms]).square().sum()
+    return torch.stack(norms).double().square().sum()

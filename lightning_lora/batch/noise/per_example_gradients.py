@@ -30,9 +30,12 @@ def adapter_row_gradients(x: Tensor, d_y: Tensor, A: Tensor, B: Tensor, scale: f
     Returns:
         ``d_A`` ``(n, r, in)`` and ``d_B`` ``(n, out, r)``.
     """
-    d_A = torch.einsum("ntr,nti->nri", d_y @ B, x)
-    d_B = torch.einsum("nto,ntr->nor", d_y, x @ A.T)
-    return scale * d_A, scale * d_B
+    # Batched products of few operators: `einsum` and `@` launch several views and copies each.
+    n = len(x)
+    inner = torch.bmm(d_y, B.expand(n, *B.shape)), torch.bmm(x, A.mT.expand(n, A.shape[1], A.shape[0]))
+    d_A = torch.baddbmm(A, inner[0].mT, x, beta=0, alpha=scale)
+    d_B = torch.baddbmm(B, d_y.mT, inner[1], beta=0, alpha=scale)
+    return d_A, d_B
 
 
 def weight_row_sketches(x: Tensor, d_y: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -189,5 +189,8 @@ def _by_row(tensor: Tensor, together: int) -> Tensor:
     """``(n, t, features)`` in float32 or float64, with ``together`` rows in one."""
     if tensor.dim() < 2 or len(tensor) % together:
         raise ConfigError(f"a layer receives {len(tensor)} vectors without a dimension of rows.")
-    rows = tensor.detach().reshape(len(tensor) // together, -1, tensor.shape[-1])
+    # Gradients are off here: nothing needs to be detached.
+    rows = tensor
+    if together > 1 or tensor.dim() != 3:
+        rows = tensor.reshape(len(tensor) // together, -1, tensor.shape[-1])
     return rows.float() if rows.element_size() < 4 else rows

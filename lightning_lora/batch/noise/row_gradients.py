@@ -53,26 +53,62 @@ class RowGradients(MicroGradients):
     @override
     def stop(self) -> None:
         self._collector.stop()
-        self._clear()
+        self._parts = {}
 
     @override
+    @torch.no_grad()
     def _latest(self, num_rows: int) -> Tensor:
         self._collector.finish(num_rows)
-        self._check_sum()
-        squares = torch.stack(self._squares_of_layers).sum(0)
-        self._clear()
-        return squares
+        num_metrics = 1 + len(self.metrics)
+        # (parameters, metrics, rows)
+        norms = torch.stack([norm for _, norms in self._parts.values() for norm in norms])
+        squares = norms.double().square().unflatten(0, (-1, num_metrics))
+        self._relative = self._distances(squares[:, 0].sum(-1))
+        self._parts = {}
+        return squares.sum(0)
+
+    @override
+    def _evidence(self) -> Tensor:
+        return self._relative
+
+    @override
+    def _check(self, evidence: Tensor) -> None:
+        """Check that the row gradients add up to the gradient; if they do not, hooks did not see all of them."""
+        # NaN is zero over zero, which agrees; infinite gradients are left to the gradient scaler.
+        relative = evidence.nan_to_num(0.0, 0.0)
+        tolerance = _LOW_PRECISION_TOLERANCE if self._is_low_precision else _TOLERANCE
+        if (largest := float(relative.max())) > tolerance:
+            name = self._names.get(id(self._graded[int(relative.argmax())]), "a parameter")
+            raise ConfigError(
+                f"the row gradients of {name} miss its gradient by {largest:.1%} (tolerance {tolerance:.0%}): it is "
+                "used in a way that hooks do not see. Set accumulate_grad_batches=2 with half the batch."
+            )
 
     def _clear(self) -> None:
-        self._squares_of_layers: list[Tensor] = []
-        # The sum over rows of each parameter's gradients, and the sum of their square norms.
-        self._sums: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        # Of each parameter the sum of its rows' gradients, and the norms ``(rows,)`` of these by metric.
+        self._parts: dict[nn.Parameter, tuple[Tensor, list[Tensor]]] = {}
+        self._graded: list[nn.Parameter] = []
         self._is_low_precision = False
+
+    def _distances(self, squares: Tensor) -> Tensor:
+        """The distance of the summed row gradients to the gradient, relative to their norm, of each parameter.
+
+        Args:
+            squares: ``(parameters,)``, square norms of the row gradients of each parameter that has some.
+        """
+        own = dict(zip(self._parts, squares.unbind(), strict=True))
+        self._graded = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in self._graded if p.grad is not None]
+        totals = [self._parts[p][0] if p in own else torch.zeros_like(p) for p in self._graded]
+        by_rows = torch.stack([own[p] if p in own else squares.new_zeros(()) for p in self._graded]).sqrt()
+        norms = torch.stack(torch._foreach_norm(gradients)).double()
+        distances = torch.stack(torch._foreach_norm(torch._foreach_sub(totals, gradients))).double()
+        return distances / torch.maximum(by_rows, norms)
 
     def _rows_of(self, name: str, call: LayerCall) -> PerRow:
         self._is_low_precision |= call.is_low_precision
         layer = self._layers[name][0]
-        A, B = (factor.detach().to(call.x.dtype) for factor in layer.lora_pair())
+        A, B = (factor.to(call.x.dtype) for factor in layer.lora_pair())
         d_A, d_B = adapter_row_gradients(call.x, call.d_y, A, B, call.scale)
         if start := layer.lora_spec.start:
             # These components stay as they start.
@@ -80,30 +116,7 @@ class RowGradients(MicroGradients):
         return d_A, d_B
 
     def _take(self, name: str, rows: PerRow) -> None:
-        factors = zip(self._layers[name][0].lora_pair(), rows, strict=True)
-        trained = [(factor, part) for factor, part in factors if factor.requires_grad]
-        scaled = [trained] + [[(p, metric(p, part)) for p, part in trained] for metric in self.metrics.values()]
-        squares = [[part.flatten(1).norm(dim=1).double().square() for _, part in parts] for parts in scaled]
-        self._squares_of_layers.append(torch.stack([torch.stack(of_metric).sum(0) for of_metric in squares]))
-        for (factor, part), square in zip(trained, squares[0], strict=True):
-            self._sums[factor] = part.sum(0), square.sum()
-
-    def _check_sum(self) -> None:
-        """Check that the row gradients add up to the gradient; if they do not, hooks did not see all of them."""
-        distances: list[Tensor] = []
-        graded = [p for p in self.parameters if p.grad is not None]
-        for parameter in graded:
-            assert parameter.grad is not None
-            nothing = torch.zeros_like(parameter), parameter.new_zeros((), dtype=torch.float64)
-            total, squares = self._sums.get(parameter, nothing)
-            norm = torch.maximum(squares.sqrt(), parameter.grad.norm().double())
-            distances.append((total - parameter.grad).norm().double() / norm)
-        # NaN is zero over zero, which agrees; infinite gradients are left to the gradient scaler.
-        relative = torch.stack(distances).nan_to_num(0.0, 0.0)
-        tolerance = _LOW_PRECISION_TOLERANCE if self._is_low_precision else _TOLERANCE
-        if (largest := float(relative.max())) > tolerance:
-            name = self._names.get(id(graded[int(relative.argmax())]), "a parameter")
-            raise ConfigError(
-                f"the row gradients of {name} miss its gradient by {largest:.1%} (tolerance {tolerance:.0%}): it is "
-                "used in a way that hooks do not see. Set accumulate_grad_batches=2 with half the batch."
-            )
+        for factor, part in zip(self._layers[name][0].lora_pair(), rows, strict=True):
+            if factor.requires_grad:
+                scaled = [part, *(metric(factor, part) for metric in self.metrics.values())]
+                self._parts[factor] = part.sum(0), [torch.linalg.vector_norm(each, dim=(1, 2)) for each in scaled]

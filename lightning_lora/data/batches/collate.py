@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from lightning_lora.batch_facts import FACTS, BatchFacts
 
 from .bins import even_rows
 
@@ -30,12 +31,13 @@ class Collate:
         - ``input_ids``, ``attention_mask``, ``labels``: ``(rows, longest)``, int64. ``labels`` holds the ids of the
           supervised tokens and -100 elsewhere; it is not shifted.
         - ``weights``: ``(rows, longest)``, float32, the weight of the example of each token, if ``weighted``.
+        - ``facts``: the `BatchFacts` of the labels.
     """
 
     pad_id: int
     weighted: bool = False
 
-    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Any]:
         """Make a batch with one example in each row."""
         shape = len(rows), max(len(row["input_ids"]) for row in rows)
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
@@ -46,7 +48,8 @@ class Collate:
             input_ids[index, : len(ids)] = ids
             attention_mask[index, : len(ids)] = 1
             labels[index, : len(ids)] = torch.where(supervised, ids, IGNORE_INDEX)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch[FACTS] = BatchFacts.of(labels, None, IGNORE_INDEX)
         if self.weighted:
             batch["weights"] = torch.tensor([float(row["weight"]) for row in rows])[:, None].repeat(1, shape[1])
         return batch
@@ -68,12 +71,13 @@ class CollatePacked:
         - ``input_ids``, ``labels``, ``position_ids``: ``(packs, longest)``, int64. ``position_ids`` starts at 0 with
           each example; ``labels`` holds the ids of the supervised tokens and -100 elsewhere; it is not shifted.
         - ``weights``: ``(packs, longest)``, float32, the weight of the example of each token, if ``weighted``.
+        - ``facts``: the `BatchFacts` of the labels.
     """
 
     pad_id: int
     weighted: bool = False
 
-    def __call__(self, packs: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+    def __call__(self, packs: Sequence[Sequence[Example]]) -> dict[str, Any]:
         """Make a batch with one pack in each row; an empty pack becomes a row of padding."""
         used = [sum(len(row["input_ids"]) for row in pack) for pack in packs]
         shape = len(packs), max([*used, 1])
@@ -92,7 +96,8 @@ class CollatePacked:
                 if self.weighted:
                     weights[index, place] = float(row["weight"])
             position_ids[index, start:] = torch.arange(shape[1] - start)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        batch[FACTS] = BatchFacts.of(labels, position_ids, IGNORE_INDEX)
         return batch | {"weights": weights} if self.weighted else batch
 
 
@@ -108,7 +113,7 @@ class CollateEvenly:
     pad_id: int
     weighted: bool = False
 
-    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Any]:
         """Make a batch with several examples in each row."""
         packs = even_rows([len(row["input_ids"]) for row in rows])
         return CollatePacked(self.pad_id, self.weighted)([[rows[index] for index in pack] for pack in packs])

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from typing_extensions import override
+
+from lightning_lora.batch_facts import FACTS
 
 from ..batches.collate import Collate, Example
 
@@ -51,16 +52,18 @@ class CollatePairs:
         - ``input_ids``, ``attention_mask``, ``labels``: ``(pairs, 2, longest)``, int64; the chosen row of a pair is
           first. ``labels`` holds the ids of the answers and -100 elsewhere; it is not shifted.
         - ``weights``, ``margin``: ``(pairs,)``, float32, if there are any.
+        - ``facts``: the `BatchFacts` of the labels, of all rows.
     """
 
     pad_id: int
     weighted: bool = False
     margins: bool = False
 
-    def __call__(self, pairs: Sequence[PairOfRows]) -> dict[str, Tensor]:
+    def __call__(self, pairs: Sequence[PairOfRows]) -> dict[str, Any]:
         """Make a batch with one pair in each row."""
         flat = Collate(self.pad_id)([row for pair in pairs for row in pair])
-        batch = {name: tensor.unflatten(0, (-1, 2)) for name, tensor in flat.items()}
+        facts = flat.pop(FACTS)
+        batch = {name: tensor.unflatten(0, (-1, 2)) for name, tensor in flat.items()} | {FACTS: facts}
         if self.weighted:
             batch["weights"] = torch.tensor([float(chosen["weight"]) for chosen, _ in pairs])
         if self.margins:

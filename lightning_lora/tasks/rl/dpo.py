@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.batch.trial_step import on_device
+from lightning_lora.batch_facts import FACTS
+from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.capacity.fixed_rows import validation_loaders
 from lightning_lora.checkpoints.loader_position import generators
 from lightning_lora.checkpoints.random_state import kept_random_state
@@ -27,6 +29,7 @@ from lightning_lora.tasks.rl.functional.preference_loss import check_preference_
 from lightning_lora.tasks.rl.no_dropout import without_dropout
 from lightning_lora.tasks.rl.reference import Reference
 from lightning_lora.tasks.running_mean import RunningMean
+from lightning_lora.tasks.supervision import facts_of
 
 
 class PairScores(NamedTuple):
@@ -140,7 +143,7 @@ class DPO(CausalLM):
         means |= {"train_chosen_reward": scores.rewards[:, 0], "train_rejected_reward": scores.rewards[:, 1]}
         for name, values in means.items():
             mean = (values.detach() * weights).sum() / count
-            self.log(name, mean, prog_bar=name == "train_loss", batch_size=len(weights))
+            self.log(name, mean, prog_bar=needs_metric(self._trainer, name), batch_size=len(weights))
         return self.token_loss(loss_sum, count)
 
     @override
@@ -182,7 +185,7 @@ class DPO(CausalLM):
         """The log-probability of the answer of each row, summed over its tokens, ``(rows,)``."""
         ids = F.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         mask = ids != IGNORE_INDEX
-        found = self._compute_at_head(rows, partial(_at_head, ids=ids, mask=mask))
+        found = self._compute_at_head(rows, partial(_at_head, ids=ids, mask=mask, facts=facts_of(rows)))
         if found is None:
             found = logprobs_of_logits(self._logits(rows), ids, mask).logprobs[..., None]
         return found.sum((1, 2))
@@ -223,14 +226,15 @@ class DPO(CausalLM):
             )
 
 
-def _at_head(ids: Tensor, mask: Tensor, **head: Any) -> Tensor:
+def _at_head(**head: Any) -> Tensor:
     # Stacked, because FSDP2 warns if a model returns a view.
-    return torch.stack([head_logprobs(ids=ids, mask=mask, **head).logprobs], -1)
+    return torch.stack([head_logprobs(**head).logprobs], -1)
 
 
-def _rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Both rows of all pairs below each other, ``(2 pairs, tokens)`` each."""
-    return {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+    rows = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
+    return rows | {FACTS: batch.get(FACTS)}
 
 
 def _listed(loaders: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
+from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError
 from lightning_lora.lightning_private import wrap_training_loader
 from lightning_lora.lora.config import LoRAConfig
@@ -191,7 +192,8 @@ class PolicyGradient(PolicyModel):
         found = step_statistics(self.trainer, asked, scores, old, numbers, mask)
         found |= batch["statistics"] | {"rollout_age": float(self.trainer.global_step - batch["version"])}
         num_prompts = len(batch["prompts"])
-        self.log("train_loss", total.detach() / one_if_zero(count), prog_bar=True, batch_size=num_prompts)
+        prog_bar = needs_metric(self._trainer, "train_loss")
+        self.log("train_loss", total.detach() / one_if_zero(count), prog_bar=prog_bar, batch_size=num_prompts)
         self.log("reward", found.pop("reward"), prog_bar=True, batch_size=num_prompts)
         self.log_dict(found, batch_size=num_prompts)
         # A count of 0 is divided by as 1.

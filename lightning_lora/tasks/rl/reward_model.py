@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.tasks.head_chunks import at_least_float32
@@ -87,7 +88,8 @@ class RewardModel(NewHeadTask):
         count, margins = weights.sum(), scores[:, 0] - scores[:, 1]
         for name, values in {"loss": losses, "accuracy": margins > 0, "margin": margins}.items():
             mean = (values.detach() * weights).sum() / count
-            self.log(f"train_{name}", mean, prog_bar=name == "loss", batch_size=len(weights))
+            prog_bar = needs_metric(self._trainer, f"train_{name}")
+            self.log(f"train_{name}", mean, prog_bar=prog_bar, batch_size=len(weights))
         return self.token_loss((losses * weights).sum(), count)
 
     @override

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lora.batch_facts import BatchFacts
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
 from lightning_lora.tasks.head_chunks import (
@@ -49,6 +50,7 @@ def head_logprobs(
     *,
     update: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
+    facts: BatchFacts | None = None,
 ) -> TokenLogprobs:
     r"""``log_softmax((hidden weight^T + bias) / temperature)`` at ``ids``, and its entropy, without holding all logits.
 
@@ -67,6 +69,7 @@ def head_logprobs(
         update: A low-rank addition to the logits, ``inner B^T``, given as ``(inner, B)`` of shapes ``(*, r)`` and
             ``(vocab, r)``. With LoRA on the output layer, ``inner`` is ``scale * hidden A^T``.
         temperature: Divides the logits, above 0.
+        facts: Which tokens are scored, as in `head_loss`; None looks for them on the device.
 
     Raises:
         ConfigError: If the temperature is not above 0.
@@ -83,7 +86,7 @@ def head_logprobs(
     labels = ids if mask is None else ids.where(mask.bool(), IGNORE_INDEX)
     if is_traced():
         return _plain(plain_logits(hidden, weight, bias, update) / temperature, labels)
-    parts, bias, scored, rows = supervised_rows(hidden, weight, labels, bias, update)
+    parts, bias, scored, rows = supervised_rows(hidden, weight, labels, bias, update, facts)
     if torch.is_grad_enabled():
         found: Any = _HeadLogprobs.apply(scored, temperature, bias, *parts)
     else:
