@@ -207,7 +207,8 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
         gone = "gradients and optimizer state of the base, 12 bytes a weight, are gone"
         yield f"lora: full fine-tuning -> LoRA; {gone}", make, {}
     narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
-    if trainer.precision in narrower and module.hparams.get("dtype") is None:
+    is_held = getattr(module, "_lora_held", None) is not None
+    if trainer.precision in narrower and module.hparams.get("dtype") is None and not is_held:
         text = f"trainer.precision: {trainer.precision} -> bf16-true; {narrower[trainer.precision]}"
         make = partial(made_with, module) if is_task else lambda: module
         yield text, make, {"precision": "bf16-true"}

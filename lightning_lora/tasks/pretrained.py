@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -25,6 +24,7 @@ from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
 from lightning_lora.lora.vocabulary import num_tokens
 from lightning_lora.memory.building import builds_without_memory
+from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.optim import check_learning_rate
 from lightning_lora.mixin.precision import bitsandbytes_plugin
@@ -38,11 +38,11 @@ from lightning_lora.tasks.quantised_loading import (
     quantise_without_values,
 )
 from lightning_lora.tasks.running_mean import RunningMean
+from lightning_lora.tasks.schedule import SCHEDULES, with_schedule
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
 
-SCHEDULES = ("constant", "linear", "cosine")
 BASE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -63,6 +63,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """Whether the output layer belongs to this task and may be missing from the pretrained weights."""
     # The tokenizer of the latest run; None: the model's own, as it is.
     _trained_tokenizer: Any = None
+    _keeps_float32 = " (dtype: float32 keeps float32)"
     # Given the function that loads the weights, returns the model: arms side by side load one base. None: it is called.
     load_through: Callable[[Callable[[], Any]], Any] | None = None
 
@@ -89,7 +90,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             schedule: Course of the learning rate after the warm-up: ``"constant"``, ``"linear"`` (down to 0) or
                 ``"cosine"`` (down to 0).
             dtype: Type of the base weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes the type of the
-                trainer's precision.
+                trainer's precision, and with LoRA in ``bf16-mixed`` or ``16-mixed`` the type that these multiply in;
+                modules trained in full stay in float32 there.
             quantization: ``"nf4"`` (4 bits) or ``"int8"`` (8 bits) quantises the base with bitsandbytes while loading;
                 ``dtype`` is then the type it computes in. None loads the weights as they are stored.
 
@@ -113,11 +115,14 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.warmup_steps = warmup_steps
         self.schedule = schedule
         self.dtype_name = dtype
+        self.lora_autocast_base = dtype is None
         self.quantization = quantization
         self.mean_loss = RunningMean()
         self.mean_accuracy = RunningMean()
         self.model_config = read_config(self.model_name, **self._config_overrides())
         check_quantization(quantization, lora, getattr(self.model_config, "quantization_config", None))
+        stored = getattr(self.model_config, "dtype", None)
+        self._lora_stored = stored if isinstance(stored, torch.dtype) else torch.float32
         # Tokens of the checkpoint; resize_token_embeddings changes the number in the config.
         self.num_pretrained_tokens = num_tokens(self.model_config)
         self.model: PreTrainedModel | None = None
@@ -173,23 +178,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
             fused=self.trainer.precision != "16-mixed",
         )
-        if self.schedule == "constant" and not self.warmup_steps:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == -1:  # what Lightning says of epochs without a length
-            steps = math.inf
-        if steps == math.inf and self.schedule != "constant":
-            raise ConfigError(
-                f"schedule={self.schedule!r} needs the number of steps, and a stream does not tell: set "
-                "trainer.max_steps, or schedule='constant'."
-            )
-        if self.warmup_steps >= steps:
-            rank_zero_warn(f"warmup_steps={self.warmup_steps}, but the run has {steps} steps: it never leaves warm-up.")
-        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        from transformers import get_scheduler  # imports torchao, bitsandbytes and peft: not for `fit --help`
-
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)  # type: ignore[arg-type]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_schedule(optimizer, self.schedule, self.warmup_steps, self.trainer)
 
     @override
     def configure_gradient_clipping(
@@ -269,8 +258,20 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             check_strategy(self._trainer)
         check_loadable(self._trainer)
 
+    @property
+    def loading_dtype(self) -> torch.dtype:
+        """The type that weights are read in."""
+        if self.dtype_name:
+            return getattr(torch, self.dtype_name)
+        held = autocast_dtype(self._trainer)
+        # At once in that type if no weight is to stay in float32; bfloat16 has room for all values of float32.
+        if held is torch.bfloat16 and self.lora is not None and not LoRAConfig.from_dict(self.lora).trainable:
+            keeps_float32 = any(isinstance(module, NORMS) for module in self._meta_model().modules())
+            return torch.float32 if keeps_float32 else held
+        return torch.get_default_dtype()
+
     def _load(self) -> PreTrainedModel:
-        dtype = getattr(torch, self.dtype_name) if self.dtype_name else torch.get_default_dtype()
+        dtype = self.loading_dtype
         if builds_without_memory():
             return self._load_without_values(dtype)
         arguments = {"config": self.model_config, "dtype": dtype, **self._quantised_loading(dtype)}

@@ -76,8 +76,9 @@ def test_full_fine_tuning_is_told_of_lora(llama_folder: Path, tmp_path: Path) ->
     assert "  3. lora: full fine-tuning -> LoRA; " in str(message(tmp_path, llama_folder))
 
 
-def test_what_is_low_already_is_not_named(llama_folder: Path, tmp_path: Path) -> None:
-    text = str(message(tmp_path, llama_folder, lora=LoRAConfig(rank=2), precision="bf16-true"))
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_what_is_low_already_is_not_named(precision: str, llama_folder: Path, tmp_path: Path) -> None:
+    text = str(message(tmp_path, llama_folder, lora=LoRAConfig(rank=2), precision=precision))
     assert "precision" not in text
     assert "  3. activation checkpointing: off -> gradient_checkpointing_enable()" in text
 
