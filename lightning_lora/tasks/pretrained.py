@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
@@ -26,9 +25,9 @@ from lightning_lora.lora.vocabulary import num_tokens
 from lightning_lora.memory.building import builds_without_memory
 from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.optim import check_learning_rate
 from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
+from lightning_lora.tasks.attention import DENSE, check_attention
 from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import (
@@ -38,12 +37,11 @@ from lightning_lora.tasks.quantised_loading import (
     quantise_without_values,
 )
 from lightning_lora.tasks.running_mean import RunningMean
-from lightning_lora.tasks.schedule import SCHEDULES, with_schedule
+from lightning_lora.tasks.schedule import with_schedule
+from lightning_lora.tasks.settings import check_settings
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
-
-BASE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class PretrainedTask(LoRAMixin, TokenWeightedLoss):
@@ -77,6 +75,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         schedule: str = "constant",
         dtype: str | None = None,
         quantization: str | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         """Check the settings and read the model's config.
 
@@ -94,20 +93,17 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
                 modules trained in full stay in float32 there.
             quantization: ``"nf4"`` (4 bits) or ``"int8"`` (8 bits) quantises the base with bitsandbytes while loading;
                 ``dtype`` is then the type it computes in. None loads the weights as they are stored.
+            attn_implementation: How attention is computed, of those that transformers has: ``"eager"``, ``"sdpa"``,
+                ``"flash_attention_2"``, ``"flash_attention_3"``, ``"flex_attention"``. None takes the model's default;
+                on a GPU, packed rows then get FlashAttention 2 if it is installed, or else flex attention.
 
         Raises:
             ConfigError: If a setting is refused, or the model cannot be found.
             TargetNotFoundError: If a LoRA pattern matches nothing in this model.
         """
         super().__init__(lora=lora, lora_root="model")
-        check_learning_rate(learning_rate)
-        if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
-            raise ConfigError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
-        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
-        _check_choice("schedule", schedule, SCHEDULES)
-        if dtype is not None:
-            _check_choice("dtype", dtype, BASE_DTYPES)
+        check_settings(learning_rate, weight_decay, warmup_steps, schedule, dtype)
+        check_attention(attn_implementation)
         self.save_hyperparameters()
         self.model_name = str(model)
         self.learning_rate = learning_rate
@@ -117,6 +113,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.dtype_name = dtype
         self.lora_autocast_base = dtype is None
         self.quantization = quantization
+        self.attn_implementation = attn_implementation
         self.mean_loss = RunningMean()
         self.mean_accuracy = RunningMean()
         self.model_config = read_config(self.model_name, **self._config_overrides())
@@ -267,7 +264,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         # At once in that type if no weight is to stay in float32; bfloat16 has room for all values of float32.
         if held is torch.bfloat16 and self.lora is not None and not LoRAConfig.from_dict(self.lora).trainable:
             keeps_float32 = any(isinstance(module, NORMS) for module in self._meta_model().modules())
-            return torch.float32 if keeps_float32 else held
+            return torch.float32 if keeps_float32 else torch.bfloat16
         return torch.get_default_dtype()
 
     def _load(self) -> PreTrainedModel:
@@ -275,11 +272,14 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         if builds_without_memory():
             return self._load_without_values(dtype)
         arguments = {"config": self.model_config, "dtype": dtype, **self._quantised_loading(dtype)}
+        if self.attn_implementation is not None:  # None would replace what the config says
+            arguments["attn_implementation"] = self.attn_implementation
         return load_model(self.auto_class, self.model_name, new_head=self.new_head, **arguments)
 
     def _load_without_values(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model as `_load` returns it, for a trace: nothing is read, and weights have no values."""
-        model = self.auto_class.from_config(self.model_config, dtype=dtype)
+        counted = {"attn_implementation": self.attn_implementation} if self.attn_implementation in DENSE else {}
+        model = self.auto_class.from_config(self.model_config, dtype=dtype, **counted)
         quantization = self._quantised_loading(dtype)
         return quantise_without_values(model, quantization["quantization_config"]) if quantization else model
 
@@ -291,9 +291,3 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         trained = LoRAConfig.from_dict(self.lora).trainable if self.lora is not None else ()
         plain = [name for name, _ in meta_model.named_modules() if name in heads or matches_any(name, trained)]
         return loading_arguments(self.quantization, dtype, plain, self._trainer)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = did_you_mean(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
