@@ -23,6 +23,7 @@ from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
 from lightning_lora.lora.vocabulary import num_tokens
 from lightning_lora.memory.building import builds_without_memory
+from lightning_lora.memory.other_settings import recompute
 from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.precision import bitsandbytes_plugin
@@ -76,6 +77,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         dtype: str | None = None,
         quantization: str | None = None,
         attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         """Check the settings and read the model's config.
 
@@ -96,6 +98,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             attn_implementation: How attention is computed, of those that transformers has: ``"eager"``, ``"sdpa"``,
                 ``"flash_attention_2"``, ``"flash_attention_3"``, ``"flex_attention"``. None takes the model's default;
                 on a GPU, packed rows then get FlashAttention 2 if it is installed, or else flex attention.
+            activation_checkpointing: Whether to keep only the inputs of the model's blocks for the backward pass, and
+                compute what is inside again there: less memory, and a second forward pass.
 
         Raises:
             ConfigError: If a setting is refused, or the model cannot be found.
@@ -105,6 +109,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         check_settings(learning_rate, weight_decay, warmup_steps, schedule, dtype)
         check_attention(attn_implementation)
         self.save_hyperparameters()
+        self.activation_checkpointing = activation_checkpointing
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -158,6 +163,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             return
         self._check_trainer()
         self.model = model = self._load() if self.load_through is None else self.load_through(self._load)
+        if self.activation_checkpointing:
+            recompute(model)
         # transformers returns models in eval mode and Lightning leaves them so.
         model.train()
         self.apply_lora()
