@@ -24,6 +24,7 @@ from lightning_lora.memory.other_settings import (
     has_vocabulary,
     made_with,
     recompute,
+    recomputing_method,
     with_adapters,
 )
 from lightning_lora.memory.room import Room
@@ -207,14 +208,18 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
         gone = "gradients and optimizer state of the base, 12 bytes a weight, are gone"
         yield f"lora: full fine-tuning -> LoRA; {gone}", make, {}
     narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
-    if trainer.precision in narrower and module.hparams.get("dtype") is None:
+    is_held = getattr(module, "_lora_held", None) is not None
+    if trainer.precision in narrower and module.hparams.get("dtype") is None and not is_held:
         text = f"trainer.precision: {trainer.precision} -> bf16-true; {narrower[trainer.precision]}"
         make = partial(made_with, module) if is_task else lambda: module
         yield text, make, {"precision": "bf16-true"}
-    if any(could_recompute(child) for child in module.modules()):
-        text = "off -> gradient_checkpointing_enable() on the model, in configure_model"
+    able = next((child for child in module.modules() if could_recompute(child)), None)
+    if able is not None:
+        text = f"activation checkpointing: off -> {recomputing_method(able)}() on the model, in configure_model"
+        if module.hparams.get("activation_checkpointing") is False:
+            text = "activation_checkpointing: false -> true"
         kept = "activations are computed twice instead of kept"
-        yield f"activation checkpointing: {text}; {kept}", lambda: module, {"prepare": recompute}
+        yield f"{text}; {kept}", lambda: module, {"prepare": recompute}
     if adapted and is_task and trainer.world_size == 1:
         text = "quantization: none -> nf4; the base takes a quarter of its 16-bit size"
         yield text, partial(made_with, module, quantization="nf4"), {}

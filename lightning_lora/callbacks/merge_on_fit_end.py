@@ -13,11 +13,15 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.mixin.held_base import base_as_stored
 from lightning_lora.trainer_access import run_folder
 
 
 class MergeOnFitEnd(Callback):
     """Writes the model with its adapters folded in when ``fit`` ends; the module keeps its adapters.
+
+    The weights are written in the types they have. A base that mixed precision holds in another type than its files
+    have is written in that of the files, as ``lightning-lora merge`` writes it.
 
     Args:
         dirpath: Folder to write. None: ``merged`` in the run folder.
@@ -49,7 +53,8 @@ class MergeOnFitEnd(Callback):
         """Write the merged model; only rank 0 writes, but all ranks must ask for the run folder."""
         folder = self.dirpath or Path(run_folder(trainer), "merged")
         if trainer.is_global_zero:
-            path = save_merged(pl_module, folder, _tokenizer(pl_module))
+            with base_as_stored(pl_module):
+                path = save_merged(pl_module, folder, _tokenizer(pl_module))
             rank_zero_info(f"merged model written to {path}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from lightning_lora.lora.functional.seeded_dropout import forget_mask
+from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.memory.failures import explained
 from lightning_lora.memory.step_mode import StepMode
 
@@ -82,6 +83,7 @@ class WithoutMemory:
         with _for_a_trace():
             self.trainer = _stand_in(precision, accumulate_grad_batches)
             self.module = fake_copy(module, self.mode.fake)
+            _count_attention(self.module)
             self.module.trainer = self.trainer
             self.trainer.strategy.connect(self.module)
             with self.mode.entered():
@@ -185,6 +187,14 @@ def _on_cpu(tensor: Tensor, mode: FakeTensorMode) -> Any:
     if isinstance(tensor, nn.Parameter):
         made._is_param = True
     return made
+
+
+def _count_attention(module: nn.Module) -> None:
+    """Let models of transformers compute attention by operations that can be traced, not by kernels of their own."""
+    models: Iterator[tuple[str, Any]] = hugging_face_models(module)
+    for _, model in models:
+        if getattr(model.config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            model.set_attn_implementation("sdpa")
 
 
 def trainers_of(module: LightningModule) -> Iterator[Any]:

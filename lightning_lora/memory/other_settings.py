@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.building import trainers_of
 from lightning_lora.mixin.lora_mixin import LoRAMixin
@@ -28,14 +29,25 @@ def with_adapters(module: LoRAMixin) -> LoRAMixin:
     return made
 
 
-def recompute(module: LightningModule) -> None:
-    """Let the transformers models in ``module`` compute activations again in the backward pass."""
-    for child in module.modules():
-        if could_recompute(child):
-            # The newer name first: transformers warns of the older one.
-            newer = getattr(child, "activation_checkpointing_enable", None)
-            enable: Any = newer or child.gradient_checkpointing_enable
-            enable()
+def recompute(module: nn.Module) -> None:
+    """Let the transformers models in ``module`` compute the activations of their blocks again in the backward pass.
+
+    Raises:
+        ConfigError: If there is no such model, or none that can.
+    """
+    able = [child for child in module.modules() if could_recompute(child)]
+    for child in able:
+        # Without reentrance, which needs an input that has a gradient: frozen embeddings give none.
+        getattr(child, recomputing_method(child))({"use_reentrant": False})
+    if not able:
+        raise ConfigError(f"activation checkpointing: transformers cannot recompute blocks of {type(module).__name__}.")
+
+
+def recomputing_method(model: Any) -> str:
+    """The name of the method by which the installed transformers switches activation checkpointing on."""
+    # The newer name first: transformers warns of the older one.
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    return next(name for name in names if hasattr(model, name))
 
 
 def has_vocabulary(module: LightningModule) -> bool:

@@ -32,6 +32,7 @@ from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.lora.travelling import record_tensors
 from lightning_lora.mixin import given_settings, gradient_start, optim, rates, run_hooks
 from lightning_lora.mixin.around_root import inject_below
+from lightning_lora.mixin.held_base import autocast_dtype, hold_base
 from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
@@ -71,6 +72,13 @@ class LoRAMixin(LightningModule):
     lora_root: str | None = None
     # Whether to load checkpoints whose adapters were trained on other base weights.
     lora_allow_other_base: bool = False
+    # Whether mixed precision holds the frozen weights below ``lora_root`` in the type that it multiplies in: half of
+    # their memory. A module that relies on float32 weights outside of autocast leaves it False.
+    lora_autocast_base: bool = False
+    # The type that frozen weights are held in, and the one of their files, if the two may differ.
+    _lora_held: torch.dtype | None = None
+    _lora_stored: torch.dtype | None = torch.float32
+    _keeps_float32: str = ""  # how, for the message
     _lora_base: dict[str, WeightPrint] | None = None
     # The settings and the root with which `apply_lora` has adapted the module.
     _lora_made_with: tuple[LoRAConfig, str | None] | None = None
@@ -165,6 +173,9 @@ class LoRAMixin(LightningModule):
         report = inject_below(self, self.lora_root, root, self._lora_made_with[0])
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._record_base()
+        dtype = autocast_dtype(self._trainer) if self.lora_autocast_base else None
+        if dtype is not None and hold_base(root, dtype, self._keeps_float32):
+            self._lora_held = dtype
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "

@@ -20,6 +20,7 @@ from lightning_lora.batch_facts import FACTS
 from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.tasks.attention import choose_for_packing
 from lightning_lora.tasks.attention_mask import is_causal, known_packing
 from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
@@ -50,7 +51,7 @@ class CausalLM(PretrainedTask):
     Packed batches (``packing`` of `SFTDataModule`) have ``position_ids`` instead of ``attention_mask``, which start at
     0 with each example. Before the first packed batch of a run, `check_packing` verifies that the model keeps the
     examples apart, and refuses a model that does not. The first token of an example is never predicted from the
-    example before it.
+    example before it. `choose_for_packing` says which implementation of attention packed rows get.
 
     Batches of our data modules bring `BatchFacts` too, and no step then waits for the device; without ``facts`` a step
     does so four times, with the same result.
@@ -262,7 +263,13 @@ class CausalLM(PretrainedTask):
             return batch
         if self._separates_rows is None:
             assert self.model is not None
-            self._separates_rows = check_packing(self.model, self, self.vocab_size)
+            self._separates_rows = choose_for_packing(
+                self.model,
+                tuple(batch["input_ids"].shape),
+                partial(check_packing, self.model, self, self.vocab_size),
+                is_given=self.attn_implementation is not None,
+                device=self.device.type,
+            )
         if self._separates_rows:
             return batch
         names = {"input_ids", "labels", "position_ids", "weights"} & batch.keys()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
+from lightning_lora.tasks.attention import unusable_attention
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) 
         arguments: Further arguments of ``from_pretrained``.
 
     Raises:
-        ConfigError: If the weights cannot be read or are incomplete.
+        ConfigError: If the weights cannot be read or are incomplete, or attention cannot be computed as asked.
     """
     try:
         model, loading = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
@@ -79,6 +80,10 @@ def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) 
         raise ConfigError(
             f"the weights of {name!r} cannot be read: {_first_line(error)} Only safetensors files are loaded."
         ) from error
+    except (ImportError, ValueError) as error:
+        if "attn_implementation" not in arguments:
+            raise
+        raise unusable_attention(arguments["attn_implementation"], error) from error
     _check_complete(model, name, loading["missing_keys"], new_head)
     return model
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -19,16 +17,18 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
 from lightning_lora.lora.vocabulary import num_tokens
 from lightning_lora.memory.building import builds_without_memory
+from lightning_lora.memory.other_settings import recompute
+from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.optim import check_learning_rate
 from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
+from lightning_lora.tasks.attention import DENSE, check_attention
 from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import (
@@ -38,12 +38,11 @@ from lightning_lora.tasks.quantised_loading import (
     quantise_without_values,
 )
 from lightning_lora.tasks.running_mean import RunningMean
+from lightning_lora.tasks.schedule import with_schedule
+from lightning_lora.tasks.settings import check_settings
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
-
-SCHEDULES = ("constant", "linear", "cosine")
-BASE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class PretrainedTask(LoRAMixin, TokenWeightedLoss):
@@ -63,6 +62,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """Whether the output layer belongs to this task and may be missing from the pretrained weights."""
     # The tokenizer of the latest run; None: the model's own, as it is.
     _trained_tokenizer: Any = None
+    _keeps_float32 = " (dtype: float32 keeps float32)"
     # Given the function that loads the weights, returns the model: arms side by side load one base. None: it is called.
     load_through: Callable[[Callable[[], Any]], Any] | None = None
 
@@ -76,6 +76,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         schedule: str = "constant",
         dtype: str | None = None,
         quantization: str | None = None,
+        attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         """Check the settings and read the model's config.
 
@@ -89,35 +91,40 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             schedule: Course of the learning rate after the warm-up: ``"constant"``, ``"linear"`` (down to 0) or
                 ``"cosine"`` (down to 0).
             dtype: Type of the base weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes the type of the
-                trainer's precision.
+                trainer's precision, and with LoRA in ``bf16-mixed`` or ``16-mixed`` the type that these multiply in;
+                modules trained in full stay in float32 there.
             quantization: ``"nf4"`` (4 bits) or ``"int8"`` (8 bits) quantises the base with bitsandbytes while loading;
                 ``dtype`` is then the type it computes in. None loads the weights as they are stored.
+            attn_implementation: How attention is computed, of those that transformers has: ``"eager"``, ``"sdpa"``,
+                ``"flash_attention_2"``, ``"flash_attention_3"``, ``"flex_attention"``. None takes the model's default;
+                on a GPU, packed rows then get FlashAttention 2 if it is installed, or else flex attention.
+            activation_checkpointing: Whether to keep only the inputs of the model's blocks for the backward pass, and
+                compute what is inside again there: less memory, and a second forward pass.
 
         Raises:
             ConfigError: If a setting is refused, or the model cannot be found.
             TargetNotFoundError: If a LoRA pattern matches nothing in this model.
         """
         super().__init__(lora=lora, lora_root="model")
-        check_learning_rate(learning_rate)
-        if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
-            raise ConfigError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
-        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
-        _check_choice("schedule", schedule, SCHEDULES)
-        if dtype is not None:
-            _check_choice("dtype", dtype, BASE_DTYPES)
+        check_settings(learning_rate, weight_decay, warmup_steps, schedule, dtype)
+        check_attention(attn_implementation)
         self.save_hyperparameters()
+        self.activation_checkpointing = activation_checkpointing
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
         self.dtype_name = dtype
+        self.lora_autocast_base = dtype is None
         self.quantization = quantization
+        self.attn_implementation = attn_implementation
         self.mean_loss = RunningMean()
         self.mean_accuracy = RunningMean()
         self.model_config = read_config(self.model_name, **self._config_overrides())
         check_quantization(quantization, lora, getattr(self.model_config, "quantization_config", None))
+        stored = getattr(self.model_config, "dtype", None)
+        self._lora_stored = stored if isinstance(stored, torch.dtype) else torch.float32
         # Tokens of the checkpoint; resize_token_embeddings changes the number in the config.
         self.num_pretrained_tokens = num_tokens(self.model_config)
         self.model: PreTrainedModel | None = None
@@ -156,6 +163,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             return
         self._check_trainer()
         self.model = model = self._load() if self.load_through is None else self.load_through(self._load)
+        if self.activation_checkpointing:
+            recompute(model)
         # transformers returns models in eval mode and Lightning leaves them so.
         model.train()
         self.apply_lora()
@@ -173,23 +182,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
             fused=self.trainer.precision != "16-mixed",
         )
-        if self.schedule == "constant" and not self.warmup_steps:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == -1:  # what Lightning says of epochs without a length
-            steps = math.inf
-        if steps == math.inf and self.schedule != "constant":
-            raise ConfigError(
-                f"schedule={self.schedule!r} needs the number of steps, and a stream does not tell: set "
-                "trainer.max_steps, or schedule='constant'."
-            )
-        if self.warmup_steps >= steps:
-            rank_zero_warn(f"warmup_steps={self.warmup_steps}, but the run has {steps} steps: it never leaves warm-up.")
-        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        from transformers import get_scheduler  # imports torchao, bitsandbytes and peft: not for `fit --help`
-
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps)  # type: ignore[arg-type]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_schedule(optimizer, self.schedule, self.warmup_steps, self.trainer)
 
     @override
     def configure_gradient_clipping(
@@ -269,16 +262,31 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             check_strategy(self._trainer)
         check_loadable(self._trainer)
 
+    @property
+    def loading_dtype(self) -> torch.dtype:
+        """The type that weights are read in."""
+        if self.dtype_name:
+            return getattr(torch, self.dtype_name)
+        held = autocast_dtype(self._trainer)
+        # At once in that type if no weight is to stay in float32; bfloat16 has room for all values of float32.
+        if held is torch.bfloat16 and self.lora is not None and not LoRAConfig.from_dict(self.lora).trainable:
+            keeps_float32 = any(isinstance(module, NORMS) for module in self._meta_model().modules())
+            return torch.float32 if keeps_float32 else torch.bfloat16
+        return torch.get_default_dtype()
+
     def _load(self) -> PreTrainedModel:
-        dtype = getattr(torch, self.dtype_name) if self.dtype_name else torch.get_default_dtype()
+        dtype = self.loading_dtype
         if builds_without_memory():
             return self._load_without_values(dtype)
         arguments = {"config": self.model_config, "dtype": dtype, **self._quantised_loading(dtype)}
+        if self.attn_implementation is not None:  # None would replace what the config says
+            arguments["attn_implementation"] = self.attn_implementation
         return load_model(self.auto_class, self.model_name, new_head=self.new_head, **arguments)
 
     def _load_without_values(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model as `_load` returns it, for a trace: nothing is read, and weights have no values."""
-        model = self.auto_class.from_config(self.model_config, dtype=dtype)
+        counted = {"attn_implementation": self.attn_implementation} if self.attn_implementation in DENSE else {}
+        model = self.auto_class.from_config(self.model_config, dtype=dtype, **counted)
         quantization = self._quantised_loading(dtype)
         return quantise_without_values(model, quantization["quantization_config"]) if quantization else model
 
@@ -290,9 +298,3 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         trained = LoRAConfig.from_dict(self.lora).trainable if self.lora is not None else ()
         plain = [name for name, _ in meta_model.named_modules() if name in heads or matches_any(name, trained)]
         return loading_arguments(self.quantization, dtype, plain, self._trainer)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = did_you_mean(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_lora.callbacks import MemoryAdvice
 from lightning_lora.data import SFTDataModule
 from lightning_lora.memory import run_step
 from lightning_lora.tasks import CausalLM
-from tests.support import toys
+from tests.support import tiny_models, toys
 from tests.support.toys import Toy
 
 pytestmark = toys.expected_warnings
@@ -76,10 +77,11 @@ def test_full_fine_tuning_is_told_of_lora(llama_folder: Path, tmp_path: Path) ->
     assert "  3. lora: full fine-tuning -> LoRA; " in str(message(tmp_path, llama_folder))
 
 
-def test_what_is_low_already_is_not_named(llama_folder: Path, tmp_path: Path) -> None:
-    text = str(message(tmp_path, llama_folder, lora=LoRAConfig(rank=2), precision="bf16-true"))
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_what_is_low_already_is_not_named(precision: str, llama_folder: Path, tmp_path: Path) -> None:
+    text = str(message(tmp_path, llama_folder, lora=LoRAConfig(rank=2), precision=precision))
     assert "precision" not in text
-    assert "  3. activation checkpointing: off -> gradient_checkpointing_enable()" in text
+    assert "  3. activation_checkpointing: false -> true; activations are computed twice" in text
 
 
 def test_a_smaller_run_works_in_the_same_process(llama_folder: Path, tmp_path: Path) -> None:
@@ -96,6 +98,24 @@ def test_a_module_and_a_loader_of_ones_own_are_advised_too(tmp_path: Path) -> No
 
     with pytest.raises(RuntimeError, match=r"Out of memory in optimizer step 3.*\n  1. batch_size: 2 -> 1; "):
         toys.trainer(tmp_path, callbacks=[MemoryAdvice()]).fit(Own(), toys.loader())
+
+
+def test_a_model_of_transformers_in_a_module_of_ones_own_is_told_of_the_method_it_has(tmp_path: Path) -> None:
+    class Own(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.llama = tiny_models.llama()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            allocate_too_much()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="Out of memory") as caught:
+        toys.trainer(tmp_path, callbacks=[MemoryAdvice()]).fit(Own(), toys.loader())
+    (name,) = re.findall(r"activation checkpointing: off -> (\w+)\(\) on the model", str(caught.value))
+    model = tiny_models.llama()
+    getattr(model, name)()  # an older name would warn
+    assert model.model.layers[0].gradient_checkpointing
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:

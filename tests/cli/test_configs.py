@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_lora.cli.embedded import MODEL as EMBEDDED_MODEL
+from lightning_lora.files.safetensors_file import read_tensors
 from tests.support import toys, warm
 from tests.support.commands import CONFIGS, EMBEDDED, configs, lightning_lora
 
@@ -36,6 +38,7 @@ def test_every_config_is_named_here() -> None:
     assert shipped == {
         "sft.yaml",
         "packing.yaml",
+        "gpu.yaml",
         *PREFERENCES,
         *POLICIES,
         *WATCHING,
@@ -175,6 +178,27 @@ def test_packing_goes_on_top_of_a_method(packing: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"train: \d+ rows packed into \d+; ", done.stdout + done.stderr)
     assert "val_loss" in done.stdout + done.stderr
+
+
+def test_the_config_for_a_gpu_parses(tmp_path: Path) -> None:
+    command = configs("sft.yaml", "lora.yaml", "monitor.yaml", "gpu.yaml")
+    done = lightning_lora("fit", *command, "--print_config", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trainer = yaml.safe_load(done.stdout)["trainer"]
+    assert (trainer["accelerator"], trainer["devices"], trainer["precision"]) == ("gpu", 1, "bf16-true")
+    callbacks = [each["class_path"].rpartition(".")[2] for each in trainer["callbacks"]]
+    assert {"TF32", "BatchSizeMonitor"} <= set(callbacks)
+
+
+@pytest.mark.slow
+def test_the_config_for_a_gpu_trains_on_a_cpu_too(tmp_path: Path) -> None:
+    command = [*configs("sft.yaml", "lora.yaml", "packing.yaml", "gpu.yaml"), "--trainer.accelerator=cpu"]
+    done = lightning_lora("fit", *command, *EMBEDDED, "--trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "TF32 has no effect on the cpu." in done.stderr
+    assert "packed rows: sdpa with a mask of" in done.stderr
+    adapter = tmp_path / "runs/sft/version_0/adapters/last/adapter_model.safetensors"
+    assert {tensor.dtype for tensor in read_tensors(adapter).values()} == {torch.float32}
 
 
 @pytest.mark.slow

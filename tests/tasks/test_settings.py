@@ -32,6 +32,11 @@ BAD = [
     ({"warmup_steps": True}, "warmup_steps must be an integer of at least 0, got True"),
     ({"schedule": "cosin"}, "schedule must be one of constant, linear, cosine, got 'cosin'; did you mean 'cosine'?"),
     ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
+    (
+        {"attn_implementation": "flash"},
+        "attn_implementation must be one of eager, sdpa, flash_attention_2, flash_attention_3, flex_attention or null, "
+        "got 'flash'",
+    ),
     ({"lora": {"rank": 0}}, "rank must be at least 1, got 0"),
     ({"lora": "all"}, "lora must be a LoRAConfig, a mapping or None, got str"),
     ({"model": "./nowhere"}, "model './nowhere' is not a folder on this machine"),

@@ -23,7 +23,8 @@ from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_check
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.tasks import DPO, CausalLM, PolicyGradient
 from lightning_lora.tasks.loading import load_model, read_config
-from lightning_lora.tasks.pretrained import BASE_DTYPES, PretrainedTask
+from lightning_lora.tasks.pretrained import PretrainedTask
+from lightning_lora.tasks.settings import BASE_DTYPES
 
 from .source import Source
 

@@ -78,7 +78,8 @@ def as_named(callback: Any) -> Any:
     """A `LoRA` callback as a config names it; any other as it is."""
     if type(callback) is not LoRA:
         return callback
-    arguments = {"config": plain(callback.config), "root": callback.root, "allow_other_base": callback.allow_other_base}
+    arguments = {name: getattr(callback, name) for name in ("root", "allow_other_base", "autocast_base")}
+    arguments["config"] = plain(callback.config)
     return {"class_path": "lightning_lora.callbacks.LoRA", "init_args": arguments}
 
 

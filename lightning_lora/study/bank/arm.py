@@ -113,5 +113,5 @@ class ArmTurns(Callback):
 
     def _load(self, trainer: Trainer, task: PretrainedTask, load: Callable[[], nn.Module]) -> nn.Module:
         task.load_through = None
-        key = type(task), task.model_name, task.dtype_name, task.quantization, trainer.precision
+        key = type(task), task.model_name, task.loading_dtype, task.quantization, trainer.precision
         return self._base.load(key, load, trainer.strategy.root_device)

@@ -153,12 +153,8 @@ def test_checkpointing_and_4_bits_are_traced_too(
     monkeypatch.setattr(memory_advice, "_MANY", 1.0)  # the vocabulary of so small a model would be named too
     have(monkeypatch, 10**9)
     found = settings_of(message(tmp_path, Cramped(llama, lora=lora), Tokens(1), precision="bf16-true").splitlines()[1:])
-    kept = CausalLM(llama, lora=lora)
-    kept.configure_model()
-    assert kept.model is not None
-    newer = getattr(kept.model, "activation_checkpointing_enable", None)
-    (newer or kept.model.gradient_checkpointing_enable)()
-    assert found["activation checkpointing"] == run_step.gigabytes(step_bytes(kept, 1, "bf16-true"))
+    again = CausalLM(llama, lora=lora, activation_checkpointing=True)
+    assert found["activation_checkpointing"] == run_step.gigabytes(step_bytes(again, 1, "bf16-true"))
     now, nf4 = (step_bytes(CausalLM(llama, lora=lora, quantization=name), 1, "bf16-true") for name in (None, "nf4"))
     # A method that takes no less, as copies of so small weights do, is not named.
     assert found.get("quantization") == (run_step.gigabytes(nf4) if nf4 < now else None)
