@@ -19,13 +19,14 @@ def times_narrow(y: Tensor, B: Tensor) -> Tensor:
 
 def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
     """``y^T inner``: ``(T, out)`` and ``(T, r)`` to ``(out, r)``."""
-    return (inner.T @ y).T if _is_slow(inner) else y.T @ inner
+    return (inner.T @ y).T if is_slow(inner) else y.T @ inner
 
 
 def fast_layout(B: Tensor) -> Tensor:
     """``B``, ``(*, out, r)``, in the layout that is fastest on the right of a product: column by column if narrow."""
-    return B.mT.contiguous().mT if _is_slow(B) else B
+    return B.mT.contiguous().mT if is_slow(B) else B
 
 
-def _is_slow(narrow: Tensor) -> bool:
+def is_slow(narrow: Tensor) -> bool:
+    """Whether products with ``narrow``, ``(*, r)``, on the right are slow in their usual order."""
     return 1 < narrow.shape[-1] < _NARROW and narrow.is_cpu

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.lora.functional import AdaptedWeight
+from lightning_lora.lora.functional.expert_rows import LoopedRows
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.lora.functional.gated_input import gated_input
@@ -23,7 +24,7 @@ def numbers(*shape: int) -> Tensor:
 
 
 def fused(x: Tensor, W: Tensor, A: Tensor, B: Tensor, counts: list[int], dropout: float = 0.0) -> Tensor:
-    return fused_expert_linear(x, AdaptedWeight(W, None, A, B, SCALE), counts, dropout)
+    return fused_expert_linear(x, AdaptedWeight(W, None, A, B, SCALE), LoopedRows(counts), dropout)
 
 
 def formula(x: Tensor, dropped: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
