@@ -156,8 +156,15 @@ def can_group(x: Tensor, weights: Tensor) -> bool:
 
 def can_multiply(x: Tensor, matrices: Tensor) -> bool:
     """Whether torch's grouped product takes these tensors; the unadapted base fails on others, and we need not."""
-    strides = [stride * tensor.element_size() for tensor in (x, matrices) for stride in tensor.stride() if stride != 1]
-    return x.dtype in _GROUPED_TYPES and all(stride % _STRIDE_BYTES == 0 for stride in strides)
+    return x.dtype in _GROUPED_TYPES and _has_layout(x) and _has_layout(matrices)
+
+
+def _has_layout(matrix: Tensor) -> bool:
+    """Whether one of the last two axes is contiguous, and the other has a stride that grouped products take."""
+    unit = _STRIDE_BYTES // matrix.element_size()
+    (first, second), (num_rows, num_columns) = matrix.stride()[-2:], matrix.shape[-2:]
+    by_row = second == 1 and first >= num_columns and first % unit == 0
+    return by_row or (first == 1 and second >= num_rows and second % unit == 0)
 
 
 def grouping_pays(x: Tensor, weights: Tensor) -> bool:
