@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.place import Place, error
 from benchmarks.gpu.whole_models import check_whole_model
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
+from lightning_lora.lora.functional.expert_rows import GroupedRows, LoopedRows
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.lora.functional.seeded_dropout import drop
@@ -101,12 +102,14 @@ class Check:
             self.random(len(counts), 8, hidden) / hidden**0.5,
             self.random(len(counts), inner, 8) * 0.1,
         ]
-        self.compare(
-            "experts",
-            lambda x, A, B: fused_expert_linear(x, AdaptedWeight(W, None, A, B, 2.0), counts),
-            lambda x, A, B: expert_linear(x, W.double(), counts) + expert_update(x, A, B, 2.0, counts),
-            leaves,
-        )
+        ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(self.place.device)
+        for way, rows in {"looped": LoopedRows(counts), "grouped": GroupedRows(ends)}.items():
+            self.compare(
+                f"experts {way}",
+                lambda x, A, B, rows=rows: fused_expert_linear(x, AdaptedWeight(W, None, A, B, 2.0), rows),
+                lambda x, A, B: expert_linear(x, W.double(), counts) + expert_update(x, A, B, 2.0, counts),
+                leaves,
+            )
 
     def head_loss(self) -> None:
         tokens, d, vocab = self.place.pick(777, 33), self.place.pick(1024, 64), self.place.pick(5003, 97)

@@ -1,4 +1,4 @@
-"""Experts: our loop, and grouped products."""
+"""Experts: ours, expert after expert and all at once, and grouped products as they are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from benchmarks.gpu.place import Place, host_milliseconds, milliseconds
 from benchmarks.timing import interleave, train_step
 from benchmarks.workloads import next_token_loss
 from lightning_lora.lora.functional import AdaptedWeight
+from lightning_lora.lora.functional.expert_rows import ExpertRows, GroupedRows, LoopedRows
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 
 REAL = {
@@ -44,7 +45,7 @@ TOY = {
 
 
 def experts(place: Place) -> dict[str, Any]:
-    """Qwen3-MoE-30B layers, two of them: our loop over experts, and grouped_mm as transformers uses it."""
+    """Qwen3-MoE-30B layers, two of them: ours, and grouped_mm as transformers uses it."""
     config = Qwen3MoeConfig(vocab_size=place.pick(4096, 96), use_cache=False, **place.pick(REAL, TOY))
     base = on_device(place, partial(Qwen3MoeForCausalLM, config), torch.bfloat16)
     batch, found = batch_of(place, 4096, 2, 2048), place.found
@@ -67,23 +68,28 @@ def experts(place: Place) -> dict[str, Any]:
 
 
 def _products(place: Place, config: Qwen3MoeConfig, tokens: int, rank: int = 16) -> dict[str, Callable[[], object]]:
-    """One product over all experts, forward and backward: by our loop, and by grouped products with offsets."""
+    """One product over all experts, forward and backward: ours by each way, and torch's grouped products."""
     E, d, f = config.num_experts, config.hidden_size, 2 * config.moe_intermediate_size
-    rows = tokens * config.num_experts_per_tok
-    counts = torch.full((E,), rows // E, device=place.device)
+    num_rows = tokens * config.num_experts_per_tok
+    counts = torch.full((E,), num_rows // E, device=place.device)
     offsets = counts.cumsum(0).to(torch.int32)
     make = partial(torch.randn, device=place.device, dtype=torch.bfloat16)
-    x, W, d_y, listed = make(rows, d).requires_grad_(), make(E, f, d) / d**0.5, make(rows, f), counts.tolist()
+    x, W, d_y = make(num_rows, d).requires_grad_(), make(E, f, d) / d**0.5, make(num_rows, f)
     A, B = (make(E, rank, d) / d**0.5).requires_grad_(), (make(E, f, rank) * 0.02).requires_grad_()
 
     def frozen() -> None:
         torch.autograd.grad(F.grouped_mm(x, W.mT, offs=offsets), x, d_y)
 
-    def grouped() -> None:
+    def written_out() -> None:
         update = F.grouped_mm(F.grouped_mm(x, A.mT, offs=offsets), B.mT, offs=offsets)
         torch.autograd.grad(F.grouped_mm(x, W.mT, offs=offsets) + update, [x, A, B], d_y)
 
-    def loop() -> None:
-        torch.autograd.grad(fused_expert_linear(x, AdaptedWeight(W, None, A, B, 1.0), listed), [x, A, B], d_y)
+    def ours(rows: ExpertRows) -> None:
+        torch.autograd.grad(fused_expert_linear(x, AdaptedWeight(W, None, A, B, 1.0), rows), [x, A, B], d_y)
 
-    return {"grouped, frozen": frozen, "grouped, with update": grouped, "our loop": loop}
+    return {
+        "grouped, frozen": frozen,
+        "grouped, with update": written_out,
+        "ours, grouped": partial(ours, GroupedRows(offsets)),
+        "ours, looped": partial(ours, LoopedRows(counts.tolist())),
+    }

@@ -2,10 +2,10 @@
 
 Read in this order: `update` (the formulas), `fused_linear` (one differentiable function for a layer or a group of
 siblings), `linear_group` (its tensors and settings), `factor_copies` (its factors in the type of the input),
-`linear_products` (its products and gradients), `narrow_products`
-(products with a thin side), `gated_input` (computing ``silu(gate) * up`` again), `seeded_dropout`, `experts` and
-`fused_experts`, `spectrum` (singular values of an update), `sketched_svd` (singular vectors of a gradient),
-`magnitude` (norms and magnitudes of DoRA), `torch_internals` (what torch has no public function for).
+`linear_products` (its products and gradients), `narrow_products` (products with a thin side), `gated_input` (computing
+``silu(gate) * up`` again), `seeded_dropout`, `expert_rows` (products of experts, grouped and looped), `experts` (their
+formulas) and `fused_experts`, `spectrum` (singular values of an update), `sketched_svd` (singular vectors of a
+gradient), `magnitude` (norms and magnitudes of DoRA), `torch_internals` (what torch has no public function for).
 """
 
 from lightning_lora.lora.functional.fused_linear import can_fuse, fused_lora_linears, product_type

@@ -5,9 +5,13 @@ Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``r`` rank
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_lora.lora.functional.expert_rows import ends_for, missing_rank
 
 
 def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -45,3 +49,28 @@ def expert_update(x: Tensor, A: Tensor, B: Tensor, scale: float, counts: list[in
     if dropout:
         x = F.dropout(x, dropout)
     return expert_linear(expert_linear(x, A.to(x.dtype), counts) * scale, B.to(x.dtype), counts)
+
+
+def grouped_update(
+    x: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor, grouped_mm: Callable[..., Tensor], dropout: float = 0.0
+) -> Tensor:
+    r"""What `expert_update` computes, for all experts at once.
+
+    Args:
+        x: ``(rows, in)``, sorted by expert.
+        A: ``(E, r, in)``, or ``(1, r, in)`` shared by all experts.
+        B: ``(E, out, r)``, or ``(1, out, r)``.
+        scale: alpha / r, dimensionless.
+        ends: ``(E,)`` int32: the end of each expert's rows.
+        grouped_mm: The function by which the base multiplies rows sorted by expert, of torch or of transformers.
+        dropout: Probability of zeroing an entry of ``x``; 0 outside training.
+
+    Returns:
+        ``(rows, out)`` in the type of ``x``; undefined in rows of no expert.
+    """
+    if dropout:
+        x = F.dropout(x, dropout)
+    missing = missing_rank(A.shape[1], x.dtype)
+    A, B = F.pad(A.to(x.dtype), (0, 0, 0, missing)), F.pad(B.to(x.dtype), (0, missing))
+    inner = grouped_mm(x, A.mT, offs=ends_for(ends, len(A))) * scale
+    return grouped_mm(inner, B.mT, offs=ends_for(ends, len(B)))

@@ -24,7 +24,7 @@ def scaled_product(out: Tensor, x: Tensor, matrix: Tensor, scale: float) -> Tens
 
 def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
     """``y^T inner``: ``(T, out)`` and ``(T, r)`` to ``(out, r)``."""
-    return (inner.T @ y).T if _is_slow(inner) else y.T @ inner
+    return (inner.T @ y).T if is_slow(inner) else y.T @ inner
 
 
 def transposed_products(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Tensor]:
@@ -48,8 +48,9 @@ def transposed_products(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dty
 
 def fast_layout(B: Tensor) -> Tensor:
     """``B``, ``(*, out, r)``, in the layout that is fastest on the right of a product: column by column if narrow."""
-    return B.mT.contiguous().mT if _is_slow(B) else B
+    return B.mT.contiguous().mT if is_slow(B) else B
 
 
-def _is_slow(narrow: Tensor) -> bool:
+def is_slow(narrow: Tensor) -> bool:
+    """Whether products with ``narrow``, ``(*, r)``, on the right are slow in their usual order."""
     return 1 < narrow.shape[-1] < _NARROW and narrow.is_cpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ def is_traced() -> bool:
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
+
+
+def let_arguments_override(function: Callable[..., Any]) -> None:
+    """Have ``torch.compile`` ask the arguments of ``function`` for ``__torch_function__``, as a call without it does.
+
+    It asks for functions in torch's list of those that can be overridden, which leaves out all with private names.
+    """
+    torch.overrides.get_overridable_functions()[torch].append(function)
 
 
 def uninitialised(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

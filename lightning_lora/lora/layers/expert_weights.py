@@ -17,8 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.lora.functional import AdaptedWeight, can_fuse, fused_lora_linears, linear_update, merged_weight
-from lightning_lora.lora.functional.experts import expert_linear, expert_update
+from lightning_lora.lora.functional.expert_rows import can_multiply, rows_by_expert
+from lightning_lora.lora.functional.experts import expert_linear, expert_update, grouped_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
+from lightning_lora.lora.functional.torch_internals import let_arguments_override
+
+# What `torch.nn.functional.grouped_mm` calls.
+let_arguments_override(torch._grouped_mm)
 
 # Facts about a weight that do not depend on its values.
 _FACTS = {"shape", "dtype", "device", "ndim", "dim", "size", "stride", "layout", "is_cuda", "data_ptr", "is_contiguous"}
@@ -142,26 +147,23 @@ def _grouped(func: Callable[..., Tensor], x: Any, weight: Any, offs: Any = None,
     has_options = any(value is not None for value in options.values())
     if not isinstance(weight, ExpertWeight) or not weight.transposed or offs is None or has_options or x.ndim != 2:
         return NotImplemented
-    ends = offs.tolist()
-    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    used = sum(counts)
+    if torch.compiler.is_compiling():
+        update = grouped_update(x, weight.A, weight.B, weight.scale, offs, func, weight.dropout)
+        return func(x, weight.weight, offs=offs) + update
+    rows = rows_by_expert(x, weight.matrices(), offs)
 
-    def product(rows: Tensor, matrices: Tensor) -> Tensor:
-        if _can_group(rows, matrices):
-            return func(rows, matrices, offs=offs)
-        return _padded(expert_linear(rows[:used], matrices.mT, counts), len(rows))
+    def product(x: Tensor, matrices: Tensor) -> Tensor:
+        if can_multiply(x, matrices):
+            return func(x, matrices, offs=offs)
+        counts = rows.counts
+        return _padded(expert_linear(x[: sum(counts)], matrices.mT, counts), len(x))
 
     if _can_fuse_grouped(x, weight.weight):
-        return fused_expert_linear(x, weight.adapted(x), counts, weight.dropout, product)
-    y = product(x, weight.weight)
-    update = expert_update(x[:used], weight.A, weight.B, weight.scale, counts, weight.dropout)
+        adapted = AdaptedWeight(weight.matrices(), None, weight.A, weight.B, weight.scale, weight.caller)
+        return fused_expert_linear(x, adapted, rows, weight.dropout, product)
+    y, counts = product(x, weight.weight), rows.counts
+    update = expert_update(x[: sum(counts)], weight.A, weight.B, weight.scale, counts, weight.dropout)
     return y + _padded(update.to(y.dtype), len(y))
-
-
-def _can_group(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes these tensors; the unadapted base fails on others, and we need not."""
-    strides = [stride * tensor.element_size() for tensor in operands for stride in tensor.stride() if stride != 1]
-    return operands[0].element_size() <= 4 and all(stride % 16 == 0 for stride in strides)
 
 
 def _padded(y: Tensor, num_rows: int) -> Tensor:

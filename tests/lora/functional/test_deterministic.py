@@ -13,6 +13,7 @@ from torch.profiler import profile
 
 from lightning_lora import LoRAConfig, inject_lora
 from lightning_lora.lora.functional import AdaptedWeight
+from lightning_lora.lora.functional.expert_rows import LoopedRows
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.lora.functional.seeded_dropout import drop
 from lightning_lora.lora.layers.adapted import factor_parameters
@@ -71,8 +72,8 @@ def test_no_output_of_adapted_experts_is_filled_before_it_is_written() -> None:
     x, d_y = torch.randn(ROWS, WIDTH, requires_grad=True), torch.ones(ROWS, 2 * WIDTH)
     A, B = torch.randn(2, 1, WIDTH, requires_grad=True), torch.randn(2, 2 * WIDTH, 1, requires_grad=True)
     adapted = AdaptedWeight(torch.randn(2, 2 * WIDTH, WIDTH), None, A, B, 1.0)
-    counts = [ROWS // 4, 3 * ROWS // 4]
-    assert filled(lambda: torch.autograd.grad(fused_expert_linear(x, adapted, counts), (x, A, B), d_y)) < ROWS
+    rows = LoopedRows([ROWS // 4, 3 * ROWS // 4])
+    assert filled(lambda: torch.autograd.grad(fused_expert_linear(x, adapted, rows), (x, A, B), d_y)) < ROWS
 
 
 @pytest.mark.usefixtures("deterministic")
