@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_lora.lora.functional.gated_input import recomputed
 from lightning_lora.lora.functional.linear_group import GroupTensors, Settings
-from lightning_lora.lora.functional.narrow_products import times_narrow, transposed_times_narrow
+from lightning_lora.lora.functional.narrow_products import narrow_gradients, transposed_times_narrow
 from lightning_lora.lora.functional.seeded_dropout import drop
 from lightning_lora.lora.functional.torch_internals import uninitialised, whole
 
@@ -81,19 +81,25 @@ def merged_outputs(x: Tensor, group: GroupTensors, settings: Settings) -> tuple[
     return [base_product(x, merged, b) for merged, b in zip(sums, group.biases, strict=True)], sums
 
 
-def inner_gradient(group: GroupTensors, d_ys: Sequence[Tensor | None]) -> Tensor:
-    """Gradient of ``scale A x`` of all layers side by side, ``(T, R)``.
+def inner_gradient(
+    group: GroupTensors, needs: GroupTensors, inner: Tensor | None, d_ys: Sequence[Tensor | None]
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Gradient of ``scale A x`` of all layers side by side, ``(T, R)``, and of each ``B`` that comes with it.
 
     Args:
         group: Tensors of the group.
+        needs: Which gradients are needed.
+        inner: What `split_outputs` returned; None after `merged_outputs`.
         d_ys: ``(T, out)`` of each layer; None where nothing depends on its output, but not for every layer.
     """
     rows = next(d_y for d_y in d_ys if d_y is not None)
+    S = [None] * len(group.Bs) if inner is None else _by_layer(inner, group.As, dim=1)
     parts = [
-        rows.new_zeros(len(rows), B.shape[1]) if d_y is None else times_narrow(d_y, B)
-        for d_y, B in zip(d_ys, group.Bs, strict=True)
+        (rows.new_zeros(len(rows), B.shape[1]), None) if d_y is None else narrow_gradients(d_y, B, part, needed)
+        for d_y, B, part, needed in zip(d_ys, group.Bs, S, needs.Bs, strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    d_inner, d_Bs = zip(*parts, strict=True)
+    return d_inner[0] if len(d_inner) == 1 else torch.cat(d_inner, 1), d_Bs
 
 
 def factor_gradients(
@@ -103,6 +109,7 @@ def factor_gradients(
     dropped: Tensor | None,
     inner: Tensor | None,
     d_inner: Tensor,
+    d_Bs: Sequence[Tensor | None],
     d_ys: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     """Gradients of every ``A`` and every ``B``; None for those that need none.
@@ -114,10 +121,10 @@ def factor_gradients(
         dropped: ``drop(x)``, ``(T, in)``; None only where no ``A`` needs a gradient.
         inner: What `split_outputs` returned; None: computed here if a ``B`` needs a gradient.
         d_inner: What `inner_gradient` returned.
+        d_Bs: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     d_As: Sequence[Tensor | None] = [None] * len(group.As)
-    d_Bs: Sequence[Tensor | None] = d_As
     if dropped is not None and any(needs.As):
         d_A = _by_layer(d_inner.T @ dropped, group.As, dim=0)
         d_As = [part * scale for part, scale in zip(d_A, settings.scales, strict=True)]
@@ -126,8 +133,8 @@ def factor_gradients(
             assert dropped is not None
             inner = dropped @ scaled_factors(group, settings).T
         d_Bs = [
-            transposed_times_narrow(d_y, part) if needed and d_y is not None else None
-            for d_y, part, needed in zip(d_ys, _by_layer(inner, group.As, dim=1), needs.Bs, strict=True)
+            transposed_times_narrow(d_y, part) if needed and d_y is not None and d_B is None else d_B
+            for d_y, d_B, part, needed in zip(d_ys, d_Bs, _by_layer(inner, group.As, dim=1), needs.Bs, strict=True)
         ]
     return d_As, d_Bs
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_lora.lora.functional.kernels import chosen
+
 # Columns below which MKL is slow; one full vector of float32 in AVX-512.
 _NARROW = 16
+# What a program of the kernel holds in registers grows with the rank.
+_MAX_KERNEL_RANK = 128
 
 
 def times_narrow(y: Tensor, B: Tensor) -> Tensor:
@@ -20,6 +24,29 @@ def times_narrow(y: Tensor, B: Tensor) -> Tensor:
 def transposed_times_narrow(y: Tensor, inner: Tensor) -> Tensor:
     """``y^T inner``: ``(T, out)`` and ``(T, r)`` to ``(out, r)``."""
     return (inner.T @ y).T if _is_slow(inner) else y.T @ inner
+
+
+def narrow_gradients(y: Tensor, B: Tensor, inner: Tensor | None, needs_both: bool) -> tuple[Tensor, Tensor | None]:
+    """``y B`` and, where a kernel computes both from one read of ``y``, ``y^T inner`` in the type of ``B``; else None.
+
+    Args:
+        y: ``(T, out)``.
+        B: ``(out, r)``.
+        inner: ``(T, r)``; None if it is not known.
+        needs_both: Whether the second product is needed at all.
+    """
+    fits = inner is not None and needs_both and B.shape[1] <= _MAX_KERNEL_RANK
+    if not fits or not chosen("narrow", narrow_shape(*B.shape), len(y), y, B, inner):
+        return times_narrow(y, B), None
+    from lightning_lora.lora.functional.kernels.narrow import both_narrow
+
+    d_inner, d_B = both_narrow(y, B, inner)
+    return d_inner, d_B.to(B.dtype)
+
+
+def narrow_shape(out: int, rank: int) -> str:
+    """How the table of kernels calls the two products."""
+    return f"{out} {rank}"
 
 
 def fast_layout(B: Tensor) -> Tensor:
