@@ -21,6 +21,8 @@ from lightning_lora.errors import ConfigError
 
 SETTING = "LIGHTNING_LORA_KERNELS"
 TABLE_FILE = Path(__file__).with_name("measured.json")
+KERNELS = ("gate", "gate_apart", "narrow", "cross_entropy")
+"""Names in the table: a gate's gradients with its product in one pass, or the two apart; and the other two kernels."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 Table = dict[str, dict[str, dict[str, list[int]]]]
 
@@ -70,12 +72,17 @@ def device_name(device: torch.device) -> str:
 def _can_run(tensors: tuple[Tensor, ...]) -> bool:
     first = tensors[0]
     on_device = first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return on_device and _has_triton() and all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in TYPES and tensor.device == first.device
-        for tensor in tensors
+    return (
+        on_device
+        and has_triton()
+        and all(
+            type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in TYPES and tensor.device == first.device
+            for tensor in tensors
+        )
     )
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None

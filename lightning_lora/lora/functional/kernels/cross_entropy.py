@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
 MAX_BLOCK = 4096
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def cross_entropy_(scores: Tensor, labels: Tensor, factors: Tensor | None, gradient: bool, ignored: int) -> Tensor:
@@ -31,7 +32,7 @@ def cross_entropy_(scores: Tensor, labels: Tensor, factors: Tensor | None, gradi
     with torch.cuda.device_of(scores):
         _cross_entropy[(rows,)](
             scores, labels, weights, losses, *strides, classes, ignored,
-            WEIGHTED=factors is not None, GRADIENT=gradient, BLOCK=block, num_warps=8, enable_fp_fusion=True,
+            WEIGHTED=factors is not None, GRADIENT=gradient, BLOCK=block, **OPTIONS,
         )  # fmt: skip
     return losses
 

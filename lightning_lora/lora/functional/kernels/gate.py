@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
 BLOCK = 1024
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch; Triton warns where nobody says whether a product and a sum may be rounded together."""
 
 
 def gated_product(activation: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def _launch(kernel: triton.JITFunction, activation: str, tensors: Sequence[Tenso
     strides = [stride for each in rows for stride in each.stride()]
     grid = (len(rows[0]), triton.cdiv(width, BLOCK))
     with torch.cuda.device_of(rows[0]):
-        kernel[grid](*rows, *strides, width, ACTIVATION=activation, BLOCK=BLOCK, **constants, enable_fp_fusion=True)
+        kernel[grid](*rows, *strides, width, ACTIVATION=activation, BLOCK=BLOCK, **constants, **OPTIONS)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
 COLUMNS = 64
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 # Rows are not enough programs for a large device; below this many their columns are divided too.
 _PROGRAMS = 256
 
@@ -41,7 +42,7 @@ def both_narrow(y: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(y):
         _both[row_blocks, spans](
             y, B, S, by_rows, by_columns, *strides, count, out, rank, span,
-            ROWS=rows, COLUMNS=COLUMNS, WIDTH=width, num_warps=8, num_stages=2, enable_fp_fusion=True,
+            ROWS=rows, COLUMNS=COLUMNS, WIDTH=width, **OPTIONS,
         )  # fmt: skip
     return by_rows.sum(0).to(y.dtype), by_columns.sum(0)
 
@@ -69,9 +70,7 @@ def _both(
         values = tl.load(
             y + row[:, None] * y_row + column[None, :] * y_column, mask=is_row & is_column[None, :], other=0
         )
-        b = tl.load(
-            B + column[:, None] * B_row + r[None, :] * B_column, mask=is_column[:, None] & is_r, other=0
-        )
+        b = tl.load(B + column[:, None] * B_row + r[None, :] * B_column, mask=is_column[:, None] & is_r, other=0)
         product = tl.dot(values, b, product, input_precision="ieee")
         transposed = tl.dot(tl.trans(values), s, input_precision="ieee")
         place = by_columns + (block * out + column[:, None]) * rank + r[None, :]
