@@ -137,7 +137,8 @@ def _by_kernel(
     from lightning_lora.lora.functional.kernels.gate import gated_gradients
 
     gradients = tuple(uninitialised(source, source.shape) for source in sources)
-    x = gated_gradients(activation, *_gate_and_up(sources), d_x, _gate_and_up(gradients), product)
+    gate, up = _gate_and_up(sources)
+    x = gated_gradients(activation, gate, up, d_x, _gate_and_up(gradients), product)
     return gradients, x
 
 

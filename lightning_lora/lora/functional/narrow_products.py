@@ -35,8 +35,10 @@ def narrow_gradients(y: Tensor, B: Tensor, inner: Tensor | None, needs_both: boo
         inner: ``(T, r)``; None if it is not known.
         needs_both: Whether the second product is needed at all.
     """
-    fits = inner is not None and needs_both and B.shape[1] <= _MAX_KERNEL_RANK
-    if not fits or not chosen("narrow", narrow_shape(*B.shape), len(y), y, B, inner):
+    out, rank = B.shape
+    if inner is None or not needs_both or rank > _MAX_KERNEL_RANK:
+        return times_narrow(y, B), None
+    if not chosen("narrow", narrow_shape(out, rank), len(y), y, B, inner):
         return times_narrow(y, B), None
     from lightning_lora.lora.functional.kernels.narrow import both_narrow
 

@@ -30,7 +30,7 @@ def cross_entropy_(scores: Tensor, labels: Tensor, factors: Tensor | None, gradi
     weights = losses if factors is None else factors  # a kernel that is told not to read them still wants a pointer
     strides = (*scores.stride(), labels.stride(0), weights.stride(0))
     with torch.cuda.device_of(scores):
-        _cross_entropy[(rows,)](
+        _cross_entropy[(rows,)](  # pyright: ignore[reportIndexIssue]
             scores, labels, weights, losses, *strides, classes, ignored,
             WEIGHTED=factors is not None, GRADIENT=gradient, BLOCK=block, **OPTIONS,
         )  # fmt: skip

@@ -40,7 +40,7 @@ def both_narrow(y: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     by_columns = uninitialised(y, (row_blocks, out, rank), torch.float32)
     strides = (*y.stride(), *B.stride(), *S.stride())
     with torch.cuda.device_of(y):
-        _both[row_blocks, spans](
+        _both[row_blocks, spans](  # pyright: ignore[reportIndexIssue]
             y, B, S, by_rows, by_columns, *strides, count, out, rank, span,
             ROWS=rows, COLUMNS=COLUMNS, WIDTH=width, **OPTIONS,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def compile_for(
 def main() -> None:
     """Every kernel, on small cards with what needs most memory."""
     for activation in ("silu", "none", "tanh"):
-        pointers = dict.fromkeys(("gate", "up", "x", "d_x", "d_gate", "d_up"), "*bf16")
+        pointers = {name: "*bf16" for name in ("gate", "up", "x", "d_x", "d_gate", "d_up")}
         constants = {"ACTIVATION": activation, "BLOCK": gate.BLOCK}
         compile_for(90, gate._product, pointers, constants, gate.OPTIONS)
         compile_for(90, gate._gradients, pointers, constants | {"PRODUCT": True}, gate.OPTIONS)

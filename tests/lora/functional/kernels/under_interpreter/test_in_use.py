@@ -60,9 +60,17 @@ def compare(function: Callable[..., Any], formula: Callable[..., Any], shapes: l
     assert max(errors) < LIMITS[dtype], errors
 
 
-@TYPES
-@pytest.mark.parametrize("halves", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "halves", "dtype"),
+    [
+        ("silu", False, torch.float32),
+        ("silu", False, torch.bfloat16),
+        ("silu", True, torch.float16),
+        ("gelu", False, torch.float16),
+        ("gelu", True, torch.float32),
+        ("tanh", True, torch.bfloat16),
+    ],
+)
 def test_a_gated_network(activation: str, halves: bool, dtype: torch.dtype, used: Counter[str]) -> None:
     widths = [2 * FF] if halves else [FF, FF]
     Ws = [torch.randn(width, WIDTH).to(dtype) for width in widths]
