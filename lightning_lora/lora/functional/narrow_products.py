@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_lora.lora.functional.kernels import chosen
+from lightning_lora.lora.functional.torch_internals import uninitialised
 
 # Columns below which MKL is slow; one full vector of float32 in AVX-512.
 _NARROW = 16
@@ -42,8 +43,8 @@ def narrow_gradients(y: Tensor, B: Tensor, inner: Tensor | None, needs_both: boo
         return times_narrow(y, B), None
     from lightning_lora.lora.functional.kernels.narrow import both_narrow
 
-    d_inner, d_B = both_narrow(y, B, inner)
-    return d_inner, d_B.to(B.dtype)
+    d_inner = uninitialised(y, inner.shape)
+    return d_inner, both_narrow(d_inner, y, B, inner, 1.0).to(B.dtype)
 
 
 def narrow_shape(out: int, rank: int) -> str:

@@ -21,13 +21,15 @@ OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 _PROGRAMS = 256
 
 
-def both_narrow(y: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """``y B``, ``(T, r)`` in the type of ``y``, and ``y^T S``, ``(out, r)`` in float32; sums are float32 throughout.
+def both_narrow(result: Tensor, y: Tensor, B: Tensor, S: Tensor, scale: float) -> Tensor:
+    """Write ``scale * y B`` to ``result`` and return ``y^T S``, ``(out, r)`` in float32; sums are float32 throughout.
 
     Args:
+        result: ``(T, r)``.
         y: ``(T, out)``.
         B: ``(out, r)``, of the type of ``y``, at most 128 columns.
         S: ``(T, r)``, of the type of ``y``.
+        scale: Factor of the first product.
     """
     (count, out), rank = y.shape, B.shape[1]
     width = max(16, triton.next_power_of_2(rank))
@@ -41,10 +43,11 @@ def both_narrow(y: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     strides = (*y.stride(), *B.stride(), *S.stride())
     with torch.cuda.device_of(y):
         _both[row_blocks, spans](  # pyright: ignore[reportIndexIssue]
-            y, B, S, by_rows, by_columns, *strides, count, out, rank, span,
+            y, B, S, by_rows, by_columns, *strides, count, out, rank, span, scale,
             ROWS=rows, COLUMNS=COLUMNS, WIDTH=width, **OPTIONS,
         )  # fmt: skip
-    return by_rows.sum(0).to(y.dtype), by_columns.sum(0)
+    result.copy_(by_rows.sum(0))
+    return by_columns.sum(0)
 
 
 def block_rows(width: int, element_size: int) -> int:
@@ -56,7 +59,7 @@ def block_rows(width: int, element_size: int) -> int:
 def _both(
     y, B, S, by_rows, by_columns,
     y_row, y_column, B_row, B_column, S_row, S_column,
-    count, out, rank, span,
+    count, out, rank, span, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -75,4 +78,4 @@ def _both(
         transposed = tl.dot(tl.trans(values), s, input_precision="ieee")
         place = by_columns + (block * out + column[:, None]) * rank + r[None, :]
         tl.store(place, transposed, mask=is_column[:, None] & is_r)
-    tl.store(by_rows + (part * count + row[:, None]) * rank + r[None, :], product, mask=is_row & is_r)
+    tl.store(by_rows + (part * count + row[:, None]) * rank + r[None, :], product * scale, mask=is_row & is_r)

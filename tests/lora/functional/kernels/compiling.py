@@ -34,7 +34,7 @@ def main() -> None:
         compile_for(90, gate._product, pointers, constants, gate.OPTIONS)
         compile_for(90, gate._gradients, pointers, constants | {"PRODUCT": True}, gate.OPTIONS)
     for capability, kind, size, width in ((90, "bf16", 2, 16), (90, "fp32", 4, 64), (86, "fp32", 4, 64)):
-        pointers = {**dict.fromkeys("yBS", f"*{kind}"), "by_rows": "*fp32", "by_columns": "*fp32"}
+        pointers = {**dict.fromkeys("yBS", f"*{kind}"), "by_rows": "*fp32", "by_columns": "*fp32", "scale": "fp32"}
         constants = {"ROWS": narrow.block_rows(width, size), "COLUMNS": narrow.COLUMNS, "WIDTH": width}
         compile_for(capability, narrow._both, pointers, constants, narrow.OPTIONS)
     pointers = {"scores": "*bf16", "labels": "*i64", "factors": "*fp32", "losses": "*fp32"}

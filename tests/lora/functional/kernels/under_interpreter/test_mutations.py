@@ -40,6 +40,7 @@ MUTATIONS = {
         ("(part * count + row", "(row"),
         ("tl.dot(values, b, product,", "tl.dot(values, b, product * 0,"),
         ("column[:, None] * B_row", "column[:, None] * S_row"),
+        ("product * scale", "product"),
         ("by_rows.sum(0)", "by_rows[0]"),
         ("by_columns.sum(0)", "by_columns[0]"),
     ],
