@@ -68,7 +68,10 @@ def kernel_choice(place: Place) -> dict[str, Any]:
         for case in cases(place):
             key, verdicts = choice.key(torch.empty(0, dtype=dtype), case.shape), {}
             for rows in case.rows:
-                verdicts[rows] = measure(place, case, rows, dtype)
+                try:
+                    verdicts[rows] = measure(place, case, rows, dtype)
+                except torch.OutOfMemoryError:
+                    verdicts[rows] = {"skipped": "out of memory", "won": False}
             place.found[f"{case.kernel}, {key}"] = verdicts
             if span := longest_run(case.rows, [v["won"] for v in verdicts.values()]):
                 won.setdefault(case.kernel, {})[key] = span
