@@ -43,6 +43,7 @@ from benchmarks.gpu.elsewhere import resumed, sharded
 from benchmarks.gpu.experts import experts
 from benchmarks.gpu.groups import gated, groups
 from benchmarks.gpu.head import head
+from benchmarks.gpu.kernel_choice import TABLE, kernel_choice
 from benchmarks.gpu.kernels import compiled, graphs, traced
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.planned import planned
@@ -83,6 +84,7 @@ PARTS: dict[str, tuple[Callable[[Place], dict[str, Any]], int]] = {
     "resumed": (resumed, 60),
     "step_1b_short": (step_1b_short, 30),
     "gated": (gated, 25),
+    "kernel_choice": (kernel_choice, 150),
     "sharded": (sharded, 40),
     "quantised": (quantised, 60),
     "compiled": (compiled, 100),
@@ -154,20 +156,20 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 
 def save(arguments: argparse.Namespace, lines: list[str]) -> None:
-    """The summary, and few files: an archive of the rest, and one trace."""
+    """The summary, and few files: an archive of the rest, one trace, and the table of kernels."""
     (arguments.out / "summary.md").write_text("\n".join(lines) + "\n")
     with tarfile.open(arguments.out / "results.tgz", "w:gz") as archive:
         for file in sorted(arguments.work.iterdir()):
             if file.suffix in (".json", ".log"):
                 archive.add(file, file.name)
-    trace = arguments.work / "trace.json.gz"
-    if trace.exists():
-        shutil.copy(trace, arguments.out)
+    for name in ("trace.json.gz", TABLE):
+        if (arguments.work / name).exists():
+            shutil.copy(arguments.work / name, arguments.out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for summary.md, results.tgz and trace.json.gz")
+    parser.add_argument("--out", type=Path, help="folder for summary.md, results.tgz, trace.json.gz and measured.json")
     parser.add_argument("--work", type=Path, help="folder for everything else (default: a temporary one)")
     parser.add_argument("--inner", choices=PARTS, help="run this part here and now")
     parser.add_argument("--seconds", type=float, default=520, help="time for all parts together (default: 520)")

@@ -21,6 +21,7 @@ LONGEST = (
     "test_resume.py",
     "test_demo.py",
     "test_noise_mutations.py",
+    "test_kernels.py",
 )
 """Files that take fifteen seconds and more."""
 

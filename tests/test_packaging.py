@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+KERNELS = "lora/functional/kernels/measured.json"
 
 
 @pytest.mark.slow
@@ -22,7 +23,13 @@ def test_the_wheel_holds_the_package_with_callbacks_and_assets_and_nothing_else(
     )
     (wheel,) = tmp_path.iterdir()
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("callbacks/guard.py", "assets/tiny-base/model.safetensors", "assets/gsm8k/LICENSE", "py.typed"):
+    for needed in (
+        "callbacks/guard.py",
+        "assets/tiny-base/model.safetensors",
+        "assets/gsm8k/LICENSE",
+        "py.typed",
+        KERNELS,
+    ):
         assert f"lightning_lora/{needed}" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lightning_lora"}
 

@@ -5,8 +5,7 @@ layer), `settings` (what all tasks can be told), `schedule` (the course of the l
 attention is computed), `running_mean` (sums of an evaluation), `loading` (config and weights), `quantised_loading`
 (in 4 or 8 bits), `placement` (on several devices), `end_of_turn` (where a model stops, and the tokenizer of a run),
 `untrained_tokens` (what LoRA cannot learn to write), `loss_at_head`, `head_loss` and `head_chunks` (the loss in place
-of the output layer), `supervision` (labels by the token before each), `attention_mask` (what transformers need not ask
-the device), `packing_check` (whether a model keeps packed examples apart), `variants` (the same module with another
+of the output layer), `supervision` (labels by the token before each), `variants` (the same module with another
 method), `rl` (preferences and reinforcement learning).
 """
 

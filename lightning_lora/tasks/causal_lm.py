@@ -20,13 +20,13 @@ from lightning_lora.batch_facts import FACTS
 from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.tasks.attention import choose_for_packing
-from lightning_lora.tasks.attention_mask import is_causal, known_packing
+from lightning_lora.tasks.attention.implementation import choose_for_packing
+from lightning_lora.tasks.attention.mask import is_causal, known_packing
+from lightning_lora.tasks.attention.packing_check import check_packing
 from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
 from lightning_lora.tasks.head_loss import HeadScores, head_loss, head_scores
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, is_compiled, plain_head
-from lightning_lora.tasks.packing_check import check_packing
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.tasks.supervision import facts_of, next_token_labels, next_token_weights, num_tokens, weighted
 from lightning_lora.tasks.untrained_tokens import Unlearnable, frozen_output, unlearnable_tokens

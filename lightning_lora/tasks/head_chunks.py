@@ -74,11 +74,16 @@ def supervised_rows(
     return parts, bias, labels, rows
 
 
+def chunk_rows(x: Tensor) -> int:
+    """Rows of all chunks but the last, for inputs ``(rows, dim)``."""
+    return min(len(x), CHUNK_ROWS)
+
+
 def logit_chunks(bias: Tensor | None, parts: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the rows and their logits, ``(up to CHUNK_ROWS, vocab)``, which the caller may overwrite."""
     x, weight, *update = parts
     # All chunks share one tensor: on a CPU, allocating memory of this size takes as long as filling it.
-    all_logits = uninitialised(x, (min(len(x), CHUNK_ROWS), len(weight)))
+    all_logits = uninitialised(x, (chunk_rows(x), len(weight)))
     for start in range(0, len(x), CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, len(x)))
         logits = all_logits[: rows.stop - start]

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.batch_facts import BatchFacts
+from lightning_lora.lora.functional.kernels import chosen
 from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
 from lightning_lora.tasks.head_chunks import (
     IGNORE_INDEX,
     add_gradients,
+    chunk_rows,
     empty_gradients,
     logit_chunks,
     plain_logits,
@@ -175,11 +177,38 @@ def _sum_and_gradients(
     """The summed loss and its gradients for bias and parts where ``needed``; weight gradients are at least float32."""
     total = torch.zeros((), dtype=wide_type(parts[0]), device=labels.device)
     gradients = empty_gradients(bias, parts, needed)
-    for chunk in _chunks(labels, bias, parts):
-        total += (chunk.losses if factors is None else chunk.losses * factors[chunk.rows]).sum()
-        if any(needed):
-            add_gradients(chunk.rows, _logit_grads(chunk, labels, factors), chunk.logits, parts, gradients)
+    x, weight, *_ = parts
+    has_kernel = chosen("cross_entropy", str(len(weight)), chunk_rows(x), *parts)
+    steps = (_steps_by_kernel if has_kernel else _steps)(labels, factors, bias, parts, any(needed))
+    for rows, losses, logit_grads, logits in steps:
+        total += losses.sum()
+        if logit_grads is not None:
+            add_gradients(rows, logit_grads, logits, parts, gradients)
     return total, gradients
+
+
+_Step = tuple[slice, Tensor, Tensor | None, Tensor]
+"""Rows of a chunk, their losses times their factors, the gradients of their logits if asked for, and their logits."""
+
+
+def _steps(
+    labels: Tensor, factors: Tensor | None, bias: Tensor | None, parts: list[Tensor], needs_gradients: bool
+) -> Iterator[_Step]:
+    for chunk in _chunks(labels, bias, parts):
+        losses = chunk.losses if factors is None else chunk.losses * factors[chunk.rows]
+        logit_grads = _logit_grads(chunk, labels, factors) if needs_gradients else None
+        yield chunk.rows, losses, logit_grads, chunk.logits
+
+
+def _steps_by_kernel(
+    labels: Tensor, factors: Tensor | None, bias: Tensor | None, parts: list[Tensor], needs_gradients: bool
+) -> Iterator[_Step]:
+    from lightning_lora.lora.functional.kernels.cross_entropy import cross_entropy_
+
+    for rows, logits in logit_chunks(bias, parts):
+        weights = None if factors is None else factors[rows]
+        losses = cross_entropy_(logits, labels[rows], weights, needs_gradients, IGNORE_INDEX)
+        yield rows, losses, logits if needs_gradients else None, logits
 
 
 def _logit_grads(chunk: _Chunk, labels: Tensor, factors: Tensor | None) -> Tensor:

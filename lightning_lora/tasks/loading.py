@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lightning_lora.errors import ConfigError, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
-from lightning_lora.tasks.attention import unusable_attention
+from lightning_lora.tasks.attention.implementation import unusable_attention
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel

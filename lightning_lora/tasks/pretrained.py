@@ -28,7 +28,7 @@ from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
-from lightning_lora.tasks.attention import DENSE, check_attention
+from lightning_lora.tasks.attention.implementation import DENSE, check_attention
 from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.tasks.packing_check import _rounding_unit, check_packing
+from lightning_lora.tasks.attention.packing_check import _rounding_unit, check_packing
 from tests.support import tiny_models
 from tests.support.packed import KEEPS_APART, MIXES
 

@@ -5,7 +5,8 @@ siblings), `linear_group` (its tensors and settings), `factor_copies` (its facto
 `linear_products` (its products and gradients), `narrow_products` (products with a thin side), `gated_input` (computing
 ``silu(gate) * up`` again), `seeded_dropout`, `expert_rows` (products of experts, grouped and looped), `experts` (their
 formulas) and `fused_experts`, `spectrum` (singular values of an update), `sketched_svd` (singular vectors of a
-gradient), `magnitude` (norms and magnitudes of DoRA), `torch_internals` (what torch has no public function for).
+gradient), `magnitude` (norms and magnitudes of DoRA), `kernels` (fewer passes over memory on a GPU), `torch_internals`
+(what torch has no public function for).
 """
 
 from lightning_lora.lora.functional.fused_linear import can_fuse, fused_lora_linears, product_type

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.lora.functional.factor_copies import Factors, group_factors
-from lightning_lora.lora.functional.gated_input import gated_input, recomputed, source_gradients
+from lightning_lora.lora.functional.gated_input import gated_input, gradients_and_input, recomputed
 from lightning_lora.lora.functional.linear_group import AdaptedWeight, GroupTensors, Settings
 from lightning_lora.lora.functional.linear_products import (
     differentiable_gradients,
@@ -162,13 +162,14 @@ class FusedLinears(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, None, *differentiable_gradients(group, settings, needs, d_ys)
         inner, sums = (None, products) if settings.merges else (products[0], ())
-        x, activated = recomputed(settings.activation, group.sources)
-        dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
-        d_inner = inner_gradient(factors, settings, d_ys)
-        d_As, d_Bs = factor_gradients(group, factors, settings, needs, dropped, inner, d_inner, d_ys)
+        d_inner, d_Bs = inner_gradient(factors, settings, needs, inner, d_ys)
         d_sources: Sequence[Tensor | None] = [None] * len(group.sources)
         if any(needs.sources):
             d_x = input_gradient(group, factors, settings, sums, d_inner, d_ys).view(ctx.shape)
-            d_sources = source_gradients(settings.activation, group.sources, d_x, activated)
+            d_sources, x = gradients_and_input(settings.activation, group.sources, d_x)
+        else:
+            x, _ = recomputed(settings.activation, group.sources)
+        dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
+        d_As, d_Bs = factor_gradients(group, factors, settings, needs, dropped, inner, d_inner, d_Bs, d_ys)
         frozen = [None] * n
         return None, None, *GroupTensors(frozen, frozen, d_As, d_Bs, d_sources).flat()

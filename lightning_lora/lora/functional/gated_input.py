@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.lora.functional.kernels import chosen
 from lightning_lora.lora.functional.torch_internals import saved_tensor_hooks, uninitialised
 
 
@@ -62,11 +63,15 @@ def recomputed(activation: str | None, sources: Sequence[Tensor | None]) -> tupl
     Args:
         activation: The activation of a `GatedInput`; None if the input was kept itself.
         sources: The sources of a `GatedInput`, or the input alone, which may be None; then there is no activation to
-            return.
+            return, as where a kernel computes the input.
     """
     if activation is None:
         return sources[0], None
     gate, up = _gate_and_up(sources)
+    if not torch.is_grad_enabled() and _has_kernel("gate_apart", activation, sources):
+        from lightning_lora.lora.functional.kernels.gate import gated_product
+
+        return gated_product(activation, gate, up), None
     activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=activation)
     return activated * up, activated
 
@@ -82,8 +87,10 @@ def source_gradients(
         d_x: Gradient of the input; overwritten.
         activated: The activation alone, from `recomputed`.
     """
-    if activation is None or activated is None:
+    if activation is None:
         return (d_x,)
+    if activated is None:
+        return _by_kernel(activation, sources, d_x, product=False)[0]
     gate, up = _gate_and_up(sources)
     gradients = tuple(uninitialised(source, source.shape) for source in sources)
     d_gate, d_up = _gate_and_up(gradients)
@@ -94,6 +101,45 @@ def source_gradients(
     else:
         torch.ops.aten.gelu_backward.grad_input(d_x, gate, approximate=activation, grad_input=d_gate)
     return gradients
+
+
+def gradients_and_input(
+    activation: str | None, sources: Sequence[Any], d_x: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """What `source_gradients` and `recomputed` return, without the activation; in one pass where a kernel is chosen.
+
+    Args:
+        activation: As in `recomputed`.
+        sources: As in `recomputed`.
+        d_x: Gradient of the input; overwritten.
+    """
+    if activation is not None and _has_kernel("gate", activation, sources):
+        return _by_kernel(activation, sources, d_x, product=True)
+    x, activated = recomputed(activation, sources)
+    return source_gradients(activation, sources, d_x, activated), x
+
+
+def _has_kernel(name: str, activation: str, sources: Sequence[Any]) -> bool:
+    """Whether a kernel is chosen for a gate."""
+    gate, _ = _gate_and_up(sources)
+    width = gate.shape[-1]
+    return chosen(name, gate_shape(activation, len(sources), width), gate.numel() // max(width, 1), *sources)
+
+
+def gate_shape(activation: str, num_sources: int, width: int) -> str:
+    """How the table of kernels calls a gate."""
+    return f"{activation}{' halves' if num_sources == 1 else ''} {width}"
+
+
+def _by_kernel(
+    activation: str, sources: Sequence[Tensor], d_x: Tensor, product: bool
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    from lightning_lora.lora.functional.kernels.gate import gated_gradients
+
+    gradients = tuple(uninitialised(source, source.shape) for source in sources)
+    gate, up = _gate_and_up(sources)
+    x = gated_gradients(activation, gate, up, d_x, _gate_and_up(gradients), product)
+    return gradients, x
 
 
 def _gate_and_up(sources: Sequence[Any]) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_lora.lora.functional.factor_copies import Factors
 from lightning_lora.lora.functional.gated_input import recomputed
 from lightning_lora.lora.functional.linear_group import GroupTensors, Settings
-from lightning_lora.lora.functional.narrow_products import fast_layout, scaled_product, transposed_products
+from lightning_lora.lora.functional.narrow_products import narrow_gradients, scaled_product, transposed_products
 from lightning_lora.lora.functional.seeded_dropout import drop
 from lightning_lora.lora.functional.torch_internals import uninitialised, whole
 
@@ -91,22 +91,29 @@ def merged_outputs(
     return [base_product(x, merged, b) for merged, b in zip(sums, group.biases, strict=True)], sums
 
 
-def inner_gradient(factors: Factors, settings: Settings, d_ys: Sequence[Tensor | None]) -> Tensor:
-    """Gradient of ``A x`` of all layers side by side, ``(T, R)``.
+def inner_gradient(
+    factors: Factors, settings: Settings, needs: GroupTensors, inner: Tensor | None, d_ys: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradient of ``A x`` of all layers side by side, ``(T, R)``, and of each ``B`` that comes with it, in float32.
 
     Args:
         factors: Factors of the group.
         settings: Settings of the group.
+        needs: Which gradients are needed.
+        inner: What `split_outputs` returned; None after `merged_outputs`.
         d_ys: ``(T, out)`` of each layer; None where nothing depends on its output, but not for every layer.
     """
     rows = next(d_y for d_y in d_ys if d_y is not None)
     d_inner = uninitialised(rows, (len(rows), len(factors.A)))
-    for part, d_y, B, scale in zip(_by_layer(d_inner, factors, 1), d_ys, factors.Bs, settings.scales, strict=True):
+    S = [None] * len(factors.Bs) if inner is None else _by_layer(inner, factors, 1)
+    d_Bs: list[Tensor | None] = [None] * len(factors.Bs)
+    for i, (part, d_y) in enumerate(zip(_by_layer(d_inner, factors, 1), d_ys, strict=True)):
         if d_y is None:
             part.zero_()
         else:
-            scaled_product(part, d_y, fast_layout(B), scale)
-    return d_inner
+            S_i = S[i] if needs.Bs[i] else None
+            d_Bs[i] = narrow_gradients(part, d_y, factors.Bs[i], S_i, settings.scales[i])
+    return d_inner, d_Bs
 
 
 def factor_gradients(
@@ -117,6 +124,7 @@ def factor_gradients(
     dropped: Tensor | None,
     inner: Tensor | None,
     d_inner: Tensor,
+    d_Bs: Sequence[Tensor | None],
     d_ys: Sequence[Tensor | None],
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     """Gradients of every ``A`` and every ``B``, in their types; None for those that need none.
@@ -129,28 +137,29 @@ def factor_gradients(
         dropped: ``drop(x)``, ``(T, in)``; None only where no ``A`` needs a gradient.
         inner: What `split_outputs` returned; None: computed here if a ``B`` needs a gradient.
         d_inner: What `inner_gradient` returned.
+        d_Bs: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     d_As: list[Tensor | None] = [None] * len(group.As)
-    d_Bs: list[Tensor | None] = [None] * len(group.Bs)
+    found = [None if d_B is None else d_B.to(B.dtype) for d_B, B in zip(d_Bs, group.Bs, strict=True)]
     pairs: list[tuple[Tensor, Tensor]] = []
     if any(needs.As):
         assert dropped is not None
         pairs.append((d_inner, dropped))
-    learning = {i: d_y for i, d_y in enumerate(d_ys) if needs.Bs[i] and d_y is not None}
-    if learning:
+    missing = {i: d_y for i, d_y in enumerate(d_ys) if needs.Bs[i] and d_y is not None and found[i] is None}
+    if missing:
         if inner is None:
             assert dropped is not None
             inner = scaled_inner(dropped, factors, settings)
         parts = _by_layer(inner, factors, 1)
-        pairs += [(d_y, parts[i]) for i, d_y in learning.items()]
+        pairs += [(d_y, parts[i]) for i, d_y in missing.items()]
     products = transposed_products(pairs, group.As[0].dtype) if pairs else []
     if any(needs.As):
         d_A, *products = products
         d_As = list(_by_layer(d_A, factors, 0))
-    for i, d_B in zip(learning, products, strict=True):
-        d_Bs[i] = d_B
-    return d_As, d_Bs
+    for i, d_B in zip(missing, products, strict=True):
+        found[i] = d_B
+    return d_As, found
 
 
 def input_gradient(

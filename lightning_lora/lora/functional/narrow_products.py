@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_lora.lora.functional.kernels import chosen
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
 # Columns below which MKL is slow; one full vector of float32 in AVX-512.
 _NARROW = 16
+# What a program of the kernel holds in registers grows with the rank.
+_MAX_KERNEL_RANK = 128
 
 
 def scaled_product(out: Tensor, x: Tensor, matrix: Tensor, scale: float) -> Tensor:
@@ -44,6 +47,30 @@ def transposed_products(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dty
         torch.mm(left.T, right, out=part.view(left.shape[1], -1))
     parts = memory.to(dtype).split(sizes)
     return [part.view(left.shape[1], -1) for part, (left, _) in zip(parts, pairs, strict=True)]
+
+
+def narrow_gradients(out: Tensor, y: Tensor, B: Tensor, S: Tensor | None, scale: float) -> Tensor | None:
+    """Write ``scale * y B`` to ``out``; return ``y^T S`` in float32 where a kernel computes both in one go, else None.
+
+    Args:
+        out: ``(T, r)``.
+        y: ``(T, num_out)``.
+        B: ``(num_out, r)``.
+        S: ``(T, r)``; None if it is not known, or the second product not needed.
+        scale: Factor of the first product.
+    """
+    num_out, rank = B.shape
+    if S is not None and rank <= _MAX_KERNEL_RANK and chosen("narrow", narrow_shape(num_out, rank), len(y), y, B, S):
+        from lightning_lora.lora.functional.kernels.narrow import both_narrow
+
+        return both_narrow(out, y, B, S, scale)
+    scaled_product(out, y, fast_layout(B), scale)
+    return None
+
+
+def narrow_shape(out: int, rank: int) -> str:
+    """How the table of kernels calls the two products."""
+    return f"{out} {rank}"
 
 
 def fast_layout(B: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from transformers import masking_utils
 from transformers.integrations import flex_attention as flex
 
 from lightning_lora.memory.step_trace import trace_step
-from lightning_lora.tasks import attention
-from lightning_lora.tasks.packing_check import check_packing
+from lightning_lora.tasks.attention import implementation as attention
+from lightning_lora.tasks.attention.packing_check import check_packing
 from tests.support import packed, tiny_models, toys
 from tests.tasks.conftest import fit, make, token_loader
 
