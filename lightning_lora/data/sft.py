@@ -46,7 +46,8 @@ class SFTDataModule(RowsDataModule):
     there is no loss. With ``packing``, training batches have ``position_ids`` instead of ``attention_mask``, which
     start at 0 with each example; `CausalLM` refuses models in which packed examples would see each other. Rows for
     validation, test and prediction are never packed. Batches have ``weights`` too, ``(rows, tokens)``, if any row of
-    the split has a ``weight`` other than 1.
+    the split has a ``weight`` other than 1. By their ``facts``, `BatchFacts` of the labels, `CausalLM` trains without
+    waiting for the device: leave them out where you change labels, or give ``**batch`` to a function that refuses them.
 
     Tokens are cached in ``HF_DATASETS_CACHE``. The order of the training rows depends on ``seed`` and the epoch only,
     not on the number of devices or on other random draws.
