@@ -73,7 +73,9 @@ def measured_bytes(case: Case) -> int:
     settings = case.settings | {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     trainer = Trainer(**settings, enable_progress_bar=False, enable_model_summary=False, callbacks=[_Mark()])
     batches: DataLoader[Any] = DataLoader(cast(Any, [batch] * 8), batch_size=None, collate_fn=_own)
-    # Prepare outside of the profile, as its first forward and backward do not see blocks from before.
+    # Prepare outside of the profile, as its first forward and backward do not see blocks from before; the precision of
+    # the trainer decides the type of the base.
+    module.trainer = trainer
     module.configure_model()
     gc.collect()  # what was freed in the profile, of a run before it, would count as freed by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

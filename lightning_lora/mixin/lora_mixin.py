@@ -164,6 +164,7 @@ class LoRAMixin(LightningModule):
         if lora_layers(root):
             for note in adopt_copies(self):
                 rank_zero_info(f"lora: {note}")
+            self._hold_base(root)
             return
         copies = {} if root is self else frozen_copies(self)
         # Before the injection, which records those inside ``root``.
@@ -173,9 +174,7 @@ class LoRAMixin(LightningModule):
         report = inject_below(self, self.lora_root, root, self._lora_made_with[0])
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._record_base()
-        dtype = autocast_dtype(self._trainer) if self.lora_autocast_base else None
-        if dtype is not None and hold_base(root, dtype, self._keeps_float32):
-            self._lora_held = dtype
+        self._hold_base(root)
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -246,6 +245,12 @@ class LoRAMixin(LightningModule):
         if self._lora_base is None and not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
             self._record_base()
         return self._lora_base
+
+    def _hold_base(self, root: nn.Module) -> None:
+        dtype = autocast_dtype(self._trainer) if self.lora_autocast_base and self._lora_held is None else None
+        is_merged = any(layer.lora_merged for layer in lora_layers(root).values())
+        if dtype is not None and not is_merged and hold_base(root, dtype, self._keeps_float32):
+            self._lora_held = dtype
 
     def _record_base(self) -> None:
         root = self._lora_module()

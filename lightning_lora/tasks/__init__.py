@@ -1,12 +1,11 @@
 """LightningModules that are ready to run.
 
 Read in this order: `pretrained` (what all tasks share), `causal_lm`, `sequence_classifier`, `new_head` (a new output
-layer), `settings` (what all tasks can be told), `schedule` (the course of the learning rate), `attention` (how
-attention is computed), `running_mean` (sums of an evaluation), `loading` (config and weights), `quantised_loading`
-(in 4 or 8 bits), `placement` (on several devices), `end_of_turn` (where a model stops, and the tokenizer of a run),
-`untrained_tokens` (what LoRA cannot learn to write), `loss_at_head`, `head_loss` and `head_chunks` (the loss in place
-of the output layer), `supervision` (labels by the token before each), `variants` (the same module with another
-method), `rl` (preferences and reinforcement learning).
+layer), `optimizer`, `attention` (how attention is computed), `running_mean` (sums of an evaluation), `loading`
+(config and weights), `quantised_loading` (in 4 or 8 bits), `placement` (on several devices), `end_of_turn` (where a
+model stops, and the tokenizer of a run), `untrained_tokens` (what LoRA cannot learn to write), `loss_at_head`,
+`head_loss` and `head_chunks` (the loss in place of the output layer), `supervision` (labels by the token before each),
+`variants` (the same module with another method), `rl` (preferences and reinforcement learning).
 """
 
 from lightning_lora.tasks.causal_lm import CausalLM

@@ -51,10 +51,8 @@ class CausalLM(PretrainedTask):
     Packed batches (``packing`` of `SFTDataModule`) have ``position_ids`` instead of ``attention_mask``, which start at
     0 with each example. Before the first packed batch of a run, `check_packing` verifies that the model keeps the
     examples apart, and refuses a model that does not. The first token of an example is never predicted from the
-    example before it. `choose_for_packing` says which implementation of attention packed rows get.
-
-    Batches of our data modules bring `BatchFacts` too, and no step then waits for the device; without ``facts`` a step
-    does so four times, with the same result.
+    example before it. `choose_for_packing` says which implementation of attention packed rows get. Batches of our data
+    modules bring `BatchFacts` too, and no step then waits for the device; without, it does four times.
 
     If the model returns the output of a plain linear layer as its logits, the loss is computed in place of that layer
     (`lightning_lora.tasks.head_loss`), so that unsupervised tokens cost no product with it and logits are never held.

@@ -10,13 +10,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import ConfigError, did_you_mean, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.tasks.attention.implementation import unusable_attention
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
+
+BASE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(name: str | None) -> None:
+    """Raise `ConfigError` if a type of base weights is neither None nor one of `BASE_DTYPES`."""
+    if name not in (None, *BASE_DTYPES):
+        hint = did_you_mean(str(name), BASE_DTYPES)
+        raise ConfigError(f"dtype must be one of {', '.join(BASE_DTYPES)}, got {name!r}{hint}")
 
 
 def read_config(name: str, **overrides: Any) -> PreTrainedConfig:

@@ -29,7 +29,8 @@ from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.precision import bitsandbytes_plugin
 from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.tasks.attention.implementation import DENSE, check_attention
-from lightning_lora.tasks.loading import context_length, head_names, load_model, read_config
+from lightning_lora.tasks.loading import check_dtype, context_length, head_names, load_model, read_config
+from lightning_lora.tasks.optimizer import adamw, check_optimizer, with_schedule
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import (
     check_quantization,
@@ -38,8 +39,6 @@ from lightning_lora.tasks.quantised_loading import (
     quantise_without_values,
 )
 from lightning_lora.tasks.running_mean import RunningMean
-from lightning_lora.tasks.schedule import with_schedule
-from lightning_lora.tasks.settings import check_settings
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
@@ -106,7 +105,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             TargetNotFoundError: If a LoRA pattern matches nothing in this model.
         """
         super().__init__(lora=lora, lora_root="model")
-        check_settings(learning_rate, weight_decay, warmup_steps, schedule, dtype)
+        check_optimizer(learning_rate, weight_decay, warmup_steps, schedule)
+        check_dtype(dtype)
         check_attention(attn_implementation)
         self.save_hyperparameters()
         self.activation_checkpointing = activation_checkpointing
@@ -174,14 +174,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     @override
     def configure_optimizers(self) -> Any:
         """Make AdamW with the parameter groups of the learning-rate rule, and the schedule."""
-        optimizer = torch.optim.AdamW(
-            self.lora_parameter_groups(self.learning_rate),
-            lr=self.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=self.weight_decay,
-            # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
-            fused=self.trainer.precision != "16-mixed",
-        )
+        groups = self.lora_parameter_groups(self.learning_rate)
+        optimizer = adamw(groups, self.learning_rate, self.weight_decay, self.trainer)
         return with_schedule(optimizer, self.schedule, self.warmup_steps, self.trainer)
 
     @override

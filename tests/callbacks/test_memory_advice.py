@@ -104,7 +104,7 @@ def test_a_model_of_transformers_in_a_module_of_ones_own_is_told_of_the_method_i
     class Own(Toy):
         def __init__(self) -> None:
             super().__init__()
-            self.llama = tiny_models.llama()
+            self.llama = tiny_models.llama().train()
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             allocate_too_much()

@@ -107,7 +107,7 @@ def test_every_precision_is_traced(precision: Any, llama: str) -> None:
     module = CausalLM(llama, lora={"rank": 2})
     memory = trace_step(module, BATCH, precision=precision).memory
     plain = trace_step(module, BATCH).memory
-    factor = {"bf16-true": 0.5, "64-true": 2.0}.get(precision, 1.0)
+    factor = 2.0 if precision == "64-true" else 0.5
     assert memory.weights == pytest.approx(factor * plain.weights, rel=0.02)
 
 

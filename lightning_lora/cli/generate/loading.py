@@ -22,9 +22,8 @@ from lightning_lora.files.json_object import read_json
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint, written_by
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.tasks import DPO, CausalLM, PolicyGradient
-from lightning_lora.tasks.loading import load_model, read_config
+from lightning_lora.tasks.loading import BASE_DTYPES, load_model, read_config
 from lightning_lora.tasks.pretrained import PretrainedTask
-from lightning_lora.tasks.settings import BASE_DTYPES
 
 from .source import Source
 

@@ -105,6 +105,7 @@ TASKS: dict[str, Any] = {
     "toy-lora-bf16": lambda folder: Toy(ADAPTERS),
     # At ten times this rate the run is chaotic: rounding grows a thousandfold in a few steps.
     "llm-lora": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2)),
+    "llm-lora-bf16": lambda folder: LM(str(folder / "llama"), 1e-4, lora=LoRAConfig(rank=2, trainable=["model.norm"])),
     "llm-full": lambda folder: LM(str(folder / "llama"), 1e-3),
 }
 STARTS: dict[str, Any] = {

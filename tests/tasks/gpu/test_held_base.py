@@ -126,6 +126,18 @@ def test_what_is_frozen_is_held_and_what_is_trained_stays_float32(
     )
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_module_that_was_built_before_is_held_too_unless_it_is_merged(
+    merged: bool, llama_folder: Path, tmp_path: Path
+) -> None:
+    module = make(llama_folder)
+    module.configure_model()
+    if merged:
+        module.merge_lora()
+    toys.trainer(tmp_path, precision="bf16-mixed").validate(module, token_loader(), verbose=False)
+    assert types(frozen(module)) == {torch.float32 if merged else BF16}
+
+
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"lora": None}])
 def test_float32_stays_where_it_is_asked_for_and_in_full_fine_tuning(
     options: dict[str, Any], llama_folder: Path, tmp_path: Path, caplog: Any

@@ -1,17 +1,49 @@
-"""The course of the learning rate over a run."""
+"""The optimizer of a task, and the course of its learning rate."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.mixin.optim import check_learning_rate
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+def check_optimizer(learning_rate: Any, weight_decay: Any, warmup_steps: Any, schedule: Any) -> None:
+    """Refuse values of the settings of `PretrainedTask` that are about its optimizer.
+
+    Raises:
+        ConfigError: If one is of another type, out of range or unknown.
+    """
+    check_learning_rate(learning_rate)
+    if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
+        raise ConfigError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
+        raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
+    if schedule not in SCHEDULES:
+        hint = did_you_mean(str(schedule), SCHEDULES)
+        raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{hint}")
+
+
+def adamw(groups: list[dict[str, Any]], learning_rate: float, weight_decay: float, trainer: Trainer) -> Optimizer:
+    """AdamW for the parameter groups of the learning-rate rule, fused where Lightning can clip its gradients.
+
+    Args:
+        groups: The parameter groups.
+        learning_rate: The rate of full fine-tuning.
+        weight_decay: Of groups that set none.
+        trainer: The Trainer, which tells the precision.
+    """
+    # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
+    fused = trainer.precision != "16-mixed"
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
 
 
 def with_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, trainer: Trainer) -> Any:
