@@ -128,4 +128,5 @@ def test_many_rows_an_expert_are_looped_on_a_cpu_and_grouped_elsewhere() -> None
     for num_rows, on_cpu in ((limit, GroupedRows), (limit + 1, LoopedRows)):
         x, ends = numbers(num_rows, IN, dtype=torch.float32), torch.tensor([num_rows, num_rows], dtype=torch.int32)
         assert type(rows_by_expert(x, weights, ends)) is on_cpu
-        assert type(rows_by_expert(x.to("meta"), weights.to("meta"), ends)) is GroupedRows
+        elsewhere = (tensor.to("meta") for tensor in (x, weights, ends))
+        assert type(rows_by_expert(*elsewhere)) is GroupedRows

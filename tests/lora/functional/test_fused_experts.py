@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.lora.functional import AdaptedWeight
-from lightning_lora.lora.functional.expert_rows import GroupedRows, LoopedRows
+from lightning_lora.lora.functional.expert_rows import GroupedRows, LoopedRows, rows_by_expert
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.lora.functional.gated_input import gated_input
@@ -172,3 +172,15 @@ def test_grouped_products_compute_only_the_gradients_asked_for(learning: tuple[b
     x, A, B = (leaf.requires_grad_(learns) for leaf, learns in zip(leaves, learning, strict=True))
     grouped(x, numbers(E, WIDE_OUT, IN).float(), A, B).sum().backward()
     assert tuple(leaf.grad is not None for leaf in (x, A, B)) == learning
+
+
+def test_grouped_products_read_no_number() -> None:
+    """Tensors without values have none to read; torch's rule for their grouped products knows bfloat16."""
+    x = torch.empty(ROWS, IN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    W = torch.empty(E, WIDE_OUT, IN, dtype=torch.bfloat16, device="meta")
+    A = torch.empty(E, R, IN, device="meta", requires_grad=True)
+    B = torch.empty(E, WIDE_OUT, R, device="meta", requires_grad=True)
+    rows = rows_by_expert(x, W, ENDS.to("meta"))
+    y = fused_expert_linear(x, AdaptedWeight(W, None, A, B, SCALE), rows)
+    gradients = torch.autograd.grad(y, (x, A, B), torch.empty_like(y))
+    assert [gradient.shape for gradient in gradients] == [x.shape, A.shape, B.shape]

@@ -29,7 +29,9 @@ pytestmark = [
 
 @pytest.fixture
 def grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are grouped, and nobody reads the rows of each."""
     monkeypatch.setattr(expert_rows, "grouping_pays", lambda x, weights: True)
+    monkeypatch.delattr(expert_rows, "counts_of")
 
 
 class Operators(TorchDispatchMode):
