@@ -166,4 +166,4 @@ def assert_same_training(found: Recorded, expected: Recorded) -> None:
     for name, gradient in theirs.items():
         assert gradient.any(), name
         # Gradients of a few dozen numbers; float32 sums in another order differ a little more than losses do.
-        assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
