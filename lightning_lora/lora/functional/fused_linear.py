@@ -139,6 +139,7 @@ class FusedLinears(torch.autograd.Function):
         dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
         d_inner = inner_gradient(group, d_ys)
         d_As, d_Bs = factor_gradients(group, settings, needs, dropped, inner, d_inner, d_ys)
+        del x, dropped  # the gradient of the input, which is as large, takes their place
         d_sources: Sequence[Tensor | None] = [None] * len(group.sources)
         if any(needs.sources):
             d_x = input_gradient(group, settings, sums, d_inner, d_ys).view(ctx.shape)

@@ -80,13 +80,17 @@ def source_gradients(
         activation: The activation that `recomputed` was given.
         sources: The sources that `recomputed` was given.
         d_x: Gradient of the input; overwritten.
-        activated: The activation alone, from `recomputed`.
+        activated: The activation alone, from `recomputed`; overwritten.
     """
     if activation is None or activated is None:
         return (d_x,)
     gate, up = _gate_and_up(sources)
-    gradients = tuple(uninitialised(source, source.shape) for source in sources)
-    d_gate, d_up = _gate_and_up(gradients)
+    if len(sources) == 2:
+        # In place: these are the largest tensors of a backward pass, which holds the most memory here.
+        d_gate, d_up = gradients = d_x, activated
+    else:
+        gradients = (uninitialised(sources[0], sources[0].shape),)
+        d_gate, d_up = _gate_and_up(gradients)
     torch.mul(d_x, activated, out=d_up)
     torch.mul(d_x, up, out=d_x)
     if activation == "silu":
