@@ -1,10 +1,10 @@
 """Advantages, losses and divergences, and their gradients, are those of verl's own functions.
 
 Tested with verl 0.9.1: in float64 all agree to 1e-12, but means over rows and whitened advantages, to whose
-denominators verl adds 1e-8. Three differences are meant. verl always bounds the ratio of negative advantages (dual clip,
-3). Its means over rows leave out rows without a token; ours count them, as TRL does, so that a row that is masked does
-not make the others weigh more. Its GSPO differentiates each token by itself: the gradient is the same unless tokens of a
-row have different weights, where ours and TRL's is that of the row's ratio.
+denominators verl adds 1e-8. Three differences are meant. verl always bounds the ratio of negative advantages (dual
+clip, 3). Its means over rows leave out rows without a token; ours count them, as TRL does, so that a row that is masked
+does not make the others weigh more. Its GSPO differentiates each token by itself: the gradient is the same unless
+tokens of a row have different weights, where ours and TRL's is that of the row's ratio.
 """
 
 from __future__ import annotations
