@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,7 @@ def _peak_on_cpu(adapt: Callable[[], Trainee], batch: Batch) -> tuple[Trainee, i
 
 def peak_on_cpu(step: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
     """Bytes that ``step`` held at its peak, with what ``prepare`` has left, temporaries inside operators included."""
+    gc.collect()  # blocks of earlier measures that were freed within this one would be taken off
     # The allocator reports to the profiler. Blocks from before are not counted.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         prepare()

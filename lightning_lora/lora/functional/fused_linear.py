@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from lightning_lora.lora.functional.factor_copies import Factors, group_factors
-from lightning_lora.lora.functional.gated_input import gated_input, gradients_and_input, recomputed
+from lightning_lora.lora.functional.gated_input import (
+    gated_input,
+    gradients_and_input,
+    is_one_pass,
+    recomputed,
+    source_gradients,
+)
 from lightning_lora.lora.functional.linear_group import AdaptedWeight, GroupTensors, Settings
 from lightning_lora.lora.functional.linear_products import (
     differentiable_gradients,
@@ -163,13 +169,22 @@ class FusedLinears(torch.autograd.Function):
             return None, None, *differentiable_gradients(group, settings, needs, d_ys)
         inner, sums = (None, products) if settings.merges else (products[0], ())
         d_inner, d_Bs = inner_gradient(factors, settings, needs, inner, d_ys)
+
+        def of_factors(x: Tensor | None) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+            dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
+            return factor_gradients(group, factors, settings, needs, dropped, inner, d_inner, d_Bs, d_ys)
+
         d_sources: Sequence[Tensor | None] = [None] * len(group.sources)
-        if any(needs.sources):
+        if any(needs.sources) and is_one_pass(settings.activation, group.sources):
             d_x = input_gradient(group, factors, settings, sums, d_inner, d_ys).view(ctx.shape)
             d_sources, x = gradients_and_input(settings.activation, group.sources, d_x)
+            d_As, d_Bs = of_factors(x)
         else:
-            x, _ = recomputed(settings.activation, group.sources)
-        dropped = None if x is None else drop(x.reshape(-1, x.shape[-1]), settings.dropout, settings.seed)
-        d_As, d_Bs = factor_gradients(group, factors, settings, needs, dropped, inner, d_inner, d_Bs, d_ys)
+            x, activated = recomputed(settings.activation, group.sources)
+            d_As, d_Bs = of_factors(x)
+            del x  # the gradient of the input, which is as large, takes its place
+            if any(needs.sources):
+                d_x = input_gradient(group, factors, settings, sums, d_inner, d_ys).view(ctx.shape)
+                d_sources = source_gradients(settings.activation, group.sources, d_x, activated)
         frozen = [None] * n
         return None, None, *GroupTensors(frozen, frozen, d_As, d_Bs, d_sources).flat()

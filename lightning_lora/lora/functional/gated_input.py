@@ -85,15 +85,19 @@ def source_gradients(
         activation: The activation that `recomputed` was given.
         sources: The sources that `recomputed` was given.
         d_x: Gradient of the input; overwritten.
-        activated: The activation alone, from `recomputed`.
+        activated: The activation alone, from `recomputed`; overwritten.
     """
     if activation is None:
         return (d_x,)
     if activated is None:
         return _by_kernel(activation, sources, d_x, product=False)[0]
     gate, up = _gate_and_up(sources)
-    gradients = tuple(uninitialised(source, source.shape) for source in sources)
-    d_gate, d_up = _gate_and_up(gradients)
+    if len(sources) == 2:
+        # In place: these are the largest tensors of a backward pass, which holds the most memory here.
+        d_gate, d_up = gradients = d_x, activated
+    else:
+        gradients = (uninitialised(sources[0], sources[0].shape),)
+        d_gate, d_up = _gate_and_up(gradients)
     torch.mul(d_x, activated, out=d_up)
     torch.mul(d_x, up, out=d_x)
     if activation == "silu":
@@ -113,10 +117,15 @@ def gradients_and_input(
         sources: As in `recomputed`.
         d_x: Gradient of the input; overwritten.
     """
-    if activation is not None and _has_kernel("gate", activation, sources):
+    if activation is not None and is_one_pass(activation, sources):
         return _by_kernel(activation, sources, d_x, product=True)
     x, activated = recomputed(activation, sources)
     return source_gradients(activation, sources, d_x, activated), x
+
+
+def is_one_pass(activation: str | None, sources: Sequence[Any]) -> bool:
+    """Whether a kernel is chosen for `gradients_and_input`."""
+    return activation is not None and _has_kernel("gate", activation, sources)
 
 
 def _has_kernel(name: str, activation: str, sources: Sequence[Any]) -> bool:

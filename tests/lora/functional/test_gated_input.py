@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.memory import peak_on_cpu
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
 from lightning_lora.lora.functional.gated_input import gated_input
 
@@ -188,3 +189,15 @@ def test_hooks_on_saved_tensors_see_the_input() -> None:
     gate, up = leaves((T, FF), (T, FF))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         assert gated_input(F.silu(gate) * up) is None
+
+
+def test_backward_holds_two_tensors_of_the_width_at_once() -> None:
+    """It is where a training step of a transformer holds the most."""
+    tokens, width = 64, 1024
+    gate, up = (torch.randn(tokens, width, requires_grad=True) for _ in range(2))
+    W, A, B = torch.randn(8, width), torch.randn(2, width, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    y = fused(F.silu(gate) * up, W, A, B, 1.0)
+    inputs = [A, B, gate, up]
+    peak = peak_on_cpu(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y)))
+    of_width = 4 * tokens * width
+    assert 2 * of_width < peak < 2.5 * of_width

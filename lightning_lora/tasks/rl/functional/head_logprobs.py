@@ -122,16 +122,23 @@ def _forward(ids: Tensor, temperature: float, bias: Tensor | None, parts: list[T
     dtype = wide_type(parts[0])
     logprobs, entropy, log_sums = (uninitialised(parts[0], ids.shape, dtype) for _ in range(3))
     for rows, logits in logit_chunks(bias, parts):
-        scaled = _scaled(logits, temperature)
-        largest = scaled.amax(-1, keepdim=True)
-        scaled -= largest
-        exponentials = scaled.exp()
-        sums = exponentials.sum(-1)
-        logprobs[rows] = scaled.gather(-1, ids[rows, None]).squeeze(-1) - sums.log()
-        # As a product of matrices, this sum needs no further tensor of the chunk's size.
-        entropy[rows] = sums.log() - (exponentials[:, None] @ scaled[..., None]).flatten() / sums
-        log_sums[rows] = largest.squeeze(-1) + sums.log()
+        logprobs[rows], entropy[rows], log_sums[rows] = _of_chunk(_scaled(logits, temperature), ids[rows])
     return logprobs, entropy, log_sums
+
+
+def _of_chunk(scaled: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """The same for the rows of a chunk, from its logits, which are overwritten.
+
+    What it allocates is gone before the next chunk needs as much.
+    """
+    largest = scaled.amax(-1, keepdim=True)
+    scaled -= largest
+    exponentials = scaled.exp()
+    sums = exponentials.sum(-1)
+    log_sums = sums.log()
+    # As a product of matrices, this sum needs no further tensor of the chunk's size.
+    entropy = log_sums - (exponentials[:, None] @ scaled[..., None]).flatten() / sums
+    return scaled.gather(-1, ids[:, None]).squeeze(-1) - log_sums, entropy, largest.squeeze(-1) + log_sums
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -162,10 +169,12 @@ class _HeadLogprobs(torch.autograd.Function):
         ids, entropy, log_sums, bias, *parts = ctx.saved_tensors
         gradients = empty_gradients(bias, parts, list(ctx.needs_input_grad[2:]))
         for rows, logits in logit_chunks(bias, parts):
-            logprobs = _scaled(logits, ctx.temperature).sub_(log_sums[rows, None])
             g, h = (None if values is None else values[rows, None] for values in by_output)
-            logit_grads = _logit_grads(logprobs, ids[rows, None], g, h, entropy[rows, None]).div_(ctx.temperature)
-            add_gradients(rows, logit_grads, logits, parts, gradients)
+            logit_grads = _logit_grads(
+                _scaled(logits, ctx.temperature).sub_(log_sums[rows, None]), ids[rows, None], g, h, entropy[rows, None]
+            )
+            add_gradients(rows, logit_grads.div_(ctx.temperature), logits, parts, gradients)
+            del logit_grads  # before the next chunk needs as much
         dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, *parts)]
         return None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.evaluation_mode import in_eval_mode
+from lightning_lora.lora.shards import is_dtensor, reshard
 from lightning_lora.tasks.end_of_turn import end_ids, stopping_ids
 from lightning_lora.tasks.loading import context_length
 
@@ -26,15 +28,25 @@ class InProcessSampler:
 
     Dropout is off while it draws, and every layer is put back into its own mode afterwards. Under FSDP all processes
     must call it together, with at least one prompt each; their prompts and completions may differ in number and length.
+    Under FSDP2 the outermost module is left as ``fully_shard`` leaves it by default: it alone keeps its weights after
+    a forward pass.
 
     Args:
         tokenizer: Finds the tokens that end an answer, and stop texts. None: the model's ``generation_config`` alone
             says where a completion ends.
         stop_ids: Further tokens that end a completion.
+        gather_once: Whether FSDP2 gathers the weights once for all tokens, so that every process holds the whole model
+            while it draws, without the optimizer's state. Otherwise it gathers each layer anew for each token, which is
+            far slower, for a model that fits into no device.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, stop_ids: Sequence[int] = ()) -> None:
-        self.tokenizer, self.stop_ids = tokenizer, tuple(stop_ids)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stop_ids: Sequence[int] = (),
+        gather_once: bool = True,
+    ) -> None:
+        self.tokenizer, self.stop_ids, self.gather_once = tokenizer, tuple(stop_ids), gather_once
         self._model: nn.Module | None = None
         self._version = 0
 
@@ -62,8 +74,8 @@ class InProcessSampler:
         ends = [] if self.tokenizer is None else [self.tokenizer.eos_token_id, *end_ids(self.tokenizer)]
         stops = [token for token in dict.fromkeys([*found, *ends]) if isinstance(token, int)]
         texts = StopTexts(self.tokenizer, settings.stop) if settings.stop and self.tokenizer else None
-        in_step = _is_sharded(model)
-        with in_eval_mode(model):
+        is_kept = self.gather_once and _can_keep_weights(model)
+        with in_eval_mode(model), _weights_kept(model) if is_kept else nullcontext():
             samples = decode(
                 model,
                 prompts,
@@ -73,7 +85,7 @@ class InProcessSampler:
                 stops,
                 limit=limit,
                 stop_texts=texts,
-                in_step=in_step,
+                in_step=_is_sharded(model) and not is_kept,
             )
         return dataclasses.replace(samples, version=self._version)
 
@@ -95,3 +107,22 @@ def _is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass gathers weights of other processes."""
     kinds = (FSDPModule, FullyShardedDataParallel)
     return dist.is_initialized() and any(isinstance(module, kinds) for module in model.modules())
+
+
+def _can_keep_weights(model: nn.Module) -> bool:
+    """Whether FSDP2 alone shards the model: then a forward pass needs no other process once it has all weights."""
+    shards = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
+    return isinstance(model, FSDPModule) and all(shard.device_mesh.ndim == 1 for shard in shards)
+
+
+@contextmanager
+def _weights_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block FSDP2 keeps the weights that it gathers for the first forward pass."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True)
+        model.set_reshard_after_forward(False, recurse=False)
+        reshard(model)

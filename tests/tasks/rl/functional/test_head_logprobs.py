@@ -168,3 +168,18 @@ def test_the_example_runs() -> None:
     failed, tried = doctest.testmod(importlib.import_module("lightning_lora.tasks.rl.functional.head_logprobs"))
     assert tried
     assert not failed
+
+
+@pytest.mark.parametrize(("dtype", "chunks"), [(torch.float32, 2), (torch.bfloat16, 2.5)])
+def test_what_a_chunk_needs_is_gone_before_the_next(
+    dtype: torch.dtype, chunks: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and their exponentials in float32; logits in bfloat16 are half as large, and come on top."""
+    monkeypatch.setattr(head_chunks, "CHUNK_ROWS", rows := 64)
+    hidden, weight = torch.randn(3 * rows, 8).to(dtype).requires_grad_(), torch.randn(1000, 8).to(dtype)
+    ids = torch.zeros(len(hidden), dtype=torch.long)
+    most = (chunks + 0.2) * 4 * rows * len(weight)
+    assert peak_on_cpu(lambda: head_logprobs(hidden, weight, ids)) < most
+    found = head_logprobs(hidden, weight, ids)
+    loss = found.logprobs.sum() + found.entropy.sum()
+    assert peak_on_cpu(loss.backward) < most
