@@ -5,7 +5,7 @@ layer), `running_mean` (sums of an evaluation), `loading` (config and weights), 
 `placement` (on several devices), `end_of_turn` (where a model stops, and the tokenizer of a run), `untrained_tokens`
 (what LoRA cannot learn to write), `loss_at_head`, `head_loss` and `head_chunks` (the loss in place of the output
 layer), `packing_check` (whether a model keeps packed examples apart), `variants` (the same module with another method),
-`rl` (preferences and reinforcement learning).
+`by_name` (the task that a checkpoint names), `rl` (preferences and reinforcement learning).
 """
 
 from lightning_lora.tasks.causal_lm import CausalLM

@@ -61,6 +61,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """The transformers class that loads the model, such as ``AutoModelForCausalLM``."""
     new_head: ClassVar[bool] = False
     """Whether the output layer belongs to this task and may be missing from the pretrained weights."""
+    # Arguments that are no hyperparameters: a checkpoint holds plain types only.
+    _unsaved: ClassVar[tuple[str, ...]] = ()
     # The tokenizer of the latest run; None: the model's own, as it is.
     _trained_tokenizer: Any = None
     # Given the function that loads the weights, returns the model: arms side by side load one base. None: it is called.
@@ -106,7 +108,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         _check_choice("schedule", schedule, SCHEDULES)
         if dtype is not None:
             _check_choice("dtype", dtype, BASE_DTYPES)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=self._unsaved)
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

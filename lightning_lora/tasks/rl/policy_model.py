@@ -76,7 +76,8 @@ class PolicyModel(Policy):
         """Refuse to train low-precision weights in full: no comparison with adapters would be fair."""
         super()._model_is_whole()
         narrow = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.element_size() < 4}
-        if self.lora is None and narrow:
+        is_trained = self._trainer is not None and self._trainer.state.fn == "fit"
+        if is_trained and self.lora is None and narrow:
             raise ConfigError(
                 f"the weights are {', '.join(sorted(narrow))} and lora=None trains them all: the small updates of RL "
                 "round to nothing there. Set dtype='float32' and precision '32-true' or 'bf16-mixed', or give lora."
