@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,9 @@ class DPO(Policy):
     References:
         Rafailov et al., 2023, https://arxiv.org/abs/2305.18290.
     """
+
+    rows_per_sample: ClassVar[int] = 2
+    """Rows of a batch that belong to one independent sample: both answers of a pair."""
 
     def __init__(
         self,
