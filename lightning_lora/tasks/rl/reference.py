@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lora.errors import ConfigError, DataError, did_you_mean
 from lightning_lora.lora.adapter import disable_lora, lora_state_dict
+from lightning_lora.lora.growth import leading
 from lightning_lora.lora.layers.adapted import lora_layers
 
 KINDS = ("adapter_off", "frozen", "precomputed")
@@ -138,6 +139,10 @@ def _changes_nothing(model: nn.Module) -> bool:
 def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         parameter: Any = parameters[name]
+        if parameter.shape != value.shape:
+            # Its rank has grown since, at the same scale: with zeros in the new part, the update is the one before.
+            parameter.zero_()
+            parameter = leading(parameter, value)
         if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
             value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         parameter.copy_(value)
