@@ -15,6 +15,7 @@ from lightning_lora.errors import ConfigError, DataError, did_you_mean
 from lightning_lora.lora.adapter import disable_lora, lora_state_dict
 from lightning_lora.lora.growth import leading
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.shards import reshard
 
 KINDS = ("adapter_off", "frozen", "precomputed")
 _STATE = "lightning_lora_reference"
@@ -58,6 +59,7 @@ class Reference:
         if self.kind is None:
             self.kind = "adapter_off" if _changes_nothing(model) else "frozen"
         if self.kind == "frozen":
+            reshard(model)
             self._frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self._is_fixed = True
 
@@ -73,12 +75,15 @@ class Reference:
                 with disable_lora(model):
                     yield
                 return
+            # FSDP2 leaves the outermost parameters gathered after a pass without gradients, and would compute with those.
+            reshard(model)
             parameters = dict(model.named_parameters())
             trained = {name: parameters[name].detach().clone() for name in self._frozen}
             try:
                 _fill(parameters, self._frozen)
                 yield
             finally:
+                reshard(model)
                 _fill(parameters, trained)
 
     def look_up(self, ids: Tensor, labels: Tensor) -> Tensor | None:
