@@ -49,7 +49,7 @@ class PolicyGradient(PolicyModel):
         lora: LoRA settings; None trains the whole model. For RL adapt the output layer too (``adapt_head``).
         reward: ``reward(prompts, completions, **columns) -> list of numbers``, one for each completion; or a
             `RewardPool` of one, which sets more than ``reward_workers`` and ``reward_timeout`` do. A ``nn.Module`` is
-            moved to the policy's device, and stays as it is: it is no part of the policy or its checkpoints.
+            put on the policy's device in eval mode; it is no part of the policy, which does not train or save it.
         group_size: Completions of each prompt.
         max_new_tokens: Tokens of a completion at most.
         loss: ``"importance"`` (the ratio of probabilities times the advantage), ``"clip"`` (PPO), ``"gspo"`` (the ratio

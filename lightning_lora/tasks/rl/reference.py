@@ -75,7 +75,7 @@ class Reference:
                 with disable_lora(model):
                     yield
                 return
-            # FSDP2 leaves the outermost parameters gathered after a pass without gradients, and would compute with those.
+            # After a pass without gradients FSDP2 would compute with outermost parameters that are gathered already.
             reshard(model)
             parameters = dict(model.named_parameters())
             trained = {name: parameters[name].detach().clone() for name in self._frozen}

@@ -14,7 +14,7 @@ def own_precision() -> Iterator[None]:
 
     Lightning evaluates within autocast, or with a default type of lower precision, and fetches batches outside of it.
     """
-    default, accelerator = torch.get_default_dtype(), torch.accelerator.current_accelerator()
+    default, accelerator = torch.get_default_dtype(), torch.accelerator.current_accelerator(check_available=True)
     kinds = {"cpu", *([] if accelerator is None else [accelerator.type])}
     torch.set_default_dtype(torch.float32)
     try:
