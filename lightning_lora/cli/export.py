@@ -26,16 +26,11 @@ from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.study.tasks.kept_models import save_whole
-from lightning_lora.tasks import DPO, CausalLM, PolicyGradient, RewardModel, SequenceClassifier
+from lightning_lora.tasks.by_name import task_named
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 FORMATS = ("peft", "merged")
 TARGETS = ("vllm", "llama.cpp")
-_TASKS = {
-    f"{place}.{task.__name__}": task
-    for task in (CausalLM, SequenceClassifier, DPO, RewardModel, PolicyGradient)
-    for place in (task.__module__, "lightning_lora.tasks")
-}
 
 
 def export(run: str | Path, out: str | Path, format: str = "peft", target: str | None = None) -> str:
@@ -132,14 +127,13 @@ def _export_checkpoint(source: Path, out: Path, format: str) -> None:
 def _load_task(source: Path) -> PretrainedTask:
     checkpoint = read_checkpoint(source)
     name = written_by(checkpoint)
-    if name is None or name not in _TASKS:
+    kind = task_named(name)
+    if kind is None:
         raise AdapterFileError(
             f"{source} was written by {name or 'a module that left no name'}: load it in your own code and call "
             "save_adapter(), or save_pretrained() of its model."
         )
-    task = _TASKS[name].load_from_checkpoint(source, map_location="cpu", weights_only=True)
-    assert isinstance(task, PretrainedTask)
-    return task
+    return kind.load_from_checkpoint(source, map_location="cpu", weights_only=True)
 
 
 def _base_config(base: str | None) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ def _grow(layer: LoRALayer, weight: str, rank: int) -> None:
     layer.reset_factors()
     layer.lora_specs = specs
     for name, factor in layer.lora_factors().items():
-        _leading(factor.data, before[name]).copy_(before[name])
+        leading(factor.data, before[name]).copy_(before[name])
 
 
 def _drawn_by_parts(spec: AdapterSpec) -> AdapterSpec:
@@ -115,7 +115,7 @@ def _drawn_by_parts(spec: AdapterSpec) -> AdapterSpec:
     return replace(spec, start=0, config=replace(spec.config, init=init, init_batches=LoRAConfig.init_batches))
 
 
-def _leading(wide: Tensor, narrow: Tensor) -> Tensor:
+def leading(wide: Tensor, narrow: Tensor) -> Tensor:
     """The part of ``wide`` that the values of ``narrow`` have; the rank is the axis in which they differ."""
     return wide[tuple(slice(0, length) for length in narrow.shape)]
 

@@ -59,6 +59,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     """The transformers class that loads the model, such as ``AutoModelForCausalLM``."""
     new_head: ClassVar[bool] = False
     """Whether the output layer belongs to this task and may be missing from the pretrained weights."""
+    # Arguments that are no hyperparameters: a checkpoint holds plain types only.
+    _unsaved: ClassVar[tuple[str, ...]] = ()
     # The tokenizer of the latest run; None: the model's own, as it is.
     _trained_tokenizer: Any = None
     _keeps_float32 = " (dtype: float32 keeps float32)"
@@ -108,7 +110,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         check_optimizer(learning_rate, weight_decay, warmup_steps, schedule)
         check_dtype(dtype)
         check_attention(attn_implementation)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=self._unsaved)
         self.activation_checkpointing = activation_checkpointing
         self.model_name = str(model)
         self.learning_rate = learning_rate

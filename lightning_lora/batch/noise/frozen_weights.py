@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lightning_lora.batch.noise.per_example_gradients import sketch_matrix, weight_row_sketches
-from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowCollector
+from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowCollector, rows_per_sample
 from lightning_lora.batch.noise.row_layers import row_layers
 from lightning_lora.batch.noise.step_sample import StepSample, step_samples
 
@@ -38,7 +38,7 @@ class WeightSketches:
         layers = row_layers(module, parameters)
         self.group = group
         self._places = {name: place for place, name in enumerate(layers)}
-        self._collector = RowCollector(layers, self._rows_of, self._take, after_dropout=False)
+        self._collector = RowCollector(layers, self._rows_of, self._take, False, rows_per_sample(module))
         self._step = 0
         self._clear()
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.functional.linear_group import Settings
@@ -22,6 +22,11 @@ from lightning_lora.lora.layers.base import LoRALayer
 
 PerRow = tuple[Tensor, ...]
 """Tensors whose first dimension is the rows of a micro-batch."""
+
+
+def rows_per_sample(module: nn.Module) -> int:
+    """Rows side by side that count as one: ``rows_per_sample`` of a module, such as both rows of a pair; else 1."""
+    return getattr(module, "rows_per_sample", 1)
 
 
 class LayerCall(NamedTuple):

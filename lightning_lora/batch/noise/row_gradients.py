@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.noise.micro_gradients import Metric, MicroGradients
 from lightning_lora.batch.noise.per_example_gradients import adapter_row_gradients
-from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowCollector
+from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowCollector, rows_per_sample
 from lightning_lora.batch.noise.row_layers import row_layers
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.patterns import plain_name
@@ -40,8 +40,7 @@ class RowGradients(MicroGradients):
         super().__init__(parameters, None, metrics)
         self._layers = row_layers(module, self.parameters)
         self._names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
-        together = getattr(module, "rows_per_sample", 1)
-        self._collector = RowCollector(self._layers, self._rows_of, self._take, True, together)
+        self._collector = RowCollector(self._layers, self._rows_of, self._take, True, rows_per_sample(module))
         self._clear()
 
     @override

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_lora.data import SFTDataModule
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.json_object import read_json
-from lightning_lora.tasks import DPO, CausalLM, PolicyGradient, RewardModel, SequenceClassifier
+from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.by_name import TASKS
 from lightning_lora.tasks.pretrained import PretrainedTask
 
 PROMPT = "Hello! What can you do?"
@@ -30,7 +31,7 @@ def next_commands(
         adapter: Its adapter folder; None without adapters.
     """
     # A checkpoint of a class of the user's cannot be built from here, but its adapter can be read.
-    is_ours = type(module) in (CausalLM, SequenceClassifier, DPO, RewardModel, PolicyGradient)
+    is_ours = type(module) in TASKS
     source, merged = shown(folder if is_ours or adapter is None else adapter), shown(folder / "merged")
     commands = []
     if isinstance(module, CausalLM) and (is_ours or adapter):

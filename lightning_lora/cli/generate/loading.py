@@ -19,9 +19,10 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigErr
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
-from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY, read_checkpoint, written_by
+from lightning_lora.files.lightning_checkpoint import read_checkpoint, written_by
 from lightning_lora.lora.adapter import disable_lora
-from lightning_lora.tasks import DPO, CausalLM, PolicyGradient
+from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.by_name import TASKS, task_named
 from lightning_lora.tasks.loading import BASE_DTYPES, load_model, read_config
 from lightning_lora.tasks.pretrained import PretrainedTask
 
@@ -30,8 +31,7 @@ from .source import Source
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel
 
-_TASKS = (CausalLM, DPO, PolicyGradient)
-_TASK_NAMES = [f"{place}.{task.__name__}" for task in _TASKS for place in (task.__module__, "lightning_lora.tasks")]
+_SHARED = inspect.signature(PretrainedTask.__init__).parameters.keys()
 _OTHER_PEFT_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
@@ -153,18 +153,18 @@ def _load_adapter_folder(path: Path, how: Loading, tokenizer: str | None, compar
 
 def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: bool) -> Loaded:
     checkpoint = read_checkpoint(path)
-    settings = _task_settings(checkpoint, path)
+    kind, settings = _task_and_settings(checkpoint, path)
     recorded = settings["model"]
     settings |= {"dtype": how.dtype, **({"model": how.base} if how.base else {})}
     try:
-        task = CausalLM(**settings)
+        with _without_report():
+            task = kind(**settings)
     except ConfigError as error:
         hint = "" if how.base else f" The run has named it so: name its present place with --base, for {recorded!r}."
         raise ConfigError(f"{path}: {error}{hint}") from error
     task.lora_allow_other_base = how.allow_other_base
     with _without_report():
         task.configure_model()
-    _drop_value_head(checkpoint)
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
     assert task.model is not None
@@ -176,7 +176,7 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Within the context, injection does not tell what will train."""
+    """Within the context, a task does not tell how it will train."""
     logger = logging.getLogger(rank_zero.__name__)
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -186,30 +186,25 @@ def _without_report() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _task_settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of a `CausalLM` for the checkpoint of a task that writes text.
+def _task_and_settings(checkpoint: dict[str, Any], path: Path) -> tuple[type[CausalLM], dict[str, Any]]:
+    """The task that has written a checkpoint, and its settings.
 
     Raises:
-        AdapterFileError: If another module has written it.
+        AdapterFileError: If it is none that writes text.
     """
-    settings = dict(checkpoint.get("hyper_parameters", {}))
+    given = checkpoint.get("hyper_parameters", {})
+    settings = {name: value for name, value in given.items() if not name.startswith("_")}  # those are Lightning's
     name = written_by(checkpoint)
-    known = inspect.signature(PretrainedTask.__init__).parameters.keys() - {"self"}
+    kind = task_named(name)
     # A run without the command line records no class. All settings of a CausalLM are those that every task has.
-    is_ours = name in _TASK_NAMES if name else "model" in settings and settings.keys() <= known
-    if not is_ours:
-        writer, names = name or "a module of yours", ", ".join(task.__name__ for task in _TASKS)
+    if not name and "model" in settings and settings.keys() <= _SHARED:
+        kind = CausalLM
+    if kind is None or not issubclass(kind, CausalLM):
+        names = ", ".join(task.__name__ for task in TASKS if issubclass(task, CausalLM))
         advice = f" Its adapter folder works where there is one: {folder}." if (folder := _adapter_beside(path)) else ""
+        writer = name or "a module of yours"
         raise AdapterFileError(f"{path} was written by {writer}, and text is generated with {names} only.{advice}")
-    return {name: value for name, value in settings.items() if name in known}
-
-
-def _drop_value_head(checkpoint: dict[str, Any]) -> None:
-    """Take the value head of a policy out of its checkpoint: it takes no part in writing."""
-    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
-    for tensors in (checkpoint["state_dict"], manifest.get("tensors", {})):
-        for name in [name for name in tensors if name.startswith("value_head.")]:
-            del tensors[name]
+    return kind, settings
 
 
 def _adapter_beside(checkpoint: Path) -> Path | None:

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
 
-from lightning_lora.data import PreferenceDataModule, SFTDataModule
+from lightning_lora import data
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.tasks import DPO, CausalLM, RewardModel, SequenceClassifier
+from lightning_lora.tasks.by_name import TASKS
 
 _OURS = {
-    "model.init_args": (CausalLM, SequenceClassifier, DPO, RewardModel),
-    "data.init_args": (SFTDataModule, PreferenceDataModule),
+    "model.init_args": TASKS,
+    "data.init_args": tuple(getattr(data, name) for name in data.__all__),
     "model.init_args.lora": (LoRAConfig,),
 }
 

@@ -1,12 +1,13 @@
 """Preferences and reinforcement learning: losses as pure functions, and what samples and scores completions.
 
-- `dpo`: direct preference optimisation; `reference`: what its policy is compared with.
-- `reward_model`: a score for answers, learned from preferences.
+- `policy`: a model without dropout and its `reference`, what it is compared with.
+- `dpo`: direct preference optimisation.
+- `reward_model`: a score for answers, learned from preferences; `pair_means`: what both log of pairs.
 - `functional`: the losses, advantages and divergences on log-probabilities of tokens.
 - `sampling`: completions of prompts with their log-probabilities.
 - `rewards`: what scores completions, in processes of their own.
 - `policy_gradient`: the task; `policy_settings` checks what it was asked for.
-- `policy_model`: log-probabilities and values of sampled tokens by the model that learns; `value_head`, `no_dropout`.
+- `policy_model`: log-probabilities and values of sampled tokens by the model that learns; `value_head`.
 - `rollout`: sampled completions, and the loader that makes them between steps; `rollout_maker` samples, scores and
   compares, `completions` puts tokens into rows and texts.
 - `policy_step`: the losses of a minibatch and what is logged of it; `sampler_mismatch`, `learning_signal`: what would

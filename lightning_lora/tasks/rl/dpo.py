@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.batch.trial_step import on_device
 from lightning_lora.batch_facts import FACTS
-from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.capacity.fixed_rows import validation_loaders
 from lightning_lora.checkpoints.loader_position import generators
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.evaluation_mode import in_eval_mode
-from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX
 from lightning_lora.tasks.rl.functional.head_logprobs import head_logprobs, logprobs_of_logits
 from lightning_lora.tasks.rl.functional.preference_loss import check_preference_settings, preference_loss
-from lightning_lora.tasks.rl.no_dropout import without_dropout
-from lightning_lora.tasks.rl.reference import Reference
+from lightning_lora.tasks.rl.pair_means import add_pairs, log_pairs, weights_of
+from lightning_lora.tasks.rl.policy import Policy
 from lightning_lora.tasks.running_mean import RunningMean
 from lightning_lora.tasks.supervision import facts_of
 
@@ -48,8 +45,13 @@ class PairScores(NamedTuple):
         """By how much the reward of the chosen answer is ahead, ``(pairs,)``."""
         return self.rewards[:, 0] - self.rewards[:, 1]
 
+    def by_name(self) -> dict[str, Tensor]:
+        """What is logged of each pair, ``(pairs,)`` each."""
+        rewards = {"chosen_reward": self.rewards[:, 0], "rejected_reward": self.rewards[:, 1]}
+        return {"loss": self.losses, "margin": self.margins, "accuracy": self.margins > 0, **rewards}
 
-class DPO(CausalLM):
+
+class DPO(Policy):
     """Direct preference optimisation: a language model learns to prefer the chosen answer of each pair.
 
     Batches are mappings with ``input_ids``, ``attention_mask`` and ``labels``, each ``(pairs, 2, tokens)`` with the
@@ -85,6 +87,9 @@ class DPO(CausalLM):
         Rafailov et al., 2023, https://arxiv.org/abs/2305.18290.
     """
 
+    rows_per_sample: ClassVar[int] = 2
+    """Rows of a batch that belong to one independent sample: both answers of a pair."""
+
     def __init__(
         self,
         model: str,
@@ -99,59 +104,24 @@ class DPO(CausalLM):
         **settings: Any,
     ) -> None:
         check_preference_settings(loss, beta, label_smoothing, dpop_weight, nll_weight)
-        if lora is not None and LoRAConfig.from_dict(lora).dropout:
-            raise ConfigError("dropout of adapters makes a policy another one at each pass: set lora.dropout to 0.")
-        super().__init__(model, learning_rate, lora, **settings)
+        super().__init__(model, learning_rate, lora, reference, **settings)
         self.beta = beta
         self._loss = {"kind": loss, "beta": beta, "label_smoothing": label_smoothing}
         self._loss |= {"nll_weight": nll_weight, "dpop_weight": dpop_weight}
-        self.reference = Reference(reference, lora is not None)
         self.mean_margin, self.mean_chosen, self.mean_rejected = RunningMean(), RunningMean(), RunningMean()
         self._told = False
-        if off := without_dropout(self.model_config):
-            rank_zero_info(f"dropout is off in {type(self).__name__}: {', '.join(off)}")
-
-    @override
-    def on_train_start(self) -> None:
-        """Take the model as it is now as the reference, unless the run goes on."""
-        super().on_train_start()
-        assert self.model is not None
-        if self.reference.kind == "precomputed":
-            self._precompute()
-        self.reference.fix(self.model)
-        rank_zero_info(f"reference: {self.reference.kind}")
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference, which the trained weights do not tell."""
-        super().on_save_checkpoint(checkpoint)
-        self.reference.save(checkpoint)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the reference of the checkpoint's run."""
-        super().on_load_checkpoint(checkpoint)
-        self.reference.load(checkpoint)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the micro-batch's share of the mean loss over the pairs of the optimizer step."""
-        scores, weights = self.score(batch), _weights(batch)
-        count = weights.sum()
-        loss_sum = (scores.losses * weights).sum()
-        means = {"train_loss": scores.losses, "train_margin": scores.margins, "train_accuracy": scores.margins > 0}
-        means |= {"train_chosen_reward": scores.rewards[:, 0], "train_rejected_reward": scores.rewards[:, 1]}
-        for name, values in means.items():
-            mean = (values.detach() * weights).sum() / count
-            self.log(name, mean, prog_bar=needs_metric(self._trainer, name), batch_size=len(weights))
-        return self.token_loss(loss_sum, count)
+        scores, weights = self.score(batch), weights_of(batch)
+        log_pairs(self, scores.by_name(), weights)
+        return self.token_loss((scores.losses * weights).sum(), weights.sum())
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Compute loss, margin and rewards of each pair, ``(pairs,)`` each."""
-        scores = self.score(batch)
-        rewards = {"chosen_reward": scores.rewards[:, 0], "rejected_reward": scores.rewards[:, 1]}
-        return {"loss": scores.losses, "margin": scores.margins, **rewards}
+        return {name: values for name, values in self.score(batch).by_name().items() if name != "accuracy"}
 
     def score(self, batch: Mapping[str, Tensor]) -> PairScores:
         """Compare the policy, as it is now, with the reference on the pairs of a batch."""
@@ -190,6 +160,12 @@ class DPO(CausalLM):
             found = logprobs_of_logits(self._logits(rows), ids, mask).logprobs[..., None]
         return found.sum((1, 2))
 
+    @override
+    def _fix_reference(self) -> None:
+        if self.reference.kind == "precomputed":
+            self._precompute()
+        super()._fix_reference()
+
     def _precompute(self) -> None:
         """Compute the reference of all training and validation rows; a collective."""
         loaders = [*_listed(self.trainer.train_dataloader), *_listed(validation_loaders(self.trainer))]
@@ -204,19 +180,16 @@ class DPO(CausalLM):
 
     @override
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        scores, weights = self.score(batch), _weights(batch)
-        count, margins = weights.sum(), scores.margins
-        self.mean_loss.update(scores.losses * weights, count)
-        self.mean_accuracy.update((margins > 0) * weights, count)
-        self.mean_margin.update(margins * weights, count)
-        self.mean_chosen.update(scores.rewards[:, 0] * weights, count)
-        self.mean_rejected.update(scores.rewards[:, 1] * weights, count)
+        add_pairs(self._means(), self.score(batch).by_name(), weights_of(batch))
+
+    def _means(self) -> dict[str, RunningMean]:
+        """The means of an evaluation by name."""
+        means = {"loss": self.mean_loss, "accuracy": self.mean_accuracy, "margin": self.mean_margin}
+        return means | {"chosen_reward": self.mean_chosen, "rejected_reward": self.mean_rejected}
 
     @override
     def _log_means(self, stage: str) -> None:
-        means = {"loss": self.mean_loss, "accuracy": self.mean_accuracy, "margin": self.mean_margin}
-        means |= {"chosen_reward": self.mean_chosen, "rejected_reward": self.mean_rejected}
-        found = {f"{stage}_{name}": metric.compute() for name, metric in means.items()}
+        found = {f"{stage}_{name}": metric.compute() for name, metric in self._means().items()}
         self.log_dict(found, prog_bar=True, sync_dist=True)
         if found[f"{stage}_margin"] > 0 > found[f"{stage}_chosen_reward"] and not self._told:
             self._told = True
@@ -239,9 +212,3 @@ def _rows(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(loaders: Any) -> list[Any]:
     return list(tree_leaves(loaders)) if loaders is not None else []
-
-
-def _weights(batch: Mapping[str, Tensor]) -> Tensor:
-    """The weight of each pair, ``(pairs,)``."""
-    ids = batch["input_ids"]
-    return batch["weights"] if "weights" in batch else torch.ones(len(ids), device=ids.device)

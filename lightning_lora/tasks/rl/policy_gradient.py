@@ -49,7 +49,8 @@ class PolicyGradient(PolicyModel):
         learning_rate: The learning rate *of full fine-tuning*; see `PretrainedTask`.
         lora: LoRA settings; None trains the whole model. For RL adapt the output layer too (``adapt_head``).
         reward: ``reward(prompts, completions, **columns) -> list of numbers``, one for each completion; or a
-            `RewardPool` of one, which sets more than ``reward_workers`` and ``reward_timeout`` do.
+            `RewardPool` of one, which sets more than ``reward_workers`` and ``reward_timeout`` do. A ``nn.Module`` is
+            put on the policy's device in eval mode; it is no part of the policy, which does not train or save it.
         group_size: Completions of each prompt.
         max_new_tokens: Tokens of a completion at most.
         loss: ``"importance"`` (the ratio of probabilities times the advantage), ``"clip"`` (PPO), ``"gspo"`` (the ratio
@@ -88,6 +89,10 @@ class PolicyGradient(PolicyModel):
         ConfigError: If a setting is refused, or the model cannot be found.
         TargetNotFoundError: If a LoRA pattern matches nothing in this model.
     """
+
+    _unsaved = ("reward", "sampler")
+    reward: Callable[..., Any] | None
+    sampler: Sampler | None
 
     def __init__(
         self,
@@ -133,10 +138,8 @@ class PolicyGradient(PolicyModel):
                 "whole model: give lora, or kl_coefficient=0."
             )
         super().__init__(model, learning_rate, lora, reference, **settings)
-        for kept in ("_hparams", "_hparams_initial"):  # a checkpoint holds plain types only
-            for name in ("reward", "sampler"):
-                vars(self)[kept].pop(name, None)
-        self.reward, self.sampler = reward, sampler
+        # Past `nn.Module`, which would make a module a part of the policy: converted, trained and saved with it.
+        vars(self).update(reward=reward, sampler=sampler)
         # In this process a reward sees all rows at once, as one that compares them or uses a model needs.
         at_once = 1 if reward_workers else None
         self._pool = reward if isinstance(reward, RewardPool) else None
@@ -167,6 +170,7 @@ class PolicyGradient(PolicyModel):
                 "PolicyGradient has no reward: give reward= a function reward(prompts, completions, **columns) that "
                 "returns a number for each completion."
             )
+        self._pool.place(self.trainer.strategy.root_device)
         if stage == "fit":
             wrap_training_loader(self.trainer, self, self._rollouts)
 

@@ -11,24 +11,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.sharding import shard_lora
-from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.rl.functional.head_logprobs import head_logprobs, logprobs_of_logits
-from lightning_lora.tasks.rl.no_dropout import without_dropout
+from lightning_lora.tasks.rl.policy import Policy
 from lightning_lora.tasks.rl.policy_settings import PolicySettings
-from lightning_lora.tasks.rl.reference import Reference
 from lightning_lora.tasks.rl.rollout_maker import TokenScores
 from lightning_lora.tasks.rl.value_head import ValueHead
 
 
-class PolicyModel(CausalLM):
-    """A causal language model without dropout, with a value head if it needs one.
+class PolicyModel(Policy):
+    """A policy that scores sampled tokens, with a value head if it needs one.
 
     A subclass sets ``policy_settings`` before it calls this constructor.
 
@@ -54,13 +51,14 @@ class PolicyModel(CausalLM):
             raise ConfigError(f"reference of a policy must be adapter_off, frozen or null, got {reference!r}.")
         if reference is not None and not self.policy_settings.has_reference:
             raise ConfigError(f"reference={reference!r} has no effect with kl_coefficient=0: leave out one of them.")
-        if lora is not None and LoRAConfig.from_dict(lora).dropout:
-            raise ConfigError("dropout of adapters makes a policy another one at each pass: set lora.dropout to 0.")
-        super().__init__(model, learning_rate, lora, **settings)
+        super().__init__(model, learning_rate, lora, reference, **settings)
         self.value_head: ValueHead | None = None
-        self.reference = Reference(reference, True) if self.policy_settings.has_reference else None
-        if off := without_dropout(self.model_config):
-            rank_zero_info(f"dropout is off while a policy is trained: {', '.join(off)}")
+
+    @property
+    @override
+    def has_reference(self) -> bool:
+        """Whether the policy is held near its reference."""
+        return self.policy_settings.has_reference
 
     @override
     def configure_model(self) -> None:
@@ -78,7 +76,8 @@ class PolicyModel(CausalLM):
         """Refuse to train low-precision weights in full: no comparison with adapters would be fair."""
         super()._model_is_whole()
         narrow = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.element_size() < 4}
-        if self.lora is None and narrow:
+        is_trained = self._trainer is not None and self._trainer.state.fn == "fit"
+        if is_trained and self.lora is None and narrow:
             raise ConfigError(
                 f"the weights are {', '.join(sorted(narrow))} and lora=None trains them all: the small updates of RL "
                 "round to nothing there. Set dtype='float32' and precision '32-true' or 'bf16-mixed', or give lora."
@@ -101,32 +100,8 @@ class PolicyModel(CausalLM):
     def as_reference(self) -> Iterator[None]:
         """The model is its own reference: within the context it computes what it did when training began."""
         assert self.model is not None
-        assert self.reference is not None
         with self.reference.weights(self.model):
             yield
-
-    @override
-    def on_train_start(self) -> None:
-        """Take the model as it is now as the reference, unless the run goes on."""
-        super().on_train_start()
-        if self.reference is not None:
-            assert self.model is not None
-            self.reference.fix(self.model)
-            rank_zero_info(f"reference: {self.reference.kind}")
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference, which the trained weights do not tell."""
-        super().on_save_checkpoint(checkpoint)
-        if self.reference is not None:
-            self.reference.save(checkpoint)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the reference of the checkpoint's run."""
-        super().on_load_checkpoint(checkpoint)
-        if self.reference is not None:
-            self.reference.load(checkpoint)
 
     def _scores_of_tokens(self, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         """The same for a model whose output layer must run itself."""

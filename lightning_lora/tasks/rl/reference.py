@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lora.errors import ConfigError, DataError, did_you_mean
 from lightning_lora.lora.adapter import disable_lora, lora_state_dict
+from lightning_lora.lora.growth import leading
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.lora.shards import reshard
 
 KINDS = ("adapter_off", "frozen", "precomputed")
 _STATE = "lightning_lora_reference"
@@ -57,6 +59,7 @@ class Reference:
         if self.kind is None:
             self.kind = "adapter_off" if _changes_nothing(model) else "frozen"
         if self.kind == "frozen":
+            reshard(model)
             self._frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self._is_fixed = True
 
@@ -72,12 +75,15 @@ class Reference:
                 with disable_lora(model):
                     yield
                 return
+            # After a pass without gradients FSDP2 would compute with outermost parameters that are gathered already.
+            reshard(model)
             parameters = dict(model.named_parameters())
             trained = {name: parameters[name].detach().clone() for name in self._frozen}
             try:
                 _fill(parameters, self._frozen)
                 yield
             finally:
+                reshard(model)
                 _fill(parameters, trained)
 
     def look_up(self, ids: Tensor, labels: Tensor) -> Tensor | None:
@@ -138,6 +144,10 @@ def _changes_nothing(model: nn.Module) -> bool:
 def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         parameter: Any = parameters[name]
+        if parameter.shape != value.shape:
+            # Its rank has grown since, at the same scale: with zeros in the new part, the update is the one before.
+            parameter.zero_()
+            parameter = leading(parameter, value)
         if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
             value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         parameter.copy_(value)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.tasks.head_chunks import at_least_float32
 from lightning_lora.tasks.loading import head_names
 from lightning_lora.tasks.new_head import NewHeadTask
 from lightning_lora.tasks.rl.functional.preference_loss import reward_model_loss
+from lightning_lora.tasks.rl.pair_means import add_pairs, log_pairs, weights_of
 from lightning_lora.tasks.running_mean import RunningMean
 
 
@@ -84,13 +84,9 @@ class RewardModel(NewHeadTask):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the micro-batch's share of the mean loss over the pairs of the optimizer step."""
-        losses, scores, weights = self._losses(batch)
-        count, margins = weights.sum(), scores[:, 0] - scores[:, 1]
-        for name, values in {"loss": losses, "accuracy": margins > 0, "margin": margins}.items():
-            mean = (values.detach() * weights).sum() / count
-            prog_bar = needs_metric(self._trainer, f"train_{name}")
-            self.log(f"train_{name}", mean, prog_bar=prog_bar, batch_size=len(weights))
-        return self.token_loss((losses * weights).sum(), count)
+        values, weights = self._by_name(batch), weights_of(batch)
+        log_pairs(self, {name: values[name] for name in ("loss", "accuracy", "margin")}, weights)
+        return self.token_loss((values["loss"] * weights).sum(), weights.sum())
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -105,29 +101,25 @@ class RewardModel(NewHeadTask):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Compute loss, margin and scores of each pair, ``(pairs,)`` each."""
-        losses, scores, _ = self._losses(batch)
-        chosen, rejected = scores.unbind(1)
-        return {"loss": losses, "margin": chosen - rejected, "chosen_score": chosen, "rejected_score": rejected}
+        return {name: values for name, values in self._by_name(batch).items() if name != "accuracy"}
 
     @override
     def _model_is_whole(self) -> None:
         assert self.model is not None
         self._head = head_names(self.model)[-1]
 
-    def _losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses ``(pairs,)``, scores ``(pairs, 2)`` and weights ``(pairs,)``."""
+    def _by_name(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is said of each pair, ``(pairs,)`` each."""
         ids, mask = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask"))
-        scores = self(ids, mask).view(-1, 2)
-        margin = batch["margin"] if self.uses_margin and "margin" in batch else 0.0
-        losses = reward_model_loss(scores[:, 0], scores[:, 1], margin=margin, centre=self.centre)
-        return losses, scores, batch.get("weights", torch.ones_like(losses.detach()))
+        chosen, rejected = self(ids, mask).view(-1, 2).unbind(1)
+        least = batch["margin"] if self.uses_margin and "margin" in batch else 0.0
+        losses, margins = reward_model_loss(chosen, rejected, margin=least, centre=self.centre), chosen - rejected
+        scores = {"chosen_score": chosen, "rejected_score": rejected}
+        return {"loss": losses, "margin": margins, "accuracy": margins > 0, **scores}
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        losses, scores, weights = self._losses(batch)
-        margins = scores[:, 0] - scores[:, 1]
-        found = {"loss": losses, "accuracy": margins > 0, "margin": margins}
-        metrics = {"loss": self.mean_loss, "accuracy": self.mean_accuracy, "margin": self.mean_margin}
-        for name, metric in metrics.items():
-            metric.update(found[name] * weights, weights.sum())
-        logged = {f"{stage}_{name}": metric for name, metric in metrics.items()}
+        weights = weights_of(batch)
+        means = {"loss": self.mean_loss, "accuracy": self.mean_accuracy, "margin": self.mean_margin}
+        add_pairs(means, self._by_name(batch), weights)
+        logged = {f"{stage}_{name}": mean for name, mean in means.items()}
         self.log_dict(logged, on_epoch=True, prog_bar=True, batch_size=len(weights))

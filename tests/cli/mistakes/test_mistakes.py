@@ -99,6 +99,8 @@ ARGUMENTS = {
     "precision": ([*FIT, "--trainer.precision=bf17"], ["got 'bf17'; did you mean 'bf16'"]),
     "lora without its group": ([*FIT, "--lora.rnk=4"], ["'lora.rnk'", "did you mean 'model.init_args.lora.rank'"]),
     "rate without its group": ([*FIT, "--learning_rate=1"], ["did you mean 'model.init_args.learning_rate'"]),
+    "setting of a policy": ([*FIT, "--group_sise=4"], ["did you mean 'model.init_args.group_size'"]),
+    "setting of prompts": ([*FIT, "--max_promt_length=4"], ["did you mean 'data.init_args.max_prompt_length'"]),
     "data without its group": ([*FIT, "--train=rows.csv"], ["did you mean 'data.init_args.train'"]),
     "no dashes": ([*FIT, "rows.csv"], ["'rows.csv' is no option: options begin with --"]),
     "class misspelled": (

@@ -6,6 +6,7 @@
 - `model_reward`: a reward model.
 - `texts`: completions as texts.
 - `pool`: batches of rows to several processes.
+- `own_precision`: how a reward in the process that trains computes.
 - `process`: a process, seen from the one that trains.
 - `worker`: what runs in it.
 """

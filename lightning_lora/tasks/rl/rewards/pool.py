@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
+import torch
+from torch import nn
+
 from lightning_lora.errors import ConfigError, RewardError
 
+from .own_precision import own_precision
 from .process import Process
 from .worker import Answer, Call, Reward, answer
 
@@ -22,8 +26,10 @@ class RewardPool:
     """Calls a reward in worker processes, a few rows at a time, each call within a time limit.
 
     The processes are new interpreters that start with the first batch and stay. They import the module of the reward; a
-    function of a notebook or of the script that runs is sent to them. A reward with an attribute ``sees_all_rows`` that
-    is true, as `ModelReward`, is called in this process with the whole batch.
+    function of a notebook or of the script that runs is sent to them. A reward that is a ``nn.Module``, or has an
+    attribute ``sees_all_rows`` that is true, as `ModelReward`, is called in this process with the whole batch.
+
+    In this process a reward is called without gradients and autocast, whatever the precision of the Trainer.
 
     Args:
         reward: ``reward(prompts, completions, **columns) -> rewards``, each argument a list with an entry per row.
@@ -54,7 +60,7 @@ class RewardPool:
                 raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         if rows_per_call == 0 or (timeout is not None and not timeout > 0):
             raise ConfigError(f"rows_per_call and timeout must be above 0, got {rows_per_call} and {timeout}.")
-        if getattr(reward, "sees_all_rows", False):
+        if getattr(reward, "sees_all_rows", False) or isinstance(reward, nn.Module):
             workers, rows_per_call = 0, None
         self.reward, self.name = reward, getattr(reward, "__name__", type(reward).__name__)
         self.timeout, self.rows_per_call, self.on_timeout = timeout, rows_per_call, on_timeout
@@ -79,8 +85,7 @@ class RewardPool:
                 returns something else than one finite number for each row.
         """
         calls = self._calls(list(prompts), list(completions), {name: list(rows) for name, rows in columns.items()})
-        answers: list[Answer | None]
-        answers = self._ask(calls) if self._workers else [answer(self.reward, call) for call in calls]
+        answers = self._ask(calls) if self._workers else self._answer(calls)
         rewards: list[float] = []
         faults: list[tuple[int, str]] = []
         for call, found in zip(calls, answers, strict=True):
@@ -105,6 +110,11 @@ class RewardPool:
         while not all(process.ready for process in self._processes):
             self._receive({}, deque())
 
+    def place(self, device: torch.device) -> None:
+        """Move a reward that is a ``nn.Module`` to a device, in eval mode."""
+        if isinstance(self.reward, nn.Module):
+            self.reward.eval().to(device)
+
     def _fill(self) -> None:
         while len(self._processes) < self._workers:
             self._processes.append(Process(self._pickled, self.timeout))
@@ -123,6 +133,11 @@ class RewardPool:
             Call(prompts[rows], completions[rows], {name: values[rows] for name, values in columns.items()})
             for rows in (slice(start, start + size) for start in range(0, len(prompts), size))
         ]
+
+    def _answer(self, calls: list[Call]) -> list[Answer | None]:
+        """The answer of this process to each call."""
+        with own_precision():
+            return [answer(self.reward, call) for call in calls]
 
     def _ask(self, calls: list[Call]) -> list[Answer | None]:
         """The answer to each call; None where it took too long."""
