@@ -53,6 +53,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rewards": lambda folder: reward_curves.runs_table(read_lines(folder / RESULTS)),
     "gaps": lambda folder: reward_curves.gaps_table(read_lines(folder / RESULTS)),
     "controls": lambda folder: reward_curves.controls_table(read_lines(folder / RESULTS)),
+    "shuffled": lambda folder: reward_curves.shuffled_table(read_lines(folder / RESULTS)),
     "public": public_table,
     "norms": lambda folder: learning_rates.norms_table(read_lines(folder / RESULTS)),
 }

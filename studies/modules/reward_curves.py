@@ -11,15 +11,13 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 
 from lightning_lora.study.statistics.crossed import paired_interval
+from studies.modules.digits import HELD_OUT
 from studies.modules.pages import markdown_table, save_figure
-from studies.modules.sorting import HELD_OUT
 
 Lines = Sequence[dict[str, str]]
 
 FULL = "full"
 SAMPLED, GREEDY = "val_reward", "val_reward_greedy"
-FIRST = 100
-"""Evaluations from this step on are the score of a run."""
 PAIRS = (
     ("r1+head", FULL),
     ("r8+head", FULL),
@@ -54,8 +52,22 @@ class Run:
         return [(int(line["step"]), float(line[name])) for line in self.lines if line[name]]
 
     def score(self, name: str) -> float:
-        """The mean of the evaluations from step `FIRST` on, which is less noisy than the last one."""
-        return fmean(value for step, value in self.curve(name) if step >= FIRST)
+        """The mean of the evaluations in the last third of the steps, which is less noisy than the last one."""
+        curve = self.curve(name)
+        last, _ = curve[-1]
+        return fmean(value for step, value in curve if 3 * step >= 2 * last)
+
+    @property
+    def change(self) -> float:
+        """What the sampled accuracy has gained from the first to the last evaluation."""
+        (_, start), (_, end) = self.curve(SAMPLED)[0], self.curve(SAMPLED)[-1]
+        return end - start
+
+    @property
+    def change_error(self) -> float:
+        """The standard error of `change`, as the difference of two binomial shares."""
+        ends = (self.curve(SAMPLED)[0][1], self.curve(SAMPLED)[-1][1])
+        return math.sqrt(sum(share * (1 - share) for share in ends) / HELD_OUT)
 
 
 def runs_of(lines: Lines) -> list[Run]:
@@ -107,17 +119,40 @@ def controls_table(lines: Lines) -> str:
     """A line for each control, and what its start was."""
     chosen = [run for run in runs_of(lines) if run.control != "none"]
     rows = [
-        (run.control, run.arm, f"{run.rate:g}", run.seed, *_accuracies(run), _change(run))
+        (run.control, run.arm, f"{run.rate:g}", run.seed, *_accuracies(run), _change([run]))
         for run in sorted(chosen, key=lambda run: (run.control, run.seed))
     ]
     return markdown_table(("control", "arm", "rate of Adam", "seed", *_COLUMNS, "sampled, change"), rows)
+
+
+def shuffled_table(lines: Lines) -> str:
+    """Right and shuffled rewards at the same rates: a line for each seed, and one for all seeds of a rate."""
+    runs = runs_of(lines)
+    rows = []
+    for arm, rate in sorted({(run.arm, run.rate) for run in runs}):
+        mine = {(run.control, run.seed): run for run in runs if (run.arm, run.rate) == (arm, rate)}
+        seeds = sorted(seed for control, seed in mine if control == "shuffled" and ("none", seed) in mine)
+        for group in [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else []):
+            right, shuffled = ([mine[control, seed] for seed in group] for control in ("none", "shuffled"))
+            start = fmean(run.curve(SAMPLED)[0][1] for run in right)
+            name = group[0] if len(group) == 1 else "mean"
+            learns = _mean_change(right)[0] > 2 * _mean_change(right)[1]
+            stays = abs(_mean_change(shuffled)[0]) <= 2 * _mean_change(shuffled)[1]
+            words = ("yes" if learns else "no", "yes" if stays else "no")
+            changes = (_change(right), words[0], _change(shuffled), words[1])
+            rows.append((arm, f"{rate:g}", name, f"{start:.3f}", *changes))
+    columns = ("arm", "rate of Adam", "seed", "start", "right rewards, change", "above 2 s.e.")
+    return markdown_table((*columns, "shuffled, change", "within 2 s.e."), rows)
 
 
 def gaps_table(lines: Lines) -> str:
     """Differences between arms at their best rates, paired by seed, sampled and greedy."""
     runs = runs_of(lines)
     rows = []
+    there = arms_of(runs)
     for ours, other in PAIRS:
+        if ours not in there or other not in there:
+            continue
         first, second = at_best(runs, ours), at_best(runs, other)
         seeds = sorted(first.keys() & second.keys())
         edges = [arm for arm in (ours, other) if not best_rate(runs, arm)[1]]
@@ -168,11 +203,15 @@ def _accuracies(run: Run) -> list[str]:
     return found
 
 
-def _change(run: Run) -> str:
-    """The change of the sampled accuracy, with the standard error of a difference of two binomial shares."""
-    (_, start), (_, end) = run.curve(SAMPLED)[0], run.curve(SAMPLED)[-1]
-    error = math.sqrt((start * (1 - start) + end * (1 - end)) / HELD_OUT)
-    return f"{end - start:+.3f} (s.e. {error:.3f})"
+def _change(runs: Sequence[Run]) -> str:
+    """The mean change of the sampled accuracy of runs, with its standard error."""
+    mean, error = _mean_change(runs)
+    return f"{mean:+.3f} (s.e. {error:.3f})"
+
+
+def _mean_change(runs: Sequence[Run]) -> tuple[float, float]:
+    squares = sum(run.change_error**2 for run in runs)
+    return fmean(run.change for run in runs), math.sqrt(squares) / len(runs)
 
 
 def _gap(differences: Sequence[float]) -> str:
