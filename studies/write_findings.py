@@ -37,6 +37,7 @@ from studies.modules.tables import (
     multiplier,
     penalty_table,
     public_table,
+    rollouts_table,
     study_table,
     sweep_table,
 )
@@ -54,6 +55,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gaps": lambda folder: reward_curves.gaps_table(read_lines(folder / RESULTS)),
     "controls": lambda folder: reward_curves.controls_table(read_lines(folder / RESULTS)),
     "shuffled": lambda folder: reward_curves.shuffled_table(read_lines(folder / RESULTS)),
+    "rollouts": rollouts_table,
     "public": public_table,
     "norms": lambda folder: learning_rates.norms_table(read_lines(folder / RESULTS)),
 }
