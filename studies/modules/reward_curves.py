@@ -57,17 +57,14 @@ class Run:
         last, _ = curve[-1]
         return fmean(value for step, value in curve if 3 * step >= 2 * last)
 
-    @property
-    def change(self) -> float:
-        """What the sampled accuracy has gained from the first to the last evaluation."""
-        (_, start), (_, end) = self.curve(SAMPLED)[0], self.curve(SAMPLED)[-1]
-        return end - start
+    def change(self, name: str) -> tuple[float, float]:
+        """What an accuracy has gained from the first to the last evaluation, and the standard error of that.
 
-    @property
-    def change_error(self) -> float:
-        """The standard error of `change`, as the difference of two binomial shares."""
-        ends = (self.curve(SAMPLED)[0][1], self.curve(SAMPLED)[-1][1])
-        return math.sqrt(sum(share * (1 - share) for share in ends) / HELD_OUT)
+        The error is that of a difference of two binomial shares.
+        """
+        curve = self.curve(name)
+        (_, start), (_, end) = curve[0], curve[-1]
+        return end - start, math.sqrt((start * (1 - start) + end * (1 - end)) / HELD_OUT)
 
 
 def runs_of(lines: Lines) -> list[Run]:
@@ -130,19 +127,22 @@ def shuffled_table(lines: Lines) -> str:
     runs = runs_of(lines)
     rows = []
     for arm, rate in sorted({(run.arm, run.rate) for run in runs}):
-        mine = {(run.control, run.seed): run for run in runs if (run.arm, run.rate) == (arm, rate)}
-        seeds = sorted(seed for control, seed in mine if control == "shuffled" and ("none", seed) in mine)
-        for group in [[seed] for seed in seeds] + ([seeds] if len(seeds) > 1 else []):
-            right, shuffled = ([mine[control, seed] for seed in group] for control in ("none", "shuffled"))
-            start = fmean(run.curve(SAMPLED)[0][1] for run in right)
-            name = group[0] if len(group) == 1 else "mean"
-            learns = _mean_change(right)[0] > 2 * _mean_change(right)[1]
-            stays = abs(_mean_change(shuffled)[0]) <= 2 * _mean_change(shuffled)[1]
-            words = ("yes" if learns else "no", "yes" if stays else "no")
-            changes = (_change(right), words[0], _change(shuffled), words[1])
-            rows.append((arm, f"{rate:g}", name, f"{start:.3f}", *changes))
-    columns = ("arm", "rate of Adam", "seed", "start", "right rewards, change", "above 2 s.e.")
-    return markdown_table((*columns, "shuffled, change", "within 2 s.e."), rows)
+        mine = [run for run in runs if (run.arm, run.rate) == (arm, rate)]
+        right, shuffled = (
+            {run.seed: run for run in mine if run.control == control} for control in ("none", "shuffled")
+        )
+        for group in [[seed] for seed in sorted(shuffled)] + ([sorted(shuffled)] if len(shuffled) > 1 else []):
+            found = [shuffled[seed] for seed in group]
+            mean, error = _mean_change(found, SAMPLED)
+            stays = (_change(found), "yes" if abs(mean) <= 2 * error else "no", _change(found, GREEDY))
+            learns = ("not run", "", "")
+            if right.keys() >= set(group):
+                rewarded = [right[seed] for seed in group]
+                mean, error = _mean_change(rewarded, SAMPLED)
+                learns = (_change(rewarded), "yes" if mean > 2 * error else "no", _change(rewarded, GREEDY))
+            rows.append((arm, f"{rate:g}", group[0] if len(group) == 1 else "mean", *learns, *stays))
+    columns = ("arm", "rate of Adam", "seed", "right rewards: sampled, change", "above 2 s.e.", "greedy, change")
+    return markdown_table((*columns, "shuffled: sampled, change", "within 2 s.e.", "greedy, change"), rows)
 
 
 def gaps_table(lines: Lines) -> str:
@@ -203,15 +203,15 @@ def _accuracies(run: Run) -> list[str]:
     return found
 
 
-def _change(runs: Sequence[Run]) -> str:
-    """The mean change of the sampled accuracy of runs, with its standard error."""
-    mean, error = _mean_change(runs)
+def _mean_change(runs: Sequence[Run], name: str) -> tuple[float, float]:
+    """The mean change of an accuracy of runs, and its standard error."""
+    changes, errors = zip(*(run.change(name) for run in runs), strict=True)
+    return fmean(changes), math.hypot(*errors) / len(runs)
+
+
+def _change(runs: Sequence[Run], name: str = SAMPLED) -> str:
+    mean, error = _mean_change(runs, name)
     return f"{mean:+.3f} (s.e. {error:.3f})"
-
-
-def _mean_change(runs: Sequence[Run]) -> tuple[float, float]:
-    squares = sum(run.change_error**2 for run in runs)
-    return fmean(run.change for run in runs), math.sqrt(squares) / len(runs)
 
 
 def _gap(differences: Sequence[float]) -> str:

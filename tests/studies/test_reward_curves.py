@@ -86,11 +86,14 @@ def test_right_and_shuffled_rewards_are_compared_at_the_same_rate_seed_by_seed_a
     lines: list[dict[str, str]] = []
     for seed, wrong in ((0, 0.2), (1, 0.1)):
         lines += run("full", 1e-5, seed, (0.3, 0.5)) + run("full", 1e-5, seed, (0.2, wrong), control="shuffled")
-    lines += run("full", 1e-4, 0, (0.0, 0.0), control="shuffled")  # there is nothing to compare it with
+    lines += run("full", 1e-4, 0, (0.0, 0.0), control="shuffled")
     _, _, *rows = shuffled_table(lines).splitlines()
     # sqrt((0.25 * 0.75 + 0.5 * 0.5) / 512) and so on; the mean of two has the root of the sum of squares, by two.
+    right, greedy = "+0.250 (s.e. 0.029) | yes", "+0.000 (s.e. 0.031)"
     assert rows == [
-        "| full | 1e-05 | 0 | 0.250 | +0.250 (s.e. 0.029) | yes | -0.050 (s.e. 0.026) | yes |",
-        "| full | 1e-05 | 1 | 0.250 | +0.250 (s.e. 0.029) | yes | -0.150 (s.e. 0.023) | no |",
-        "| full | 1e-05 | mean | 0.250 | +0.250 (s.e. 0.021) | yes | -0.100 (s.e. 0.017) | no |",
+        f"| full | 1e-05 | 0 | {right} | {greedy} | -0.050 (s.e. 0.026) | yes | {greedy} |",
+        f"| full | 1e-05 | 1 | {right} | {greedy} | -0.150 (s.e. 0.023) | no | {greedy} |",
+        "| full | 1e-05 | mean | +0.250 (s.e. 0.021) | yes | +0.000 (s.e. 0.022) "
+        "| -0.100 (s.e. 0.017) | no | +0.000 (s.e. 0.022) |",
+        f"| full | 0.0001 | 0 | not run |  |  | -0.250 (s.e. 0.019) | no | {greedy} |",
     ]
