@@ -4,8 +4,10 @@
 
 A small model learns the task in part from examples, and the rest from rewards: in full, and with adapters of rank 1 and
 8, with and without the output layer. Controls: no reward, shuffled rewards, and examples at rank 1 instead of rewards.
-Each run is a file below ``--out``; runs that have one are not repeated, and several processes of this command share the
-work. The curves of all runs are written to ``results.csv`` in ``docs/findings/rank_one``, with a picture of them.
+Two smaller parts: right and shuffled rewards at low rates, and another task, six digits to be reversed. Each run is a
+file below ``--out``; runs that have one are not repeated, several processes of this command share the work, and it may
+be stopped and started again. The curves of all runs are written to ``results.csv`` in ``docs/findings/rank_one``,
+``rank_one_shuffled`` and ``rank_one_reverse``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from typing_extensions import override
 
 from lightning_lora import LoRAConfig
+from lightning_lora.errors import RunFolderError
 from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.folder_lock import is_locked, release_lock, take_lock
 from lightning_lora.lora.reports import count_parameters
+from lightning_lora.planning.stop_signals import ending_at_once
 from lightning_lora.tasks import CausalLM, PolicyGradient
-from studies.modules import reward_curves, sorting
+from studies.modules import digits, reward_curves
 from studies.modules.pages import FINDINGS, read_lines, write_lines
 
-PROMPTS, GROUP, STEPS, EVERY = 32, 8, 150, 25
+PROMPTS, GROUP, EVALUATIONS = 32, 8, 6
+PARTS = {"rank_one": ("sort", 150), "rank_one_shuffled": ("sort", 60), "rank_one_reverse": ("reverse", 60)}
+"""What is asked and for how many steps; each part has its own runs and its own folder in docs/findings."""
 FULL_RATES = (3e-5, 5e-5, 1e-4, 2e-4, 3e-4)
 LORA_RATES = (3e-4, 5e-4, 1e-3, 2e-3, 3e-3)
+LOW_RATES = {"full": (3e-6, 1e-5, 3e-5), "r1+head": (3e-5, 1e-4, 3e-4)}
 MIDDLE = 2
+ARMS = ("full", "r1+head", "r8+head", "r1", "r8")
 MULTIPLIER = 10.0
 
 
@@ -45,17 +54,29 @@ class Cell:
         rate: Learning rate of what is trained.
         seed: Of the warm start, the order of the prompts and the samples.
         control: ``none`` for rewards of right answers; ``zero``, ``shuffled``, or ``examples`` instead of rewards.
+        part: One of `PARTS`.
     """
 
     arm: str
     rate: float
     seed: int
     control: str = "none"
+    part: str = "rank_one"
 
     @property
     def name(self) -> str:
         """The file of the run, without its ending."""
         return f"{self.control}_{self.arm}_{self.rate:g}_{self.seed}"
+
+    @property
+    def task(self) -> digits.DigitTask:
+        """What is asked."""
+        return digits.TASKS[PARTS[self.part][0]]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, a rollout each."""
+        return PARTS[self.part][1]
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -70,19 +91,26 @@ class Cell:
         return self.rate if self.lora is None else self.rate / MULTIPLIER
 
 
+def rates_of(arm: str) -> Sequence[float]:
+    """The grid of an arm, the middle first and then from the outside in."""
+    rates = FULL_RATES if arm == "full" else LORA_RATES
+    return [rates[place] for place in (MIDDLE, 0, 4, 1, 3)]
+
+
 def cells(num_seeds: int) -> Iterator[Cell]:
-    """All runs: first every arm at the middle rate, then controls, further seeds and other rates."""
-    arms = ("full", "r1+head", "r8+head", "r1", "r8")
+    """All runs, the first seed first: every arm at the middle rate, controls, other rates; then the other parts."""
     for seed in range(num_seeds):
-        for arm in arms:
-            yield Cell(arm, FULL_RATES[MIDDLE] if arm == "full" else LORA_RATES[MIDDLE], seed)
-        yield from (Cell("r1+head", LORA_RATES[MIDDLE], seed, control) for control in ("zero", "shuffled", "examples"))
-        yield from (
-            Cell(arm, rate, seed, "shuffled")
-            for arm, rate in (("full", FULL_RATES[MIDDLE]), ("r1+head", LORA_RATES[0]))
-        )
-        for place in (0, 4, 1, 3):
-            yield from (Cell(arm, (FULL_RATES if arm == "full" else LORA_RATES)[place], seed) for arm in arms)
+        middle = {arm: rates_of(arm)[0] for arm in ARMS}
+        yield from (Cell(arm, rate, seed) for arm, rate in middle.items())
+        yield from (Cell("r1+head", middle["r1+head"], seed, each) for each in ("zero", "shuffled", "examples"))
+        yield Cell("full", middle["full"], seed, "shuffled")
+        yield from (Cell(arm, rate, seed) for place in range(1, 5) for arm in ARMS for rate in [rates_of(arm)[place]])
+    for seed in range(num_seeds):
+        for arm, rates in LOW_RATES.items():
+            for rate in rates:
+                yield from (Cell(arm, rate, seed, each, "rank_one_shuffled") for each in ("shuffled", "none"))
+        for arm in ("full", "r1+head", "r8+head", "r1"):
+            yield from (Cell(arm, rate, seed, part="rank_one_reverse") for rate in rates_of(arm))
 
 
 class Curve(Callback):
@@ -107,33 +135,35 @@ class Curve(Callback):
 def train(cell: Cell, folder: Path) -> dict[str, Any]:
     """Run a cell: its curve, its time and what it trained."""
     start = time.perf_counter()
-    rows = sorting.questions(sorting.HELD_OUT + STEPS * PROMPTS, seed=0)
-    held_out, prompts = rows[: sorting.HELD_OUT], rows[sorting.HELD_OUT :]
-    base = folder / f"base_{cell.seed}"
+    task, steps = cell.task, cell.steps
+    # All parts have as many prompts, so that a shorter run is the beginning of a longer one.
+    rows = task.questions(digits.HELD_OUT + PARTS["rank_one"][1] * PROMPTS, seed=0)
+    held_out, prompts = rows[: digits.HELD_OUT], rows[digits.HELD_OUT :]
+    base = folder / f"base_{PARTS[cell.part][0]}_{cell.seed}"
     if not (base / "tokenizer_config.json").exists():
-        sorting.warm_model(base, cell.seed, held_out)
+        digits.warm_model(task, base, cell.seed, held_out)
     seed_everything(cell.seed, verbose=False)
     curve, settings = Curve(), {"model": str(base), "learning_rate": cell.learning_rate, "lora": cell.lora}
     policy = PolicyGradient(
         **settings,  # type: ignore[arg-type]
-        reward=sorting.reward,
+        reward=task.reward,
         reward_workers=0,
         group_size=GROUP,
-        max_new_tokens=sorting.ANSWER_TOKENS,
+        max_new_tokens=task.answer_tokens,
     )
-    evaluated = sorting.prompt_loader(held_out, sorting.HELD_OUT)
+    evaluated = digits.prompt_loader(held_out, digits.HELD_OUT)
     _trainer(curve).validate(policy, evaluated, verbose=False)
     if cell.control == "examples":
         examples = CausalLM(**settings)  # type: ignore[arg-type]
-        _trainer(max_steps=STEPS).fit(examples, sorting.example_loader(prompts, PROMPTS, shuffle=True))
+        _trainer(max_steps=steps).fit(examples, task.example_loader(prompts, PROMPTS, shuffle=True))
         policy.load_state_dict(examples.state_dict(), strict=False)
     else:
-        schedule: dict[str, Any] = {"val_check_interval": EVERY, "check_val_every_n_epoch": None}
-        loader = sorting.prompt_loader(prompts, PROMPTS, shuffle=True, control=cell.control)
-        _trainer(curve, max_steps=STEPS, **schedule).fit(policy, loader, evaluated)
+        schedule: dict[str, Any] = {"val_check_interval": steps // EVALUATIONS, "check_val_every_n_epoch": None}
+        loader = digits.prompt_loader(prompts, PROMPTS, shuffle=True, control=cell.control)
+        _trainer(curve, max_steps=steps, **schedule).fit(policy, loader, evaluated)
     # A run without rewards ends early.
-    if curve.points[-1]["step"] < STEPS:
-        curve.step = STEPS
+    if curve.points[-1]["step"] < steps:
+        curve.step = steps
         _trainer(curve).validate(policy, evaluated, verbose=False)
     trained = count_parameters(policy).trainable
     return dataclasses.asdict(cell) | {
@@ -151,25 +181,38 @@ def _trainer(*callbacks: Callback, **options: Any) -> Trainer:
 
 
 def run(folder: Path, num_seeds: int, most: int) -> None:
-    """Run at most ``most`` cells that have no file yet and that no other process has begun."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Run at most ``most`` cells that have no file yet and that no other living process has begun.
+
+    SIGTERM and Ctrl-C end the run that is being done; what it had is lost.
+    """
     for cell in cells(num_seeds):
         if most < 1:
             return
-        begun, done = folder / f"{cell.name}.begun", folder / f"{cell.name}.json"
-        if done.exists():
+        done = folder / cell.part / f"{cell.name}.json"
+        lock = done.with_suffix(".lock")
+        if done.exists() or not _locked(lock, folder):
             continue
         try:
-            begun.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        result = train(cell, folder)
-        with atomic_file(done) as file:
-            file.write(json.dumps(result, indent=1).encode())
-        begun.unlink()
+            with ending_at_once(f"run {cell.name}"):
+                result = train(cell, folder)
+            with atomic_file(done) as file:
+                file.write(json.dumps(result, indent=1).encode())
+        finally:
+            release_lock(lock)
         most -= 1
         last = result["points"][-1]
-        print(f"{cell.name}: {last} in {result['seconds']:.0f} s", flush=True)
+        print(f"{cell.part} {cell.name}: {last} in {result['seconds']:.0f} s", flush=True)
+
+
+def _locked(lock: Path, folder: Path) -> bool:
+    """Take a lock, unless a living process has it."""
+    try:
+        take_lock(lock, folder)
+    except RunFolderError:
+        if is_locked(lock):
+            return False
+        raise
+    return True
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -193,9 +236,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run(options.out, options.seeds, options.runs)
-    target = FINDINGS / "rank_one"
-    write_lines(target / "results.csv", table(options.out))
-    reward_curves.draw(read_lines(target / "results.csv"), target / "curves.png")
+    for part in PARTS:
+        if lines := table(options.out / part):
+            write_lines(FINDINGS / part / "results.csv", lines)
+            if part != "rank_one_shuffled":
+                reward_curves.draw(read_lines(FINDINGS / part / "results.csv"), FINDINGS / part / "curves.png")
 
 
 if __name__ == "__main__":

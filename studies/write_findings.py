@@ -38,6 +38,7 @@ from studies.modules.tables import (
     multiplier,
     penalty_table,
     public_table,
+    rollouts_table,
     study_table,
     sweep_table,
 )
@@ -55,6 +56,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rewards": lambda folder: reward_curves.runs_table(read_lines(folder / RESULTS)),
     "gaps": lambda folder: reward_curves.gaps_table(read_lines(folder / RESULTS)),
     "controls": lambda folder: reward_curves.controls_table(read_lines(folder / RESULTS)),
+    "shuffled": lambda folder: reward_curves.shuffled_table(read_lines(folder / RESULTS)),
+    "rollouts": rollouts_table,
     "public": public_table,
     "norms": lambda folder: learning_rates.norms_table(read_lines(folder / RESULTS)),
 }

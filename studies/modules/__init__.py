@@ -2,6 +2,6 @@
 
 `tiny_gpt` (the network, dense or with experts), `rows` (random facts, a Markov text, copying), `base` (pre-training,
 done once and kept in ``runs/bases``), `task` (`TinyTask` and `TinyData`, which configs name), `curves` (a plain
-training loop for scripts), `sorting` (a task that a reward can check), `reward_curves` (what the curves of its runs
+training loop for scripts), `digits` (tasks that a reward can check), `reward_curves` (what the curves of its runs
 say), `pages` (what scripts write), `tables` (the tables of a page).
 """

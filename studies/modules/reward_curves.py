@@ -11,15 +11,13 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 
 from lightning_lora.study.statistics.crossed import paired_interval
+from studies.modules.digits import HELD_OUT
 from studies.modules.pages import markdown_table, save_figure
-from studies.modules.sorting import HELD_OUT
 
 Lines = Sequence[dict[str, str]]
 
 FULL = "full"
 SAMPLED, GREEDY = "val_reward", "val_reward_greedy"
-FIRST = 100
-"""Evaluations from this step on are the score of a run."""
 PAIRS = (
     ("r1+head", FULL),
     ("r8+head", FULL),
@@ -54,8 +52,19 @@ class Run:
         return [(int(line["step"]), float(line[name])) for line in self.lines if line[name]]
 
     def score(self, name: str) -> float:
-        """The mean of the evaluations from step `FIRST` on, which is less noisy than the last one."""
-        return fmean(value for step, value in self.curve(name) if step >= FIRST)
+        """The mean of the evaluations in the last third of the steps, which is less noisy than the last one."""
+        curve = self.curve(name)
+        last, _ = curve[-1]
+        return fmean(value for step, value in curve if 3 * step >= 2 * last)
+
+    def change(self, name: str) -> tuple[float, float]:
+        """What an accuracy has gained from the first to the last evaluation, and the standard error of that.
+
+        The error is that of a difference of two binomial shares.
+        """
+        curve = self.curve(name)
+        (_, start), (_, end) = curve[0], curve[-1]
+        return end - start, math.sqrt((start * (1 - start) + end * (1 - end)) / HELD_OUT)
 
 
 def runs_of(lines: Lines) -> list[Run]:
@@ -107,17 +116,43 @@ def controls_table(lines: Lines) -> str:
     """A line for each control, and what its start was."""
     chosen = [run for run in runs_of(lines) if run.control != "none"]
     rows = [
-        (run.control, run.arm, f"{run.rate:g}", run.seed, *_accuracies(run), _change(run))
+        (run.control, run.arm, f"{run.rate:g}", run.seed, *_accuracies(run), _change([run]))
         for run in sorted(chosen, key=lambda run: (run.control, run.seed))
     ]
     return markdown_table(("control", "arm", "rate of Adam", "seed", *_COLUMNS, "sampled, change"), rows)
+
+
+def shuffled_table(lines: Lines) -> str:
+    """Right and shuffled rewards at the same rates: a line for each seed, and one for all seeds of a rate."""
+    runs = runs_of(lines)
+    rows = []
+    for arm, rate in sorted({(run.arm, run.rate) for run in runs}):
+        mine = [run for run in runs if (run.arm, run.rate) == (arm, rate)]
+        right, shuffled = (
+            {run.seed: run for run in mine if run.control == control} for control in ("none", "shuffled")
+        )
+        for group in [[seed] for seed in sorted(shuffled)] + ([sorted(shuffled)] if len(shuffled) > 1 else []):
+            found = [shuffled[seed] for seed in group]
+            mean, error = _mean_change(found, SAMPLED)
+            stays = (_change(found), "yes" if abs(mean) <= 2 * error else "no", _change(found, GREEDY))
+            learns = ("not run", "", "")
+            if right.keys() >= set(group):
+                rewarded = [right[seed] for seed in group]
+                mean, error = _mean_change(rewarded, SAMPLED)
+                learns = (_change(rewarded), "yes" if mean > 2 * error else "no", _change(rewarded, GREEDY))
+            rows.append((arm, f"{rate:g}", group[0] if len(group) == 1 else "mean", *learns, *stays))
+    columns = ("arm", "rate of Adam", "seed", "right rewards: sampled, change", "above 2 s.e.", "greedy, change")
+    return markdown_table((*columns, "shuffled: sampled, change", "within 2 s.e.", "greedy, change"), rows)
 
 
 def gaps_table(lines: Lines) -> str:
     """Differences between arms at their best rates, paired by seed, sampled and greedy."""
     runs = runs_of(lines)
     rows = []
+    there = arms_of(runs)
     for ours, other in PAIRS:
+        if ours not in there or other not in there:
+            continue
         first, second = at_best(runs, ours), at_best(runs, other)
         seeds = sorted(first.keys() & second.keys())
         edges = [arm for arm in (ours, other) if not best_rate(runs, arm)[1]]
@@ -168,11 +203,15 @@ def _accuracies(run: Run) -> list[str]:
     return found
 
 
-def _change(run: Run) -> str:
-    """The change of the sampled accuracy, with the standard error of a difference of two binomial shares."""
-    (_, start), (_, end) = run.curve(SAMPLED)[0], run.curve(SAMPLED)[-1]
-    error = math.sqrt((start * (1 - start) + end * (1 - end)) / HELD_OUT)
-    return f"{end - start:+.3f} (s.e. {error:.3f})"
+def _mean_change(runs: Sequence[Run], name: str) -> tuple[float, float]:
+    """The mean change of an accuracy of runs, and its standard error."""
+    changes, errors = zip(*(run.change(name) for run in runs), strict=True)
+    return fmean(changes), math.hypot(*errors) / len(runs)
+
+
+def _change(runs: Sequence[Run], name: str = SAMPLED) -> str:
+    mean, error = _mean_change(runs, name)
+    return f"{mean:+.3f} (s.e. {error:.3f})"
 
 
 def _gap(differences: Sequence[float]) -> str:

@@ -15,6 +15,8 @@ from studies.modules.pages import markdown_table, read_lines
 from studies.modules.rows import BITS, VALUE
 
 PENALTY, CURVES, PUBLIC = "batch_penalty.json", "curves.csv", "public.csv"
+ANSWERS = 64
+"""Answers of a rollout in the runs of `rollouts_table`: 8 prompts, 8 each."""
 
 
 def study_table(folder: Path) -> str:
@@ -85,6 +87,27 @@ def lines_table(folder: Path) -> str:
     """The CSV file of a script as it is, with numbers in four digits."""
     lines = read_lines(folder / "results.csv")
     return markdown_table(list(lines[0]), [[_short(text) for text in line.values()] for line in lines])
+
+
+def rollouts_table(folder: Path) -> str:
+    """A line for each run of ``lightning-lora fit`` with rewards: the answers that were right, early and late."""
+    lines = read_lines(folder / "results.csv")
+    rows = []
+    for run in dict.fromkeys(line["run"] for line in lines):
+        mine = [line for line in lines if line["run"] == run]
+        rewards = [float(line["reward"]) for line in mine]
+        halves = rewards[: len(mine) // 2], rewards[len(mine) // 2 :]
+        shares = [fmean(half) for half in halves]
+        variances = [p * (1 - p) / (len(half) * ANSWERS) for p, half in zip(shares, halves, strict=True)]
+        means = [fmean(float(line[name]) for line in mine) for name in ("constant_groups", "truncated", "entropy")]
+        change = f"{shares[1] - shares[0]:+.4f} (s.e. {math.sqrt(sum(variances)):.4f})"
+        counts = [f"{sum(half) * ANSWERS:.0f} of {len(half) * ANSWERS:,}" for half in halves]
+        bits = f"{float(mine[-1]['information_bits']) / int(mine[-1]['trained']):.4f}"
+        constant, cut, entropy = means
+        rows.append((run, len(mine), *counts, change, f"{constant:.1%}", f"{cut:.1%}", f"{entropy:.3f}", bits))
+    columns = ("model", "rollouts", "right, first half", "right, second half", "change of the share")
+    more = ("groups all alike", "answers cut off", "entropy, nats a token", "bits a parameter")
+    return markdown_table((*columns, *more), rows)
 
 
 def public_table(folder: Path) -> str:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from studies.modules.reward_curves import at_best, best_rate, controls_table, gaps_table, runs_of, runs_table
+from studies.modules.reward_curves import (
+    at_best,
+    best_rate,
+    controls_table,
+    gaps_table,
+    runs_of,
+    runs_table,
+    shuffled_table,
+)
 
 STEPS = (0, 50, 100, 150)
 
@@ -67,3 +75,25 @@ def test_controls_have_a_table_of_their_own_and_choose_no_rate() -> None:
     # sqrt(0.25 * 0.75 / 512)
     assert "+0.750 (s.e. 0.019)" in controls_table(lines)
     assert controls_table(lines).count("\n") == 2
+
+
+def test_a_pair_of_arms_that_was_not_run_has_no_difference() -> None:
+    lines = [line for line in planted() if line["arm"] in ("full", "r1")]
+    assert [row.split("|")[1].strip() for row in gaps_table(lines).splitlines()[2:]] == ["r1 - full"]
+
+
+def test_right_and_shuffled_rewards_are_compared_at_the_same_rate_seed_by_seed_and_on_the_whole() -> None:
+    lines: list[dict[str, str]] = []
+    for seed, wrong in ((0, 0.2), (1, 0.1)):
+        lines += run("full", 1e-5, seed, (0.3, 0.5)) + run("full", 1e-5, seed, (0.2, wrong), control="shuffled")
+    lines += run("full", 1e-4, 0, (0.0, 0.0), control="shuffled")
+    _, _, *rows = shuffled_table(lines).splitlines()
+    # sqrt((0.25 * 0.75 + 0.5 * 0.5) / 512) and so on; the mean of two has the root of the sum of squares, by two.
+    right, greedy = "+0.250 (s.e. 0.029) | yes", "+0.000 (s.e. 0.031)"
+    assert rows == [
+        f"| full | 1e-05 | 0 | {right} | {greedy} | -0.050 (s.e. 0.026) | yes | {greedy} |",
+        f"| full | 1e-05 | 1 | {right} | {greedy} | -0.150 (s.e. 0.023) | no | {greedy} |",
+        "| full | 1e-05 | mean | +0.250 (s.e. 0.021) | yes | +0.000 (s.e. 0.022) "
+        "| -0.100 (s.e. 0.017) | no | +0.000 (s.e. 0.022) |",
+        f"| full | 0.0001 | 0 | not run |  |  | -0.250 (s.e. 0.019) | no | {greedy} |",
+    ]

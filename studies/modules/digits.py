@@ -1,9 +1,10 @@
-"""A task that a reward can check: write six digits in order. A tiny model learns it in part before rewards begin."""
+"""Tasks on digits that a reward can check. A tiny model learns them in part before rewards begin."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lightning_lora.tasks.rl.sampling.in_process import InProcessSampler
 from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
 
-DIGITS = 6
 HELD_OUT = 512
 """Questions that no run trains on, and all are evaluated on."""
-ANSWER_TOKENS = DIGITS + 1
-"""The digits of an answer and the token that ends it."""
 PAD, END, ASK = 10, 11, 12
 """The padding, the end of an answer, and the sign between question and answer; digits are their own ids."""
 VOCABULARY = 16
@@ -29,32 +27,65 @@ WARM_SHARE = 0.3
 """Sampled accuracy at which the warm start ends."""
 
 
-def questions(count: int, seed: int) -> list[str]:
-    """Different strings of digits."""
-    generator = random.Random(seed)
-    return [f"{number:0{DIGITS}d}" for number in generator.sample(range(10**DIGITS), count)]
-
-
-def answer(question: str) -> str:
-    """The same digits in order."""
-    return "".join(sorted(question))
-
-
-def reward(prompts: Sequence[str], completions: Sequence[str], control: Sequence[str]) -> list[float]:
-    """1 for an answer that is right in every digit and 0 for any other, unless a control says otherwise.
+@dataclass(frozen=True)
+class DigitTask:
+    """What is asked of a string of digits.
 
     Args:
-        prompts: Questions.
-        completions: Answers.
-        control: The same word for each row: ``none``; ``zero`` gives nobody anything, ``shuffled`` gives each reward to
-            another answer of the batch.
+        digits: Length of a question.
+        answer: The digits that are right for a question, as many for each.
     """
-    rewards = [float(completion == answer(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
-    if control[0] == "zero":
-        return [0.0] * len(rewards)
-    if control[0] == "shuffled":
-        random.Random(repr(completions)).shuffle(rewards)
-    return rewards
+
+    digits: int
+    answer: Callable[[str], str]
+
+    @property
+    def answer_tokens(self) -> int:
+        """The digits of an answer and the token that ends it."""
+        return len(self.answer("0" * self.digits)) + 1
+
+    def questions(self, count: int, seed: int) -> list[str]:
+        """Different strings of digits."""
+        generator = random.Random(seed)
+        return [f"{number:0{self.digits}d}" for number in generator.sample(range(10**self.digits), count)]
+
+    def reward(self, prompts: Sequence[str], completions: Sequence[str], control: Sequence[str]) -> list[float]:
+        """1 for an answer that is right in every digit and 0 for any other, unless a control says otherwise.
+
+        Args:
+            prompts: Questions.
+            completions: Answers.
+            control: The same word for each row: ``none``; ``zero`` gives nobody anything, ``shuffled`` gives each
+                reward to another answer of the batch.
+        """
+        pairs = zip(prompts, completions, strict=True)
+        rewards = [float(completion == self.answer(prompt)) for prompt, completion in pairs]
+        if control[0] == "zero":
+            return [0.0] * len(rewards)
+        if control[0] == "shuffled":
+            random.Random(repr(completions)).shuffle(rewards)
+        return rewards
+
+    def example_loader(self, rows: Sequence[str], batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+        """Batches of questions with their answers, for supervised fine-tuning."""
+        return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=self.examples)  # pyright: ignore[reportArgumentType]
+
+    def examples(self, rows: Sequence[str]) -> dict[str, Tensor]:
+        """A batch of questions with their answers; only answers have labels."""
+        ids = torch.stack([torch.cat([prompt_ids(row), self.answer_ids(row)]) for row in rows])
+        labels = ids.clone()
+        labels[:, : self.digits + 1] = -100
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def answer_ids(self, question: str) -> Tensor:
+        """The tokens of the right answer, with its end."""
+        return torch.tensor([*map(int, self.answer(question)), END])
+
+
+TASKS = {
+    "sort": DigitTask(6, lambda question: "".join(sorted(question))),
+    "reverse": DigitTask(6, lambda question: question[::-1]),
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -85,25 +116,12 @@ def prompt_loader(
     return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=collate)  # pyright: ignore[reportArgumentType]
 
 
-def example_loader(rows: Sequence[str], batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
-    """Batches of questions with their answers, for supervised fine-tuning."""
-    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=_examples)  # pyright: ignore[reportArgumentType]
-
-
 def _prompts(rows: Sequence[str], control: str) -> dict[str, Any]:
     columns = {"control": [control] * len(rows)}
     return {"input_ids": [prompt_ids(row) for row in rows], "prompts": list(rows), "columns": columns}
 
 
-def _examples(rows: Sequence[str]) -> dict[str, Tensor]:
-    answers = [torch.tensor([*map(int, answer(row)), END]) for row in rows]
-    ids = torch.stack([torch.cat([prompt_ids(row), right]) for row, right in zip(rows, answers, strict=True)])
-    labels = ids.clone()
-    labels[:, : DIGITS + 1] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def warm_model(folder: Path, seed: int, held_out: Sequence[str]) -> float:
+def warm_model(task: DigitTask, folder: Path, seed: int, held_out: Sequence[str]) -> float:
     """Train a small llama on examples until it samples `WARM_SHARE` of the answers right, and write it to ``folder``.
 
     Returns:
@@ -126,12 +144,12 @@ def warm_model(folder: Path, seed: int, held_out: Sequence[str]) -> float:
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     share, step = 0.0, 0
-    for step, batch in enumerate(_endless(seed), 1):
+    for step, batch in enumerate(_endless(task, seed), 1):
         model.train()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 5 == 0 and (share := accuracy(model, held_out, seed)) >= WARM_SHARE:
+        if step % 5 == 0 and (share := accuracy(task, model, held_out, seed)) >= WARM_SHARE:
             break
         if step == 500:
             raise RuntimeError(f"the warm start samples only {share:.1%} of the answers right after {step} steps.")
@@ -140,17 +158,17 @@ def warm_model(folder: Path, seed: int, held_out: Sequence[str]) -> float:
     return share
 
 
-def accuracy(model: LlamaForCausalLM, rows: Sequence[str], seed: int, temperature: float = 1.0) -> float:
+def accuracy(task: DigitTask, model: LlamaForCausalLM, rows: Sequence[str], seed: int) -> float:
     """The share of questions that ``model`` answers right, an answer each."""
-    sampler, settings = InProcessSampler(), SamplingSettings(ANSWER_TOKENS, temperature)
+    sampler, settings = InProcessSampler(), SamplingSettings(task.answer_tokens, 1.0)
     sampler.load(model, 0)
     with torch.no_grad():
         samples = sampler.sample([prompt_ids(row) for row in rows], 1, settings, torch.Generator().manual_seed(seed))
-    right = [torch.tensor([*map(int, answer(row)), END]) for row in rows]
-    return sum(torch.equal(tokens, wanted) for tokens, wanted in zip(samples.tokens, right, strict=True)) / len(rows)
+    pairs = zip(samples.tokens, rows, strict=True)
+    return sum(torch.equal(tokens, task.answer_ids(row)) for tokens, row in pairs) / len(rows)
 
 
-def _endless(seed: int) -> Iterator[dict[str, Tensor]]:
+def _endless(task: DigitTask, seed: int) -> Iterator[dict[str, Tensor]]:
     generator = random.Random(f"warm {seed}")
     while True:
-        yield _examples([f"{generator.randrange(10**DIGITS):0{DIGITS}d}" for _ in range(64)])
+        yield task.examples([f"{generator.randrange(10**task.digits):0{task.digits}d}" for _ in range(64)])
