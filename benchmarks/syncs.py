@@ -3,11 +3,11 @@
     python -m benchmarks.syncs
 
 A Trainer trains the embedded model with every callback that ``lightning-lora fit`` adds. Weights, optimizer state and
-batches stand for tensors on the device, and so does what is computed from them; a host tensor is one made of Python
-numbers. A *sync* is an operation that a GPU can answer only when it has finished its work: reading a number
+batches stand for tensors on the device, and so does what is computed from them or made with ``device=``; other tensors
+are on the host. A *sync* is an operation that a GPU can answer only when it has finished its work: reading a number
 (``item``, ``bool``, ``tolist``, ``cpu``), a result whose shape depends on values (``nonzero``, boolean masks,
-``unique``, ``repeat_interleave``), and making a device tensor of Python numbers. Copies by ``.to(device)`` are
-not seen.
+``unique``, ``repeat_interleave``), and making a device tensor of Python numbers. Copies by ``.to(device)`` are not
+seen.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ class _Reads(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, counter = func(*args, **(kwargs or {})), self.counter
-        if func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None:
-            if not isinstance(args[0], Tensor):
+        if (kwargs or {}).get("device") is not None and isinstance(out, Tensor):
+            counter.mark([out])
+            if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
                 counter.add("tensor(device=)")
         elif func in (Tensor.cpu, Tensor.tolist, Tensor.numpy) and counter.is_on_device(args[0]):
             counter.add(func.__name__)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -92,7 +92,7 @@ class CausalLM(PretrainedTask):
     def on_train_start(self) -> None:
         """Check what a step would else wait for. A sharded model runs only within a step."""
         super().on_train_start()
-        if not isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if not isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             with self.trainer.precision_plugin.forward_context():
                 self._needs_mask()
 

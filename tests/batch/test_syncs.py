@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import masking_utils
 
 from benchmarks.syncs import Alternating, SyncCounter, count, monitored_ratio, of_command
 from lightning_lora import LoRAConfig
@@ -18,7 +19,9 @@ from lightning_lora.batch_facts import FACTS
 from lightning_lora.callbacks import FiniteGradients, LoRAGuard, LoRAProgressBar
 from lightning_lora.callbacks.one_reading import OneReading
 from lightning_lora.data.batches.collate import Collate, CollateEvenly
+from lightning_lora.errors import GuardError
 from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.attention_mask import is_causal, known_packing
 from lightning_lora.tasks.head_loss import head_loss
 from tests.support import toys
 
@@ -152,14 +155,40 @@ def test_the_loss_at_the_head_asks_nothing_if_the_batch_brings_its_rows() -> Non
     assert all(torch.equal(known, asked) for known, asked in zip(*found, strict=True))
 
 
+def test_only_a_model_that_looks_back_needs_no_mask_over_padding() -> None:
+    net = nn.Embedding(20, 4)
+    assert is_causal(net, lambda ids: net(ids).cumsum(1), 20)
+    assert not is_causal(net, lambda ids: net(ids) + net(ids).mean(1, keepdim=True), 20)
+
+
+def test_transformers_is_told_what_it_would_have_found() -> None:
+    asks = masking_utils.find_packed_sequence_indices
+    positions = CollateEvenly(0)(rows(4))["position_ids"]
+    found = asks(positions)
+    assert found is not None
+    with known_packing(packed=True):
+        assert torch.equal(masking_utils.find_packed_sequence_indices(positions), found)
+    with known_packing(packed=False):
+        assert masking_utils.find_packed_sequence_indices(torch.arange(4)[None]) is None
+    assert masking_utils.find_packed_sequence_indices is asks
+
+
+def test_facts_of_other_rows_are_not_used() -> None:
+    batch = Collate(0)(rows(4))
+    facts, labels = batch[FACTS], batch["labels"]
+    assert facts.fit(labels)
+    assert facts.count == int((labels[:, 1:] != -100).sum())
+    assert facts.labels == (int(labels[labels >= 0].min()), int(labels.max()))
+    assert not facts.fit(labels[:2])
+    assert not facts.to("meta").fit(labels)
+
+
 def test_guards_still_find_their_faults_a_step_later(model: Path, tmp_path: Path) -> None:
     class Breaks(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 2:
                 with torch.no_grad():
                     next(p for p in pl_module.parameters() if p.requires_grad)[0, 0] = torch.nan
-
-    from lightning_lora.errors import GuardError
 
     with pytest.raises(GuardError, match="NaN or infinite after optimizer step 2"):
         fitted(model, tmp_path, loader(Collate(0)), [Breaks(), LoRAGuard(patience=2)], enable_progress_bar=False)

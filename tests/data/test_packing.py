@@ -170,7 +170,7 @@ def test_validation_rows_are_not_packed(path: str, tokenizer: PreTrainedTokenize
     data = SFTDataModule(path, path, path, tokenizer=tokenizer, packing=True)
     data.setup()
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
-        assert next(iter(loader)).keys() == {"input_ids", "attention_mask", "labels"}
+        assert next(iter(loader)).keys() == {"input_ids", "attention_mask", "labels", "facts"}
 
 
 @pytest.mark.parametrize("options", [{}, {"overfit_batches": 2}])

@@ -57,7 +57,7 @@ def test_every_shape_of_a_row_is_the_same_pair(
 ) -> None:
     (batch,) = module(write, tokenizer, [row]).train_dataloader()
     assert batch["input_ids"].shape[:2] == (1, 2)
-    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert batch.keys() == {"input_ids", "attention_mask", "labels", "facts"}
     plain = SFTDataModule(
         write("plain.jsonl", [{"prompt": ASKED, "completion": answer} for answer in (GOOD, BAD)]),
         tokenizer=tokenizer,
