@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
+from lightning_lora.lora.functional.expert_rows import LoopedRows
 from lightning_lora.lora.functional.experts import expert_linear, expert_update
 from lightning_lora.lora.functional.fused_experts import fused_expert_linear
 from lightning_lora.lora.functional.kernels import cross_entropy, gate, narrow
@@ -110,7 +111,7 @@ def test_gated_experts(dtype: torch.dtype, used: Counter[str]) -> None:
     W = (torch.randn(3, WIDTH, FF) / FF**0.5).to(dtype)
 
     def fused(g: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return fused_expert_linear(F.silu(g * 1) * (u * 1), AdaptedWeight(W, None, A, B, SCALE), counts)
+        return fused_expert_linear(F.silu(g * 1) * (u * 1), AdaptedWeight(W, None, A, B, SCALE), LoopedRows(counts))
 
     def formula(g: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:
         x = F.silu(g) * u

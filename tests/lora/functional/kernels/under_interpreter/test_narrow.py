@@ -67,8 +67,8 @@ def test_columns_divided_over_programs_add_up(programs: int, memory: Memory, mon
 
 
 def test_the_same_inputs_give_the_same_bits() -> None:
-    given = inputs((300, 70, 5), torch.bfloat16)
+    y, B, S = inputs((300, 70, 5), torch.bfloat16)
     by_rows = torch.empty(2, 300, 5)
-    by_columns = [kernels.both_narrow(result, *given, 1.0) for result in by_rows]
+    by_columns = [kernels.both_narrow(result, y, B, S, 1.0) for result in by_rows]
     assert torch.equal(*by_rows)
     assert torch.equal(*by_columns)
