@@ -1,7 +1,7 @@
 """Speed and memory of the training step beside other ways to train; ``docs/performance.md`` has commands and results.
 
 Commands: ``step`` (the main one), ``trainer``, ``head_loss``, ``products``, ``optimizer``, ``quantised_bases``,
-``learning_rates``, ``sampling``.
+``learning_rates``, ``sampling``, ``policy_step``, ``preferences``.
 
 What they are made of: ``workloads`` (models and batches), ``setting`` (what contenders share), ``adapters``
 (the factors that all get), ``contenders`` and ``other_layers`` (who takes part), ``gradients`` (who may), ``timing``,

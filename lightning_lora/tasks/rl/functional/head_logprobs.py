@@ -28,6 +28,9 @@ from lightning_lora.tasks.head_chunks import (
     wide_type,
 )
 
+# A forward pass holds the logits of a chunk, and their exponentials for so many rows.
+_PART_ROWS = 128
+
 
 class TokenLogprobs(NamedTuple):
     """What a model says of given tokens.
@@ -122,15 +125,15 @@ def _forward(ids: Tensor, temperature: float, bias: Tensor | None, parts: list[T
     dtype = wide_type(parts[0])
     logprobs, entropy, log_sums = (uninitialised(parts[0], ids.shape, dtype) for _ in range(3))
     for rows, logits in logit_chunks(bias, parts):
-        logprobs[rows], entropy[rows], log_sums[rows] = _of_chunk(_scaled(logits, temperature), ids[rows])
+        for start in range(0, len(logits), _PART_ROWS):
+            part = slice(rows.start + start, min(rows.start + start + _PART_ROWS, rows.stop))
+            scaled = _scaled(logits[start : start + _PART_ROWS], temperature)
+            logprobs[part], entropy[part], log_sums[part] = _of_part(scaled, ids[part])
     return logprobs, entropy, log_sums
 
 
-def _of_chunk(scaled: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    """The same for the rows of a chunk, from its logits, which are overwritten.
-
-    What it allocates is gone before the next chunk needs as much.
-    """
+def _of_part(scaled: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """The same for some rows of a chunk, from their logits, which are overwritten."""
     largest = scaled.amax(-1, keepdim=True)
     scaled -= largest
     exponentials = scaled.exp()

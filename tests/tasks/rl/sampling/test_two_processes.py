@@ -60,7 +60,6 @@ assert torch.equal(found.tokens, alone.tokens), (rank, found.tokens, alone.token
 assert (found.logprobs - alone.logprobs).abs().max() < 1e-5
 steps = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
 dist.all_gather(steps, torch.tensor([forwards]))
-print(rank, kind, forwards, collectives)
 if kind == "fsdp2, each token":
     assert steps[0] == steps[1], steps
     assert collectives > 3 * forwards  # each block, and whether any process goes on
