@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,16 @@ def runs_of(lines: Lines) -> list[Run]:
 
 
 def best_rate(runs: Sequence[Run], arm: str) -> tuple[float, bool]:
-    """The rate with the highest sampled score on the first seed, and whether lower and higher ones were tried."""
+    """Of the rates with the most seeds that with the highest sampled score on the first seed.
+
+    Returns:
+        The rate, and whether lower and higher ones were tried.
+    """
     mine = [run for run in runs if (run.control, run.arm) == ("none", arm)]
     seed = min(run.seed for run in mine)
+    seeds = Counter(run.rate for run in mine)
     scores = {run.rate: run.score(SAMPLED) for run in mine if run.seed == seed}
-    best = max(scores, key=lambda rate: scores[rate])
+    best = max(scores, key=lambda rate: (seeds[rate], scores[rate]))
     return best, min(scores) < best < max(scores)
 
 

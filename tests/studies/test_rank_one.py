@@ -19,7 +19,7 @@ digits.HELD_OUT, digits.WARM_SHARE, rank_one.PROMPTS = 8, 0.0, 4
 rank_one.PARTS = {name: (task, int(sys.argv[2])) for name, (task, _) in rank_one.PARTS.items()}
 rank_one.run(Path(sys.argv[1]), num_seeds=1, most=int(sys.argv[3]))
 """
-SECONDS = 10.0
+SECONDS = 30.0
 """From a signal to the end, on a busy machine; a run has hours left."""
 
 

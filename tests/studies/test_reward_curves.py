@@ -34,7 +34,9 @@ def planted() -> list[dict[str, str]]:
             lines += run(arm, 1e-3, seed, (0.5 - gap, 0.7 - gap))
     # The second seed likes another rate: the first one chooses.
     lines += run("full", 3e-4, 0, (0.4, 0.4)) + run("full", 3e-4, 1, (1.0, 1.0))
-    lines += run("full", 3e-5, 0, (0.4, 0.4)) + run("r1+head", 3e-3, 0, (0.0, 1.0))
+    lines += (
+        run("full", 3e-5, 0, (0.4, 0.4)) + run("r1+head", 3e-3, 0, (0.0, 1.0)) + run("r1+head", 3e-3, 1, (0.0, 1.0))
+    )
     return lines
 
 
@@ -44,6 +46,11 @@ def test_the_rate_is_chosen_by_the_score_of_the_first_seed_and_an_edge_is_told()
     # The last evaluation alone would have chosen 3e-3.
     assert best_rate(runs, "r1+head") == (1e-3, False)
     assert {seed: run.score("val_reward") for seed, run in at_best(runs, "full").items()} == {0: 0.6, 1: 0.6}
+
+
+def test_a_rate_with_fewer_seeds_is_not_chosen() -> None:
+    lines = planted() + run("full", 2e-4, 0, (0.9, 0.9))
+    assert best_rate(runs_of(lines), "full") == (1e-4, True)
 
 
 def test_differences_are_paired_by_seed_and_carry_their_error() -> None:
