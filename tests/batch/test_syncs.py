@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_lora import LoRAConfig
 from lightning_lora.batch_facts import FACTS
 from lightning_lora.callbacks import FiniteGradients, LoRAGuard, LoRAProgressBar
 from lightning_lora.callbacks.one_reading import OneReading
+from lightning_lora.cli.ending import end_of_run
 from lightning_lora.data.batches.collate import Collate, CollateEvenly
 from lightning_lora.errors import GuardError
 from lightning_lora.tasks import CausalLM
@@ -58,8 +60,9 @@ def fitted(model: Path, folder: Path, data: Any, callbacks: list[Callback], **op
 
 @pytest.mark.parametrize(("accumulate", "weighted"), [(1, False), (2, False), (1, True)], ids=str)
 def test_a_step_with_all_callbacks_of_fit_waits_for_the_device_at_most_once(
-    model: Path, tmp_path: Path, accumulate: int, weighted: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, weighted: bool
 ) -> None:
+    monkeypatch.setattr(end_of_run, "_SAVE_SECONDS", math.inf)  # the losses are read every half minute too
     data = loader(Collate(0, weighted), 12 * 2 * accumulate, weighted)
     counter = fitted(model, tmp_path, data, of_command(), accumulate_grad_batches=accumulate)
     assert len(counter.by_step) == 12

@@ -185,6 +185,7 @@ def test_rows_are_the_same_if_all_but_their_padding_is(
     check = RepeatedRows()
     check.start()
     check.add({name: torch.tensor(values) for name, values in rows.items()})
+    check.finish()
     check.warn()
     assert sum("were in their optimizer step before" in str(warning.message) for warning in recwarn) == repeated
 
