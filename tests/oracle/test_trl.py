@@ -29,7 +29,7 @@ def trainer_of(name: str) -> Any:
     """A class of trainers; importing it warns of what other packages deprecate."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import trl
+        import trl  # pyright: ignore[reportMissingImports]
 
         return getattr(trl, name)
 
@@ -93,20 +93,18 @@ def dpo_of_trl(logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float, *
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS.values(), ids=PAIRS)
 def test_losses_of_pairs(theirs: dict[str, Any], ours: dict[str, Any], beta: float) -> None:
     given = token_numbers(LENGTHS)
-    picked = [[0, 3]] if ours.get("label_smoothing") and ours["kind"] == "sigmoid" else [[0, 1, 2, 3, 4, 5]]
-    for rows in picked:
-        lengths = given.mask[rows].sum(-1)
+    rows = [0, 3] if theirs["loss_types"] == ["aot_unpaired"] else [0, 1, 2, 3, 4, 5]
+    names = ("chosen_lengths", "rejected_lengths")
+    lengths = dict(zip(names, given.mask[rows].sum(-1).chunk(2), strict=True))
 
-        def loss(logprobs: Tensor, rows: list[int] = rows, lengths: Tensor = lengths) -> Tensor:
-            policy, reference = ((of * given.mask)[rows].sum(-1) for of in (logprobs, given.ref))
-            names = ("chosen_lengths", "rejected_lengths")
-            sizes = dict(zip(names, lengths.chunk(2), strict=True))
-            return preference_loss(*policy.chunk(2), *reference.chunk(2), beta=beta, **ours, **sizes).mean()
+    def loss(logprobs: Tensor) -> Tensor:
+        policy, reference = ((of * given.mask)[rows].sum(-1).chunk(2) for of in (logprobs, given.ref))
+        return preference_loss(*policy, *reference, beta=beta, **ours, **lengths).mean()
 
-        def expected(logprobs: Tensor, rows: list[int] = rows) -> Tensor:
-            return dpo_of_trl(logprobs[rows], given.ref[rows], given.mask[rows], beta, **theirs)
+    def expected(logprobs: Tensor) -> Tensor:
+        return dpo_of_trl(logprobs[rows], given.ref[rows], given.mask[rows], beta, **theirs)
 
-        same(loss, expected, given.logprobs)
+    same(loss, expected, given.logprobs)
 
 
 def test_likelihood_of_chosen_answers_is_pooled_by_trl_and_a_mean_over_pairs_here() -> None:
@@ -170,8 +168,10 @@ COMPLETIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_losses_of_completions(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     given = token_numbers(LENGTHS)
 
+    settings: dict[str, Any] = {"clip": CLIP} | ours
+
     def loss(logprobs: Tensor) -> Tensor:
-        return policy_loss(logprobs, given.old, given.advantages, given.mask, **{"clip": CLIP} | ours)
+        return policy_loss(logprobs, given.old, given.advantages, given.mask, **settings)
 
     same(loss, lambda logprobs: grpo_of_trl(given, logprobs, **theirs), given.logprobs)
 

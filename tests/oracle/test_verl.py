@@ -36,7 +36,7 @@ def of_verl(name: str) -> Any:
     """A function of verl; importing it warns of what other packages deprecate."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from verl.trainer.ppo import core_algos
+        from verl.trainer.ppo import core_algos  # pyright: ignore[reportMissingImports]
 
         return getattr(core_algos, name)
 
@@ -45,7 +45,7 @@ def actor(clip: tuple[float, float], **settings: Any) -> Any:
     """verl's settings of a policy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from verl.workers.config import ActorConfig
+        from verl.workers.config import ActorConfig  # pyright: ignore[reportMissingImports]
 
         given = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1, "use_dynamic_bsz": True}
         return ActorConfig(clip_ratio=clip[0], clip_ratio_low=clip[0], clip_ratio_high=clip[1], **given | settings)
