@@ -12,14 +12,12 @@ Shape legend: ``rows`` pairs of a token and an expert, ``E`` experts, ``G`` matr
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
@@ -29,7 +27,7 @@ _STRIDE_BYTES = 16
 _FEW_ROWS = 128
 
 
-class ExpertRows(ABC):
+class ExpertRows(Protocol):
     """Which rows belong to which expert, and the products of each expert with its rows.
 
     A single matrix is shared by all experts. Rows beyond the last expert's belong to none: what a product holds there
@@ -37,21 +35,21 @@ class ExpertRows(ABC):
     """
 
     @property
-    @abstractmethod
     def counts(self) -> list[int]:
         """Rows of each expert; where they are on a device, reading them waits for it."""
+        ...
 
-    @abstractmethod
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
         """``x_e M_e``: ``(rows, in)`` times ``(G, in, out)``."""
+        ...
 
-    @abstractmethod
     def add_times(self, y: Tensor, x: Tensor, matrices: Tensor, scale: float) -> None:
         """Add ``scale * x_e M_e`` to ``y``, ``(rows, out)``."""
+        ...
 
-    @abstractmethod
     def between(self, x: Tensor, y: Tensor, num_matrices: int) -> Tensor:
         """``x_e^T y_e``: ``(rows, in)`` and ``(rows, out)`` to ``(G, in, out)``; zeros for experts without rows."""
+        ...
 
     def padded_rank(self, rank: int, dtype: torch.dtype) -> int:
         """The rank that factors are padded to for these products, with zeros."""
@@ -69,24 +67,24 @@ class GroupedRows(ExpertRows):
         self._ends = ends
 
     @property
-    @override
     def counts(self) -> list[int]:
+        """Rows of each expert; reading them waits for the device."""
         return counts_of(self._ends)
 
-    @override
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """``x_e M_e`` in one grouped product."""
         return F.grouped_mm(x, matrices, offs=ends_for(self._ends, len(matrices)))
 
-    @override
     def add_times(self, y: Tensor, x: Tensor, matrices: Tensor, scale: float) -> None:
+        """Add ``scale * x_e M_e``, computed first, to ``y``."""
         y.add_(self.times(x, matrices), alpha=scale)
 
-    @override
     def between(self, x: Tensor, y: Tensor, num_matrices: int) -> Tensor:
+        """``x_e^T y_e`` in one grouped product."""
         return F.grouped_mm(x.mT, y, offs=ends_for(self._ends, num_matrices))
 
-    @override
     def padded_rank(self, rank: int, dtype: torch.dtype) -> int:
+        """The next rank whose rows of numbers have a stride that grouped products take."""
         return rank + missing_rank(rank, dtype)
 
 
@@ -101,24 +99,24 @@ class LoopedRows(ExpertRows):
         self._counts = counts
 
     @property
-    @override
     def counts(self) -> list[int]:
+        """Rows of each expert."""
         return self._counts
 
-    @override
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """``x_e M_e``, one product for each expert that has rows."""
         product = uninitialised(x, (len(x), matrices.shape[-1]))
         for x_e, product_e, matrix in self._by_expert((x, product), matrices):
             torch.mm(x_e, matrix, out=product_e)
         return product
 
-    @override
     def add_times(self, y: Tensor, x: Tensor, matrices: Tensor, scale: float) -> None:
+        """Add ``scale * x_e M_e`` to ``y`` as it is computed."""
         for x_e, y_e, matrix in self._by_expert((x, y), matrices):
             y_e.addmm_(x_e, matrix, alpha=scale)
 
-    @override
     def between(self, x: Tensor, y: Tensor, num_matrices: int) -> Tensor:
+        """``x_e^T y_e``, one product for each expert that has rows."""
         products = x.new_zeros(num_matrices, x.shape[1], y.shape[1])
         for x_e, y_e, product in self._by_expert((x, y), products):
             torch.mm(x_e.T, y_e, out=product)
