@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning_lora.tasks.attention_mask import is_causal, known_packing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import masking_utils
@@ -24,6 +23,7 @@ from lightning_lora.cli.ending import end_of_run
 from lightning_lora.data.batches.collate import Collate, CollateEvenly
 from lightning_lora.errors import GuardError
 from lightning_lora.tasks import CausalLM
+from lightning_lora.tasks.attention.mask import is_causal, known_packing
 from lightning_lora.tasks.head_loss import head_loss
 from tests.support import toys
 

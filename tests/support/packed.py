@@ -138,7 +138,7 @@ class Recorded(CausalLM):
         self.gradients: list[dict[str, Tensor]] = []
         self.losses: list[float] = []
 
-    def token_loss(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
+    def token_loss(self, loss_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
         self.losses.append(float(loss_sum.detach()))
         return super().token_loss(loss_sum, num_tokens)
 

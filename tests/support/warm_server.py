@@ -46,7 +46,8 @@ def preload() -> None:
     """Import all modules of the package, and what they import when they are asked to do something."""
     package = importlib.import_module("lightning_lora")
     for module in pkgutil.walk_packages(package.__path__, "lightning_lora."):
-        if not module.name.endswith("__main__"):
+        # Kernels import Triton, which need not be installed, and nothing uses them here.
+        if not module.name.endswith("__main__") and ".kernels." not in module.name:
             importlib.import_module(module.name)
     for name in OTHERS:
         with suppress(ImportError):

@@ -50,8 +50,8 @@ class Traced(TokenWeightedLoss):
         self.losses: list[float] = []
         self.norms: list[tuple[float, float]] = []
 
-    def token_loss(self, loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
-        self.window.append(torch.stack([loss_sum.detach().double(), num_tokens.double()]))
+    def token_loss(self, loss_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
+        self.window.append(torch.stack([loss_sum.detach().double(), torch.as_tensor(num_tokens, dtype=torch.float64)]))
         self.counts.append(int(num_tokens))
         return super().token_loss(loss_sum, num_tokens)
 
