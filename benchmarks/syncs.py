@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -74,7 +75,7 @@ class SyncCounter(Callback):
         self.syncs: list[Sync] = []
         self.num_ops: Counter[int] = Counter()
         self.step: int | None = None
-        self._device: set[int] = set()  # storages
+        self._device: dict[int, StorageWeakRef] = {}  # storages
         self._modes = (_Operators(self), _Reads(self))
 
     def __enter__(self) -> Self:
@@ -112,15 +113,17 @@ class SyncCounter(Callback):
 
     def mark(self, values: Iterable[Any]) -> None:
         """Take the tensors among ``values`` for tensors on the device."""
-        self._device.update(storage for value in values for storage in _storages(value))
+        # The reference keeps the address from being given to another storage, not the memory.
+        self._device.update((s._cdata, StorageWeakRef(s)) for value in values for s in _storages(value))
 
     def forget(self, values: Iterable[Any]) -> None:
         """Take the tensors among ``values`` for tensors of the host."""
-        self._device.difference_update(storage for value in values for storage in _storages(value))
+        for storage in [s for value in values for s in _storages(value)]:
+            self._device.pop(storage._cdata, None)
 
     def is_on_device(self, value: Any) -> bool:
         """Whether a value stands for a tensor on the device."""
-        return any(storage in self._device for storage in _storages(value))
+        return any(storage._cdata in self._device for storage in _storages(value))
 
     def add(self, op: str) -> None:
         """Note a sync."""
@@ -183,10 +186,10 @@ def _waits(func: Any, args: tuple[Any, ...]) -> bool:
     return False
 
 
-def _storages(value: Any) -> list[int]:
+def _storages(value: Any) -> list[torch.UntypedStorage]:
     if isinstance(value, Mapping):
         return [storage for each in value.values() for storage in _storages(each)]
-    return [value.untyped_storage()._cdata] if isinstance(value, Tensor) and not value.is_sparse else []
+    return [value.untyped_storage()] if isinstance(value, Tensor) and not value.is_sparse else []
 
 
 def _place() -> str:
