@@ -67,6 +67,8 @@ def test_a_run_whose_process_was_killed_is_begun_again_and_one_that_is_done_by_a
         while not (locks := [lock for lock in tmp_path.rglob("*.lock") if is_locked(lock)]):
             assert process.poll() is None
             time.sleep(0.05)
+        # Without a signal to learn from it would soon end by itself.
+        process.send_signal(signal.SIGSTOP)
         assert warm.Process("-c", CODE, tmp_path, 6, 1).wait() == 0
         (other,) = runs_of(tmp_path)
         assert other != locks[0].stem
