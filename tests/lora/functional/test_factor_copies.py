@@ -106,6 +106,15 @@ def test_a_layer_that_is_called_again_in_a_pass_sees_what_was_changed_past_autog
     torch.testing.assert_close(model[2](x), by_formula(model[2:3], x), rtol=0.05, atol=0.05)
 
 
+def test_a_copy_that_nobody_took_is_gone_when_the_next_pass_begins() -> None:
+    model, x = network(), inputs()
+    for _ in range(3):
+        model(x)
+    model[:3](x)
+    add_past_autograd(model[3].lora_B)
+    check(model, x)
+
+
 def test_networks_that_take_turns_see_their_own_factors() -> None:
     one, two, x = network(), network(), inputs()
     for _ in range(3):
