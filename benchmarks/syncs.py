@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self, override
 
 from lightning_lora import LoRAConfig
@@ -75,7 +75,8 @@ class SyncCounter(Callback):
         self.syncs: list[Sync] = []
         self.num_ops: Counter[int] = Counter()
         self.step: int | None = None
-        self._device: dict[int, StorageWeakRef] = {}  # storages
+        # By identity, and only while they live: the address of a storage that is gone is soon another one's.
+        self._device: Any = WeakIdKeyDictionary()
         self._modes = (_Operators(self), _Reads(self))
 
     def __enter__(self) -> Self:
@@ -113,17 +114,17 @@ class SyncCounter(Callback):
 
     def mark(self, values: Iterable[Any]) -> None:
         """Take the tensors among ``values`` for tensors on the device."""
-        # The reference keeps the address from being given to another storage, not the memory.
-        self._device.update((s._cdata, StorageWeakRef(s)) for value in values for s in _storages(value))
+        for storage in [s for value in values for s in _storages(value)]:
+            self._device[storage] = True
 
     def forget(self, values: Iterable[Any]) -> None:
         """Take the tensors among ``values`` for tensors of the host."""
         for storage in [s for value in values for s in _storages(value)]:
-            self._device.pop(storage._cdata, None)
+            self._device.pop(storage, None)
 
     def is_on_device(self, value: Any) -> bool:
         """Whether a value stands for a tensor on the device."""
-        return any(storage._cdata in self._device for storage in _storages(value))
+        return any(storage in self._device for storage in _storages(value))
 
     def add(self, op: str) -> None:
         """Note a sync."""
