@@ -6,7 +6,7 @@ Each class also inherits from a built-in error, so that ``except ValueError`` ke
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class LoRAError(Exception):
@@ -62,6 +62,22 @@ def user_error(error: BaseException | None) -> LoRAError | None:
     while error is not None and not isinstance(error, LoRAError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Refuse a value of a setting that is none of its choices, and name those like it.
+
+    Args:
+        name: The setting, as the user writes it.
+        value: What the user gave.
+        choices: What may be given.
+
+    Raises:
+        ConfigError: If ``value`` is none of them.
+    """
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:

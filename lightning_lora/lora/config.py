@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, check_choice, did_you_mean
 
 _TARGETS = ("all", "attention", "mlp", "experts")
 _SCALINGS = ("standard", "rslora")
@@ -120,9 +120,9 @@ class LoRAConfig:
         _check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
-        _check_choice("scaling", self.scaling, _SCALINGS)
-        _check_choice("init", self.init, _INITS)
-        _check_choice("tied_weights", self.tied_weights, _TIED_WEIGHTS)
+        check_choice("scaling", self.scaling, _SCALINGS)
+        check_choice("init", self.init, _INITS)
+        check_choice("tied_weights", self.tied_weights, _TIED_WEIGHTS)
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
@@ -208,13 +208,6 @@ def _check_positive(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be greater than 0, got {value}.")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
-        )
-
-
 def _dtype_name(dtype: Any) -> str:
     # torch.dtype prints as "torch.float32". Only its name is kept, so that a config stays plain data.
     name = str(dtype).removeprefix("torch.")
@@ -223,7 +216,7 @@ def _dtype_name(dtype: Any) -> str:
             "adapters cannot be trained in float16: AdamW's eps of 1e-12 is zero there, and so are most of its "
             "second moments. Leave adapter_dtype out (float32 beside a float16 base), or use bfloat16."
         )
-    _check_choice("adapter_dtype", name, _ADAPTER_DTYPES)
+    check_choice("adapter_dtype", name, _ADAPTER_DTYPES)
     return name
 
 

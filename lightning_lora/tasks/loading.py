@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from lightning_lora.errors import ConfigError, did_you_mean, first_five
+from lightning_lora.errors import ConfigError, check_choice, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.tasks.attention.implementation import unusable_attention
@@ -23,9 +23,8 @@ BASE_DTYPES = ("float32", "bfloat16", "float16")
 
 def check_dtype(name: str | None) -> None:
     """Raise `ConfigError` if a type of base weights is neither None nor one of `BASE_DTYPES`."""
-    if name not in (None, *BASE_DTYPES):
-        hint = did_you_mean(str(name), BASE_DTYPES)
-        raise ConfigError(f"dtype must be one of {', '.join(BASE_DTYPES)}, got {name!r}{hint}")
+    if name is not None:
+        check_choice("dtype", name, BASE_DTYPES)
 
 
 def read_config(name: str, **overrides: Any) -> PreTrainedConfig:

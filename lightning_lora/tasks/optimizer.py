@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, check_choice
 from lightning_lora.mixin.optim import check_learning_rate
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -27,9 +27,7 @@ def check_optimizer(learning_rate: Any, weight_decay: Any, warmup_steps: Any, sc
         raise ConfigError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
         raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
-    if schedule not in SCHEDULES:
-        hint = did_you_mean(str(schedule), SCHEDULES)
-        raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}{hint}")
+    check_choice("schedule", schedule, SCHEDULES)
 
 
 def adamw(groups: list[dict[str, Any]], learning_rate: float, weight_decay: float, trainer: Trainer) -> Optimizer:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigError, did_you_mean
+from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigError, check_choice
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
@@ -96,9 +96,8 @@ def choose_loading(device: str | None, dtype: str | None, base: str | None, allo
     Raises:
         ConfigError: If the device or the type is unknown, or not on this machine.
     """
-    if dtype not in (None, *BASE_DTYPES):
-        hint = did_you_mean(dtype, BASE_DTYPES)
-        raise ConfigError(f"--dtype must be one of {', '.join(BASE_DTYPES)}, got {dtype!r}{hint}")
+    if dtype is not None:
+        check_choice("--dtype", dtype, BASE_DTYPES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.empty(0, device=device).device.type

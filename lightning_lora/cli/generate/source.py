@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards
 from lightning_lora.cli.run_source import find_source
-from lightning_lora.errors import AdapterFileError, ConfigError, did_you_mean
+from lightning_lora.errors import AdapterFileError, ConfigError, check_choice
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.lightning_checkpoint import read_checkpoint
 
@@ -39,8 +39,8 @@ def find(named: Path, which: str | None = None) -> Source:
         ConfigError: If ``which`` is unknown, or given for something that is no run folder.
         AdapterFileError: If there is nothing to generate with.
     """
-    if which not in (None, *WHICH):
-        raise ConfigError(f"--which must be one of {', '.join(WHICH)}, got {which!r}{did_you_mean(which, WHICH)}")
+    if which is not None:
+        check_choice("--which", which, WHICH)
     if not named.exists():
         raise AdapterFileError(f"{named} does not exist: give {_KINDS}.")
     source = _as_it_is(named)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, check_choice
 from lightning_lora.tasks.rl.functional.policy_loss import NORMALISE
 
 # How far the ratio may move, by loss. GSPO's ratio is a mean over tokens, CISPO only caps the weight of a token.
@@ -52,11 +52,11 @@ class PolicySettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "minibatches", "epochs", "patience", "group_size"):
             _check_count(name, getattr(self, name))
-        _check_choice("loss", self.loss, tuple(CLIPS))
-        _check_choice("advantage", self.advantage, ADVANTAGES)
-        _check_choice("normalise", self.normalise, NORMALISE)
-        _check_choice("kl", self.kl, ("k1", "k2"))
-        _check_choice("truncated", self.truncated, ("keep", "mask"))
+        check_choice("loss", self.loss, tuple(CLIPS))
+        check_choice("advantage", self.advantage, ADVANTAGES)
+        check_choice("normalise", self.normalise, NORMALISE)
+        check_choice("kl", self.kl, ("k1", "k2"))
+        check_choice("truncated", self.truncated, ("keep", "mask"))
         if self.group_size < 2 and not self.has_values:
             raise ConfigError(
                 f"group_size must be at least 2 with advantage={self.advantage!r}, got {self.group_size}: a single "
@@ -117,10 +117,3 @@ def _check_number(name: str, value: object, above: float | None = None) -> None:
     if not is_number or value < 0 or (above is not None and value <= above):  # type: ignore[operator]
         least = "at least 0" if above is None else f"above {above:g}"
         raise ConfigError(f"{name} must be a number {least}, got {value!r}.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
-        )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, check_choice
 
 ADVANTAGES = ("mean", "grpo", "rloo", "batch", "maxrl")
 
@@ -52,10 +52,7 @@ def group_advantages(
         >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
         tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
     """
-    if kind not in ADVANTAGES:
-        raise ConfigError(
-            f"advantage must be one of {', '.join(ADVANTAGES)}, got {kind!r}{did_you_mean(kind, ADVANTAGES)}"
-        )
+    check_choice("advantage", kind, ADVANTAGES)
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ConfigError(
             f"rewards must be (prompts, group) with at least 2 completions of each prompt, got "

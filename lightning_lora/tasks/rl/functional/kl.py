@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import check_choice
 
 KL_KINDS = ("k1", "k2", "k3", "k3+")
 
@@ -34,8 +34,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     References:
         Schulman, http://joschu.net/blog/kl-approx.html; gradients: https://arxiv.org/abs/2505.17508
     """
-    if kind not in KL_KINDS:
-        raise ConfigError(f"kl must be one of {', '.join(KL_KINDS)}, got {kind!r}{did_you_mean(kind, KL_KINDS)}")
+    check_choice("kl", kind, KL_KINDS)
     x = logprobs - ref_logprobs
     if kind == "k1":
         return x

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, check_choice
 
 NORMALISE = ("tokens", "rows", "constant", "sum")
 RATIOS = ("token", "row_mean", "row_sum")
@@ -159,9 +159,7 @@ def loss_sum_and_count(
     Raises:
         ConfigError: If ``normalise`` is unknown, or ``constant`` is missing or not wanted.
     """
-    if normalise not in NORMALISE:
-        hint = did_you_mean(str(normalise), NORMALISE)
-        raise ConfigError(f"normalise must be one of {', '.join(NORMALISE)}, got {normalise!r}{hint}")
+    check_choice("normalise", normalise, NORMALISE)
     if (normalise == "constant") != (constant is not None):
         raise ConfigError(f"constant divides rows with normalise='constant' only, got {constant} and {normalise!r}.")
     losses, mask = losses.masked_fill(~mask.bool(), 0), mask.long()
@@ -231,9 +229,7 @@ def sampler_correction(
 
 
 def _check(clip: tuple[float, float] | None, dual_clip: float | None, ratio: str) -> None:
-    if ratio not in RATIOS:
-        hint = did_you_mean(str(ratio), RATIOS)
-        raise ConfigError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}{hint}")
+    check_choice("ratio", ratio, RATIOS)
     if clip is not None and (len(clip) != 2 or not 0 <= clip[0] <= 1 or clip[1] < 0):
         raise ConfigError(
             f"clip must be two numbers, how far the ratio may fall below 1 (at most 1) and rise above it, such as "

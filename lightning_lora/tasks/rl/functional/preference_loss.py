@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, check_choice
 
 KINDS = ("sigmoid", "ipo", "hinge", "robust", "length_normalised", "dpop")
 _SMOOTHED = ("sigmoid", "robust", "length_normalised", "dpop")
@@ -113,8 +113,7 @@ def check_preference_settings(
     Raises:
         ConfigError: If one is out of its range.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"loss must be one of {', '.join(KINDS)}, got {kind!r}{did_you_mean(str(kind), KINDS)}")
+    check_choice("loss", kind, KINDS)
     if not beta > 0:
         raise ConfigError(f"beta must be above 0, got {beta!r}: at 0 no pair would have a gradient.")
     if not 0 <= label_smoothing < 0.5:
