@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -72,3 +75,9 @@ class BatchFacts:
     def pin_memory(self) -> Self:
         """The same with ``places`` in pinned memory, for a loader with ``pin_memory``."""
         return type(self)(self.places.pin_memory(), self.size, self.labels, self.packed)
+
+
+def facts_of(batch: Any) -> BatchFacts | None:
+    """The facts that a batch brings of its labels; None if it brings none, or those of other rows."""
+    facts, labels = (batch.get(FACTS), batch.get("labels")) if isinstance(batch, Mapping) else (None, None)
+    return facts if isinstance(facts, BatchFacts) and isinstance(labels, Tensor) and facts.fit(labels) else None

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from benchmarks.gpu.place import Place, error
 from benchmarks.timing import Clock, interleave, paired_ratio
-from lightning_lora.lora.functional.gated_input import gate_shape, gradients_and_input, recomputed, source_gradients
+from lightning_lora.lora.functional.gated_input import (
+    gate_shape,
+    gradients_and_input,
+    is_one_pass,
+    recomputed,
+    source_gradients,
+)
 from lightning_lora.lora.functional.kernels import choice
 from lightning_lora.lora.functional.narrow_products import narrow_gradients, narrow_shape, transposed_times_narrow
 from lightning_lora.tasks import head_chunks
@@ -157,8 +163,9 @@ def gates(make: Any, rows: tuple[int, ...], width: int, activation: str, halves:
     @torch.no_grad()
     def at_once(*given: Tensor) -> Results:
         *sources, d_x = given
+        if not is_one_pass(activation, sources):
+            return apart(*given)
         gradients, x = gradients_and_input(activation, sources, d_x)
-        assert x is not None
         return [*gradients, x]
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.batch_facts import FACTS, BatchFacts
+from lightning_lora.batch_facts import facts_of
 
 
 def count_items(batch: Any) -> tuple[Tensor | int, str | None]:
@@ -47,8 +47,7 @@ def count_supervised(batch: Any) -> Tensor | int | None:
     The first label of a row does not count, because no position predicts it. The count is a number where the batch
     brings `BatchFacts`, else a tensor on its device.
     """
-    facts = batch.get(FACTS) if isinstance(batch, Mapping) else None
-    if isinstance(facts, BatchFacts) and isinstance(batch["labels"], Tensor) and facts.fit(batch["labels"]):
+    if (facts := facts_of(batch)) is not None:
         return facts.count
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() < 2:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
-from lightning_lora.batch_facts import FACTS
+from lightning_lora.batch_facts import FACTS, facts_of
 from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
@@ -28,7 +28,7 @@ from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
 from lightning_lora.tasks.head_loss import HeadScores, head_loss, head_scores
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, is_compiled, plain_head
 from lightning_lora.tasks.pretrained import PretrainedTask
-from lightning_lora.tasks.supervision import facts_of, next_token_labels, next_token_weights, num_tokens, weighted
+from lightning_lora.tasks.supervision import next_token_labels, next_token_weights, num_tokens, weighted
 from lightning_lora.tasks.untrained_tokens import Unlearnable, frozen_output, unlearnable_tokens
 
 _TOKENIZER_KEY = "lightning_lora_tokenizer"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.batch_facts import FACTS, BatchFacts
+from lightning_lora.batch_facts import BatchFacts
 from lightning_lora.errors import DataError
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
 
@@ -40,12 +38,6 @@ def next_token_weights(batch: dict[str, Tensor]) -> Tensor | None:
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     """``values`` times the weights, if there are any."""
     return values if weights is None else values * weights
-
-
-def facts_of(batch: dict[str, Any]) -> BatchFacts | None:
-    """What the host knows of the labels of a batch; None if it brings no facts, or those of other rows."""
-    facts = batch.get(FACTS)
-    return facts if isinstance(facts, BatchFacts) and facts.fit(batch["labels"]) else None
 
 
 def num_tokens(labels: Tensor, weights: Tensor | None, facts: BatchFacts | None) -> Tensor | int:

@@ -175,16 +175,17 @@ class FusedLinears(torch.autograd.Function):
             return factor_gradients(group, factors, settings, needs, dropped, inner, d_inner, d_Bs, d_ys)
 
         d_sources: Sequence[Tensor | None] = [None] * len(group.sources)
-        if any(needs.sources) and is_one_pass(settings.activation, group.sources):
+        activation = settings.activation
+        if any(needs.sources) and activation is not None and is_one_pass(activation, group.sources):
             d_x = input_gradient(group, factors, settings, sums, d_inner, d_ys).view(ctx.shape)
-            d_sources, x = gradients_and_input(settings.activation, group.sources, d_x)
+            d_sources, x = gradients_and_input(activation, group.sources, d_x)
             d_As, d_Bs = of_factors(x)
         else:
-            x, activated = recomputed(settings.activation, group.sources)
+            x, activated = recomputed(activation, group.sources)
             d_As, d_Bs = of_factors(x)
             del x  # the gradient of the input, which is as large, takes its place
             if any(needs.sources):
                 d_x = input_gradient(group, factors, settings, sums, d_inner, d_ys).view(ctx.shape)
-                d_sources = source_gradients(settings.activation, group.sources, d_x, activated)
+                d_sources = source_gradients(activation, group.sources, d_x, activated)
         frozen = [None] * n
         return None, None, *GroupTensors(frozen, frozen, d_As, d_Bs, d_sources).flat()

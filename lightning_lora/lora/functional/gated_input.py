@@ -107,25 +107,20 @@ def source_gradients(
     return gradients
 
 
-def gradients_and_input(
-    activation: str | None, sources: Sequence[Any], d_x: Tensor
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """What `source_gradients` and `recomputed` return, without the activation; in one pass where a kernel is chosen.
+def gradients_and_input(activation: str, sources: Sequence[Tensor], d_x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What `source_gradients` and `recomputed` return, without the activation, by a kernel (`is_one_pass`).
 
     Args:
         activation: As in `recomputed`.
         sources: As in `recomputed`.
         d_x: Gradient of the input; overwritten.
     """
-    if activation is not None and is_one_pass(activation, sources):
-        return _by_kernel(activation, sources, d_x, product=True)
-    x, activated = recomputed(activation, sources)
-    return source_gradients(activation, sources, d_x, activated), x
+    return _by_kernel(activation, sources, d_x, product=True)
 
 
-def is_one_pass(activation: str | None, sources: Sequence[Any]) -> bool:
+def is_one_pass(activation: str, sources: Sequence[Any]) -> bool:
     """Whether a kernel is chosen for `gradients_and_input`."""
-    return activation is not None and _has_kernel("gate", activation, sources)
+    return _has_kernel("gate", activation, sources)
 
 
 def _has_kernel(name: str, activation: str, sources: Sequence[Any]) -> bool:

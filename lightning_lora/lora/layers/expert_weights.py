@@ -104,9 +104,9 @@ class ExpertWeight:
         """The weight as ``(*, out, in)``."""
         return self.weight.mT if self.transposed else self.weight
 
-    def adapted(self, x: Tensor) -> AdaptedWeight:
-        """Weight and factors for an input ``x``."""
-        return AdaptedWeight(self.matrices(), None, self.A.to(x.dtype), self.B.to(x.dtype), self.scale, self.caller)
+    def adapted(self) -> AdaptedWeight:
+        """Weight and factors."""
+        return AdaptedWeight(self.matrices(), None, self.A, self.B, self.scale, self.caller)
 
 
 def _effective(value: Any) -> Any:
@@ -118,7 +118,7 @@ def _linear(func: Callable[..., Tensor], x: Any, weight: Any, bias: Tensor | Non
     if not isinstance(weight, ExpertWeight) or weight.weight.ndim != 2 or weight.transposed:
         return NotImplemented
     if can_fuse(x, weight.weight, bias):
-        return fused_lora_linears(x, [weight.adapted(x)._replace(bias=bias)], weight.dropout)[0]
+        return fused_lora_linears(x, [weight.adapted()._replace(bias=bias)], weight.dropout)[0]
     return _with_update(func(x, weight.weight, bias), x, weight)
 
 
@@ -129,7 +129,7 @@ def _matmul(func: Callable[..., Tensor], x: Any, weight: Any) -> Any:
     if weight.weight.ndim == 3:
         return _batched(func, x, weight)
     if can_fuse(x, weight.weight, None):
-        return fused_lora_linears(x, [weight.adapted(x)], weight.dropout)[0]
+        return fused_lora_linears(x, [weight.adapted()], weight.dropout)[0]
     return _with_update(func(x, weight.weight), x, weight)
 
 
@@ -159,8 +159,7 @@ def _grouped(func: Callable[..., Tensor], x: Any, weight: Any, offs: Any = None,
         return _padded(expert_linear(x[: sum(counts)], matrices.mT, counts), len(x))
 
     if _can_fuse_grouped(x, weight.weight):
-        adapted = AdaptedWeight(weight.matrices(), None, weight.A, weight.B, weight.scale, weight.caller)
-        return fused_expert_linear(x, adapted, rows, weight.dropout, product)
+        return fused_expert_linear(x, weight.adapted(), rows, weight.dropout, product)
     y, counts = product(x, weight.weight), rows.counts
     update = expert_update(x[: sum(counts)], weight.A, weight.B, weight.scale, counts, weight.dropout)
     return y + _padded(update.to(y.dtype), len(y))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.batch.trial_step import on_device
-from lightning_lora.batch_facts import FACTS
+from lightning_lora.batch_facts import FACTS, facts_of
 from lightning_lora.capacity.fixed_rows import validation_loaders
 from lightning_lora.checkpoints.loader_position import generators
 from lightning_lora.checkpoints.random_state import kept_random_state
@@ -26,7 +26,6 @@ from lightning_lora.tasks.rl.functional.preference_loss import check_preference_
 from lightning_lora.tasks.rl.pair_means import add_pairs, log_pairs, weights_of
 from lightning_lora.tasks.rl.policy import Policy
 from lightning_lora.tasks.running_mean import RunningMean
-from lightning_lora.tasks.supervision import facts_of
 
 
 class PairScores(NamedTuple):

@@ -11,15 +11,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.launches import LaunchCounter
 from lightning_lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter
 from lightning_lora.lora.functional import expert_rows
 from tests.support.moe_models import moe
 from tests.support.tiny_models import wake
 
 HIDDEN, TOKENS = 64, 96
-NO_LAUNCH = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -32,20 +31,6 @@ def grouping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are grouped, and nobody reads the rows of each."""
     monkeypatch.setattr(expert_rows, "grouping_pays", lambda x, weights: True)
     monkeypatch.delattr(expert_rows, "counts_of")
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators that compute something, which a GPU would be asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in NO_LAUNCH:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def block(dtype: torch.dtype, num_experts: int = 4, lora: dict[str, Any] | None = None) -> nn.Module:
@@ -69,7 +54,7 @@ def step(block: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
 
 def operators(dtype: torch.dtype, num_experts: int, lora: dict[str, Any] | None) -> Counter[str]:
     layer = block(dtype, num_experts, lora)
-    with Operators() as counter:
+    with LaunchCounter() as counter:
         step(layer, dtype)
     return counter.counts
 
