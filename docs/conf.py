@@ -1,8 +1,13 @@
-"""Sphinx configuration: Markdown pages through MyST, the API from docstrings."""
+"""Sphinx configuration: Markdown pages and notebooks through MyST, the API from docstrings."""
 
 project = "lightning-lora"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_title = "lightning-lora"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-html_theme = "alabaster"
+html_theme = "furo"
 # Links to headings of other pages are checked.
 myst_heading_anchors = 3
+# Outputs are committed; tests/test_notebooks.py runs the cells.
+nb_execution_mode = "off"
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
