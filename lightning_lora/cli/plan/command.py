@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         ConfigError: If a setting is refused, or nothing fits into the memory.
         DataError: If the data cannot be used.
     """
-    options, rest = _parsed(list(arguments))
+    options, rest = option_parser().parse_known_args(list(arguments))
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
@@ -83,8 +82,8 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         raise ConfigError(made.sentence)
 
 
-def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    """The options of ``plan`` itself, and the arguments of ``fit``."""
+def option_parser() -> argparse.ArgumentParser:
+    """The parser of the options of ``plan`` itself."""
     from lightning_lora.cli.commands import CommandParser
 
     parser = CommandParser(
@@ -112,7 +111,7 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--measure", action="store_true", help="run the base on some rows for at most a minute, for its own bits"
     )
-    return parser.parse_known_args(arguments)
+    return parser
 
 
 def _expanded(arguments: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,8 +133,8 @@ def _stop(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    """The options of ``study`` itself, and the arguments of ``fit``."""
+def option_parser() -> ArgumentParser:
+    """The parser of the options of ``study`` itself."""
     from lightning_lora.cli.commands import CommandParser
 
     parser = CommandParser(
@@ -155,6 +155,11 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
         "--keep-models", action="store_true", help="keep whole trained models of runs without adapters, for evaluate"
     )
     parser.add_argument(RETRY, action="store_true", help="try runs again that failed before")
-    options, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
+    """The options of ``study`` itself, and the arguments of ``fit``."""
+    options, rest = option_parser().parse_known_args(arguments)
     options.file = rest.pop(0) if rest and not rest[0].startswith("-") else None
     return options, rest
