@@ -12,6 +12,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["cards.css"]
+html_show_copyright = False
 myst_enable_extensions = ["colon_fence"]
 # Links to headings of other pages are checked.
 myst_heading_anchors = 3
@@ -32,6 +33,13 @@ def skip_hooks(app: Sphinx, what: str, name: str, member: Any, skip: bool, optio
     return None if "." not in path or f".{path}" in SURFACE else True
 
 
+def leave_out_rooms(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """The docstring of a room lists its files, for those who change it."""
+    if what == "module":
+        lines.clear()
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-skip-member", skip_hooks)
+    app.connect("autodoc-process-docstring", leave_out_rooms)
