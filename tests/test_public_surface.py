@@ -19,7 +19,7 @@ PUBLIC = ("lightning_lora", *(f"lightning_lora.{room}" for room in ("callbacks",
 
 
 def surface() -> list[str]:
-    """A line for every public name, and for the public methods that are our own."""
+    """A line for every public name, and for the public methods that are our own, inherited ones too."""
     lines = []
     for place in PUBLIC:
         module: Any = importlib.import_module(place)
@@ -35,7 +35,9 @@ def described(name: str, value: Any) -> Iterator[str]:
         yield f"{name}: {', '.join(base.__name__ for base in value.__bases__)}"
     else:
         yield f"{name}{inspect.signature(value)}"
-        for part, member in sorted(vars(value).items()):
+        ours = [base for base in reversed(value.__mro__) if base.__module__.startswith("lightning_lora.")]
+        members = {part: member for base in ours for part, member in vars(base).items()}
+        for part, member in sorted(members.items()):
             is_own = isinstance(member, FunctionType) and not getattr(member, "__override__", False)
             if is_own and not part.startswith("_"):
                 yield f"{name}.{part}{inspect.signature(member)}"

@@ -11,14 +11,12 @@ References:
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.batch.calibration import PROBE_FILE
@@ -28,13 +26,11 @@ from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.probe import Probe
-from lightning_lora.study.row_losses import HeldOut, check_gives_losses
-from lightning_lora.study.row_order import check_loader, next_rows, rows_per_batch
-from lightning_lora.study.snapshot import copy_module, isolated
+from lightning_lora.study.row_losses import HeldOut
 from lightning_lora.trainer_access import found
 
 
-class BatchProbe(Probe):
+class BatchProbe(Probe[BatchBranches, BatchProbeResult]):
     """Trains short branches with several batches from one snapshot, and finds the largest harmless batch.
 
     All branches train on the same rows in the same order: the rows that the run would see next, if its sampler can tell
@@ -84,59 +80,23 @@ class BatchProbe(Probe):
         if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios):
             raise ConfigError(f"ratios must be at least two positive numbers, got {list(ratios)}.")
         self.ratios = tuple(ratios)
-        self.result: BatchProbeResult | None = None
 
-    def run(
-        self,
-        module: LightningModule,
-        train_loader: DataLoader[Any],
-        held_out_loader: DataLoader[Any],
-        batch_rows: int | None = None,
-        optimizer_state: Mapping[str, Any] | None = None,
-        trainer_options: Mapping[str, Any] | None = None,
+    @override
+    def _branches(self, batch_rows: int, available: int) -> BatchBranches:
+        return BatchBranches.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available)
+
+    @override
+    def _compare(
+        self, point: BranchPoint, branches: BatchBranches, rows: Sequence[Any], held_out: HeldOut
     ) -> BatchProbeResult:
-        """Probe outside of a run.
-
-        Args:
-            module: The module, trained or fresh, on the device to use; it stays as it is. Its ``predict_step`` must
-                return a mapping with the ``"loss"`` of each row, in nats.
-            train_loader: The rows to train on. Its batches are the largest micro-batches.
-            held_out_loader: The rows to compare on.
-            batch_rows: Rows of an optimizer step that ratios are multiples of. None: a batch of ``train_loader``.
-            optimizer_state: ``state_dict()`` of the module's optimizer. None: the learning rates of
-                ``configure_optimizers`` without a warm-up, and fresh moments.
-            trainer_options: Options for the Trainer of the branches, such as ``precision`` and ``gradient_clip_val``.
-
-        Raises:
-            ConfigError: If a batch would be less than a row, or the module cannot be probed.
-            DataError: If there are too few rows.
-            GradientError: If a branch diverges.
-        """
-        check_gives_losses(module)
-        held_out = self._held_out(held_out_loader)
-        with isolated(module.device, 0):
-            start = copy_module(module)
-            start.configure_model()  # a fresh module has no layers yet
-        micro_batch = rows_per_batch(check_loader(train_loader, "training"))
-        point = BranchPoint(start, optimizer_state, train_loader, micro_batch, trainer_options)
-        rows = next_rows(train_loader)
-        point = point.with_started_adapters(rows)
-        return self._probe(point, self._branches(batch_rows or micro_batch, len(rows)), rows, held_out)
+        return compare_batches(branches, point, rows, held_out)
 
     @override
-    def _check_run(self, trainer: Trainer, module: LightningModule) -> None:
-        self._branches_of_run(trainer)
-
-    @override
-    def _probe_run(self, trainer: Trainer, module: LightningModule) -> None:
-        branches = self._branches_of_run(trainer)
-        point, rows = self._point_of_run(trainer, module)
-        held_out = self._held_out(trainer.val_dataloaders)
+    def _report(self, trainer: Trainer, result: BatchProbeResult) -> None:
         monitor = found(trainer, BatchSizeMonitor)
         estimate = monitor.estimate if monitor is not None else None
         scale = estimate.value if estimate is not None and estimate.conclusive else None
-        outcome = self._probe(point, branches, rows, held_out)
-        result = self.result = replace(outcome, step=trainer.global_step, noise_scale=scale)
+        result = self.result = replace(result, noise_scale=scale)
         lines = [str(result)]
         if monitor is not None and result.calibration is not None:
             factor = result.calibration
@@ -157,19 +117,3 @@ class BatchProbe(Probe):
         losses = {f"loss/{batch}": loss for batch, loss in result.losses.items()}
         answer = {"largest_harmless": result.largest_harmless, **losses}
         self._events.write("batch_probe", step, answer | {"bound": result.bound, "calibration": result.calibration})
-
-    def _probe(
-        self, point: BranchPoint, branches: BatchBranches, rows: Sequence[Any], held_out: HeldOut
-    ) -> BatchProbeResult:
-        started = time.perf_counter()
-        result = compare_batches(branches, point, rows, held_out)
-        self.result = replace(result, seconds=time.perf_counter() - started)
-        return self.result
-
-    def _branches(self, batch_rows: int, available: int) -> BatchBranches:
-        return BatchBranches.planned(batch_rows, self.ratios, self.min_steps, self.min_epoch, available)
-
-    def _branches_of_run(self, trainer: Trainer) -> BatchBranches:
-        loader = check_loader(trainer.train_dataloader, "training")
-        batch_rows = rows_per_batch(loader) * trainer.accumulate_grad_batches
-        return self._branches(batch_rows, len(next_rows(loader)))

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.capacity.fixed_rows import validation_loaders
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lightning_private import is_accumulating
+from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint, check_one_optimizer
+from lightning_lora.study.rank_probe_result import RankProbeResult
 from lightning_lora.study.row_losses import HeldOut, check_gives_losses
 from lightning_lora.study.row_order import check_loader, next_rows, rows_per_batch
+from lightning_lora.study.snapshot import copy_module, isolated
 from lightning_lora.trainer_access import move_last
 
+Branches = TypeVar("Branches")
+Result = TypeVar("Result", BatchProbeResult, RankProbeResult)
 
-class Probe(Callback, ABC):
+
+class Probe(Callback, ABC, Generic[Branches, Result]):
     """Trains short branches from a snapshot of a run, once, and continues the run as if nothing had been.
 
     Args:
@@ -31,6 +41,9 @@ class Probe(Callback, ABC):
         min_epoch: Least fraction of the training rows that a branch trains on.
         held_out_rows: Validation rows to compare on, spread evenly; all if there are fewer.
         stop: Whether to end the run after the probe.
+
+    Attributes:
+        result: The latest result, or None.
     """
 
     compared: ClassVar[str]
@@ -51,8 +64,47 @@ class Probe(Callback, ABC):
         self.min_epoch = min_epoch
         self.held_out_rows = held_out_rows
         self.stop = stop
+        self.result: Result | None = None
         self._is_due = True
         self._step = 0
+
+    def run(
+        self,
+        module: LightningModule,
+        train_loader: DataLoader[Any],
+        held_out_loader: DataLoader[Any],
+        batch_rows: int | None = None,
+        optimizer_state: Mapping[str, Any] | None = None,
+        trainer_options: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """Probe outside of a run.
+
+        Args:
+            module: The module, trained or fresh, on the device to use; it stays as it is. Its ``predict_step`` must
+                return a mapping with the ``"loss"`` of each row, in nats.
+            train_loader: The rows to train on. Its batches are the largest micro-batches.
+            held_out_loader: The rows to compare on.
+            batch_rows: Rows of an optimizer step of the run. None: a batch of ``train_loader``.
+            optimizer_state: ``state_dict()`` of the module's optimizer. None: the learning rates of
+                ``configure_optimizers`` without a warm-up, and fresh moments.
+            trainer_options: Options for the Trainer of the branches, such as ``precision`` and ``gradient_clip_val``.
+
+        Raises:
+            ConfigError: If the module cannot be probed, has no adapters for a `RankProbe`, or if a batch of a
+                `BatchProbe` would be less than a row.
+            DataError: If there are too few rows.
+            GradientError: If a branch diverges.
+        """
+        check_gives_losses(module)
+        held_out = self._held_out(held_out_loader)
+        with isolated(module.device, 0):
+            start = copy_module(module)
+            start.configure_model()  # a fresh module has no layers yet
+        micro_batch = rows_per_batch(check_loader(train_loader, "training"))
+        point = BranchPoint(start, optimizer_state, train_loader, micro_batch, trainer_options)
+        rows = next_rows(train_loader)
+        point = point.with_started_adapters(rows)
+        return self._timed(point, self._branches(batch_rows or micro_batch, len(rows)), rows, held_out)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,12 +164,38 @@ class Probe(Callback, ABC):
         self._is_due = self.stop or state_dict["is_due"]
 
     @abstractmethod
-    def _check_run(self, trainer: Trainer, module: LightningModule) -> None:
-        """Raise an error if the run cannot be probed."""
+    def _branches(self, batch_rows: int, available: int) -> Branches:
+        """The branches from a run with ``batch_rows`` rows a step, on at most ``available`` rows."""
 
     @abstractmethod
+    def _compare(self, point: BranchPoint, branches: Branches, rows: Sequence[Any], held_out: HeldOut) -> Result:
+        """Train the branches on ``rows`` and compare them."""
+
+    @abstractmethod
+    def _report(self, trainer: Trainer, result: Result) -> None:
+        """Tell and write the result of a run, which is ``self.result`` too."""
+
+    def _check_run(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raise an error if the run cannot be probed."""
+        self._branches_of_run(trainer)
+
     def _probe_run(self, trainer: Trainer, module: LightningModule) -> None:
         """Probe the run as it is now, and report the result."""
+        point, rows = self._point_of_run(trainer, module)
+        held_out = self._held_out(trainer.val_dataloaders)
+        found = self._timed(point, self._branches_of_run(trainer), rows, held_out)
+        self.result = replace(found, step=trainer.global_step)
+        self._report(trainer, self.result)
+
+    def _timed(self, point: BranchPoint, branches: Branches, rows: Sequence[Any], held_out: HeldOut) -> Result:
+        started = time.perf_counter()
+        result = self._compare(point, branches, rows, held_out)
+        self.result = replace(result, seconds=time.perf_counter() - started)
+        return self.result
+
+    def _branches_of_run(self, trainer: Trainer) -> Branches:
+        loader = check_loader(trainer.train_dataloader, "training")
+        return self._branches(rows_per_batch(loader) * trainer.accumulate_grad_batches, len(next_rows(loader)))
 
     @staticmethod
     def _point_of_run(trainer: Trainer, module: LightningModule) -> tuple[BranchPoint, list[int]]:
