@@ -23,6 +23,8 @@ PAGE = Path(__file__).parent / "evidence" / "architectures.md"
 HEADER = ("architecture", "family", "adapted weights", "left alone", "loads in PEFT", "merge error")
 INTRODUCTION = """# Architectures
 
+Look up here what is adapted in the kind of model that you have, and whether its adapters load in PEFT.
+
 `LoRAConfig(targets="all")` adapts these weights, on tiny models with random weights. For each architecture,
 `tests/architectures/test_architectures.py` adapts it, trains it for a step, saves, loads, merges and unmerges it. Every
 parameter with two axes or more must be adapted, or be named under *left alone*. The *merge error* is the largest

@@ -12,7 +12,9 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["cards.css"]
+pygments_dark_style = "monokai"
 html_show_copyright = False
+html_use_index = html_domain_indices = False
 myst_enable_extensions = ["colon_fence"]
 # Links to headings of other pages are checked.
 myst_heading_anchors = 3

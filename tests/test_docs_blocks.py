@@ -78,7 +78,7 @@ def check_pip(words: list[str]) -> None:
 
 def check_python(words: list[str]) -> None:
     if words[0] == "-m":
-        assert (ROOT / words[1].replace(".", "/")).with_suffix(".py").is_file() or words[1] == "pip"
+        assert (ROOT / words[1].replace(".", "/")).with_suffix(".py").is_file() or words[1] in ("pip", "sphinx")
     else:
         assert (ROOT / words[0]).is_file()
 

@@ -1,4 +1,4 @@
-"""``fit`` with the configs that watch the batch size, as README.md shows them."""
+"""``fit`` with the configs that watch the batch size, as docs/understand/monitors.md shows them."""
 
 from __future__ import annotations
 
