@@ -28,6 +28,8 @@ def test_the_wheel_holds_the_package_with_callbacks_and_assets_and_nothing_else(
         "assets/tiny-base/model.safetensors",
         "assets/gsm8k/LICENSE",
         "py.typed",
+        "assets/cli_configs/sft.yaml",
+        "assets/cli_configs/strategy/ddp.yaml",
         KERNELS,
     ):
         assert f"lightning_lora/{needed}" in names

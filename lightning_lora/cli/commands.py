@@ -5,44 +5,24 @@ Each imports what it needs when it runs, so that one command does not wait for t
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from lightning_lora.errors import ConfigError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: one line of help, an example, its arguments, and what it does with them."""
-
-    help: str
-    example: str
-    configure: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], None]
-
-
-class CommandParser(ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest option and an example."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with code 2."""
-        _, is_unknown, words = message.partition("unrecognized arguments: ")
-        known = [option for action in self._actions for option in action.option_strings]
-        near = did_you_mean(words.split()[0].partition("=")[0], known) if is_unknown else "."
-        print(f"error: {message}{near} {self.epilog}", file=sys.stderr)
-        raise SystemExit(2)
+from lightning_lora.cli.help.command import Command, CommandParser
+from lightning_lora.cli.help.commands import HELP_COMMANDS
+from lightning_lora.errors import ConfigError
 
 
 def run_command(name: str, arguments: list[str]) -> None:
     """Parse the arguments of a command and run it; exits with code 2 on a wrong option."""
+    COMMANDS[name].run(_parser(name).parse_args(arguments))
+
+
+def _parser(name: str) -> CommandParser:
     command = COMMANDS[name]
     parser = CommandParser(f"lightning-lora {name}", description=command.help, epilog=f"example: {command.example}")
     command.configure(parser)
-    command.run(parser.parse_args(arguments))
+    return parser
 
 
 def _demo_arguments(parser: ArgumentParser) -> None:
@@ -194,6 +174,26 @@ def _evaluate(arguments: Namespace) -> None:
     evaluate(arguments)
 
 
+def _completion_arguments(parser: ArgumentParser) -> None:
+    from lightning_lora.cli.help.completion import SHELLS
+
+    parser.add_argument("shell", choices=SHELLS, help="the shell; its script is printed")
+
+
+def _completion(arguments: Namespace) -> None:
+    from lightning_lora.cli.help.completion import completion_script, fit_options
+    from lightning_lora.cli.help.schema import config_schema
+    from lightning_lora.cli.help.short_help import OPTIONS
+    from lightning_lora.cli.plan.command import plan_parser
+    from lightning_lora.cli.study.command import study_parser
+
+    of_fit = fit_options(config_schema())
+    options = dict.fromkeys(OPTIONS, of_fit)
+    options |= {"plan": [*plan_parser().options(), *of_fit], "study": study_parser().options()}
+    options |= {name: _parser(name).options() for name in COMMANDS}
+    print(completion_script(arguments.shell, options), end="")
+
+
 COMMANDS = {
     "demo": Command(
         "Fine-tune the embedded model on embedded GSM8K rows, with LoRA and in full; then save, merge and check.",
@@ -243,4 +243,11 @@ COMMANDS = {
         _consolidate_arguments,
         _consolidate,
     ),
+    "completion": Command(
+        "Print a script by which a shell completes commands and options.",
+        "lightning-lora completion bash > ~/.local/share/bash-completion/completions/lightning-lora",
+        _completion_arguments,
+        _completion,
+    ),
+    **HELP_COMMANDS,
 }

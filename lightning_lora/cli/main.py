@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_lora.cli.commands import COMMANDS, run_command
+from lightning_lora.cli.help.short_help import OPTIONS, asks_for_short_help, short_help, without_all
 from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
@@ -44,14 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", ""):
         print(_usage(), end="")
         return 0 if command else 2
+    if command == "--print_completion":  # as every program of LightningCLI has it
+        command, arguments = ("schema", ["schema"]) if arguments[1:] == ["jsonschema"] else ("completion", arguments)
     if command == "--version":
         print(f"lightning-lora {installed_version('lightning-lora')}")
+        return 0
+    if command in OPTIONS and asks_for_short_help(arguments):
+        print(short_help(command), end="")
         return 0
     quiet_libraries()
     if command in COMMANDS:
         return _exit_code(lambda: run_command(command, arguments[1:]))
     if command in TRAINER_COMMANDS:
-        return _exit_code(lambda: _run_trainer_command(arguments, allowed))
+        return _exit_code(lambda: _run_trainer_command(without_all(arguments), allowed))
     if command == "study":
         return _exit_code(lambda: _run_study(arguments[1:], allowed))
     nearest = did_you_mean(command, [*TRAINER_COMMANDS, "study", *COMMANDS])

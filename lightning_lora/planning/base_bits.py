@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_lora.data.batches.collate import Collate
 from lightning_lora.data.sft import SFTDataModule
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import lora_layers
@@ -29,7 +31,7 @@ from lightning_lora.tasks.pretrained import PretrainedTask
 from .count_data import unique_rows
 from .devices import find_devices
 from .label_counts import count_labels, epoch_rows
-from .set_up_data import quiet_trainer, set_up, without_infos
+from .set_up_data import quiet_trainer, set_up
 from .stop_signals import ending_at_once
 from .timing.rounds import Rounds
 
@@ -155,7 +157,7 @@ def _row_nats(module: LightningModule, sample: _Sample, precision: Any) -> tuple
         # multiple of 64, where adapted layers compute by themselves.
         twin.lora = LoRAConfig(rank=1) if _is_quantised(twin) else None
     trainer = quiet_trainer(precision=precision)
-    with without_infos(), ending_at_once(), disable_lora(twin) if lora_layers(twin) else nullcontext():
+    with messages_from(logging.WARNING), ending_at_once(), disable_lora(twin) if lora_layers(twin) else nullcontext():
         predicted = trainer.predict(twin, sample.batches) or []
     pairs = [_losses(module, each) for each in predicted]
     losses, weights = (numpy.concatenate(part) for part in zip(*pairs, strict=True))

@@ -17,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Sampler
 
+from lightning_lora.lightning_messages import messages_from
+
 Data = TypeVar("Data", bound=LightningDataModule)
 Thing = TypeVar("Thing")
 _GENERATORS = numpy.random.Generator, numpy.random.RandomState, random.Random
@@ -64,7 +66,7 @@ def copy_with_generators(thing: Thing) -> Thing:
 
 def quiet_trainer(**options: Any) -> Trainer:
     """A Trainer on one device at hand that writes and prints nothing."""
-    with without_infos():
+    with messages_from(logging.WARNING):
         return Trainer(
             accelerator="auto",
             devices=1,
@@ -75,17 +77,3 @@ def quiet_trainer(**options: Any) -> Trainer:
             enable_model_summary=False,
             **options,
         )
-
-
-@contextmanager
-def without_infos() -> Iterator[None]:
-    """Leave out what Lightning and we tell of a Trainer and a module; warnings are shown."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

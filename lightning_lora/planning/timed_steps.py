@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lora.batch.trial_step import is_out_of_memory
+from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.planning.cost import TIMED, RunSeconds, RunWork
 from lightning_lora.planning.set_up_data import copy_with_generators
@@ -151,14 +152,6 @@ def _copied(module: LightningModule) -> LightningModule:
 @contextmanager
 def _unseen() -> Iterator[None]:
     """Keep the random state, and say nothing of a run that does not count."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    with isolate_rng(), warnings.catch_warnings():
+    with isolate_rng(), warnings.catch_warnings(), messages_from(logging.ERROR):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

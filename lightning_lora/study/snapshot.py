@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.layers.adapted import held_factors
 from lightning_lora.lora.patterns import plain_name
@@ -65,18 +66,10 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
 @contextmanager
 def isolated(device: torch.device, seed: int) -> Iterator[None]:
     """Draw random numbers from seeded generators, restore those of the run on exit, and silence logs and warnings."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    with kept_random_state(device), warnings.catch_warnings():
+    with kept_random_state(device), warnings.catch_warnings(), messages_from(logging.ERROR):
         # Not seed_everything, which leaves the seed in the environment.
         random.seed(seed)
         numpy.random.seed(seed)
         torch.manual_seed(seed)
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_lora import load_adapter
 from lightning_lora.cli import main as cli
+from lightning_lora.cli.commands import COMMANDS
 from lightning_lora.cli.embedded import MODEL
 from lightning_lora.files.checkpoint_manifest import SUFFIX
 from tests.support.commands import EMBEDDED, assert_same_logits, configs, lightning_lora, tree
@@ -207,10 +208,7 @@ def test_own_classes_need_to_be_allowed(tmp_path: Path) -> None:
     assert allowed.returncode == 0, allowed.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["fit", "validate", "test", "predict", "probe", "preview", "demo", "merge", "export", "inspect", "consolidate"],
-)
+@pytest.mark.parametrize("command", ["plan", "study", *COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])

@@ -44,6 +44,8 @@ def start(*arguments: object, libraries: tuple[str, ...]) -> tuple[str, list[str
         (["mrege"], "2", "error: unknown command 'mrege'; did you mean 'merge'"),
         (["fti"], "2", "error: unknown command 'fti'; did you mean 'fit'"),
         (["merge", "--help"], "0", "example: lightning-lora merge"),
+        (["fit", "--help"], "0", "lightning-lora fit --help all"),
+        (["recipes"], "0", "strategy/fsdp2.yaml"),
         (["generate", "--help"], "0", "example: lightning-lora generate"),
         (["inspect"], "2", "the following arguments are required: path"),
     ],
@@ -106,7 +108,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.slow
 def test_help_of_fit_loads_no_model_and_no_library_of_quantisation() -> None:
     libraries = ("torchao", "bitsandbytes", "peft", "accelerate", "transformers.modeling_utils")
-    printed, loaded = start("fit", "--help", libraries=libraries)
+    printed, loaded = start("fit", "--help", "all", libraries=libraries)
     assert "lightning_lora.tasks.CausalLM" in printed
     assert "lightning_lora.data.SFTDataModule" in printed
     assert loaded == ["0"]

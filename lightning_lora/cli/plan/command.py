@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.cli.help.command import CommandParser
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.errors import ConfigError
 
@@ -35,7 +35,7 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         ConfigError: If a setting is refused, or nothing fits into the memory.
         DataError: If the data cannot be used.
     """
-    options, rest = _parsed(list(arguments))
+    options, rest = plan_parser().parse_known_args(list(arguments))
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
@@ -83,10 +83,8 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         raise ConfigError(made.sentence)
 
 
-def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    """The options of ``plan`` itself, and the arguments of ``fit``."""
-    from lightning_lora.cli.commands import CommandParser
-
+def plan_parser() -> CommandParser:
+    """The parser of the options of ``plan`` itself; those of ``fit`` are left over."""
     parser = CommandParser(
         "lightning-lora plan",
         usage="lightning-lora plan [options] (--config FILE ... | MODEL DATA) [options of fit]",
@@ -112,7 +110,7 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument(
         "--measure", action="store_true", help="run the base on some rows for at most a minute, for its own bits"
     )
-    return parser.parse_known_args(arguments)
+    return parser
 
 
 def _expanded(arguments: list[str]) -> list[str]:

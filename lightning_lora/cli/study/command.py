@@ -12,6 +12,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
 
+from lightning_lora.cli.help.command import CommandParser
 from lightning_lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,10 +134,8 @@ def _stop(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    """The options of ``study`` itself, and the arguments of ``fit``."""
-    from lightning_lora.cli.commands import CommandParser
-
+def study_parser() -> CommandParser:
+    """The parser of the options of ``study`` itself; the study file and options of ``fit`` are left over."""
     parser = CommandParser(
         "lightning-lora study",
         usage="lightning-lora study (FILE.yaml | --config FILE ... [options of fit]) [options]",
@@ -155,6 +154,11 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
         "--keep-models", action="store_true", help="keep whole trained models of runs without adapters, for evaluate"
     )
     parser.add_argument(RETRY, action="store_true", help="try runs again that failed before")
-    options, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
+    """The options of ``study`` itself with the study file, and the arguments of ``fit``."""
+    options, rest = study_parser().parse_known_args(arguments)
     options.file = rest.pop(0) if rest and not rest[0].startswith("-") else None
     return options, rest

@@ -7,8 +7,8 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteGradients, GracefulStop, RunLock
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
+from lightning_lora.lightning_messages import messages_from
 from lightning_lora.study.bank.bank import Arm, Mode
 from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
 from lightning_lora.study.bank.groups import Job, run_group, side_by_side
@@ -226,14 +227,14 @@ class Study:
         return {name: TRAINS_BASE for name, arm in self.arms.items() if "lora" in arm and arm["lora"] is None}
 
     def _run_group(self, jobs: Sequence[Job]) -> tuple[Sequence[Outcome | BaseException], Sequence[str]]:
-        with _without_infos():  # here, as each run would put back what another one has set
+        with messages_from(logging.WARNING):  # here, as each run would put back what another one has set
             return run_group(jobs, self.spec.arms_mode, self._run_cell)
 
     def _run_cell(self, cell: Cell, folder: Path, lost: threading.Event, place: Arm | None = None) -> Outcome:
         name = self.spec.baseline if cell.arm == UNTRAINED else cell.arm
         drop_foreign_locks(folder)
         try:
-            with kept_random_state(torch.device("cpu")), nullcontext() if place else _without_infos():
+            with kept_random_state(torch.device("cpu")), nullcontext() if place else messages_from(logging.WARNING):
                 seed_all(cell.seed)
                 module = self._module(name, cell.learning_rate)
                 trainer = self._trainer(cell, folder, lost, self._options(name), place)
@@ -271,17 +272,3 @@ class Study:
             return None
         takes_seed = "seed" in inspect.signature(self.data).parameters
         return self.data(**arguments, **({"seed": seed} if takes_seed else {}))
-
-
-@contextmanager
-def _without_infos() -> Iterator[None]:
-    """Leave out what Lightning and we say of every Trainer; warnings are shown."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
