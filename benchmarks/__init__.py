@@ -1,4 +1,4 @@
-"""Speed and memory of the training step beside other ways to train; ``docs/performance.md`` has commands and results.
+"""Speed and memory of the training step beside other ways to train. Results: docs/evidence/performance.md.
 
 Commands: ``step`` (the main one), ``trainer``, ``head_loss``, ``products``, ``optimizer``, ``quantised_bases``,
 ``learning_rates``, ``sampling``, ``policy_step``, ``preferences``.

@@ -95,7 +95,7 @@ def ours_with_our_loss(model: nn.Module, adapter: Adapter) -> Trainee:
 
 
 def loss_at_head(model: nn.Module, batch: Batch) -> Tensor:
-    """`next_token_loss` by `head_loss`, as ``docs/loss.md`` writes it: from hidden states, without logits."""
+    """`next_token_loss` by `head_loss`, as docs/understand/loss.md writes it: from hidden states, without logits."""
     causal: Any = model
     is_plain = isinstance(model, CharGPT)
     hidden = causal.hidden(batch.input_ids) if is_plain else causal.get_decoder()(batch.input_ids).last_hidden_state

@@ -1,6 +1,6 @@
 """Memory of a training step: predicted by a trace without values, and measured in a run of a real Trainer on this CPU.
 
-    python -m benchmarks.memory_prediction            # prints the table of docs/plan.md
+    python -m benchmarks.memory_prediction            # prints the table of docs/understand/plan.md
     python -m benchmarks.memory_prediction lora nf4    # some rows
 
 Measured are the allocator's events, which the profiler collects, in the third optimizer step, above weights and

@@ -1,6 +1,6 @@
 """How much more the memory of a process grows on a CPU than what its training step holds.
 
-    python -m benchmarks.process_growth            # prints the table of docs/plan.md
+    python -m benchmarks.process_growth            # prints the table of docs/understand/plan.md
     python -m benchmarks.process_growth lora full  # some rows
 
 A plan counts what torch holds. The resident memory of the process also has libraries that load on the way and freed

@@ -2,7 +2,7 @@
 
     python -m benchmarks.saturation [SEEDS]
 
-Prints the table of docs/capacity.md: 10 seeds take about three minutes on one core.
+Prints the table of docs/understand/capacity.md: 10 seeds take about three minutes on one core.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write docs/architectures.md: what `targets="all"` adapts in each architecture of the tests, and the merge error.
+"""Write docs/evidence/architectures.md: what `targets="all"` adapts in each tested architecture, and the merge error.
 
     python -m docs.architectures
 
@@ -19,7 +19,7 @@ from lightning_lora import lora_layers, merge_lora
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.architectures.adapted_model import AdaptedModel, difference
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parent / "evidence" / "architectures.md"
 HEADER = ("architecture", "family", "adapted weights", "left alone", "loads in PEFT", "merge error")
 INTRODUCTION = """# Architectures
 

@@ -1,8 +1,8 @@
-"""Print the example page of docs/plan.md anew: a plan of the model in the package for rows of GSM8K.
+"""Print the example page of docs/understand/plan.md anew: a plan of the model in the package for rows of GSM8K.
 
     python -m docs.plan_page ROWS.jsonl
 
-Without rows, the 640 of GSM8K inside the package are planned. Writes between the two marks in docs/plan.md.
+Without rows, the 640 of GSM8K inside the package are planned. Writes between the two marks in docs/understand/plan.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning_lora.cli.embedded import MODEL, TRAIN
 
-PAGE = Path(__file__).parent / "plan.md"
+PAGE = Path(__file__).parent / "understand" / "plan.md"
 BEGIN, END = "<!-- printed by python -m docs.plan_page -->\n", "<!-- end of the page -->\n"
 
 
@@ -30,7 +30,7 @@ def printed(rows: str | Path = TRAIN) -> str:
 
 
 def main() -> None:
-    """Replace the page in docs/plan.md."""
+    """Replace the page in docs/understand/plan.md."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     page = printed(*sys.argv[1:2])

@@ -1,6 +1,6 @@
-"""Memory of the steps in docs/gpu.md, predicted by a trace on a CPU, beside the peaks that an H100 measured there.
+"""Memory of the steps in docs/evidence/gpu.md, predicted by a trace on a CPU, beside the peaks measured there.
 
-python -m benchmarks.gpu.predicted_memory    # prints the table of docs/plan.md; needs no GPU
+python -m benchmarks.gpu.predicted_memory    # prints the table of docs/understand/plan.md; needs no GPU
 """
 
 from __future__ import annotations

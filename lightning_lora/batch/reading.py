@@ -36,7 +36,7 @@ class BatchReading:
     """The state of a batch and the numbers behind it.
 
     Args:
-        state: One of five words, see ``docs/batch_size.md``.
+        state: One of five words, see ``docs/understand/batch_size.md``.
         fill: Batch over calibrated noise scale; NaN while inconclusive.
         fill_low: Lower end of the interval of ``fill``.
         fill_high: Upper end of the interval of ``fill``; infinity where the noise scale may be zero.

@@ -50,8 +50,8 @@ class CapacityMonitor(Callback):
     and with DDP, where the numbers are those of the first rank; where factors are sharded, or nothing is adapted, one
     warning says that nothing is measured. If the monitor fails, training goes on without it.
 
-    Loggers get ``capacity/*`` (a table in docs/capacity.md). The run folder gets ``events.jsonl`` and, at the end,
-    ``capacity.png``.
+    Loggers get ``capacity/*`` (a table in docs/understand/capacity.md). The run folder gets ``events.jsonl`` and,
+    at the end, ``capacity.png``.
 
     Args:
         num_rows: Training rows, and held-out rows, that losses are measured on.

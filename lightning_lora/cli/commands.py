@@ -184,12 +184,12 @@ def _completion(arguments: Namespace) -> None:
     from lightning_lora.cli.help.completion import completion_script, fit_options
     from lightning_lora.cli.help.schema import config_schema
     from lightning_lora.cli.help.short_help import OPTIONS
-    from lightning_lora.cli.plan.command import plan_parser
-    from lightning_lora.cli.study.command import study_parser
+    from lightning_lora.cli.plan import command as plan
+    from lightning_lora.cli.study import command as study
 
     of_fit = fit_options(config_schema())
     options = dict.fromkeys(OPTIONS, of_fit)
-    options |= {"plan": [*plan_parser().options(), *of_fit], "study": study_parser().options()}
+    options |= {"plan": [*plan.option_parser().options(), *of_fit], "study": study.option_parser().options()}
     options |= {name: _parser(name).options() for name in COMMANDS}
     print(completion_script(arguments.shell, options), end="")
 

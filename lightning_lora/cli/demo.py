@@ -30,7 +30,7 @@ from lightning_lora.study.report.side_by_side import Beside, side_by_side_page
 from lightning_lora.study.report.write import HTML, write_page
 
 # The best rate of full fine-tuning in a sweep on this base and data. The best rate of LoRA was three times as high, not
-# ten (docs/results.md), hence lr_multiplier.
+# ten (docs/evidence/results.md), hence lr_multiplier.
 LEARNING_RATE = 1e-3
 LORA = LoRAConfig(rank=32, lr_multiplier=3.0)
 # As a share of the largest logit; over five layers float32 itself differs from float64 by about 1e-6.

@@ -39,7 +39,7 @@ class SFTDataModule(RowsDataModule):
     The columns decide how rows are read; the first format that fits is used: ``messages`` (role, content),
     ``conversations`` (from, value), ``instruction`` with optional ``input`` and ``output`` or ``response``, ``prompt``
     and ``completion``, ``question`` and ``answer``, ``text``. Beside these a row may have a system prompt, tools,
-    documents, options, history and a weight (docs/data.md). Conversations are rendered by the tokenizer's chat
+    documents, options, history and a weight (docs/use/data.md). Conversations are rendered by the tokenizer's chat
     template. The loss is on every assistant turn and the token that ends it, or on all of a plain text.
 
     Batches have ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; ``labels`` is -100 where

@@ -10,7 +10,7 @@ References:
     Paischer et al., *EVA*, 2024, https://arxiv.org/abs/2410.07170: components of all layers compete for a rank by the
     share of variance they explain, and the scale is kept; there of activations, and per rank instead of per parameter.
 
-That the two ideas together train better than one rank for all is not shown anywhere; ``docs/rank_growth.md`` has a
+That the two ideas together train better than one rank for all is not shown anywhere; ``docs/use/rank_growth.md`` has a
 measurement.
 """
 

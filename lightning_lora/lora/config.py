@@ -67,7 +67,7 @@ class LoRAConfig:
             wins.
         dora: Also learn a magnitude ``m`` for each output feature: the weight is ``m (W + scale * B A)``, divided by
             the norm of each row of that sum. ``m`` starts as the norms of ``W``. For linear layers, convolutions and
-            embeddings. A step costs more, and the benefit is disputed (docs/dora.md).
+            embeddings. A step costs more, and the benefit is disputed (docs/use/dora.md).
         init_batches: Training batches, on each device, that ``init="gradient"`` measures the gradient on, at least 1.
             With any other init it is not used, and that is warned of.
 
@@ -81,8 +81,8 @@ class LoRAConfig:
         Meng et al., *PiSSA*, NeurIPS 2024, https://arxiv.org/abs/2404.02948;
         Wang et al., *LoRA-GA*, NeurIPS 2024, https://arxiv.org/abs/2407.05000;
         Hayou et al., *LoRA+*, ICML 2024, https://arxiv.org/abs/2402.12354;
-        Liu et al., *DoRA*, ICML 2024, https://arxiv.org/abs/2402.09353. ``docs/hyperparameters.md`` says what speaks
-        for each setting.
+        Liu et al., *DoRA*, ICML 2024, https://arxiv.org/abs/2402.09353. ``docs/use/hyperparameters.md`` says what
+        speaks for each setting.
 
     Example:
         >>> config = LoRAConfig(rank=16, targets=["q_proj", "*.mlp.*"], rank_pattern={"down_proj": 4})

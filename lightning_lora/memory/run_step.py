@@ -20,7 +20,7 @@ from lightning_lora.memory.room import Room, bytes_between_steps, room_for_step,
 from lightning_lora.memory.step_trace import StepTracer
 
 TRACE_ERROR = 0.15
-"""How much too high activations and logits may be in the trace of a step on a GPU (docs/plan.md)."""
+"""How much too high activations and logits may be in the trace of a step on a GPU (docs/understand/plan.md)."""
 SECONDS = 30.0
 """Seconds of a run after which no further trace is begun."""
 

@@ -12,7 +12,7 @@ from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.devices import EFFICIENCY, Device
 from lightning_lora.planning.timing.shapes import Shape, Validation, Work
 
-# All measured on one H100 in bfloat16 (docs/gpu.md). The share of the peak was 0.28 to 0.42, `EFFICIENCY` lies between.
+# All measured on one H100 in bfloat16 (docs/evidence/gpu.md). Shares of the peak: 0.28 to 0.42; `EFFICIENCY` is one.
 # Where micro-batches are small, the host launches slower than the GPU computes: Llama-1B (112 linear layers) with 1,024
 # tokens took 106 ms with adapters and 55 ms in full; eight of its layers under a Trainer 74, 43, and 111 ms in NF4.
 SECONDS_PER_LINEAR = {"lora": 0.95e-3, "qlora": 1.66e-3, "full": 0.49e-3}

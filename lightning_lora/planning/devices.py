@@ -18,15 +18,15 @@ from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 EFFICIENCY = 0.35
 """Share of the peak FLOP/s that training reaches in bfloat16, above a few thousand tokens in a micro-batch.
 
-Chosen to lie between four steps on one H100 (docs/gpu.md, 8,192 tokens), operations of forward and backward, with
-attention, over the time of the step: Llama-1B 0.29 with adapters and 0.37 in full, eight layers of Llama-8B 0.42 and
-0.41. No other step tested it.
+Chosen to lie between four steps on one H100 (docs/evidence/gpu.md, 8,192 tokens), operations of forward and backward,
+with attention, over the time of the step: Llama-1B 0.29 with adapters and 0.37 in full, eight layers of Llama-8B 0.42
+and 0.41. No other step tested it.
 """
 
 CUDA_CONTEXT = 820_000_000
 """Bytes beside those that torch allocates: the context of CUDA and the libraries that a run loads.
 
-Measured on one H100 with torch 2.11 and CUDA 13 (docs/gpu.md).
+Measured on one H100 with torch 2.11 and CUDA 13 (docs/evidence/gpu.md).
 """
 
 _UNITS = {"b": 1} | {

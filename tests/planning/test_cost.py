@@ -242,7 +242,7 @@ def test_a_precision_decides_the_type_of_products(precision: object, dtype: str)
 
 
 def test_measured_steps_of_an_h100_lie_in_the_interval() -> None:
-    """Steps of docs/gpu.md, 8,192 tokens in bfloat16, operations counted by hand from the shapes."""
+    """Steps of docs/evidence/gpu.md, 8,192 tokens in bfloat16, operations counted by hand from the shapes."""
     device = find_devices(name="h100").device
     measured = {
         "Llama-1B, rank 16": (48.7e12, 112, "lora", 0.1685),

@@ -1,6 +1,6 @@
 """Runs that save a checkpoint at every place where they can be interrupted, and runs that resume from there.
 
-``python -m tests.support.resuming`` prints the table of docs/resume.md.
+``python -m tests.support.resuming`` prints the table of docs/use/resume.md.
 """
 
 from __future__ import annotations

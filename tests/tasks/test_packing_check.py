@@ -1,4 +1,4 @@
-"""Which architectures keep packed examples apart, as their logits say; `docs/packing.md` lists them."""
+"""Which architectures keep packed examples apart, as their logits say; `docs/use/packing.md` lists them."""
 
 from __future__ import annotations
 

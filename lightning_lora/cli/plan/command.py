@@ -35,7 +35,7 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         ConfigError: If a setting is refused, or nothing fits into the memory.
         DataError: If the data cannot be used.
     """
-    options, rest = plan_parser().parse_known_args(list(arguments))
+    options, rest = option_parser().parse_known_args(list(arguments))
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
@@ -83,7 +83,7 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         raise ConfigError(made.sentence)
 
 
-def plan_parser() -> CommandParser:
+def option_parser() -> CommandParser:
     """The parser of the options of ``plan`` itself; those of ``fit`` are left over."""
     parser = CommandParser(
         "lightning-lora plan",

@@ -134,7 +134,7 @@ def _stop(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def study_parser() -> CommandParser:
+def option_parser() -> CommandParser:
     """The parser of the options of ``study`` itself; the study file and options of ``fit`` are left over."""
     parser = CommandParser(
         "lightning-lora study",
@@ -159,6 +159,6 @@ def study_parser() -> CommandParser:
 
 def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     """The options of ``study`` itself with the study file, and the arguments of ``fit``."""
-    options, rest = study_parser().parse_known_args(arguments)
+    options, rest = option_parser().parse_known_args(arguments)
     options.file = rest.pop(0) if rest and not rest[0].startswith("-") else None
     return options, rest

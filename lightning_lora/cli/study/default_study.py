@@ -39,7 +39,7 @@ def default_study(arguments: Sequence[str], hours: float | None, folder: Path) -
     if not has_option(config, LORA):
         raise ConfigError(
             f"{option_of(config, 'model.class_path')} takes no lora, so there is nothing to compare by default: write "
-            f"a study file, see docs/study.md."
+            f"a study file, see docs/understand/study.md."
         )
     high = int(option_of(config, f"{LORA}.rank") or DEFAULT_RANK)
     ranks = [rank for rank in dict.fromkeys((max(1, high // LOW), high))]

@@ -17,7 +17,7 @@ from lightning_lora.planning.timing.product_speed import product_speed
 from lightning_lora.planning.timing.stopwatch import WARM_UP
 
 SHARE_OF_PRODUCT = 0.5
-"""Share of a timed product's FLOP/s that training reaches: 0.42 to 0.65 on one core of a Xeon (docs/plan.md)."""
+"""Share of a timed product's FLOP/s that training reaches: 0.42 to 0.65 on one Xeon core (docs/understand/plan.md)."""
 AUTO_SECONDS, AUTO_BYTES = 2.0, 2**28
 """Batches are timed without being asked for if they take at most so long, and the weights that are read so much."""
 ASKED_SECONDS = 60.0

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 FEW_TOKENS = 128
 """Tokens of an arm's batch up to which sharing batches was faster on a CPU: by 28 % at 128, not at 1,024
-(docs/arms_side_by_side.md)."""
+(docs/use/arms_side_by_side.md)."""
 
 
 def chosen_mode(reasons: Iterable[str], tokens: int | None, is_cpu: bool) -> tuple[str, str]:

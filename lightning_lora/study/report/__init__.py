@@ -1,4 +1,4 @@
-"""Reports of runs and studies: one HTML file that needs nothing else, Markdown and CSV beside it. `docs/report.md`.
+"""Reports of runs and studies: one HTML file that needs nothing else, Markdown and CSV beside it. `docs/use/report.md`.
 
 Read in this order: `write` (what ``lightning-lora report`` calls) and `watch`, `content` (what a report is made of),
 `numbers` and `word_cell` (how numbers and verdicts are shown), `runs` (the report of a run), `studies` (that of a

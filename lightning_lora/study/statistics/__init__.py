@@ -1,4 +1,4 @@
-"""The statistics of few seeds: pure functions on numbers, which know nothing of training. `docs/study_statistics.md`.
+"""The statistics of few seeds: pure functions on numbers, see docs/understand/study_statistics.md.
 
 Read in this order: `interval` (a mean difference, its interval and p-values), `crossed` (the interval over seeds and
 rows), `word` (matches, behind, ahead, cannot tell), `arm` (the runs of one arm), `compare` (an arm with its baseline),

@@ -42,7 +42,7 @@ class PolicyGradient(PolicyModel):
     Prompts become rollouts inside of the training loader: completions are sampled with the weights of that moment,
     rewarded, compared with the other completions of the same prompt, and handed to ``training_step`` in minibatches.
     The loss is normalised over the optimizer step, as in the other tasks. Dropout is off. With LoRA, the reference of a
-    KL penalty is the same model as training begins. What is logged is listed in docs/reinforcement.md.
+    KL penalty is the same model as training begins. What is logged is listed in docs/use/reinforcement.md.
 
     Args:
         model: Folder of a model on this machine, or its hub name. Weights must be stored as safetensors.

@@ -205,7 +205,7 @@ def test_a_prompt_that_is_too_long_is_found_before_any_answer(
 
 
 def test_commands_in_the_documentation_are_understood() -> None:
-    page = (toys.ROOT / "docs" / "generate.md").read_text()
+    page = (toys.ROOT / "docs" / "use" / "generate.md").read_text()
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("lightning-lora generate")]
     parser = ArgumentParser(exit_on_error=False)
     COMMANDS["generate"].configure(parser)

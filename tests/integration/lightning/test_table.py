@@ -1,4 +1,4 @@
-"""`docs/lightning.md` has a row for everything that the installed Lightning offers, and names tests that exist."""
+"""`docs/evidence/lightning.md` has a row for everything of the installed Lightning, and names tests that exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import environments
 
 from tests.support import toys
 
-TABLE = (toys.ROOT / "docs" / "lightning.md").read_text()
+TABLE = (toys.ROOT / "docs" / "evidence" / "lightning.md").read_text()
 ROWS = [line.strip("|").split(" | ") for line in TABLE.splitlines() if line.startswith("| `")]
 NAMED = [name for row in ROWS for name in re.findall(r"`(\w+)`", row[0])]
 
