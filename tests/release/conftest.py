@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ class Installed:
 
     def python(self, *arguments: object, cwd: Path, code: int = 0) -> str:
         """What ``python *arguments`` prints; it must end with ``code``."""
-        done = warm.run("-W", "ignore", *arguments, cwd=cwd, forked_by=self.server)
+        path = os.pathsep.join([str(self.site), str(warm.ROOT)])  # of processes that it starts
+        done = warm.run("-W", "ignore", *arguments, cwd=cwd, forked_by=self.server, PYTHONPATH=path)
         assert done.returncode == code, done.stdout + done.stderr
         assert "\x1b" not in done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -38,7 +40,18 @@ class Installed:
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     site = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(pip, check=True, capture_output=True)
     found = Installed(site)
     yield found
