@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test fast pytest lint bench
+.PHONY: demo test fast pytest lint bench docs coverage dist release lowest highest
 
 demo: $(VENV)/.installed
 	$(BIN)/lightning-lora demo
@@ -34,6 +34,29 @@ lint: $(VENV)/.developing
 	$(BIN)/ruff check lightning_lora tests benchmarks studies
 	$(BIN)/ruff format --check lightning_lora tests benchmarks studies
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.developing
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# Lines and branches of the package that the fast tests run, by room; all tests with FAST= .
+coverage: FAST = 1
+coverage: $(VENV)/.developing
+	.ci/coverage $(BIN)/python $(if $(FAST),-m "not slow")
+
+dist: $(VENV)/.developing
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# What is checked before a version is published: the wheel in an empty environment, the source archive by its own tests.
+release: dist
+	.ci/release $(BIN)/python
+
+# The fast tests with the lowest and the highest versions that pyproject.toml allows.
+lowest:
+	.ci/versions lowest 3.10
+
+highest:
+	.ci/versions highest 3.13
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

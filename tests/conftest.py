@@ -12,6 +12,7 @@ LONGEST = (
     "test_strategies.py",
     "test_cluster.py",
     "test_on_gpu.py",
+    "test_first_hour.py",
     "test_faults.py",
     "test_step_trace.py",
     "test_study_command.py",

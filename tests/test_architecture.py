@@ -178,6 +178,10 @@ def test_importing_the_core_loads_no_framework() -> None:
     assert missing == "module 'lightning_lora' has no attribute 'LoRAMixing'"
 
 
+in_a_checkout = pytest.mark.skipif((ROOT / "PKG-INFO").is_file(), reason="a source archive holds no links")
+
+
+@in_a_checkout
 def test_the_door_leads_to_the_callbacks() -> None:
     door = ROOT / "callbacks"
     assert door.is_symlink()
@@ -188,6 +192,7 @@ def test_the_door_leads_to_the_callbacks() -> None:
             assert "lightning_lora.callbacks" not in source, f"{name} must import its neighbours relatively"
 
 
+@in_a_checkout
 def test_the_callbacks_can_be_imported_through_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module("lightning_lora.callbacks")
     monkeypatch.syspath_prepend(str(ROOT))

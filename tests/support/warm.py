@@ -30,9 +30,9 @@ LIMIT, GRACE = 300.0, 30.0
 Done = subprocess.CompletedProcess[str]
 
 
-def environment(**more: str) -> dict[str, str]:
-    """The environment of the test, with this repository on the path, one thread, and no network."""
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+def environment(*first: Path, **more: str) -> dict[str, str]:
+    """The environment of the test, with ``first`` and this repository on the path, one thread, and no network."""
+    path = os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
@@ -49,9 +49,13 @@ def free_port() -> str:
 
 
 class Server:
-    """The process that forks. It ends when its connection is closed, at the latest with the test process."""
+    """The process that forks. It ends when its connection is closed, at the latest with the test process.
 
-    def __init__(self) -> None:
+    Args:
+        path: Folders to import from before all others.
+    """
+
+    def __init__(self, *path: Path) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.connection, theirs = Pipe()
         self.process = subprocess.Popen(
@@ -59,7 +63,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
-            env=environment(),
+            env=environment(*path),
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -109,6 +113,7 @@ class Process:
         stdin: File that is read.
         stdout: File to which output is appended; a terminal may be given by its name.
         stderr: The same for errors; the file of ``stdout`` if not given.
+        forked_by: The server; that of this test process if not given.
     """
 
     def __init__(
@@ -119,11 +124,12 @@ class Process:
         stdin: Path | str = os.devnull,
         stdout: Path | str = os.devnull,
         stderr: Path | str | None = None,
+        forked_by: Server | None = None,
     ) -> None:
         request = {"arguments": [*map(str, arguments)], "cwd": str(cwd or os.getcwd()), "env": env or environment()}
         request |= {"stdin": str(stdin), "stdout": str(stdout), "stderr": str(stderr or stdout)}
         self.returncode: int | None = None
-        self._server = server()
+        self._server = forked_by or server()
         self.pid: int = self._server.ask("start", request)
 
     def poll(self) -> int | None:
@@ -162,13 +168,18 @@ def ranks(count: int) -> list[dict[str, str]]:
     return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
 
 
-def run(*arguments: object, cwd: Path | None = None, **variables: str) -> Done:
+def run(*arguments: object, cwd: Path | None = None, forked_by: Server | None = None, **variables: str) -> Done:
     """Run ``python *arguments`` to its end, with ``variables`` in its environment."""
-    return run_ranks(1, *arguments, cwd=cwd, check=False, **variables)[0]
+    return run_ranks(1, *arguments, cwd=cwd, check=False, forked_by=forked_by, **variables)[0]
 
 
 def run_ranks(
-    count: int, *arguments: object, cwd: Path | None = None, check: bool = True, **variables: str
+    count: int,
+    *arguments: object,
+    cwd: Path | None = None,
+    check: bool = True,
+    forked_by: Server | None = None,
+    **variables: str,
 ) -> list[Done]:
     """Run ``python *arguments`` to its end as ranks of one group.
 
@@ -179,12 +190,13 @@ def run_ranks(
         arguments: The command line after ``python``.
         cwd: Working folder; that of the test if not given.
         check: Whether every rank must end with code 0.
+        forked_by: The server; that of this test process if not given.
         variables: More environment variables.
     """
     with tempfile.TemporaryDirectory() as name:
         files = [(Path(name, f"{rank}.out"), Path(name, f"{rank}.err")) for rank in range(count)]
         processes = [
-            Process(*arguments, cwd=cwd, env=env | variables, stdout=out, stderr=err)
+            Process(*arguments, cwd=cwd, env=env | variables, stdout=out, stderr=err, forked_by=forked_by)
             for env, (out, err) in zip(ranks(count), files, strict=True)
         ]
         try:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.release.conftest import Installed
+
+ROOT = Path(__file__).parents[2]
 KERNELS = "lora/functional/kernels/measured.json"
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_with_callbacks_and_assets_and_nothing_else(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.iterdir()
+def test_the_wheel_holds_the_package_with_callbacks_and_assets_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
         "callbacks/guard.py",
@@ -34,6 +31,28 @@ def test_the_wheel_holds_the_package_with_callbacks_and_assets_and_nothing_else(
     ):
         assert f"lightning_lora/{needed}" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lightning_lora"}
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_all_that_its_tests_read(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    assert set(listed.stdout.splitlines()) - held == {"callbacks", ".gitignore"} - held
+    assert "lightning_lora/callbacks/guard.py" in held
+
+
+@pytest.mark.slow
+def test_one_command_leads_from_the_wheel_to_an_adapter_and_a_report(installed: Installed, tmp_path: Path) -> None:
+    printed = installed.python("-m", "lightning_lora", "demo", "--steps", "3", cwd=tmp_path)
+    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "report.html"):
+        assert (tmp_path / "demo" / file).stat().st_size > 10_000
+    assert "merged and adapter model agree" in printed
 
 
 def test_the_embedded_data_is_the_start_of_the_real_data() -> None:

@@ -1,0 +1,123 @@
+"""Workflows, templates and the citation say what is so, and ask for no more rights than they need."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.warm import ROOT
+
+WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+PROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def workflow(name: str) -> dict[Any, Any]:
+    return yaml.safe_load(WORKFLOWS[name].read_text())
+
+
+def steps(name: str) -> list[dict[str, Any]]:
+    return [step for job in workflow(name)["jobs"].values() for step in job["steps"]]
+
+
+def made(name: str) -> set[str]:
+    """Targets of the Makefile that a workflow makes."""
+    return {word for step in steps(name) for word in re.findall(r"make (\S+)", step.get("run", ""))}
+
+
+def test_the_workflows_are_these() -> None:
+    assert set(WORKFLOWS) == {"lint", "test", "docs", "publish"}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_makes_what_the_makefile_knows(name: str) -> None:
+    versions = [include["versions"] for include in workflow("test")["jobs"]["pins"]["strategy"]["matrix"]["include"]]
+    asked = made(name) - {"${{"} | (set(versions) if "${{" in made(name) else set())
+    assert asked
+    assert asked <= TARGETS
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_action_is_pinned_to_one_version(name: str) -> None:
+    used = [step["uses"] for step in steps(name) if "uses" in step]
+    assert used
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action) for action in used), used
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_may_read_only_and_has_no_secret(name: str) -> None:
+    assert workflow(name)["permissions"] == {"contents": "read"}
+    assert "secrets." not in WORKFLOWS[name].read_text()
+    for job, settings in workflow(name)["jobs"].items():
+        may = settings.get("permissions", {})
+        assert may == ({"id-token": "write"} if (name, job) == ("publish", "upload") else {})
+        assert settings["timeout-minutes"]
+    kept = [step["with"]["persist-credentials"] for step in steps(name) if "checkout" in step.get("uses", "")]
+    assert kept
+    assert not any(kept)
+
+
+def test_the_job_that_uploads_runs_nothing_of_ours() -> None:
+    upload = workflow("publish")["jobs"]["upload"]
+    assert upload["environment"] == "pypi"
+    assert [step.get("run") for step in upload["steps"]] == [None, None]
+    assert workflow("publish")[True] == {"release": {"types": ["published"]}}  # YAML reads `on` as a truth value
+
+
+def test_every_python_is_tested_that_the_project_names() -> None:
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+    jobs = workflow("test")["jobs"]
+    assert jobs["fast"]["strategy"]["matrix"]["python"] == named
+    pins = {one["versions"]: one["python"] for one in jobs["pins"]["strategy"]["matrix"]["include"]}
+    assert pins == {"lowest": named[0], "highest": named[-1]}
+    assert f'requires-python = ">={named[0]}"' in PROJECT
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f".ci/versions {kind} {python}" in makefile for kind, python in pins.items())
+
+
+def test_torch_is_that_of_the_makefile() -> None:
+    (version,) = re.findall(r"^TORCH \?= torch==(\S+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {workflow(name)["env"]["TORCH"] for name in WORKFLOWS} == {f"torch=={version}+cpu"}
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    """Without one, `make lowest` would test the first version that ever was."""
+    tables = PROJECT[PROJECT.index("dependencies = [") : PROJECT.index("[project.scripts]")]
+    named = re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?)([^"]*)"', re.sub(r"#.*", "", tables))
+    unbound = [name for name, bound in named if not re.match(r">=|==", bound)]
+    assert unbound == ["lightning-lora[docs]"]
+    assert len(named) > 30
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (version,) = re.findall(r'^version = "(.+)"', PROJECT, flags=re.MULTILINE)
+    assert citation["version"] == version
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the schema requires
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_a_template_asks_for_something_and_requires_it(name: str) -> None:
+    template = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert {"name", "description", "body"} <= template.keys()
+    ids = [part["id"] for part in template["body"]]
+    assert len(set(ids)) == len(ids)
+    assert any(part.get("validations", {}).get("required") for part in template["body"])
+
+
+def test_templates_and_policies_name_commands_and_files_that_exist() -> None:
+    from lightning_lora.cli.commands import COMMANDS
+
+    pages = [*(ROOT / ".github").rglob("*.md"), *(ROOT / ".github").rglob("*.yml"), ROOT / "SECURITY.md"]
+    pages += (ROOT / "docs").rglob("compatibility.md")
+    assert len(pages) > 8
+    for page in pages:
+        text = page.read_text()
+        assert set(re.findall(r"`lightning-lora (\w+)", text)) <= set(COMMANDS) | {"fit"}, page
+        assert set(re.findall(r"`make (\w+)`", text)) <= TARGETS, page
+        files = re.findall(r"`((?:\.\w+|docs|tests|build)/[\w./-]+\.\w+|[A-Z]+\.md)`", text)
+        assert [file for file in files if not Path(ROOT, file).is_file()] == [], page
