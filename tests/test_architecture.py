@@ -27,6 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "versions": (),
     "student_t": (),
     "batch_facts": (),
+    "step_memory": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
     "lightning_private": LIGHTNING,
