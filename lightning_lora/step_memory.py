@@ -113,6 +113,15 @@ class StepMemory:
             found.append(StepMemory(gates[-1], rows[-1], True))
         return found
 
+    def frugal(self) -> StepMemory:
+        """The same with gates computed again and no more than 512 rows in a chunk of the head."""
+        rows = self.chunk_rows
+        return StepMemory(
+            "recompute" if self.gate == "keep" else self.gate,
+            self.head_rows if rows is None else min(rows, HEAD_ROWS[-1]),
+            self.activation_checkpointing,
+        )
+
     def __str__(self) -> str:
         gate = {"keep": "gates kept", "recompute": "gates computed again"}
         again = {True: "activation checkpointing", False: "no activation checkpointing"}

@@ -30,6 +30,7 @@ from lightning_lora.memory.other_settings import (
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.run_step import RunStep, fills_device, gigabytes, room_of_run
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.mixin.step_choices import choices_of
 
 _LINES = 3
 _MANY = 0.2
@@ -207,6 +208,8 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
         make = partial(made_with, module, lora={}) if is_task else partial(with_adapters, module)
         gone = "gradients and optimizer state of the base, 12 bytes a weight, are gone"
         yield f"lora: full fine-tuning -> LoRA; {gone}", make, {}
+    if isinstance(module, LoRAMixin) and (now := choices_of(module)) != (least := now.frugal()):
+        yield f"step_memory: {now} -> {least}", lambda: module, {"prepare": lambda made: made.use_step_memory(least)}
     narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
     is_held = getattr(module, "_lora_held", None) is not None
     if trainer.precision in narrower and module.hparams.get("dtype") is None and not is_held:
@@ -216,7 +219,7 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
     able = next((child for child in module.modules() if could_recompute(child)), None)
     if able is not None:
         text = f"activation checkpointing: off -> {recomputing_method(able)}() on the model, in configure_model"
-        if module.hparams.get("activation_checkpointing") is False:
+        if "activation_checkpointing" in module.hparams:
             text = "activation_checkpointing: false -> true"
         kept = "activations are computed twice instead of kept"
         yield f"{text}; {kept}", lambda: module, {"prepare": recompute}

@@ -1,0 +1,73 @@
+"""The fastest of several ways to make a training step's choices (`StepMemory`) that a device has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.step_memory import StepMemory
+
+MARGIN = 0.1
+"""Share of the room that a step leaves free if it holds more than it must: runs on a GPU took up to 5.5 % more than
+their trace (docs/gpu.md), and an allocator loses some of the rest."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to train, and what a traced step takes with it.
+
+    Args:
+        memory: The choices.
+        place: Its place among the candidates.
+        traced: Bytes of the step by what they are for.
+        room: Bytes that the device has for a step.
+    """
+
+    memory: StepMemory
+    place: int
+    traced: MemoryParts
+    room: int
+
+    @property
+    def growth(self) -> float:
+        """By what factor a batch may grow until its step could take more than may be filled, at least 1.
+
+        Weights, adapters and the optimizer's state stay; all else grows with the square of a batch's size at most, as
+        attention does with the length of its rows.
+        """
+        fixed = self.traced.weights + self.traced.adapters + self.traced.optimizer
+        left = self.room * (1 - MARGIN) - fixed
+        return max(1.0, left / max(1, self.traced.total - fixed)) ** 0.5
+
+
+def fastest_that_fits(
+    candidates: Sequence[StepMemory],
+    trace: Callable[[StepMemory], MemoryParts],
+    room: int,
+    first: int = 0,
+    is_kept: bool = False,
+) -> Choice:
+    """The first candidate whose traced step fits into ``room`` bytes; the last one if none does.
+
+    A candidate must leave `MARGIN` of the room free. The last before blocks are computed again need not, for so a run
+    without any choice trains: where that fits, nothing slower is taken.
+
+    Args:
+        candidates: `StepMemory.candidates`, the fastest first.
+        trace: The memory of a step with a candidate.
+        room: Bytes that the device has for a step.
+        first: The place to begin at.
+        is_kept: Whether the run has trained with that candidate on such a device, so that it needs no margin either.
+
+    Raises:
+        TraceError: If a step cannot be traced.
+    """
+    adds_blocks = candidates[-1].activation_checkpointing is not candidates[0].activation_checkpointing
+    usual = len(candidates) - (2 if adds_blocks else 1)
+    for place in range(first, len(candidates)):
+        traced = trace(candidates[place])
+        may_fill = place >= usual or (is_kept and place == first)
+        if traced.total <= room * (1 if may_fill else 1 - MARGIN) or place == len(candidates) - 1:
+            return Choice(candidates[place], place, traced, room)
+    raise AssertionError("there is always a candidate")
