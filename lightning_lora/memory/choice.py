@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning.pytorch import LightningModule
+
+from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.memory.other_settings import could_recompute
 from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.mixin.step_choices import settings_of
 from lightning_lora.step_memory import StepMemory
 
 MARGIN = 0.1
@@ -39,6 +45,21 @@ class Choice:
         fixed = self.traced.weights + self.traced.adapters + self.traced.optimizer
         left = self.room * (1 - MARGIN) - fixed
         return max(1.0, left / max(1, self.traced.total - fixed)) ** 0.5
+
+
+def open_candidates(module: LightningModule, can_recompute: bool = True) -> Sequence[StepMemory]:
+    """The ways to make the choices that a module leaves open, the fastest first; empty if there is nothing to choose.
+
+    Args:
+        module: The module, built; one without `LoRAMixin` has no such settings.
+        can_recompute: Whether blocks may be computed again, if its model can.
+    """
+    if not isinstance(module, LoRAMixin):
+        return ()
+    able = [name for name in module.step_memory_choices if name != "gate" or lora_layers(module)]
+    could = can_recompute and any(map(could_recompute, module.modules()))
+    candidates = settings_of(module).candidates(able, could)
+    return candidates if len(candidates) > 1 else ()
 
 
 def fastest_that_fits(

@@ -18,10 +18,8 @@ from lightning_lora.batch.counting import count_rows
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
 from lightning_lora.callbacks.capacity_monitor import CapacityMonitor
 from lightning_lora.callbacks.rank_growth import RankGrowth
-from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.memory.choice import Choice, fastest_that_fits
+from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
-from lightning_lora.memory.other_settings import could_recompute
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.run_step import RunStep, gigabytes, room_of_run
@@ -30,6 +28,9 @@ from lightning_lora.mixin.step_choices import settings_of
 from lightning_lora.sharding.collectives import largest_of_ranks
 from lightning_lora.step_memory import StepMemory
 from lightning_lora.trainer_access import found
+
+READ_ROWS = (BatchSizeMonitor, CapacityMonitor, RankGrowth)
+"""Callbacks that read gradients by rows, which they cannot where blocks are computed again."""
 
 
 class MemoryChoice(Callback):
@@ -76,7 +77,7 @@ class MemoryChoice(Callback):
             return
         is_first = not self._candidates
         if is_first:
-            self._candidates = _candidates(trainer, pl_module)
+            self._candidates = open_candidates(pl_module, can_recompute=found(trainer, *READ_ROWS) is None)
         room = _room(trainer, pl_module) if self._candidates else None
         self._most = math.inf
         if room is not None and isinstance(pl_module, LoRAMixin):
@@ -118,17 +119,6 @@ class MemoryChoice(Callback):
         if before is None or before.place != place:
             module.use_step_memory(self.choice.memory)
             rank_zero_info(_line(self.choice, count_rows(batch), is_first))
-
-
-def _candidates(trainer: Trainer, module: LightningModule) -> Sequence[StepMemory]:
-    """The ways to make the choices that are open; none if all are made, or the module follows none."""
-    if not isinstance(module, LoRAMixin):
-        return ()
-    able = [name for name in module.step_memory_choices if name != "gate" or lora_layers(module)]
-    reads_rows = found(trainer, BatchSizeMonitor, CapacityMonitor, RankGrowth) is not None
-    can_recompute = not reads_rows and any(map(could_recompute, module.modules()))
-    candidates = settings_of(module).candidates(able, can_recompute)
-    return candidates if len(candidates) > 1 else ()
 
 
 def _traces(trainer: Trainer, module: LightningModule, batch: Any) -> Callable[[StepMemory], MemoryParts]:
