@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lightning_lora.errors import ConfigError, check_choice, did_you_mean
 
 AUTO = "auto"
-_GATES = ("keep", "recompute")
-HEAD_ROWS = (4096, 2048, 512)
-"""Rows of a chunk that are tried, the fastest first; the last is what ``"auto"`` means where nothing is chosen."""
+GATES = ("keep", "recompute")
+"""The faster one first."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StepMemory:
     activation_checkpointing: bool | str = AUTO
 
     def __post_init__(self) -> None:
-        check_choice("step_memory: gate", self.gate, (AUTO, *_GATES))
+        check_choice("step_memory: gate", self.gate, (AUTO, *GATES))
         rows, again = self.head_rows, self.activation_checkpointing
         if rows != AUTO and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ConfigError(f"step_memory: head_rows must be 'auto' or a number of rows, 1 or more, got {rows!r}.")
@@ -94,33 +93,6 @@ class StepMemory:
     def made(self) -> list[str]:
         """Names of the choices that are not left open."""
         return [name for name, value in asdict(self).items() if value != AUTO]
-
-    def candidates(self, able: Sequence[str], can_recompute: bool = True) -> list[StepMemory]:
-        """The ways to make the choices that are open, the fastest first, each with less memory than the one before.
-
-        Args:
-            able: Names of the choices that a module can follow; others stay as they are.
-            can_recompute: Whether its blocks can be computed again.
-        """
-        gates = _GATES if self.gate == AUTO and "gate" in able else (self.gate,)
-        rows = HEAD_ROWS if self.head_rows == AUTO and "head_rows" in able else (self.head_rows,)
-        again = self.activation_checkpointing
-        if again is True:
-            gates = gates[-1:]  # what a block holds is computed again anyway
-        first = False if again == AUTO and "activation_checkpointing" in able else again
-        found = [StepMemory(gate, most, first) for gate in gates for most in rows]
-        if first != again and can_recompute:
-            found.append(StepMemory(gates[-1], rows[-1], True))
-        return found
-
-    def frugal(self) -> StepMemory:
-        """The same with gates computed again and no more than 512 rows in a chunk of the head."""
-        rows = self.chunk_rows
-        return StepMemory(
-            "recompute" if self.gate == "keep" else self.gate,
-            self.head_rows if rows is None else min(rows, HEAD_ROWS[-1]),
-            self.activation_checkpointing,
-        )
 
     def __str__(self) -> str:
         gate = {"keep": "gates kept", "recompute": "gates computed again"}

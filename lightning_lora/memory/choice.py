@@ -12,8 +12,10 @@ from lightning_lora.memory.other_settings import could_recompute
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.step_choices import settings_of
-from lightning_lora.step_memory import StepMemory
+from lightning_lora.step_memory import AUTO, GATES, StepMemory
 
+HEAD_ROWS = (4096, 2048, 512)
+"""Rows of a chunk of the head that are tried; the last is how a run trains without a choice."""
 MARGIN = 0.1
 """Share of the room that a step leaves free if it holds more than it must: runs on a GPU took up to 5.5 % more than
 their trace (docs/gpu.md), and an allocator loses some of the rest."""
@@ -47,6 +49,33 @@ class Choice:
         return max(1.0, left / max(1, self.traced.total - fixed)) ** 0.5
 
 
+def candidates(settings: StepMemory, able: Sequence[str], can_recompute: bool = True) -> list[StepMemory]:
+    """The ways to make the choices that are open, the fastest first, each with less memory than the one before.
+
+    Args:
+        settings: The choices that are made or open.
+        able: Names of those that a module can follow; others stay as they are.
+        can_recompute: Whether its blocks can be computed again.
+    """
+    gates = GATES if settings.gate == AUTO and "gate" in able else (settings.gate,)
+    rows = HEAD_ROWS if settings.head_rows == AUTO and "head_rows" in able else (settings.head_rows,)
+    again = settings.activation_checkpointing
+    if again is True:
+        gates = gates[-1:]  # what a block holds is computed again anyway
+    first = False if again == AUTO and "activation_checkpointing" in able else again
+    found = [StepMemory(gate, most, first) for gate in gates for most in rows]
+    if first != again and can_recompute:
+        found.append(StepMemory(gates[-1], rows[-1], True))
+    return found
+
+
+def frugal(memory: StepMemory) -> StepMemory:
+    """The same choices with gates computed again, and chunks of the head as short as any candidate's."""
+    gate = GATES[-1] if memory.gate == GATES[0] else memory.gate
+    rows = memory.head_rows if memory.chunk_rows is None else min(memory.chunk_rows, HEAD_ROWS[-1])
+    return StepMemory(gate, rows, memory.activation_checkpointing)
+
+
 def open_candidates(module: LightningModule, can_recompute: bool = True) -> Sequence[StepMemory]:
     """The ways to make the choices that a module leaves open, the fastest first; empty if there is nothing to choose.
 
@@ -58,12 +87,12 @@ def open_candidates(module: LightningModule, can_recompute: bool = True) -> Sequ
         return ()
     able = [name for name in module.step_memory_choices if name != "gate" or lora_layers(module)]
     could = can_recompute and any(map(could_recompute, module.modules()))
-    candidates = settings_of(module).candidates(able, could)
-    return candidates if len(candidates) > 1 else ()
+    ways = candidates(settings_of(module), able, could)
+    return ways if len(ways) > 1 else ()
 
 
 def fastest_that_fits(
-    candidates: Sequence[StepMemory],
+    ways: Sequence[StepMemory],
     trace: Callable[[StepMemory], MemoryParts],
     room: int,
     first: int = 0,
@@ -75,7 +104,7 @@ def fastest_that_fits(
     without any choice trains: where that fits, nothing slower is taken.
 
     Args:
-        candidates: `StepMemory.candidates`, the fastest first.
+        ways: `candidates`, the fastest first.
         trace: The memory of a step with a candidate.
         room: Bytes that the device has for a step.
         first: The place to begin at.
@@ -84,11 +113,11 @@ def fastest_that_fits(
     Raises:
         TraceError: If a step cannot be traced.
     """
-    adds_blocks = candidates[-1].activation_checkpointing is not candidates[0].activation_checkpointing
-    usual = len(candidates) - (2 if adds_blocks else 1)
-    for place in range(first, len(candidates)):
-        traced = trace(candidates[place])
+    adds_blocks = ways[-1].activation_checkpointing is not ways[0].activation_checkpointing
+    usual = len(ways) - (2 if adds_blocks else 1)
+    for place in range(first, len(ways)):
+        traced = trace(ways[place])
         may_fill = place >= usual or (is_kept and place == first)
-        if traced.total <= room * (1 if may_fill else 1 - MARGIN) or place == len(candidates) - 1:
-            return Choice(candidates[place], place, traced, room)
+        if traced.total <= room * (1 if may_fill else 1 - MARGIN) or place == len(ways) - 1:
+            return Choice(ways[place], place, traced, room)
     raise AssertionError("there is always a candidate")

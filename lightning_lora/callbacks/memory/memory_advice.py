@@ -17,6 +17,7 @@ from lightning_lora.batch.division import divisors
 from lightning_lora.batch.trial_step import is_out_of_memory
 from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.memory.choice import frugal
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.other_settings import (
     could_recompute,
@@ -208,7 +209,7 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
         make = partial(made_with, module, lora={}) if is_task else partial(with_adapters, module)
         gone = "gradients and optimizer state of the base, 12 bytes a weight, are gone"
         yield f"lora: full fine-tuning -> LoRA; {gone}", make, {}
-    if isinstance(module, LoRAMixin) and (now := choices_of(module)) != (least := now.frugal()):
+    if isinstance(module, LoRAMixin) and (now := choices_of(module)) != (least := frugal(now)):
         yield f"step_memory: {now} -> {least}", lambda: module, {"prepare": lambda made: made.use_step_memory(least)}
     narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
     is_held = getattr(module, "_lora_held", None) is not None

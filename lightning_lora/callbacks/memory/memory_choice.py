@@ -38,10 +38,11 @@ class MemoryChoice(Callback):
 
     Before the first training step a step with the batch at hand is traced (`lightning_lora.memory`), first with all
     that is fast: gates kept, chunks of 4,096 rows of the head. While it does not leave a tenth of the device's memory
-    for a step free, a slower candidate is traced (`StepMemory.candidates`), down to how a run without this callback
-    trains, which need only fit, and, if not even that does, to activation checkpointing. One line says what was chosen,
-    what a step takes with it, and what the device has. Nothing else changes: random numbers, weights and the run's own
-    settings stay, gradients are equal but for the rounding of other chunks, and a resumed run keeps what was chosen.
+    for a step free, a slower candidate is traced (`lightning_lora.memory.choice.candidates`), down to how a run without
+    this callback trains, which need only fit, and, if not even that does, to activation checkpointing. One line says
+    what was chosen, what a step takes with it, and what the device has. Nothing else changes: random numbers, weights
+    and the run's own settings stay, gradients are equal but for the rounding of other chunks, and a resumed run keeps
+    what was chosen.
 
     Ranks of DDP all take the choice of the one that has the least room. A batch so large that its step might not fit is
     traced before it is trained on, and the choice lowered for the rest of the run, on the rank that meets it; it is

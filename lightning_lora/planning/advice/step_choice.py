@@ -38,4 +38,4 @@ def planned_step_memory(
         return None, None
     why = f"the fastest that fits: {gigabytes(choice.traced.total)} of {gigabytes(choice.room)}"
     memory = choice.memory.to_dict()
-    return {name: memory[name] for name in choice.memory.made()}, Reason(str(choice.memory), why, "traced")
+    return {name: memory[name] for name in choice.memory.made()}, Reason("step_memory", why, "traced")

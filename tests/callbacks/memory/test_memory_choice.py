@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from lightning_lora import ConfigError, LoRAConfig, LoRAMixin, StepMemory, lora_layers, step_memory
+from lightning_lora import ConfigError, LoRAConfig, LoRAMixin, StepMemory, lora_layers
 from lightning_lora.callbacks import LoRA, MemoryChoice
 from lightning_lora.callbacks.memory import memory_choice
-from lightning_lora.memory import run_step
-from lightning_lora.memory.choice import MARGIN
+from lightning_lora.memory import choice, run_step
+from lightning_lora.memory.choice import MARGIN, candidates
 from lightning_lora.memory.other_settings import could_recompute
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.step_trace import trace_step
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches of a test have fewer rows than the chunks of a run."""
-    monkeypatch.setattr(step_memory, "HEAD_ROWS", (64, 32, 8))
+    monkeypatch.setattr(choice, "HEAD_ROWS", (64, 32, 8))
     monkeypatch.setattr(run_step, "SECONDS", 600.0)
 
 
@@ -83,8 +83,8 @@ def fit(module: Any, where: Path, loader: Any = None, **options: Any) -> tuple[M
 def bytes_of(folder: Path) -> list[int]:
     """What a step of 8 rows takes with each candidate."""
     batch = next(iter(token_loader(8)))
-    candidates = OPEN.candidates(CausalLM.step_memory_choices)
-    return [trace_step(made(folder, step_memory=each), batch).memory.total for each in candidates]
+    ways = candidates(OPEN, CausalLM.step_memory_choices)
+    return [trace_step(made(folder, step_memory=each), batch).memory.total for each in ways]
 
 
 def test_candidates_take_less_from_one_to_the_next(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_fastest_that_fits_is_taken_and_told(
     have(monkeypatch, room)
     module = made(folder)
     callback, _ = fit(module, tmp_path)
-    expected = OPEN.candidates(CausalLM.step_memory_choices)[place]
+    expected = candidates(OPEN, CausalLM.step_memory_choices)[place]
     assert callback.choice is not None
     assert (callback.choice.memory, callback.choice.traced.total) == (expected, traced[place])
     assert choices_of(module) == expected
@@ -231,7 +231,7 @@ def test_a_larger_batch_is_traced_before_it_is_trained_on_and_lowers_the_choice(
     fit(Seen(str(folder), 1e-3, lora=LoRAConfig(rank=2)), tmp_path, loader)
     assert looked[:2] == [10, 14]
     assert len(looked) <= 3
-    places = [OPEN.candidates(CausalLM.step_memory_choices).index(each) for each in at]
+    places = [candidates(OPEN, CausalLM.step_memory_choices).index(each) for each in at]
     assert places[:2] == [0, 0]
     assert places[2] > 0
     assert places[3] == places[2]  # never raised again
@@ -274,7 +274,7 @@ def test_a_resumed_run_keeps_its_choice_and_its_bits(
     have(monkeypatch, traced[1] - 1)
     resumed = made(folder)
     fit(resumed, tmp_path / "second", max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
-    assert OPEN.candidates(CausalLM.step_memory_choices).index(choices_of(resumed)) > 1
+    assert candidates(OPEN, CausalLM.step_memory_choices).index(choices_of(resumed)) > 1
     # Without the callback, and in a module that is loaded: as the settings say.
     again = CausalLM.load_from_checkpoint(tmp_path / "first.ckpt", weights_only=True)
     assert choices_of(again) == OPEN
@@ -381,16 +381,17 @@ def test_settings_that_contradict_each_other_are_refused(folder: Path) -> None:
 TWO = """
 import sys, torch
 from pathlib import Path
-from lightning_lora import LoRAConfig, step_memory
+from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import MemoryChoice
 from lightning_lora.callbacks.memory import memory_choice
+from lightning_lora.memory import choice
 from lightning_lora.memory.room import Room
 from lightning_lora.mixin.step_choices import choices_of
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
 from tests.tasks.conftest import token_loader
 
-step_memory.HEAD_ROWS = 64, 32, 8
+choice.HEAD_ROWS = 64, 32, 8
 rooms = [int(number) for number in sys.argv[3:]]
 memory_choice._room = lambda trainer, module: Room(rooms[trainer.global_rank], True)
 module, callback = CausalLM(sys.argv[1], 1e-3, lora=LoRAConfig(rank=2)), MemoryChoice()
@@ -404,7 +405,7 @@ def test_both_ranks_take_the_choice_of_the_one_with_less_room(folder: Path, tmp_
     room = int(bytes_of(folder)[3] / (1 - MARGIN)) + 1
     toys.run_python(TWO, folder, tmp_path, 10**9, room, ranks=2)
     chosen = {(tmp_path / f"choice{rank}").read_text() for rank in range(2)}
-    assert chosen == {repr(OPEN.candidates(CausalLM.step_memory_choices)[3])}
+    assert chosen == {repr(candidates(OPEN, CausalLM.step_memory_choices)[3])}
 
 
 class Offloaded(Watched):
