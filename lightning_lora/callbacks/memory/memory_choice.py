@@ -15,9 +15,6 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows
-from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
-from lightning_lora.callbacks.capacity_monitor import CapacityMonitor
-from lightning_lora.callbacks.rank_growth import RankGrowth
 from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
@@ -28,6 +25,10 @@ from lightning_lora.mixin.step_choices import settings_of
 from lightning_lora.sharding.collectives import largest_of_ranks
 from lightning_lora.step_memory import StepMemory
 from lightning_lora.trainer_access import found
+
+from ..batch_size_monitor import BatchSizeMonitor
+from ..capacity_monitor import CapacityMonitor
+from ..rank_growth import RankGrowth
 
 READ_ROWS = (BatchSizeMonitor, CapacityMonitor, RankGrowth)
 """Callbacks that read gradients by rows, which they cannot where blocks are computed again."""
