@@ -50,7 +50,7 @@ class Choice:
 
 
 def candidates(settings: StepMemory, able: Sequence[str], can_recompute: bool = True) -> list[StepMemory]:
-    """The ways to make the choices that are open, the fastest first, each with less memory than the one before.
+    """The ways to make the choices that are open, the fastest first; the last ones hold least.
 
     Args:
         settings: The choices that are made or open.

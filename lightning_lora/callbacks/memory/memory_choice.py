@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -98,32 +97,50 @@ class MemoryChoice(Callback):
         self._resumed = StepMemory.from_dict(state_dict)
 
     def _choose(self, trainer: Trainer, module: LoRAMixin, batch: Any, room: Room, is_first: bool) -> None:
-        candidates, before = self._candidates, self.choice
-        is_kept = is_first and self._resumed in candidates
-        first = candidates.index(self._resumed) if is_kept else 0  # pyright: ignore[reportArgumentType]
-        try:
-            trace = _traces(trainer, module, batch)
-            first = first if before is None else before.place
-            found, failed = fastest_that_fits(candidates, trace, room.bytes, first, is_kept), ""
-        except TraceError as error:
-            found, failed = None, str(error)
-        place = len(candidates) if found is None else found.place
+        ways, before, trace = self._candidates, self.choice, _traces(trainer, module, batch)
         if is_first:
-            # Later each rank looks at its own batches: not all of them meet a large one at once.
-            place = int(largest_of_ranks(trainer, torch.tensor(place)))
-        if found is None or place == len(candidates):
-            self.choice = None
+            chosen, why = _agreed(trainer, ways, trace, room.bytes, self._resumed)
+        else:
+            # Each rank looks at its own batches: not all of them meet a large one at once.
+            chosen, why = _tried(ways, trace, room.bytes, 0 if before is None else before.place)
+        self.choice = chosen
+        if chosen is None:
             module.use_step_memory(settings_of(module))
-            rank_zero_info(f"step memory: nothing is chosen, for {failed or 'a step of another rank is not traced'}")
-            return
-        # Where another rank has less room, a step here takes no more than what was traced.
-        self.choice = replace(found, memory=candidates[place], place=place)
-        if before is None or before.place != place:
-            module.use_step_memory(self.choice.memory)
-            rank_zero_info(_line(self.choice, count_rows(batch), is_first))
+            rank_zero_info(f"step memory: nothing is chosen, for {why}")
+        elif before is None or before.place != chosen.place:
+            module.use_step_memory(chosen.memory)
+            rank_zero_info(_line(chosen, count_rows(batch), is_first))
 
 
-def _traces(trainer: Trainer, module: LightningModule, batch: Any) -> Callable[[StepMemory], MemoryParts]:
+_Ways = Sequence[StepMemory]
+_Trace = Callable[[StepMemory], MemoryParts]
+
+
+def _agreed(
+    trainer: Trainer, ways: _Ways, trace: _Trace, room: int, resumed: StepMemory | None
+) -> tuple[Choice | None, str]:
+    """The fastest way that fits on every rank, or None and why; all ranks must call it."""
+    is_kept = resumed in ways
+    first = ways.index(resumed) if resumed is not None and is_kept else 0
+    while True:
+        chosen, why = _tried(ways, trace, room, first, is_kept)
+        place = len(ways) if chosen is None else chosen.place
+        most, least = largest_of_ranks(trainer, torch.tensor([place, -place])).tolist()
+        if most == len(ways):
+            return None, why or "a step of another rank cannot be traced"
+        if most == -least:
+            return chosen, why
+        first, is_kept = most, False
+
+
+def _tried(ways: _Ways, trace: _Trace, room: int, first: int, is_kept: bool = False) -> tuple[Choice | None, str]:
+    try:
+        return fastest_that_fits(ways, trace, room, first, is_kept), ""
+    except TraceError as error:
+        return None, str(error)
+
+
+def _traces(trainer: Trainer, module: LightningModule, batch: Any) -> _Trace:
     """A function from choices to the memory of a step with ``batch``."""
     step = RunStep(trainer, lambda: module, lambda _: batch)
 
