@@ -94,13 +94,14 @@ def ours_with_our_loss(model: nn.Module, adapter: Adapter) -> Trainee:
     return replace(ours(model, adapter), loss=loss_at_head)
 
 
-def loss_at_head(model: nn.Module, batch: Batch) -> Tensor:
+def loss_at_head(model: nn.Module, batch: Batch, chunk_rows: int | None = None) -> Tensor:
     """`next_token_loss` by `head_loss`, as docs/understand/loss.md writes it: from hidden states, without logits."""
     causal: Any = model
     is_plain = isinstance(model, CharGPT)
     hidden = causal.hidden(batch.input_ids) if is_plain else causal.get_decoder()(batch.input_ids).last_hidden_state
     hidden, labels = hidden[:, :-1], batch.labels[:, 1:]
-    return head_loss(hidden, causal.lm_head.weight, labels, divisor=(labels != IGNORED).sum())
+    divisor = (labels != IGNORED).sum()
+    return head_loss(hidden, causal.lm_head.weight, labels, divisor=divisor, chunk_rows=chunk_rows)
 
 
 def peft_lora(model: nn.Module, adapter: Adapter, autocast_adapter_dtype: bool = True) -> Trainee:

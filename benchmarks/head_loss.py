@@ -29,8 +29,7 @@ def step(rows: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     if rows == USUAL:
         loss = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORED, reduction="sum")
     else:
-        head_chunks.CHUNK_ROWS = rows
-        loss = head_loss(hidden, weight, labels)
+        loss = head_loss(hidden, weight, labels, chunk_rows=rows)
     return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
 

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, StepMemory
+from lightning_lora.memory.choice import HEAD_ROWS, candidates
 from lightning_lora.memory.step_trace import trace_step
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.tasks import CausalLM, SequenceClassifier
@@ -230,6 +232,11 @@ def cases(folder: dict[str, str]) -> dict[str, Case]:
         "bfloat16-lora": Case(lambda: CausalLM(llama, lora=lora, dtype="bfloat16"), tokens()),
         "packed": Case(lambda: CausalLM(llama, lora=lora), packed),
         "checkpointed": Case(lambda: Checkpointed(llama, lora=lora), tokens(8)),
+        **{
+            f"8 rows: {way}": Case(partial(CausalLM, llama, lora=lora, step_memory=way), tokens(8))
+            for way in candidates(StepMemory(), CausalLM.step_memory_choices)
+            if way.head_rows != HEAD_ROWS[0]  # there are 2,048 tokens
+        },
         "moe-lora": Case(lambda: CausalLM(moe, lora=lora), tokens(4, 128)),
         "moe-full": Case(lambda: CausalLM(moe), tokens(4, 128)),
         "encoder-lora": Case(lambda: SequenceClassifier(bert, num_labels=3, lora=lora), sequences),

@@ -47,6 +47,7 @@ from benchmarks.gpu.kernel_choice import TABLE, kernel_choice
 from benchmarks.gpu.kernels import compiled, graphs, traced
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.planned import planned
+from benchmarks.gpu.step_memory import step_memory
 from benchmarks.gpu.steps import step_1b, step_1b_short, step_8b, step_8b_whole
 from benchmarks.gpu.training import quantised, trainer_runs
 
@@ -84,6 +85,7 @@ PARTS: dict[str, tuple[Callable[[Place], dict[str, Any]], int]] = {
     "resumed": (resumed, 60),
     "step_1b_short": (step_1b_short, 30),
     "gated": (gated, 25),
+    "step_memory": (step_memory, 75),
     "kernel_choice": (kernel_choice, 150),
     "sharded": (sharded, 40),
     "quantised": (quantised, 60),

@@ -32,6 +32,7 @@ ABOUT = {
     "trainer_access": "callbacks and folder of a Trainer",
     "effective_batch": "rows of an optimizer step",
     "batch_facts": "known of a batch",
+    "step_memory": "what a step keeps",
     "lightning_private": "private attributes of Lightning",
     "hub": "hub access",
     "student_t": "Student's t",

@@ -3,11 +3,12 @@
 The rooms, from the bottom up; each imports only from those before it. The ground: `errors`, `versions` (of installed
 packages), `student_t` (its quantiles), `hub` (access to the Hugging Face hub), `batch_facts` (what the host knows of a
 batch of tokens), `lightning_messages` (left out for a while), `effective_batch` (rows of an optimizer step),
-`lightning_private` (private attributes of Lightning) and `trainer_access` (callbacks and run folder of a Trainer). Then
-`lora` (LoRA on any module), `data` (rows to batches), `files` (adapter folders, merging, safetensors), `sharding` (many
-devices), `checkpoints` (Lightning checkpoints and exact resume), `batch` (rows of a step and their gradient noise),
-`mixin` (LoRA in a LightningModule), `memory` (of a step, traced), `capacity` (whether adapters have room), `callbacks`,
-`tasks` (LightningModules ready to run), `planning` (before a run), `study` (runs compared) and `cli` (the commands).
+`step_memory` (what a step keeps to be faster), `lightning_private` (private attributes of Lightning) and
+`trainer_access` (callbacks and run folder of a Trainer). Then `lora` (LoRA on any module), `data` (rows to batches),
+`files` (adapter folders, merging, safetensors), `sharding` (many devices), `checkpoints` (Lightning checkpoints and
+exact resume), `batch` (rows of a step and their gradient noise), `mixin` (LoRA in a LightningModule), `memory` (of a
+step, traced), `capacity` (whether adapters have room), `callbacks`, `tasks` (LightningModules ready to run), `planning`
+(before a run), `study` (runs compared) and `cli` (the commands).
 """
 
 from importlib import import_module
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lightning_lora.mixin.lora_mixin import LoRAMixin
     from lightning_lora.planning.make_plan import plan
     from lightning_lora.planning.plan import Plan
+    from lightning_lora.step_memory import StepMemory
     from lightning_lora.study.batch_probe import BatchProbe
     from lightning_lora.study.matched.study import Study
     from lightning_lora.study.rank_probe import RankProbe
@@ -73,6 +75,7 @@ __all__ = [
     "RewardError",
     "RunFolderError",
     "SamplerError",
+    "StepMemory",
     "Study",
     "TargetNotFoundError",
     "count_parameters",
@@ -104,6 +107,7 @@ _MODULES = {
     "ParameterCount": "lora.reports",
     "Plan": "planning.plan",
     "RankProbe": "study.rank_probe",
+    "StepMemory": "step_memory",
     "Study": "study.matched.study",
     "count_parameters": "lora.reports",
     "disable_lora": "lora.adapter",

@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "student_t": (),
     "batch_facts": (),
     "lightning_messages": (),
+    "step_memory": (),
     "hub": LIGHTNING,
     "effective_batch": LIGHTNING,
     "lightning_private": LIGHTNING,

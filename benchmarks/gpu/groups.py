@@ -16,7 +16,8 @@ from benchmarks.gpu.models import batch_of, llama
 from benchmarks.gpu.place import Place, host_milliseconds, milliseconds
 from benchmarks.timing import interleave, paired_ratio, train_step
 from benchmarks.workloads import next_token_loss
-from lightning_lora.lora.functional import AdaptedWeight, fused_linear, fused_lora_linears
+from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
+from lightning_lora.lora.layers.adapted import keep_gates
 
 # Width of the input, widths of the outputs that share it.
 SHAPES = {
@@ -97,22 +98,12 @@ def gated(place: Place) -> dict[str, Any]:
 
 def _gated(place: Place, size: str) -> dict[str, Any]:
     base, batch = llama(place, size, 2, 4096), batch_of(place, 4096, 4, 2048)
-    recompute = fused_linear.gated_input
 
-    def step(trainee: Trainee, way: Any) -> float:
-        fused_linear.gated_input = way
-        try:
-            return train_step(trainee, batch).step
-        finally:
-            fused_linear.gated_input = recompute
+    def step(trainee: Trainee) -> float:
+        return train_step(trainee, batch).step
 
-    times = interleave(
-        {
-            "floor": partial(step, floor(base, next_token_loss), recompute),
-            "again": partial(step, ours(base, next_token_loss), recompute),
-            "kept": partial(step, ours(base, next_token_loss), lambda x: None),
-        },
-        place.pick(10, 1),
-        3,
-    )
+    makers = {"floor": floor, "again": ours, "kept": ours}
+    trainees = {name: make(base, next_token_loss) for name, make in makers.items()}
+    keep_gates(trainees["kept"].model, True)
+    times = interleave({name: partial(step, one) for name, one in trainees.items()}, place.pick(10, 1), 3)
     return {name: list(paired_ratio(each, times["floor"])) for name, each in times.items()}

@@ -10,19 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.place import Place, milliseconds
-from lightning_lora.tasks import head_chunks
 from lightning_lora.tasks.head_loss import head_loss
 
 
 def head(place: Place) -> dict[str, Any]:
     """Output layer and loss: by rows of a chunk, against cross_entropy over all scores."""
-    usual_rows = head_chunks.CHUNK_ROWS
     for width, vocab in place.pick(((2048, 128256), (4096, 128256), (2048, 32000)), ((64, 97),)):
         row = {}
         for way, call in _ways(place, width, vocab).items():
             place.fresh()
             row[way] = [round(milliseconds(place, call, 8, 3), 2), round(place.peak(), 2)]
-        head_chunks.CHUNK_ROWS = usual_rows
         place.found[f"d {width}, vocab {vocab}: ms, GiB"] = row
     return place.found
 
@@ -37,8 +34,7 @@ def _ways(place: Place, width: int, vocab: int) -> dict[str, Callable[[], object
         torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight).float(), labels), hidden)
 
     def ours(rows: int) -> None:
-        head_chunks.CHUNK_ROWS = rows
-        torch.autograd.grad(head_loss(hidden, weight, labels), hidden)
+        torch.autograd.grad(head_loss(hidden, weight, labels, chunk_rows=rows), hidden)
 
     chunks = place.pick((256, 512, 1024, 2048, 4096, 8192), (16, 64))
     return {

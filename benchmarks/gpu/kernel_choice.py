@@ -31,7 +31,6 @@ from lightning_lora.lora.functional.gated_input import (
 )
 from lightning_lora.lora.functional.kernels import choice
 from lightning_lora.lora.functional.narrow_products import narrow_gradients, narrow_shape, transposed_times_narrow
-from lightning_lora.tasks import head_chunks
 from lightning_lora.tasks.head_loss import head_loss
 
 TABLE = "measured.json"
@@ -67,7 +66,7 @@ def kernel_choice(place: Place) -> dict[str, Any]:
     """Each Triton kernel against torch by shape: error of both, time over torch's; where it is right and faster."""
     if not choice.has_triton() or (place.dry and os.environ.get("TRITON_INTERPRET") != "1"):
         return {"skipped": "needs Triton, and CUDA or TRITON_INTERPRET=1"}
-    before, usual_rows = os.environ.get(choice.SETTING), head_chunks.CHUNK_ROWS
+    before = os.environ.get(choice.SETTING)
     won: dict[str, dict[str, list[int]]] = {}
     try:
         dtype = place.pick(torch.bfloat16, torch.float32)
@@ -83,7 +82,6 @@ def kernel_choice(place: Place) -> dict[str, Any]:
                 won.setdefault(case.kernel, {})[key] = span
             write_table(place, won)
     finally:
-        head_chunks.CHUNK_ROWS = usual_rows
         os.environ.pop(choice.SETTING, None)
         os.environ |= {} if before is None else {choice.SETTING: before}
     return place.found
@@ -205,8 +203,7 @@ def head_case(make: Any, rows: tuple[int, ...], vocab: int) -> Case:
         return [hidden, weight, torch.arange(count, device=hidden.device) % vocab]
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Results:
-        head_chunks.CHUNK_ROWS = len(hidden)
-        value = head_loss(hidden.requires_grad_(), weight, labels)
+        value = head_loss(hidden.requires_grad_(), weight, labels, chunk_rows=len(hidden))
         return [value.detach(), *torch.autograd.grad(value, hidden)]
 
     def exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> Results:

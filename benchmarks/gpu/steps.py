@@ -64,7 +64,7 @@ def steps_of(
 ) -> dict[str, Any]:
     """Ratios to the floor, FullFT and PEFT, memory, and the time the host needs to launch a step."""
     makers = _makers(base, loss, rank)
-    trainees = {name: _warmed(place, name, makers[name], batch) for name in names}
+    trainees = {name: warmed(place, name, makers[name], batch) for name in names}
     times = interleave({name: partial(train_step, one, batch) for name, one in trainees.items()}, repetitions, 3)
     whole = {name: [phase.step for phase in phases] for name, phases in times.items()}
     for name, phases in times.items():
@@ -92,7 +92,7 @@ def _makers(base: nn.Module, loss: Loss, rank: int) -> dict[str, Callable[[], Tr
     }
 
 
-def _warmed(place: Place, name: str, make: Callable[[], Trainee], batch: Batch) -> Trainee:
+def warmed(place: Place, name: str, make: Callable[[], Trainee], batch: Batch) -> Trainee:
     """A trainee that has taken three steps; the third tells its peak memory."""
     place.fresh()
     held = 0 if place.dry else torch.cuda.memory_allocated()

@@ -27,6 +27,7 @@ from lightning_lora.callbacks import (
     FiniteGradients,
     LoRAGuard,
     MemoryAdvice,
+    MemoryChoice,
     RankGrowth,
 )
 from lightning_lora.data import SFTDataModule
@@ -104,7 +105,7 @@ def model_folder(place: Place) -> Path:
 def trainer_runs(place: Place) -> dict[str, Any]:
     """CausalLM in a Trainer: precisions, the callbacks of the command line, the monitor."""
     low: dict[str, Any] = {"precision": "bf16-true"}
-    usual = [FiniteGradients(), MemoryAdvice(), LoRAGuard(), CheckpointGuard()]
+    usual = [FiniteGradients(), MemoryChoice(), MemoryAdvice(), LoRAGuard(), CheckpointGuard()]
     # Settings of the task, settings of the data, options of the Trainer.
     runs: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         "bf16-true": ({}, {}, low),

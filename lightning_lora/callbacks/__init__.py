@@ -2,9 +2,9 @@
 
 LoRA: `lora`, `guard` with `layer_calls`, `adapter_checkpoint`, `adapter_ema`, `merge_on_fit_end`. Room for what is
 learnt: `capacity_monitor`, `rank_growth`. Rows of an optimizer step: `batch_size_monitor`, `adaptive_accumulation`,
-`target_batch_size`. Faults of training: `checkpoint_guard`, `finite_gradients` with `finite`, `memory_advice`. Faults
-of processes and files: `process`. Speed: `tf32`. Display: `progress`, `planned_run`. What they read of the device,
-together: `one_reading`.
+`target_batch_size`. Faults of training: `checkpoint_guard`, `finite_gradients` with `finite`. Memory of a step:
+`memory`. Faults of processes and files: `process`. Speed: `tf32`. Display: `progress`, `planned_run`. What they read of
+the device, together: `one_reading`.
 """
 
 from .adapter_checkpoint import AdapterCheckpoint
@@ -16,7 +16,8 @@ from .checkpoint_guard import CheckpointGuard
 from .finite_gradients import FiniteGradients
 from .guard import LoRAGuard
 from .lora import LoRA
-from .memory_advice import MemoryAdvice
+from .memory.memory_advice import MemoryAdvice
+from .memory.memory_choice import MemoryChoice
 from .merge_on_fit_end import MergeOnFitEnd
 from .planned_run import PlannedRun
 from .process.graceful_stop import GracefulStop
@@ -42,6 +43,7 @@ __all__ = [
     "LoRAGuard",
     "LoRAProgressBar",
     "MemoryAdvice",
+    "MemoryChoice",
     "MergeOnFitEnd",
     "PlannedRun",
     "RankGrowth",

@@ -17,6 +17,7 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.class_swap import mix_in
 from lightning_lora.mixin.given_settings import check_unchanged
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.step_memory import StepMemory
 from lightning_lora.trainer_access import found
 
 # Attribute of modules whose mixin, and so whose settings, came from a callback.
@@ -48,6 +49,8 @@ class LoRA(Callback):
         autocast_base: Whether mixed precision (``bf16-mixed``, ``16-mixed``) holds the frozen weights below ``root`` in
             the type that it multiplies in, which takes half of their memory and spares a cast of each in every forward
             pass. Not for a module that relies on float32 weights outside of autocast.
+        step_memory: Whether adapted layers keep the products of gates, as a `StepMemory` or a mapping. None: as the
+            module says.
 
     Raises:
         ConfigError: If the module is a LoRAMixin with other settings or is adapted with others already, a second LoRA
@@ -61,11 +64,13 @@ class LoRA(Callback):
         root: str | None = None,
         allow_other_base: bool = False,
         autocast_base: bool = False,
+        step_memory: StepMemory | dict[str, Any] | None = None,
     ) -> None:
         self.config = LoRAConfig() if config is None else LoRAConfig.from_dict(config)
         self.root = root
         self.allow_other_base = allow_other_base
         self.autocast_base = autocast_base
+        self.step_memory = None if step_memory is None else StepMemory.from_dict(step_memory)
         _adapt_before_weights_return()
 
     @override
@@ -93,7 +98,13 @@ class LoRA(Callback):
         """
         if isinstance(module, LoRAMixin):
             self._meet_again(module)
-            return
+        else:
+            self._mix_in(module)
+        assert isinstance(module, LoRAMixin)
+        if self.step_memory is not None:
+            module.step_memory = self.step_memory
+
+    def _mix_in(self, module: LightningModule) -> None:
         mixed = mix_in(module, LoRAMixin)
         mixed.__dict__[_BY_CALLBACK] = True
         mixed.lora, mixed.lora_root = self.config, self.root

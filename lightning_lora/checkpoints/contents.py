@@ -26,6 +26,7 @@ from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.patterns import plain_name, state_dict_name
 from lightning_lora.lora.shards import is_flattened
 from lightning_lora.lora.travelling import changed_tensors
+from lightning_lora.step_memory import StepMemory
 
 BasePrints = Mapping[str, WeightPrint] | None
 Hyperparameters = TypeVar("Hyperparameters", bound=MutableMapping[str, Any])
@@ -88,9 +89,9 @@ class NotGiven:
 
 
 def plain_settings(hparams: Hyperparameters) -> Hyperparameters:
-    """Replace every `LoRAConfig` in ``hparams`` by a mapping, and leave out what was not given, in place."""
+    """Replace settings of this package in ``hparams`` by mappings, and leave out what was not given, in place."""
     for name, value in list(hparams.items()):
-        if isinstance(value, LoRAConfig):
+        if isinstance(value, (LoRAConfig, StepMemory)):
             hparams[name] = value.to_dict()
         elif isinstance(value, NotGiven):
             del hparams[name]

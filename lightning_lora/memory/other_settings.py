@@ -43,10 +43,17 @@ def recompute(module: nn.Module) -> None:
         raise ConfigError(f"activation checkpointing: transformers cannot recompute blocks of {type(module).__name__}.")
 
 
-def recomputing_method(model: Any) -> str:
+def keep_activations(module: nn.Module) -> None:
+    """Undo `recompute`."""
+    for child in module.modules():
+        if getattr(child, "supports_gradient_checkpointing", False) is True and not could_recompute(child):
+            getattr(child, recomputing_method(child, "disable"))()
+
+
+def recomputing_method(model: Any, change: str = "enable") -> str:
     """The name of the method by which the installed transformers switches activation checkpointing on."""
     # The newer name first: transformers warns of the older one.
-    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    names = f"activation_checkpointing_{change}", f"gradient_checkpointing_{change}"
     return next(name for name in names if hasattr(model, name))
 
 

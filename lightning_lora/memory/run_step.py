@@ -63,6 +63,13 @@ class RunStep:
             self._known[key] = self._trace(rows, accumulation)
         return self._known[key]
 
+    def change(self, prepare: Callable[[LightningModule], None]) -> None:
+        """Let ``prepare`` change the module as it is traced from now on, which is not built again for that."""
+        self._known.clear()
+        if self._tracer is not None:
+            prepare(self._tracer.module)
+        self.prepare = prepare
+
     def largest_micro_batch(self, limit: int, share: int, sizes: Iterable[int], error: float = 0.0) -> int:
         """The most rows of ``sizes`` whose step fits into ``limit`` bytes; 0 if none does.
 

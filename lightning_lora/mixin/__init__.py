@@ -5,6 +5,6 @@ Read in this order: `lora_mixin` (the class to inherit from), `run_hooks` (its p
 `around_root` (what is outside of `lora_root`), `multipliers` (factors on the learning rate), `optim` (parameter
 groups), `rates` (learning rates as the start finds them), `rate_search` (Lightning's search for a rate),
 `gradient_start` (first values from the gradient on the `first_batches`), `precision` (quantising the base before it
-is adapted), `held_base` (frozen weights in the type of mixed precision), `kept_frozen` (what is frozen stays so),
-`lightning_callbacks` (callbacks of Lightning that are refused or made exact).
+is adapted), `held_base` (frozen weights in the type of mixed precision), `step_choices` (what a step keeps in memory),
+`kept_frozen` (what is frozen stays so), `lightning_callbacks` (callbacks of Lightning that are refused or made exact).
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,7 +25,7 @@ from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
 from lightning_lora.lora.functional.torch_internals import has_values
-from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
+from lightning_lora.lora.layers.adapted import factor_parameters, keep_gates, lora_layers
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
@@ -36,6 +36,8 @@ from lightning_lora.mixin.held_base import autocast_dtype, hold_base
 from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
+from lightning_lora.mixin.step_choices import choices_of
+from lightning_lora.step_memory import StepMemory
 
 _UNSET: Any = contents.NotGiven()
 _HOOKS = {
@@ -75,6 +77,12 @@ class LoRAMixin(LightningModule):
     # Whether mixed precision holds the frozen weights below ``lora_root`` in the type that it multiplies in: half of
     # their memory. A module that relies on float32 weights outside of autocast leaves it False.
     lora_autocast_base: bool = False
+    # What a training step keeps in memory to be faster, as a `StepMemory` or a mapping of its fields.
+    step_memory: StepMemory | dict[str, Any] | None = None
+    # Its choices that this class can follow.
+    step_memory_choices: ClassVar[tuple[str, ...]] = ("gate",)
+    # The choices of this run; None: those of ``step_memory``.
+    _step_memory_in_use: StepMemory | None = None
     # The type that frozen weights are held in, and the one of their files, if the two may differ.
     _lora_held: torch.dtype | None = None
     _lora_stored: torch.dtype | None = torch.float32
@@ -160,11 +168,13 @@ class LoRAMixin(LightningModule):
         refuse_replaced_layers(self)
         quantise_first(self)
         root = self._lora_module()
+        choices = choices_of(self)
         given_settings.check_unchanged(self)
         if lora_layers(root):
             for note in adopt_copies(self):
                 rank_zero_info(f"lora: {note}")
             self._hold_base(root)
+            self.use_step_memory(choices)
             return
         copies = {} if root is self else frozen_copies(self)
         # Before the injection, which records those inside ``root``.
@@ -175,6 +185,7 @@ class LoRAMixin(LightningModule):
         rank_zero_info("\n".join([str(report), *(f"lora: {note}" for note in notes_on_unmatched(self, copies))]))
         self._record_base()
         self._hold_base(root)
+        self.use_step_memory(choices)
         if self.training and not all(layer.training for layer in lora_layers(root).values()):
             warnings.warn(
                 "the base model is in eval mode (as from_pretrained leaves it) and Lightning will not switch it: its "
@@ -195,6 +206,11 @@ class LoRAMixin(LightningModule):
         if self._trainer is None:  # else the start of training prints the rates, when schedulers have set theirs
             rates.report_groups(self, groups)
         return groups
+
+    def use_step_memory(self, memory: StepMemory) -> None:
+        """Train with these choices from now on; those that are open are as if no device told its memory."""
+        self._step_memory_in_use = memory
+        keep_gates(self, memory.gate == "keep")
 
     def merge_lora(self) -> MergeReport:
         """Add the updates to the base weights, in place; see `lightning_lora.merge_lora`."""

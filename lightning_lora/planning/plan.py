@@ -28,7 +28,8 @@ class Plan:
         fits: Whether the method fits into the memory of the devices.
         sentence: The verdict in words.
         settings: ``rank``, ``learning_rate`` (of full fine-tuning), ``batch_size`` (rows of a micro-batch),
-            ``accumulate_grad_batches``, ``devices``, ``strategy``, ``precision``, ``rows_per_step`` and ``steps``.
+            ``accumulate_grad_batches``, ``devices``, ``strategy``, ``precision``, ``rows_per_step``, ``steps`` and
+            ``step_memory`` (choices of `StepMemory`; None where a run has nothing to choose, as on a CPU).
         memory: Bytes on one device by method; None where a method is not available, or is in ``not_traced``.
         seconds: Time of all steps; None if it is not known.
         cost: Parameters, operations, disk and time in words.

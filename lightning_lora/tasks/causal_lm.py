@@ -20,12 +20,13 @@ from lightning_lora.batch_facts import FACTS, facts_of
 from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.mixin.step_choices import choices_of, settings_of
 from lightning_lora.tasks.attention.implementation import choose_for_packing
 from lightning_lora.tasks.attention.mask import is_causal, known_packing
 from lightning_lora.tasks.attention.packing_check import check_packing
 from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
-from lightning_lora.tasks.head_loss import HeadScores, head_loss, head_scores
+from lightning_lora.tasks.head_loss import HeadScores, loss_as_logits, scores_as_logits
 from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, is_compiled, plain_head
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.tasks.supervision import next_token_labels, next_token_weights, num_tokens, weighted
@@ -59,6 +60,7 @@ class CausalLM(PretrainedTask):
     """
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    step_memory_choices = ("gate", "head_rows", "activation_checkpointing")
     # Whether the model returns the output of its output layer unchanged; None: not checked yet.
     _head_is_last: bool | None = None
     # Tokens that LoRA cannot learn to write; None if there are none, or once the user was told.
@@ -119,7 +121,7 @@ class CausalLM(PretrainedTask):
         if self._unlearnable is not None and batch_idx < _FIRST_BATCHES:
             self._tell_of_unlearnable(labels)
         count = num_tokens(labels, weights, facts)
-        loss_sum = self._compute_at_head(batch, partial(_loss_sum, labels=labels, factors=weights, facts=facts))
+        loss_sum = self._compute_at_head(batch, partial(loss_as_logits, labels=labels, factors=weights, facts=facts))
         if loss_sum is None:
             loss_sum = weighted(self._scores_from_logits(batch).losses, weights).sum()
         loss_sum = loss_sum.squeeze()
@@ -156,7 +158,7 @@ class CausalLM(PretrainedTask):
     def _scores(self, batch: dict[str, Tensor]) -> HeadScores:
         """Loss and correctness of the prediction after each token, without gradients."""
         shape, batch = batch["input_ids"].shape, self._in_one_row_if_needed(batch)
-        at_head = partial(_stacked_scores, labels=next_token_labels(batch), facts=facts_of(batch))
+        at_head = partial(scores_as_logits, labels=next_token_labels(batch), facts=facts_of(batch))
         scores = self._compute_at_head(batch, at_head)
         if scores is None:
             losses, correct = self._scores_from_logits(batch)
@@ -184,6 +186,9 @@ class CausalLM(PretrainedTask):
             few = batch["input_ids"][:1, :2]
             with known_packing(False):
                 self._head_is_last = head_is_last(head, lambda: self(few))
+        # What a training step has room for says nothing of an evaluation.
+        memory = choices_of(self) if self.training else settings_of(self)
+        compute = partial(compute, chunk_rows=memory.chunk_rows)
         result = compute_at_head(head, lambda: self._logits(batch), compute) if self._head_is_last else None
         self._head_is_last = result is not None
         return result
@@ -287,13 +292,3 @@ class CausalLM(PretrainedTask):
         metrics = {"loss": loss, "perplexity": torch.exp(loss), "accuracy": self.mean_accuracy.compute()}
         # The metrics are over all ranks already; sync_dist tells Lightning so, and a mean of equal values is the same.
         self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)
-
-
-def _loss_sum(**head: Any) -> Tensor:
-    # A copy, because FSDP2 warns if a model returns a view.
-    return head_loss(**head).view(1, 1, 1).clone()
-
-
-def _stacked_scores(**head: Any) -> Tensor:
-    losses, correct = head_scores(**head)
-    return torch.stack([losses, correct.to(losses.dtype)], -1)

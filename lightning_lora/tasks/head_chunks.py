@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.batch_facts import BatchFacts
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.functional.linear_products import affine_into
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
 IGNORE_INDEX = -100
 
 # Each chunk reads the whole weight twice, so small chunks are slow; large ones hold many logits. Measured on a CPU
-# (benchmarks/head_loss.py): below 256 rows time is lost, above 512 none is gained. A GPU needs at least about 200.
+# (benchmarks/head_loss.py): below 256 rows time is lost, above 512 none is gained. A GPU gains above (`StepMemory`).
 CHUNK_ROWS = 512
 
 
@@ -74,18 +74,21 @@ def supervised_rows(
     return parts, bias, labels, rows
 
 
-def chunk_rows(x: Tensor) -> int:
-    """Rows of all chunks but the last, for inputs ``(rows, dim)``."""
-    return min(len(x), CHUNK_ROWS)
+def rows_of_chunk(x: Tensor, most: int | None) -> int:
+    """Rows of all chunks but the last, for inputs ``(rows, dim)``: ``most``, or `CHUNK_ROWS` for None."""
+    if most is not None and most < 1:
+        raise ConfigError(f"a chunk of the head needs 1 row or more, got chunk_rows={most}.")
+    return min(len(x), CHUNK_ROWS if most is None else most)
 
 
-def logit_chunks(bias: Tensor | None, parts: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the rows and their logits, ``(up to CHUNK_ROWS, vocab)``, which the caller may overwrite."""
+def logit_chunks(bias: Tensor | None, parts: list[Tensor], most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the rows and their logits, ``(rows_of_chunk, vocab)`` at most, which the caller may overwrite."""
     x, weight, *update = parts
+    size = rows_of_chunk(x, most)
     # All chunks share one tensor: on a CPU, allocating memory of this size takes as long as filling it.
-    all_logits = uninitialised(x, (chunk_rows(x), len(weight)))
-    for start in range(0, len(x), CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, len(x)))
+    all_logits = uninitialised(x, (size, len(weight)))
+    for start in range(0, len(x), max(size, 1)):
+        rows = slice(start, min(start + size, len(x)))
         logits = all_logits[: rows.stop - start]
         affine_into(logits, x[rows], weight.T, bias)
         if update:

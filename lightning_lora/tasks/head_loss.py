@@ -23,10 +23,10 @@ from lightning_lora.lora.functional.torch_internals import is_traced, uninitiali
 from lightning_lora.tasks.head_chunks import (
     IGNORE_INDEX,
     add_gradients,
-    chunk_rows,
     empty_gradients,
     logit_chunks,
     plain_logits,
+    rows_of_chunk,
     supervised_rows,
     wide_type,
 )
@@ -54,6 +54,7 @@ def head_loss(
     divisor: Tensor | float = 1,
     factors: Tensor | None = None,
     facts: BatchFacts | None = None,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     r"""``cross_entropy(hidden weight^T + bias, labels, reduction="sum") / divisor`` without holding all logits.
 
@@ -75,6 +76,7 @@ def head_loss(
         factors: Multiplies the loss of each row, ``(*)``; None multiplies by 1.
         facts: Which rows have a label, found when the batch was made. None, or those of other labels: they are looked
             for on the device, which the host waits for, and which a CUDA graph cannot hold.
+        chunk_rows: Rows of which logits are held at a time, at least 1; None: 512. More are faster on a GPU.
 
     Returns:
         A scalar in nats, at least float32. If no row has a label it is 0, and so are its gradients.
@@ -96,9 +98,9 @@ def head_loss(
         factors = factors.flatten()[rows].to(wide_type(parts[0]))
     # Inside a Function, inputs seem to require gradients even while gradients are disabled.
     if torch.is_grad_enabled():
-        loss: Any = _HeadLoss.apply(labels, factors, bias, *parts)
+        loss: Any = _HeadLoss.apply(chunk_rows, labels, factors, bias, *parts)
     else:
-        loss = _sum_and_gradients(labels, factors, bias, parts, [False] * (1 + len(parts)))[0]
+        loss = _sum_and_gradients(chunk_rows, labels, factors, bias, parts, [False] * (1 + len(parts)))[0]
     return loss / divisor
 
 
@@ -111,6 +113,7 @@ def head_scores(
     *,
     update: tuple[Tensor, Tensor] | None = None,
     facts: BatchFacts | None = None,
+    chunk_rows: int | None = None,
 ) -> HeadScores:
     """Compute the loss of every token and whether it is predicted correctly, without gradients.
 
@@ -123,10 +126,22 @@ def head_scores(
     parts, bias, labels, rows = supervised_rows(hidden, weight, labels, bias, update, facts)
     losses = torch.zeros(shape, dtype=wide_type(parts[0]), device=labels.device)
     correct = torch.zeros(shape, dtype=torch.bool, device=labels.device)
-    for chunk in _chunks(labels, bias, parts):
+    for chunk in _chunks(chunk_rows, labels, bias, parts):
         losses.view(-1)[rows[chunk.rows]] = chunk.losses
         correct.view(-1)[rows[chunk.rows]] = chunk.logits.argmax(-1) == labels[chunk.rows]
     return HeadScores(losses, correct)
+
+
+def loss_as_logits(**head: Any) -> Tensor:
+    """`head_loss` with the axes of logits, for `compute_at_head`."""
+    # A copy, because FSDP2 warns if a model returns a view.
+    return head_loss(**head).view(1, 1, 1).clone()
+
+
+def scores_as_logits(**head: Any) -> Tensor:
+    """`head_scores`, ``(*, 2)``: losses, and whether they are correct."""
+    losses, correct = head_scores(**head)
+    return torch.stack([losses, correct.to(losses.dtype)], -1)
 
 
 def _plain(
@@ -158,9 +173,9 @@ class _Chunk(NamedTuple):
     losses: Tensor
 
 
-def _chunks(labels: Tensor, bias: Tensor | None, parts: list[Tensor]) -> Iterator[_Chunk]:
+def _chunks(most: int | None, labels: Tensor, bias: Tensor | None, parts: list[Tensor]) -> Iterator[_Chunk]:
     all_probabilities: Tensor | None = None
-    for rows, logits in logit_chunks(bias, parts):
+    for rows, logits in logit_chunks(bias, parts, most):
         if all_probabilities is None:
             all_probabilities = uninitialised(logits, logits.shape, wide_type(logits))
         probabilities = all_probabilities[: len(logits)]
@@ -172,14 +187,19 @@ def _chunks(labels: Tensor, bias: Tensor | None, parts: list[Tensor]) -> Iterato
 
 
 def _sum_and_gradients(
-    labels: Tensor, factors: Tensor | None, bias: Tensor | None, parts: list[Tensor], needed: list[bool]
+    most: int | None,
+    labels: Tensor,
+    factors: Tensor | None,
+    bias: Tensor | None,
+    parts: list[Tensor],
+    needed: list[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The summed loss and its gradients for bias and parts where ``needed``; weight gradients are at least float32."""
     total = torch.zeros((), dtype=wide_type(parts[0]), device=labels.device)
     gradients = empty_gradients(bias, parts, needed)
     x, weight, *_ = parts
-    has_kernel = chosen("cross_entropy", str(len(weight)), chunk_rows(x), *parts)
-    steps = (_steps_by_kernel if has_kernel else _steps)(labels, factors, bias, parts, any(needed))
+    has_kernel = chosen("cross_entropy", str(len(weight)), rows_of_chunk(x, most), *parts)
+    steps = (_steps_by_kernel if has_kernel else _steps)(most, labels, factors, bias, parts, any(needed))
     for rows, losses, logit_grads, logits in steps:
         total += losses.sum()
         if logit_grads is not None:
@@ -192,20 +212,30 @@ _Step = tuple[slice, Tensor, Tensor | None, Tensor]
 
 
 def _steps(
-    labels: Tensor, factors: Tensor | None, bias: Tensor | None, parts: list[Tensor], needs_gradients: bool
+    most: int | None,
+    labels: Tensor,
+    factors: Tensor | None,
+    bias: Tensor | None,
+    parts: list[Tensor],
+    needs_gradients: bool,
 ) -> Iterator[_Step]:
-    for chunk in _chunks(labels, bias, parts):
+    for chunk in _chunks(most, labels, bias, parts):
         losses = chunk.losses if factors is None else chunk.losses * factors[chunk.rows]
         logit_grads = _logit_grads(chunk, labels, factors) if needs_gradients else None
         yield chunk.rows, losses, logit_grads, chunk.logits
 
 
 def _steps_by_kernel(
-    labels: Tensor, factors: Tensor | None, bias: Tensor | None, parts: list[Tensor], needs_gradients: bool
+    most: int | None,
+    labels: Tensor,
+    factors: Tensor | None,
+    bias: Tensor | None,
+    parts: list[Tensor],
+    needs_gradients: bool,
 ) -> Iterator[_Step]:
     from lightning_lora.lora.functional.kernels.cross_entropy import cross_entropy_
 
-    for rows, logits in logit_chunks(bias, parts):
+    for rows, logits in logit_chunks(bias, parts, most):
         weights = None if factors is None else factors[rows]
         losses = cross_entropy_(logits, labels[rows], weights, needs_gradients, IGNORE_INDEX)
         yield rows, losses, logits if needs_gradients else None, logits
@@ -222,8 +252,11 @@ class _HeadLoss(torch.autograd.Function):
     """Summed loss of the supervised rows; forward computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, labels: Tensor, factors: Tensor | None, bias: Tensor | None, *parts: Tensor) -> Tensor:
-        total, gradients = _sum_and_gradients(labels, factors, bias, list(parts), list(ctx.needs_input_grad[2:]))
+    def forward(
+        ctx: Any, most: int | None, labels: Tensor, factors: Tensor | None, bias: Tensor | None, *parts: Tensor
+    ) -> Tensor:
+        needed = list(ctx.needs_input_grad[3:])
+        total, gradients = _sum_and_gradients(most, labels, factors, bias, list(parts), needed)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, *parts)]
         ctx.save_for_backward(*gradients)
         return total
@@ -235,4 +268,4 @@ class _HeadLoss(torch.autograd.Function):
                 "head_loss has no second derivative (create_graph=True): use F.cross_entropy(F.linear(...)) instead."
             )
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, None, *(None if g is None else (g * by_total[0]).to(dtype) for g, dtype in gradients)
+        return None, None, None, *(None if g is None else (g * by_total[0]).to(dtype) for g, dtype in gradients)

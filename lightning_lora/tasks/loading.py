@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from lightning_lora.errors import ConfigError, check_choice, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
@@ -51,6 +51,19 @@ def read_config(name: str, **overrides: Any) -> PreTrainedConfig:
             f"model {name!r} cannot be used: {_first_line(error)} Give a folder with config.json and safetensors "
             f"weights, or a hub name.{offline_hint(name)}"
         ) from error
+
+
+def read_tokenizer(name: str) -> Any:
+    """Read the tokenizer beside a model.
+
+    Raises:
+        ConfigError: If there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing files, a missing library, a tokenizer that needs its author's code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"there is no usable tokenizer beside model {name!r}: {reason}") from error
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

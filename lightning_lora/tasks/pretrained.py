@@ -12,31 +12,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
-from transformers import AutoTokenizer
 from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.lora.patterns import matches, matches_any
+from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.resolve import resolve_targets
 from lightning_lora.lora.vocabulary import num_tokens
 from lightning_lora.memory.building import builds_without_memory
-from lightning_lora.memory.other_settings import recompute
+from lightning_lora.memory.other_settings import keep_activations, recompute
 from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.precision import bitsandbytes_plugin
+from lightning_lora.mixin.step_choices import choices_of, settings_of
 from lightning_lora.sharding import clip_gradient_norm
+from lightning_lora.step_memory import StepMemory
 from lightning_lora.tasks.attention.implementation import DENSE, check_attention
-from lightning_lora.tasks.loading import check_dtype, context_length, head_names, load_model, read_config
+from lightning_lora.tasks.loading import check_dtype, context_length, load_model, read_config, read_tokenizer
 from lightning_lora.tasks.optimizer import adamw, check_optimizer, with_schedule
 from lightning_lora.tasks.placement import check_loadable, shard_model
 from lightning_lora.tasks.quantised_loading import (
     check_quantization,
     check_strategy,
     loading_arguments,
+    not_quantised,
     quantise_without_values,
+    refuse_plugin,
 )
 from lightning_lora.tasks.running_mean import RunningMean
 
@@ -64,6 +65,9 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     # The tokenizer of the latest run; None: the model's own, as it is.
     _trained_tokenizer: Any = None
     _keeps_float32 = " (dtype: float32 keeps float32)"
+    step_memory_choices = ("gate", "activation_checkpointing")
+    # Whether `use_step_memory` has switched activation checkpointing on.
+    _checkpoints = False
     # Given the function that loads the weights, returns the model: arms side by side load one base. None: it is called.
     load_through: Callable[[Callable[[], Any]], Any] | None = None
 
@@ -78,7 +82,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         dtype: str | None = None,
         quantization: str | None = None,
         attn_implementation: str | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | None = None,
+        step_memory: StepMemory | dict[str, Any] | None = None,
     ) -> None:
         """Check the settings and read the model's config.
 
@@ -100,7 +105,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
                 ``"flash_attention_2"``, ``"flash_attention_3"``, ``"flex_attention"``. None takes the model's default;
                 on a GPU, packed rows then get FlashAttention 2 if it is installed, or else flex attention.
             activation_checkpointing: Whether to keep only the inputs of the model's blocks for the backward pass, and
-                compute what is inside again there: less memory, and a second forward pass.
+                compute the rest again there: less memory, a second forward pass. None: as ``step_memory`` says.
+            step_memory: What a step keeps in memory to be faster. None: on a GPU `MemoryChoice` chooses what fits.
 
         Raises:
             ConfigError: If a setting is refused, or the model cannot be found.
@@ -111,7 +117,8 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         check_dtype(dtype)
         check_attention(attn_implementation)
         self.save_hyperparameters(ignore=self._unsaved)
-        self.activation_checkpointing = activation_checkpointing
+        self.step_memory = StepMemory.from_dict(step_memory).with_checkpointing(activation_checkpointing)
+        settings_of(self)
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -136,11 +143,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer in the model's folder or repository."""
-        try:
-            return AutoTokenizer.from_pretrained(self.model_name)
-        except Exception as error:  # missing files, a missing library, a tokenizer that needs its author's code
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"there is no usable tokenizer beside model {self.model_name!r}: {reason}") from error
+        return read_tokenizer(self.model_name)
 
     @property
     def trained_tokenizer(self) -> Any:
@@ -165,13 +168,20 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             return
         self._check_trainer()
         self.model = model = self._load() if self.load_through is None else self.load_through(self._load)
-        if self.activation_checkpointing:
-            recompute(model)
+        self.use_step_memory(choices_of(self))
         # transformers returns models in eval mode and Lightning leaves them so.
         model.train()
         self.apply_lora()
         self._model_is_whole()
         shard_model(model, self._trainer)
+
+    @override
+    def use_step_memory(self, memory: StepMemory) -> None:
+        """Train with these choices from now on; those that are open are as if no device told its memory."""
+        super().use_step_memory(memory)
+        if self.model is not None and (memory.activation_checkpointing is True) is not self._checkpoints:
+            self._checkpoints = not self._checkpoints
+            (recompute if self._checkpoints else keep_activations)(self.model)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -249,11 +259,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             return self.auto_class.from_config(self.model_config)
 
     def _check_trainer(self) -> None:
-        if bitsandbytes_plugin(self) is not None:
-            raise ConfigError(
-                f"BitsandbytesPrecision quantises layers as they are built, and transformers then loads plain weights "
-                f"into them: drop the plugin and give {type(self).__name__} quantization='nf4' or 'int8'."
-            )
+        refuse_plugin(self)
         if self.quantization is not None or getattr(self.model_config, "quantization_config", None) is not None:
             check_strategy(self._trainer)
         check_loadable(self._trainer)
@@ -289,8 +295,6 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
     def _quantised_loading(self, dtype: torch.dtype) -> dict[str, Any]:
         if self.quantization is None:
             return {}
-        meta_model = self._meta_model()
-        heads = head_names(meta_model)
         trained = LoRAConfig.from_dict(self.lora).trainable if self.lora is not None else ()
-        plain = [name for name, _ in meta_model.named_modules() if name in heads or matches_any(name, trained)]
+        plain = not_quantised(self._meta_model(), trained)
         return loading_arguments(self.quantization, dtype, plain, self._trainer)

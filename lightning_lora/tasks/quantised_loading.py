@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -18,6 +18,9 @@ from transformers import BitsAndBytesConfig
 
 from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.lora.layers.quantised_weights import is_bitsandbytes
+from lightning_lora.lora.patterns import matches_any
+from lightning_lora.mixin.precision import bitsandbytes_plugin
+from lightning_lora.tasks.loading import head_names
 
 QUANTIZATIONS = ("nf4", "int8")
 # transformers needs both to quantise while loading; nothing else here uses them.
@@ -52,6 +55,21 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
         raise ConfigError(
             f"quantization={quantization!r} needs {' and '.join(missing)}: pip install lightning-lora[quant]"
         )
+
+
+def refuse_plugin(module: LightningModule) -> None:
+    """Raise `ConfigError` if Lightning's plugin would quantise the layers of a task."""
+    if bitsandbytes_plugin(module) is not None:
+        raise ConfigError(
+            f"BitsandbytesPrecision quantises layers as they are built, and transformers then loads plain weights into "
+            f"them: drop the plugin and give {type(module).__name__} quantization='nf4' or 'int8'."
+        )
+
+
+def not_quantised(model: nn.Module, trained: Sequence[str]) -> list[str]:
+    """Names of the modules of ``model`` that keep plain weights: its heads, and what the patterns ``trained`` name."""
+    heads = head_names(model)
+    return [name for name, _ in model.named_modules() if name in heads or matches_any(name, trained)]
 
 
 def check_strategy(trainer: Trainer | None) -> None:

@@ -45,9 +45,9 @@ def fused_expert_linear(
     Returns:
         ``(rows, out)``.
     """
-    weights, _, A, B, scale, caller = adapted
+    weights, _, A, B, scale, caller, keeps_gate = adapted
     seed = shared_seed(x, [caller]) if dropout else 0
-    activation, sources = gated_input(x) or (None, (x,))
+    activation, sources = (None if keeps_gate else gated_input(x)) or (None, (x,))
     settings = _Settings(scale / kept_share(dropout), rows, product or rows.times, dropout, seed, activation)
     return _FusedExperts.apply(settings, x.detach(), weights, A, B, *sources)
 

@@ -48,7 +48,8 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
 
     ``W`` and ``b`` are frozen. For the backward pass it keeps ``x``, by reference, and ``A x``, ``(T, R)``, or where
     `merging_pays` each ``W + scale B A``; with dropout a seed instead of a mask. If ``x`` is an activation times a
-    second tensor (`gated_input`), it keeps these two instead, and the gradient goes to them past ``x``. If no ``A``
+    second tensor (`gated_input`), and the first layer does not ask to keep it, it keeps these two instead, and the
+    gradient goes to them past ``x``. If no ``A``
     needs a gradient, it keeps no input at all. The gradient can be differentiated again.
 
     Under autocast, ``x``, ``W`` and ``b`` are cast as in ``F.linear``, but ``x`` once for all layers. ``A`` and ``B``
@@ -67,10 +68,10 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
     References:
         Zhu et al., *LoRAFusion*, 2025, https://arxiv.org/abs/2510.00206 (fusing, seeded dropout).
     """
-    weights, biases, As, Bs, scales, callers = zip(*layers, strict=True)
+    weights, biases, As, Bs, scales, callers, keeps_gate = zip(*layers, strict=True)
     seed = shared_seed(x, callers) if dropout else 0
     x, weights, biases = _as_multiplied(x, weights, biases)
-    activation, sources = gated_input(x) or (None, (x,))
+    activation, sources = (None if keeps_gate[0] else gated_input(x)) or (None, (x,))
     settings = Settings(
         scales=tuple(scale / kept_share(dropout) for scale in scales),
         dropout=dropout,

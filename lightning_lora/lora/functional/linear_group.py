@@ -19,6 +19,7 @@ class AdaptedWeight(NamedTuple):
         scale: alpha / r, dimensionless.
         layer: The layer that holds the weight, by which dropout tells callers apart (`shared_seed`); None for a mask
             of its own in each call.
+        keeps_gate: Whether an input that a gate computed is kept, instead of computed again (`gated_input`).
     """
 
     weight: Tensor
@@ -27,6 +28,7 @@ class AdaptedWeight(NamedTuple):
     B: Tensor
     scale: float
     layer: object = None
+    keeps_gate: bool = False
 
 
 class Settings(NamedTuple):

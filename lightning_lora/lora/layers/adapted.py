@@ -26,6 +26,15 @@ def learning_layers(module: nn.Module) -> dict[str, LoRALayer]:
     return {name: layer for name, layer in lora_layers(module).items() if not layer.lora_held}
 
 
+def keep_gates(module: nn.Module, keep: bool) -> None:
+    """Keep the products of gates that adapted layers of ``module`` receive, or compute them again in the backward pass.
+
+    See `StepMemory`, by which a LightningModule sets it.
+    """
+    for layer in lora_layers(module).values():
+        layer.lora_keeps_gate = keep
+
+
 def adapted_weights(module: nn.Module) -> dict[str, tuple[LoRALayer, str]]:
     """Name of every adapted weight to its layer and the name of its parameter in the layer, in module order.
 

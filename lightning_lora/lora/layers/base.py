@@ -17,6 +17,7 @@ from lightning_lora.lora.layers import first_values
 from lightning_lora.lora.layers.class_swap import base_type, reduce_swapped, swapped_type
 
 FACTORS = ("lora_A", "lora_B")
+_SET = ("lora_specs", "lora_enabled", "lora_follows", "lora_held", "lora_keeps_gate", "lora_base_weights")
 MAGNITUDE = "lora_magnitude"
 
 
@@ -77,10 +78,10 @@ class LoRALayer(nn.Module):
     lora_follows: bool
     # Whether the factors are frozen on purpose: the layer is in a copy that the user froze (see `lora.frozen_copies`).
     lora_held: bool
+    lora_keeps_gate: bool  # See `keep_gates`.
     # Copies of the base weights while updates are folded in: subtracting would not restore them bit for bit.
     lora_base_weights: dict[str, Tensor] | None
-    # The factor that starts at zero, which LoRA+ trains at a higher rate.
-    zero_factor = "lora_B"
+    zero_factor = "lora_B"  # The factor that starts at zero, which LoRA+ trains at a higher rate.
     # Called with the input of the written-out update, after dropout, of which there is no other trace.
     lora_watcher: Callable[[Tensor], None] | None = None
 
@@ -272,7 +273,7 @@ def swap_class(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Ada
     assert isinstance(module, LoRALayer)
     module.lora_specs = dict(specs)
     module.lora_enabled, module.lora_follows, module.lora_held = True, False, False
-    module.lora_base_weights = None
+    module.lora_keeps_gate, module.lora_base_weights = False, None
     return module
 
 
@@ -288,7 +289,7 @@ def detach(layer: LoRALayer) -> None:
     """Remove the factors and give the layer its old class back; a merged layer keeps the merged weight."""
     original = layer.type_without_adapter
     layer.before_detach()
-    for name in (*layer.lora_factors(), "lora_specs", "lora_enabled", "lora_follows", "lora_held", "lora_base_weights"):
+    for name in (*layer.lora_factors(), *_SET):
         delattr(layer, name)
     layer.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -43,6 +43,7 @@ class ExpertWeight:
         dropout: Probability of zeroing an entry of the update's input.
         caller: The layer, by which dropout tells callers apart.
         transposed: Whether ``weight`` is ``(*, in, out)``, not ``(*, out, in)``.
+        keeps_gate: Whether an input that a gate computed is kept for the backward pass.
     """
 
     weight: Tensor
@@ -52,6 +53,7 @@ class ExpertWeight:
     dropout: float
     caller: object
     transposed: bool
+    keeps_gate: bool = False
 
     def __getitem__(self, expert: Any) -> Any:
         if self.weight.ndim != 3 or isinstance(expert, (tuple, slice, list)) or expert is None or expert is Ellipsis:
@@ -106,7 +108,7 @@ class ExpertWeight:
 
     def adapted(self) -> AdaptedWeight:
         """Weight and factors."""
-        return AdaptedWeight(self.matrices(), None, self.A, self.B, self.scale, self.caller)
+        return AdaptedWeight(self.matrices(), None, self.A, self.B, self.scale, self.caller, self.keeps_gate)
 
 
 def _effective(value: Any) -> Any:

@@ -86,7 +86,8 @@ class LoRAFusedExperts(LoRALayer):
     def _expert_weight(self, weight: str) -> ExpertWeight:
         A, B = self.update_pair(weight)
         scale = self.lora_specs[weight].scale
-        return ExpertWeight(getattr(self, weight), A, B, scale, self.lora_dropout, self, self.transposed(self))
+        own = getattr(self, weight), A, B, scale, self.lora_dropout, self, self.transposed(self)
+        return ExpertWeight(*own, self.lora_keeps_gate)
 
     def _computes_in_torch(self) -> bool:
         """Whether the base multiplies by its weights through functions of torch, where an update can be added."""

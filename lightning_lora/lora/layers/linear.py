@@ -58,7 +58,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         if not (self.lora_active and self._computes_plainly(x)):
             return None
         A, B = self.linear_factors()
-        return AdaptedWeight(self.weight, self.bias, A, B, self.lora_spec.scale, self)
+        return AdaptedWeight(self.weight, self.bias, A, B, self.lora_spec.scale, self, self.lora_keeps_gate)
 
     def _computes_plainly(self, x: Tensor) -> bool:
         return can_fuse(x, self.weight, self.bias) and _computes_as_linear(type(self))
@@ -105,7 +105,8 @@ class LoRAConv1D(LoRALayer):
         if not can_fuse(x, self.weight, self.bias):
             y = super().forward(x)
             return y + _update(self, x, *self.update_pair()).to(y.dtype)
-        adapted = AdaptedWeight(self.weight.T, self.bias, *self.update_pair(), self.lora_spec.scale, self)
+        A, B = self.update_pair()
+        adapted = AdaptedWeight(self.weight.T, self.bias, A, B, self.lora_spec.scale, self, self.lora_keeps_gate)
         return fused_lora_linears(x, [adapted], self.lora_dropout)[0]
 
     @override

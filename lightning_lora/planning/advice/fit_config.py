@@ -64,7 +64,8 @@ def fit_config(
     made["model"] = _model(model, module, settings, method, lora, reasons, why)
     made["data"] = _data(plain(parts["data"]), data, settings, reasons, why["settings"])
     made["trainer"] = _trainer({**plain(parts.get("trainer") or {}), **trainer}, settings, method, reasons, why)
-    callbacks = _callbacks(made["trainer"].pop("callbacks", None), module, method, lora, planned, reasons, why)
+    kept = settings["step_memory"]
+    callbacks = _callbacks(made["trainer"].pop("callbacks", None), module, method, lora, kept, planned, reasons, why)
     if callbacks:
         made["trainer"]["callbacks"] = callbacks
     for name, default in (("allow_other_base", False), ("ckpt_path", None), ("weights_only", None)):
@@ -78,6 +79,7 @@ def _callbacks(
     module: LightningModule,
     method: Method,
     lora: LoRAConfig,
+    step_memory: Settings | None,
     planned: Mapping[str, Any] | None,
     reasons: dict[str, Reason],
     why: Mapping[str, Sequence[Reason]],
@@ -91,6 +93,8 @@ def _callbacks(
         chosen = changed_settings(lora) | {"rank": method.rank}
         first: Settings = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
         others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
+        if step_memory is not None:
+            others["step_memory"] = step_memory
         # One that averages weights must come after it.
         place = next((n for n, each in enumerate(kept) if is_named(each, WeightAveraging)), len(kept))
         reasons[f"trainer.callbacks.{place}"] = why["method"][0]
@@ -144,6 +148,10 @@ def _model(
         own = changed_settings(lora)
         init["lora"] = None if method.rank is None else own | {"rank": method.rank, "alpha": lora.alpha}
         reasons["model.init_args.lora"] = why["method"][-1]
+    if settings["step_memory"] is not None and "step_memory" in taken:
+        init["step_memory"] = settings["step_memory"]
+        init.pop("activation_checkpointing", None)  # it is one of these
+        reasons["model.init_args.step_memory"] = why["settings"][-1]
     if isinstance(module, PretrainedTask) and (method.name == "qlora" or init.get("quantization")):
         init["quantization"] = "nf4" if method.name == "qlora" else None
         reasons["model.init_args.quantization"] = why["method"][0]

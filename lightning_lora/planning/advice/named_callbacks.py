@@ -79,7 +79,7 @@ def as_named(callback: Any) -> Any:
     if type(callback) is not LoRA:
         return callback
     arguments = {name: getattr(callback, name) for name in ("root", "allow_other_base", "autocast_base")}
-    arguments["config"] = plain(callback.config)
+    arguments |= {"config": plain(callback.config), "step_memory": plain(callback.step_memory)}
     return {"class_path": "lightning_lora.callbacks.LoRA", "init_args": arguments}
 
 

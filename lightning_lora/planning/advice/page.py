@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_lora.planning.advice.method import NAMES
 from lightning_lora.planning.advice.settings import ALARM
+from lightning_lora.step_memory import StepMemory
 
 LINES, COLUMNS = 40, 80
 _INDENT = 10
@@ -128,6 +129,8 @@ def _settings(plan: Any, has_reasons: bool) -> str:
         f"{settings['devices']} device{'s' if settings['devices'] > 1 else ''} = {settings['rows_per_step']} per step"
     )
     told.append(f"{settings['steps']:,} step{'' if settings['steps'] == 1 else 's'} ({plan.length})")
+    if settings["step_memory"] is not None:
+        told.append(str(StepMemory.from_dict(settings["step_memory"])))
     reasons = [reason for topic, reason in plan.topics if topic == "settings"]
     if not has_reasons:  # what trains at which rate, and alarms, cannot be guessed
         reasons = [reason for reason in reasons if reason.value.startswith("learning rate") or ALARM in reason.why]

@@ -29,6 +29,7 @@ from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.advice.rates import PlannedRate, planned_rate
 from lightning_lora.planning.advice.run_tokens import run_tokens
 from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rows, divide, per_step
+from lightning_lora.planning.advice.step_choice import planned_step_memory
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import beside, notes_on_adapters, notes_on_data, sentence
 from lightning_lora.planning.bad_input import check_target
@@ -95,12 +96,13 @@ class PlanParts:
         most = sensible_rank(highest_rank(adapters), adapters, Parameters.of(whole).total)
         target, batch_reason = self._rows(target_rows, length)
         method, batch = self._method_and_batch(traces, rows, most, target, length)
+        kept, why_kept = planned_step_memory(traces, method, batch, self.devices, self.trainer)
         memory = self._memory(traces, method, batch.batch_size, _default_rank({row.rank for row in rows}))
         rate = planned_rate(self.given, traces, method, self.lora, adapters.trained, config)
         few = alarm(batch.steps, rate.multiplier)
         topics = [("method", reason) for reason in method.reasons]
-        topics += [("settings", each) for each in (rate.reason, batch_reason, few) if each is not None]
-        settings = self._settings(method, batch, rate, traces)
+        topics += [("settings", each) for each in (rate.reason, batch_reason, few, why_kept) if each is not None]
+        settings = self._settings(method, batch, rate, traces) | {"step_memory": kept}
         data = self.ready if method.fits else None
         cost = plan_cost(traces, method, batch, self.devices, data, self.epoch, self.trainer, calibrate, adapters)
         in_epoch = self.epoch.batches(batch.batch_size, batch.devices, length.limit_train_batches)

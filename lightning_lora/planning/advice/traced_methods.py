@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 
 from lightning_lora.batch.division import divisors
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide
+from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.mixin.step_choices import settings_of
 from lightning_lora.planning.advice.method import Placement
+from lightning_lora.step_memory import StepMemory
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.tasks.variants import variant
 
@@ -85,6 +89,35 @@ class TracedMethods:
             if name != "qlora" and not isinstance(error, TraceError):
                 raise
             self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None
+
+    def choose_step_memory(
+        self, name: str, rows: int, rank: int | None, strategy: str, budget: int, can_recompute: bool
+    ) -> Choice | None:
+        """Choose what a step of a method keeps, and trace it so from now on; None if nothing is open, or not traced.
+
+        Args:
+            name: The method.
+            rows: Rows of its micro-batch.
+            rank: Its rank.
+            strategy: Its strategy.
+            budget: Bytes of one device.
+            can_recompute: Whether blocks may be computed again.
+        """
+        tracer, key = self.tracer(name, rank), (name, rows, None if name == "full" else rank)
+        usual, module = self.trace(name, rows, rank), tracer.module
+
+        def trace(memory: StepMemory) -> MemoryParts:
+            cast(LoRAMixin, module).use_step_memory(memory)
+            self._traces[key] = tracer.trace(self.batch(rows))
+            return self.memory(name, rows, rank, strategy)
+
+        candidates = open_candidates(module, can_recompute)
+        try:
+            return fastest_that_fits(candidates, trace, budget) if candidates else None
+        except TraceError:
+            cast(LoRAMixin, module).use_step_memory(settings_of(module))
+            self._traces[key] = usual
             return None
 
     def placements(self, rank: int, share: int, budget: int) -> Mapping[str, Sequence[Placement]]:

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, lora_layers
-from lightning_lora.callbacks import LoRAGuard, MemoryAdvice, memory_advice
+from lightning_lora.callbacks import LoRAGuard, MemoryAdvice
 from lightning_lora.callbacks.layer_calls import LayerCallRecorder
+from lightning_lora.callbacks.memory import memory_advice
 from lightning_lora.memory import run_step
 from lightning_lora.memory.step_trace import trace_step
 from lightning_lora.mixin.lora_mixin import LoRAMixin

@@ -201,3 +201,19 @@ def test_backward_holds_two_tensors_of_the_width_at_once() -> None:
     peak = peak_on_cpu(lambda: torch.autograd.grad(y, inputs, torch.ones_like(y)))
     of_width = 4 * tokens * width
     assert 2 * of_width < peak < 2.5 * of_width
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["two tensors", "halves of one"])
+@pytest.mark.parametrize("made", MADE)
+def test_a_kept_gate_gives_the_same_bits(made: str, halves: bool) -> None:
+    W = torch.randn(OUT, FF)
+    shapes = (R, FF), (OUT, R), (T, FF), (T, FF), (T, 2 * FF)
+    A, B, gate, up, both = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    inputs, found = [both] if halves else [gate, up], []
+    for keep in (False, True):
+        x = MADE[made](*((both * 1).chunk(2, -1) if halves else (gate * 1, up * 1)))
+        (y,) = fused_lora_linears(x, [AdaptedWeight(W, None, A, B, 1.5, keeps_gate=keep)])
+        node: Any = y.grad_fn
+        assert (node.settings.activation is None) is keep
+        found.append(torch.autograd.grad(y.square().sum(), [A, B, *inputs]))
+    assert all(torch.equal(again, kept) for again, kept in zip(*found, strict=True))

@@ -54,6 +54,7 @@ def head_logprobs(
     update: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     facts: BatchFacts | None = None,
+    chunk_rows: int | None = None,
 ) -> TokenLogprobs:
     r"""``log_softmax((hidden weight^T + bias) / temperature)`` at ``ids``, and its entropy, without holding all logits.
 
@@ -73,6 +74,7 @@ def head_logprobs(
             ``(vocab, r)``. With LoRA on the output layer, ``inner`` is ``scale * hidden A^T``.
         temperature: Divides the logits, above 0.
         facts: Which tokens are scored, as in `head_loss`; None looks for them on the device.
+        chunk_rows: Rows of which logits are held at a time, at least 1; None: 512. More are faster on a GPU.
 
     Raises:
         ConfigError: If the temperature is not above 0.
@@ -91,9 +93,9 @@ def head_logprobs(
         return _plain(plain_logits(hidden, weight, bias, update) / temperature, labels)
     parts, bias, scored, rows = supervised_rows(hidden, weight, labels, bias, update, facts)
     if torch.is_grad_enabled():
-        found: Any = _HeadLogprobs.apply(scored, temperature, bias, *parts)
+        found: Any = _HeadLogprobs.apply(chunk_rows, scored, temperature, bias, *parts)
     else:
-        found = _forward(scored, temperature, bias, parts)[:2]
+        found = _forward(chunk_rows, scored, temperature, bias, parts)[:2]
     zeros = found[0].new_zeros(labels.numel())
     return TokenLogprobs(*(zeros.index_put((rows,), values).view(labels.shape) for values in found))
 
@@ -120,11 +122,13 @@ def _plain(scaled: Tensor, labels: Tensor) -> TokenLogprobs:
     return TokenLogprobs(found.where(scored, 0), entropy.where(scored, 0))
 
 
-def _forward(ids: Tensor, temperature: float, bias: Tensor | None, parts: list[Tensor]) -> tuple[Tensor, ...]:
+def _forward(
+    most: int | None, ids: Tensor, temperature: float, bias: Tensor | None, parts: list[Tensor]
+) -> tuple[Tensor, ...]:
     """Log-probabilities, entropies and the logarithm of the sum of exponentials of each row, ``(rows,)``."""
     dtype = wide_type(parts[0])
     logprobs, entropy, log_sums = (uninitialised(parts[0], ids.shape, dtype) for _ in range(3))
-    for rows, logits in logit_chunks(bias, parts):
+    for rows, logits in logit_chunks(bias, parts, most):
         for start in range(0, len(logits), _PART_ROWS):
             part = slice(rows.start + start, min(rows.start + start + _PART_ROWS, rows.stop))
             scaled = _scaled(logits[start : start + _PART_ROWS], temperature)
@@ -155,10 +159,10 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, temperature: float, bias: Tensor | None, *parts: Tensor
+        ctx: Any, most: int | None, ids: Tensor, temperature: float, bias: Tensor | None, *parts: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, log_sums = _forward(ids, temperature, bias, list(parts))
-        ctx.temperature = temperature
+        logprobs, entropy, log_sums = _forward(most, ids, temperature, bias, list(parts))
+        ctx.most, ctx.temperature = most, temperature
         ctx.save_for_backward(ids, entropy, log_sums, bias, *parts)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -170,8 +174,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 "head_logprobs has no second derivative (create_graph=True): use log_softmax(F.linear(...)) instead."
             )
         ids, entropy, log_sums, bias, *parts = ctx.saved_tensors
-        gradients = empty_gradients(bias, parts, list(ctx.needs_input_grad[2:]))
-        for rows, logits in logit_chunks(bias, parts):
+        gradients = empty_gradients(bias, parts, list(ctx.needs_input_grad[3:]))
+        for rows, logits in logit_chunks(bias, parts, ctx.most):
             g, h = (None if values is None else values[rows, None] for values in by_output)
             logit_grads = _logit_grads(
                 _scaled(logits, ctx.temperature).sub_(log_sums[rows, None]), ids[rows, None], g, h, entropy[rows, None]
@@ -179,7 +183,8 @@ class _HeadLogprobs(torch.autograd.Function):
             add_gradients(rows, logit_grads.div_(ctx.temperature), logits, parts, gradients)
             del logit_grads  # before the next chunk needs as much
         dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, *parts)]
-        return None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+        wanted = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+        return None, None, None, *wanted
 
 
 def _logit_grads(

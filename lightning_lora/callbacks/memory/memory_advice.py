@@ -17,6 +17,7 @@ from lightning_lora.batch.division import divisors
 from lightning_lora.batch.trial_step import is_out_of_memory
 from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.lora.layers.adapted import lora_layers
+from lightning_lora.memory.choice import frugal
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.other_settings import (
     could_recompute,
@@ -30,6 +31,7 @@ from lightning_lora.memory.other_settings import (
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.run_step import RunStep, fills_device, gigabytes, room_of_run
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.mixin.step_choices import choices_of
 
 _LINES = 3
 _MANY = 0.2
@@ -207,6 +209,8 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
         make = partial(made_with, module, lora={}) if is_task else partial(with_adapters, module)
         gone = "gradients and optimizer state of the base, 12 bytes a weight, are gone"
         yield f"lora: full fine-tuning -> LoRA; {gone}", make, {}
+    if isinstance(module, LoRAMixin) and (now := choices_of(module)) != (least := frugal(now)):
+        yield f"step_memory: {now} -> {least}", lambda: module, {"prepare": lambda made: made.use_step_memory(least)}
     narrower = {"32-true": "half of weights and activations", "bf16-mixed": "half of the weights"}
     is_held = getattr(module, "_lora_held", None) is not None
     if trainer.precision in narrower and module.hparams.get("dtype") is None and not is_held:
@@ -216,7 +220,7 @@ def _methods(trainer: Trainer, module: LightningModule) -> Iterator[_Method]:
     able = next((child for child in module.modules() if could_recompute(child)), None)
     if able is not None:
         text = f"activation checkpointing: off -> {recomputing_method(able)}() on the model, in configure_model"
-        if module.hparams.get("activation_checkpointing") is False:
+        if "activation_checkpointing" in module.hparams:
             text = "activation_checkpointing: false -> true"
         kept = "activations are computed twice instead of kept"
         yield f"{text}; {kept}", lambda: module, {"prepare": recompute}
