@@ -49,11 +49,11 @@ def classes() -> Iterator[dict[str, Any]]:
 def runs(folder: Path) -> Iterator[tuple[LightningModule, dict[str, Any]]]:
     """Each task with data for a step and a validation."""
     model, settings = str(MODEL), {"learning_rate": 1e-4, "lora": CONFIG}
-    some = {"batch_size": 4}
+    some: dict[str, Any] = {"batch_size": 4}
     answered = rows(folder, "answered.jsonl", completion="Hello.")
     pairs = rows(folder, "pairs.jsonl", chosen="Hello.", rejected="No.")
     asked = rows(folder, "asked.jsonl")
-    loader = DataLoader(list(classes()), batch_size=4)
+    loader: Any = DataLoader(list(classes()), batch_size=4)  # pyright: ignore[reportArgumentType]
     yield CausalLM(model, **settings), {"datamodule": SFTDataModule(answered, answered, **some)}
     yield (
         SequenceClassifier(model, num_labels=4, **settings),

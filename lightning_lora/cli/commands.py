@@ -244,8 +244,8 @@ COMMANDS = {
         _consolidate,
     ),
     "completion": Command(
-        "Print a script by which a shell completes commands and options.",
-        "lightning-lora completion bash > ~/.local/share/bash-completion/completions/lightning-lora",
+        "Print the script by which a shell completes commands and options; put it where the shell looks for them.",
+        "lightning-lora completion bash",
         _completion_arguments,
         _completion,
     ),

@@ -18,7 +18,7 @@ HEAD_ROWS = (4096, 2048, 512)
 """Rows of a chunk of the head that are tried; the last is how a run trains without a choice."""
 MARGIN = 0.1
 """Share of the room that a step leaves free if it holds more than it must: runs on a GPU took up to 5.5 % more than
-their trace (docs/gpu.md), and an allocator loses some of the rest."""
+their trace (docs/evidence/gpu.md), and an allocator loses some of the rest."""
 
 
 @dataclass(frozen=True)

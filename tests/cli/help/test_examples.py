@@ -20,7 +20,7 @@ from tests.support.commands import COMMAND
 EXAMPLE = {name: command.example for name, command in COMMANDS.items()} | EXAMPLES
 EXAMPLE |= {"plan": PLAN.removeprefix("example: "), "study": STUDY.removeprefix("example: ")}
 ORDER = (
-    *("env", "recipes", "schema", "preview", "plan", "fit", "validate", "inspect", "report", "generate"),
+    *("env", "completion", "recipes", "schema", "preview", "plan", "fit", "validate", "inspect", "report", "generate"),
     *("merge", "export"),
 )
 LEFT_OUT = {
@@ -31,7 +31,6 @@ LEFT_OUT = {
     "test": "as validate; tests/cli/test_configs.py runs it",
     "study": "takes minutes; tests/cli/study/test_study_command.py runs a small one",
     "consolidate": "needs shards of several processes; tests/integration/test_checkpoint_ranks.py runs it",
-    "completion": "writes into the home folder; tests/cli/help/test_completion.py runs it",
 }
 
 

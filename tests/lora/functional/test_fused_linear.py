@@ -73,7 +73,7 @@ def test_layers_with_one_input_are_the_formula_of_each() -> None:
     ]
     leaves = [x, *(factor for layer in layers for factor in (layer.A, layer.B))]
     ours = fused_lora_linears(x, layers)
-    wanted = [F.linear(x, W, b) + scale * (x @ A.T @ B.T) for W, b, A, B, scale, _ in layers]
+    wanted = [F.linear(x, W, b) + scale * (x @ A.T @ B.T) for W, b, A, B, scale, *_ in layers]
     for used in ((0, 1, 2), (1,)):
         d_ys = [numbers(*ours[i].shape) for i in used]
         found, expected = (
