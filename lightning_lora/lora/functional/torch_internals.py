@@ -70,7 +70,15 @@ def is_compiled_within(file: str, function: str, first: int, last: int) -> bool:
     return whole and any((f.filename, f.name) == (file, function) and first <= (f.lineno or 0) <= last for f in stack)
 
 
+def outermost_compiled_file() -> str:
+    """The file of the function that ``torch.compile`` was asked for and reads, with all that it calls."""
+    from torch._guards import TracingContext
+
+    return TracingContext.extract_stack()[0].filename
+
+
 run_while_compiling(is_compiled_within)
+run_while_compiling(outermost_compiled_file)
 
 
 def let_arguments_override(function: Callable[..., Any]) -> None:

@@ -17,16 +17,18 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
-from lightning_lora.lora.functional.torch_internals import in_backward, is_compiled_within
+from lightning_lora.lora.functional.torch_internals import in_backward, is_compiled_within, outermost_compiled_file
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.patterns import plain_name
 
+_HERE = str(Path(__file__).parent)
 # An adapted linear layer, of which `adapted_weight` and `lora_dropout` are used.
 _Layer = Any
 _Layers = tuple["weakref.ref[_Layer]", ...]
@@ -128,9 +130,11 @@ def sibling_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
 
 def _compiled_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
     """`sibling_output` while a compiler reads the code, where nothing has been called yet."""
-    group, number = layer.lora_group or (None, 0)
-    if group is None or not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
+    knows_more = torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling()
+    # Layers compiled one by one must not differ in what is asked of them: each difference would be compiled again.
+    if not knows_more or outermost_compiled_file().startswith(_HERE) or layer.lora_group is None:
         return fused_lora_linears(x, [adapted], layer.lora_dropout)[0]
+    group, number = layer.lora_group
     if number and group.x is x and (output := group.waiting[number]) is not None:
         waiting = tuple([None if i == number else y for i, y in enumerate(group.waiting)])
         is_empty = all(y is None for y in waiting)
