@@ -30,6 +30,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is computed with ``tensor`` now is recorded in a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def is_traced() -> bool:
     """Whether every operation must be visible: to ``torch.compile``, ``torch.func`` or forward-mode differentiation."""
     return (

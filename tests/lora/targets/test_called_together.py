@@ -51,7 +51,7 @@ class Added(Module):
 
 class Annotated(Module):
     def forward(self, x: Tensor) -> Tensor:
-        x: Tensor = self.a(x)
+        x: Tensor = self.a(x)  # pyright: ignore[reportRedeclaration]
         return self.b(x)
 
 
