@@ -4,48 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, disable_lora, inject_lora, merge_lora, unmerge_lora
 from lightning_lora.lora.layers.adapted import lora_layers
+from tests.lora.graphs import Graphs
 from tests.support.tiny_models import wake
 
 # Torch's compiler looks at the gradient of whatever a graph is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 NUM_LAYERS = 7
-
-
-class Graphs:
-    """A backend of `torch.compile` that counts products of matrices in forward and backward graphs, and runs these."""
-
-    def __init__(self) -> None:
-        self.products: list[int] = []
-        self.backend = aot_autograd(fw_compiler=self._keep, bw_compiler=self._keep)
-
-    def _keep(self, graph: Any, _inputs: Any) -> Any:
-        names = Counter(str(node.target) for node in graph.graph.nodes)
-        self.products.append(names["aten.mm.default"] + names["aten.addmm.default"])
-        return make_boxed_func(graph.forward)
-
-    def compile(self, module: Any, whole: bool = True) -> Any:
-        torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        return torch.compile(module, fullgraph=whole, backend=self.backend)
-
-    @property
-    def num(self) -> int:
-        """Graphs that were compiled, a forward and its backward pass counted once."""
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 class Attention(nn.Module):

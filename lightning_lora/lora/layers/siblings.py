@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
-from lightning_lora.lora.functional.torch_internals import in_backward, is_compiled_within, outermost_compiled_file
+from lightning_lora.lora.functional.torch_internals import (
+    in_backward,
+    is_compiled_within,
+    outermost_compiled_file,
+    run_while_compiling,
+)
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.patterns import plain_name
 
@@ -150,8 +156,18 @@ def _compiled_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor
 
 
 def _compiles_with(layer: _Layer, first: _Layer, x: Tensor) -> AdaptedWeight | None:
-    has_own_call = layer._forward_pre_hooks or "forward" in layer.__dict__
-    return None if has_own_call or layer.lora_dropout != first.lora_dropout else layer.adapted_weight(x)
+    is_other = layer._forward_pre_hooks or layer.lora_dropout != first.lora_dropout or _is_replaced(layer)
+    return None if is_other else layer.adapted_weight(x)
+
+
+def _is_replaced(layer: _Layer) -> bool:
+    """Whether the layer has a ``forward`` of its own that does not say that it calls that of its class."""
+    own = layer.__dict__.get("forward")
+    called = own.args if isinstance(own, partial) else ()
+    return own is not None and not any(getattr(each, "__func__", None) is type(layer).forward for each in called)
+
+
+run_while_compiling(_is_replaced)
 
 
 def sibling_names(module: nn.Module) -> dict[str, list[str]]:

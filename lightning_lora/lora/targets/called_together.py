@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -46,9 +47,12 @@ def group_compiled(module: nn.Module) -> None:
     """Let adapted linear layers that are `called_together` know each other, for when they are compiled."""
     for parent in module.modules():
         children = parent._modules
-        if sum(isinstance(child, LoRALinear) for child in children.values()) < 2 or "forward" in parent.__dict__:
+        if sum(isinstance(child, LoRALinear) for child in children.values()) < 2:
             continue
-        if (calls := called_together(type(parent))) is None:
+        calls = called_together(type(parent))
+        # Lightning compiles a module by giving it a `forward` of its own around that of its class.
+        is_own = "forward" not in parent.__dict__ or _code(parent.forward) is _code(type(parent).forward)
+        if calls is None or not is_own:
             continue
         for run in calls.runs:
             layers: list[Any] = [children.get(name) for name in run]
@@ -61,21 +65,24 @@ def group_compiled(module: nn.Module) -> None:
 @functools.cache
 def called_together(kind: type[nn.Module]) -> Calls | None:
     """What ``kind.forward`` calls together; None if its source cannot be read."""
-    function: Any = inspect.unwrap(kind.forward)
+    code = _code(kind.forward)
     owner = next((ancestor for ancestor in kind.__mro__ if "forward" in vars(ancestor)), kind)
     source = parsed_classes(owner.__module__).get(owner.__qualname__)
     for node in () if source is None else source.body:
         # Somebody may have replaced the function since.
-        if isinstance(node, ast.FunctionDef) and node.name == "forward" and _is_source(node, function):
-            place = function.__code__.co_filename, node.name, node.lineno, node.end_lineno or node.lineno
+        if isinstance(node, ast.FunctionDef) and node.name == "forward" and code and _is_source(node, code):
+            place = code.co_filename, node.name, node.lineno, node.end_lineno or node.lineno
             return Calls(place, tuple(_runs(node.body, node.args.args[0].arg)))
     return None
 
 
-def _is_source(node: ast.FunctionDef, function: Any) -> bool:
+def _code(function: Any) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def _is_source(node: ast.FunctionDef, code: CodeType) -> bool:
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_firstlineno == first and code.co_name == node.name and bool(node.args.args)
+    return code.co_firstlineno == first and code.co_name == node.name and bool(node.args.args)
 
 
 def _runs(block: Sequence[ast.stmt], this: str) -> Iterator[tuple[str, ...]]:
