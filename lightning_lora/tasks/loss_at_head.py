@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES, uncompiled
+from lightning_lora.lora.evaluation_mode import uncompiled
+from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES
 from lightning_lora.lora.layers.linear import LoRALinear
 
 # Attributes of a module that hold the hooks on its input, its output and their gradients.

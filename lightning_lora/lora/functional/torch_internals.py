@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,11 +53,6 @@ def run_while_compiling(function: Any) -> None:
     It is ``torch.compiler.assume_constant_result``, but does not import the compiler.
     """
     function._dynamo_marked_constant = True
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """A context in which compiled modules run as they were written: to try a few tokens is not worth compiling for."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def is_compiled_within(file: str, function: str, first: int, last: int) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.lora.evaluation_mode import in_eval_mode
-from lightning_lora.lora.functional.torch_internals import has_values, uncompiled
+from lightning_lora.lora.evaluation_mode import in_eval_mode, uncompiled
+from lightning_lora.lora.functional.torch_internals import has_values
 
 _NUM_TOKENS = 8
 _QUESTION = "find_packed_sequence_indices"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.evaluation_mode import in_eval_mode
-from lightning_lora.lora.functional.torch_internals import has_values, uncompiled
+from lightning_lora.lora.evaluation_mode import in_eval_mode, uncompiled
+from lightning_lora.lora.functional.torch_internals import has_values
 
 EXAMPLE_TOKENS = 8
 """Tokens in each of the two test examples: more than the usual convolution spans, few enough for any model."""

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lightning_lora import LoRAConfig, disable_lora, inject_lora, merge_lora, unmerge_lora
 from lightning_lora.lora.layers.adapted import lora_layers
-from tests.lora.graphs import Graphs
+from tests.lora.compiled.graphs import Graphs
 from tests.support.tiny_models import wake
 
 # Torch's compiler looks at the gradient of whatever a graph is given.

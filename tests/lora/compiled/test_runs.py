@@ -15,7 +15,7 @@ from lightning_lora import LoRAConfig, LoRAMixin
 from lightning_lora.callbacks import FiniteGradients, LoRAGuard
 from lightning_lora.data.batches.collate import Collate
 from lightning_lora.tasks import CausalLM
-from tests.lora.graphs import Graphs
+from tests.lora.compiled.graphs import Graphs
 from tests.support import toys
 
 pytestmark = toys.expected_warnings
@@ -64,9 +64,9 @@ def test_a_compiled_module_trains_saves_and_resumes_as_an_eager_one(tmp_path: Pa
     (file,) = (tmp_path / "half").rglob("*.ckpt")
     saved = torch.load(file, weights_only=True)["state_dict"]
     assert saved.keys() == {name for name, p in eager.named_parameters() if p.requires_grad}
-    resumed = run(tmp_path / "resumed", graphs.backend, ckpt_path=file)
+    resumed = run(tmp_path / "half", graphs.backend, ckpt_path=file)
     assert toys.same(toys.snapshot(resumed), toys.snapshot(whole))
-    crossed = run(tmp_path / "crossed", ckpt_path=file)
+    crossed = run(tmp_path / "half", ckpt_path=file)
     for name, weight in toys.snapshot(eager).items():
         torch.testing.assert_close(toys.snapshot(crossed)[name], weight, rtol=1e-5, atol=1e-6)
 
