@@ -16,6 +16,7 @@ from benchmarks.char_gpt import CharGPT
 from benchmarks.other_layers import LayerBuilder, linear_contender, litgpt_layer, microsoft_layer
 from benchmarks.workloads import IGNORED, Batch, Loss, next_token_loss
 from lightning_lora import inject_lora, load_lora_state_dict
+from lightning_lora.batch_facts import BatchFacts
 from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.mixin.optim import parameter_groups
 from lightning_lora.tasks.head_loss import head_loss
@@ -94,11 +95,19 @@ def ours_with_our_loss(model: nn.Module, adapter: Adapter) -> Trainee:
     return replace(ours(model, adapter), loss=loss_at_head)
 
 
-def loss_at_head(model: nn.Module, batch: Batch, chunk_rows: int | None = None) -> Tensor:
-    """`next_token_loss` by `head_loss`, as docs/understand/loss.md writes it: from hidden states, without logits."""
+def loss_at_head(
+    model: nn.Module, batch: Batch, chunk_rows: int | None = None, facts: BatchFacts | None = None
+) -> Tensor:
+    """`next_token_loss` by `head_loss`, as docs/understand/loss.md writes it: from hidden states, without logits.
+
+    With ``facts``, those of ``batch.labels``, it asks the device for nothing.
+    """
     causal: Any = model
     is_plain = isinstance(model, CharGPT)
     hidden = causal.hidden(batch.input_ids) if is_plain else causal.get_decoder()(batch.input_ids).last_hidden_state
+    if facts is not None:
+        labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        return head_loss(hidden, causal.lm_head.weight, labels, divisor=facts.count, facts=facts)
     hidden, labels = hidden[:, :-1], batch.labels[:, 1:]
     divisor = (labels != IGNORED).sum()
     return head_loss(hidden, causal.lm_head.weight, labels, divisor=divisor, chunk_rows=chunk_rows)

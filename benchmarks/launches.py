@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,6 +37,10 @@ _NO_LAUNCH = {
 }  # fmt: skip
 
 
+def _launches(operator: torch._ops.OpOverload) -> bool:
+    return not operator.is_view and operator.overloadpacket.__name__ not in _NO_LAUNCH
+
+
 class LaunchCounter(TorchDispatchMode):
     """Counts the operators that compute something while it is entered.
 
@@ -46,9 +53,8 @@ class LaunchCounter(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in _NO_LAUNCH:
-            self.counts[name] += 1
+        if _launches(func):
+            self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -68,6 +74,27 @@ def step_launches(trainee: Trainee, batch: Batch, autocast: torch.dtype | None =
     with LaunchCounter() as counter:
         step()
     return counter.counts
+
+
+def compiled_launches(name: str, precision: str) -> Counter[str]:
+    """Operators of the graphs that `torch.compile` makes of a contender's step: what a compiler has yet to fuse."""
+    dtype, autocast = PRECISIONS[precision]
+    ids = torch.randint(96, (2, 32), generator=torch.Generator().manual_seed(0))
+    trainee, counts = CONTENDERS[name](toy_llama(dtype), next_token_loss), Counter[str]()
+
+    def keep(graph: Any, _inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and _launches(node.target):
+                counts[node.target.overloadpacket.__name__] += 1
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    trainee.model.compile(fullgraph=True, backend=backend)
+    with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        loss = trainee.loss(trainee.model, Batch(ids, ids))
+    loss.backward()
+    return counts
 
 
 def toy_llama(dtype: torch.dtype) -> nn.Module:

@@ -43,7 +43,7 @@ READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
 """Operators that give the host a value."""
 SHAPES = {"nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 """Operators whose result has a shape that only values tell."""
-_OWN = Path(__file__).name
+_OWN = (Path(__file__).name, "capture.py")
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -126,6 +126,17 @@ class SyncCounter(Callback):
         """Whether a value stands for a tensor on the device."""
         return any(storage in self._device for storage in _storages(value))
 
+    def refusal(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], on_device: bool) -> str | None:
+        """What is wrong with an operator, by its name; None if nothing is.
+
+        Args:
+            func: The operator.
+            args: Its arguments.
+            kwargs: Its named arguments.
+            on_device: Whether one of them is on the device.
+        """
+        return func.name().removeprefix("aten::") if on_device and _waits(func, args) else None
+
     def add(self, op: str) -> None:
         """Note a sync."""
         self.syncs.append(Sync(self.step, op, _place()))
@@ -147,8 +158,8 @@ class _Operators(TorchDispatchMode):
         if counter.step is not None and (on_device or not any(isinstance(each, Tensor) for each in given)):
             counter.num_ops[counter.step] += 1
         (counter.mark if on_device else counter.forget)(made)
-        if on_device and _waits(func, args):
-            counter.add(func.name().removeprefix("aten::"))
+        if (reason := counter.refusal(func, args, kwargs or {}, on_device)) is not None:
+            counter.add(reason)
         return out
 
 
@@ -197,7 +208,7 @@ def _place() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, "<")) and Path(file).name != _OWN:
+        if not file.startswith((_TORCH, "<")) and Path(file).name not in _OWN:
             parts = Path(file).parts
             return f"{'/'.join(parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
@@ -213,10 +224,15 @@ class Alternating(BatchSizeMonitor):
 
 
 def count(
-    module: LightningModule, data: Any, folder: Path, callbacks: Iterable[Callback], **options: Any
+    module: LightningModule,
+    data: Any,
+    folder: Path,
+    callbacks: Iterable[Callback],
+    counter: SyncCounter | None = None,
+    **options: Any,
 ) -> SyncCounter:
-    """Train without a logger, and return the counts."""
-    counter = SyncCounter()
+    """Train without a logger, and return the counts, of ``counter`` if one is given."""
+    counter = counter or SyncCounter()
     settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False}
     settings |= {"limit_val_batches": 0, "default_root_dir": str(folder), "enable_checkpointing": False}
     trainer = Trainer(**(settings | options), callbacks=[counter, *callbacks])

@@ -16,7 +16,8 @@ from benchmarks.gpu.contenders import floor, launch_step, ours, with_peft
 from benchmarks.gpu.models import batch_of, llama
 from benchmarks.gpu.place import Place, milliseconds
 from benchmarks.timing import train_step
-from benchmarks.workloads import Batch, next_token_loss
+from benchmarks.workloads import IGNORED, Batch, next_token_loss
+from lightning_lora.batch_facts import BatchFacts
 
 
 def traced(place: Place) -> dict[str, Any]:
@@ -56,11 +57,12 @@ def graphs(place: Place) -> dict[str, Any]:
     if place.dry:
         return {"skipped": "needs CUDA"}
     base, batch = llama(place, "100m", None, 4096), batch_of(place, 4096, 1, 1024)
+    facts = BatchFacts.of(batch.labels.cpu(), None, IGNORED).to(batch.labels.device)
     contenders = {
         "floor": floor(base, next_token_loss),
         "ours": ours(base, next_token_loss),
         "ours, dropout": ours(base, next_token_loss, dropout=0.1),
-        "ours, our loss": ours(base, loss_at_head),
+        "ours, our loss": ours(base, partial(loss_at_head, facts=facts)),
         "PEFT": with_peft(base, next_token_loss),
     }
     for name, trainee in contenders.items():

@@ -36,6 +36,7 @@ from lightning_lora.lora.shards import (
     reshard,
 )
 from lightning_lora.lora.targets import new_weights, unknown_weights
+from lightning_lora.lora.targets.called_together import group_compiled
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 from lightning_lora.lora.travelling import forget_tensors, record_tensors
@@ -125,6 +126,7 @@ def attach_targets(module: nn.Module, layers: Iterable[Target], tied: TiedWeight
     for follower, source in tied.followers.items():
         share_factors(modules[follower], adapted[source])
     attach_readers(module)
+    group_compiled(module)
     watch_vocabulary(module)
     save_merged_models(module, merged)
 

@@ -27,7 +27,7 @@ from lightning_lora.tasks.attention.packing_check import check_packing
 from lightning_lora.tasks.end_of_turn import end_ids, from_record, stop_at, stopping_ids, to_record, tokenizer_of_data
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX, at_least_float32
 from lightning_lora.tasks.head_loss import HeadScores, loss_as_logits, scores_as_logits
-from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, is_compiled, plain_head
+from lightning_lora.tasks.loss_at_head import compute_at_head, head_is_last, plain_head
 from lightning_lora.tasks.pretrained import PretrainedTask
 from lightning_lora.tasks.supervision import next_token_labels, next_token_weights, num_tokens, weighted
 from lightning_lora.tasks.untrained_tokens import Unlearnable, frozen_output, unlearnable_tokens
@@ -212,8 +212,7 @@ class CausalLM(PretrainedTask):
         """Whether padding on the right must be masked."""
         if self._is_causal is None:
             assert self.model is not None
-            # A compiled model would be compiled again for the tokens of this check.
-            self._is_causal = not is_compiled(self.model) and is_causal(self.model, self, self.vocab_size)
+            self._is_causal = is_causal(self.model, self, self.vocab_size)
         return not self._is_causal
 
     @override

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.checkpoints.random_state import kept_random_state
+from lightning_lora.lora.evaluation_mode import uncompiled
 from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES
 from lightning_lora.lora.layers.linear import LoRALinear
 
@@ -62,7 +63,7 @@ def head_is_last(head: nn.Linear, logits: Callable[[], Tensor]) -> bool:
 
     handle = head.register_forward_hook(keep)
     try:
-        with torch.no_grad(), kept_random_state(head.weight.device):
+        with uncompiled(), torch.no_grad(), kept_random_state(head.weight.device):
             returned = logits()
     finally:
         handle.remove()

@@ -1,7 +1,8 @@
 """LoRA arithmetic on tensors, without modules.
 
 Read in this order: `update` (the formulas), `fused_linear` (one differentiable function for a layer or a group of
-siblings), `linear_group` (its tensors and settings), `factor_copies` (its factors in the type of the input),
+siblings), `compiled_linear` (the same for a compiler), `linear_group` (its tensors and settings), `factor_copies` (its
+factors in the type of the input),
 `linear_products` (its products and gradients), `narrow_products` (products with a thin side), `gated_input` (computing
 ``silu(gate) * up`` again), `seeded_dropout`, `expert_rows` (products of experts, grouped and looped), `experts` (their
 formulas) and `fused_experts`, `spectrum` (singular values of an update), `sketched_svd` (singular vectors of a

@@ -20,7 +20,7 @@ from lightning_lora.lora.functional.gated_input import gated_input, recomputed, 
 from lightning_lora.lora.functional.linear_group import AdaptedWeight
 from lightning_lora.lora.functional.linear_products import gradients_of
 from lightning_lora.lora.functional.narrow_products import fast_layout, is_slow
-from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
+from lightning_lora.lora.functional.seeded_dropout import Seed, drop, kept_share, shared_seed
 from lightning_lora.lora.functional.torch_internals import uninitialised, whole
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ class _Settings(NamedTuple):
     rows: ExpertRows
     product: Product
     dropout: float
-    seed: int
+    seed: Seed
     activation: str | None
 
     def drop(self, x: Tensor) -> Tensor:

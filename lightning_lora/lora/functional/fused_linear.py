@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.lora.functional.compiled_linear import compiled_lora_linears
 from lightning_lora.lora.functional.factor_copies import Factors, group_factors
 from lightning_lora.lora.functional.gated_input import (
     gated_input,
@@ -37,7 +38,7 @@ from lightning_lora.lora.functional.linear_products import (
     split_outputs,
 )
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
-from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES, is_traced
+from lightning_lora.lora.functional.torch_internals import PLAIN_TYPES, is_transformed
 
 # Tokens, as a multiple of a layer's longer side, above which the sum is cheaper (benchmarks/products.py).
 _MERGED_TOKENS = 2
@@ -68,6 +69,8 @@ def fused_lora_linears(x: Tensor, layers: Sequence[AdaptedWeight], dropout: floa
     References:
         Zhu et al., *LoRAFusion*, 2025, https://arxiv.org/abs/2510.00206 (fusing, seeded dropout).
     """
+    if torch.compiler.is_compiling():
+        return compiled_lora_linears(x, layers, dropout, product_type(x))
     weights, biases, As, Bs, scales, callers, keeps_gate = zip(*layers, strict=True)
     seed = shared_seed(x, callers) if dropout else 0
     x, weights, biases = _as_multiplied(x, weights, biases)
@@ -115,7 +118,7 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `fused_lora_linears` computes what the written-out formula does for these tensors, here and now.
 
     It does not where types or devices differ (and autocast does not make the types one), where base weights are
-    trained, quantised or sharded, and where every operation must be visible (`is_traced`).
+    trained, quantised or sharded, and where ``torch.func`` must see every operation (`is_transformed`).
     """
     frozen = [weight] if bias is None else [weight, bias]
     dtype = product_type(x)
@@ -123,7 +126,7 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         all(type(tensor) in PLAIN_TYPES and not tensor.requires_grad for tensor in frozen)
         and all(product_type(tensor) is dtype and tensor.device == x.device for tensor in frozen)
         and type(x) in PLAIN_TYPES
-        and not is_traced()
+        and not is_transformed()
     )
 
 

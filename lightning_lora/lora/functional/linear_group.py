@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_lora.lora.functional.seeded_dropout import Seed
+
 
 class AdaptedWeight(NamedTuple):
     """A frozen linear layer and its update: ``x W^T + b + scale * x A^T B^T``.
@@ -44,7 +46,7 @@ class Settings(NamedTuple):
 
     scales: tuple[float, ...]
     dropout: float = 0.0
-    seed: int = 0
+    seed: Seed = 0
     activation: str | None = None
     merges: bool = False
 

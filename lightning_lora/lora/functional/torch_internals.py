@@ -30,11 +30,60 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is computed with ``tensor`` now is recorded in a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def is_traced() -> bool:
     """Whether every operation must be visible: to ``torch.compile``, ``torch.func`` or forward-mode differentiation."""
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
+
+
+def is_transformed() -> bool:
+    """Whether every operation must be visible to ``torch.func`` or forward-mode differentiation."""
+    return is_traced() and not torch.compiler.is_compiling()
+
+
+def run_while_compiling(function: Any) -> None:
+    """Have ``torch.compile`` call ``function`` as it reads a call of it, and take the result for a constant.
+
+    It is ``torch.compiler.assume_constant_result``, but does not import the compiler.
+    """
+    function._dynamo_marked_constant = True
+
+
+def is_compiled_within(file: str, function: str, first: int, last: int) -> bool:
+    """Whether ``torch.compile`` is reading a function, or what it calls, and writes to the graph of the whole.
+
+    False within a part that has a graph of its own, as under activation checkpointing: state from outside cannot be
+    changed there.
+
+    Args:
+        file: Name of the file of the function.
+        function: Name of the function.
+        first: Its first line there.
+        last: Its last line there.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._guards import TracingContext
+
+    whole = InstructionTranslator.current_tx().output.current_tracer.parent is None
+    stack = TracingContext.extract_stack()
+    return whole and any((f.filename, f.name) == (file, function) and first <= (f.lineno or 0) <= last for f in stack)
+
+
+def outermost_compiled_file() -> str:
+    """The file of the function that ``torch.compile`` was asked for and reads, with all that it calls."""
+    from torch._guards import TracingContext
+
+    return TracingContext.extract_stack()[0].filename
+
+
+run_while_compiling(is_compiled_within)
+run_while_compiling(outermost_compiled_file)
 
 
 def let_arguments_override(function: Callable[..., Any]) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.lora.functional import AdaptedWeight, base_product, can_fuse, fused_lora_linears, linear_update
+from lightning_lora.lora.functional.torch_internals import run_while_compiling
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.class_swap import base_type
 from lightning_lora.lora.layers.quantised_weights import is_quantised
-from lightning_lora.lora.layers.siblings import sibling_output
+from lightning_lora.lora.layers.siblings import CompiledGroup, sibling_output
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -29,6 +30,9 @@ class LoRALinear(LoRALayer, nn.Linear):
     References:
         Hu et al., *LoRA*, ICLR 2022, section 4.1, https://arxiv.org/abs/2106.09685
     """
+
+    # The layers that are compiled together with this one, and its number among them.
+    lora_group: tuple[CompiledGroup, int] | None = None
 
     @staticmethod
     @override
@@ -46,7 +50,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         if not self.lora_active:
             # Without gradients, bit for bit as before the weights were frozen; with gradients, torch decides.
             is_plain = not torch.is_grad_enabled() and self._computes_plainly(input)
-            is_plain = is_plain and self.weight.dtype == input.dtype
+            is_plain = is_plain and self.weight.dtype == input.dtype and not torch.compiler.is_compiling()
             return base_product(input, self.weight, self.bias) if is_plain else super().forward(input)
         if (adapted := self.adapted_weight(input)) is not None:
             return sibling_output(self, input, adapted)
@@ -63,6 +67,10 @@ class LoRALinear(LoRALayer, nn.Linear):
     def _computes_plainly(self, x: Tensor) -> bool:
         return can_fuse(x, self.weight, self.bias) and _computes_as_linear(type(self))
 
+    @override
+    def before_detach(self) -> None:
+        self.__dict__.pop("lora_group", None)
+
     def linear_factors(self) -> tuple[Tensor, Tensor]:
         """``A`` ``(rank, in)`` and ``B`` ``(out, rank)``."""
         return self.update_pair()
@@ -75,10 +83,17 @@ def _update(layer: LoRALayer, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return linear_update(dropped, A, B, layer.lora_spec.scale)
 
 
-@functools.cache
 def _computes_as_linear(kind: type[LoRALinear]) -> bool:
     """Whether the unadapted layer computes as ``nn.Linear`` does, not by a ``forward`` of its own."""
-    return base_type(kind).forward is nn.Linear.forward
+    return _base_forward(kind) is nn.Linear.forward
+
+
+run_while_compiling(_computes_as_linear)
+
+
+@functools.cache
+def _base_forward(kind: type[LoRALinear]) -> object:
+    return base_type(kind).forward
 
 
 class LoRAConv1D(LoRALayer):

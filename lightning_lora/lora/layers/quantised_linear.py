@@ -91,6 +91,7 @@ class LoRAQuantisedLinear(LoRALinear):
     @override
     def before_detach(self) -> None:
         """Remove what only the quantised class used from a merged layer."""
+        super().before_detach()
         if not self.lora_merged:
             return
         for name in _QUANTISED_ATTRIBUTES:

@@ -6,6 +6,9 @@ tensor. A layer that is called with another tensor, or was once not called after
 
 A newly seen group takes effect once no output of its first layer waits for a backward pass: activation checkpointing
 runs a block again in that pass and counts on the same tensors being saved.
+
+A compiler reads the code before anything is called. There the groups are those that the source of the model shows
+(`targets.called_together`), from the first step on.
 """
 
 from __future__ import annotations
@@ -14,16 +17,24 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
-from lightning_lora.lora.functional.torch_internals import in_backward
+from lightning_lora.lora.functional.torch_internals import (
+    in_backward,
+    is_compiled_within,
+    outermost_compiled_file,
+    run_while_compiling,
+)
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.patterns import plain_name
 
+_HERE = str(Path(__file__).parent)
 # An adapted linear layer, of which `adapted_weight` and `lora_dropout` are used.
 _Layer = Any
 _Layers = tuple["weakref.ref[_Layer]", ...]
@@ -61,6 +72,30 @@ class _Run(threading.local):
     waiting: dict[_Layer, Tensor] = {}
 
 
+class CompiledGroup:
+    """Layers that the code of a function calls one after the other with one variable, for when it is compiled.
+
+    Args:
+        layers: The layers in the order of their calls.
+        place: File, name, first and last line of the function.
+
+    Attributes:
+        x: The input for which outputs wait.
+        waiting: Output of each layer, None where it does not wait; empty if none does.
+    """
+
+    def __init__(self, layers: Sequence[_Layer], place: tuple[str, str, int, int]) -> None:
+        self.layers = tuple(layers)
+        self.place = place
+        self.x: Tensor | None = None
+        self.waiting: tuple[Tensor | None, ...] = ()
+
+    def join(self) -> None:
+        """Tell each layer of its group, and of its number there."""
+        for number, layer in enumerate(self.layers):
+            layer.lora_group = (self, number)
+
+
 _groups: weakref.WeakKeyDictionary[_Layer, _Group] = weakref.WeakKeyDictionary()
 _run = _Run()
 
@@ -76,6 +111,8 @@ def sibling_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
     Returns:
         ``(*, out)``.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_output(layer, x, adapted)
     if not torch.is_grad_enabled():
         return fused_lora_linears(x, [adapted], layer.lora_dropout)[0]
     is_first = _run.x is None or _run.x() is not x or _run.version != x._version
@@ -95,6 +132,42 @@ def sibling_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
         group.nodes.append(weakref.ref(y.grad_fn))
     _run.waiting = dict(zip(siblings, others, strict=True))
     return y
+
+
+def _compiled_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
+    """`sibling_output` while a compiler reads the code, where nothing has been called yet."""
+    knows_more = torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling()
+    # Layers compiled one by one must not differ in what is asked of them: each difference would be compiled again.
+    if not knows_more or outermost_compiled_file().startswith(_HERE) or layer.lora_group is None:
+        return fused_lora_linears(x, [adapted], layer.lora_dropout)[0]
+    group, number = layer.lora_group
+    if number and group.x is x and (output := group.waiting[number]) is not None:
+        waiting = tuple([None if i == number else y for i, y in enumerate(group.waiting)])
+        is_empty = all(y is None for y in waiting)
+        group.x, group.waiting = (None, ()) if is_empty else (x, waiting)
+        return output
+    if number or not is_compiled_within(*group.place):
+        return fused_lora_linears(x, [adapted], layer.lora_dropout)[0]
+    others = [_compiles_with(other, layer, x) for other in group.layers[1:]]
+    y, *outputs = fused_lora_linears(x, [adapted, *[o for o in others if o is not None]], layer.lora_dropout)
+    if outputs:
+        group.x, group.waiting = x, (None, *[None if other is None else outputs.pop(0) for other in others])
+    return y
+
+
+def _compiles_with(layer: _Layer, first: _Layer, x: Tensor) -> AdaptedWeight | None:
+    is_other = layer._forward_pre_hooks or layer.lora_dropout != first.lora_dropout or _is_replaced(layer)
+    return None if is_other else layer.adapted_weight(x)
+
+
+def _is_replaced(layer: _Layer) -> bool:
+    """Whether the layer has a ``forward`` of its own that does not say that it calls that of its class."""
+    own = layer.__dict__.get("forward")
+    called = own.args if isinstance(own, partial) else ()
+    return own is not None and not any(getattr(each, "__func__", None) is type(layer).forward for each in called)
+
+
+run_while_compiling(_is_replaced)
 
 
 def sibling_names(module: nn.Module) -> dict[str, list[str]]:

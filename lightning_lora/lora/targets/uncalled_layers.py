@@ -50,13 +50,13 @@ def _uncalled(kind: type) -> frozenset[str]:
 
 def _methods(kind: type) -> Iterator[ast.FunctionDef]:
     """The parsed methods of a class, nested functions included."""
-    found = _classes(kind.__module__).get(kind.__qualname__)
+    found = parsed_classes(kind.__module__).get(kind.__qualname__)
     if found is not None:
         yield from (node for node in ast.walk(found) if isinstance(node, ast.FunctionDef) and node.args.args)
 
 
 @functools.cache
-def _classes(module_name: str) -> dict[str, ast.ClassDef]:
+def parsed_classes(module_name: str) -> dict[str, ast.ClassDef]:
     """Qualified name to parsed class for a source file; `inspect` would read the file again for each class."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module_name]))

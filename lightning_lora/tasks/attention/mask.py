@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.lora.evaluation_mode import in_eval_mode
+from lightning_lora.lora.evaluation_mode import in_eval_mode, uncompiled
 from lightning_lora.lora.functional.torch_internals import has_values
 
 _NUM_TOKENS = 8
@@ -35,7 +35,7 @@ def is_causal(model: nn.Module, logits: Callable[[Tensor], Tensor], vocab_size: 
         return False
     tokens = (torch.arange(1, _NUM_TOKENS + 1, device=weight.device) % vocab_size)[None]
     other = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
-    with in_eval_mode(model), torch.no_grad(), kept_random_state(weight.device):
+    with uncompiled(), in_eval_mode(model), torch.no_grad(), kept_random_state(weight.device):
         return torch.equal(logits(tokens)[:, :-1], logits(other)[:, :-1])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ConfigError
-from lightning_lora.lora.evaluation_mode import in_eval_mode
+from lightning_lora.lora.evaluation_mode import in_eval_mode, uncompiled
 from lightning_lora.lora.functional.torch_internals import has_values
 
 EXAMPLE_TOKENS = 8
@@ -100,7 +100,7 @@ def _rounding_unit(model: nn.Module, logits: Tensor) -> float:
 @contextmanager
 def _eval_without_trace(model: nn.Module) -> Iterator[None]:
     """Run in eval mode without gradients; restore the mode of every module and the random generators on exit."""
-    with in_eval_mode(model), torch.no_grad(), kept_random_state(next(model.parameters()).device):
+    with uncompiled(), in_eval_mode(model), torch.no_grad(), kept_random_state(next(model.parameters()).device):
         yield
 
 

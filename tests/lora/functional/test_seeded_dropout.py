@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject_lora
-from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears
+from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears, seeded_dropout
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
 from tests.support.tiny_models import wake
 
@@ -74,6 +74,38 @@ def test_layers_computed_together_have_all_used_the_seed() -> None:
 def test_a_caller_without_a_name_gets_a_seed_of_its_own() -> None:
     x = numbers(4, IN)
     assert shared_seed(x, [None]) != shared_seed(x, [None])
+
+
+def test_while_a_graph_is_captured_the_mask_is_drawn_by_the_devices_generator_and_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(seeded_dropout, "is_captured", lambda tensor: True)
+    monkeypatch.setattr(torch, "Generator", None)
+    x, eye = torch.ones(40, 25, dtype=torch.float64, requires_grad=True), torch.eye(25, dtype=torch.float64)
+    layers = [AdaptedWeight(torch.zeros_like(eye), None, eye, eye, 1.0, name) for name in ("query", "key")]
+    seen = []
+    for _ in range(2):
+        (query,), (key,) = (fused_lora_linears(x, [layer], 0.25) for layer in layers)
+        assert torch.equal(query, key), "layers with one input"
+        drop(torch.ones(30), 0.5, shared_seed(torch.ones(30), ["another"]))
+        (gradient,) = torch.autograd.grad(query.sum(), x)
+        torch.testing.assert_close(gradient, query.detach())
+        assert float((query > 0).double().mean()) == pytest.approx(0.75, abs=0.05)
+        seen.append(query)
+    assert not torch.equal(*seen)
+
+
+def test_a_seed_from_outside_of_a_graph_is_not_used_within_nor_the_other_way_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = numbers(4, IN)
+    assert isinstance(shared_seed(x, ["query"]), int)
+    monkeypatch.setattr(seeded_dropout, "is_captured", lambda tensor: True)
+    within = shared_seed(x, ["key"])
+    assert isinstance(within, Tensor)
+    assert shared_seed(x, ["value"]) is within
+    monkeypatch.undo()
+    assert isinstance(shared_seed(x, ["gate"]), int)
 
 
 def test_seeds_follow_torchs_own() -> None:
