@@ -130,7 +130,7 @@ def test_the_measured_loss_at_the_head_can_be_captured_with_facts_and_is_the_usu
     counter.mark([*net.parameters(), *net.buffers(), ids, batch.labels, facts.places])
     counter.step = 0
     with counter, known_packing(packed=False):
-        loss = loss_at_head(net, batch, facts)
+        loss = loss_at_head(net, batch, facts=facts)
         assert counter.syncs == []
         assert loss_at_head(net, batch).item() == pytest.approx(loss.item(), rel=1e-6)
     assert len(counter.syncs) > 2

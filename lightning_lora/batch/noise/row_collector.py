@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.functional.linear_group import Settings
-from lightning_lora.lora.functional.seeded_dropout import drop
+from lightning_lora.lora.functional.seeded_dropout import Seed, drop
 from lightning_lora.lora.layers.base import LoRALayer
 
 PerRow = tuple[Tensor, ...]
@@ -53,7 +53,7 @@ class _PendingCall:
     x: Tensor | None
     version: int
     scale: float
-    dropout: tuple[float, int] = (0.0, 0)
+    dropout: tuple[float, Seed] = (0.0, 0)
 
 
 class RowCollector:
