@@ -26,7 +26,7 @@ def read_probe(path: str | PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"format {found['format']!r}, expected {PROBE_FORMAT!r}")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. A probe writes {PROBE_FILE}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged_probe(path, error) from error
     return found
 

@@ -98,7 +98,7 @@ class RankProbeResult:
             raise DataError(
                 f"{path} cannot be read: {error.strerror}. A RankProbe writes {RANK_PROBE_FILE}."
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path} is not a complete result of a rank probe ({error!r}): run the probe again."
             ) from error

@@ -105,7 +105,7 @@ def _row_settings(arguments: Namespace, rows: RowSettings) -> RowSettings:
     if arguments.chat_template_kwargs is not None:
         try:
             variables = json.loads(arguments.chat_template_kwargs)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--chat_template_kwargs is not JSON: {error}") from error
         if not isinstance(variables, dict):
             raise ConfigError(

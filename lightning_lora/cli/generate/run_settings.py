@@ -11,6 +11,7 @@ import yaml
 
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ConfigError
+from lightning_lora.files.yaml_text import read_yaml
 
 FILE = "config.yaml"
 _DEPTH = 3
@@ -53,7 +54,7 @@ def read_run_settings(path: Path) -> RunSettings:
 
 def _read(file: Path) -> RunSettings:
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     data = config.get("data") if isinstance(config, dict) else None

@@ -14,6 +14,7 @@ import yaml
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.judging.further import Further
 from lightning_lora.study.matched.outcomes import write_row_losses
@@ -53,7 +54,7 @@ def check_folder(folder: Path, name: str) -> None:
             raise ConfigError(f"--out {folder} holds files and no {STUDY}: it is no study folder; choose another one.")
         return
     try:
-        there = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))["name"]
+        there = read_yaml((folder / STUDY).read_text(encoding="utf-8"))["name"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / STUDY} is damaged: restore it, or choose another --out.") from error
     if there != name:

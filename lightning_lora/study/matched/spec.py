@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.bank.mode import chosen_mode
 from lightning_lora.study.matched import settings as read
 from lightning_lora.study.matched.record import UNTRAINED
@@ -168,7 +169,7 @@ def read_spec(path: str | Path) -> tuple[StudySpec, tuple[str, ...], dict[str, A
     """
     path = Path(path)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the study file {path} cannot be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

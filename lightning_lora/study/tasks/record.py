@@ -66,5 +66,5 @@ def read_tasks(folder: Path) -> Mapping[str, Any] | None:
         if missing := {"verdicts", "scores", "settings"} - found.keys():
             raise KeyError(", ".join(sorted(missing)))
         return found
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is damaged: {type(error).__name__}: {error}; remove it and evaluate again.") from error

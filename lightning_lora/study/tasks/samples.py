@@ -69,7 +69,7 @@ def read_scores(folder: Path) -> dict[tuple[str, str], Scores]:
             if file.is_file():
                 found |= {each.name: each for each in _of_task(task, file, better.get(task) or {})}
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder} cannot be read as results of lm-eval: {type(error).__name__}: {error}") from error
 
 
