@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ from lightning_lora.errors import GradientError, GuardError, RewardError, did_yo
 from lightning_lora.versions import installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
+_PLACES = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 _USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
@@ -80,6 +82,14 @@ def _run_study(arguments: list[str], allowed: Sequence[str]) -> None:
     run_study(arguments, allowed)
 
 
+def place(error: Exception) -> str | None:
+    """A sentence about a file or folder that a user has named and that cannot be there; None for other errors."""
+    if isinstance(error, OSError) and error.filename and error.errno in _PLACES:
+        name = str(error.filename)
+        return f"{name if len(name) <= 200 else f'...{name[-200:]}'}: {error.strerror}. Choose another place."
+    return None
+
+
 def _exit_code(run: Callable[[], None]) -> int:
     """Run a command; an error that the user caused is printed as one message."""
     try:
@@ -89,7 +99,7 @@ def _exit_code(run: Callable[[], None]) -> int:
         return 1
     except Exception as error:
         # The parser wraps what a class raises while it is built; the cause says what was wrong.
-        cause = (user_error(error) if isinstance(error, ValueError) else None) or missing_package(error)
+        cause = (user_error(error) if isinstance(error, ValueError) else None) or missing_package(error) or place(error)
         if cause is None:
             raise
         print(f"error: {cause}", file=sys.stderr)

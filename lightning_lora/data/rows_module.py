@@ -21,7 +21,7 @@ from lightning_lora.errors import ConfigError
 
 from .bad_rows import check_action
 from .read_splits import check_columns, read_splits, source_names
-from .sampling.hold_out import hold_out
+from .sampling.hold_out import hold_out, tell_shared
 from .sampling.mixture import read_shares
 from .settings import RowSettings
 from .source_report import SourceReport
@@ -152,6 +152,8 @@ class RowsDataModule(LightningDataModule):
             check_context(rows, split, self.settings.max_length, context, whose)
             names = list(dict.fromkeys(source_names(self.sources[self._read_from(split)])))
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length, names)
+        if "train" in self.rows and "validation" in self.rows:
+            tell_shared(self.rows["train"], self.rows["validation"])
         if self.num_workers:
             # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

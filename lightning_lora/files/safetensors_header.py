@@ -24,6 +24,7 @@ from lightning_lora.files.json_object import parse_json
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_NAME_LENGTH = 1_000
 MAX_NUM_DIMS = 64
+_LARGE_HEADER = 2**19
 
 # Ordered by alignment, then as in the library. Files hold the tensors in the reverse of this order.
 TENSOR_DTYPES: dict[str, torch.dtype] = {
@@ -128,7 +129,9 @@ def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
     data_start = 8 + length
     if size < data_start:
         raise AdapterFileError(f"{path} is incomplete: expected at least {data_start} bytes, found {size}")
-    entries = parse_json(file.read(length))
+    text = file.read(length)
+    _check_density(text)
+    entries = parse_json(text)
     metadata = _parse_metadata(entries.pop("__metadata__", {}))
     tensors = {name: _parse_span(name, entry) for name, entry in entries.items()}
     expected = data_start + check_spans(tensors)
@@ -136,6 +139,16 @@ def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
         state = "incomplete" if size < expected else "too long"
         raise AdapterFileError(f"{path} is {state}: expected {expected} bytes, found {size}")
     return Header(tensors, metadata, data_start, size)
+
+
+def _check_density(text: bytes) -> None:
+    """Refuse megabytes of tiny values, which take seconds and thirty times their size once they are parsed."""
+    opened, named = text.count(b"[") + text.count(b"{"), text.count(b":")
+    # The entry of a tensor has 3 of the one and 4 of the other in at least 50 bytes.
+    if len(text) > _LARGE_HEADER and max(12 * opened, 10 * named) > len(text):
+        raise ValueError(
+            f"its header of {len(text)} bytes has {opened} brackets and {named} colons, more than tensors."
+        )
 
 
 def _parse_metadata(metadata: object) -> dict[str, str]:
