@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -27,7 +27,7 @@ def merge_lora(module: nn.Module) -> MergeReport:
         The share of each update that rounding took.
 
     Raises:
-        ConfigError: If nothing is adapted, or the updates are merged already.
+        ConfigError: If nothing is adapted, the updates are merged already, or a weight is on the meta device.
         AlreadyShardedError: If the weights are sharded.
     """
     report = merge_layers(module)
@@ -48,9 +48,19 @@ def merge_layers(module: nn.Module) -> MergeReport:
     layers = adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "merge twice")
+    _check_values(layers)
     report = MergeReport({name: layer.merge() for name, layer in layers.items()})
     report.warn_if_lossy()
     return report
+
+
+def _check_values(layers: Mapping[str, LoRALayer]) -> None:
+    empty = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters(recurse=False))]
+    if empty:
+        raise ConfigError(
+            f"cannot merge: {len(empty)} layers are on the meta device and have no values ({first_five(empty)}). Load "
+            "their weights first."
+        )
 
 
 @contextmanager

@@ -57,9 +57,11 @@ def hold_out(rows: Dataset, share: float, seed: int) -> numpy.ndarray:
 
 def tell_shared(train: Dataset, validation: Dataset) -> None:
     """Tell of validation rows that are trained on, token for token."""
-    seen = set(_keys(train, seed=0))
-    keys = numpy.array(list(_keys(validation, seed=0)), dtype=object)[stored_places(validation)]
-    shared = sum(key in seen for key in keys)
+    seen, keys = (
+        numpy.array(list(_keys(rows, seed=0)), dtype=object)[stored_places(rows)] for rows in (train, validation)
+    )
+    known = set(seen)
+    shared = sum(key in known for key in keys)
     if shared:
         rank_zero_info(
             f"validation: {shared} of {len(validation)} rows are training rows too, token for token; what they measure "

@@ -7,7 +7,6 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +122,7 @@ def b66_study_folder(case: Case) -> None:
 
 def b66_run_config(case: Case) -> None:
     (case.folder / "config.yaml").write_text(f"trainer: {case.yaml}\n")
+    (case.folder / "events.jsonl").write_text("")
     write_report(case.folder)
 
 
@@ -182,25 +182,51 @@ def report_of_templates(case: Case) -> None:
     write_report(case.folder)
 
 
-CASES: list[Callable[[Case], None]] = [
-    *(b52_adapter, b53_read, b53_inspect, b53_resume, b53_bare_pickle, b54_instantiator, b54_class_path),
-    *(b66_config, b66_study, b66_study_folder, b66_run_config, b67_callback, b67_model, b67_own_class, b67_reward),
-    *(b67_import_in_name, b83_template, b83_template_setting, remote_model, remote_config, remote_tokenizer),
-    report_of_templates,
-]
+CASES: dict[Callable[[Case], None], str] = {
+    b52_adapter: "never opened",
+    b53_read: "never unpickled",
+    b53_inspect: "never unpickled",
+    b53_resume: "never unpickled",
+    b53_bare_pickle: "does not begin like a checkpoint",
+    b54_instantiator: "not in the allowlist",
+    b54_class_path: "'trap.Module' is not allowed",
+    b66_config: "has the tag",
+    b66_study: "has the tag",
+    b66_study_folder: "has the tag",
+    b66_run_config: "has the tag",
+    b67_callback: "'os.system' is not allowed",
+    b67_model: "'subprocess.Popen' is not allowed",
+    b67_own_class: "'trap.Data' is not allowed",
+    b67_reward: "module trap is not allowed",
+    b67_import_in_name: "is not allowed",
+    b83_template: "is unsafe",
+    b83_template_setting: "is unsafe",
+    remote_model: "cannot be used",
+    remote_config: "contains custom code",
+    remote_tokenizer: "",
+    report_of_templates: "",
+}
+"""What is done, and words of the answer; none where it works without the trap."""
 
 
 @pytest.mark.parametrize("trap", CASES, ids=lambda trap: trap.__name__)
 def test_what_a_file_names_is_not_run(
-    trap: Callable[[Case], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trap: Callable[[Case], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["lightning-lora"])
     monkeypatch.delitem(sys.modules, "trap", raising=False)
-    case = Case(tmp_path)
-    with suppress(Exception, SystemExit):  # that each is refused is tested elsewhere
+    case, answer = Case(tmp_path), ""
+    try:
         trap(case)
+    except (Exception, SystemExit) as error:
+        answer = str(error)
+        assert CASES[trap], answer
+    assert CASES[trap] in answer + capsys.readouterr().err
     assert not case.sentinel.exists()
     assert "trap" not in sys.modules
 

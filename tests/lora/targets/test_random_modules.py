@@ -37,7 +37,8 @@ def leaf(kind: str) -> nn.Module:
 
 leaves = st.sampled_from(["linear", "linear", "linear", "norm", "none"])
 shapes = st.recursive(
-    leaves, lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3) | st.lists(inner, min_size=1, max_size=3)
+    leaves,
+    lambda inner: st.dictionaries(NAMES, inner, min_size=1, max_size=3) | st.lists(inner, min_size=1, max_size=3),
 )
 
 
