@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards, read_shards
 from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import CheckpointFileError
 
 
 def consolidate(folder: str | Path, out: str | Path) -> Path:
@@ -28,7 +28,7 @@ def consolidate(folder: str | Path, out: str | Path) -> Path:
     """
     folder, out = Path(folder), Path(out)
     if not is_folder_of_shards(folder):
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"{folder} is not a folder of shards: give the folder that FSDPStrategy or ModelParallelStrategy has "
             "written as a checkpoint."
         )

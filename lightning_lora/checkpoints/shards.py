@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from typing_extensions import override
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import CheckpointFileError
 from lightning_lora.files.checkpoint_manifest import packed_parts
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 
@@ -68,7 +68,7 @@ def read_shards(folder: Path) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         _load_state_dict(parts, _PlainReader(folder), planner=_PlainPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
-        raise AdapterFileError(f"{folder} cannot be read as a folder of shards: {error}") from error
+        raise CheckpointFileError(f"{folder} cannot be read as a folder of shards: {error}") from error
     # FSDP1 names the state dict "model".
     state = parts["state_dict"] if "state_dict" in parts else parts["model"]
     if CHECKPOINT_KEY in checkpoint:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import CommandError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _consolidate(arguments: Namespace) -> None:
     try:
         print(f"written: {consolidate(arguments.folder, arguments.out)}")
     except FileExistsError as error:
-        raise ConfigError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
@@ -177,7 +177,7 @@ def _report(arguments: Namespace) -> None:
     try:
         folder, page = watch(arguments.folder) if arguments.watch else write_report(arguments.folder)
     except OSError as error:
-        raise ConfigError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
+        raise CommandError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
     print("\n".join([page.verdict.text, *(words.text for words in page.lede[:1])]))
     print(f"report: {report_files(folder)}")
 

@@ -41,7 +41,7 @@ from lightning_lora.cli.preview import expand_arguments
 from lightning_lora.cli.probe import AT, ProbingTrainer, choose_probe, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CommandError, ConfigError
 from lightning_lora.files.lightning_checkpoint import unsafe_checkpoint
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.study.rank_probe import RankProbe
@@ -219,7 +219,7 @@ class LoRACLI(LightningCLI):
                 callbacks.append(default())
         if (rows := self._get(self.config_init, "target_batch_size")) is not None:
             if any(isinstance(callback, TargetBatchSize) for callback in own):
-                raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
+                raise CommandError("target_batch_size and a TargetBatchSize callback are the same: give one of the two")
             callbacks.append(TargetBatchSize(rows))
         try:
             return super()._instantiate_trainer(config, callbacks)

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from packaging.version import InvalidVersion, Version
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, CheckpointFileError
 from lightning_lora.files.atomic import atomic_file, sha256
 from lightning_lora.versions import installed_version
 
@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> list[CheckpointVersion]:
             return _versions(content["versions"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedManifestError(f"its manifest {manifest.name} is damaged") from error
-    raise AdapterFileError(f"{manifest} has format {content['format']}, newer than {FORMAT}: update lightning-lora.")
+    raise CheckpointFileError(f"{manifest} has format {content['format']}, newer than {FORMAT}: update lightning-lora.")
 
 
 def other_libraries(path: Path) -> list[str]:

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, DamagedFileError
 from lightning_lora.files.json_object import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -84,17 +84,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise AdapterFileError(f"{path} is not a regular file.")
+            raise DamagedFileError(f"{path} is not a regular file.")
         with open(path, "rb") as file:
             return _checked_header(path, file)
     except AdapterFileError:
         raise
     except FileNotFoundError as error:
-        raise AdapterFileError(f"{path} does not exist.") from error
+        raise DamagedFileError(f"{path} does not exist.") from error
     except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DamagedFileError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}") from error
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
 
 
 def check_spans(tensors: Mapping[str, TensorSpan]) -> int:
@@ -119,16 +119,16 @@ def check_spans(tensors: Mapping[str, TensorSpan]) -> int:
 def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise AdapterFileError(f"{path} is incomplete: expected at least 8 bytes, found {size}")
+        raise DamagedFileError(f"{path} is incomplete: expected at least 8 bytes, found {size}")
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
-        raise AdapterFileError(
+        raise DamagedFileError(
             f"{path} is not a safetensors file: its header would be {length} bytes long, more than "
             f"{MAX_HEADER_BYTES}. A pickled file, a web page or a Git LFS pointer under this name looks like this."
         )
     data_start = 8 + length
     if size < data_start:
-        raise AdapterFileError(f"{path} is incomplete: expected at least {data_start} bytes, found {size}")
+        raise DamagedFileError(f"{path} is incomplete: expected at least {data_start} bytes, found {size}")
     text = file.read(length)
     _check_density(text)
     entries = parse_json(text)
@@ -137,7 +137,7 @@ def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
     expected = data_start + check_spans(tensors)
     if size != expected:
         state = "incomplete" if size < expected else "too long"
-        raise AdapterFileError(f"{path} is {state}: expected {expected} bytes, found {size}")
+        raise DamagedFileError(f"{path} is {state}: expected {expected} bytes, found {size}")
     return Header(tensors, metadata, data_start, size)
 
 

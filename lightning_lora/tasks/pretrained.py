@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import TaskSettingError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches, matches_any
 from lightning_lora.lora.targets.resolve import resolve_targets
@@ -140,7 +140,9 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
             return AutoTokenizer.from_pretrained(self.model_name)
         except Exception as error:  # missing files, a missing library, a tokenizer that needs its author's code
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"there is no usable tokenizer beside model {self.model_name!r}: {reason}") from error
+            raise TaskSettingError(
+                f"there is no usable tokenizer beside model {self.model_name!r}: {reason}"
+            ) from error
 
     @property
     def trained_tokenizer(self) -> Any:
@@ -250,7 +252,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
 
     def _check_trainer(self) -> None:
         if bitsandbytes_plugin(self) is not None:
-            raise ConfigError(
+            raise TaskSettingError(
                 f"BitsandbytesPrecision quantises layers as they are built, and transformers then loads plain weights "
                 f"into them: drop the plugin and give {type(self).__name__} quantization='nf4' or 'int8'."
             )

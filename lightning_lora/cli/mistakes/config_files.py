@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_lora.errors import ConfigError, did_you_mean, first_five
+from lightning_lora.errors import CommandError, did_you_mean, first_five
 from lightning_lora.files.yaml_text import MAX_CHARACTERS, compose_yaml
 
 _OPTIONS = ("-c", "--config")
@@ -77,21 +77,21 @@ def _tell_replaced_callbacks(roots: Mapping[str, yaml.MappingNode]) -> None:
 def _parsed(name: str) -> yaml.MappingNode:
     text = _text(name)
     if text.startswith("Traceback (most recent call last)"):
-        raise ConfigError(
+        raise CommandError(
             f"config {name}, line 1: a traceback of Python, not settings; the command that wrote it failed with "
             f"{text.strip().splitlines()[-1]!r}."
         )
     try:
         root = compose_yaml(text)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"config {name}{_described(error, text)}") from error
+        raise CommandError(f"config {name}{_described(error, text)}") from error
     except yaml.reader.ReaderError as error:  # a character that no YAML may hold
-        raise ConfigError(f"config {name} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise CommandError(f"config {name} is not YAML: {str(error).splitlines()[0]}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {name}: {error}.") from error
+        raise CommandError(f"config {name}: {error}.") from error
     if not isinstance(root, yaml.MappingNode):
         held = "is empty" if root is None else f"holds {_kind(root)}, not settings"
-        raise ConfigError(f"config {name} {held}: a config names settings, such as 'model:' or 'trainer:'.")
+        raise CommandError(f"config {name} {held}: a config names settings, such as 'model:' or 'trainer:'.")
     return root
 
 
@@ -100,15 +100,15 @@ def _text(name: str) -> str:
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else Path()
         known = [str(folder / file.name) for kind in ("*.yaml", "*.yml", "*.json") for file in folder.glob(kind)]
-        raise ConfigError(f"config {name!r} does not exist (looked from {os.getcwd()}){did_you_mean(name, known)}")
+        raise CommandError(f"config {name!r} does not exist (looked from {os.getcwd()}){did_you_mean(name, known)}")
     if not path.is_file():
-        raise ConfigError(f"config {name!r} is not a file but a folder; name a file in it, such as config.yaml.")
+        raise CommandError(f"config {name!r} is not a file but a folder; name a file in it, such as config.yaml.")
     try:
         if path.stat().st_size > 4 * MAX_CHARACTERS:
-            raise ConfigError(f"config {name} has {path.stat().st_size} bytes: settings need a few thousand.")
+            raise CommandError(f"config {name} has {path.stat().st_size} bytes: settings need a few thousand.")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {name} cannot be read as text ({error}); is it a config at all?") from error
+        raise CommandError(f"config {name} cannot be read as text ({error}); is it a config at all?") from error
 
 
 def _described(error: yaml.MarkedYAMLError, text: str) -> str:
@@ -146,16 +146,16 @@ def _check_mapping(name: str, mapping: yaml.MappingNode) -> None:
     for key, _ in mapping.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"config {name}, line {line}: the name of a setting must be a text, not {_kind(key)}.")
+            raise CommandError(f"config {name}, line {line}: the name of a setting must be a text, not {_kind(key)}.")
         if key.value in lines and key.value != "<<":
-            raise ConfigError(
+            raise CommandError(
                 f"config {name}: {key.value!r} is given twice in one group, in lines {lines[key.value]} and {line}; "
                 "YAML would forget the first."
             )
         lines[key.value] = line
     stray = [key for key in lines if key not in _CLASS_KEYS]
     if stray and ("class_path" in lines or "init_args" in lines):
-        raise ConfigError(
+        raise CommandError(
             f"config {name}, line {lines[stray[0]]}: {first_five(map(repr, stray))} beside "
             f"{'class_path' if 'class_path' in lines else 'init_args'}; settings of a class go below its init_args, "
             "indented by two more columns."

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ChatTemplateError
 
 SECONDS = 1.0
 SECONDS_EACH = 0.1
@@ -35,9 +35,9 @@ def compiled(text: str) -> Template:
         environment.call_binop = _product
         template.root_render_func = environment.from_string(text).root_render_func
     except TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+        raise ChatTemplateError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
     except RecursionError as error:
-        raise ConfigError("the chat template is nested too deeply.") from error
+        raise ChatTemplateError("the chat template is nested too deeply.") from error
     return template
 
 
@@ -56,7 +56,7 @@ def time_limit(num_conversations: int) -> Iterator[None]:
     seconds = SECONDS + SECONDS_EACH * num_conversations
 
     def stop(*_: object) -> NoReturn:
-        raise ConfigError(
+        raise ChatTemplateError(
             f"the chat template has not ended after {seconds:.1f} s: does it "
             "repeat something without end? Give another one by chat_template."
         )
@@ -88,7 +88,7 @@ def check_length(texts: list[str]) -> None:
 
 def _check_size(length: int) -> None:
     if length > MAX_CHARACTERS:
-        raise ConfigError(
+        raise ChatTemplateError(
             f"the chat template makes a text of {length} characters of one conversation, more than {MAX_CHARACTERS}: "
             "give another one by chat_template."
         )

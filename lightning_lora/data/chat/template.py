@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ChatTemplateError, did_you_mean
 
 from ..settings import RowSettings
 from .limits import check_length, compiled, time_limit
@@ -45,7 +45,7 @@ def find_template(
         if tools and "tool_use" in named:
             return named["tool_use"]
         if named and "default" not in named:
-            raise ConfigError(
+            raise ChatTemplateError(
                 f"the tokenizer has several chat templates and none is its default; choose one of {sorted(named)} by "
                 "chat_template."
             )
@@ -63,9 +63,9 @@ def _file_or_text(given: str, named: Mapping[str, str]) -> str:
         try:
             return Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template {given!r} cannot be read: {error}") from error
+            raise ChatTemplateError(f"chat_template {given!r} cannot be read: {error}") from error
     names = f"The tokenizer's templates: {sorted(named)}." if named else "The tokenizer has no chat template."
-    raise ConfigError(
+    raise ChatTemplateError(
         f"chat_template {given!r} is not a file (looked from {os.getcwd()}), not the name of a template and not a "
         f"template, which would hold '{{{{' or '{{%'{did_you_mean(given, named)} {names}"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.files.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -67,4 +67,6 @@ def read_tasks(folder: Path) -> Mapping[str, Any] | None:
             raise KeyError(", ".join(sorted(missing)))
         return found
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file} is damaged: {type(error).__name__}: {error}; remove it and evaluate again.") from error
+        raise ResultFileError(
+            f"{file} is damaged: {type(error).__name__}: {error}; remove it and evaluate again."
+        ) from error

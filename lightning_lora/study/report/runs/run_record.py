@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from lightning_lora.batch.calibration import PROBE_FILE
-from lightning_lora.errors import DataError
+from lightning_lora.errors import DataError, ResultFileError
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.events import EVENTS_FILE, read_events
 from lightning_lora.files.folder_lock import is_locked
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> RunRecord:
         manifest = _json(folder / "adapters" / "last" / MANIFEST_FILE)
         losses = read_losses(folder)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
+        raise ResultFileError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
     remarks: list[str] = []
     batch_probe = _probe(BatchProbeResult, folder / PROBE_FILE, remarks)
     rank_probe = _probe(RankProbeResult, folder / RANK_PROBE_FILE, remarks)
