@@ -159,10 +159,7 @@ def _consolidate_arguments(parser: ArgumentParser) -> None:
 def _consolidate(arguments: Namespace) -> None:
     from lightning_lora.checkpoints.consolidate import consolidate
 
-    try:
-        print(f"written: {consolidate(arguments.folder, arguments.out)}")
-    except FileExistsError as error:
-        raise CommandError(str(error)) from error
+    print(f"written: {consolidate(arguments.folder, arguments.out)}")
 
 
 def _report_arguments(parser: ArgumentParser) -> None:

@@ -178,7 +178,9 @@ class PolicyGradient(PolicyModel):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the minibatch's share of the loss of the optimizer step."""
         if "numbers" not in batch:
-            raise ValueError("a policy trains on completions of prompts, which its loader writes during fit only.")
+            raise PolicySettingError(
+                "a policy trains on completions of prompts, which its loader writes during fit only."
+            )
         asked, numbers = self.policy_settings, batch["numbers"]
         scores = self.score(batch)
         # A token that the policy or the sampler gives no probability has no ratio.
