@@ -6,6 +6,7 @@ import ast
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from docs import errors_page
 from docs.error_examples import EXAMPLES
 from lightning_lora import ConfigError, LoRAConfig, errors
+from lightning_lora.cli import main as cli
 from lightning_lora.data.bad_rows import RowError
 from lightning_lora.errors import LoRAError
 
@@ -81,3 +83,31 @@ def test_broad_classes_still_catch_the_narrow_ones() -> None:
         LoRAConfig(rank=0)
     for kind in KINDS:
         assert issubclass(kind, ValueError | RuntimeError)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["mrege"], "LL900"),
+        (["inspect"], "LL900"),
+        (["inspect", "nowhere"], "LL305"),
+        (["merge", "nowhere", "nowhere", "out"], "LL30"),
+        (["fit", "--config=nowhere.yaml"], "LL900"),
+        (["fit", "--no_such_option=1"], "LL900"),
+        (["study", "nowhere.yaml", "--out=out"], "LL800"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_what_a_command_prints_has_one_code(
+    arguments: list[str], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-lora"])
+    try:
+        ended: object = cli.main(arguments)
+    except SystemExit as exit:
+        ended = exit.code
+    assert ended == 2
+    (found,) = re.findall(r"\[(LL\d+) [\w.#-]+\]", capsys.readouterr().err)
+    assert found.startswith(code)

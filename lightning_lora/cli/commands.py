@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_lora.errors import CommandError, did_you_mean
+from lightning_lora.errors import CommandError, did_you_mean, with_code
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CommandParser(ArgumentParser):
         _, is_unknown, words = message.partition("unrecognized arguments: ")
         known = [option for action in self._actions for option in action.option_strings]
         near = did_you_mean(words.split()[0].partition("=")[0], known) if is_unknown else "."
-        print(f"error: {message}{near} {self.epilog}", file=sys.stderr)
+        print(f"error: {with_code(f'{message}{near} {self.epilog}')}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -10,7 +10,7 @@ from lightning_lora.cli.commands import COMMANDS, run_command
 from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.errors import GradientError, GuardError, RewardError, did_you_mean, user_error
+from lightning_lora.errors import GradientError, GuardError, RewardError, did_you_mean, user_error, with_code
 from lightning_lora.versions import installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "study":
         return _exit_code(lambda: _run_study(arguments[1:], allowed))
     nearest = did_you_mean(command, [*TRAINER_COMMANDS, "study", *COMMANDS])
-    print(f"error: unknown command {command!r}{nearest}\n\n{_usage()}", file=sys.stderr, end="")
+    print(f"error: {with_code(f'unknown command {command!r}{nearest}')}\n\n{_usage()}", file=sys.stderr, end="")
     return 2
 
 
@@ -102,7 +102,7 @@ def _exit_code(run: Callable[[], None]) -> int:
         cause = (user_error(error) if isinstance(error, ValueError) else None) or missing_package(error) or place(error)
         if cause is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {with_code(str(cause))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -14,6 +14,7 @@ from lightning_lora.errors.analysis import (
     ProbeError,
     StatisticsError,
     StudySettingError,
+    with_code,
 )
 from lightning_lora.errors.base import (
     LoRAError,
@@ -118,4 +119,5 @@ __all__ = [
     "did_you_mean",
     "first_five",
     "user_error",
+    "with_code",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_lora.errors.base import CODE
 from lightning_lora.errors.settings import ConfigError
 
 
@@ -63,6 +64,11 @@ class CommandError(ConfigError):
 
     code = "LL900"
     page = "first_hour.md"
+
+
+def with_code(sentence: str) -> str:
+    """A sentence about a mistake on the command line, with the code of such mistakes if it has none yet."""
+    return sentence if CODE.search(sentence) else str(CommandError(sentence))
 
 
 class GenerateError(ConfigError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_CODE = re.compile(r" ?\[LL\d+ [\w.#/-]+\]")
+CODE = re.compile(r" ?\[LL\d+ [\w.#/-]+\]")
 
 
 class LoRAError(Exception):
@@ -21,7 +21,7 @@ class LoRAError(Exception):
     @property
     def message(self) -> str:
         """What was wrong, where, and what to do, without a code; also if it quotes another error."""
-        return _CODE.sub("", super().__str__())
+        return CODE.sub("", super().__str__())
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code} {self.page}]"
