@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -96,7 +96,7 @@ class _Exploding(BoringModel):
         return self.layer(batch).sum() * float("nan")
 
 
-def _fit(module: LightningModule, *callbacks: object) -> None:
+def _fit(module: LightningModule, *callbacks: Callback) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
         accelerator="cpu",
@@ -114,7 +114,7 @@ def _no_folder() -> None:
 
 def _flattened() -> None:
     net = _net()
-    net[0].register_parameter("weight", type("FlatParameter", (nn.Parameter,), {})(torch.ones(4, 4)))
+    net.get_submodule("0").register_parameter("weight", type("FlatParameter", (nn.Parameter,), {})(torch.ones(4, 4)))
     check_not_sharded(net)
 
 

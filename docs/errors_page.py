@@ -11,7 +11,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir
 from pathlib import Path
 
 from docs.error_examples import EXAMPLES
@@ -36,8 +35,10 @@ def error_classes(kind: type[LoRAError] = LoRAError) -> Iterator[type[LoRAError]
 
 def example(raises: Callable[[], object]) -> LoRAError:
     """The error that a call raises in an empty folder."""
-    with tempfile.TemporaryDirectory() as folder, chdir(folder), warnings.catch_warnings():
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        os.chdir(folder)
         try:
             raises()
         except LoRAError as error:
@@ -46,6 +47,8 @@ def example(raises: Callable[[], object]) -> LoRAError:
             if isinstance(error.__cause__, LoRAError):
                 return error.__cause__
             raise
+        finally:
+            os.chdir(before)
     raise AssertionError(f"{raises} raises nothing")
 
 
