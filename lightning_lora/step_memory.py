@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lightning_lora.errors import ConfigError, check_choice, did_you_mean
+from lightning_lora.errors import TaskSettingError, check_choice, did_you_mean
 
 AUTO = "auto"
 GATES = ("keep", "recompute")
@@ -45,9 +45,13 @@ class StepMemory:
         check_choice("step_memory: gate", self.gate, (AUTO, *GATES))
         rows, again = self.head_rows, self.activation_checkpointing
         if rows != AUTO and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-            raise ConfigError(f"step_memory: head_rows must be 'auto' or a number of rows, 1 or more, got {rows!r}.")
+            raise TaskSettingError(
+                f"step_memory: head_rows must be 'auto' or a number of rows, 1 or more, got {rows!r}."
+            )
         if again != AUTO and not isinstance(again, bool):
-            raise ConfigError(f"step_memory: activation_checkpointing must be 'auto', true or false, got {again!r}.")
+            raise TaskSettingError(
+                f"step_memory: activation_checkpointing must be 'auto', true or false, got {again!r}."
+            )
 
     @classmethod
     def from_dict(cls, settings: StepMemory | Mapping[str, Any] | None) -> StepMemory:
@@ -59,11 +63,13 @@ class StepMemory:
         if isinstance(settings, StepMemory):
             return settings
         if settings is not None and not isinstance(settings, Mapping):
-            raise ConfigError(f"step_memory must be a StepMemory, a mapping or None, got {type(settings).__name__}.")
+            raise TaskSettingError(
+                f"step_memory must be a StepMemory, a mapping or None, got {type(settings).__name__}."
+            )
         known = [field.name for field in fields(cls)]
         for name in settings or {}:
             if name not in known:
-                raise ConfigError(
+                raise TaskSettingError(
                     f"step_memory has no setting {name!r}{did_you_mean(str(name), known)} Known: {', '.join(known)}."
                 )
         return cls(**(settings or {}))
@@ -75,7 +81,7 @@ class StepMemory:
             ConfigError: If the two contradict each other.
         """
         if given is not None and self.activation_checkpointing not in (AUTO, given):
-            raise ConfigError(
+            raise TaskSettingError(
                 f"activation_checkpointing={given} and {self.activation_checkpointing} in step_memory contradict each "
                 f"other: give one of the two."
             )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AccumulationError
 
 LRRule = Literal["sqrt", "none"]
 
@@ -77,7 +77,7 @@ def step_schedulers(trainer: Trainer) -> list[LambdaLR]:
     found = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
     for config in found:
         if not isinstance(config.scheduler, LambdaLR) or config.frequency != 1:
-            raise ConfigError(
+            raise AccumulationError(
                 f"{type(config.scheduler).__name__} cannot be stretched when accumulation changes the number of steps: "
                 f"use a LambdaLR of frequency 1 (transformers' get_scheduler gives one), or interval='epoch'."
             )

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import DataError, ResultFileError
 
 PROBE_FILE = "batch_probe.json"
 PROBE_FORMAT = "lightning-lora batch probe 2"
@@ -25,15 +25,15 @@ def read_probe(path: str | PathLike[str]) -> dict[str, Any]:
         if found["format"] != PROBE_FORMAT:
             raise ValueError(f"format {found['format']!r}, expected {PROBE_FORMAT!r}")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. A probe writes {PROBE_FILE}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+        raise ResultFileError(f"{path} cannot be read: {error.strerror}. A probe writes {PROBE_FILE}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged_probe(path, error) from error
     return found
 
 
 def damaged_probe(path: str | PathLike[str], reason: Exception) -> DataError:
     """The error to raise for a result file with missing or wrong content."""
-    return DataError(f"{path} is not a complete result of a batch probe ({reason!r}): run the probe again.")
+    return ResultFileError(f"{path} is not a complete result of a batch probe ({reason!r}): run the probe again.")
 
 
 def known_calibration(path: str | PathLike[str]) -> float:
@@ -50,7 +50,7 @@ def known_calibration(path: str | PathLike[str]) -> float:
     except (KeyError, TypeError, ValueError) as error:
         raise damaged_probe(path, error) from error
     if calibration is None:
-        raise DataError(
+        raise ResultFileError(
             f"{path} has no calibration, because the noise scale was unknown or no batch could be told from another: "
             f"probe in a run with a BatchSizeMonitor, late enough for its estimate to be conclusive, on more rows."
         )

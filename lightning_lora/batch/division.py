@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_lora.effective_batch import EffectiveBatch
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AccumulationError
 from lightning_lora.trainer_access import found
 
 
@@ -20,19 +20,19 @@ def divide_rows(rows: int, num_ranks: int, micro_batch: int) -> EffectiveBatch:
     """
     share, rest = divmod(rows, num_ranks)
     if not share:
-        raise ConfigError(
+        raise AccumulationError(
             f"target_batch_size={rows} cannot give each of {num_ranks} devices a row: use at least {num_ranks}, or "
             f"fewer devices."
         )
     if rest:
-        raise ConfigError(
+        raise AccumulationError(
             f"target_batch_size={rows} cannot be divided among {num_ranks} devices: the nearest that can are "
             f"{_nearest_multiples(rows, num_ranks)}."
         )
     fitting = min(micro_batch, share)
     if share % fitting:
         nearest = sorted(divisors(share), key=lambda divisor: abs(divisor - micro_batch))[:2]
-        raise ConfigError(
+        raise AccumulationError(
             f"target_batch_size={rows} is not a multiple of {micro_batch} rows x {num_ranks} "
             f"{'device' if num_ranks == 1 else 'devices'}: the nearest multiples are "
             f"{_nearest_multiples(rows, micro_batch * num_ranks)}; or keep it with a batch_size of "
@@ -58,9 +58,9 @@ def check_may_set_accumulation(trainer: Trainer, module: LightningModule, name: 
         ConfigError: If optimization is manual, or a ``GradientAccumulationScheduler`` sets accumulation.
     """
     if not module.automatic_optimization:
-        raise ConfigError(f"with manual optimization the module decides when to step: drop {name}.")
+        raise AccumulationError(f"with manual optimization the module decides when to step: drop {name}.")
     if found(trainer, GradientAccumulationScheduler) is not None:
-        raise ConfigError(
+        raise AccumulationError(
             f"GradientAccumulationScheduler and {name} both set accumulate_grad_batches: keep one of the two."
         )
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_lora.batch.reading import NOISE_LIMITED, SIGNAL_LIMITED
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.files.events import EVENTS_FILE, read_events
 
@@ -29,7 +29,9 @@ def plot_noise_scale(folder: Path, path: Path) -> None:
     """
     events = _samples_of_last_run(folder)
     if not events:
-        raise DataError(f"{folder / EVENTS_FILE} holds no samples of a BatchSizeMonitor: was there one in the run?")
+        raise ResultFileError(
+            f"{folder / EVENTS_FILE} holds no samples of a BatchSizeMonitor: was there one in the run?"
+        )
     with_lambda = [event for event in events if event.get("gns/lambda") is not None]
     num_panels = 4 if with_lambda else 3
     figure = Figure(figsize=(4 * num_panels, 3.6), layout="constrained")

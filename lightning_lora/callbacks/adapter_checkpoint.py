@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import CallbackSettingError, ConfigError, did_you_mean
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.shards import full_parameters, reshard
@@ -37,7 +37,7 @@ class AdapterCheckpoint(Callback):
 
     def __init__(self, dirpath: str | None = None, monitor: str | None = None, mode: str = "min") -> None:
         if mode not in ("min", "max"):
-            raise ConfigError(f"mode must be min or max, got {mode!r}.")
+            raise CallbackSettingError(f"mode must be min or max, got {mode!r}.")
         self.dirpath = dirpath
         self.monitor = monitor
         self.mode = mode
@@ -83,7 +83,7 @@ class AdapterCheckpoint(Callback):
     def _score(self, trainer: Trainer) -> float:
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
-            raise ConfigError(
+            raise CallbackSettingError(
                 f"AdapterCheckpoint monitors {self.monitor!r}, which is not logged"
                 f"{did_you_mean(str(self.monitor), metrics)} Logged: {', '.join(metrics) or 'nothing'}."
             )

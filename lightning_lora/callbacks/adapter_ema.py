@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
 from lightning_lora.checkpoints.shards import writes_shards
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CallbackSettingError
 from lightning_lora.lora.patterns import state_dict_name
 from lightning_lora.lora.shards import full_tensor, local_shard, reshard
 from lightning_lora.trainer_access import found
@@ -46,9 +46,9 @@ class AdapterEMA(Callback):
         self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
     ) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"decay must be in [0, 1), got {decay!r}.")
+            raise CallbackSettingError(f"decay must be in [0, 1), got {decay!r}.")
         if update_every_n_steps < 1:
-            raise ConfigError(f"update_every_n_steps must be at least 1, got {update_every_n_steps!r}.")
+            raise CallbackSettingError(f"update_every_n_steps must be at least 1, got {update_every_n_steps!r}.")
         self.decay = decay
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
@@ -126,7 +126,9 @@ class AdapterEMA(Callback):
             return
         state = checkpoint["averaging_state"]
         if "average" not in state:
-            raise ConfigError("the checkpoint's average was not written by AdapterEMA: resume with its own callback.")
+            raise CallbackSettingError(
+                "the checkpoint's average was not written by AdapterEMA: resume with its own callback."
+            )
         self._step, self._loaded = state["step"], state["average"]
         for name, parameter in _trained_parameters(pl_module).items():
             if name in self._loaded:
@@ -210,19 +212,21 @@ def averaged(trainer: Trainer, module: nn.Module) -> AbstractContextManager[None
 def _refuse(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-        raise ConfigError(
+        raise CallbackSettingError(
             f"AdapterEMA cannot average the flattened weights of {type(strategy).__name__}: use DDP, or "
             f"ModelParallelStrategy with shard_lora."
         )
     if writes_shards(strategy):
-        raise ConfigError(
+        raise CallbackSettingError(
             "AdapterEMA cannot write its average into checkpoints in shards: give the strategy "
             "save_distributed_checkpoint=False."
         )
     if other := found(trainer, WeightAveraging, StochasticWeightAveraging):
-        raise ConfigError(f"AdapterEMA and {type(other).__name__} would both average the weights: remove one of them.")
+        raise CallbackSettingError(
+            f"AdapterEMA and {type(other).__name__} would both average the weights: remove one of them."
+        )
     if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
-        raise ConfigError(
+        raise CallbackSettingError(
             "ModelCheckpoint(save_weights_only=True) writes without asking callbacks, so its files would not hold the "
             "average: set it to False."
         )

@@ -24,7 +24,7 @@ from lightning_lora.batch.division import check_may_set_accumulation, divisors
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AccumulationError
 from lightning_lora.lightning_private import training_loader_source
 from lightning_lora.trainer_access import found
 
@@ -63,11 +63,13 @@ class AdaptiveAccumulation(Callback):
         cooldown: float = 0.1,
     ) -> None:
         if schedule is not None and (not schedule or any(step < 0 or k < 1 for step, k in schedule.items())):
-            raise ConfigError(f"schedule must map steps >= 0 to accumulations >= 1, got {dict(schedule)}.")
+            raise AccumulationError(f"schedule must map steps >= 0 to accumulations >= 1, got {dict(schedule)}.")
         if lr_rule not in ("sqrt", "none"):
-            raise ConfigError(f"lr_rule must be 'sqrt' or 'none', got {lr_rule!r}.")
+            raise AccumulationError(f"lr_rule must be 'sqrt' or 'none', got {lr_rule!r}.")
         if max_changes < 0 or not 0 <= cooldown <= 1:
-            raise ConfigError(f"max_changes must be >= 0 and cooldown in [0, 1], got {max_changes} and {cooldown}.")
+            raise AccumulationError(
+                f"max_changes must be >= 0 and cooldown in [0, 1], got {max_changes} and {cooldown}."
+            )
         self.schedule = None if schedule is None else dict(sorted(schedule.items()))
         self.lr_rule: LRRule = lr_rule
         self.max_changes = max_changes
@@ -163,7 +165,7 @@ class AdaptiveAccumulation(Callback):
         """The accumulation that makes steps of ``rows`` rows on the present devices."""
         at_once = self._batch.micro_batch * self._batch.num_ranks
         if rows % at_once:
-            raise ConfigError(
+            raise AccumulationError(
                 f"{what} of {rows} rows, which {self._batch.micro_batch} rows x {self._batch.num_ranks} devices do not "
                 f"divide: choose batch_size and devices whose product divides {rows}."
             )
@@ -214,19 +216,19 @@ class AdaptiveAccumulation(Callback):
 
     def _refuse(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ConfigError(
+            raise AccumulationError(
                 "DeepSpeed accumulates inside its engine, which cannot change during a run: drop AdaptiveAccumulation."
             )
         check_may_set_accumulation(trainer, module, "AdaptiveAccumulation")
         if self.schedule is not None and found(trainer, TargetBatchSize) is not None:
-            raise ConfigError(
+            raise AccumulationError(
                 "the schedule of AdaptiveAccumulation and target_batch_size both set accumulation: keep one of the "
                 "two. Without a schedule, AdaptiveAccumulation starts from the target."
             )
         if self.schedule is None:
             monitor = found(trainer, BatchSizeMonitor)
             if monitor is None or monitor.calibration is None:
-                raise ConfigError(
+                raise AccumulationError(
                     "without a schedule AdaptiveAccumulation needs a BatchSizeMonitor with a calibration, because a "
                     "raw noise scale does not show what a batch costs. Run `lightning-lora probe`, or give a schedule."
                 )

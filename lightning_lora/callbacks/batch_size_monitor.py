@@ -25,7 +25,7 @@ from lightning_lora.batch.reading import BatchReading, BatchState, advice
 from lightning_lora.batch.remarks import RepeatedRows, announce_batch, warn_of_stored_order
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, MeasurementError
 from lightning_lora.sharding.collectives import largest_of_ranks, total_of_ranks
 
 PLOT = "batch_size.png"
@@ -70,9 +70,9 @@ class BatchSizeMonitor(Callback):
         if isinstance(calibration, str):
             calibration = known_calibration(calibration)
         if every_n_steps < 1:
-            raise ConfigError(f"every_n_steps must be at least 1, got {every_n_steps}.")
+            raise MeasurementError(f"every_n_steps must be at least 1, got {every_n_steps}.")
         if calibration is not None and not 0 < calibration < math.inf:
-            raise ConfigError(f"calibration must be a positive number, got {calibration}.")
+            raise MeasurementError(f"calibration must be a positive number, got {calibration}.")
         self.every_n_steps = every_n_steps
         self.calibration: float | None = calibration
         self.batch: EffectiveBatch | None = None

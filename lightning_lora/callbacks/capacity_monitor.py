@@ -20,7 +20,7 @@ from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.capacity.fixed_rows import fixed_batches, validation_loaders
 from lightning_lora.capacity.measure import CapacityMeter, stored_bits
 from lightning_lora.capacity.reading import CapacityReading, Verdict
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.layers.adapted import learning_layers
 from lightning_lora.lora.reports import count_parameters
@@ -69,7 +69,7 @@ class CapacityMonitor(Callback):
 
     def __init__(self, num_rows: int = 256) -> None:
         if num_rows < 2:
-            raise ConfigError(f"num_rows must be at least 2, got {num_rows}.")
+            raise MeasurementError(f"num_rows must be at least 2, got {num_rows}.")
         self.num_rows = num_rows
         self._forget()
 
@@ -199,7 +199,7 @@ class CapacityMonitor(Callback):
             for count in (self.num_rows, self.gradient_rows)
         )
         if train is None or gradients is None:
-            raise ConfigError(
+            raise MeasurementError(
                 f"the training data are a {type(loader).__name__} from which rows cannot be chosen: it needs one "
                 f"DataLoader over a dataset with a length."
             )
@@ -266,10 +266,10 @@ class CapacityMonitor(Callback):
 
 def _check_can_measure(trainer: Trainer, module: LightningModule) -> None:
     if not learning_layers(module):
-        raise ConfigError(f"{type(module).__name__} has no adapters that are trained.")
+        raise MeasurementError(f"{type(module).__name__} has no adapters that are trained.")
     # Kinds, not subclasses: DeepSpeed derives from DDP, and shards.
     if not isinstance(trainer.strategy, SingleDeviceStrategy) and type(trainer.strategy) is not DDPStrategy:
-        raise ConfigError(
+        raise MeasurementError(
             f"{type(trainer.strategy).__name__} shards the module, and half of a rank is computed from whole factors: "
             f"use one device or DDP, or measure the saved adapter on one device."
         )

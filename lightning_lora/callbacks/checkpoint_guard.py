@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.checkpoints.verified_io import is_local, use_verified_checkpoints, verified_io
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.errors import CallbackSettingError, CheckpointFileError
 from lightning_lora.files.atomic import atomic_file, remove_leftovers
 from lightning_lora.files.checkpoint_manifest import remove_orphans
 from lightning_lora.lora.layers.adapted import lora_layers
@@ -59,7 +59,7 @@ class CheckpointGuard(Callback):
             problem = _unwritable(Path(folder)) if trainer.is_global_zero else None
             # Only one rank writes, but all must stop.
             if problem := trainer.strategy.broadcast(problem):
-                raise ConfigError(problem)
+                raise CallbackSettingError(problem)
             size = checkpoint_bytes(trainer, pl_module, getattr(callback, "save_weights_only", False))
             self._check_space(trainer, callback, Path(folder), size)
 
@@ -77,7 +77,7 @@ class CheckpointGuard(Callback):
         loaded = io.loaded if io else None
         first = trainer.strategy.broadcast(loaded)
         if not trainer.strategy.reduce_boolean_decision(loaded == first):
-            raise AdapterFileError(
+            raise CheckpointFileError(
                 f"the ranks have loaded different checkpoints: rank 0 {first}, rank {trainer.global_rank} {loaded}. Is "
                 "the folder the same on all machines?"
             )
@@ -94,7 +94,7 @@ class CheckpointGuard(Callback):
             "dirpath, or keep fewer (save_top_k, save_last, save_weights_only of ModelCheckpoint)."
         )
         if free < size:
-            raise ConfigError(text)
+            raise CallbackSettingError(text)
         if free < needed:
             rank_zero_warn(text)
 

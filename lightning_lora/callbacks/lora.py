@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.lightning_private import call_before_weights_return
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.class_swap import mix_in
@@ -81,7 +81,9 @@ class LoRA(Callback):
         first = found(trainer, LoRA, WeightAveraging)
         if is_new and isinstance(first, WeightAveraging):
             averaging = type(first).__name__
-            raise ConfigError(f"{averaging} copies the module before it has adapters: put LoRA before {averaging}.")
+            raise AdapterStateError(
+                f"{averaging} copies the module before it has adapters: put LoRA before {averaging}."
+            )
         self.give_settings(pl_module)
         if is_new and stage == "fit":
             rank_zero_info(
@@ -116,7 +118,7 @@ class LoRA(Callback):
         if not vars(module).get(_BY_CALLBACK):
             own = None if module.lora is None else LoRAConfig.from_dict(module.lora)
             if (own, module.lora_root) != (self.config, self.root):
-                raise ConfigError(
+                raise AdapterStateError(
                     f"{type(module).__name__} has LoRA settings of its own: change those, or drop the callback."
                 )
         before = module.lora, module.lora_root
@@ -132,7 +134,7 @@ class LoRA(Callback):
     def _refuse_another(self, trainer: Trainer) -> None:
         first = found(trainer, LoRA)
         if first is not None and (first.config, first.root) != (self.config, self.root):
-            raise ConfigError(
+            raise AdapterStateError(
                 "two LoRA callbacks with different settings: a module has one set of adapters. Keep one of the two; "
                 "rank_pattern and alpha_pattern give layers settings of their own."
             )

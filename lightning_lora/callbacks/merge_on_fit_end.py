@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.held_base import base_as_stored
@@ -37,7 +37,7 @@ class MergeOnFitEnd(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse sharded weights before the run begins."""
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise ConfigError(
+            raise AdapterStateError(
                 f"MergeOnFitEnd cannot merge the sharded weights of {type(trainer.strategy).__name__}; write adapters "
                 f"with AdapterCheckpoint and run `lightning-lora merge BASE ADAPTER OUT` afterwards."
             )
@@ -46,7 +46,7 @@ class MergeOnFitEnd(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run without adapters."""
         if not lora_layers(pl_module):
-            raise ConfigError("MergeOnFitEnd has nothing to merge: the module has no adapters (lora is null).")
+            raise AdapterStateError("MergeOnFitEnd has nothing to merge: the module has no adapters (lora is null).")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_items, count_rows, count_supervised
 from lightning_lora.batch.run_events import RunEvents
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CallbackSettingError
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.memory.process_peak import peak_bytes, resident_bytes, restart_peak
 from lightning_lora.sharding.collectives import total_of_ranks
@@ -100,7 +100,7 @@ class PlannedRun(Callback):
         }
         for name, value in self.planned.items():
             if value is not None and not value >= 0:
-                raise ConfigError(f"{name} of PlannedRun must not be negative, got {value}.")
+                raise CallbackSettingError(f"{name} of PlannedRun must not be negative, got {value}.")
         self.measured: dict[str, float | None] = {}
         self._clock = time.perf_counter
         self._earlier: dict[str, float | None] = dict(_NOTHING)

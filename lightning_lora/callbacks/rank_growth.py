@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import RankChangeError
 from lightning_lora.lightning_private import trains_in_children
 from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.growth import grow_adapters
@@ -62,9 +62,9 @@ class RankGrowth(Callback):
     ) -> None:
         for name, value in (("max_rank", max_rank), ("budget", budget), ("every_n_steps", every_n_steps)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be an integer of at least 1, or None, got {value!r}.")
+                raise RankChangeError(f"{name} must be an integer of at least 1, or None, got {value!r}.")
         if not 0 < threshold <= 1:
-            raise ConfigError(f"threshold must be in (0, 1], got {threshold!r}.")
+            raise RankChangeError(f"threshold must be in (0, 1], got {threshold!r}.")
         self.max_rank, self.budget = max_rank, budget
         self.every_n_steps, self.threshold = every_n_steps, threshold
         self._forget()
@@ -81,9 +81,11 @@ class RankGrowth(Callback):
         """Check that the module has adapters that can grow."""
         self._has_checked_state = False
         if not adapted_weights(pl_module):
-            raise ConfigError("RankGrowth has no adapters to grow: the module has lora=None, or nothing is adapted.")
+            raise RankChangeError(
+                "RankGrowth has no adapters to grow: the module has lora=None, or nothing is adapted."
+            )
         if held_factors(pl_module):
-            raise ConfigError(
+            raise RankChangeError(
                 "RankGrowth cannot grow a network of which the module holds a frozen copy (a teacher or target "
                 "network): the copy would keep the old rank. Give the layers that need it a rank by rank_pattern."
             )
@@ -99,7 +101,9 @@ class RankGrowth(Callback):
             self._start = {"ranks": ranks, "parameters": num_factor_parameters(pl_module), "steps": num_steps}
         budget, present = self._most_parameters(), num_factor_parameters(pl_module)
         if budget < present:
-            raise ConfigError(f"budget is {budget:,} adapter parameters, fewer than the {present:,} that the run has.")
+            raise RankChangeError(
+                f"budget is {budget:,} adapter parameters, fewer than the {present:,} that the run has."
+            )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -206,20 +210,20 @@ def _in_words(growth: GroupGrowth) -> str:
 def _refuse_trainer(trainer: Trainer, module: LightningModule) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ConfigError(
+        raise RankChangeError(
             f"RankGrowth cannot change the shapes that {type(strategy).__name__} has sharded: train on one device or "
             f"with DDP, or choose ranks before training (lightning_lora.lora.allocation.allocate_ranks)."
         )
     if trains_in_children(trainer):
-        raise ConfigError(
+        raise RankChangeError(
             "RankGrowth needs processes that begin with the script, because the calling process of ddp_spawn, ddp_fork "
             "and ddp_notebook takes trained weights back at the ranks it knows: use strategy='ddp'."
         )
     if not module.automatic_optimization:
-        raise ConfigError(
+        raise RankChangeError(
             "RankGrowth needs automatic optimization: with manual optimization it cannot see where a step begins."
         )
     if callback := found(trainer, WeightAveraging):
-        raise ConfigError(
+        raise RankChangeError(
             f"{type(callback).__name__} keeps a copy of the module, whose ranks would not grow: use AdapterEMA."
         )

@@ -19,7 +19,7 @@ from lightning_lora.batch.division import check_may_set_accumulation, divide_row
 from lightning_lora.batch.trial_step import can_choose_rows, longest_batches, step_fits
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AccumulationError
 from lightning_lora.lightning_private import remake_training_loaders, training_loader_source, training_loaders
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.run_step import TRACE_ERROR, RunStep, fills_device, gigabytes, room_of_run
@@ -55,7 +55,7 @@ class TargetBatchSize(Callback):
 
     def __init__(self, rows: int = 32, fit_memory: bool = True) -> None:
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-            raise ConfigError(f"target_batch_size must be a whole number of rows, 1 or more, got {rows!r}.")
+            raise AccumulationError(f"target_batch_size must be a whole number of rows, 1 or more, got {rows!r}.")
         self.rows = rows
         self.fit_memory = fit_memory
         self.batch: EffectiveBatch | None = None
@@ -67,12 +67,12 @@ class TargetBatchSize(Callback):
             return
         check_may_set_accumulation(trainer, pl_module, "target_batch_size")
         if found(trainer, BatchSizeFinder) is not None:
-            raise ConfigError(
+            raise AccumulationError(
                 "BatchSizeFinder and target_batch_size both choose batch_size: keep one of the two. target_batch_size "
                 "lowers it until a step fits into memory."
             )
         if trainer.accumulate_grad_batches != 1:
-            raise ConfigError(
+            raise AccumulationError(
                 f"target_batch_size={self.rows} chooses trainer.accumulate_grad_batches, which is "
                 f"{trainer.accumulate_grad_batches} already: give one of the two."
             )
@@ -93,7 +93,7 @@ class TargetBatchSize(Callback):
         assert self.batch is not None
         found = loader_batch_size(trainer.train_dataloader)
         if found not in (None, self.batch.micro_batch):
-            raise ConfigError(
+            raise AccumulationError(
                 f"batch_size is {self.batch.micro_batch}, but the training loader makes batches of {found} rows: let "
                 f"train_dataloader() read self.batch_size."
             )
@@ -111,7 +111,7 @@ class TargetBatchSize(Callback):
         if batch.micro_batch == asked:
             return
         if not _can_set_batch_size(trainer, module):
-            raise ConfigError(
+            raise AccumulationError(
                 f"batches of {asked} rows are more than the {batch.micro_batch} that a device has in a step of "
                 f"{batch.rows}: make the loader with batch_size={batch.micro_batch}."
             )
@@ -185,7 +185,7 @@ def _asked_micro_batch(trainer: Trainer, module: LightningModule) -> int:
         with kept_random_state(trainer.strategy.root_device):
             rows = loader_batch_size(source.dataloader())
     if not isinstance(rows, int) or rows < 1:
-        raise ConfigError(
+        raise AccumulationError(
             f"target_batch_size needs the rows of a micro-batch: give {type(source.instance).__name__} an attribute "
             f"batch_size that its train_dataloader() reads."
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.batch.trial_step import on_device, training_loss
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RowScorer:
         if self._predicts:
             return
         if not module.automatic_optimization:
-            raise ConfigError(
+            raise MeasurementError(
                 f"{type(module).__name__} steps its optimizers itself, and its predict_step returns no mapping with "
                 f'the "loss" of each row.'
             )
@@ -134,7 +134,7 @@ def mean_training_loss(trainer: Trainer, module: LightningModule, batch: Any) ->
     """
     loss = training_loss(trainer, module, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ConfigError(f"{type(module).__name__}.training_step returned no loss for a batch.")
+        raise MeasurementError(f"{type(module).__name__}.training_step returned no loss for a batch.")
     if isinstance(module, TokenWeightedLoss):
         return module.mean_of_micro_batch(loss)
     tokens = count_supervised(batch)

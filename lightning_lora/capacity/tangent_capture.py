@@ -29,7 +29,7 @@ from lightning_lora.batch.noise.row_layers import row_layers
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.batch.trial_step import on_device, training_loss
 from lightning_lora.capacity.row_scores import mean_training_loss, predicted_losses
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.layers.adapted import learning_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.dora import DoRALayer
@@ -85,7 +85,9 @@ def tangent_capture(
     for place, batch in enumerate(batches):
         rows.add(place * _BLOCKS // len(batches), trainer, on_device(trainer, batch))
     if not rows.measured:
-        raise ConfigError("the rows of a batch are not the first dimension of what adapted linear layers are given.")
+        raise MeasurementError(
+            "the rows of a batch are not the first dimension of what adapted linear layers are given."
+        )
     of_groups = {group: [name for name in names if name in rows.measured] for group, names in groups.items()}
     return rows.capture(rows.measured), {group: rows.capture(names) for group, names in of_groups.items() if names}
 
@@ -97,7 +99,7 @@ class _TangentRows:
         factors = [factor for layer in learning_layers(module).values() for factor in layer.lora_factors().values()]
         layers = row_layers(module, factors, skips_others=True)
         if not layers:
-            raise ConfigError("tangent capture is measured for linear layers only, and none of those is adapted.")
+            raise MeasurementError("tangent capture is measured for linear layers only, and none of those is adapted.")
         self.module, self.factors = module, [factor for factor in factors if factor.requires_grad]
         self._bases = {name: _bases(each[0]) for name, each in layers.items()}
         self._places = {name: place for place, name in enumerate(layers)}
@@ -137,7 +139,7 @@ class _TangentRows:
         else:
             loss = mean_training_loss(trainer, self.module, batch)[0] * num_rows
         if not isinstance(loss, Tensor):
-            raise ConfigError(f"{type(self.module).__name__}.training_step returned no loss for a batch.")
+            raise MeasurementError(f"{type(self.module).__name__}.training_step returned no loss for a batch.")
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return loss if scaler is None else loss * scaler.get_scale()
 
@@ -182,7 +184,7 @@ class _TangentRows:
 def _predicted_sum(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
     found = predicted_losses(trainer, module, batch)
     if found is None or not found[0].requires_grad:
-        raise ConfigError(
+        raise MeasurementError(
             f"{type(module).__name__} steps its optimizers itself, and the losses of its predict_step have no gradient."
         )
     losses, tokens = found

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import CheckpointFileError, first_five
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 
 _READ_SHARDS = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
@@ -31,12 +31,12 @@ def refuse_other_files(path: str | Path, reads_shards: bool = True) -> None:
     if path.name == TENSOR_FILE and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
     if path.suffix == ".safetensors" and path.is_file():
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"{path} holds weights only and is not a checkpoint of Lightning. Give the folder of a model as the model "
             "itself, with no ckpt_path."
         )
     if path.is_dir() and (problem := _problem_with_folder(path, reads_shards)):
-        raise AdapterFileError(f"{path} {problem}")
+        raise CheckpointFileError(f"{path} {problem}")
 
 
 def explain_ckpt_path(trainer: Trainer) -> None:
@@ -61,7 +61,7 @@ class _ExplainedLoading:
         checkpoint = load(self._strategy, checkpoint_path, *args, **kwargs)
         # Lightning asks for this key next.
         if "pytorch-lightning_version" not in checkpoint:
-            raise AdapterFileError(
+            raise CheckpointFileError(
                 f"{checkpoint_path} is not a checkpoint of Lightning: it holds {first_five(map(str, checkpoint))}."
             )
         return checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards, read_shards
 from lightning_lora.checkpoints.verified_io import VerifiedCheckpointIO
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import CheckpointFileError, OutputPlaceError
 
 
 def consolidate(folder: str | Path, out: str | Path) -> Path:
@@ -23,16 +23,16 @@ def consolidate(folder: str | Path, out: str | Path) -> Path:
 
     Raises:
         AdapterFileError: If ``folder`` is not a folder of shards, or is damaged.
-        FileExistsError: If ``out`` already exists.
+        OutputPlaceError: If ``out`` already exists.
         OSError: If ``out`` cannot be written.
     """
     folder, out = Path(folder), Path(out)
     if not is_folder_of_shards(folder):
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"{folder} is not a folder of shards: give the folder that FSDPStrategy or ModelParallelStrategy has "
             "written as a checkpoint."
         )
     if out.exists():
-        raise FileExistsError(f"{out} already exists: remove it, or choose another name.")
+        raise OutputPlaceError(f"{out} already exists: remove it, or choose another name.")
     VerifiedCheckpointIO().save_checkpoint(read_shards(folder), out)
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.checkpoints.grown_ranks import ranks_to_take, taken_shapes
 from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.checkpoints.wrapped_names import STATE_KEYS
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
+from lightning_lora.errors import AdapterFileError, BaseMismatchError, CheckpointFileError, first_five
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lightning_private import is_trained
 from lightning_lora.lora.adapter import check_tensors
@@ -153,7 +153,7 @@ def check_and_complete(
 def refuse_adapter(checkpoint: Mapping[str, Any]) -> None:
     """Raise `AdapterFileError` if an adapter-only checkpoint is loaded into a module without LoRA."""
     if CHECKPOINT_KEY in checkpoint:
-        raise AdapterFileError(
+        raise CheckpointFileError(
             "this checkpoint holds a LoRA adapter only, but the module has lora=None: give it the same lora settings "
             "(as an argument if its __init__ takes them, else as the attribute of its class), "
             f"{checkpoint[CHECKPOINT_KEY]['config']}."
@@ -163,7 +163,7 @@ def refuse_adapter(checkpoint: Mapping[str, Any]) -> None:
 def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     manifest = checkpoint.get(CHECKPOINT_KEY)
     if manifest is None:
-        raise AdapterFileError(
+        raise CheckpointFileError(
             "this checkpoint holds no adapter (a full fine-tuning run, or one without lightning-lora), but the module "
             "has one. Load it with lora=None (as an argument if __init__ takes it, else in a subclass: class "
             "Full(YourModule): lora = None). To train adapters on its weights, load them before the adapters exist: "
@@ -173,9 +173,9 @@ def _manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     missing = sorted(_FIELDS - manifest.keys()) if isinstance(manifest, dict) else None
     if missing or not isinstance(manifest, dict):
         fault = f"it lacks {', '.join(missing)}" if missing else f"it is a {type(manifest).__name__}, not a mapping"
-        raise AdapterFileError(f"the checkpoint's {CHECKPOINT_KEY!r} entry is damaged: {fault}. Load another file.")
+        raise CheckpointFileError(f"the checkpoint's {CHECKPOINT_KEY!r} entry is damaged: {fault}. Load another file.")
     if manifest["format"] > _FORMAT:
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"checkpoint format {manifest['format']} is newer than {_FORMAT}: update lightning-lora."
         )
     return manifest
@@ -193,7 +193,7 @@ def _check_adapters(
     try:
         check_tensors(expected, {name: _shaped(shape) for name, shape in manifest["tensors"].items()})
     except AdapterFileError as error:
-        raise AdapterFileError(f"{error}{_advice(changes)}") from None
+        raise CheckpointFileError(f"{error}{_advice(changes)}") from None
     trained_with = LoRAConfig.from_dict(manifest["config"])
     wrong = []
     for name, (layer, weight) in weights.items():
@@ -203,7 +203,7 @@ def _check_adapters(
         if (scale := trained_with.scale(spec.rank, alpha)) != spec.scale:
             wrong.append(f"{name} has {scale:g} there and {spec.scale:g} here")
     if wrong:
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"the adapter does not fit this module: {len(wrong)} of {len(weights)} layers were trained with another "
             f"scale, alpha / rank: {first_five(wrong)}.{_advice(changes)}"
         )

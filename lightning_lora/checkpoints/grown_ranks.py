@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, AlreadyShardedError
+from lightning_lora.errors import AlreadyShardedError, CheckpointFileError
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.shards import check_not_sharded
 
@@ -40,7 +40,7 @@ def ranks_to_take(module: nn.Module, manifest: Mapping[str, Any]) -> dict[str, t
             check_not_sharded(module)
         except AlreadyShardedError as error:
             name, (rank, alpha) = next(iter(taken.items()))
-            raise AdapterFileError(
+            raise CheckpointFileError(
                 f"{len(taken)} of {len(specs)} layers have another rank in the checkpoint, because ranks grew in its "
                 f"run, and a sharded module cannot take it over. Load it on one device or with DDP, or give every "
                 f"grown layer its rank and alpha, such as rank_pattern={{{name!r}: {rank}}}, alpha_pattern={{{name!r}: "

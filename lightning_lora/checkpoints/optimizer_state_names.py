@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import CheckpointFileError, first_five
 from lightning_lora.lora.patterns import state_dict_name
 
 
@@ -52,7 +52,7 @@ def match_optimizer_order(module: LightningModule, states: Sequence[Mapping[str,
                 continue
             if sorted(map(str, own)) != sorted(saved["params"]):
                 odd = first_five(sorted({*map(str, own)} ^ {*saved["params"]}))
-                raise AdapterFileError(
+                raise CheckpointFileError(
                     f"group {number} of the optimizer holds other parameters than in the checkpoint ({odd}), and would "
                     "continue with their state. Build the optimizer as it was, or load the weights alone."
                 )
@@ -72,7 +72,7 @@ def refuse_states_by_position(module: LightningModule, checkpoint: Mapping[str, 
     for optimizer, state in zip(module.trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
         if any(isinstance(key, int) for key in state["state"]) and held != everything:
-            raise AdapterFileError(
+            raise CheckpointFileError(
                 "the optimizer state of this checkpoint is keyed by position, as plain Lightning writes it, and "
                 f"{type(strategy).__name__} would give it to other parameters. Resume on one device or DDP first, with "
                 "lightning-lora, and save there: every strategy can resume from that file."

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from typing_extensions import override
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import CheckpointFileError
+from lightning_lora.files.checkpoint_manifest import packed_parts
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 
 _PLAIN = {
@@ -61,11 +62,13 @@ def read_shards(folder: Path) -> dict[str, Any]:
         AdapterFileError: If a part is damaged or missing, or holds anything but plain types.
     """
     try:
+        if packed := packed_parts(folder / META):
+            raise zipfile.BadZipFile(f"{packed}, in {META}")
         checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
         parts: dict[str, Any] = {}
         _load_state_dict(parts, _PlainReader(folder), planner=_PlainPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
-        raise AdapterFileError(f"{folder} cannot be read as a folder of shards: {error}") from error
+        raise CheckpointFileError(f"{folder} cannot be read as a folder of shards: {error}") from error
     # FSDP1 names the state dict "model".
     state = parts["state_dict"] if "state_dict" in parts else parts["model"]
     if CHECKPOINT_KEY in checkpoint:
@@ -104,7 +107,10 @@ class _PlainReader(FileSystemReader):
         """Compare checksums, which torch writes but does not read."""
         with open(Path(self.path) / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            with zipfile.ZipFile(io.BytesIO(file.read(place.length))) as archive:
+            part = io.BytesIO(file.read(place.length))
+            if packed := packed_parts(part):
+                raise zipfile.BadZipFile(f"{packed}, in {place.relative_path} at {place.offset}")
+            with zipfile.ZipFile(part) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"checksum of {damaged} in {place.relative_path} at {place.offset}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 import secrets
 import shutil
 from collections.abc import Generator
@@ -32,6 +33,7 @@ from lightning_lora.files.checkpoint_manifest import (
     present_versions,
     write_manifest,
 )
+from lightning_lora.files.lightning_checkpoint import unsafe_checkpoint
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StrPath = str | Path
@@ -110,7 +112,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            AdapterFileError: If it is no checkpoint, or damaged with no whole checkpoint beside it.
+            AdapterFileError: If it is no checkpoint, holds more than plain values, or is damaged with no whole
+                checkpoint beside it.
         """
         weights_only = True if weights_only is None else weights_only
         if not is_local(path):
@@ -127,7 +130,10 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if version is not None and version.run:
             self._run = version.run
         self.loaded = (whole.name, None if version is None else version.sha256)
-        return super().load_checkpoint(whole, map_location, weights_only)
+        try:
+            return super().load_checkpoint(whole, map_location, weights_only)
+        except pickle.UnpicklingError as error:
+            raise unsafe_checkpoint(whole, error) from error
 
     @override
     def remove_checkpoint(self, path: StrPath) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_lora.cli.help.command import Command, CommandParser
 from lightning_lora.cli.help.commands import HELP_COMMANDS
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CommandError
 
 
 def run_command(name: str, arguments: list[str]) -> None:
@@ -139,10 +139,7 @@ def _consolidate_arguments(parser: ArgumentParser) -> None:
 def _consolidate(arguments: Namespace) -> None:
     from lightning_lora.checkpoints.consolidate import consolidate
 
-    try:
-        print(f"written: {consolidate(arguments.folder, arguments.out)}")
-    except FileExistsError as error:
-        raise ConfigError(str(error)) from error
+    print(f"written: {consolidate(arguments.folder, arguments.out)}")
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
@@ -157,7 +154,7 @@ def _report(arguments: Namespace) -> None:
     try:
         folder, page = watch(arguments.folder) if arguments.watch else write_report(arguments.folder)
     except OSError as error:
-        raise ConfigError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
+        raise CommandError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
     print("\n".join([page.verdict.text, *(words.text for words in page.lede[:1])]))
     print(f"report: {report_files(folder)}")
 

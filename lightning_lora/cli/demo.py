@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_lora.cli.demo_arm import BATCH_SIZE, ArmResult, train_arm
 from lightning_lora.cli.demo_remarks import remarks, update_share
 from lightning_lora.cli.embedded import MODEL, VALIDATION
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CommandError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.atomic import atomic_file
@@ -49,9 +49,9 @@ def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
         ConfigError: If ``steps`` is below 3, or ``out`` is a file.
     """
     if steps < 3:
-        raise ConfigError(f"steps must be at least 3, got {steps}.")
+        raise CommandError(f"steps must be at least 3, got {steps}.")
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {str(out)!r} is a file; name a folder.")
+        raise CommandError(f"--out {str(out)!r} is a file; name a folder.")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     arms = [

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from lightning_lora.cli.end_tokens import end_tokens
 from lightning_lora.cli.run_source import find_source
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.errors import CommandError, RunSourceError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.one_scale import check_llama_cpp, fold_scales
@@ -51,9 +51,9 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
         AdapterFileError: If there is nothing to export, or ``target`` would refuse, drop or misread something.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+        raise CommandError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if target not in (None, *TARGETS):
-        raise ConfigError(f"--for must be one of {', '.join(TARGETS)}, got {target!r}.")
+        raise CommandError(f"--for must be one of {', '.join(TARGETS)}, got {target!r}.")
     source = find_source(Path(run))
     out = Path(out)
     # A server's own form of an adapter is made of a folder, and checked before anything is written to `out`.
@@ -85,7 +85,7 @@ def _export_folder(source: Path, out: Path, format: str, server: str | None = No
     base = folder.peft.get("base_model_name_or_path")
     if format == "merged":
         if not base or not Path(base).is_dir():
-            raise AdapterFileError(
+            raise RunSourceError(
                 f"{source} was trained on {base!r}, which is not a folder on this machine: run `lightning-lora merge "
                 f"BASE {source} {out}`."
             )
@@ -119,7 +119,7 @@ def _export_checkpoint(source: Path, out: Path, format: str) -> None:
     elif format == "merged":
         save_whole(task, out)
     else:
-        raise AdapterFileError(
+        raise RunSourceError(
             f"{source} was trained in full: it holds no adapter. Write the whole model with --format merged."
         )
 
@@ -129,7 +129,7 @@ def _load_task(source: Path) -> PretrainedTask:
     name = written_by(checkpoint)
     kind = task_named(name)
     if kind is None:
-        raise AdapterFileError(
+        raise RunSourceError(
             f"{source} was written by {name or 'a module that left no name'}: load it in your own code and call "
             "save_adapter(), or save_pretrained() of its model."
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import RunSourceError
 from lightning_lora.files.adapter.folder import check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.checkpoint_manifest import manifest_of
@@ -82,7 +82,7 @@ def verify_hashes(inspection: Inspection) -> str:
     path = inspection.path
     manifest = path / MANIFEST_FILE if path.is_dir() else manifest_of(path)
     if not manifest.is_file():
-        raise AdapterFileError(f"{path} has no {manifest.name}: there are no hashes to verify.")
+        raise RunSourceError(f"{path} has no {manifest.name}: there are no hashes to verify.")
     return f"verified: every file has the size and SHA-256 of {manifest.name}"
 
 
@@ -111,7 +111,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     checkpoint = read_checkpoint(path)
     manifest = checkpoint.get(CHECKPOINT_KEY)
     if manifest is None:
-        raise AdapterFileError(f"{path} is a full checkpoint: it holds no adapter.")
+        raise RunSourceError(f"{path} is a full checkpoint: it holds no adapter.")
     state = {name: checkpoint["state_dict"][name] for name in manifest["tensors"]}
     check_finite(state, str(path))
     factors = {name: tensor for name, tensor in state.items() if is_factor(name)}

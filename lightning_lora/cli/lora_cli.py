@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ from lightning_lora.cli.preview import expand_arguments
 from lightning_lora.cli.probe import AT, ProbingTrainer, choose_probe, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries, tell_infos
 from lightning_lora.cli.run_config import RunConfig
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CommandError, ConfigError
+from lightning_lora.files.lightning_checkpoint import unsafe_checkpoint
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.study.rank_probe import RankProbe
 from lightning_lora.trainer_access import found
@@ -219,7 +221,7 @@ class LoRACLI(LightningCLI):
                 callbacks.append(default())
         if (rows := self._get(self.config_init, "target_batch_size")) is not None:
             if any(isinstance(callback, TargetBatchSize) for callback in own):
-                raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
+                raise CommandError("target_batch_size and a TargetBatchSize callback are the same: give one of the two")
             callbacks.append(TargetBatchSize(rows))
         try:
             return super()._instantiate_trainer(config, callbacks)
@@ -248,7 +250,10 @@ class LoRACLI(LightningCLI):
             whole = choose_checkpoint(Path(path), fall_back=subcommand in ("fit", "probe")).path
             if not os.path.samefile(whole, path):
                 settings["ckpt_path"] = str(whole)
-        super()._parse_ckpt_path()
+        try:
+            super()._parse_ckpt_path()
+        except pickle.UnpicklingError as error:
+            raise unsafe_checkpoint(settings["ckpt_path"], error) from error
 
 
 def _example(subcommand: str) -> str:

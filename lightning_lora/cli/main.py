@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,10 +11,11 @@ from lightning_lora.cli.help.short_help import OPTIONS, asks_for_short_help, sho
 from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.errors import GradientError, GuardError, RewardError, did_you_mean, user_error
+from lightning_lora.errors import GradientError, GuardError, RewardError, did_you_mean, user_error, with_code
 from lightning_lora.versions import installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
+_PLACES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 _USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "study":
         return _exit_code(lambda: _run_study(arguments[1:], allowed))
     nearest = did_you_mean(command, [*TRAINER_COMMANDS, "study", *COMMANDS])
-    print(f"error: unknown command {command!r}{nearest}\n\n{_usage()}", file=sys.stderr, end="")
+    print(f"error: {with_code(f'unknown command {command!r}{nearest}')}\n\n{_usage()}", file=sys.stderr, end="")
     return 2
 
 
@@ -86,6 +88,14 @@ def _run_study(arguments: list[str], allowed: Sequence[str]) -> None:
     run_study(arguments, allowed)
 
 
+def place(error: Exception) -> str | None:
+    """A sentence about a file or folder that a user has named and that cannot be there; None for other errors."""
+    if isinstance(error, OSError) and error.filename and error.errno in _PLACES:
+        name = str(error.filename)
+        return f"{name if len(name) <= 200 else f'...{name[-200:]}'}: {error.strerror}. Choose another place."
+    return None
+
+
 def _exit_code(run: Callable[[], None]) -> int:
     """Run a command; an error that the user caused is printed as one message."""
     try:
@@ -95,10 +105,10 @@ def _exit_code(run: Callable[[], None]) -> int:
         return 1
     except Exception as error:
         # The parser wraps what a class raises while it is built; the cause says what was wrong.
-        cause = (user_error(error) if isinstance(error, ValueError) else None) or missing_package(error)
+        cause = (user_error(error) if isinstance(error, ValueError) else None) or missing_package(error) or place(error)
         if cause is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {with_code(str(cause))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -15,7 +15,7 @@ from lightning_lora.cli.mistakes.class_paths import wrong_class_path
 from lightning_lora.cli.mistakes.config_files import place_of
 from lightning_lora.cli.mistakes.options import arguments_at, full_names, nearest
 from lightning_lora.cli.mistakes.values import last_class, wrong_value
-from lightning_lora.errors import did_you_mean
+from lightning_lora.errors import did_you_mean, with_code
 
 _NOT_ALLOWED = r"Importing '.*?' is not allowed"
 _NO_SUBCLASS = r"Import path does not correspond to a subclass of \w+"
@@ -45,7 +45,7 @@ class LoRAArgumentParser(LightningArgumentParser):
 
     def refuse(self, sentence: str) -> NoReturn:
         """Print a sentence as an error and exit with code 2."""
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {with_code(sentence)}", file=sys.stderr)
         print(f"tip: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 

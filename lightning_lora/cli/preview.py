@@ -20,7 +20,7 @@ from lightning_lora.data.prompts.data_module import PromptDataModule, PromptRow
 from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.split import SplitStatistics
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CommandError
 
 ROWS = 3
 """Number of rows that are shown."""
@@ -46,7 +46,7 @@ def preview_data(trainer: Trainer, data: LightningDataModule | None) -> None:
     """
     if not isinstance(data, (RowsDataModule, PromptDataModule)):
         kind = "none is given" if data is None else f"it is {type(data).__name__}"
-        raise ConfigError(
+        raise CommandError(
             f"preview shows the rows of the data modules of lightning_lora.data, but as data module {kind}."
         )
     notes = _set_up(trainer, data)
@@ -205,7 +205,7 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     if any(option[0] in ("-c", "--config") for option in options):
         return [*others, *(f"--model.init_args.model={model}" for model in models[-1:]), *data]
     if not models and not {"-h", "--help"} & set(arguments):
-        raise ConfigError(
+        raise CommandError(
             f"preview of {files[0]} needs a tokenizer: add --model FOLDER (or a hub name), or --config FILE."
         )
     classes = ["--model=lightning_lora.tasks.CausalLM", "--data=lightning_lora.data.SFTDataModule"]

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_lora.callbacks import AdapterCheckpoint, AdaptiveAccumulation, BatchSizeMonitor, MergeOnFitEnd
 from lightning_lora.cli.preview import preview_data
-from lightning_lora.errors import ConfigError, GuardError
+from lightning_lora.errors import GuardError, ProbeError
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.study.probe import Probe
 from lightning_lora.study.rank_probe import RankProbe
@@ -95,7 +95,7 @@ class ProbingTrainer(Trainer):
             ConfigError: If there is no data module.
         """
         if datamodule is None:
-            raise ConfigError("plan counts the rows of a data module, and none is given: add data: to the config.")
+            raise ProbeError("plan counts the rows of a data module, and none is given: add data: to the config.")
 
 
 def choose_probe(callbacks: list[Callback], of_rank: bool) -> Probe:
@@ -113,7 +113,7 @@ def choose_probe(callbacks: list[Callback], of_rank: bool) -> Probe:
     defaults = vars(BatchProbe(at=AT, stop=True) if of_rank else RankProbe(stop=True))
     if given := [name for name, value in vars(other).items() if value != defaults[name]]:
         option, advice = ("batch_probe", "drop it, or drop --rank") if of_rank else ("rank_probe", "add --rank")
-        raise ConfigError(f"{option}.{given[0]} is a setting of the other probe: {advice}.")
+        raise ProbeError(f"{option}.{given[0]} is a setting of the other probe: {advice}.")
     callbacks.remove(other)
     return chosen
 
@@ -131,7 +131,7 @@ def prepare_probe(config: dict[str, Any], probe: Probe) -> None:
     given = config.get("callbacks") or []
     callbacks: list[Callback] = [each for each in (given if isinstance(given, list) else [given])]
     if own := next((callback for callback in callbacks if isinstance(callback, Probe)), None):
-        raise ConfigError(f"the config has a {type(own).__name__} of its own: remove it, or run `fit`, where it works.")
+        raise ProbeError(f"the config has a {type(own).__name__} of its own: remove it, or run `fit`, where it works.")
     if isinstance(probe, BatchProbe) and not any(isinstance(callback, BatchSizeMonitor) for callback in callbacks):
         callbacks.append(BatchSizeMonitor())
     folder = "rank_probe" if isinstance(probe, RankProbe) else "batch_probe"

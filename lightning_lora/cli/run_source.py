@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.errors import CommandError, RunSourceError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.lightning_checkpoint import read_checkpoint
@@ -19,13 +19,13 @@ def find_source(run: Path) -> Path:
     if run.is_file() or (run / CONFIG_FILE).is_file():
         return run
     if not run.exists():
-        raise AdapterFileError(f"there is no {run}: give a run folder, a checkpoint or an adapter folder.")
+        raise RunSourceError(f"there is no {run}: give a run folder, a checkpoint or an adapter folder.")
     # The latest by optimizer step, as file times change with clocks and copies; at the same step the checkpoint.
     steps = {folder: _adapter_step(folder) for folder in run.rglob("adapters/last") if (folder / CONFIG_FILE).is_file()}
     steps |= {file: read_checkpoint(file)["global_step"] for file in sorted(run.rglob("*.ckpt"))}
     if not steps:
         place = f"{run} is a model, not a run: it" if (run / "config.json").is_file() else f"{run}"
-        raise AdapterFileError(
+        raise RunSourceError(
             f"{place} holds no checkpoint (*.ckpt) and no adapter folder: give a run folder or a file."
         )
     return max(steps, key=lambda source: (steps[source], source.is_file()))
@@ -38,7 +38,7 @@ def check_merge_order(base: Path, adapter: Path) -> None:
         ConfigError: If they are.
     """
     if (base / CONFIG_FILE).is_file() and not (adapter / CONFIG_FILE).is_file() and (adapter / "config.json").is_file():
-        raise ConfigError(f"{base} is an adapter and {adapter} a model: lightning-lora merge BASE ADAPTER OUT.")
+        raise CommandError(f"{base} is an adapter and {adapter} a model: lightning-lora merge BASE ADAPTER OUT.")
 
 
 def _adapter_step(folder: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.compute
 
-from lightning_lora.errors import ConfigError, DataError, did_you_mean
+from lightning_lora.errors import DataError, DataSettingError, did_you_mean
 
 ACTIONS = ("error", "skip")
 _KINDS_TOLD = 10
@@ -18,12 +18,17 @@ _KINDS_TOLD = 10
 class RowError(DataError):
     """One row cannot be used.
 
+    Correct the row, or leave such rows out by `on_bad_row: skip`.
+
     Args:
         place: The row, and the part of it, for the message.
         kind: What is wrong, in the same words for every row with this fault. It may name columns, roles and limits,
             never a value of the row.
         detail: What this row holds, appended to the message.
     """
+
+    code = "LL406"
+    page = "data.md#bad-rows-caches-large-data"
 
     def __init__(self, place: str, kind: str, detail: str = "") -> None:
         super().__init__(f"{place}: {kind}{detail}")
@@ -99,7 +104,7 @@ def check_action(on_bad_row: str) -> str:
     """
     if on_bad_row not in ACTIONS:
         hint = did_you_mean(str(on_bad_row), ACTIONS)
-        raise ConfigError(f"on_bad_row must be one of {ACTIONS}, got {on_bad_row!r}{hint}")
+        raise DataSettingError(f"on_bad_row must be one of {ACTIONS}, got {on_bad_row!r}{hint}")
     return on_bad_row
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import DataSettingError
 
 from .bad_rows import RowError
 from .chat.answer import render_ahead
@@ -183,7 +183,9 @@ class _Frame:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no eos_token, so the model could not learn where to stop; set one.")
+            raise DataSettingError(
+                "the tokenizer has no eos_token, so the model could not learn where to stop; set one."
+            )
         first = tokenizer("a", **{**PLAIN, "add_special_tokens": True})["input_ids"][0]  # type: ignore[index]
         self.starts = [first] if first == tokenizer.bos_token_id else []
         self.special = frozenset(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import pyarrow
 from pyarrow import ipc, parquet
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import DataFileError
 
 from .bad_rows import RowError
 
@@ -74,9 +74,11 @@ def read_rows(path: Path) -> Generator[Row | RowError, None, None]:
                 yield Row(f"{path}, row {index}" + (f" (line {line})" if line else ""), columns)
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError, pyarrow.ArrowException) as error:
         after = f" after row {index}" if index >= 0 else ""
-        raise DataError(f"{path} cannot be read{after}: {error}. Is it damaged, or not what its name says?") from error
+        raise DataFileError(
+            f"{path} cannot be read{after}: {error}. Is it damaged, or not what its name says?"
+        ) from error
     if index < 0:
-        raise DataError(f"{path} has no rows.")
+        raise DataFileError(f"{path} has no rows.")
 
 
 def _open(path: Path) -> BinaryIO:

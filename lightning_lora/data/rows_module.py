@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import DataSettingError
 
 from .bad_rows import check_action
 from .read_splits import check_columns, read_splits, source_names
-from .sampling.hold_out import hold_out
+from .sampling.hold_out import hold_out, tell_shared
 from .sampling.mixture import read_shares
 from .settings import RowSettings
 from .source_report import SourceReport
@@ -91,16 +91,16 @@ class RowsDataModule(LightningDataModule):
         for name, (value, least) in counts.items():
             optional = name.endswith("_rows") and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+                raise DataSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         self.shares = read_shares(sources["train"])
         for split in ("validation", "test"):
             if isinstance(sources[split], Mapping):
-                raise ConfigError(f"{split} takes names without shares: all of its rows are used, once.")
+                raise DataSettingError(f"{split} takes names without shares: all of its rows are used, once.")
         if validation_share is not None:
             _check_validation_share(validation_share, sources)
         if streaming and (self.shares or validation_share is not None):
             what = "shares of sources" if self.shares else "validation_share"
-            raise ConfigError(f"streaming never has all rows, which {what} needs: give one of them.")
+            raise DataSettingError(f"streaming never has all rows, which {what} needs: give one of them.")
         self.sources = sources
         self.settings = settings
         self.tokenizer = tokenizer
@@ -152,6 +152,8 @@ class RowsDataModule(LightningDataModule):
             check_context(rows, split, self.settings.max_length, context, whose)
             names = list(dict.fromkeys(source_names(self.sources[self._read_from(split)])))
             self.rows[split], self.statistics[split] = keep_supervised(rows, split, self.settings.max_length, names)
+        if "train" in self.rows and "validation" in self.rows:
+            tell_shared(self.rows["train"], self.rows["validation"])
         if self.num_workers:
             # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -208,7 +210,7 @@ class RowsDataModule(LightningDataModule):
 
     def _loaded(self, split: str) -> Dataset:
         if split not in self.rows:
-            raise ConfigError(f"no {split} rows are loaded; give {split}= and call setup() first.")
+            raise DataSettingError(f"no {split} rows are loaded; give {split}= and call setup() first.")
         return self.rows[split]
 
     def _tables(self, splits: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
@@ -257,7 +259,7 @@ class RowsDataModule(LightningDataModule):
         needed, *optional = _STAGES[stage]
         if needed not in given:
             name = getattr(stage, "value", stage)  # Lightning gives a member of an enumeration
-            raise ConfigError(f"{name} needs {needed} rows: give {needed}= files or a hub name.")
+            raise DataSettingError(f"{name} needs {needed} rows: give {needed}= files or a hub name.")
         return [needed, *(split for split in optional if split in given)]
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -272,11 +274,11 @@ class RowsDataModule(LightningDataModule):
 
 def _check_validation_share(share: Any, sources: Mapping[str, Any]) -> None:
     if not isinstance(share, float) or not 0 < share < 1:
-        raise ConfigError(f"validation_share must be a number between 0 and 1, got {share!r}.")
+        raise DataSettingError(f"validation_share must be a number between 0 and 1, got {share!r}.")
     if sources["validation"] is not None:
-        raise ConfigError("validation_share takes rows from train, and validation has its own: give one of them.")
+        raise DataSettingError("validation_share takes rows from train, and validation has its own: give one of them.")
     if sources["train"] is None:
-        raise ConfigError("validation_share takes rows from train, which is not given.")
+        raise DataSettingError("validation_share takes rows from train, which is not given.")
 
 
 def scrambled(seed: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import DataSettingError, did_you_mean
 
 from .chat.variables import check_variables
 from .formats.names import check_names
@@ -51,7 +51,7 @@ class RowSettings:
         object.__setattr__(self, "chat_template_kwargs", check_variables(self.chat_template_kwargs))
         if self.train_on not in TRAINED:
             hint = did_you_mean(str(self.train_on), TRAINED)
-            raise ConfigError(f"train_on must be one of {TRAINED}, got {self.train_on!r}{hint}")
+            raise DataSettingError(f"train_on must be one of {TRAINED}, got {self.train_on!r}{hint}")
 
     def identity(self) -> dict[str, Any]:
         """A key that changes if rows may become other tokens."""

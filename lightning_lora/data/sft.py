@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import DataSettingError
 
 from .batches.bins import batched, even_rows
 from .batches.collate import Collate, CollateEvenly, CollatePacked
@@ -123,7 +123,7 @@ class SFTDataModule(RowsDataModule):
         streaming: bool = False,
     ) -> None:
         if not isinstance(packing, bool) and packing not in ("length", "batch"):
-            raise ConfigError(f"packing must be true (or 'length'), 'batch' or false, got {packing!r}.")
+            raise DataSettingError(f"packing must be true (or 'length'), 'batch' or false, got {packing!r}.")
         settings = RowSettings(
             max_length,
             columns or {},
@@ -151,7 +151,9 @@ class SFTDataModule(RowsDataModule):
         )
         self.packing = "length" if packing is True else packing
         if streaming and self.packing == "length":
-            raise ConfigError("packing: true needs all rows at once, and streaming never has them: set packing: batch.")
+            raise DataSettingError(
+                "packing: true needs all rows at once, and streaming never has them: set packing: batch."
+            )
         self._mixture: Mixture | None = None
         self._packed: PackedRows | None = None
 
@@ -168,7 +170,7 @@ class SFTDataModule(RowsDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training rows in an order given by ``seed`` and epoch, of which each device gets its share."""
         if self.streaming and self.stream is None:
-            raise ConfigError("the stream of training rows is not open; give train= and call setup() first.")
+            raise DataSettingError("the stream of training rows is not open; give train= and call setup() first.")
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         if self._packed is not None:
             return self._loader(self._packed, self._sampler(**share), self._collate(CollatePacked, "train"))

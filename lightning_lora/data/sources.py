@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import DataFileError
 from lightning_lora.hub import offline_hint, prepare_hub
 
 from .bad_rows import RowError
@@ -87,7 +87,7 @@ class HubSource:
                 row = next(rows, None)
             except Exception as error:  # network, a damaged file: each library raises its own
                 after = f" after row {index}" if index >= 0 else ""
-                raise DataError(
+                raise DataFileError(
                     f"{self.name}:{self.split} cannot be read{after}: {error}. Is it damaged, or the hub out of reach?"
                 ) from error
             if row is None:
@@ -101,7 +101,7 @@ class HubSource:
             with progress_on_terminals():
                 return datasets.load_dataset(self.name, self.config, split=self.split, streaming=streaming)
         except Exception as error:  # network, unknown name, missing configuration: each library raises its own
-            raise DataError(
+            raise DataFileError(
                 f"{self.name!r} is not a file on disk, and split {self.split!r} of a hub dataset of that name cannot "
                 f"be loaded: {error}. Give a path, or 'owner/name', 'owner/name:split' or 'owner/name:config:split'."
                 f"{offline_hint(self.name)}"
@@ -140,7 +140,7 @@ def find_sources(names: str | list[str], split: str) -> list[FileSource | HubSou
     """
     names = [names] if isinstance(names, (str, os.PathLike)) else list(names)
     if not names:
-        raise DataError(f"{split} is an empty list; name at least one file or hub dataset, or leave {split} out.")
+        raise DataFileError(f"{split} is an empty list; name at least one file or hub dataset, or leave {split} out.")
     return [source for name in names for source in _sources_of(os.path.expanduser(os.fspath(name)), split)]
 
 
@@ -151,12 +151,14 @@ def _sources_of(name: str, split: str) -> list[FileSource | HubSource]:
     files = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
     if not files:
         what = "matches no file" if glob.has_magic(name) else "does not exist"
-        raise DataError(f"{name!r} {what} (looked from {os.getcwd()}).")
+        raise DataFileError(f"{name!r} {what} (looked from {os.getcwd()}).")
     for file in files:
         if os.path.isdir(file):
-            raise DataError(f"{file!r} is a folder; name the files in it, for example '{file.rstrip('/')}/*.jsonl'.")
+            raise DataFileError(
+                f"{file!r} is a folder; name the files in it, for example '{file.rstrip('/')}/*.jsonl'."
+            )
         if file_kind(Path(file)) is None:
-            raise DataError(
+            raise DataFileError(
                 f"{file!r} is of an unknown kind; known kinds: {', '.join(SUFFIXES)}, and all but "
                 f"{' and '.join(COMPRESSED_INSIDE)} with {' or '.join(COMPRESSIONS)}."
             )

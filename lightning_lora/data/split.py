@@ -9,7 +9,7 @@ import numpy
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import DataError, DataSettingError
 
 from .batches.bins import filled_share
 from .sampling.mixture import Mixture
@@ -105,7 +105,7 @@ def check_context(rows: Dataset, split: str, max_length: int, context: int | Non
     """
     lengths = row_lengths(rows, max_length)
     if context is not None and (longer := int((lengths > context).sum())):
-        raise ConfigError(
+        raise DataSettingError(
             f"max_length={max_length} is above the context of {whose}, {context} tokens, and {longer} of {len(rows)} "
             f"{split} rows are longer than that (the longest has {lengths.max()}). Set max_length={context} to cut "
             "them, or beyond_context=true to train on positions that the model has never seen."

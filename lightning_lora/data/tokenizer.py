@@ -7,7 +7,7 @@ import os
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import TokenizerError
 from lightning_lora.hub import offline_hint, prepare_hub
 
 from .sources import is_path_like
@@ -29,11 +29,11 @@ def find_tokenizer(given: str | PreTrainedTokenizerBase | None, module: object |
         return _load(os.path.expanduser(os.fspath(given)))
     if given is None:
         whose = "there is no model yet" if module is None else f"{type(module).__name__} has no attribute 'tokenizer'"
-        raise ConfigError(
+        raise TokenizerError(
             f"no tokenizer: none was given and {whose}. Pass tokenizer= a folder, a hub name or an object."
         )
     if not isinstance(given, PreTrainedTokenizerBase):
-        raise ConfigError(f"tokenizer must be a folder, a hub name or a tokenizer, got {type(given).__name__}.")
+        raise TokenizerError(f"tokenizer must be a folder, a hub name or a tokenizer, got {type(given).__name__}.")
     return given
 
 
@@ -58,9 +58,9 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:
     """
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if not isinstance(found, int):
-        raise ConfigError("the tokenizer has neither a pad_token nor an eos_token to fill short rows with; set one.")
+        raise TokenizerError("the tokenizer has neither a pad_token nor an eos_token to fill short rows with; set one.")
     if vocab_size is not None and found >= vocab_size:
-        raise ConfigError(
+        raise TokenizerError(
             f"the padding id {found} is not below the model's vocab_size={vocab_size}; set another pad_token."
         )
     return found
@@ -68,9 +68,9 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:
 
 def _load(name: str) -> PreTrainedTokenizerBase:
     if is_path_like(name) and not os.path.isdir(name):
-        raise ConfigError(f"tokenizer folder {name!r} does not exist (looked from {os.getcwd()}).")
+        raise TokenizerError(f"tokenizer folder {name!r} does not exist (looked from {os.getcwd()}).")
     prepare_hub(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing files, network, a tokenizer that needs its author's code
-        raise ConfigError(f"tokenizer {name!r} cannot be loaded: {error}{offline_hint(name)}") from error
+        raise TokenizerError(f"tokenizer {name!r} cannot be loaded: {error}{offline_hint(name)}") from error

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, DataError, LoRAError
+from lightning_lora.errors import DataError, DataSettingError, LoRAError
 
 from .bad_rows import BadRows, RowError
 from .chat.template import template_identity
@@ -129,7 +129,7 @@ def cache_folder() -> str:
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
     except OSError as error:
-        raise ConfigError(
+        raise DataSettingError(
             f"tokenised data cannot be written to {folder} ({error}). Set the environment variable HF_DATASETS_CACHE "
             "to a folder that can be written."
         ) from error
@@ -142,7 +142,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         ConfigError: If the tokenizer is not a fast one; only fast ones know which characters a token covers.
     """
     if not tokenizer.is_fast:
-        raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
+        raise DataSettingError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer.")
     tokenizer("", padding=False, truncation=False)  # the state of the last call is part of what is hashed
     described: str = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
     parts = [described, tokenizer.special_tokens_map]

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import OutputPlaceError
 
 # The random part of a temporary name starts with host and process. So a process number from another machine of a shared
 # disk, or one used again after a container restart, is not taken for a live or a dead writer here.
@@ -169,9 +169,9 @@ def _check_replaceable(path: Path, replaces: str) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise AdapterFileError(f"{path} is a file, not a folder; delete it or choose another path.")
+        raise OutputPlaceError(f"{path} is a file, not a folder; delete it or choose another path.")
     if any(path.iterdir()) and not (path / replaces).is_file():
-        raise AdapterFileError(
+        raise OutputPlaceError(
             f"{path} is not empty and holds no {replaces}, so it is not ours to replace; "
             "choose a new path or empty the folder yourself."
         )

@@ -13,11 +13,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from packaging.version import InvalidVersion, Version
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, CheckpointFileError
 from lightning_lora.files.atomic import atomic_file, sha256
 from lightning_lora.versions import installed_version
 
@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> list[CheckpointVersion]:
             return _versions(content["versions"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedManifestError(f"its manifest {manifest.name} is damaged") from error
-    raise AdapterFileError(f"{manifest} has format {content['format']}, newer than {FORMAT}: update lightning-lora.")
+    raise CheckpointFileError(f"{manifest} has format {content['format']}, newer than {FORMAT}: update lightning-lora.")
 
 
 def other_libraries(path: Path) -> list[str]:
@@ -107,7 +107,7 @@ def other_libraries(path: Path) -> list[str]:
             for name, now in present.items()
             if Version(written[name]).release[:2] != Version(now).release[:2]
         ]
-    except (OSError, ValueError, KeyError, TypeError, InvalidVersion):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, InvalidVersion):
         return []  # there is no manifest, or it does not name them
 
 
@@ -124,6 +124,8 @@ def examine(path: Path) -> Finding:
     newest = versions[-1] if versions else None
     if not path.is_file():
         return Finding("it is gone", newest)
+    if packed := packed_parts(path):
+        return Finding(packed, newest)
     if newest is None:
         return Finding(_damage_by_itself(path), None)
     size = path.stat().st_size
@@ -134,6 +136,23 @@ def examine(path: Path) -> Finding:
     if matching:
         return Finding(None, matching[-1])
     return Finding(f"its SHA-256 is {digest[:12]}..., its manifest says {newest.sha256[:12]}...", newest)
+
+
+def packed_parts(file: Path | IO[bytes]) -> str | None:
+    """What is wrong with an archive that unpacks to more than it is, which ``torch.save`` never writes; else None.
+
+    Ten gigabytes of zeros fit into a file of ten megabytes, and torch would unpack them into memory.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError):
+        return None  # not an archive, or a damaged one: others say so
+    packed = next((part for part in parts if part.compress_type != zipfile.ZIP_STORED), None)
+    if packed:
+        return f"its part {packed.filename!r} is compressed, {packed.file_size:,} bytes in {packed.compress_size:,}"
+    places = [part.header_offset for part in parts]
+    return None if len(set(places)) == len(places) else "several of its parts are one and the same piece of it"
 
 
 def present_versions(path: Path) -> list[CheckpointVersion]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 from lightning_lora.files.json_object import read_json
 
 GENERATION_FILE = "generation_config.json"
@@ -41,7 +41,7 @@ def _ids(settings: dict[str, Any], folder: Path) -> list[int]:
     found = settings.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise AdapterFileError(f"eos_token_id of the model in {folder} is no token id nor a list of them: {found!r}.")
+        raise AdapterFolderError(f"eos_token_id of the model in {folder} is no token id nor a list of them: {found!r}.")
     return ids
 
 

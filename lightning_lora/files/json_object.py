@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import DamagedFileError
 
 MAX_BYTES = 64 * 2**20
 
@@ -19,12 +19,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise AdapterFileError(f"{path} is larger than {MAX_BYTES} bytes, which no adapter setting needs.")
+            raise DamagedFileError(f"{path} is larger than {MAX_BYTES} bytes, which no adapter setting needs.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not readable JSON: {error}") from error
+        raise DamagedFileError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object, found {type(content).__name__}.")
+        raise DamagedFileError(f"{path} must hold a JSON object, found {type(content).__name__}.")
     return content
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import DamagedFileError, first_five
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.files.json_object import parse_json
 from lightning_lora.files.safetensors_header import TENSOR_DTYPES, Header, TensorSpan, check_spans, read_header
@@ -40,7 +40,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         # Not mapped: overwriting the file later would change the tensors, or kill the process that holds them.
         return load_file(path, backend="pread")
     except Exception as error:  # the library raises its own class, OSError, RuntimeError and more
-        raise AdapterFileError(f"{path} cannot be read: {error}") from error
+        raise DamagedFileError(f"{path} cannot be read: {error}") from error
 
 
 class TensorFile:
@@ -78,7 +78,7 @@ class TensorFile:
         elements = (scratch or Scratch()).empty("read", (stop - start,), dtype)
         self._file.seek(self.header.data_start + self.header.tensors[name].start + start * dtype.itemsize)
         if self._file.readinto(elements.view(torch.uint8).numpy().data) != elements.nbytes:  # pyright: ignore
-            raise AdapterFileError(f"{self._file.name} was cut while it was read, within tensor {name!r}.")
+            raise DamagedFileError(f"{self._file.name} was cut while it was read, within tensor {name!r}.")
         return elements
 
 
@@ -179,12 +179,12 @@ def safetensors_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     if index.exists():
         return _indexed_files(index)
     if pickled := sorted(entry.name for entry in folder.glob("pytorch_model*.bin")):
-        raise AdapterFileError(
+        raise DamagedFileError(
             f"{folder} holds only pickled weights ({first_five(pickled)}). A pickled file can run code hidden in it, "
             "so none is ever opened here. If you trust it, convert it once with transformers (with the AutoModel "
             f"class of your task): AutoModel.from_pretrained({str(folder)!r}).save_pretrained('converted')."
         )
-    raise AdapterFileError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+    raise DamagedFileError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
 
 
 def _spans(layout: Layout) -> dict[str, TensorSpan]:
@@ -227,17 +227,17 @@ def _indexed_files(index: Path) -> dict[str, Path]:
     try:
         shard_of = parse_json(index.read_bytes()).get("weight_map")
     except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{index} is damaged: {error}") from error
+        raise DamagedFileError(f"{index} is damaged: {error}") from error
     if not isinstance(shard_of, dict) or not shard_of:
-        raise AdapterFileError(f"{index} has no weight_map from tensor names to files.")
+        raise DamagedFileError(f"{index} has no weight_map from tensor names to files.")
     files = {shard: _shard(index, shard) for shard in set(map(str, shard_of.values()))}
     tensors = {shard: read_header(file).tensors for shard, file in files.items()}
     if lost := [name for name, shard in shard_of.items() if name not in tensors[str(shard)]]:
-        raise AdapterFileError(f"{index} lists {len(lost)} tensors their shards do not hold: {first_five(lost)}.")
+        raise DamagedFileError(f"{index} lists {len(lost)} tensors their shards do not hold: {first_five(lost)}.")
     return {name: files[shard] for name, shard in shard_of.items()}
 
 
 def _shard(index: Path, shard: str) -> Path:
     if shard in ("", ".", "..") or any(character in "/\\\0:" for character in shard):
-        raise AdapterFileError(f"{index} names {shard[:80]!r}, which is not a plain file name inside its folder.")
+        raise DamagedFileError(f"{index} names {shard[:80]!r}, which is not a plain file name inside its folder.")
     return index.parent / shard

@@ -18,12 +18,13 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, DamagedFileError
 from lightning_lora.files.json_object import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_NAME_LENGTH = 1_000
 MAX_NUM_DIMS = 64
+_LARGE_HEADER = 2**19
 
 # Ordered by alignment, then as in the library. Files hold the tensors in the reverse of this order.
 TENSOR_DTYPES: dict[str, torch.dtype] = {
@@ -83,17 +84,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise AdapterFileError(f"{path} is not a regular file.")
+            raise DamagedFileError(f"{path} is not a regular file.")
         with open(path, "rb") as file:
             return _checked_header(path, file)
     except AdapterFileError:
         raise
     except FileNotFoundError as error:
-        raise AdapterFileError(f"{path} does not exist.") from error
+        raise DamagedFileError(f"{path} does not exist.") from error
     except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DamagedFileError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}") from error
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
 
 
 def check_spans(tensors: Mapping[str, TensorSpan]) -> int:
@@ -118,24 +119,36 @@ def check_spans(tensors: Mapping[str, TensorSpan]) -> int:
 def _checked_header(path: str | os.PathLike[str], file: BinaryIO) -> Header:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise AdapterFileError(f"{path} is incomplete: expected at least 8 bytes, found {size}")
+        raise DamagedFileError(f"{path} is incomplete: expected at least 8 bytes, found {size}")
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
-        raise AdapterFileError(
+        raise DamagedFileError(
             f"{path} is not a safetensors file: its header would be {length} bytes long, more than "
             f"{MAX_HEADER_BYTES}. A pickled file, a web page or a Git LFS pointer under this name looks like this."
         )
     data_start = 8 + length
     if size < data_start:
-        raise AdapterFileError(f"{path} is incomplete: expected at least {data_start} bytes, found {size}")
-    entries = parse_json(file.read(length))
+        raise DamagedFileError(f"{path} is incomplete: expected at least {data_start} bytes, found {size}")
+    text = file.read(length)
+    _check_density(text)
+    entries = parse_json(text)
     metadata = _parse_metadata(entries.pop("__metadata__", {}))
     tensors = {name: _parse_span(name, entry) for name, entry in entries.items()}
     expected = data_start + check_spans(tensors)
     if size != expected:
         state = "incomplete" if size < expected else "too long"
-        raise AdapterFileError(f"{path} is {state}: expected {expected} bytes, found {size}")
+        raise DamagedFileError(f"{path} is {state}: expected {expected} bytes, found {size}")
     return Header(tensors, metadata, data_start, size)
+
+
+def _check_density(text: bytes) -> None:
+    """Refuse megabytes of tiny values, which take seconds and thirty times their size once they are parsed."""
+    opened, named = text.count(b"[") + text.count(b"{"), text.count(b":")
+    # The entry of a tensor has 3 of the one and 4 of the other in at least 50 bytes.
+    if len(text) > _LARGE_HEADER and max(12 * opened, 10 * named) > len(text):
+        raise ValueError(
+            f"its header of {len(text)} bytes has {opened} brackets and {named} colons, more than tensors."
+        )
 
 
 def _parse_metadata(metadata: object) -> dict[str, str]:

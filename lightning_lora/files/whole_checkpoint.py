@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import CheckpointFileError
 from lightning_lora.files.checkpoint_manifest import CheckpointVersion, checkpoints_in, examine
 
 
@@ -51,12 +51,12 @@ def whole_checkpoint(path: Path, fall_back: bool = True) -> WholeCheckpoint:
     damage = f"{path} is damaged: {finding.damage}."
     other = _last_whole(real, finding.version)
     if other is None:
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"{damage} {real.parent} holds no whole checkpoint that could stand for it: restore the file from a copy, "
             "or start anew."
         )
     if not fall_back:
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"{damage} The last whole checkpoint beside it is {other[0]} (step {other[1].step}): name that one, if "
             "you mean it."
         )

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.lora.base_values import base_values, forget_base_values, keep_base_values
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.frozen_copies import (
@@ -221,7 +221,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
         if name in found and found[name].shape != tensor.shape
     ]
     if problems:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"the adapter does not fit this module: {len(problems)} of {len(expected)} expected tensors disagree: "
             f"{first_five(problems)}."
         )

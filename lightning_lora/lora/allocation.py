@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import RankChangeError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.lora.functional.sketched_svd import SketchedSVD
@@ -80,13 +80,13 @@ def allocate_ranks(
     left_out = {target.name: reason for target in targets if (reason := _not_measured(target))}
     measured = {target.name: target for target in targets if target.name not in left_out}
     if not measured:
-        raise ConfigError(f"no rank can be allocated: {'; '.join(sorted(set(left_out.values())))}.")
+        raise RankChangeError(f"no rank can be allocated: {'; '.join(sorted(set(left_out.values())))}.")
     highest = {name: _highest(target) for name, target in measured.items()}
     sketches = {
         name: _Gradient(target, highest[name], number) for number, (name, target) in enumerate(measured.items())
     }
     if not _measure(module, loss, batches, list(sketches.values())):
-        raise ConfigError("no rank can be allocated: batches is empty.")
+        raise RankChangeError("no rank can be allocated: batches is empty.")
     shares = {name: sketch.shares()[: highest[name]] for name, sketch in sketches.items()}
     cost = {name: _cost(target) for name, target in measured.items()}
     ranks = _give_out(shares, cost, sum(cost[name] * target.spec.rank for name, target in measured.items()))
@@ -151,7 +151,7 @@ class _Gradient:
     def shares(self) -> list[float]:
         """Shares of the squared norm that each singular direction holds, descending; zeros without a gradient."""
         if not (self.sketch.range.isfinite().all() and self.sketch.core.isfinite().all()):
-            raise ConfigError("no rank can be allocated: a gradient is NaN or infinite.")
+            raise RankChangeError("no rank can be allocated: a gradient is NaN or infinite.")
         squares, total = self.sketch.squares()
         return (squares / total).tolist() if total > 0 else [0.0] * len(squares)
 
@@ -167,7 +167,7 @@ def _measure(
             for batch in batches:
                 value = loss(batch)
                 if not torch.isfinite(value):
-                    raise ConfigError(f"no rank can be allocated: the loss of batch {count} is {value.item()}.")
+                    raise RankChangeError(f"no rank can be allocated: the loss of batch {count} is {value.item()}.")
                 value.backward()
                 count += 1
         finally:

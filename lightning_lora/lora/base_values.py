@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_lora.errors import AlreadyShardedError, ConfigError, first_five
+from lightning_lora.errors import AlreadyShardedError, LayerError, first_five
 from lightning_lora.lora.shards import is_dtensor, is_flattened, reshard
 
 # Attribute of the module that owns the tensors, so that copies and pickles of it hold them too: name to value in the
@@ -86,7 +86,7 @@ def _check_places(kept: list[tuple[nn.Module, str]]) -> None:
         )
     empty = [f"{type(owner).__name__}.{name}" for owner, name in kept if owner.__dict__[_KEPT][name] is None]
     if empty:
-        raise ConfigError(
+        raise LayerError(
             f"{len(empty)} tensors trained in full were on the meta device when the module was adapted "
             f"({first_five(empty)}), so their values in the base are not known. Adapt the module after its weights "
             f"are loaded."
@@ -97,7 +97,7 @@ def _check_places(kept: list[tuple[nn.Module, str]]) -> None:
         if getattr(owner, name).shape != owner.__dict__[_KEPT][name].shape
     ]
     if other:
-        raise ConfigError(
+        raise LayerError(
             f"{len(other)} tensors trained in full have another shape than when the module was adapted "
             f"({first_five(other)}). Resize before adapting."
         )

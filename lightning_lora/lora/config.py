@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lightning_lora.errors import ConfigError, check_choice, did_you_mean
+from lightning_lora.errors import LoRASettingError, check_choice, did_you_mean
 
 _TARGETS = ("all", "attention", "mlp", "experts")
 _SCALINGS = ("standard", "rslora")
@@ -119,13 +119,13 @@ class LoRAConfig:
         _check_positive("lora_plus_ratio", self.lora_plus_ratio)
         _check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}.")
+            raise LoRASettingError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         check_choice("scaling", self.scaling, _SCALINGS)
         check_choice("init", self.init, _INITS)
         check_choice("tied_weights", self.tied_weights, _TIED_WEIGHTS)
         for name in ("adapt_head", "adapt_embeddings", "share_expert_factors", "dora"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+                raise LoRASettingError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.init_batches != LoRAConfig.init_batches and self.init != "gradient":
             # From the dataclass's own __init__, so that copies of these settings do not warn again.
             warnings.warn(
@@ -134,7 +134,7 @@ class LoRAConfig:
                 stacklevel=2,
             )
         if self.dora and self.init in ("pissa", "gradient"):
-            raise ConfigError(
+            raise LoRASettingError(
                 f"dora=True starts at the norms of the base weights, and init={self.init!r} takes a part out of them: "
                 f"set init to 'default', or dora to False."
             )
@@ -169,12 +169,12 @@ class LoRAConfig:
         if isinstance(settings, LoRAConfig):
             return settings
         if not isinstance(settings, Mapping):
-            raise ConfigError(f"lora must be a LoRAConfig, a mapping or None, got {type(settings).__name__}.")
+            raise LoRASettingError(f"lora must be a LoRAConfig, a mapping or None, got {type(settings).__name__}.")
         known = [item.name for item in fields(cls)]
         for name in settings:
             if name not in known:
                 hint = did_you_mean(str(name), known)
-                raise ConfigError(f"lora has no setting {name!r}{hint} Known: {', '.join(known)}.")
+                raise LoRASettingError(f"lora has no setting {name!r}{hint} Known: {', '.join(known)}.")
         return cls(**settings)
 
 
@@ -190,29 +190,29 @@ def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 def _check_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
+        raise LoRASettingError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
     if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}.")
+        raise LoRASettingError(f"{name} must be at least 1, got {value}.")
 
 
 def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+        raise LoRASettingError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     if not math.isfinite(value):
-        raise ConfigError(f"{name} must be finite, got {value}.")
+        raise LoRASettingError(f"{name} must be finite, got {value}.")
 
 
 def _check_positive(name: str, value: Any) -> None:
     _check_number(name, value)
     if value <= 0:
-        raise ConfigError(f"{name} must be greater than 0, got {value}.")
+        raise LoRASettingError(f"{name} must be greater than 0, got {value}.")
 
 
 def _dtype_name(dtype: Any) -> str:
     # torch.dtype prints as "torch.float32". Only its name is kept, so that a config stays plain data.
     name = str(dtype).removeprefix("torch.")
     if name == "float16":
-        raise ConfigError(
+        raise LoRASettingError(
             "adapters cannot be trained in float16: AdamW's eps of 1e-12 is zero there, and so are most of its "
             "second moments. Leave adapter_dtype out (float32 beside a float16 base), or use bfloat16."
         )
@@ -223,23 +223,23 @@ def _dtype_name(dtype: Any) -> str:
 def _checked_targets(targets: Any) -> str | tuple[str, ...]:
     if isinstance(targets, str):
         if targets not in _TARGETS:
-            raise ConfigError(
+            raise LoRASettingError(
                 f"targets must be one of {', '.join(_TARGETS)} or a list of name patterns, got {targets!r}"
                 f"{did_you_mean(targets, _TARGETS)} For a single pattern write [{targets!r}]."
             )
         return targets
     patterns = _checked_patterns("targets", targets)
     if not patterns:
-        raise ConfigError("targets is an empty list: name at least one pattern, or use 'all'.")
+        raise LoRASettingError("targets is an empty list: name at least one pattern, or use 'all'.")
     return patterns
 
 
 def _checked_patterns(name: str, patterns: Any) -> tuple[str, ...]:
     if isinstance(patterns, str) or not isinstance(patterns, (list, tuple)):
-        raise ConfigError(f"{name} must be a list of name patterns, got {patterns!r}.")
+        raise LoRASettingError(f"{name} must be a list of name patterns, got {patterns!r}.")
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip():
-            raise ConfigError(f"{name} holds {pattern!r}: every entry must be a non-empty name pattern.")
+            raise LoRASettingError(f"{name} holds {pattern!r}: every entry must be a non-empty name pattern.")
     repeated = sorted(pattern for pattern, count in Counter(patterns).items() if count > 1)
     if repeated:
         warnings.warn(f"{name} names {', '.join(map(repr, repeated))} more than once.", stacklevel=5)
@@ -248,7 +248,7 @@ def _checked_patterns(name: str, patterns: Any) -> tuple[str, ...]:
 
 def _checked_table(name: str, table: Any, check_value: Callable[[str, Any], None]) -> dict[str, Any]:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{name} must map name patterns to values, got {table!r}.")
+        raise LoRASettingError(f"{name} must map name patterns to values, got {table!r}.")
     _checked_patterns(name, list(table))
     for pattern, value in table.items():
         check_value(f"{name}[{pattern!r}]", value)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError, GradientError, first_five
+from lightning_lora.errors import GradientError, RankChangeError, first_five
 from lightning_lora.lora.frozen_copies import equal_copies
 from lightning_lora.lora.functional.sketched_svd import SketchedSVD
 from lightning_lora.lora.functional.torch_internals import has_values
@@ -56,16 +56,16 @@ def gradient_init(module: nn.Module, loss: Callable[[Any], Tensor], batches: Ite
     check_not_merged(module, "start adapters")
     layers = waiting_layers(module)
     if not layers:
-        raise ConfigError("no adapter waits for a start along the gradient: adapt the module with init='gradient'.")
+        raise RankChangeError("no adapter waits for a start along the gradient: adapt the module with init='gradient'.")
     if has_started(layers):
-        raise ConfigError("the adapters have started already: gradient_init is for fresh ones.")
+        raise RankChangeError("the adapters have started already: gradient_init is for fresh ones.")
     count = 0
     with watched_gradients(module, layers) as sketches:
         for batch in batches:
             loss(batch).backward()
             count += 1
     if not count:
-        raise ConfigError("there is no batch to start the adapters with: batches is empty.")
+        raise RankChangeError("there is no batch to start the adapters with: batches is empty.")
     start_along(module, layers, sketches)
 
 
@@ -95,7 +95,7 @@ def watched_gradients(module: nn.Module, layers: Mapping[str, LoRALayer]) -> Ite
     its sketch.
     """
     if not all(map(has_values, module.parameters())):
-        raise ConfigError("adapters cannot start along a gradient: some parameters have no values yet.")
+        raise RankChangeError("adapters cannot start along a gradient: some parameters have no values yet.")
     sketches = {name: _sketch(layer, seed) for seed, (name, layer) in enumerate(layers.items())}
     names = {id(layer.lora_A): name for name, layer in layers.items()}
     before = [(parameter, parameter.grad) for parameter in module.parameters()]
@@ -138,7 +138,7 @@ def start_along(module: nn.Module, layers: Mapping[str, LoRALayer], sketches: Ma
         )
     without = [name for name, sketch in sketches.items() if not sketch.range.any()]
     if len(without) == len(sketches):
-        raise ConfigError(
+        raise RankChangeError(
             f"adapters cannot start along their gradient: none of {len(sketches)} layers received one "
             f"({first_five(without)}). A compiled module hides it: compile after the start, or use another init."
         )
@@ -172,7 +172,9 @@ def _after_forward(name: str, sketch: SketchedSVD, layer: Any, args: Any, kwargs
 def _on_gradient(name: str, sketch: SketchedSVD, x: list[Tensor], version: int, d_y: Tensor) -> None:
     # A list, so that the input is freed as soon as it is used.
     if x[0]._version != version:
-        raise ConfigError(f"the input of {name} was changed in place, so its gradient is unknown: use another init.")
+        raise RankChangeError(
+            f"the input of {name} was changed in place, so its gradient is unknown: use another init."
+        )
     sketch.add(x.pop(), d_y)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import RankChangeError
 
 # Averages or sums of squares and other sizes, in the optimizers of torch: they divide a step, or are its length.
 _SIZES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "sum", "step_size")
@@ -22,7 +22,7 @@ def check_can_grow(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> 
         for name, value in optimizer.state.get(parameter, {}).items():
             if not _is_number(value) and not (type(value) is Tensor and value.shape == parameter.shape):
                 kind = f"a tensor of shape {tuple(value.shape)}" if type(value) is Tensor else type(value).__name__
-                raise ConfigError(
+                raise RankChangeError(
                     f"the rank of adapters cannot grow with {type(optimizer).__name__}: its state {name!r} of a "
                     f"{tuple(parameter.shape)} parameter is {kind}, which has no part for new rows and columns. Use an "
                     f"optimizer whose state is tensors of the shape of the parameter, such as torch.optim.AdamW."

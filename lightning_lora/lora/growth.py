@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean
+from lightning_lora.errors import RankChangeError, TargetNotFoundError, did_you_mean
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import adapted_weights
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
@@ -87,7 +87,7 @@ def _check_rank(name: str, layer: LoRALayer, weight: str, rank: int) -> None:
     spec, shape = layer.lora_specs[weight], layer.weights(layer)[weight]
     highest = max(spec.rank, min(shape.num_in, shape.num_out))
     if not isinstance(rank, int) or isinstance(rank, bool) or not spec.rank <= rank <= highest:
-        raise ConfigError(
+        raise RankChangeError(
             f"the rank of {name!r}, a ({shape.num_out}, {shape.num_in}) weight, can be raised from {spec.rank} to "
             f"{highest} at most, got {rank!r}."
         )

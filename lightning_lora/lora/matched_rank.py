@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.targets.resolve import resolve_targets
 
@@ -42,7 +42,7 @@ def matched_rank(module: nn.Module, targets: str | Sequence[str], like: LoRAConf
     high, count = 1, 0
     while (reached := _num_parameters(module, replace(other, rank=high))) < goal:
         if reached == count and high > like.rank:
-            raise ConfigError(
+            raise LayerError(
                 f"targets={targets!r} hold {reached:,} adapter parameters at most, fewer than the {goal:,} of rank "
                 f"{like.rank} on {like.targets!r}: match at a lower rank."
             )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AdapterStateError
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.layers.quantised_weights import quantised_layers
@@ -66,14 +66,14 @@ class MergedSaving:
 
     def _check(self, state: Mapping[str, Any] | None) -> None:
         if quantised_layers(self.model):
-            raise ConfigError(
+            raise AdapterStateError(
                 "save_pretrained cannot write adapters with a quantised model: write the adapter with "
                 "save_adapter(model, path), or the merged model with MergeOnFitEnd or `lightning-lora export`."
             )
         own = self.model.state_dict() if state is not None else {}
         other = [name for name, value in (state or {}).items() if is_factor(name) and not _equal(own.get(name), value)]
         if other:
-            raise ConfigError(
+            raise AdapterStateError(
                 f"the state_dict given to save_pretrained has other adapters than the model ({other[0]}): load it into "
                 f"the model first, or leave it out."
             )

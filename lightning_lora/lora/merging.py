@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import AdapterStateError, first_five
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
@@ -27,7 +27,7 @@ def merge_lora(module: nn.Module) -> MergeReport:
         The share of each update that rounding took.
 
     Raises:
-        ConfigError: If nothing is adapted, or the updates are merged already.
+        ConfigError: If nothing is adapted, the updates are merged already, or a weight is on the meta device.
         AlreadyShardedError: If the weights are sharded.
     """
     report = merge_layers(module)
@@ -48,9 +48,19 @@ def merge_layers(module: nn.Module) -> MergeReport:
     layers = adapted(module)
     check_not_sharded(module)
     check_not_merged(module, "merge twice")
+    _check_values(layers)
     report = MergeReport({name: layer.merge() for name, layer in layers.items()})
     report.warn_if_lossy()
     return report
+
+
+def _check_values(layers: Mapping[str, LoRALayer]) -> None:
+    empty = [name for name, layer in layers.items() if any(p.is_meta for p in layer.parameters(recurse=False))]
+    if empty:
+        raise AdapterStateError(
+            f"cannot merge: {len(empty)} layers are on the meta device and have no values ({first_five(empty)}). Load "
+            "their weights first."
+        )
 
 
 @contextmanager
@@ -74,7 +84,7 @@ def unmerge_lora(module: nn.Module) -> None:
     """
     merged = [layer for layer in adapted(module).values() if layer.lora_merged]
     if not merged:
-        raise ConfigError("there is nothing to unmerge: merge_lora(module) was not called.")
+        raise AdapterStateError("there is nothing to unmerge: merge_lora(module) was not called.")
     for layer in merged:
         layer.unmerge()
 
@@ -84,7 +94,7 @@ def check_not_merged(module: nn.Module, action: str) -> None:
     check_vocabulary(module)
     merged = [name for name, layer in lora_layers(module).items() if layer.lora_merged]
     if merged:
-        raise ConfigError(
+        raise AdapterStateError(
             f"cannot {action}: {len(merged)} layers are merged ({first_five(merged)}). Call unmerge_lora(module) first."
         )
 
@@ -94,5 +104,5 @@ def adapted(module: nn.Module) -> dict[str, LoRALayer]:
     check_vocabulary(module)
     layers = lora_layers(module)
     if not layers:
-        raise ConfigError(f"{type(module).__name__} has no adapters: call inject_lora(module, config) first.")
+        raise AdapterStateError(f"{type(module).__name__} has no adapters: call inject_lora(module, config) first.")
     return layers

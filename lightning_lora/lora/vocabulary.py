@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import LayerError, first_five
 from lightning_lora.lora.layers.adapted import adapted_weights, following_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
@@ -39,7 +39,7 @@ class VocabularyCheck:
         tables = _tables(model)
         changed = sorted(self.layers - tables.keys()) + [name for name, layer in tables.items() if not _fits(layer)]
         if changed:
-            raise ConfigError(
+            raise LayerError(
                 f"the vocabulary was resized from {self.num_tokens} to {num_tokens(model.config)} tokens after "
                 f"{first_five(changed)} had been adapted, and the update no longer fits. Resize first: call "
                 f"resize_token_embeddings before inject_lora, apply_lora or load_adapter. remove_lora(module) takes "

@@ -18,7 +18,13 @@ _WHAT_TO_DO = (
 
 
 class TraceError(ConfigError):
-    """A training step cannot be run without values."""
+    """A training step cannot be run without values, so its memory is not known before the run.
+
+    Read the reason in the message; the run itself is not hindered.
+    """
+
+    code = "LL508"
+    page = "plan.md#memory"
 
 
 @contextlib.contextmanager

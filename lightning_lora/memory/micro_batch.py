@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StrategyError
 from lightning_lora.memory.parts import MemoryParts
 
 _MOST = 2**20
@@ -31,7 +31,7 @@ def largest_micro_batch(trace: Callable[[int], MemoryParts], limit: int, allowed
             nothing else if it fits. None allows all.
     """
     if limit < 1:
-        raise ConfigError(f"limit must be a positive number of bytes, got {limit}.")
+        raise StrategyError(f"limit must be a positive number of bytes, got {limit}.")
     if allowed is None:
         return _largest(trace, limit, range(1, _MOST + 1), None)
     *smaller, largest = sorted(set(allowed))

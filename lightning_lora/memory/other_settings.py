@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StrategyError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.building import trainers_of
 from lightning_lora.mixin.lora_mixin import LoRAMixin
@@ -40,7 +40,9 @@ def recompute(module: nn.Module) -> None:
         # Without reentrance, which needs an input that has a gradient: frozen embeddings give none.
         getattr(child, recomputing_method(child))({"use_reentrant": False})
     if not able:
-        raise ConfigError(f"activation checkpointing: transformers cannot recompute blocks of {type(module).__name__}.")
+        raise StrategyError(
+            f"activation checkpointing: transformers cannot recompute blocks of {type(module).__name__}."
+        )
 
 
 def keep_activations(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora.checkpoints.loader_position import generators, keeps_position, without_workers
 from lightning_lora.checkpoints.random_state import kept_random_state, set_run_random_state
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import RankChangeError
 from lightning_lora.lightning_private import training_fetcher
 
 
@@ -33,7 +33,7 @@ def first_batches(trainer: Trainer, count: int, before_iterators: dict[str, Any]
     fetcher: Any = training_fetcher(trainer)
     loader: Any = trainer.train_dataloader
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
-        raise ConfigError("training_step takes dataloader_iter, and its batches cannot be read before it.")
+        raise RankChangeError("training_step takes dataloader_iter, and its batches cannot be read before it.")
     count = int(min(count, trainer.num_training_batches))
     if (
         isinstance(loader, DataLoader)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import AdapterStateError, first_five
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.config import LoRAConfig, setting_changes
 from lightning_lora.lora.layers.adapted import adapted_weights, lora_layers
@@ -38,7 +38,7 @@ def check_they_take_effect(module: Any) -> None:
     for place, given in _given_settings(module):
         if given != present:
             changes = "" if present is None else setting_changes(given.to_dict(), present.to_dict())
-            raise ConfigError(
+            raise AdapterStateError(
                 f"{type(module).__name__} was given LoRA settings ({place}) that have no effect: its attribute lora "
                 f"was not set, and it would {f'use those of its class ({changes})' if changes else 'train in full'}. "
                 f"Pass them on with super().__init__(lora=...) or set self.lora in __init__; for full fine-tuning set "
@@ -55,7 +55,7 @@ def check_they_have_a_reader(module: LightningModule) -> None:
     values = {"lora": getattr(module, "lora", None), **dict(module.hparams), **vars(module)}
     given = [name for name, value in values.items() if isinstance(value, LoRAConfig)]
     if given and not lora_layers(module):
-        raise ConfigError(
+        raise AdapterStateError(
             f"{type(module).__name__} has LoRA settings ({given[0]}) that nothing reads: it would train in full. Put "
             f"LoRAMixin first among the bases of its class, or give the Trainer the LoRA callback."
         )
@@ -77,7 +77,7 @@ def check_they_are_used(module: Any) -> None:
     """
     check_they_take_effect(module)
     if module.lora is not None and not lora_layers(module):
-        raise ConfigError(
+        raise AdapterStateError(
             f"{type(module).__name__} has lora settings and no adapters: it would train in full. Call "
             f"self.apply_lora() before the optimizer is built. Lightning does so in configure_model, of the module "
             f"that it trains and of no module inside it."
@@ -100,7 +100,7 @@ def check_not_passed_over(module: Any) -> None:
         return
     name = next((name for name, child in outer.named_modules() if child is module), None)
     if name is not None:
-        raise ConfigError(
+        raise AdapterStateError(
             f"{name} of {type(outer).__name__} has lora settings that have no effect: Lightning adapts the outermost "
             f"module only, and {name} would train in full. Give {type(outer).__name__} the LoRAMixin and the settings, "
             f"or call self.{name}.apply_lora() in its __init__ or configure_model."
@@ -129,7 +129,7 @@ def check_unchanged(module: Any) -> None:
         changes = _changes(own, lora) if own == made_with else first_five(list(_other_adapters(root, lora)))
     if changes:
         ranks = sorted({spec.rank for layer in lora_layers(module).values() for spec in layer.lora_specs.values()})
-        raise ConfigError(
+        raise AdapterStateError(
             f"{type(module).__name__} is adapted at rank {' and '.join(map(str, ranks))} already, and lora has other "
             f"settings now ({changes}). Set them back to train these adapters further. For new ones call "
             f"remove_lora(module) first, and merge_lora(module) before it to keep what was learnt."

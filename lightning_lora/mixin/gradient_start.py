@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_lora.batch.noise.sample_source import unsupported_strategy
 from lightning_lora.batch.trial_step import observed, on_device, training_loss
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import RankChangeError, first_five
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.functional.sketched_svd import SketchedSVD
@@ -41,7 +41,9 @@ def check_possible(module: LightningModule, config: LoRAConfig) -> None:
             f"gradient_init before fit."
         )
     if reason is not None:
-        raise ConfigError(f"init='gradient' measures a gradient before the first step. {reason} Or use another init.")
+        raise RankChangeError(
+            f"init='gradient' measures a gradient before the first step. {reason} Or use another init."
+        )
 
 
 def start_from_first_batches(module: LightningModule, before_iterators: dict[str, Any] | None) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import OptimizerSettingError
 from lightning_lora.lightning_private import averaged_model
 from lightning_lora.trainer_access import found
 
@@ -39,7 +39,7 @@ def refuse_callbacks(trainer: Trainer | None) -> None:
         return
     for kind, reason in _REFUSED.items():
         if callback := found(trainer, kind):
-            raise ConfigError(f"{type(callback).__name__} {reason}")
+            raise OptimizerSettingError(f"{type(callback).__name__} {reason}")
 
 
 def keep_averages_exact(trainer: Trainer) -> None:

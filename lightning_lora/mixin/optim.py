@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import ConfigError, GuardError, first_five
+from lightning_lora.errors import GuardError, OptimizerSettingError, first_five
 from lightning_lora.lora.layers.adapted import factor_parameters, held_factors, lora_layers
 from lightning_lora.lora.shards import reshard
 from lightning_lora.mixin.multipliers import adapter_groups, full_groups, group_multiplier
@@ -45,7 +45,7 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
     groups = [group | {"weight_decay": 0.0, "eps": ADAPTER_EPS} for group in adapter_groups(module, factors)]
     groups += full_groups(module, others)
     if not groups:
-        raise ConfigError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
+        raise OptimizerSettingError(f"{type(module).__name__} has no trainable parameter: everything is frozen.")
     rates = [learning_rate * group_multiplier(module, group) for group in groups]
     return [group | {"lr": rate, ASKED: rate} for group, rate in zip(groups, rates, strict=True)]
 
@@ -54,7 +54,7 @@ def check_learning_rate(learning_rate: Any) -> None:
     """Raise `ConfigError` unless the rate is a finite number greater than 0."""
     number = isinstance(learning_rate, (int, float)) and not isinstance(learning_rate, bool)
     if not number or not math.isfinite(learning_rate) or learning_rate <= 0:
-        raise ConfigError(f"learning_rate must be a finite number greater than 0, got {learning_rate!r}.")
+        raise OptimizerSettingError(f"learning_rate must be a finite number greater than 0, got {learning_rate!r}.")
 
 
 def check_optimizers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import OptimizerSettingError, first_five
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.quantised_weights import is_bitsandbytes
@@ -25,7 +25,7 @@ def quantise_first(module: LightningModule) -> None:
         return
     doomed = [name for name, layer in lora_layers(module).items() if isinstance(layer, torch.nn.modules.linear.Linear)]
     if doomed and not any(is_bitsandbytes(layer) for layer in module.modules()):
-        raise ConfigError(
+        raise OptimizerSettingError(
             f"BitsandbytesPrecision would replace {len(doomed)} adapted layers by layers without adapters "
             f"({first_five(doomed)}). Let LoRAMixin or the LoRA callback inject the adapters: they quantise first."
         )
@@ -45,7 +45,7 @@ def refuse_replaced_layers(module: LightningModule) -> None:
     """Raise `ConfigError` if the trainer's `TransformerEnginePrecision` would replace the adapted layers by others."""
     plugin = getattr(attached_trainer(module), "precision_plugin", None)
     if isinstance(plugin, TransformerEnginePrecision) and plugin.replace_layers is not False:
-        raise ConfigError(
+        raise OptimizerSettingError(
             "TransformerEnginePrecision replaces every nn.Linear after configure_model, adapters included, by layers "
             "that train in full: give it replace_layers=False, or use precision='bf16-true'."
         )

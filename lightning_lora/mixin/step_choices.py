@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import TaskSettingError
 from lightning_lora.step_memory import StepMemory
 
 # The class imports this file.
@@ -19,7 +19,7 @@ def settings_of(module: LoRAMixin) -> StepMemory:
     """
     settings, able = StepMemory.from_dict(module.step_memory), module.step_memory_choices
     if others := [name for name in settings.made() if name not in able]:
-        raise ConfigError(
+        raise TaskSettingError(
             f"step_memory: {type(module).__name__} cannot follow {', '.join(others)}, only {', '.join(able)}. A loss "
             f"of your own takes head_loss(..., chunk_rows=...), and a model recomputes its blocks by a method of its "
             f"own, called in configure_model."

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.data.batches.collate import Collate
 from lightning_lora.data.sft import SFTDataModule
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, PlanError
 from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.lora.config import LoRAConfig
@@ -104,9 +104,9 @@ def measure_base_bits(
     """
     for name, value, least in (("rows", rows, 2), ("tokens", tokens, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+            raise PlanError(f"{name} must be a whole number of {least} or more, got {value!r}.")
     if not seconds > 0:
-        raise ConfigError(f"seconds must be more than 0, got {seconds!r}.")
+        raise PlanError(f"seconds must be more than 0, got {seconds!r}.")
     _check_gives_losses(module)
     _check_fits(module, precision)
     generator = numpy.random.default_rng(seed)
@@ -117,7 +117,7 @@ def measure_base_bits(
             sample = _row_sample(data.train_dataloader(), rows, seconds, generator)
         nats, weights = _row_nats(module, sample, precision)
     if not numpy.isfinite(nats).all():
-        raise ConfigError(f"{type(module).__name__} gives no finite loss for {(~numpy.isfinite(nats)).sum()} rows.")
+        raise PlanError(f"{type(module).__name__} gives no finite loss for {(~numpy.isfinite(nats)).sum()} rows.")
     _warn_if_worse_than_chance(module, nats.sum() / weights.sum() / math.log(2))
     return _scaled(nats / math.log(2), weights, sample, generator)
 
@@ -126,7 +126,7 @@ def _token_sample(
     data: SFTDataModule, rows: int, tokens: int, seconds: float, generator: numpy.random.Generator
 ) -> _Sample:
     if data.stream is not None:
-        raise ConfigError("the bits of a stream cannot be measured: set streaming: false, with max_rows if need be.")
+        raise PlanError("the bits of a stream cannot be measured: set streaming: false, with max_rows if need be.")
     unique = unique_rows(data)
     chosen = generator.permutation(len(unique.numbers))[:rows]
     few = numpy.cumsum(unique.lengths[chosen]) <= tokens
@@ -140,7 +140,7 @@ def _token_sample(
 def _row_sample(loader: Any, rows: int, seconds: float, generator: numpy.random.Generator) -> _Sample:
     counts = count_labels(loader)
     if counts.unit == "unknown" or counts.rows is None or not isinstance(loader, DataLoader):
-        raise ConfigError(
+        raise PlanError(
             "bits can be measured for tokens and classes only: nothing tells the targets of these data, or they are no "
             "integers (the error of a regression is no number of bits)."
         )
@@ -179,7 +179,7 @@ def _losses(module: LightningModule, predicted: Any) -> tuple[numpy.ndarray, num
 
 def _check_gives_losses(module: LightningModule) -> None:
     if isinstance(module, PretrainedTask) and module.new_head:
-        raise ConfigError(
+        raise PlanError(
             f"the head of {type(module).__name__} is new, so its base knows nothing of the labels: their bits are "
             f"those of the counted labels, and there is nothing to measure."
         )
@@ -193,14 +193,14 @@ def _check_fits(module: LightningModule, precision: Any) -> None:
     with built_without_memory(module, precision=precision) as built:
         size = sum(tensor.nbytes for tensor in weight_tensors(built))
     if size > here.memory:
-        raise ConfigError(
+        raise PlanError(
             f"the bits of the base are measured by running it here, and its weights ({size / 2**30:,.1f} GiB) are more "
             f"than the memory of {here}: leave out measure, or plan on a machine that holds the base."
         )
 
 
 def _no_losses(module: LightningModule) -> ConfigError:
-    return ConfigError(
+    return PlanError(
         f"the bits of the base are measured by the loss of single rows: {type(module).__name__}.predict_step must "
         f'return a mapping with the "loss" of each row in nats, a tensor of shape (rows,).'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PlanError
 
 from .base_bits import BaseBits
 from .capacity import CapacityRow, needed_rank
@@ -27,7 +27,7 @@ def capacity_sentence(
     """
     own = {row.rank: row for row in rows if row.targets == rows[0].targets}
     if rank not in own:
-        raise ConfigError(f"the table has no rank {rank}: it has {', '.join(map(str, own))}.")
+        raise PlanError(f"the table has no rank {rank}: it has {', '.join(map(str, own))}.")
     row, lowest = own[rank], needed_rank(rows)
     adapters = f"the {row.parameters:,} trained parameters of rank {rank} ({row.targets})"
     if row.verdict == "cannot tell":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import PlanError, did_you_mean
 from lightning_lora.memory.room import container_limits
 from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 
@@ -115,7 +115,7 @@ def find_devices(
     """
     size = None if memory is None else parse_bytes(memory)
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ConfigError(f"devices must be a whole number of at least 1, got {count!r}.")
+        raise PlanError(f"devices must be a whole number of at least 1, got {count!r}.")
     if name is not None:
         found = Devices(_listed(name), 1, is_here=False)
     elif size is not None:
@@ -145,14 +145,14 @@ def parse_bytes(text: Any, what: str = "memory") -> int:
     written = str(text).strip()
     match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?|[+-]?\.\d+)\s*([a-zA-Z]*)", written)
     if match is None:
-        raise ConfigError(f"{what} must be a number with a unit, such as 24GiB, got {written!r}.")
+        raise PlanError(f"{what} must be a number with a unit, such as 24GiB, got {written!r}.")
     number, unit = match.groups()
     if unit.lower() not in _UNITS:
         wrong = f"has the unknown unit {unit!r}" if unit else "has no unit"
-        raise ConfigError(f"{what} {written!r} {wrong}: write {number}GiB (powers of 1024) or {number}GB (of 1000).")
+        raise PlanError(f"{what} {written!r} {wrong}: write {number}GiB (powers of 1024) or {number}GB (of 1000).")
     size = int(float(number) * _UNITS[unit.lower()]) if float(number) > 0 else 0
     if size < 1:
-        raise ConfigError(f"{what} must be above zero, got {written!r}.")
+        raise PlanError(f"{what} must be above zero, got {written!r}.")
     return size
 
 
@@ -164,7 +164,7 @@ def _listed(name: Any) -> Device:
         key = sheet_of(str(name)) or key
     if key not in DATA_SHEETS:
         known = ", ".join(DATA_SHEETS)
-        raise ConfigError(
+        raise PlanError(
             f"device {name!r} is not in the table ({known}){did_you_mean(key, DATA_SHEETS)} "
             f"Of other devices give the memory."
         )
@@ -208,7 +208,7 @@ def _with_speeds(device: Device, peak_tflops: Any, bandwidth: Any) -> Device:
     if peak_tflops is not None:
         is_number = isinstance(peak_tflops, (int, float)) and not isinstance(peak_tflops, bool)
         if not is_number or not 0 < peak_tflops < 1e6:
-            raise ConfigError(f"peak_tflops must be a number above 0, in 10^12 FLOP/s, got {peak_tflops!r}.")
+            raise PlanError(f"peak_tflops must be a number above 0, in 10^12 FLOP/s, got {peak_tflops!r}.")
         flops = dict.fromkeys(("float32", "bfloat16", "float16"), peak_tflops * 1e12)
     if bandwidth is not None:
         speed = float(parse_bytes(str(bandwidth).strip().removesuffix("/s"), "bandwidth"))
@@ -217,5 +217,5 @@ def _with_speeds(device: Device, peak_tflops: Any, bandwidth: Any) -> Device:
 
 def _share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ConfigError(f"efficiency must be a number above 0 and at most 1, got {value!r}.")
+        raise PlanError(f"efficiency must be a number above 0 and at most 1, got {value!r}.")
     return float(value)

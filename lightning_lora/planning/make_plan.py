@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_lora.data import SFTDataModule
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import DataError, PlanError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.planning.advice.epoch import Epoch
@@ -81,7 +81,7 @@ def plan(
     used = _lora_config(set_up_module, lora)
     rows = target_rows(settings["callbacks"])
     if None not in (rows, target_batch_size):
-        raise ConfigError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
+        raise PlanError("target_batch_size and a TargetBatchSize callback are the same: give one of the two.")
     counts = count_data(data, module)
     bits = _measured_bits(module, data) if measure else None
     with set_up(data, module) as ready:
@@ -104,7 +104,7 @@ def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | N
     """The LoRA settings: those that are given, or those of a module that has the mixin."""
     own = given if given is not None or not isinstance(module, LoRAMixin) else module.lora
     if own is not None and not isinstance(own, (LoRAConfig, Mapping)):
-        raise ConfigError(f"lora must be a LoRAConfig, a mapping or None, got {type(own).__name__}.")
+        raise PlanError(f"lora must be a LoRAConfig, a mapping or None, got {type(own).__name__}.")
     used = LoRAConfig() if own is None else LoRAConfig.from_dict(own)
     if isinstance(module, PretrainedTask) and module.new_head and own is not module.lora:
         # A task names its new head among what is trained in full.

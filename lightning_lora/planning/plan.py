@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PlanError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.advice.config_file import write_config
 from lightning_lora.planning.advice.page import page
@@ -100,11 +100,11 @@ class Plan:
             ConfigError: If nothing fits, or the settings of ``fit`` are not known.
         """
         if not self.fits:
-            raise ConfigError(f"no config is written: {self.sentence}")
+            raise PlanError(f"no config is written: {self.sentence}")
         if self.no_config is not None:
-            raise ConfigError(f"no config is written: {self.no_config}.")
+            raise PlanError(f"no config is written: {self.no_config}.")
         if self.config is None:
-            raise ConfigError(
+            raise PlanError(
                 "no config is written: it needs the classes and arguments of model, data module and callbacks. "
                 "Give them by config (lightning-lora plan --config FILE), or use a module that calls "
                 "save_hyperparameters()."

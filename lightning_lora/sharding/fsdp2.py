@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StrategyError
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.sharding.deferred_gradients import deferred_gradients, drop_deferred, reduce_deferred
 
@@ -80,7 +80,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise ConfigError(
+            raise StrategyError(
                 f"{type(module).__name__} does not shard itself: each process would train a copy of its own. In its "
                 f"configure_model, after self.apply_lora(), call shard_lora(self.net, self.device_mesh) of "
                 f"lightning_lora.sharding, where self.net is the submodule that computes; or use strategy='ddp'."

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StrategyError
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -55,7 +55,9 @@ def repeated_blocks(module: nn.Module, block_types: Sequence[type[nn.Module]] | 
         blocks = [child for child in module.modules() if isinstance(child, tuple(block_types))]
         if not blocks:
             kinds = ", ".join(kind.__name__ for kind in block_types)
-            raise ConfigError(f"{type(module).__name__} holds no {kinds}: give block_types that occur in it, or None.")
+            raise StrategyError(
+                f"{type(module).__name__} holds no {kinds}: give block_types that occur in it, or None."
+            )
         return blocks
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, child in module.named_modules():

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import StrategyError, first_five
 from lightning_lora.lora.layers.adapted import factor_parameters, lora_layers
 from lightning_lora.lora.layers.linear import LoRALinear
 
@@ -76,7 +76,7 @@ def _styles(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     unknown = [f"{name} ({style})" for name, style in found.items() if style not in _STYLES]
     if unknown or not found:
         reason = f"its plan asks for {first_five(unknown)}" if unknown else "there is no plan for it"
-        raise ConfigError(
+        raise StrategyError(
             f"{type(module).__name__} cannot be split by tensor parallelism: {reason}. Only linear layers split "
             f"'colwise' or 'rowwise' are supported: use tensor_parallel_size=1."
         )
@@ -88,23 +88,23 @@ def _check_adapters(module: nn.Module, styles: Mapping[str, str]) -> None:
     factors = factor_parameters(module).keys()
     full = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name not in factors]
     if full:
-        raise ConfigError(
+        raise StrategyError(
             f"tensor parallelism is for adapters, but {len(full)} parameters are trained in full: {first_five(full)}. "
             f"Use tensor_parallel_size=1."
         )
     outside = [name for name, layer in layers.items() if name not in styles or not isinstance(layer, LoRALinear)]
     if outside:
-        raise ConfigError(
+        raise StrategyError(
             f"{len(outside)} adapted layers are outside the model's tensor-parallel plan: {first_five(outside)}. "
             f"Exclude them, or use tensor_parallel_size=1."
         )
     if any(layer.lora_spec.config.dora for layer in layers.values()):
-        raise ConfigError(
+        raise StrategyError(
             "dora needs the norms of whole rows, which tensor parallelism splits: set dora to False, or use "
             "tensor_parallel_size=1."
         )
     if any(layer.lora_spec.config.dropout for layer in layers.values()):
-        raise ConfigError(
+        raise StrategyError(
             "lora dropout would differ between tensor-parallel processes: set dropout to 0, or use "
             "tensor_parallel_size=1."
         )
@@ -118,7 +118,7 @@ def _check_sizes(module: nn.Module, num_processes: int, styles: Mapping[str, str
         if (count := layer.out_features if styles[name] == "colwise" else layer.in_features) % num_processes
     ]
     if odd:
-        raise ConfigError(
+        raise StrategyError(
             f"{num_processes} tensor-parallel processes cannot divide {first_five(odd)} evenly: set a "
             "tensor_parallel_size that divides these sizes."
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, DataError, GradientError
+from lightning_lora.errors import GradientError, ProbeError, ResultFileError
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.comparison import compared
@@ -51,10 +51,10 @@ class BatchBranches:
             DataError: If there are too few rows.
         """
         if batch_rows * min(ratios) < 1:
-            raise ConfigError(f"{min(ratios):g} of a batch of {batch_rows} rows is less than a row: drop that ratio.")
+            raise ProbeError(f"{min(ratios):g} of a batch of {batch_rows} rows is less than a row: drop that ratio.")
         batches = sorted({round(ratio * batch_rows) for ratio in ratios})
         if len(batches) < 2:
-            raise ConfigError(
+            raise ProbeError(
                 f"ratios {list(ratios)} of {batch_rows} rows all give the same batch: a probe compares at least two."
             )
         largest = batches[-1]
@@ -62,7 +62,7 @@ class BatchBranches:
         if num_rows > available:
             fewer = available // largest
             advice = f"lower min_steps to {fewer}, or drop" if fewer else "drop"
-            raise DataError(
+            raise ResultFileError(
                 f"a probe of {num_rows // largest} steps of {largest} rows needs {num_rows:,} training rows, and there "
                 f"are {available:,}: {advice} the largest ratio."
             )

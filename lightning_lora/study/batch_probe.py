@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.calibration import PROBE_FILE
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ProbeError
 from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint
@@ -78,7 +78,7 @@ class BatchProbe(Probe[BatchBranches, BatchProbeResult]):
     ) -> None:
         super().__init__(at, min_steps, min_epoch, held_out_rows, stop)
         if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios):
-            raise ConfigError(f"ratios must be at least two positive numbers, got {list(ratios)}.")
+            raise ProbeError(f"ratios must be at least two positive numbers, got {list(ratios)}.")
         self.ratios = tuple(ratios)
 
     @override

@@ -98,7 +98,7 @@ class BatchProbeResult:
         found = read_probe(path)
         try:
             return _read(cls, found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged_probe(path, error) from error
 
     def __str__(self) -> str:

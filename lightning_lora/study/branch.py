@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_lora.batch.accumulation import fit_to_batch
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ProbeError
 from lightning_lora.lora.gradient_start import has_started, waiting_layers
 from lightning_lora.study.row_losses import HeldOut, row_losses
 from lightning_lora.study.snapshot import copy_module, isolated
@@ -110,7 +110,7 @@ class BranchPoint:
         """
         num_steps = len(rows) // batch_rows
         if not num_steps:
-            raise ConfigError(f"a branch needs at least {batch_rows} training rows, got {len(rows)}: lower the ratio.")
+            raise ProbeError(f"a branch needs at least {batch_rows} training rows, got {len(rows)}: lower the ratio.")
         micro_batch = max(size for size in range(1, self.micro_batch + 1) if batch_rows % size == 0)
         batches = DataLoader(
             Subset(self.loader.dataset, rows[: num_steps * batch_rows]), micro_batch, collate_fn=self.loader.collate_fn
@@ -174,7 +174,7 @@ def check_one_optimizer(trainer: Trainer, module: LightningModule) -> None:
     """Raise `ConfigError` unless Lightning steps a single optimizer, whose state branches can continue with."""
     if not module.automatic_optimization or len(trainer.optimizers) != 1:
         by_hand = "" if module.automatic_optimization else " and steps them itself"
-        raise ConfigError(
+        raise ProbeError(
             f"a probe needs a single optimizer that Lightning steps: {type(module).__name__} has "
             f"{len(trainer.optimizers)}{by_hand}."
         )
@@ -216,7 +216,7 @@ class _Rates(Callback):
             fit_to_batch(group, 1.0, self.ratio)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if not any(self._rates):
-            raise ConfigError("the learning rate is 0 at this step, so branches learn nothing: probe at another step.")
+            raise ProbeError("the learning rate is 0 at this step, so branches learn nothing: probe at another step.")
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

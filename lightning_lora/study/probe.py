@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.capacity.fixed_rows import validation_loaders
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import ProbeError, ResultFileError
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint, check_one_optimizer
@@ -53,9 +53,9 @@ class Probe(Callback, ABC, Generic[Branches, Result]):
 
     def __init__(self, at: float, min_steps: int, min_epoch: float, held_out_rows: int, stop: bool) -> None:
         if not 0 < at < math.inf or (at >= 1 and at != int(at)):
-            raise ConfigError(f"at must be a fraction of the steps below 1, or a whole number of steps, got {at}.")
+            raise ProbeError(f"at must be a fraction of the steps below 1, or a whole number of steps, got {at}.")
         if min_steps < 1 or held_out_rows < 2 or not 0 <= min_epoch <= 1:
-            raise ConfigError(
+            raise ProbeError(
                 f"min_steps must be at least 1, held_out_rows at least 2 and min_epoch in [0, 1], got min_steps="
                 f"{min_steps}, held_out_rows={held_out_rows}, min_epoch={min_epoch}."
             )
@@ -112,7 +112,7 @@ class Probe(Callback, ABC, Generic[Branches, Result]):
         if stage != "fit":
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size != 1:
-            raise ConfigError(
+            raise ProbeError(
                 f"{type(self).__name__} works on one device, and this run has {type(trainer.strategy).__name__} with "
                 f"{trainer.world_size}: {self.elsewhere}"
             )
@@ -125,10 +125,10 @@ class Probe(Callback, ABC, Generic[Branches, Result]):
         check_gives_losses(pl_module)
         planned = trainer.estimated_stepping_batches
         if self.at < 1 and math.isinf(planned):
-            raise ConfigError(f"at={self.at} is a fraction, and the run has no end: give a number of steps.")
+            raise ProbeError(f"at={self.at} is a fraction, and the run has no end: give a number of steps.")
         self._step = max(1, round(self.at * planned)) if self.at < 1 else int(self.at)
         if self._step > planned:
-            raise ConfigError(f"at={self.at:g} is beyond the run, which has {planned:.0f} optimizer steps: lower it.")
+            raise ProbeError(f"at={self.at:g} is beyond the run, which has {planned:.0f} optimizer steps: lower it.")
         self._held_out(validation_loaders(trainer))
         self._check_run(trainer, pl_module)
         self._events = RunEvents(trainer, type(self).__name__)
@@ -214,10 +214,12 @@ class Probe(Callback, ABC, Generic[Branches, Result]):
         if isinstance(loader, (list, tuple)) and len(loader) == 1:
             loader = loader[0]
         if loader is None or (isinstance(loader, list) and not loader):
-            raise DataError("a probe compares branches on held-out rows: give the run validation data.")
+            raise ResultFileError("a probe compares branches on held-out rows: give the run validation data.")
         loader = check_loader(loader, "validation")
         count = len(loader.dataset)  # pyright: ignore[reportArgumentType]
         if count < 2:
-            raise DataError(f"a probe compares branches on held-out rows, got {count}: give at least 256 of them.")
+            raise ResultFileError(
+                f"a probe compares branches on held-out rows, got {count}: give at least 256 of them."
+            )
         number = min(count, self.held_out_rows)
         return loader, [place * count // number for place in range(number)]

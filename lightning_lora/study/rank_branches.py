@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, DataError, GradientError
+from lightning_lora.errors import GradientError, ProbeError, ResultFileError
 from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.layers.adapted import learning_weights
 from lightning_lora.study.branch import BranchPoint
@@ -50,7 +50,7 @@ class RankBranches:
         if num_steps * batch_rows > available:
             fewer = available // batch_rows
             advice = f"lower min_steps to {fewer}" if fewer else "use a smaller batch"
-            raise DataError(
+            raise ResultFileError(
                 f"a probe of {num_steps} steps of {batch_rows} rows needs {num_steps * batch_rows:,} training rows, "
                 f"and there are {available:,}: {advice}."
             )
@@ -129,14 +129,14 @@ def raised_ranks(module: LightningModule, factor: int) -> dict[str, int]:
     """
     ranks, weights = adapted_ranks(module), learning_weights(module)
     if not ranks:
-        raise ConfigError(f"a rank probe raises the rank of adapters: {type(module).__name__} has no adapters.")
+        raise ProbeError(f"a rank probe raises the rank of adapters: {type(module).__name__} has no adapters.")
     raised = {}
     for name, rank in ranks.items():
         layer, weight = weights[name]
         shape, start = layer.weights(layer)[weight], layer.lora_specs[weight].start
         raised[name] = max(rank, min((rank - start) * factor + start, shape.num_in, shape.num_out))
     if raised == ranks:
-        raise ConfigError("every adapted weight has its full rank already: there is no higher rank to probe.")
+        raise ProbeError("every adapted weight has its full rank already: there is no higher rank to probe.")
     return raised
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ProbeError
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.probe import Probe
 from lightning_lora.study.rank_branches import RankBranches, raised_ranks
@@ -68,10 +68,10 @@ class RankProbe(Probe[RankBranches, RankProbeResult]):
     ) -> None:
         super().__init__(at, min_steps, min_epoch, held_out_rows, stop)
         if num_seeds < 1:
-            raise ConfigError(f"num_seeds must be at least 1, got {num_seeds}.")
+            raise ProbeError(f"num_seeds must be at least 1, got {num_seeds}.")
         self.num_seeds = num_seeds
         if factor < 2:
-            raise ConfigError(f"factor must be at least 2, got {factor}.")
+            raise ProbeError(f"factor must be at least 2, got {factor}.")
         self.factor = factor
 
     @override

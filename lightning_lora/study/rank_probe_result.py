@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS
 from lightning_lora.study.statistics.interval import Interval
@@ -95,11 +95,11 @@ class RankProbeResult:
                 raise ValueError(f"format {found['format']!r}, expected {_FORMAT!r}")
             return cls(**_values(found))
         except OSError as error:
-            raise DataError(
+            raise ResultFileError(
                 f"{path} cannot be read: {error.strerror}. A RankProbe writes {RANK_PROBE_FILE}."
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ResultFileError(
                 f"{path} is not a complete result of a rank probe ({error!r}): run the probe again."
             ) from error
 

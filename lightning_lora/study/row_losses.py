@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, ProbeError
 
 HeldOut = tuple[DataLoader[Any], Sequence[int]]
 """A loader, and the rows of its dataset that modules are scored on."""
@@ -57,7 +57,7 @@ def _loss_of(module: LightningModule, predicted: Any) -> Tensor:
 
 
 def _no_losses(module: LightningModule) -> ConfigError:
-    return ConfigError(
+    return ProbeError(
         f"a probe compares losses of single rows: {type(module).__name__}.predict_step must return a mapping with the "
         f'"loss" of each row in nats, a tensor of shape (rows,).'
     )

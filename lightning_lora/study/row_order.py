@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lightning_lora.effective_batch import loader_batch_size
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 
 
 def check_loader(loader: object, kind: str) -> DataLoader[Any]:
@@ -25,12 +25,12 @@ def check_loader(loader: object, kind: str) -> DataLoader[Any]:
     """
     advice = "a probe takes single rows: give one DataLoader over a dataset with a length."
     if not isinstance(loader, DataLoader):
-        raise DataError(f"the {kind} data are a {type(loader).__name__}; {advice}")
+        raise ResultFileError(f"the {kind} data are a {type(loader).__name__}; {advice}")
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
-        raise DataError(f"the {kind} data are an iterable dataset ({type(loader.dataset).__name__}); {advice}")
+        raise ResultFileError(f"the {kind} data are an iterable dataset ({type(loader.dataset).__name__}); {advice}")
     if loader.batch_size is None and type(loader.batch_sampler) is not BatchSampler:
         maker = type(loader.batch_sampler).__name__ if loader.batch_sampler is not None else "a dataset of batches"
-        raise DataError(f"the {kind} batches are made by {maker}; {advice}")
+        raise ResultFileError(f"the {kind} batches are made by {maker}; {advice}")
     return loader
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ProbeError
 from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lightning_private import attached_trainer
 from lightning_lora.lora.layers.adapted import held_factors
@@ -37,7 +37,7 @@ def copy_module(module: LightningModule) -> LightningModule:
     for name, child in module.named_modules():
         own = child.__dict__.get("forward")
         if inspect.isfunction(own) and own.__closure__:
-            raise ConfigError(
+            raise ProbeError(
                 f"the forward of {name or type(module).__name__!r} was replaced by {own.__qualname__}, which a copy "
                 f"would share with the original: remove it before probing."
             )

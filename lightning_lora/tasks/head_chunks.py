@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.batch_facts import BatchFacts
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import DataError, TaskSettingError
 from lightning_lora.lora.functional.linear_products import affine_into
 from lightning_lora.lora.functional.torch_internals import uninitialised
 
@@ -77,7 +77,7 @@ def supervised_rows(
 def rows_of_chunk(x: Tensor, most: int | None) -> int:
     """Rows of all chunks but the last, for inputs ``(rows, dim)``: ``most``, or `CHUNK_ROWS` for None."""
     if most is not None and most < 1:
-        raise ConfigError(f"a chunk of the head needs 1 row or more, got chunk_rows={most}.")
+        raise TaskSettingError(f"a chunk of the head needs 1 row or more, got chunk_rows={most}.")
     return min(len(x), CHUNK_ROWS if most is None else most)
 
 

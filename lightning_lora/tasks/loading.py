@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from lightning_lora.errors import ConfigError, check_choice, first_five
+from lightning_lora.errors import TaskSettingError, check_choice, first_five
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.tasks.attention.implementation import unusable_attention
@@ -40,14 +40,16 @@ def read_config(name: str, **overrides: Any) -> PreTrainedConfig:
     # A hub name is "name" or "owner/name"; a name of any other shape can only be a path.
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
-        raise ConfigError(f"model {name!r} is not a folder on this machine.")
+        raise TaskSettingError(f"model {name!r} is not a folder on this machine.")
     if Path(name).is_file():
-        raise ConfigError(f"model {name!r} is a file; give the folder of a model, with config.json and its weights.")
+        raise TaskSettingError(
+            f"model {name!r} is a file; give the folder of a model, with config.json and its weights."
+        )
     prepare_hub(name)
     try:
         return AutoConfig.from_pretrained(name, **overrides)
     except (OSError, ValueError) as error:
-        raise ConfigError(
+        raise TaskSettingError(
             f"model {name!r} cannot be used: {_first_line(error)} Give a folder with config.json and safetensors "
             f"weights, or a hub name.{offline_hint(name)}"
         ) from error
@@ -63,7 +65,7 @@ def read_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing files, a missing library, a tokenizer that needs its author's code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"there is no usable tokenizer beside model {name!r}: {reason}") from error
+        raise TaskSettingError(f"there is no usable tokenizer beside model {name!r}: {reason}") from error
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -98,7 +100,7 @@ def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) 
     try:
         model, loading = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
+        raise TaskSettingError(
             f"the weights of {name!r} cannot be read: {_first_line(error)} Only safetensors files are loaded."
         ) from error
     except (ImportError, ValueError) as error:
@@ -119,7 +121,7 @@ def _check_complete(model: PreTrainedModel, name: str, missing: Iterable[str], n
     heads = tuple(f"{head}." for head in head_names(model))
     lost = sorted(weight for weight in missing if not (new_head and weight.startswith(heads)))
     if lost:
-        raise ConfigError(
+        raise TaskSettingError(
             f"{name!r} lacks {len(lost)} weights of a {type(model).__name__} ({first_five(lost)}); they would be "
             f"random."
         )

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import ConfigError, check_choice
+from lightning_lora.errors import TaskSettingError, check_choice
 from lightning_lora.mixin.optim import check_learning_rate
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -24,9 +24,9 @@ def check_optimizer(learning_rate: Any, weight_decay: Any, warmup_steps: Any, sc
     """
     check_learning_rate(learning_rate)
     if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
-        raise ConfigError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
+        raise TaskSettingError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-        raise ConfigError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
+        raise TaskSettingError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
     check_choice("schedule", schedule, SCHEDULES)
 
 
@@ -62,7 +62,7 @@ def with_schedule(optimizer: Optimizer, schedule: str, warmup_steps: int, traine
     if steps == -1:  # what Lightning says of epochs without a length
         steps = math.inf
     if steps == math.inf and schedule != "constant":
-        raise ConfigError(
+        raise TaskSettingError(
             f"schedule={schedule!r} needs the number of steps, and a stream does not tell: set "
             "trainer.max_steps, or schedule='constant'."
         )

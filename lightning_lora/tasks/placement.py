@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import QuantisationError
 from lightning_lora.sharding import parallelize_lora, shard_lora
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
@@ -24,7 +24,7 @@ def check_loadable(trainer: Trainer | None) -> None:
     strategy = getattr(trainer, "strategy", None)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         # ZeRO-3 splits parameters as they are made, so that transformers would find nothing to fill.
-        raise ConfigError(
+        raise QuantisationError(
             "a pretrained model cannot be loaded under DeepSpeed ZeRO-3: use stage 2, or "
             "lightning_lora.sharding.FSDP2Strategy, which splits the model as ZeRO-3 does."
         )
@@ -50,5 +50,5 @@ def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     counts = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
     odd = [f"{name}={count}" for name, count in counts.items() if count and count % mesh.size()]
     if odd:
-        raise ConfigError(f"tensor_parallel_size={mesh.size()} does not divide {' and '.join(odd)} of the model.")
+        raise QuantisationError(f"tensor_parallel_size={mesh.size()} does not divide {' and '.join(odd)} of the model.")
     parallelize_lora(model, mesh, getattr(model, "_tp_plan", None) or {})

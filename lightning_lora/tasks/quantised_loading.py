@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BitsAndBytesConfig
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import QuantisationError, did_you_mean
 from lightning_lora.lora.layers.quantised_weights import is_bitsandbytes
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.mixin.precision import bitsandbytes_plugin
@@ -39,20 +39,20 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
         ConfigError: If the value is unknown, contradicts another setting, or needs a library that is not installed.
     """
     if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ConfigError(
+        raise QuantisationError(
             f"quantization must be one of {', '.join(QUANTIZATIONS)} or null, got {quantization!r}"
             f"{did_you_mean(str(quantization), QUANTIZATIONS)}"
         )
     if quantization is not None and stored is not None:
-        raise ConfigError(f"quantization is {quantization!r}, but the model is stored quantised: leave it null.")
+        raise QuantisationError(f"quantization is {quantization!r}, but the model is stored quantised: leave it null.")
     if (quantization is not None or stored is not None) and lora is None:
-        raise ConfigError(
+        raise QuantisationError(
             f"a quantised base (quantization={quantization or 'as stored'}) cannot be trained in full: give lora "
             f"settings, or set quantization to null."
         )
     missing = [library for library in _LIBRARIES if quantization is not None and find_spec(library) is None]
     if missing:
-        raise ConfigError(
+        raise QuantisationError(
             f"quantization={quantization!r} needs {' and '.join(missing)}: pip install lightning-lora[quant]"
         )
 
@@ -60,7 +60,7 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
 def refuse_plugin(module: LightningModule) -> None:
     """Raise `ConfigError` if Lightning's plugin would quantise the layers of a task."""
     if bitsandbytes_plugin(module) is not None:
-        raise ConfigError(
+        raise QuantisationError(
             f"BitsandbytesPrecision quantises layers as they are built, and transformers then loads plain weights into "
             f"them: drop the plugin and give {type(module).__name__} quantization='nf4' or 'int8'."
         )
@@ -80,7 +80,7 @@ def check_strategy(trainer: Trainer | None) -> None:
     """
     strategy = getattr(trainer, "strategy", None)
     if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        raise ConfigError(
+        raise QuantisationError(
             f"{type(strategy).__name__} cannot shard a quantised base: use one device or ddp, or set quantization to "
             f"null."
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import TaskSettingError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.class_swap import mix_in
@@ -31,12 +31,14 @@ def variant(module: LightningModule, lora: LoRAConfig | None, quantization: str 
     if isinstance(module, PretrainedTask):
         return _task(module, lora, quantization)
     if quantization is not None:
-        raise ConfigError(
+        raise TaskSettingError(
             f"quantization={quantization!r} loads the base of CausalLM or SequenceClassifier in fewer bits; "
             f"{type(module).__name__} builds its own layers: leave it null."
         )
     if lora_layers(module):
-        raise ConfigError(f"{type(module).__name__} is adapted already: give the module before configure_model ran.")
+        raise TaskSettingError(
+            f"{type(module).__name__} is adapted already: give the module before configure_model ran."
+        )
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     memo |= {id(trainer): None for trainer in trainers_of(module)}
     made = copy.deepcopy(module, memo)

@@ -62,7 +62,7 @@ def test_a_file_that_exists_and_a_folder_without_shards_are_refused(shards: Path
     with pytest.raises(AdapterFileError, match="is not a folder of shards: give the folder that"):
         consolidate(tmp_path, tmp_path / "other.ckpt")
     (tmp_path / "whole.ckpt").touch()
-    with pytest.raises(FileExistsError, match=r"whole.ckpt already exists: remove it"):
+    with pytest.raises(AdapterFileError, match=r"whole.ckpt already exists: remove it"):
         consolidate(shards, tmp_path / "whole.ckpt")
     assert (tmp_path / "whole.ckpt").read_bytes() == b""
     assert not (tmp_path / "other.ckpt").exists()

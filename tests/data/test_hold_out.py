@@ -166,3 +166,18 @@ def test_the_share_comes_from_the_command_line() -> None:
     parser.add_class_arguments(SFTDataModule, "data")
     parsed = parser.parse_args(["--data.train=a.jsonl", "--data.validation_share=0.1"])
     assert parser.instantiate(parsed).data.validation_share == 0.1
+
+
+def test_rows_on_both_sides_are_counted_and_told(
+    write: Write, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """B81."""
+    train, other = write("a.jsonl", ROWS[:30]), write("b.jsonl", ROWS[28:])
+    with caplog.at_level("INFO"):
+        ready(train, tokenizer, validation=other, validation_share=None)
+    assert "validation: 2 of 22 rows are training rows too, token for token" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        ready(train, tokenizer)
+        ready(train, tokenizer, validation=write("c.jsonl", ROWS[30:]), validation_share=None)
+    assert "token for token" not in caplog.text

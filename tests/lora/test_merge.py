@@ -155,3 +155,13 @@ def test_removing_a_merged_adapter_keeps_the_merged_function() -> None:
     assert not any("lora" in name for name in module.state_dict())
     inject_lora(module, LoRAConfig(rank=2))
     assert torch.equal(output(module, inputs), merged)
+
+
+def test_a_module_without_values_is_not_merged() -> None:
+    """B24: adapters may be injected on the meta device, as FSDP2 needs; nothing can be computed there."""
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 4))
+    inject_lora(module, LoRAConfig(rank=2))
+    with pytest.raises(ConfigError, match=r"cannot merge: 1 layers are on the meta device and have no values \(0\)"):
+        merge_lora(module)
+    assert not any(layer.lora_merged for layer in lora_layers(module).values())

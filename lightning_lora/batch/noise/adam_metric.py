@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.shards import local_shard
 
 
@@ -40,7 +40,7 @@ class AdamMetric:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         if not all("betas" in group for group in optimizer.param_groups):
-            raise ConfigError(f"{type(optimizer).__name__} has no betas: use Adam or AdamW.")
+            raise MeasurementError(f"{type(optimizer).__name__} has no betas: use Adam or AdamW.")
         self._steps: dict[nn.Parameter, float] = {}
         self._highest = 0.0
         self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -54,7 +54,7 @@ class AdamMetric:
         state = self.optimizer.state
         known = [parameter for parameter in self._groups if state.get(parameter)]
         if any("exp_avg_sq" not in state[parameter] for parameter in known):
-            raise ConfigError(f"{type(self.optimizer).__name__} keeps no exp_avg_sq: use Adam or AdamW.")
+            raise MeasurementError(f"{type(self.optimizer).__name__} keeps no exp_avg_sq: use Adam or AdamW.")
         # One transfer for all: on a GPU each read waits for the device.
         steps = torch.stack([torch.as_tensor(state[p]["step"]).float() for p in known]).tolist() if known else []
         self._steps = dict(zip(known, steps, strict=True))

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lora.batch.noise.step_sample import StepSample, step_samples
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.shards import local_shard
 
 Metric = Callable[[nn.Parameter, Tensor], Tensor]
@@ -177,12 +177,12 @@ class LeafGradients(MicroGradients):
     def _latest(self, num_rows: int) -> Tensor:
         count = len(self._parts) + len(self._whole)
         if count > len(self.parameters):
-            raise ConfigError(
+            raise MeasurementError(
                 f"{count} gradients of {len(self.parameters)} parameters came in one backward pass: "
                 "activation checkpointing is reentrant; set use_reentrant=False, or remove the batch-size monitor."
             )
         if not count:
-            raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
+            raise MeasurementError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
         parts = [*self._parts, *([self._square(self._whole)] if self._whole else [])]
         self._clear()
         return torch.stack(parts).sum(0)[:, None]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 
 # Two-sided 95 % of a normal distribution.
 _Z = 1.959964
@@ -72,7 +72,7 @@ def noise_scale(gradients: Tensor | Sequence[Tensor], batch_sizes: int | Sequenc
     """
     if not isinstance(gradients, Tensor):
         if len({gradient.shape for gradient in gradients}) > 1:
-            raise DataError("the gradients of the micro-batches differ in shape.")
+            raise ResultFileError("the gradients of the micro-batches differ in shape.")
         gradients = torch.stack([gradient.reshape(-1) for gradient in gradients]) if gradients else torch.empty(0, 0)
     rows = gradients.detach().double().flatten(1)
     sizes = _sizes(batch_sizes, len(rows))
@@ -144,7 +144,7 @@ def noise_scale_of_steps(signals: Tensor, traces: Tensor, weights: Tensor | None
     """
     weights = torch.ones_like(signals) if weights is None else weights
     if not signals.shape == traces.shape == weights.shape or signals.dim() != 1 or not len(signals):
-        raise DataError(
+        raise ResultFileError(
             f"a noise scale needs one signal, one trace and one weight for every step, got shapes "
             f"{tuple(signals.shape)}, {tuple(traces.shape)} and {tuple(weights.shape)}."
         )
@@ -177,9 +177,9 @@ def _sizes(batch_sizes: int | Sequence[int] | Tensor, count: int) -> Tensor:
     sizes = torch.as_tensor(batch_sizes, dtype=torch.float64)
     sizes = sizes.expand(count) if sizes.dim() == 0 else sizes
     if count < 2:
-        raise DataError(f"a noise scale needs at least two micro-batches, got {count}.")
+        raise ResultFileError(f"a noise scale needs at least two micro-batches, got {count}.")
     if sizes.shape[-1] != count:
-        raise DataError(f"got {count} micro-batches and {sizes.shape[-1]} batch sizes.")
+        raise ResultFileError(f"got {count} micro-batches and {sizes.shape[-1]} batch sizes.")
     if not bool((sizes > 0).all()):
-        raise DataError(f"batch sizes must be positive, got {sizes.tolist()}.")
+        raise ResultFileError(f"batch sizes must be positive, got {sizes.tolist()}.")
     return sizes

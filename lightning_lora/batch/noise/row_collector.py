@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.functional.linear_group import Settings
 from lightning_lora.lora.functional.seeded_dropout import Seed, drop
 from lightning_lora.lora.layers.base import LoRALayer
@@ -113,10 +113,10 @@ class RowCollector:
             if self._error is not None:
                 raise self._error
             if not self._sizes:
-                raise ConfigError("no output of an adapted layer received a gradient in a backward pass.")
+                raise MeasurementError("no output of an adapted layer received a gradient in a backward pass.")
             for name, size in self._sizes.items():
                 if num_rows is not None and size != num_rows:
-                    raise ConfigError(
+                    raise MeasurementError(
                         f"{name} receives {size} rows where the batch has {num_rows}: rows are not the first "
                         f"dimension of its input."
                     )
@@ -151,7 +151,9 @@ class RowCollector:
         self, name: str, layer: LoRALayer, x: Tensor, dropped: Tensor | None, output: Tensor
     ) -> _PendingCall:
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportAttributeAccessIssue]
-            raise ConfigError(f"{name} runs its forward pass again in the backward pass (activation checkpointing).")
+            raise MeasurementError(
+                f"{name} runs its forward pass again in the backward pass (activation checkpointing)."
+            )
         scale = layer.lora_spec.scale
         if not self.after_dropout:
             return _PendingCall(name, x, x._version, scale)
@@ -160,7 +162,7 @@ class RowCollector:
             scale = settings.scales[output.output_nr]
             return _PendingCall(name, x, x._version, scale, (settings.dropout, settings.seed))
         if dropped is None:
-            raise ConfigError(f"the input of the update of {name} ({type(layer).__name__}) could not be observed.")
+            raise MeasurementError(f"the input of the update of {name} ({type(layer).__name__}) could not be observed.")
         return _PendingCall(name, dropped, dropped._version, scale)
 
     @torch.no_grad()
@@ -170,7 +172,7 @@ class RowCollector:
             return
         try:
             if x is None or x._version != call.version:
-                raise ConfigError(f"the input of {call.name} was changed in place, or its graph is used twice.")
+                raise MeasurementError(f"the input of {call.name} was changed in place, or its graph is used twice.")
             with torch.autocast(d_y.device.type, enabled=False):
                 self._add(call, x, d_y)
         except Exception as error:
@@ -181,7 +183,7 @@ class RowCollector:
         x = _by_row(drop(x, *call.dropout), self.together)
         rows = self._rows_of(name, LayerCall(x, _by_row(d_y, self.together), call.scale, is_low_precision))
         if self._sizes.setdefault(name, len(x)) != len(x):
-            raise ConfigError(f"{name} is called with {self._sizes[name]} rows and with {len(x)} in one pass.")
+            raise MeasurementError(f"{name} is called with {self._sizes[name]} rows and with {len(x)} in one pass.")
         if self._calls[name] == 1:
             self._take(name, rows)
         else:
@@ -193,7 +195,7 @@ class RowCollector:
 def _by_row(tensor: Tensor, together: int) -> Tensor:
     """``(n, t, features)`` in float32 or float64, with ``together`` rows in one."""
     if tensor.dim() < 2 or len(tensor) % together:
-        raise ConfigError(f"a layer receives {len(tensor)} vectors without a dimension of rows.")
+        raise MeasurementError(f"a layer receives {len(tensor)} vectors without a dimension of rows.")
     # Gradients are off here: nothing needs to be detached.
     rows = tensor
     if together > 1 or tensor.dim() != 3:

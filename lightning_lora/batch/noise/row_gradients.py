@@ -12,7 +12,7 @@ from lightning_lora.batch.noise.micro_gradients import Metric, MicroGradients
 from lightning_lora.batch.noise.per_example_gradients import adapter_row_gradients
 from lightning_lora.batch.noise.row_collector import LayerCall, PerRow, RowCollector, rows_per_sample
 from lightning_lora.batch.noise.row_layers import row_layers
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.patterns import plain_name
 
 # Largest distance between the sum of the row gradients and the gradient itself, relative to their norm. Rounding is far
@@ -78,7 +78,7 @@ class RowGradients(MicroGradients):
         tolerance = _LOW_PRECISION_TOLERANCE if self._is_low_precision else _TOLERANCE
         if (largest := float(relative.max())) > tolerance:
             name = self._names.get(id(self._graded[int(relative.argmax())]), "a parameter")
-            raise ConfigError(
+            raise MeasurementError(
                 f"the row gradients of {name} miss its gradient by {largest:.1%} (tolerance {tolerance:.0%}): it is "
                 "used in a way that hooks do not see. Set accumulate_grad_batches=2 with half the batch."
             )

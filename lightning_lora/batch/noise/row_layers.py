@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import LoRALayer
@@ -32,7 +32,7 @@ def row_layers(
         ConfigError: If a parameter is trained outside of adapted linear layers, or hooks do not see the computation.
     """
     if (reason := _hidden_from_hooks(module)) is not None:
-        raise ConfigError(reason)
+        raise MeasurementError(reason)
     holders_of: dict[int, dict[str, LoRALayer]] = defaultdict(dict)
     for name, layer in lora_layers(module).items():
         for factor in layer.lora_factors().values():
@@ -46,7 +46,7 @@ def row_layers(
             continue
         holders = holders_of[id(parameter)]
         if not skips_others and any(isinstance(layer, DoRALayer) for layer in holders.values()):
-            raise ConfigError(
+            raise MeasurementError(
                 f"per-row gradients do not exist for {next(iter(holders))}, which has a magnitude (dora): set "
                 f"accumulate_grad_batches=2 with half the batch."
             )
@@ -54,7 +54,9 @@ def row_layers(
             if skips_others:
                 continue
             name = names.get(id(parameter), "a parameter of the optimizer")
-            raise ConfigError(f"per-row gradients exist for adapted linear layers only, and {name} is trained too.")
+            raise MeasurementError(
+                f"per-row gradients exist for adapted linear layers only, and {name} is trained too."
+            )
         found[next(iter(holders))] = list(holders.values())
     return found
 

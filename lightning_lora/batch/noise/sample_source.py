@@ -23,7 +23,7 @@ from lightning_lora.batch.noise.frozen_weights import WeightSketches
 from lightning_lora.batch.noise.micro_gradients import LeafGradients, Metric, MicroGradients
 from lightning_lora.batch.noise.row_gradients import RowGradients
 from lightning_lora.batch.noise.sharded_gradients import ShardedGradients
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, MeasurementError
 
 
 def sample_source(trainer: Trainer, module: LightningModule, metrics: Mapping[str, Metric]) -> MicroGradients:
@@ -39,9 +39,9 @@ def sample_source(trainer: Trainer, module: LightningModule, metrics: Mapping[st
     """
     optimizer, strategy = trainer.optimizers[0], trainer.strategy
     if (reason := unsupported_strategy(strategy)) is not None:
-        raise ConfigError(reason)
+        raise MeasurementError(reason)
     if getattr(trainer.precision_plugin, "scaler", None) is not None and _optimizer_handles_unscaling(optimizer):
-        raise ConfigError(
+        raise MeasurementError(
             f"{type(optimizer).__name__} unscales the gradients inside its step, where they cannot be measured: build "
             "it with fused=False, or train in bf16-mixed."
         )
@@ -54,7 +54,7 @@ def sample_source(trainer: Trainer, module: LightningModule, metrics: Mapping[st
         try:
             return RowGradients(module, parameters, metrics)
         except ConfigError as reason:
-            raise ConfigError(
+            raise MeasurementError(
                 f"a step is one micro-batch, and its rows cannot be compared: {reason} Set accumulate_grad_batches=2 "
                 "with half the batch."
             ) from None
@@ -68,9 +68,9 @@ def weight_source(trainer: Trainer, module: LightningModule) -> WeightSketches:
         ConfigError: If they cannot be measured in this run.
     """
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        raise ConfigError("layers are sharded, and so are the rows of a micro-batch: use DDP or one device.")
+        raise MeasurementError("layers are sharded, and so are the rows of a micro-batch: use DDP or one device.")
     if not module.automatic_optimization:
-        raise ConfigError("with manual optimization it is unknown which rows a backward pass belongs to.")
+        raise MeasurementError("with manual optimization it is unknown which rows a backward pass belongs to.")
     return WeightSketches(module, _trained_parameters(trainer), _all_ranks(trainer))
 
 
@@ -93,11 +93,11 @@ def unsupported_strategy(strategy: Strategy) -> str | None:
 
 def _check_sharded(trainer: Trainer, parameters: list[nn.Parameter]) -> None:
     if trainer.accumulate_grad_batches < 2:
-        raise ConfigError(
+        raise MeasurementError(
             "under FSDP2 all ranks together are one micro-batch, so a step needs accumulate_grad_batches >= 2."
         )
     if narrow := {str(p.dtype) for p in parameters if p.dtype not in (torch.float32, torch.float64)}:
-        raise ConfigError(
+        raise MeasurementError(
             f"trained parameters are {', '.join(sorted(narrow))}: what a micro-batch adds to such gradients is "
             "mostly rounding. Train adapters in float32 (adapter_dtype), or remove the batch-size monitor."
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.batch.noise.micro_gradients import MicroGradients
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import MeasurementError
 from lightning_lora.lora.shards import local_shard
 
 
@@ -40,7 +40,7 @@ class ShardedGradients(MicroGradients):
         ]
         self._before = now
         if not growth:
-            raise ConfigError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
+            raise MeasurementError("no gradient reached the batch-size monitor in a backward pass of a measured step.")
         return self._square(growth)[:, None]
 
     @override

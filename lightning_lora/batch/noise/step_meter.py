@@ -13,7 +13,7 @@ from lightning_lora.batch.noise.frozen_weights import WeightSketches
 from lightning_lora.batch.noise.sample_source import sample_source, weight_source
 from lightning_lora.batch.noise.step_sample import StepSample
 from lightning_lora.batch.token_loss import TokenWeightedLoss
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, MeasurementError
 from lightning_lora.sharding import FSDP2Strategy
 
 
@@ -38,7 +38,7 @@ class StepMeter:
         frozen_weights_every: int = 0,
     ) -> None:
         if len(trainer.optimizers) != 1:
-            raise ConfigError(
+            raise MeasurementError(
                 f"gradients of a step are known for one optimizer only, and the module has {len(trainer.optimizers)}."
             )
         self.trainer, self.module = trainer, module
@@ -81,7 +81,7 @@ class StepMeter:
     def add(self, num_rows: int) -> None:
         """Measure ``num_rows`` rows after their backward pass; with manual optimization, each pass over a batch."""
         if not num_rows:
-            raise ConfigError("the batch holds no tensor whose rows could be counted.")
+            raise MeasurementError("the batch holds no tensor whose rows could be counted.")
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         self._batches.append(self.trainer.fit_loop.total_batch_idx)

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.distributed_c10d import _get_default_store  # every process group has one; no public access
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CallbackSettingError
 
 CHECK_SECONDS = 1.0  # between two checks of processes on this host
 NUM_BEATS = 8  # heartbeats within the timeout
@@ -46,7 +46,7 @@ class RankWatch(Callback):
 
     def __init__(self, timeout: float = 30.0) -> None:
         if timeout < 5:
-            raise ConfigError(f"timeout must be at least 5 seconds, got {timeout}.")
+            raise CallbackSettingError(f"timeout must be at least 5 seconds, got {timeout}.")
         self.timeout = timeout
         self._watch: _Watch | None = None
 

@@ -15,7 +15,7 @@ import torch
 
 from lightning_lora.data.prompts.read_prompts import Prompt, text_prompt
 from lightning_lora.data.settings import RowSettings
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import GenerateError
 from lightning_lora.files.atomic import atomic_file
 
 from .answer_file import answer_line
@@ -105,10 +105,10 @@ def _row_settings(arguments: Namespace, rows: RowSettings) -> RowSettings:
     if arguments.chat_template_kwargs is not None:
         try:
             variables = json.loads(arguments.chat_template_kwargs)
-        except ValueError as error:
-            raise ConfigError(f"--chat_template_kwargs is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise GenerateError(f"--chat_template_kwargs is not JSON: {error}") from error
         if not isinstance(variables, dict):
-            raise ConfigError(
+            raise GenerateError(
                 f"--chat_template_kwargs must be a JSON object, as '{{\"enable_thinking\": false}}', got {variables!r}."
             )
         given["chat_template_kwargs"] = {**rows.chat_template_kwargs, **variables}
@@ -117,13 +117,13 @@ def _row_settings(arguments: Namespace, rows: RowSettings) -> RowSettings:
 
 def _prompts(arguments: Namespace, run: RunSettings, rows: RowSettings) -> list[Prompt]:
     if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit must be a whole number of 1 or more, got {arguments.limit}.")
+        raise GenerateError(f"--limit must be a whole number of 1 or more, got {arguments.limit}.")
     found = [text_prompt(text, f"--prompt {number}") for number, text in enumerate(arguments.prompt or (), start=1)]
     if arguments.prompts is not None:
         found += read_prompts(arguments.prompts, rows, arguments.limit)
     if not found:
         if run.validation is None:
-            raise ConfigError("nothing to ask: give --prompt TEXT, --prompts FILE, or --chat.")
+            raise GenerateError("nothing to ask: give --prompt TEXT, --prompts FILE, or --chat.")
         limit = arguments.limit or SHOWN
         found = read_prompts(run.validation, rows, limit)
         _note(f"prompts: the first {len(found)} rows of {run.validation}, which {run.config} names for validation")
@@ -133,17 +133,17 @@ def _prompts(arguments: Namespace, run: RunSettings, rows: RowSettings) -> list[
 def _check_chat(arguments: Namespace) -> None:
     others = [name for name in ("prompt", "prompts", "out", "limit") if getattr(arguments, name) is not None]
     if arguments.chat and others:
-        raise ConfigError(f"--chat asks for your messages as it goes: leave out --{' and --'.join(others)}.")
+        raise GenerateError(f"--chat asks for your messages as it goes: leave out --{' and --'.join(others)}.")
 
 
 def _open(path: Path, stack: ExitStack) -> BinaryIO:
     """Open the file of the answers, which appears when ``stack`` is left without an error."""
     if path.is_dir():
-        raise ConfigError(f"--out {path} is a folder: name a file in it, such as {path / 'answers.jsonl'}.")
+        raise GenerateError(f"--out {path} is a folder: name a file in it, such as {path / 'answers.jsonl'}.")
     try:
         return stack.enter_context(atomic_file(path))
     except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error.strerror}.") from error
+        raise GenerateError(f"--out {path} cannot be written: {error.strerror}.") from error
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def _memory_advice(device: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
+        raise GenerateError(
             f"the answers do not fit in the memory of {device}: give a smaller --batch_size or --max_new_tokens."
         ) from error
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import GenerateError
 from lightning_lora.tasks.loading import context_length
 from lightning_lora.tasks.rl.sampling.decoding import decode
 from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
@@ -41,9 +41,9 @@ class Sampling(SamplingSettings):
         super().__post_init__()
         for name, least in (("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {getattr(self, name)}.")
+                raise GenerateError(f"{name} must be a whole number of {least} or more, got {getattr(self, name)}.")
         if not self.temperature and (self.top_p < 1 or self.top_k):
-            raise ConfigError(
+            raise GenerateError(
                 "top_p and top_k choose among tokens to draw, and temperature 0 draws none: give a temperature above "
                 "0, such as 0.7."
             )

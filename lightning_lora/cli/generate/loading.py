@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, ConfigError, check_choice
+from lightning_lora.errors import BaseMismatchError, ConfigError, GenerateError, RunSourceError, check_choice
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
@@ -103,7 +103,7 @@ def choose_loading(device: str | None, dtype: str | None, base: str | None, allo
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--device {device!r} cannot be used on this machine: {reason}") from error
+        raise GenerateError(f"--device {device!r} cannot be used on this machine: {reason}") from error
     return Loading(device, dtype or ("float32" if kind == "cpu" else "bfloat16"), base, allow_other_base)
 
 
@@ -132,10 +132,10 @@ def load(source: Source, how: Loading, tokenizer: str | None = None, compare: bo
 def _load_adapter_folder(path: Path, how: Loading, tokenizer: str | None, compare: bool) -> Loaded:
     peft = read_json(path / CONFIG_FILE)
     if peft.get("task_type") in _OTHER_PEFT_TASKS:
-        raise AdapterFileError(f"{path} is the adapter of another task ({peft['task_type']}): it writes no text.")
+        raise RunSourceError(f"{path} is the adapter of another task ({peft['task_type']}): it writes no text.")
     name = how.base or peft.get("base_model_name_or_path")
     if not name:
-        raise ConfigError(f"{path} does not say on which base it was trained: name it with --base.")
+        raise GenerateError(f"{path} does not say on which base it was trained: name it with --base.")
     model = _load_base(name, how, None if how.base else path)
     try:
         load_adapter(model, path, how.allow_other_base)
@@ -160,7 +160,7 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
             task = kind(**settings)
     except ConfigError as error:
         hint = "" if how.base else f" The run has named it so: name its present place with --base, for {recorded!r}."
-        raise ConfigError(f"{path}: {error}{hint}") from error
+        raise GenerateError(f"{path}: {error}{hint}") from error
     task.lora_allow_other_base = how.allow_other_base
     with _without_report():
         task.configure_model()
@@ -202,7 +202,7 @@ def _task_and_settings(checkpoint: dict[str, Any], path: Path) -> tuple[type[Cau
         names = ", ".join(task.__name__ for task in TASKS if issubclass(task, CausalLM))
         advice = f" Its adapter folder works where there is one: {folder}." if (folder := _adapter_beside(path)) else ""
         writer = name or "a module of yours"
-        raise AdapterFileError(f"{path} was written by {writer}, and text is generated with {names} only.{advice}")
+        raise RunSourceError(f"{path} was written by {writer}, and text is generated with {names} only.{advice}")
     return kind, settings
 
 
@@ -214,7 +214,7 @@ def _adapter_beside(checkpoint: Path) -> Path | None:
 
 def _load_model_folder(path: Path, how: Loading, tokenizer: str | None, compare: bool) -> Loaded:
     if compare and not how.base:
-        raise ConfigError(
+        raise GenerateError(
             f"{path} is a whole model, and there is nothing to compare it with: leave out --compare, or name another "
             "model with --base."
         )
@@ -229,19 +229,19 @@ def _load_base(name: str, how: Loading, adapter: Path | None) -> PreTrainedModel
         config = read_config(name)
         kinds = [kind for kind in getattr(config, "architectures", None) or () if "Classification" in kind]
         if kinds:
-            raise ConfigError(f"{name} is a {kinds[0]}: it writes no text.")
+            raise GenerateError(f"{name} is a {kinds[0]}: it writes no text.")
         return load_model(AutoModelForCausalLM, name, new_head=False, config=config, dtype=how.torch_dtype)
     except ValueError as error:  # of transformers, if the config is not of a causal language model
         reason = str(error).strip().splitlines()[0]
         where = f"{adapter} was trained on {name!r}: " if adapter else ""
         hint = " Name its present place with --base." if adapter else ""
-        raise ConfigError(f"{where}{reason}{hint}") from error
+        raise GenerateError(f"{where}{reason}{hint}") from error
 
 
 def _move(model: PreTrainedModel, device: str) -> None:
     try:
         model.to(device)  # pyright: ignore[reportArgumentType]
     except torch.OutOfMemoryError as error:
-        raise ConfigError(f"the model does not fit on {device}: give --device cpu, or --dtype bfloat16.") from error
+        raise GenerateError(f"the model does not fit on {device}: give --device cpu, or --dtype bfloat16.") from error
     except ValueError as error:  # of transformers, for 8-bit weights
-        raise ConfigError(f"the model cannot be moved to {device}: {error} Give --device cpu.") from error
+        raise GenerateError(f"the model cannot be moved to {device}: {error} Give --device cpu.") from error

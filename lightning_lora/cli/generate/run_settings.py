@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from lightning_lora.data.settings import RowSettings
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, GenerateError
+from lightning_lora.files.yaml_text import read_yaml
 
 FILE = "config.yaml"
 _DEPTH = 3
@@ -53,9 +54,9 @@ def read_run_settings(path: Path) -> RunSettings:
 
 def _read(file: Path) -> RunSettings:
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+        raise GenerateError(f"{file} cannot be read: {error}") from error
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not str(data.get("class_path", _KINDS[0])).endswith(_KINDS):
         return RunSettings()
@@ -65,5 +66,5 @@ def _read(file: Path) -> RunSettings:
     try:
         rows = dataclasses.replace(_PLAIN, **settings)
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{file}: the settings of the data cannot be used: {error}") from error
+        raise GenerateError(f"{file}: the settings of the data cannot be used: {error}") from error
     return RunSettings(rows, given.get("validation"), given.get("tokenizer"), file)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_lora.checkpoints.shards import is_folder_of_shards
 from lightning_lora.cli.run_source import find_source
-from lightning_lora.errors import AdapterFileError, ConfigError, check_choice
+from lightning_lora.errors import AdapterFileError, GenerateError, RunSourceError, check_choice
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.lightning_checkpoint import read_checkpoint
 
@@ -42,10 +42,10 @@ def find(named: Path, which: str | None = None) -> Source:
     if which is not None:
         check_choice("--which", which, WHICH)
     if not named.exists():
-        raise AdapterFileError(f"{named} does not exist: give {_KINDS}.")
+        raise RunSourceError(f"{named} does not exist: give {_KINDS}.")
     source = _as_it_is(named)
     if source is not None and which is not None:
-        raise ConfigError(f"--which chooses from a run folder, and {named} is no run folder: leave it out.")
+        raise GenerateError(f"--which chooses from a run folder, and {named} is no run folder: leave it out.")
     if source is None:
         path = _best(named) if which == "best" else _last(named)
         source = Source(path, "adapter" if path.is_dir() else "checkpoint")
@@ -56,7 +56,7 @@ def _as_it_is(named: Path) -> Source | None:
     if named.is_file():
         return Source(named, "checkpoint")
     if is_folder_of_shards(named):
-        raise AdapterFileError(
+        raise RunSourceError(
             f"{named} is a checkpoint in shards: make one file of it with `lightning-lora consolidate {named} OUT.ckpt`"
             " and give that."
         )
@@ -74,7 +74,7 @@ def _last(run: Path) -> Path:
     except AdapterFileError as error:
         if any(run.rglob("*.ckpt")):
             raise
-        raise AdapterFileError(f"{run} holds no checkpoint, adapter or model: give {_KINDS}.") from error
+        raise RunSourceError(f"{run} holds no checkpoint, adapter or model: give {_KINDS}.") from error
 
 
 def _best(run: Path) -> Path:
@@ -91,7 +91,7 @@ def _best(run: Path) -> Path:
             for path in (last.parent / best.name, best):
                 if path.is_file():
                     return path
-    raise AdapterFileError(
+    raise RunSourceError(
         f"{run} does not know its best model: it holds no adapters/best, and no checkpoint that a ModelCheckpoint with "
         "a monitor has kept. Give one to the run (AdapterCheckpoint or ModelCheckpoint with monitor: val_loss), or "
         "leave out --which best."

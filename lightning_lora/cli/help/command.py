@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from lightning_lora.errors import did_you_mean
+from lightning_lora.errors import did_you_mean, with_code
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CommandParser(ArgumentParser):
         """Print the error and exit with code 2."""
         _, is_unknown, words = message.partition("unrecognized arguments: ")
         near = did_you_mean(words.split()[0].partition("=")[0], self.options()) if is_unknown else "."
-        print(f"error: {message}{near} {self.epilog}", file=sys.stderr)
+        print(f"error: {with_code(f'{message}{near} {self.epilog}')}", file=sys.stderr)
         raise SystemExit(2)
 
     def options(self) -> list[str]:

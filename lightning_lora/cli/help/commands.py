@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from lightning_lora.cli.help.command import Command
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import CommandError
 
 
 def _recipes_arguments(parser: ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def _recipes(arguments: Namespace) -> None:
         for path in copy_recipes(arguments.names, arguments.to):
             print(f"written: {path}")
     elif arguments.names:
-        raise ConfigError("recipes list takes no names; to copy: lightning-lora recipes copy NAME ...")
+        raise CommandError("recipes list takes no names; to copy: lightning-lora recipes copy NAME ...")
     else:
         for name, purpose in recipes().items():
             print(f"{name}\n    {purpose}")
@@ -47,7 +47,7 @@ def _schema(arguments: Namespace) -> None:
         with atomic_file(arguments.out) as file:
             file.write(text.encode())
     except OSError as error:
-        raise ConfigError(f"{arguments.out} cannot be written: {error.strerror or error}.") from error
+        raise CommandError(f"{arguments.out} cannot be written: {error.strerror or error}.") from error
     print(f"written: {arguments.out}. An editor finds it by the first line of a config:")
     print(f"# yaml-language-server: $schema={arguments.out}")
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import CommandError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -40,13 +40,13 @@ def copy_recipes(names: Sequence[str], to: Path) -> list[Path]:
     known = recipes()
     for name in names:
         if name not in known:
-            raise ConfigError(
+            raise CommandError(
                 f"there is no recipe {name!r}{did_you_mean(name, known)} See: lightning-lora recipes list"
             )
     targets = {name: to / name for name in names or known}
     for target in targets.values():
         if target.exists():
-            raise ConfigError(f"{target} is there already, and may have been changed: give another folder by --to.")
+            raise CommandError(f"{target} is there already, and may have been changed: give another folder by --to.")
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(recipes_folder() / name, target)

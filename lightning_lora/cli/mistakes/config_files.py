@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_lora.errors import ConfigError, did_you_mean, first_five
+from lightning_lora.errors import CommandError, did_you_mean, first_five
+from lightning_lora.files.yaml_text import MAX_CHARACTERS, compose_yaml
 
 _OPTIONS = ("-c", "--config")
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -19,16 +20,17 @@ def check_config_files(arguments: Sequence[str]) -> None:
     """Read every config file on a command line.
 
     Raises:
-        ConfigError: If one does not exist, is no YAML, holds no settings, gives a name twice, or has settings of a
-            class beside its ``init_args``.
+        ConfigError: If one does not exist, is no YAML, holds no settings, gives a name twice, has settings of a class
+            beside its ``init_args``, or a number that YAML reads otherwise than people do.
 
     Warns:
         UserWarning: If the callbacks of one replace those of another.
     """
     roots = {name: _parsed(name) for name in config_files(arguments)}
     for name, root in roots.items():
-        for mapping in _mappings(root):
-            _check_mapping(name, mapping)
+        for node in _nodes(root):
+            if isinstance(node, yaml.MappingNode):
+                _check_mapping(name, node)
     _tell_replaced_callbacks(roots)
 
 
@@ -75,19 +77,21 @@ def _tell_replaced_callbacks(roots: Mapping[str, yaml.MappingNode]) -> None:
 def _parsed(name: str) -> yaml.MappingNode:
     text = _text(name)
     if text.startswith("Traceback (most recent call last)"):
-        raise ConfigError(
+        raise CommandError(
             f"config {name}, line 1: a traceback of Python, not settings; the command that wrote it failed with "
             f"{text.strip().splitlines()[-1]!r}."
         )
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose_yaml(text)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"config {name}{_described(error, text)}") from error
-    except yaml.YAMLError as error:  # a character that no YAML may hold
-        raise ConfigError(f"config {name} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise CommandError(f"config {name}{_described(error, text)}") from error
+    except yaml.reader.ReaderError as error:  # a character that no YAML may hold
+        raise CommandError(f"config {name} is not YAML: {str(error).splitlines()[0]}.") from error
+    except yaml.YAMLError as error:
+        raise CommandError(f"config {name}: {error}.") from error
     if not isinstance(root, yaml.MappingNode):
         held = "is empty" if root is None else f"holds {_kind(root)}, not settings"
-        raise ConfigError(f"config {name} {held}: a config names settings, such as 'model:' or 'trainer:'.")
+        raise CommandError(f"config {name} {held}: a config names settings, such as 'model:' or 'trainer:'.")
     return root
 
 
@@ -96,13 +100,15 @@ def _text(name: str) -> str:
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else Path()
         known = [str(folder / file.name) for kind in ("*.yaml", "*.yml", "*.json") for file in folder.glob(kind)]
-        raise ConfigError(f"config {name!r} does not exist (looked from {os.getcwd()}){did_you_mean(name, known)}")
+        raise CommandError(f"config {name!r} does not exist (looked from {os.getcwd()}){did_you_mean(name, known)}")
     if not path.is_file():
-        raise ConfigError(f"config {name!r} is not a file but a folder; name a file in it, such as config.yaml.")
+        raise CommandError(f"config {name!r} is not a file but a folder; name a file in it, such as config.yaml.")
     try:
+        if path.stat().st_size > 4 * MAX_CHARACTERS:
+            raise CommandError(f"config {name} has {path.stat().st_size} bytes: settings need a few thousand.")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {name} cannot be read as text ({error}); is it a config at all?") from error
+        raise CommandError(f"config {name} cannot be read as text ({error}); is it a config at all?") from error
 
 
 def _described(error: yaml.MarkedYAMLError, text: str) -> str:
@@ -123,32 +129,33 @@ def _described(error: yaml.MarkedYAMLError, text: str) -> str:
 
 
 def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else f"the text {str(node.value)[:40]!r}"
+    if isinstance(node, yaml.CollectionNode):
+        return "a list" if isinstance(node, yaml.SequenceNode) else "a group of settings"
+    return f"the text {str(node.value)[:40]!r}"
 
 
-def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for _, value in node.value:
-            yield from _mappings(value)
-    elif isinstance(node, yaml.SequenceNode):
+def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    yield node
+    if isinstance(node, yaml.CollectionNode):
         for value in node.value:
-            yield from _mappings(value)
+            yield from _nodes(value[1] if isinstance(value, tuple) else value)
 
 
 def _check_mapping(name: str, mapping: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in mapping.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise CommandError(f"config {name}, line {line}: the name of a setting must be a text, not {_kind(key)}.")
         if key.value in lines and key.value != "<<":
-            raise ConfigError(
+            raise CommandError(
                 f"config {name}: {key.value!r} is given twice in one group, in lines {lines[key.value]} and {line}; "
                 "YAML would forget the first."
             )
         lines[key.value] = line
     stray = [key for key in lines if key not in _CLASS_KEYS]
     if stray and ("class_path" in lines or "init_args" in lines):
-        raise ConfigError(
+        raise CommandError(
             f"config {name}, line {lines[stray[0]]}: {first_five(map(repr, stray))} beside "
             f"{'class_path' if 'class_path' in lines else 'init_args'}; settings of a class go below its init_args, "
             "indented by two more columns."

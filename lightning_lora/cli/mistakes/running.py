@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.missing_package import missing_package
-from lightning_lora.errors import AdapterFileError, ConfigError, did_you_mean, user_error
+from lightning_lora.errors import CheckpointFileError, CommandError, did_you_mean, user_error
 
 
 def check_data(module: LightningModule, data: LightningDataModule | None) -> None:
@@ -23,7 +23,7 @@ def check_data(module: LightningModule, data: LightningDataModule | None) -> Non
         ConfigError: If there is no data module, and the module has no training data of its own.
     """
     if data is None and not is_overridden("train_dataloader", module):
-        raise ConfigError(
+        raise CommandError(
             "there is no data: give --config FILE that names some, as cli_configs/sft.yaml does, or --data CLASS_PATH."
         )
 
@@ -39,16 +39,16 @@ def trainer_error(error: Exception, settings: Mapping[str, Any]) -> Exception:
         return error
     known = StrategyRegistry.available_strategies() if "strategy name" in str(error) else ()
     near = did_you_mean(str(settings.get("strategy")), known)
-    return ConfigError(f"trainer: {' '.join(str(error).split()).rstrip('.!')}{near}")
+    return CommandError(f"trainer: {' '.join(str(error).split()).rstrip('.!')}{near}")
 
 
 def check_ckpt_path(path: str, is_fit: bool) -> None:
     """Raise `AdapterFileError` for a path that can be no checkpoint, before the model is built."""
     if path == "best" or (path == "last" and not is_fit):
-        raise AdapterFileError(
+        raise CheckpointFileError(
             f"ckpt_path {path!r} stands for a checkpoint of a fit in the same process, and a command is a process of "
             "its own: give the path, as runs/sft/version_0/checkpoints/last.ckpt."
         )
     if path not in ("last", "hpc") and is_local(path) and not Path(path).exists():
-        raise AdapterFileError(f"ckpt_path: there is no {path}.")
+        raise CheckpointFileError(f"ckpt_path: there is no {path}.")
     refuse_other_files(path)

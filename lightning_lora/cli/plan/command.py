@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_lora.cli.help.command import CommandParser
 from lightning_lora.cli.plan.quick_imports import quick_imports
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PlanError
 
 EXAMPLE = "example: lightning-lora plan --config cli_configs/sft.yaml --config cli_configs/lora.yaml --memory 24GiB"
 _CLASSES = ["--model=lightning_lora.tasks.CausalLM", "--data=lightning_lora.data.SFTDataModule"]
@@ -38,7 +38,7 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     options, rest = option_parser().parse_known_args(list(arguments))
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
+            raise PlanError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
     # Read before anything slow: a wrong unit is told at once.
     with quick_imports():
         from lightning_lora.planning.devices import find_devices
@@ -78,9 +78,9 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         try:
             print(f"written: {made.write_config(options.write_config)}")
         except OSError as error:
-            raise ConfigError(f"{options.write_config} cannot be written: {error.strerror or error}.") from error
+            raise PlanError(f"{options.write_config} cannot be written: {error.strerror or error}.") from error
     if not made.fits:
-        raise ConfigError(made.sentence)
+        raise PlanError(made.sentence)
 
 
 def option_parser() -> CommandParser:
@@ -120,10 +120,10 @@ def _expanded(arguments: list[str]) -> list[str]:
         names.append(arguments.pop(0))
     if not names:
         if not arguments:
-            raise ConfigError(f"plan needs a model and data: MODEL DATA, or --config FILE. {EXAMPLE}")
+            raise PlanError(f"plan needs a model and data: MODEL DATA, or --config FILE. {EXAMPLE}")
         return arguments
     if len(names) == 1:
-        raise ConfigError(f"plan takes MODEL DATA: {names[0]!r} is one of the two. {EXAMPLE}")
+        raise PlanError(f"plan takes MODEL DATA: {names[0]!r} is one of the two. {EXAMPLE}")
     model, *data = names
     train = data[0] if len(data) == 1 else data
     named = [f"--model.init_args.model={model}", f"--data.init_args.train={train}"]
@@ -185,4 +185,4 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         with atomic_file(file) as opened:
             opened.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     except OSError as error:
-        raise ConfigError(f"the plan cannot be written to {file}: {error.strerror or error}.") from error
+        raise PlanError(f"the plan cannot be written to {file}: {error.strerror or error}.") from error

@@ -14,7 +14,7 @@ import torch
 
 from lightning_lora.cli.study.fit_config import fit_config, fit_objects
 from lightning_lora.cli.study.matched_size import LORA, rank_like
-from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.errors import LoRAError, StudySettingError
 from lightning_lora.study.matched.checks.built import BuiltArm, build_arm, check_kept
 from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.options import has_option, option_of
@@ -41,7 +41,7 @@ def resolve(
         ConfigError: If a config or an option is wrong, or the arms differ in what must be equal.
     """
     if not more and not configs and not any(arm.configs for arm in spec.arms):
-        raise ConfigError("there are no configs: name the config files of fit under configs, as in fit --config.")
+        raise StudySettingError("there are no configs: name the config files of fit under configs, as in fit --config.")
 
     def made(arm: ArmSpec) -> ArmSpec:
         both = {**overrides, **arm.overrides}
@@ -56,7 +56,7 @@ def resolve(
             try:
                 rank = rank_like(arm, arms[arm.matched_rank])
             except LoRAError as error:
-                raise ConfigError(f"arm {arm.name!r}, matched_rank {arm.matched_rank!r}: {error}") from error
+                raise StudySettingError(f"arm {arm.name!r}, matched_rank {arm.matched_rank!r}: {error}") from error
             arms[arm.name] = made(replace(arm, overrides={**arm.overrides, f"{LORA}.rank": rank}))
     found = [_with_rates(arm, spec) for arm in arms.values()]
     check_equal(found)
@@ -81,12 +81,14 @@ def _built(arm: ArmSpec) -> BuiltArm | None:
 
 def _check_overrides(arm: str, overrides: Mapping[str, Any], rate_option: str) -> None:
     if rate_option in overrides:
-        raise ConfigError(
+        raise StudySettingError(
             f"arm {arm!r} overrides {rate_option}, which the study sets for each run: give learning_rates."
         )
     for option in overrides:
         if option in _OF_THE_STUDY:
-            raise ConfigError(f"arm {arm!r} overrides {option}, which the study sets for each run, alike in all arms.")
+            raise StudySettingError(
+                f"arm {arm!r} overrides {option}, which the study sets for each run, alike in all arms."
+            )
 
 
 def _found(name: str, beside: Path) -> str:
@@ -102,7 +104,7 @@ def _argument(option: str, value: Any) -> str:
 def _with_rates(arm: ArmSpec, spec: StudySpec) -> ArmSpec:
     option = spec.learning_rate_option
     if not has_option(arm.config, option):
-        raise ConfigError(
+        raise StudySettingError(
             f"arm {arm.name!r} has no option {option}: name the one that takes the learning rate as "
             f"learning_rate_option, such as model.init_args.lr."
         )
@@ -110,7 +112,7 @@ def _with_rates(arm: ArmSpec, spec: StudySpec) -> ArmSpec:
         return arm
     rate = option_of(arm.config, option)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
-        raise ConfigError(
+        raise StudySettingError(
             f"arm {arm.name!r}: {option} is {rate!r}, so no sweep can start from it: give learning_rates."
         )
     return replace(arm, learning_rates=first_rates(rate))

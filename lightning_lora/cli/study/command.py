@@ -13,7 +13,7 @@ from subprocess import Popen
 from typing import TYPE_CHECKING
 
 from lightning_lora.cli.help.command import CommandParser
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 
 if TYPE_CHECKING:
     from lightning_lora.cli.study.estimate import Estimate
@@ -39,13 +39,15 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     """
     options, rest = _parsed(list(arguments))
     if options.file is None and not rest:
-        raise ConfigError(
+        raise StudySettingError(
             f"study needs a study file, or --config FILE of a run to try in full and by adapters. {EXAMPLE}"
         )
     if options.file is not None and rest:
-        raise ConfigError(f"study {options.file} takes no {rest[0]!r}: options of fit go under overrides in the file.")
+        raise StudySettingError(
+            f"study {options.file} takes no {rest[0]!r}: options of fit go under overrides in the file."
+        )
     if options.hours is not None and not options.hours > 0:
-        raise ConfigError(f"--hours must be a positive number, got {options.hours:g}.")
+        raise StudySettingError(f"--hours must be a positive number, got {options.hours:g}.")
     from lightning_lora.cli.lora_cli import ALLOW_VARIABLE, restrict_imports
     from lightning_lora.study.matched.spec import read_spec
     from lightning_lora.study.tasks.settings import KEEP_VARIABLE

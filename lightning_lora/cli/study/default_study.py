@@ -9,7 +9,7 @@ from typing import Any
 from lightning_lora.cli.study.arms import resolve
 from lightning_lora.cli.study.estimate import Estimate, estimate
 from lightning_lora.cli.study.fit_config import fit_config
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 from lightning_lora.study.matched.options import has_option, option_of
 from lightning_lora.study.matched.record import STUDY, read_study
 from lightning_lora.study.matched.spec import StudySpec, spec_of
@@ -37,7 +37,7 @@ def default_study(arguments: Sequence[str], hours: float | None, folder: Path) -
     """
     config = fit_config(arguments, "the config")
     if not has_option(config, LORA):
-        raise ConfigError(
+        raise StudySettingError(
             f"{option_of(config, 'model.class_path')} takes no lora, so there is nothing to compare by default: write "
             f"a study file, see docs/understand/study.md."
         )
@@ -67,14 +67,16 @@ def _shortened(spec: StudySpec, hours: float) -> Estimate:
     """The time of the study with runs so short that all of it takes so long."""
     found = estimate(spec)
     if found is None:
-        raise ConfigError("--hours needs an estimate of the time of a run, and there is none for this module and data.")
+        raise StudySettingError(
+            "--hours needs an estimate of the time of a run, and there is none for this module and data."
+        )
     scoring = found.mostly.passes * found.pass_seconds
     share = max(0.0, hours * 3600 - scoring) / (found.total_seconds - scoring)
     steps = int(found.steps * min(1.0, share))
     fewest = min(FEWEST_STEPS, found.steps)
     if steps < fewest:
         needed = found.with_steps(fewest).total_seconds / 3600
-        raise ConfigError(
+        raise StudySettingError(
             f"in {hours:g} hours each of about {found.mostly.runs} runs would take {steps} steps, too few to compare: "
             f"give --hours {needed:.2g} or more, or a smaller model."
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.errors import BenchmarkError, RunSourceError
 
 if TYPE_CHECKING:
     from lightning_lora.study.matched.record import StudyRecord
@@ -98,10 +98,10 @@ def _models(study: StudyRecord) -> Iterator[Model]:
 
     done = [cell for cell in study.cells if cell.phase == "verdict" and cell.state == "done"]
     if not done:
-        raise ConfigError(f"no verdict run of {study.folder} is done yet: finish the study first.")
+        raise BenchmarkError(f"no verdict run of {study.folder} is done yet: finish the study first.")
     missing = sorted({cell.arm for cell in done if kept_model(study.run_folder(cell)) is None})
     if missing:
-        raise ConfigError(
+        raise BenchmarkError(
             f"the runs of {', '.join(missing)} have kept no model: whole models are kept by study --keep-models, given "
             f"from the start. Run the study with it in a new --out."
         )
@@ -128,7 +128,7 @@ def _of_run(folder: Path, settings: TaskSettings) -> None:
     if source.is_file():  # a checkpoint at the same step as the adapter says no more than it
         adapter = folder / "adapters" / "last"
         if not adapter.is_dir():
-            raise AdapterFileError(f"{folder} has no adapter folder: lightning-lora export {source} OUT writes one.")
+            raise RunSourceError(f"{folder} has no adapter folder: lightning-lora export {source} OUT writes one.")
         source = adapter
     base = read_adapter_folder(source).peft.get("base_model_name_or_path")
     models = [*([Model(UNTRAINED, 0, base)] if base else []), Model(TUNED, 0, str(source))]

@@ -14,7 +14,7 @@ import yaml
 from typing_extensions import override
 
 from lightning_lora.cli.lora_cli import LoRACLI, run_trainer_command
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 
 
 class ConfigCLI(LoRACLI):
@@ -63,7 +63,7 @@ def fit_config(arguments: Sequence[str], where: str) -> dict[str, Any]:
             return ConfigCLI().fit_config
     except SystemExit as exit:
         sentence = said.getvalue().removeprefix("error: ").split("\ntip:")[0].strip()
-        raise ConfigError(f"{where}: {sentence.replace(' (on the command line)', '')}") from exit
+        raise StudySettingError(f"{where}: {sentence.replace(' (on the command line)', '')}") from exit
     finally:
         sys.argv[1:] = before
 

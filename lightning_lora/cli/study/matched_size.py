@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_lora.cli.study.fit_config import fit_objects
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.matched_rank import matched_rank
 from lightning_lora.study.matched.options import option_of
@@ -31,5 +31,5 @@ def rank_like(arm: ArmSpec, other: ArmSpec) -> int:
 def _lora(arm: ArmSpec) -> LoRAConfig:
     settings: Mapping[str, Any] | None = option_of(arm.config, LORA)
     if not settings:
-        raise ConfigError(f"matched_rank compares adapters, and arm {arm.name!r} has no {LORA}.")
+        raise StudySettingError(f"matched_rank compares adapters, and arm {arm.name!r} has no {LORA}.")
     return LoRAConfig(**settings)

@@ -151,6 +151,8 @@ def render_ahead(profile: Profile, records: Sequence[Conversation]) -> list[Text
         parts = [records[number].messages[:count] for number, count, _ in wanted]
         try:
             rendered = profile.template.render_all(parts, wanted is prompts, profile.marked and wanted is wholes)
+        except ConfigError:
+            raise
         except Exception:  # a template can raise anything
             return [{} for _ in records]
         for (number, count, prompt), text in zip(wanted, rendered, strict=True):
@@ -164,12 +166,15 @@ def render(
     """Render messages of a conversation, with the marks of the template.
 
     Raises:
+        ConfigError: If the template does not end, or makes a text without end.
         RowError: If the template refuses them. The message has the line of the template.
     """
     try:
         if marked and not prompt:
             return template.render_marked(messages)
         return template.render(messages, prompt), []
+    except ConfigError:
+        raise
     except Exception as error:  # a template can raise anything
         what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise RowError(

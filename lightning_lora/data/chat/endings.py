@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.errors import ConfigError
+
 from .template import Template, find_template
 
 QUESTION, ANSWER, REPLY, TOOL = "question38", "answer38", "reply38", "tool38"
@@ -100,6 +102,8 @@ def _try(template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool
     # A template may refuse what it is not made for, tools above all; that is an answer.
     try:
         return template.render(messages, prompt)
+    except ConfigError:  # it does not end, whatever it is given
+        raise
     except (TemplateError, TypeError, ValueError):
         return ""
 

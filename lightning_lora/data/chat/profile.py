@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ChatTemplateError, did_you_mean
 
 from ..settings import RowSettings
 from .endings import added_tokens, any_of, end_tokens, prompt_end, special_tokens
@@ -102,7 +102,7 @@ def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, settings: RowSettings) 
     ids: Any = tokenizer(settings.end_of_answer, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         known = special_tokens(tokenizer)
-        raise ConfigError(
+        raise ChatTemplateError(
             f"end_of_answer must be the text of one token, got {settings.end_of_answer!r} ({len(ids)} tokens)"
             f"{did_you_mean(settings.end_of_answer, known)} Special tokens are {', '.join(known[:10])}."
         )

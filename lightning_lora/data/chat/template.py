@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ChatTemplateError, did_you_mean
 
 from ..settings import RowSettings
+from .limits import check_length, compiled, time_limit
 from .names import Names, read_names
 from .variables import parse_day
 
@@ -45,7 +45,7 @@ def find_template(
         if tools and "tool_use" in named:
             return named["tool_use"]
         if named and "default" not in named:
-            raise ConfigError(
+            raise ChatTemplateError(
                 f"the tokenizer has several chat templates and none is its default; choose one of {sorted(named)} by "
                 "chat_template."
             )
@@ -63,9 +63,9 @@ def _file_or_text(given: str, named: Mapping[str, str]) -> str:
         try:
             return Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template {given!r} cannot be read: {error}") from error
+            raise ChatTemplateError(f"chat_template {given!r} cannot be read: {error}") from error
     names = f"The tokenizer's templates: {sorted(named)}." if named else "The tokenizer has no chat template."
-    raise ConfigError(
+    raise ChatTemplateError(
         f"chat_template {given!r} is not a file (looked from {os.getcwd()}), not the name of a template and not a "
         f"template, which would hold '{{{{' or '{{%'{did_you_mean(given, named)} {names}"
     )
@@ -100,10 +100,7 @@ class Template:
     today: date = field(default_factory=date.today)
 
     def __post_init__(self) -> None:
-        try:
-            _compile_jinja_template(self.text)
-        except TemplateSyntaxError as error:
-            raise ConfigError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+        compiled(self.text)
 
     @property
     def names(self) -> Names:
@@ -137,14 +134,18 @@ class Template:
     def render_all(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], prompt: bool, marked: bool
     ) -> list[tuple[str, list[Span]]]:
-        """The texts of several conversations and their marks; a call for many costs less than one for each."""
+        """The texts of several conversations and their marks; a call for many costs less than one for each.
+
+        Raises:
+            ConfigError: If the template does not end, or makes a text that is longer than any conversation.
+        """
         # Not apply_chat_template: it does not return the marks, and its mask is empty for answers that begin with a
         # blank. As there, a key without a value is an absent key.
         given = [
             [{key: value for key, value in message.items() if value is not None} for message in messages]
             for messages in conversations
         ]
-        with self._calendar():
+        with self._calendar(), time_limit(len(given)):
             rendered: Any = render_jinja_template(
                 given,
                 chat_template=self.text,
@@ -153,12 +154,13 @@ class Template:
                 **self.variables,
             )
         texts, marks = rendered
+        check_length(texts)
         return list(zip(texts, marks if marked else [[] for _ in texts], strict=True))
 
     @contextmanager
     def _calendar(self) -> Iterator[None]:
         # transformers keeps one compiled template for each text and gives it a function that reads the clock.
-        names = _compile_jinja_template(self.text).environment.globals
+        names = compiled(self.text).environment.globals
         clock = names["strftime_now"]
         names["strftime_now"] = datetime.combine(self.today, time()).strftime
         try:

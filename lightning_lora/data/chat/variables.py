@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ChatTemplateError
 
 _TAKEN = {"messages", "conversations", "chat_template", "add_generation_prompt"}
 _TAKEN |= {"return_assistant_tokens_mask", "continue_final_message"}
@@ -22,12 +22,14 @@ def check_variables(given: Mapping[str, Any]) -> dict[str, Any]:
             if ``date`` is no day.
     """
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise ConfigError(f"chat_template_kwargs must map names to values, got {given!r}.")
+        raise ChatTemplateError(f"chat_template_kwargs must map names to values, got {given!r}.")
     variables = check_names(given)
     try:
         json.dumps(variables)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"chat_template_kwargs must hold texts, numbers, lists and mappings only: {error}") from error
+        raise ChatTemplateError(
+            f"chat_template_kwargs must hold texts, numbers, lists and mappings only: {error}"
+        ) from error
     return variables
 
 
@@ -38,7 +40,7 @@ def check_names(given: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: If a name is one that rendering itself gives, or if ``date`` is no day.
     """
     if taken := sorted(_TAKEN & given.keys()):
-        raise ConfigError(f"chat_template_kwargs cannot set {taken}, which rendering itself gives.")
+        raise ChatTemplateError(f"chat_template_kwargs cannot set {taken}, which rendering itself gives.")
     if "date" not in given:
         return dict(given)
     return {**given, "date": parse_day(given["date"]).isoformat()}
@@ -53,4 +55,6 @@ def parse_day(given: Any) -> date:
     try:
         return date.fromisoformat(str(given))
     except ValueError as error:
-        raise ConfigError(f"the date of chat_template_kwargs must be a day like 2026-11-26, got {given!r}.") from error
+        raise ChatTemplateError(
+            f"the date of chat_template_kwargs must be a day like 2026-11-26, got {given!r}."
+        ) from error

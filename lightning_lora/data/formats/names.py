@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_lora.errors import ConfigError, DataError, did_you_mean
+from lightning_lora.errors import DataError, DataSettingError, did_you_mean
 
 from ..bad_rows import RowError
 
@@ -50,7 +50,7 @@ def check_names(columns: Mapping[str, str]) -> None:
         if known not in COLUMNS | KEYS:
             names = f"Columns: {', '.join(sorted(COLUMNS))}. Keys of messages: {', '.join(sorted(KEYS))}."
             hint = did_you_mean(str(known), sorted(COLUMNS | KEYS))
-            raise ConfigError(f"columns maps {own!r} to {known!r}, which is no known column or key{hint} {names}")
+            raise DataSettingError(f"columns maps {own!r} to {known!r}, which is no known column or key{hint} {names}")
 
 
 def check_renamed(columns: Mapping[str, str], renamed: set[str], seen: set[str], where: str) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import DataSettingError
 
 from ..rows_module import RowsDataModule, scrambled
 from ..settings import RowSettings
@@ -95,7 +95,7 @@ class PreferenceDataModule(RowsDataModule):
         num_proc: int = 1,
     ) -> None:
         if isinstance(train, Mapping):
-            raise ConfigError("train takes names without shares: all pairs are used, once in an epoch.")
+            raise DataSettingError("train takes names without shares: all pairs are used, once in an epoch.")
         settings = RowSettings(
             max_length,
             columns or {},

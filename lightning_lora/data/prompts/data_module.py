@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, Sequential
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, DataError, did_you_mean
+from lightning_lora.errors import DataError, DataSettingError, did_you_mean
 
 from ..bad_rows import BadRows, RowError, check_action, plural_rows, refuse
 from ..records import Conversation, Message, Text
@@ -116,10 +116,10 @@ class PromptDataModule(LightningDataModule):
         numbers |= {name: (value, 1) for name, value in optional.items() if value is not None}
         for name, (value, least) in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+                raise DataSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         if on_long_prompt not in _LONG:
             hint = did_you_mean(str(on_long_prompt), _LONG)
-            raise ConfigError(f"on_long_prompt must be one of {_LONG}, got {on_long_prompt!r}{hint}")
+            raise DataSettingError(f"on_long_prompt must be one of {_LONG}, got {on_long_prompt!r}{hint}")
         self.settings = RowSettings(
             max_prompt_length or 1,  # no row is cut
             columns or {},
@@ -178,7 +178,7 @@ class PromptDataModule(LightningDataModule):
 
     def _loaded(self, split: str) -> list[PromptRow]:
         if split not in self.rows:
-            raise ConfigError(f"no {split} prompts are loaded; give {split}= and call setup() first.")
+            raise DataSettingError(f"no {split} prompts are loaded; give {split}= and call setup() first.")
         return self.rows[split]
 
     def _loader(self, split: str, sampler: Sampler[int]) -> DataLoader[dict[str, Any]]:
@@ -198,7 +198,7 @@ class PromptDataModule(LightningDataModule):
         needed, *optional = _STAGES[stage]
         if needed not in given:
             name = getattr(stage, "value", stage)  # Lightning gives a member of an enumeration
-            raise ConfigError(f"{name} needs {needed} prompts: give {needed}= files or a hub name.")
+            raise DataSettingError(f"{name} needs {needed} prompts: give {needed}= files or a hub name.")
         return [needed, *(split for split in optional if split in given)]
 
     def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[PromptRow]:

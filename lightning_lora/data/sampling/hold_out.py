@@ -1,4 +1,4 @@
-"""Conversations of the training rows that are held out for validation."""
+"""Conversations of the training rows that are held out for validation, and rows that are on both sides."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import DataError
 
@@ -52,6 +53,20 @@ def hold_out(rows: Dataset, share: float, seed: int) -> numpy.ndarray:
             f"{max(sizes.values())} of which are the same: give validation= rows of their own."
         )
     return numpy.isin(numpy.array(groups)[numbers], list(held))
+
+
+def tell_shared(train: Dataset, validation: Dataset) -> None:
+    """Tell of validation rows that are trained on, token for token."""
+    seen, keys = (
+        numpy.array(list(_keys(rows, seed=0)), dtype=object)[stored_places(rows)] for rows in (train, validation)
+    )
+    known = set(seen)
+    shared = sum(key in known for key in keys)
+    if shared:
+        rank_zero_info(
+            f"validation: {shared} of {len(validation)} rows are training rows too, token for token; what they measure "
+            "is memory. Give other rows, or validation_share in place of validation."
+        )
 
 
 def _alike(numbers: list[int], keys: list[bytes]) -> list[int]:

@@ -12,7 +12,7 @@ import numpy
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import DataError, DataSettingError
 
 Shares = dict[str, Fraction]
 """The share of each source in the rows of an epoch; all of them add up to 1."""
@@ -27,17 +27,17 @@ def read_shares(train: Any) -> Shares | None:
         ConfigError: If a share is not a positive number.
     """
     if isinstance(train, str) and train.startswith("{"):
-        raise ConfigError(f"train must be names, or names with numbers as in {_EXAMPLE}; got {train}.")
+        raise DataSettingError(f"train must be names, or names with numbers as in {_EXAMPLE}; got {train}.")
     if isinstance(train, (list, tuple)) and not all(isinstance(name, (str, os.PathLike)) for name in train):
-        raise ConfigError(f"a list of train holds names; give names with shares as in {_EXAMPLE}, got {train!r}.")
+        raise DataSettingError(f"a list of train holds names; give names with shares as in {_EXAMPLE}, got {train!r}.")
     if not isinstance(train, Mapping):
         return None
     if not train:
-        raise ConfigError(f"train is empty; name at least one source, as in {_EXAMPLE}.")
+        raise DataSettingError(f"train is empty; name at least one source, as in {_EXAMPLE}.")
     for name, share in train.items():
         is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if not is_number or not 0 < share < math.inf:
-            raise ConfigError(f"train: the share of {name!r} must be a positive number, got {share!r}.")
+            raise DataSettingError(f"train: the share of {name!r} must be a positive number, got {share!r}.")
     # As written: 0.7 and 0.3 of 10 rows are 7 and 3, which no float is.
     given = {os.fspath(name): Fraction(str(share)) for name, share in train.items()}
     return {name: share / sum(given.values()) for name, share in given.items()}
@@ -113,7 +113,7 @@ def _counts(available: list[int], shares: Shares, limit: int | None) -> list[int
         counts[source] += 1
     for name, share, count in zip(shares, shares.values(), counts, strict=True):
         if not count:
-            raise ConfigError(
+            raise DataSettingError(
                 f"train: {float(share):.2%} of an epoch of {total} rows is no row of {name!r}; give it a larger share, "
                 "or the other sources more rows."
             )

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, first_five
+from lightning_lora.errors import AdapterFolderError, BaseMismatchError, first_five
 from lightning_lora.files.adapter import peft_experts
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
@@ -57,7 +57,7 @@ def with_experts(root: nn.Module, folder: AdapterFolder) -> AdapterFolder:
             found.update(peft_experts.module_names(name, len(parameters)))
     lost = sorted(folder.stacked.keys() - found)
     if lost:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: its tensors of {first_five(lost)} belong to no layer of "
             f"{type(root).__name__} that its config adapts."
         )
@@ -106,7 +106,7 @@ def _owners(root: nn.Module, modules: Mapping[str, nn.Module], folder: AdapterFo
     owners = {name: owner for name, owner in found.items() if owner is not None}
     missing = [name for name in found if name not in owners]
     if missing:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: {len(missing)} of {len(folder.ranks)} adapted layers do not "
             f"exist in {type(root).__name__}: {first_five(missing)}."
         )
@@ -149,7 +149,7 @@ def _targets(
             target = targets.setdefault(layer, Target(layer, module, kind, {}))
             target.specs[parameter] = folder.spec(name, roles[layer])
     if problems:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: {len(problems)} of {len(folder.ranks)} layers disagree: "
             f"{first_five(problems)}."
         )
@@ -166,10 +166,10 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
             others = [layer for owner in sharing if (layer := owner.rpartition(".")[0]) != name]
             if others and following.issuperset(others):
                 if folder.config.dora:
-                    raise AdapterFileError(f"{folder.path}: {name} and {others[0]} cannot share magnitudes (DoRA).")
+                    raise AdapterFolderError(f"{folder.path}: {name} and {others[0]} cannot share magnitudes (DoRA).")
                 followers |= dict.fromkeys(others, name)
             elif not following.isdisjoint(others):
-                raise AdapterFileError(
+                raise AdapterFolderError(
                     f"{folder.path} does not fit this module: {name} and {first_five(sorted(following))} were one "
                     f"layer where it was trained, as resize_token_embeddings makes them in some models, and are "
                     f"several here. Load the base that was not resized, and resize it in memory."
@@ -212,7 +212,7 @@ def _check_ranks(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> N
         if name in folder.ranks and spec.rank != folder.ranks[name]
     ]
     if wrong:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module, which is adapted at another rank already: {first_five(wrong)}. "
             f"{_RIGHT_SETTINGS}"
         )
@@ -226,7 +226,7 @@ def _check_scales(present: Mapping[str, AdapterSpec], folder: AdapterFolder) -> 
         if spec.scale != folder.spec(name).scale
     ]
     if wrong:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: {len(wrong)} of {len(present)} layers were adapted with another "
             f"scale, alpha / rank: {first_five(wrong)}. {_RIGHT_SETTINGS}"
         )
@@ -241,7 +241,7 @@ def trained_tensors(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]
     found = {name: tensor for name, tensor in model_tensors(root) if name in folder.trained}
     missing = [name for name in folder.trained if name not in found]
     if missing:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: it holds {len(missing)} tensors of modules trained in full that "
             f"{type(root).__name__} does not have ({first_five(missing)}). Load it into the kind of model it was "
             f"trained on."

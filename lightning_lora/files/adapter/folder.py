@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, ConfigError, first_five
+from lightning_lora.errors import AdapterFileError, AdapterFolderError, ConfigError, first_five
 from lightning_lora.files.adapter import peft_config, peft_experts, peft_layers, peft_patterns
 from lightning_lora.files.adapter.manifest import Manifest, read_manifest, undescribed
 from lightning_lora.files.adapter.peft_format import (
@@ -169,32 +169,32 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise `AdapterFileError` if a tensor is empty or holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
-            raise AdapterFileError(f"{where}: {name} is empty, shape {tuple(tensor.shape)}.")
+            raise AdapterFolderError(f"{where}: {name} is empty, shape {tuple(tensor.shape)}.")
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise AdapterFileError(f"{where}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.")
+            raise AdapterFolderError(f"{where}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.")
 
 
 def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "absent"
-        raise AdapterFileError(f"{folder} is {kind}; an adapter is a folder with {CONFIG_FILE}.")
+        raise AdapterFolderError(f"{folder} is {kind}; an adapter is a folder with {CONFIG_FILE}.")
     if not (folder / CONFIG_FILE).is_file():
         held = first_five(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
         if inner:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{folder} is not an adapter, but holds some: give one of {first_five(inner)} in it."
             )
-        raise AdapterFileError(f"{folder} is not an adapter: it has no {CONFIG_FILE}, only {held}.")
+        raise AdapterFolderError(f"{folder} is not an adapter: it has no {CONFIG_FILE}, only {held}.")
     if not (folder / TENSOR_FILE).is_file():
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{folder} holds only {pickled[0]}, a pickle, which can run code and is never opened. Load it in PEFT "
                 f"where you trust it and save it again as safetensors."
             )
-        raise AdapterFileError(f"{folder} has no {TENSOR_FILE}.")
+        raise AdapterFolderError(f"{folder} has no {TENSOR_FILE}.")
 
 
 def _split(
@@ -219,7 +219,7 @@ def _split(
         trained |= {name: base_copies.pop(name) for name in tied}
     if not factors:
         names = [*trained, *base_copies]
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{where} holds no adapter tensors, such as ....lora_A.weight; only {first_five(names)}."
         )
     # A buffer may hold infinities, such as a mask or a range that was never observed.
@@ -239,7 +239,7 @@ def _pairs(factors: Mapping[str, Tensor], where: Path) -> dict[str, FactorPair]:
         A, B = pair.get("lora_A"), pair.get("lora_B")
         if A is None or B is None or A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1]:
             shapes = ", ".join(f"{f[-1]} {tuple(pair[f].shape) if f in pair else 'missing'}" for f in FACTORS)
-            raise AdapterFileError(f"{where}: the factors of {name!r} do not fit: {shapes}.")
+            raise AdapterFolderError(f"{where}: the factors of {name!r} do not fit: {shapes}.")
         check_pair(name, pair.get(MAGNITUDE), B, where)
         pairs[name] = (A, B)
     return pairs
@@ -278,7 +278,7 @@ def _check_targeted(
     # PEFT adapts an output projection with its attention.
     surplus = [name for name in ranks if (name.rpartition(".")[0] if name in projections else name) not in targeted]
     if surplus:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder} holds tensors of {len(surplus)} layers that its config does not adapt: {first_five(surplus)}. "
             f"PEFT would leave them out. Correct target_modules, exclude_modules or layers_to_transform in "
             f"{CONFIG_FILE}, or take the tensors out."
@@ -293,4 +293,4 @@ def _usable_settings(folder: Path) -> Iterator[None]:
     except AdapterFileError:
         raise
     except (ConfigError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
-        raise AdapterFileError(f"{folder} holds settings that cannot be used: {error}") from error
+        raise AdapterFolderError(f"{folder} holds settings that cannot be used: {error}") from error

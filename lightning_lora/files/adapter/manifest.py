@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, AdapterFolderError
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.atomic import sha256
 from lightning_lora.files.json_object import read_json
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def undescribed(folder: Path) -> AdapterFileError:
     """The error for a manifest that does not belong to the tensors of ``folder``."""
-    return AdapterFileError(
+    return AdapterFolderError(
         f"{folder / MANIFEST_FILE} does not describe the tensors beside it; delete it to load the rest."
     )
 
@@ -139,23 +139,23 @@ def undescribed(folder: Path) -> AdapterFileError:
 def _check_files(folder: Path, content: Mapping[str, Any]) -> None:
     """Every file must be what the manifest says."""
     if not _describes_files(content):
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder / MANIFEST_FILE} is not a lightning-lora manifest; delete it to load the rest."
         )
     if content["format"] > FORMAT:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder} has manifest format {content['format']}, newer than {FORMAT}: update lightning-lora."
         )
     for name, expected in content["files"].items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
-            raise AdapterFileError(f"{folder} lacks {name!r}, which its manifest lists.")
+            raise AdapterFolderError(f"{folder} lacks {name!r}, which its manifest lists.")
         if file.stat().st_size != expected["bytes"]:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{file} is incomplete or changed: expected {expected['bytes']} bytes, found {file.stat().st_size}."
             )
         if sha256(file) != expected["sha256"]:
-            raise AdapterFileError(f"{file} was changed after it was saved: its SHA-256 is not the manifest's.")
+            raise AdapterFolderError(f"{file} was changed after it was saved: its SHA-256 is not the manifest's.")
 
 
 def _describes_files(content: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE, split_tensor_name
@@ -78,7 +78,7 @@ def _ratio(folder: AdapterFolder, target: str, tensor: str) -> float:
     names = [module] if module in folder.ranks else [n for n in folder.ranks if n.rpartition(".")[0] == owner]
     found = {round(folder.spec(name).scale / _scale_in(folder, target, folder.ranks[name]), 6) for name in names}
     if len(found) > 1:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{target} multiplies every update by one scale, and the weights of {owner} have several. {_INSTEAD}"
         )
     exact = folder.spec(names[0]).scale / _scale_in(folder, target, folder.ranks[names[0]]) if names else 1.0
@@ -104,7 +104,7 @@ def check_llama_cpp(folder: AdapterFolder, base: dict[str, Any] | None) -> None:
     """
     reasons = list(_reasons(folder, base))
     if reasons:
-        raise AdapterFileError(f"llama.cpp cannot serve this as an adapter: {'; '.join(reasons)}. {_INSTEAD}")
+        raise AdapterFolderError(f"llama.cpp cannot serve this as an adapter: {'; '.join(reasons)}. {_INSTEAD}")
 
 
 def _reasons(folder: AdapterFolder, base: dict[str, Any] | None) -> Iterable[str]:

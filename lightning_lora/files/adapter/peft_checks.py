@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter import peft_layers
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
@@ -24,7 +24,7 @@ def check_same_function(modules: Mapping[str, nn.Module], folder: AdapterFolder)
         f"{name} ({reason})" for name, module in convolutions.items() if (reason := peft_layers.difference(module))
     ]
     if other:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} was trained by PEFT, which ignores groups, dilation and padding mode of convolutions: it "
             f"means another function of {first_five(other)} than an update of their weights. Train it here, or merge "
             f"it in PEFT."
@@ -39,7 +39,7 @@ def check_one_name(root: nn.Module, layers: Collection[str], folder: AdapterFold
     changed = {*layers, *(name.rpartition(".")[0] for name in folder.trained)}
     several = [names for names in places.values() if len(names) > 1 and not changed.isdisjoint(names)]
     if several:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} was trained by PEFT, which changes {several[0][0]} but not {first_five(several[0][1:])}, "
             f"and these are one layer here, as resize_token_embeddings makes them in some models. Save the resized "
             f"model, and load it with from_pretrained first."
@@ -57,13 +57,13 @@ def check_complete(modules: Mapping[str, nn.Module], folder: AdapterFolder) -> N
         if name not in folder.ranks and name in targeted and kind_of_named(module) is not None
     ]
     if lost:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: its config targets {len(lost)} layers that its tensors leave "
             f"out ({first_five(lost)})."
         )
     untrained = _untrained(modules, folder)
     if untrained:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: its config has modules_to_save, but its tensors leave out "
             f"{len(untrained)} of their parameters ({first_five(untrained)})."
         )

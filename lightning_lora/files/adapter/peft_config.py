@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_patterns import PatternTable, endings
 from lightning_lora.files.adapter.peft_trained import takes_for_classifier
@@ -136,7 +136,7 @@ def check_supported(peft: Mapping[str, Any], where: str) -> None:
         AdapterFileError: Naming the settings.
     """
     if peft.get("peft_type") != "LORA":
-        raise AdapterFileError(f"{where} is of type {peft.get('peft_type')!r}; only LORA adapters can be loaded.")
+        raise AdapterFolderError(f"{where} is of type {peft.get('peft_type')!r}; only LORA adapters can be loaded.")
     unsupported = [
         f"{key}={peft[key]!r}" for key, plain in _UNSUPPORTED.items() if key in peft and peft[key] not in plain
     ]
@@ -144,7 +144,7 @@ def check_supported(peft: Mapping[str, Any], where: str) -> None:
         # These change the base weights; the tensors alone do not give the trained model back.
         unsupported.append(f"init_lora_weights={peft['init_lora_weights']!r}")
     if unsupported:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{where} uses {', '.join(unsupported)}, which is not supported. Convert it to a plain LoRA with PEFT."
         )
 
@@ -204,7 +204,7 @@ def check_ranks(peft: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
     expected = _values(peft, "r", "rank_pattern", ranks)
     wrong = [f"{name} has {rank}, not {expected[name]}" for name, rank in ranks.items() if rank != expected[name]]
     if wrong:
-        raise AdapterFileError(f"{where}: tensors and config disagree about the rank: {first_five(wrong)}.")
+        raise AdapterFolderError(f"{where}: tensors and config disagree about the rank: {first_five(wrong)}.")
 
 
 def check_scales(peft: Mapping[str, Any], alphas: Mapping[str, float], config: LoRAConfig, where: str) -> None:
@@ -218,7 +218,7 @@ def check_scales(peft: Mapping[str, Any], alphas: Mapping[str, float], config: L
     if bool(peft.get("use_rslora")) != (config.scaling == "rslora"):
         wrong.append(f"use_rslora is {peft.get('use_rslora')}, scaling {config.scaling}")
     if wrong:
-        raise AdapterFileError(f"{where}: manifest and config disagree about alpha: {first_five(wrong)}.")
+        raise AdapterFolderError(f"{where}: manifest and config disagree about alpha: {first_five(wrong)}.")
 
 
 def _values(peft: Mapping[str, Any], option: str, pattern: str, names: Iterable[str]) -> dict[str, Any]:

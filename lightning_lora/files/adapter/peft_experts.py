@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 from lightning_lora.files.adapter.manifest import Manifest, WeightEntry
 from lightning_lora.files.adapter.peft_format import FactorPair
 from lightning_lora.files.adapter.peft_patterns import TargetedNames, is_listed
@@ -118,7 +118,7 @@ def unstack_by_manifest(stacked: Mapping[str, FactorPair], manifest: Manifest, w
     for layer, weights in _fused(manifest).items():
         for module, (weight, entry) in zip(module_names(layer, len(weights)), weights.items(), strict=True):
             if module not in stacked:
-                raise AdapterFileError(f"{where} lacks the factors of {layer}.{weight}, which the manifest lists.")
+                raise AdapterFolderError(f"{where} lacks the factors of {layer}.{weight}, which the manifest lists.")
             A, B = unstack(*stacked[module], entry.experts, entry.swapped)
             factors[join(layer, f"{weight}_lora_A")] = _first(A, where, weight) if entry.shared == "lora_A" else A
             factors[join(layer, f"{weight}_lora_B")] = _first(B, where, weight) if entry.shared == "lora_B" else B
@@ -173,9 +173,11 @@ class Unstacked:
         for name, weight in zip(module_names(layer, len(weights)), weights, strict=True):
             parameter, prefix = join(layer, weight), kind.prefix(module, weight)
             if weight not in shapes:
-                raise AdapterFileError(f"the adapter targets {parameter}, which is no weight that can be adapted.")
+                raise AdapterFolderError(f"the adapter targets {parameter}, which is no weight that can be adapted.")
             if name not in stacked:
-                raise AdapterFileError(f"the adapter targets {parameter}, but has no tensors {name}.lora_A and lora_B.")
+                raise AdapterFolderError(
+                    f"the adapter targets {parameter}, but has no tensors {name}.lora_A and lora_B."
+                )
             own_name = parameter if prefix else layer
             A, B = stacked[name]
             if issubclass(kind, LoRAFusedExperts):
@@ -197,7 +199,7 @@ def _found_swapped(
     straight, crossed = (shape.num_in, shape.num_out), (shape.num_out, shape.num_in)
     fitting = [swapped for swapped, wanted in ((False, straight), (True, crossed)) if is_whole and found == wanted]
     if not fitting:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"the factors {tuple(A.shape)} and {tuple(B.shape)} do not fit {shape.num_experts} experts that map "
             f"{shape.num_in} to {shape.num_out}."
         )
@@ -218,5 +220,5 @@ def _found_swapped(
 def _first(factor: Tensor, where: str, weight: str) -> Tensor:
     """The factor of the first expert, which all experts must share."""
     if not bool((factor == factor[:1]).all()):
-        raise AdapterFileError(f"{where}: the experts of {weight} should share a factor, but theirs differ.")
+        raise AdapterFolderError(f"{where}: the experts of {weight} should share a factor, but theirs differ.")
     return factor[:1].clone()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, LoRALayer, is_factor
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 
@@ -50,7 +50,7 @@ def split_tensor_name(name: str) -> tuple[str, str | None]:
         AdapterFileError: If the name lacks PEFT's prefix.
     """
     if not name.startswith(PREFIX):
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"tensor {name!r} does not start with {PREFIX!r}: the file was not written by PEFT, or its names were "
             f"changed afterwards."
         )
@@ -82,7 +82,7 @@ def without_adapter_name(tensors: Mapping[str, Tensor], where: Path) -> dict[str
     if not factors:
         return dict(tensors)
     if len(adapters := set(factors.values())) > 1:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{where} holds {len(adapters)} adapters ({first_five(sorted(adapters))}), and one can be loaded: write it "
             f"with PEFT's save_pretrained."
         )

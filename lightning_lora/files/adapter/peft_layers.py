@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter import peft_experts
 from lightning_lora.files.adapter.manifest import Manifest
 from lightning_lora.files.adapter.peft_format import LINEAR_LEAVES, PREFIX, FactorPair, factor_leaves
@@ -230,7 +230,7 @@ def _check_ungrouped(factors: Mapping[str, Tensor]) -> None:
         name, _, leaf = key.rpartition(".")
         B = factors.get(join(name, "lora_B"))
         if leaf == "lora_A" and A.ndim > 2 and B is not None and B.ndim == A.ndim and B.shape[1] < A.shape[0]:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"the adapter of {name} was trained by PEFT on a convolution with groups={A.shape[0] // B.shape[1]}, "
                 f"where it is no update of the weight, and PEFT cannot merge it either. Train it here."
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter.manifest import Manifest
 from lightning_lora.files.adapter.peft_format import MAGNITUDE_LEAF, PREFIX
 from lightning_lora.files.adapter.peft_layers import PEFTLayout, difference
@@ -56,7 +56,7 @@ def read_magnitudes(
     """
     expected, dora = bool(peft.get("use_dora")), manifest.config.get("dora", False)
     if manifest.is_present and expected != dora:
-        raise AdapterFileError(f"{where.parent}: manifest and config disagree: use_dora is {expected}, dora {dora}.")
+        raise AdapterFolderError(f"{where.parent}: manifest and config disagree: use_dora is {expected}, dora {dora}.")
     _check_complete(expected, {factor_owner(key)[0] for key in factors}, magnitudes_of(factors), where)
     return {key: tensor.flatten() if factor_owner(key)[1] == MAGNITUDE else tensor for key, tensor in factors.items()}
 
@@ -64,12 +64,12 @@ def read_magnitudes(
 def _check_complete(expected: bool, names: Collection[str], found: Collection[str], where: Path) -> None:
     lacking = sorted(set(names) - set(found)) if expected else []
     if lacking:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{where} has use_dora in its config, but no {MAGNITUDE_LEAF} of {len(lacking)} layers: "
             f"{first_five(lacking)}."
         )
     if found and not expected:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{where} holds magnitudes of {len(found)} layers ({first_five(sorted(found))}), which its config does not "
             f"use: set use_dora to true, or take the tensors out."
         )
@@ -82,7 +82,7 @@ def check_pair(name: str, magnitude: Tensor | None, B: Tensor, where: Path) -> N
         AdapterFileError: If it has not.
     """
     if magnitude is not None and magnitude.shape != B.shape[:1]:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{where}: the magnitude of {name!r} is {tuple(magnitude.shape)}, and its weight has {B.shape[0]} output "
             f"features."
         )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 
 # Letters, dots that match any character, and escaped characters that match themselves.
 _SIMPLE = re.compile(r"(\^?)((?:[\w-]|\.|\\\W)+?)(\(\\\.weight\)\?)?", re.ASCII)
@@ -135,7 +135,7 @@ def _entries(setting: str | list[str] | None) -> re.Pattern[str] | frozenset[str
     try:
         return re.compile(setting) if isinstance(setting, str) and setting else frozenset(setting or ())
     except re.error as error:
-        raise AdapterFileError(f"{setting!r} is not a regular expression for names: {error}.") from error
+        raise AdapterFolderError(f"{setting!r} is not a regular expression for names: {error}.") from error
 
 
 def _is_meant(name: str, entries: re.Pattern[str] | frozenset[str]) -> bool:

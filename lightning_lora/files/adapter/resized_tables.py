@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.errors import AdapterFolderError, BaseMismatchError
 from lightning_lora.files.adapter.fit import model_tensors
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.lora.layers.adapted import join, lora_layers
@@ -62,7 +62,9 @@ def check_copies(root: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
     own = {name: tensor for name, tensor in model_tensors(root) if name in folder.base_copies}
     for name, stored in folder.base_copies.items():
         if name not in own:
-            raise AdapterFileError(f"{folder.path} does not fit this module: unknown {name}, a weight that it stores.")
+            raise AdapterFolderError(
+                f"{folder.path} does not fit this module: unknown {name}, a weight that it stores."
+            )
         if own[name].shape != stored.shape:
             raise BaseMismatchError(
                 f"{folder.path} holds a copy of {name}, shape {tuple(stored.shape)}, which is {tuple(own[name].shape)} "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import AdapterStateError, first_five
 from lightning_lora.files.adapter.fit import adapter_targets, check_base, model_tensors, trained_tensors, with_experts
 from lightning_lora.files.adapter.folder import AdapterFolder, check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
@@ -238,7 +238,7 @@ def _trained_tensors(root: nn.Module) -> dict[str, Tensor]:
 def _check_memory(module: nn.Module) -> None:
     empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if empty:
-        raise ConfigError(
+        raise AdapterStateError(
             f"cannot save the adapter: {len(empty)} parameters are on the meta device and have no values "
             f"({first_five(empty)})."
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.peft_patterns import TargetedNames
 from lightning_lora.files.merge.stored_experts import ExpertPart, FusedWeight, expert_parts, row_numbers
@@ -80,7 +80,7 @@ def _check_complete(folder: AdapterFolder, parts: Mapping[str, ExpertPart]) -> N
     targeted = TargetedNames(folder.peft)
     lost = [name for name in parts if name not in folder.ranks and name in targeted]
     if lost:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit this module: its config names {len(lost)} experts that its tensors leave "
             f"out ({first_five(lost)})."
         )
@@ -123,7 +123,7 @@ def _check_shapes(folder: AdapterFolder, single: Mapping[str, _Single]) -> None:
     for name, own in single.items():
         expected = (own.part.fused.num_in, len(own.part.rows))
         if (own.A.shape[-1], own.B.shape[0]) != expected:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{folder.path} does not fit this module: {name} maps {expected}, the adapter "
                 f"{(own.A.shape[-1], own.B.shape[0])}."
             )

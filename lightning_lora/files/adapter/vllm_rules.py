@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter.folder import AdapterFolder
 
 _MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -16,14 +16,14 @@ def vllm_flags(folder: AdapterFolder) -> str:
         AdapterFileError: If vLLM would refuse the adapter.
     """
     if folder.config.dora:
-        raise AdapterFileError("vLLM loads no adapters with magnitudes (DoRA). Export it merged instead.")
+        raise AdapterFolderError("vLLM loads no adapters with magnitudes (DoRA). Export it merged instead.")
     rank = max(folder.ranks.values())
     if rank > _MAX_RANKS[-1]:
-        raise AdapterFileError(f"vLLM serves adapters up to rank {_MAX_RANKS[-1]}, this one has rank {rank}.")
+        raise AdapterFolderError(f"vLLM serves adapters up to rank {_MAX_RANKS[-1]}, this one has rank {rank}.")
     modules = {name.rpartition(".")[0].rpartition(".")[2] for name in folder.trained}
     refused = sorted(modules - set(_FULL_MODULES))
     if refused or len(modules) > 1:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"vLLM loads at most one module trained in full, {' or '.join(_FULL_MODULES)}; this adapter has "
             f"{first_five(sorted(modules))}. Export it merged instead."
         )

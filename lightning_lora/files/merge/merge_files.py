@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, ConfigError
+from lightning_lora.errors import AdapterFolderError, AdapterStateError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from lightning_lora.files.atomic import atomic_folder, sha256
@@ -65,9 +65,9 @@ def merge_files(
     """
     base, out = Path(base), Path(out)
     if dtype is not None and dtype not in MERGE_DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(MERGE_DTYPES)}, got {dtype!r}.")
+        raise AdapterStateError(f"dtype must be one of {', '.join(MERGE_DTYPES)}, got {dtype!r}.")
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
-        raise ConfigError(f"{out} is the base or lies inside it; the base is never written to.")
+        raise AdapterStateError(f"{out} is the base or lies inside it; the base is never written to.")
     folder = read_adapter_folder(adapter)
     files = safetensors_files(base)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
@@ -157,14 +157,14 @@ class _Merge:
     def _trained(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         trained, shape = self.plan.folder.trained[self.plan.trained[name]], self._shape(file, name)
         if trained.shape != shape:
-            raise AdapterFileError(f"{name}: trained as {tuple(trained.shape)}, in the base {shape}.")
+            raise AdapterFolderError(f"{name}: trained as {tuple(trained.shape)}, in the base {shape}.")
         for block in trained.reshape(-1).split(BLOCK):
             yield rounded_block(name, block, dtype, self.scratch)
 
     def _merged(self, file: TensorFile, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         stored = file.dtype(self.plan.tied.sources.get(name, name))
         if not stored.is_floating_point or stored.itemsize < 2:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{name} is stored as {stored}, quantised: an update cannot be added to codes. Merge into "
                 f"the checkpoint it was quantised from."
             )

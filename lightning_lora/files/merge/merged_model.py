@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import AdapterStateError
 from lightning_lora.files.atomic import atomic_folder
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.layers.adapted import join, lora_layers
@@ -88,7 +88,7 @@ def check_not_the_base(model: Any, path: Path) -> None:
     """Raise `ConfigError` if ``path`` is the folder that a Hugging Face model was loaded from."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if base and Path(base).is_dir() and Path(base).resolve() == path.resolve():
-        raise ConfigError(f"{path} is the folder the base was loaded from; the base is never written to.")
+        raise AdapterStateError(f"{path} is the folder the base was loaded from; the base is never written to.")
 
 
 def _model_with_all_adapters(module: nn.Module) -> Any:

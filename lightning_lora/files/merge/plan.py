@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFileError, AdapterFolderError, first_five
 from lightning_lora.files.adapter.fit import with_experts
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.stored_layers import with_model_names
@@ -93,7 +93,7 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
         experts, missing = _experts(model, folder, shapes)
     replaced = [name for name in folder.pairs if not folder.trained.keys().isdisjoint(_parameters(folder, name))]
     if replaced:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} holds new base weights under its updates ({first_five(replaced)}), as of a teacher that "
             f"follows the network: load it with load_adapter and write the model with save_merged."
         )
@@ -118,7 +118,7 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
         found |= {stored: stored for stored in pieces}
         missing += [name for name in lost if name not in own or not pieces]
     if missing:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} does not fit {base}: {len(missing)} of {len(folder.ranks) + len(folder.trained)} adapted "
             f"weights are not in the checkpoint: {first_five(missing)}. If they are an output layer that the run has "
             "added, `lightning-lora export RUN OUT --format merged` builds the model with it."
@@ -184,7 +184,7 @@ def _check_copies(plan: MergePlan, base: Path, shapes: Shapes) -> None:
     for tensor, name in plan.copies.items():
         copy, shape = plan.folder.base_copies[name], shapes[plan.tied.sources.get(tensor, tensor)]
         if copy.shape != shape:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{plan.folder.path} holds a copy of {name}, shape {tuple(copy.shape)}, which is {shape} in {base}: "
                 f"its vocabulary was resized. Load {base}, call model.resize_token_embeddings({len(copy)}), save it, "
                 f"and merge into that."
@@ -271,10 +271,10 @@ def _fused_weight(model: CheckpointModel, folder: AdapterFolder, parameter: str,
     layer = model.module.get_submodule(parameter.rpartition(".")[0]) if model.has(parameter) else None
     kind = adapter_kind(layer) if layer is not None else None
     if layer is None or kind is None or not issubclass(kind, LoRAFusedExperts):
-        raise AdapterFileError(f"{type(model.module).__name__} has no fused experts {parameter}, which were adapted.")
+        raise AdapterFolderError(f"{type(model.module).__name__} has no fused experts {parameter}, which were adapted.")
     shape, found = kind.weights(layer)[parameter.rpartition(".")[2]], folder.shapes[name]
     if found != shape:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{name} are {shape.num_experts} experts that map {shape[:2]}, the adapter has {found.num_experts} that "
             f"map {found[:2]}."
         )

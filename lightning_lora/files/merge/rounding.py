@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 from lightning_lora.files.merge.row_blocks import RowBlock
 from lightning_lora.files.scratch import Scratch
 
@@ -106,7 +106,7 @@ def _check_fits(name: str, block: Tensor, stored: Tensor) -> None:
     # Above the limit some values still round down to it, and what is not finite in the base may stay so.
     finite = block.isfinite()
     if not bool(stored[finite].isfinite().all()):
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{name} reaches {float(block[finite].abs().max()):g}, more than {stored.dtype} can hold. Choose a wider "
             "dtype."
         )

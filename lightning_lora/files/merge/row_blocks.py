@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 
 # Elements of a block. With fewer the product of the factors is slow, and more do not fit a cache.
 BLOCK = 2**18
@@ -133,7 +133,7 @@ def matrix_update(
         transposed = transposed or shape != (num_out, num_in)
         if shape != ((num_in, num_out) if transposed else (num_out, num_in)):
             found = (num_in, num_out) if transposed else (num_out, num_in)
-            raise AdapterFileError(f"{layer}: the update is {found}, the weight {shape}.")
+            raise AdapterFolderError(f"{layer}: the update is {found}, the weight {shape}.")
     left, right = (A.T, B.T) if transposed else (B, A)
     if magnitude is not None:
         magnitude = magnitude[None] if transposed else magnitude[:, None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 from lightning_lora.files.merge.row_blocks import StoredUpdate
 
 
@@ -76,7 +76,7 @@ class ExpertPart:
         sides = (self.fused.num_in, len(self.rows)) if self.transposed else (len(self.rows), self.fused.num_in)
         # A tensor of one expert may have an axis for it or not.
         if shape not in ((self.num_experts, *sides), *([sides] if self.num_experts == 1 else [])):
-            raise AdapterFileError(f"{name}: the update is {(self.num_experts, *sides)}, the weight {shape}.")
+            raise AdapterFolderError(f"{name}: the update is {(self.num_experts, *sides)}, the weight {shape}.")
         mine = slice(self.first, self.first + self.num_experts)
         A, B = A if len(A) == 1 else A[mine], (B if len(B) == 1 else B[mine])[:, self.rows]
         return StoredUpdate(A.mT, B.mT, scale) if self.transposed else StoredUpdate(B, A, scale)
@@ -129,12 +129,12 @@ def expert_parts(fused: FusedWeight, stored: Mapping[str, Tensor], seen: dict[by
         experts, rows = lists // fused.num_out, lists[0] % fused.num_out
         follow = experts == experts[0, 0] + torch.arange(len(lists))[:, None]
         if not bool(follow.all()) or not bool((lists % fused.num_out == rows).all()):
-            raise AdapterFileError(f"{name} mixes rows of several experts of {fused.name}, which is not supported.")
+            raise AdapterFolderError(f"{name} mixes rows of several experts of {fused.name}, which is not supported.")
         rows = seen.setdefault(rows.numpy().tobytes(), rows.clone())
         parts[name] = ExpertPart(fused, int(experts[0, 0]), len(lists), rows, transposed)
     held = sum(part.num_experts * len(part.rows) for part in parts.values())
     if held != fused.shape[0] * fused.num_out:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{next(iter(stored))} and others hold {held} of the {fused.shape[0] * fused.num_out} rows of {fused.name}."
         )
     return parts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFolderError
 from lightning_lora.lora.targets.shared_weights import weight_owners
 
 
@@ -30,7 +30,7 @@ class CheckpointModel:
             config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             kind: Any = getattr(transformers, (config.architectures or [""])[0])
         except (OSError, ValueError, AttributeError, KeyError) as error:
-            raise AdapterFileError(
+            raise AdapterFolderError(
                 f"{folder} stores the adapted weights under other names than the model has, and which model it is "
                 f"cannot be told: {error}"
             ) from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, first_five
+from lightning_lora.errors import AdapterFileError, AdapterFolderError, first_five
 from lightning_lora.files.adapter.folder import AdapterFolder
 from lightning_lora.files.adapter.peft_format import FactorPair
 from lightning_lora.files.json_object import read_json
@@ -205,7 +205,7 @@ def _check_not_vocabulary(
         if (tensor := in_base(name, shapes)) is not None and sizes.intersection(shapes[tensor][:1])
     ]
     if tables and config.get("tie_word_embeddings", True) is not False:
-        raise AdapterFileError(
+        raise AdapterFolderError(
             f"{folder.path} changes {first_five(tables)}, and {base} may share it with other layers: {reason} Load the "
             f"adapter into the model instead, and write it with save_merged."
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.functional import merged_weight, rounding_loss, weight_update
 from lightning_lora.lora.layers import first_values
@@ -198,7 +198,7 @@ class LoRALayer(nn.Module):
             ConfigError: If the factors start from the values of the base weights.
         """
         if any(spec.start and spec.config.init == "pissa" for spec in self.lora_specs.values()):
-            raise ConfigError(first_values.NO_WEIGHTS.format("pissa"))
+            raise LayerError(first_values.NO_WEIGHTS.format("pissa"))
         self.reset_factors()
 
     @torch.no_grad()
@@ -258,7 +258,7 @@ def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, Adapter
     """
     for name, spec in specs.items():
         if spec.rank < 1:
-            raise ConfigError(f"rank must be at least 1 for {name!r} of {type(module).__name__}, got rank={spec.rank}.")
+            raise LayerError(f"rank must be at least 1 for {name!r} of {type(module).__name__}, got rank={spec.rank}.")
     layer = swap_class(module, kind, specs)
     for name in specs:
         _add_factors(layer, name)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 
 Mixin = TypeVar("Mixin")
 
@@ -47,7 +47,7 @@ def _kind_and_base(swapped: type) -> tuple[type[nn.Module], type[nn.Module]]:
         for kind_and_base, made in _SWAPPED.items():
             if made is candidate:
                 return kind_and_base
-    raise ConfigError(f"{swapped.__name__} is not an adapted layer.")
+    raise LayerError(f"{swapped.__name__} is not an adapted layer.")
 
 
 def _rebuild(kind: type[nn.Module], module_type: type[nn.Module]) -> nn.Module:

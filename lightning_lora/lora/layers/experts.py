@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer, WeightShape
 from lightning_lora.lora.layers.effective_weights import effective_weights
 from lightning_lora.lora.layers.expert_weights import ExpertWeight
@@ -124,7 +124,7 @@ class LoRAExperts(LoRAFusedExperts):
         if implementation in _IN_TORCH:
             return True
         if self.lora_dropout:
-            raise ConfigError(
+            raise LayerError(
                 f"the experts compute by {implementation!r}, a kernel that reads their weights, so dropout cannot act "
                 f"on the input of their update: set dropout=0, or call model.set_experts_implementation('grouped_mm')."
             )

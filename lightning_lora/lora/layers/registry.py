@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 from lightning_lora.lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvTranspose
@@ -54,9 +54,9 @@ def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) 
         ConfigError: If ``module_type`` is not a module class, or ``adapter_type`` not a subclass of `LoRALayer`.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise ConfigError(f"register_layer needs a module class, got {module_type!r}.")
+        raise LayerError(f"register_layer needs a module class, got {module_type!r}.")
     if not (isinstance(adapter_type, type) and issubclass(adapter_type, LoRALayer)):
-        raise ConfigError(f"register_layer needs a subclass of LoRALayer, got {adapter_type!r}.")
+        raise LayerError(f"register_layer needs a subclass of LoRALayer, got {adapter_type!r}.")
     _ADAPTERS[module_type] = adapter_type
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_lora.errors import ConfigError, first_five
+from lightning_lora.errors import LayerError, first_five
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.base import LoRALayer, WeightShape
 from lightning_lora.lora.layers.registry import adapter_kind, kind_of_named, refusal
@@ -95,7 +95,7 @@ def check_built(root: nn.Module) -> None:
     # Freezing, counting and hashing all need shapes, so a single lazy layer is refused wherever it is.
     lazy = [name for name, parameter in root.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
-        raise ConfigError(
+        raise LayerError(
             f"{len(lazy)} parameters are lazy and have no shape yet ({first_five(lazy)}): run one batch through the "
             f"model first."
         )

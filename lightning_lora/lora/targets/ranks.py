@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError, TargetNotFoundError, did_you_mean, first_five
+from lightning_lora.errors import LayerError, TargetNotFoundError, did_you_mean, first_five
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.growth import grown_spec
 from lightning_lora.lora.layers.attention import output_projections
@@ -40,7 +40,7 @@ def adapter_specs(root: nn.Module, selected: Candidates, config: LoRAConfig) -> 
         full_rank = min(shape.num_in, shape.num_out)
         rank = weight.first_match(config.rank_pattern, 0)
         if rank > full_rank:
-            raise ConfigError(
+            raise LayerError(
                 f"rank must be in [1, {full_rank}] for {name!r}, a ({shape.num_out}, {shape.num_in}) weight, got "
                 f"rank={rank} from rank_pattern."
             )
@@ -86,7 +86,7 @@ def _check_gradient_start(root: nn.Module, selected: Candidates, config: LoRACon
         if name in read or not issubclass(weight.kind(root), kinds)
     ]
     if others:
-        raise ConfigError(
+        raise LayerError(
             f"init='gradient' measures gradients of linear layers, and {len(others)} of {len(selected)} targeted "
             f"layers are none, or are read by another layer: {first_five(others)}. Name them in exclude, or use "
             f"another init."
@@ -103,11 +103,11 @@ def _with_start(name: str, spec: AdapterSpec, kind: type[LoRALayer]) -> AdapterS
     if issubclass(kind, LoRAEmbedding):
         return spec
     if init == "orthogonal" and rank % 2:
-        raise ConfigError(f"init='orthogonal' needs an even rank, got rank={rank} for {name!r}: see rank_pattern.")
+        raise LayerError(f"init='orthogonal' needs an even rank, got rank={rank} for {name!r}: see rank_pattern.")
     if init not in KEPT_STARTS:
         return spec
     if spec.config.share_expert_factors and issubclass(kind, LoRAFusedExperts):
-        raise ConfigError(
+        raise LayerError(
             f"init='pissa' takes the factors of each expert from its own weight, and share_expert_factors shares them "
             f"in {name!r}: set share_expert_factors to false, or use another init."
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError, TargetNotFoundError, first_five
+from lightning_lora.errors import LayerError, TargetNotFoundError, first_five
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.attention import output_projections
@@ -79,7 +79,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     """
     ranks = {s.rank for module in root.modules() if isinstance(module, LoRALayer) for s in module.lora_specs.values()}
     if ranks:
-        raise ConfigError(
+        raise LayerError(
             f"the module is adapted already, at rank {' and '.join(map(str, sorted(ranks)))}; call remove_lora(module) "
             f"before adapting it again."
         )
@@ -134,13 +134,13 @@ def _with_magnitudes(root: nn.Module, layers: Iterable[Target], tied: TiedWeight
     kinds = [(target, None if target.name in read else with_magnitude(target.kind)) for target in layers]
     lacking = [f"{target.name} ({type(target.module).__name__})" for target, kind in kinds if kind is None]
     if lacking:
-        raise ConfigError(
+        raise LayerError(
             f"dora=True is for linear layers, convolutions and embeddings, and {len(lacking)} of the targeted layers "
             f"have no magnitude: {first_five(lacking)}. Name them in exclude, or set dora to False."
         )
     if tied.followers:
         name, source = next(iter(tied.followers.items()))
-        raise ConfigError(
+        raise LayerError(
             f"dora=True cannot give {name} the update of {source}, with which it shares its weight: set tied_weights "
             f"to 'untie', or dora to False."
         )
@@ -156,7 +156,7 @@ def without_dropout(root: nn.Module, layers: Iterable[Target]) -> list[str]:
 def _check_dropout(root: nn.Module, layers: Iterable[Target], config: LoRAConfig) -> None:
     names = without_dropout(root, layers) if config.dropout else []
     if names:
-        raise ConfigError(
+        raise LayerError(
             f"dropout={config.dropout:g} cannot act on {len(names)} of the targeted layers ({first_five(names)}): "
             f"attention, recurrent layers and convolutions with a forward of their own compute with the sum of weight "
             f"and update. Set dropout to 0, or exclude them."

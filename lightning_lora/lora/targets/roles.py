@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 from lightning_lora.lora.layers.registry import adapter_kind, refusal
 from lightning_lora.lora.patterns import first_match
 from lightning_lora.lora.targets.uncalled_layers import uncalled_children
@@ -46,9 +46,9 @@ def register_role(pattern: str, role: str) -> None:
         ConfigError: If the role is unknown or the pattern is empty.
     """
     if role not in ROLES:
-        raise ConfigError(f"role must be one of {', '.join(ROLES)}, got {role!r}.")
+        raise LayerError(f"role must be one of {', '.join(ROLES)}, got {role!r}.")
     if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"register_role needs a non-empty name pattern, got {pattern!r}.")
+        raise LayerError(f"register_role needs a non-empty name pattern, got {pattern!r}.")
     _REGISTERED[pattern] = role
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LayerError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import join
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
@@ -131,7 +131,7 @@ def resolve_tied_weights(
             selected[source] = Candidate(source, source, weight.parameter, weight.role)
         else:
             other = next(owner for owner in shared if owner != parameter)
-            raise ConfigError(_refusal_of_tied(weight.layer, other.rpartition(".")[0], config))
+            raise LayerError(_refusal_of_tied(weight.layer, other.rpartition(".")[0], config))
     for shared in owners.values() if config.tied_weights == "untie" else ():
         for owner in [name for name in shared if is_inside(name.rpartition(".")[0], trainable)]:
             if len(shared) > 1:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_lora.effective_batch import loader_batch_size
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class RunLength:
         batches = epoch.batches(micro_batch, devices, self.limit_train_batches)
         if batches is None or self.epochs == -1:
             if self.max_steps == -1:
-                raise ConfigError(
+                raise PlanError(
                     "nothing tells how long the run is: the rows are a stream, or max_epochs is -1. Set "
                     "trainer.max_steps."
                 )

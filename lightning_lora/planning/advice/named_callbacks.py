@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_lora.callbacks import LoRA, TargetBatchSize
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PlanError
 from lightning_lora.planning.advice.config_file import plain
 
 
@@ -31,7 +31,7 @@ def with_lora_callback(module: LightningModule, callbacks: Any) -> LightningModu
         return module
     first, *others = found
     if any((first.config, first.root) != (other.config, other.root) for other in others):
-        raise ConfigError(
+        raise PlanError(
             "trainer.callbacks has two LoRA callbacks with different settings: a module has one set of adapters. Keep "
             "one of the two."
         )
@@ -57,7 +57,7 @@ def lora_callback(callback: Any) -> LoRA | None:
     try:
         return kind(**(callback.get("init_args") or {}))
     except TypeError as error:
-        raise ConfigError(f"trainer.callbacks: {callback['class_path']}: {error}.") from error
+        raise PlanError(f"trainer.callbacks: {callback['class_path']}: {error}.") from error
 
 
 def is_named(callback: Any, kind: type) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_lora.batch.division import divide_rows
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PlanError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
@@ -217,7 +217,7 @@ class PlanParts:
             check_target(target, self.trainer)
             divided = divide_rows(target, count, own)
             if divided.micro_batch < own and not self._can_set:
-                raise ConfigError(
+                raise PlanError(
                     f"batches of {own} rows are more than the {divided.micro_batch} that a device has in a step of "
                     f"{target}: make the loader with batch_size={divided.micro_batch}."
                 )

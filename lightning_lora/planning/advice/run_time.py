@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.errors import LoRAError, PlanError
 from lightning_lora.planning.cost import RunSeconds, RunWork, StepWork, compute_dtype, seconds_from_table
 from lightning_lora.planning.devices import EFFICIENCY, Device, Devices
 from lightning_lora.planning.timed_steps import time_steps
@@ -61,7 +61,7 @@ def run_time(
         ConfigError: If batches shall be timed for devices that are not here, or do not fit into memory.
     """
     if calibrate and not devices.is_here:
-        raise ConfigError("calibrate times batches on this machine: leave out memory and the name of a device.")
+        raise PlanError("calibrate times batches on this machine: leave out memory and the name of a device.")
     timed = _with_product(devices.device, precision) if devices.is_here else devices.device
     told = seconds_from_table(step, run, timed, precision)
     if calibrate is False or not devices.is_here or told is None:
@@ -79,7 +79,7 @@ def run_time(
         why = f"{WARM_UP + 2} batches of one row would take about {least / 60:,.0f} minutes here"
         return replace(told, how=f"{told.how}; not timed: {why}")
     elif step.memory.total > devices.memory:
-        raise ConfigError(f"calibrate trains some batches, and they do not fit into {devices}.")
+        raise PlanError(f"calibrate trains some batches, and they do not fit into {devices}.")
     if calibrate:
         print(f"training on some batches, for at most {_MOST_SECONDS:.0f} seconds", file=sys.stderr)
     try:

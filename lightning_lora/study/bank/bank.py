@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import StudySettingError, did_you_mean
 from lightning_lora.study.bank.arm import ArmTurns
 from lightning_lora.study.bank.exactness import ApartError, changes_base
 from lightning_lora.study.bank.process_state import seed_all
@@ -78,7 +78,7 @@ class ArmBank:
 
     def __init__(self, mode: Mode = "turns") -> None:
         if mode not in get_args(Mode):
-            raise ConfigError(f"arms side by side take 'turns' or share 'rows', got {mode!r}{_hint(mode)}")
+            raise StudySettingError(f"arms side by side take 'turns' or share 'rows', got {mode!r}{_hint(mode)}")
         self.mode: Mode = mode
         self._meeting = Meeting() if mode == "rows" else None
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, StudySettingError
 
 NETWORK_DISKS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "fuse.sshfs", "9p")
 WAIT_SECONDS = 60
@@ -53,7 +53,7 @@ class Database:
             self._url = re.sub(r"^postgres(ql)?(\+psycopg2?)?://", "postgresql://", url)
             self._connection = self._open_server(self._url)
         else:
-            raise ConfigError(f"storage {self.shown} must be sqlite:///FILE or postgresql://USER@HOST/NAME.")
+            raise StudySettingError(f"storage {self.shown} must be sqlite:///FILE or postgresql://USER@HOST/NAME.")
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -86,7 +86,7 @@ class Database:
     def _open_file(self, path: Path) -> Any:
         self._errors: tuple[type[Exception], ...] = (sqlite3.Error,)
         if kind := network_disk(path.absolute().parent):
-            raise ConfigError(
+            raise StudySettingError(
                 f"storage {path} is on a network disk ({kind}), where SQLite loses writes of several machines: give "
                 f"--storage postgresql://USER@HOST/NAME."
             )
@@ -95,21 +95,21 @@ class Database:
             connection = sqlite3.connect(path, WAIT_SECONDS, isolation_level=None, check_same_thread=False)
             connection.execute("SELECT count(*) FROM sqlite_master")
         except (sqlite3.Error, OSError) as error:
-            raise ConfigError(f"storage {path} cannot be opened: {_first_line(error)}.") from error
+            raise StudySettingError(f"storage {path} cannot be opened: {_first_line(error)}.") from error
         return connection
 
     def _open_server(self, url: str) -> Any:
         try:
             import psycopg
         except ImportError as error:
-            raise ConfigError(
+            raise StudySettingError(
                 "a PostgreSQL storage needs the package psycopg: pip install lightning-lora[study]."
             ) from error
         self._errors = (psycopg.Error,)
         try:
             return psycopg.connect(url, autocommit=True, connect_timeout=20)
         except psycopg.Error as error:
-            raise ConfigError(f"storage {self.shown} cannot be reached: {_first_line(error)}.") from error
+            raise StudySettingError(f"storage {self.shown} cannot be reached: {_first_line(error)}.") from error
 
     def _wait_for_server(self) -> None:
         """Connect again if the connection is gone, as it is after a restart of the server."""
@@ -123,7 +123,7 @@ class Database:
             except (ConfigError, *self._errors) as error:
                 self._connection.close()
                 if time.monotonic() > end:
-                    raise ConfigError(
+                    raise StudySettingError(
                         f"storage {self.shown} has been away for {WAIT_SECONDS} s: {_first_line(error)}. Finished runs "
                         f"are kept: give the same command again when the server is back."
                     ) from error

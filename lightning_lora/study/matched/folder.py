@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.judging.further import Further
 from lightning_lora.study.matched.outcomes import write_row_losses
@@ -45,19 +46,21 @@ def check_folder(folder: Path, name: str) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file: name a folder.")
+        raise StudySettingError(f"--out {folder} is a file: name a folder.")
     if not (folder / STUDY).is_file():
         if any(
             file.suffix != ".sqlite" and not file.name.startswith((".", "study.sqlite")) for file in folder.iterdir()
         ):
-            raise ConfigError(f"--out {folder} holds files and no {STUDY}: it is no study folder; choose another one.")
+            raise StudySettingError(
+                f"--out {folder} holds files and no {STUDY}: it is no study folder; choose another one."
+            )
         return
     try:
-        there = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))["name"]
+        there = read_yaml((folder / STUDY).read_text(encoding="utf-8"))["name"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / STUDY} is damaged: restore it, or choose another --out.") from error
+        raise StudySettingError(f"{folder / STUDY} is damaged: restore it, or choose another --out.") from error
     if there != name:
-        raise ConfigError(f"{folder} holds the study {there!r}, and this one is {name!r}: choose another --out.")
+        raise StudySettingError(f"{folder} holds the study {there!r}, and this one is {name!r}: choose another --out.")
 
 
 def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:

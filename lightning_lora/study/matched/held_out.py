@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.matched.measures.batch_losses import batch_losses
 from lightning_lora.study.matched.measures.curve import validation_metric
 from lightning_lora.study.matched.outcomes import as_losses
@@ -37,7 +37,7 @@ def held_out_losses(
     contents = [row_content(dataset[place]) for place in places]
     halves, rows_hash = selection_rows(contents), hashlib.sha256(b"".join(contents)).hexdigest()
     if halves.all() or not halves.any():
-        raise DataError(
+        raise ResultFileError(
             f"one half of the held-out rows chooses learning rates and the other one is for the verdict: {len(places)} "
             f"validation rows are too few, or all alike."
         )
@@ -81,9 +81,11 @@ def _validation_loader(trainer: Trainer, module: LightningModule, data: Lightnin
     if isinstance(loaders, (list, tuple)) and len(loaders) == 1:
         loaders = loaders[0]
     if not isinstance(loaders, DataLoader) or isinstance(loaders.dataset, IterableDataset):
-        raise DataError("a study scores its runs on held-out rows: give the data one validation set that has a length.")
+        raise ResultFileError(
+            "a study scores its runs on held-out rows: give the data one validation set that has a length."
+        )
     if not isinstance(loaders.dataset, Sized):
-        raise DataError("a study scores its runs on held-out rows, and the validation set has no length.")
+        raise ResultFileError("a study scores its runs on held-out rows, and the validation set has no length.")
     return loaders
 
 
@@ -116,7 +118,7 @@ def _mean_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any
     (metrics,) = trainer.validate(module, loader, verbose=False)
     name = validation_metric(metrics)
     if name is None:
-        raise DataError(
+        raise ResultFileError(
             f"{type(module).__name__} gives no loss on held-out rows: let validation_step log 'val_loss', or let "
             f"predict_step return a mapping with the loss of each row."
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import StudySettingError, did_you_mean
 
 ARM_PARTS = ("trainer", "data")
 """Settings of an arm from Python that are not arguments of its module."""
@@ -67,7 +67,7 @@ def config_of(
     parts: dict[str, Mapping[str, Any]] = {name: arm.get(name) or {} for name in ARM_PARTS}
     for name, part in parts.items():
         if not isinstance(part, Mapping):
-            raise ConfigError(f"{where}: {name} must map names to settings, got {part!r}.")
+            raise StudySettingError(f"{where}: {name} must map names to settings, got {part!r}.")
     _check_names(where, module, {"learning_rate", *own})
     if data is not None:
         _check_names(where, data, parts["data"])
@@ -101,4 +101,4 @@ def _check_names(where: str, made: Callable[..., Any], names: Iterable[str]) -> 
     for name in names:
         if name not in parameters:
             called = getattr(made, "__name__", repr(made))
-            raise ConfigError(f"{where}: {called} takes no {name!r}{did_you_mean(name, parameters)}")
+            raise StudySettingError(f"{where}: {called} takes no {name!r}{did_you_mean(name, parameters)}")

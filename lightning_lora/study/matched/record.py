@@ -17,8 +17,9 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.files.safetensors_file import read_tensors
+from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve
 
 STUDY, RESULTS, VERDICTS, RUNS = "study.yaml", "results.csv", "verdicts.json", "runs"
@@ -207,16 +208,16 @@ def read_study(folder: str | Path) -> StudyRecord:
     """
     folder = Path(folder)
     if not (folder / STUDY).is_file():
-        raise DataError(f"{folder} is no study folder: there is no {STUDY} in it.")
+        raise ResultFileError(f"{folder} is no study folder: there is no {STUDY} in it.")
     try:
-        spec = yaml.safe_load((folder / STUDY).read_text(encoding="utf-8"))
+        spec = read_yaml((folder / STUDY).read_text(encoding="utf-8"))
         cells = read_results(folder / RESULTS)
         verdicts, choices, further = (_json(folder / name) for name in (VERDICTS, CHOICES, FURTHER))
         arms = tuple(_arm(name, settings, choices.get(name, {})) for name, settings in spec["arms"].items())
         found = [further.get(name) for name in ("noise_floor", "batch_penalty")]
         return StudyRecord(folder, spec, spec["baseline"], spec["primary"], arms, cells, tuple(verdicts), *found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise DataError(f"{folder} cannot be read as a study: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ResultFileError(f"{folder} cannot be read as a study: {type(error).__name__}: {error}") from error
 
 
 def read_results(path: Path) -> tuple[CellRecord, ...]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 from lightning_lora.study.matched.measures.energy import joules
@@ -119,7 +119,7 @@ class CellRecorder(Callback):
         if self._share < 1:
             steps = trainer.estimated_stepping_batches
             if math.isinf(steps):
-                raise DataError("halving needs runs with a known number of steps: set trainer.max_steps.")
+                raise ResultFileError("halving needs runs with a known number of steps: set trainer.max_steps.")
             self._last = math.ceil(self._share * steps)
             trainer.should_stop = self._step >= self._last  # it was killed after it had come so far
         self._start_clock(trainer)

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora.errors import DataError, GradientError, RunFolderError, user_error
+from lightning_lora.errors import GradientError, ResultFileError, RunFolderError, user_error
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from lightning_lora.files.checkpoint_manifest import checkpoints_in, examine
 from lightning_lora.files.folder_lock import drop_foreign_lock
@@ -69,7 +69,7 @@ def fit_and_score(
         path = last_checkpoint(folder)
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True if path else None)
         if not trainer.global_step:
-            raise DataError("the run took no optimizer step: give it training rows and steps.")
+            raise ResultFileError("the run took no optimizer step: give it training rows and steps.")
         recorder.write()  # `fit` has kept a curve of its own there
         evaluations = recorder.evaluations
     peak = peak_bytes(device)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import StudySettingError, did_you_mean
 
 LOG_FACTOR = 1.1
 """How many times the step before an evaluation may be at most, with ``evaluations: log``."""
@@ -16,13 +16,13 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
     """Refuse a setting that is none of those known."""
     for key in given:
         if key not in known:
-            raise ConfigError(f"{where} has no setting {key!r}{did_you_mean(str(key), known)}")
+            raise StudySettingError(f"{where} has no setting {key!r}{did_you_mean(str(key), known)}")
 
 
 def mapping(given: Any, where: str) -> Mapping[str, Any]:
     """A mapping of names to settings."""
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must map names to settings, got {given!r}.")
+        raise StudySettingError(f"{where} must map names to settings, got {given!r}.")
     return given
 
 
@@ -30,7 +30,7 @@ def texts(given: Any, where: str) -> tuple[str, ...]:
     """One text, or a list of them, such as files."""
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        raise ConfigError(f"{where} must be a list of files, got {given!r}.")
+        raise StudySettingError(f"{where} must be a list of files, got {given!r}.")
     return tuple(given)
 
 
@@ -46,9 +46,9 @@ def rates(given: Any, where: str) -> tuple[float, ...]:
     given = given if isinstance(given, list) else [given]
     rates = tuple(number(rate, where) for rate in given)
     if not rates:
-        raise ConfigError(f"{where} is empty: give learning rates, in terms of full fine-tuning, or auto.")
+        raise StudySettingError(f"{where} is empty: give learning rates, in terms of full fine-tuning, or auto.")
     if not all(0 < rate < math.inf for rate in rates):
-        raise ConfigError(f"{where} must be positive numbers, got {given}.")
+        raise StudySettingError(f"{where} must be positive numbers, got {given}.")
     return tuple(sorted(set(rates)))
 
 
@@ -59,27 +59,29 @@ def number(given: Any, where: str) -> float:
             raise ValueError
         return float(given)  # YAML reads 1e-4 as a text
     except (TypeError, ValueError):
-        raise ConfigError(f"{where} must be a number, got {given!r}.") from None
+        raise StudySettingError(f"{where} must be a number, got {given!r}.") from None
 
 
 def at_least_one(given: Any, where: str) -> int:
     """A whole number of 1 or more."""
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise ConfigError(f"{where} must be a whole number of 1 or more, got {given!r}.")
+        raise StudySettingError(f"{where} must be a whole number of 1 or more, got {given!r}.")
     return given
 
 
 def one_of(given: Any, choices: Sequence[str], where: str) -> str:
     """A word out of several."""
     if given not in choices:
-        raise ConfigError(f"{where} must be {' or '.join(choices)}, got {given!r}{did_you_mean(str(given), choices)}")
+        raise StudySettingError(
+            f"{where} must be {' or '.join(choices)}, got {given!r}{did_you_mean(str(given), choices)}"
+        )
     return given
 
 
 def flag(given: Mapping[str, Any], key: str) -> bool:
     """A setting that is true or false; false if it is not there."""
     if not isinstance(value := given.get(key, False), bool):
-        raise ConfigError(f"{key} must be true or false, got {value!r}.")
+        raise StudySettingError(f"{key} must be true or false, got {value!r}.")
     return value
 
 
@@ -89,7 +91,7 @@ def evaluation_factor(given: Any) -> float | None:
         return None if given is None else LOG_FACTOR
     factor = number(given, "evaluations (log, or a factor such as 1.3)")
     if not 1 < factor < math.inf:
-        raise ConfigError(
+        raise StudySettingError(
             f"evaluations must be log, or above 1: how many times the step before an evaluation may be at most; got "
             f"{given!r}."
         )
@@ -103,9 +105,9 @@ def four_arms(given: Any) -> dict[str, dict[str, str]]:
         return {}
     kinds, batches = ("lora", "full"), ("small", "large")
     if not isinstance(given, Mapping) or {*given} != {*kinds}:
-        raise ConfigError(f"{shape}, got {given!r}.")
+        raise StudySettingError(f"{shape}, got {given!r}.")
     if any(not isinstance(given[kind], Mapping) or {*given[kind]} != {*batches} for kind in kinds):
-        raise ConfigError(f"{shape}, got {given!r}.")
+        raise StudySettingError(f"{shape}, got {given!r}.")
     return {kind: {batch: str(given[kind][batch]) for batch in batches} for kind in kinds}
 
 
@@ -120,7 +122,7 @@ def seed_list(given: Any, where: str) -> tuple[int, ...]:
     """A list of different seeds."""
     given = given if isinstance(given, list) else [given]
     if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
-        raise ConfigError(f"{where} must be whole numbers of 0 or more, got {given}.")
+        raise StudySettingError(f"{where} must be whole numbers of 0 or more, got {given}.")
     if not given or len(set(given)) < len(given):
-        raise ConfigError(f"{where} {'has a seed twice' if given else 'is empty'}: {given}.")
+        raise StudySettingError(f"{where} {'has a seed twice' if given else 'is empty'}: {given}.")
     return tuple(given)

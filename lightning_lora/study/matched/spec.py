@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, StudySettingError, did_you_mean
+from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.bank.mode import chosen_mode
 from lightning_lora.study.matched import settings as read
 from lightning_lora.study.matched.record import UNTRAINED
@@ -99,7 +100,7 @@ class StudySpec:
         check_band(self.band)
         names = [arm.name for arm in self.arms]
         if len(names) < 2:
-            raise ConfigError(f"a study compares at least two arms, got {names or 'none'}: name them under arms.")
+            raise StudySettingError(f"a study compares at least two arms, got {names or 'none'}: name them under arms.")
         matched = [(f"matched_rank of {arm.name!r}", arm.matched_rank) for arm in self.arms if arm.matched_rank]
         batches = [
             (f"batch_penalty, {kind}, {batch}", name)
@@ -108,15 +109,17 @@ class StudySpec:
         ]
         for key, name in (("baseline", self.baseline), ("primary", self.primary), *matched, *batches):
             if name not in names:
-                raise ConfigError(f"{key} {name!r} is no arm{did_you_mean(name, names)}")
+                raise StudySettingError(f"{key} {name!r} is no arm{did_you_mean(name, names)}")
         if len({name for _, name in batches}) < len(batches):
-            raise ConfigError(f"batch_penalty compares four arms, got {', '.join(name for _, name in batches)}.")
+            raise StudySettingError(f"batch_penalty compares four arms, got {', '.join(name for _, name in batches)}.")
         if self.primary == self.baseline:
-            raise ConfigError(f"primary names the arm to compare with the baseline, and {self.primary!r} is both.")
+            raise StudySettingError(
+                f"primary names the arm to compare with the baseline, and {self.primary!r} is both."
+            )
         if not self.selection_seeds:
-            raise ConfigError("selection_seeds is empty: learning rates are chosen with at least one seed.")
+            raise StudySettingError("selection_seeds is empty: learning rates are chosen with at least one seed.")
         if isinstance(self.seeds, tuple) and (both := {*self.seeds} & {*self.selection_seeds}):
-            raise ConfigError(
+            raise StudySettingError(
                 f"seeds and selection_seeds share {sorted(both)}: a seed that chose a learning rate flatters it, so "
                 f"verdicts need others."
             )
@@ -168,24 +171,24 @@ def read_spec(path: str | Path) -> tuple[StudySpec, tuple[str, ...], dict[str, A
     """
     path = Path(path)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"the study file {path} cannot be read: {error.strerror or error}.") from error
+        raise StudySettingError(f"the study file {path} cannot be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the study file {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise StudySettingError(f"the study file {path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"the study file {path} must hold settings such as configs and arms.")
+        raise StudySettingError(f"the study file {path} must hold settings such as configs and arms.")
     try:
         return spec_of(given, path.stem)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise StudySettingError(f"{path}: {error}") from error
 
 
 def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, ...], dict[str, Any]]:
     """The study of settings that are already read; see `read_spec`."""
     read.check_keys(given, KEYS, "the study")
     if "arms" not in given:
-        raise ConfigError("there are no arms: name at least two ways to train under arms.")
+        raise StudySettingError("there are no arms: name at least two ways to train under arms.")
     arms = read.mapping(given["arms"], "arms")
     rates = read.rates(given.get("learning_rates", "auto"), "learning_rates")
     made = tuple(_arm(str(arm), settings, rates) for arm, settings in arms.items())
@@ -215,7 +218,9 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
 def _arm(name: str, settings: Any, rates: tuple[float, ...]) -> ArmSpec:
     where = f"arm {name!r}"
     if not _NAME.fullmatch(name) or name == UNTRAINED or name.endswith("."):
-        raise ConfigError(f"{where}: a name has 1 to 60 letters, digits, spaces or .,:+/()%- and begins with a letter.")
+        raise StudySettingError(
+            f"{where}: a name has 1 to 60 letters, digits, spaces or .,:+/()%- and begins with a letter."
+        )
     settings = read.mapping(settings or {}, where)
     read.check_keys(settings, ARM_KEYS, where)
     if "learning_rates" in settings:

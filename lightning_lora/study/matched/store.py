@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 from lightning_lora.files.folder_lock import is_dead_process, process_name
 from lightning_lora.study.matched.cells import Cell, CellStatus, Outcome
 from lightning_lora.study.matched.database import Database, ServerGoneError, Transaction
@@ -104,7 +104,7 @@ class Store:
             if row is None:
                 others = transaction.execute("SELECT name FROM ll_study").fetchall() if self._database.is_sqlite else []
                 if others:
-                    raise ConfigError(
+                    raise StudySettingError(
                         f"storage {self._database.shown} holds the study {others[0][0]!r}, and this one is "
                         f"{self.study!r}: choose another folder with --out."
                     )
@@ -121,7 +121,7 @@ class Store:
         changed = [key for key in here["fixed"] if there["fixed"].get(key) != here["fixed"][key]]
         changed += [f"arm {name!r}" for name, arm in arms.items() if arm != here["arms"][name]]
         if changed:
-            raise ConfigError(
+            raise StudySettingError(
                 f"storage {self._database.shown} holds another study {self.study!r}: its {', '.join(changed)} differ "
                 f"from those here. Arms and seeds may be added; for anything else choose another --out or name."
             )

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteGradients, GracefulStop, RunLock
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 from lightning_lora.lightning_messages import messages_from
 from lightning_lora.study.bank.bank import Arm, Mode
 from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
@@ -219,7 +219,7 @@ class Study:
     def _rates(given: Any, arm: str) -> list[float]:
         if isinstance(given, Mapping):
             if arm not in given:
-                raise ConfigError(f"learning_rates has no rate for the arm {arm!r}: it has {list(given)}.")
+                raise StudySettingError(f"learning_rates has no rate for the arm {arm!r}: it has {list(given)}.")
             given = given[arm]
         return list(given) if isinstance(given, Sequence) else list(first_rates(given))
 

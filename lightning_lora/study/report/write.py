@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.matched.record import STUDY, read_study
 from lightning_lora.study.report.content import Page
@@ -75,7 +75,7 @@ def find_subject(folder: Path) -> Path:
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {what}: give the folder of a run or of a study.")
+        raise ResultFileError(f"{folder} {what}: give the folder of a run or of a study.")
     if (folder / STUDY).is_file() or is_run(folder):
         return folder
     studies = sorted(path.parent for path in folder.rglob(STUDY))
@@ -83,9 +83,9 @@ def find_subject(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise DataError(
+        raise ResultFileError(
             f"{folder} holds no run and no study: there is no metrics.csv, curve.csv, events.jsonl or {STUDY} in it. "
             f"Give the folder that fit has named at its end, or the --out of a study."
         )
     named = ", ".join(map(str, found[-_MOST_NAMED:]))
-    raise DataError(f"{folder} holds {len(found)} runs: give one of them, such as {named}.")
+    raise ResultFileError(f"{folder} holds {len(found)} runs: give one of them, such as {named}.")

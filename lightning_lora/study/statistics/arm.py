@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Arm:
             # One number for all rows has been weighed already.
             weights = None if tokens is None or len(rows) == 1 else np.asarray(tokens, dtype=np.float64)
             if weights is not None and weights.shape != rows.shape:
-                raise DataError(f"{self.name}, seed {seed}, has {len(rows)} rows, and tokens have {weights.shape}.")
+                raise ResultFileError(
+                    f"{self.name}, seed {seed}, has {len(rows)} rows, and tokens have {weights.shape}."
+                )
             means[seed] = float(np.average(rows, weights=weights))
         return means
 

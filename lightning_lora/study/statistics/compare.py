@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.crossed import linearised, paired_interval
 from lightning_lora.study.statistics.holm import holm
@@ -81,7 +81,7 @@ def differences(arm: Arm, baseline: Arm, seeds: Sequence[int]) -> NDArray[np.flo
     """
     counts = {len(each.rows(seed)) for seed in seeds for each in (arm, baseline)}
     if len(counts) > 1:
-        raise DataError(
+        raise ResultFileError(
             f"{arm.name} and {baseline.name} were scored on different numbers of rows ({sorted(counts)}): arms are "
             f"compared on the same rows."
         )

@@ -21,7 +21,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.statistics.interval import ALPHA, Interval
 
 Matrix = NDArray[np.float64]
@@ -44,7 +44,7 @@ def paired_interval(differences: ArrayLike, tokens: ArrayLike | None = None, *, 
     """
     found = np.asarray(differences, dtype=np.float64)
     if found.ndim not in (1, 2) or found.size == 0 or not np.isfinite(found).all():
-        raise DataError(
+        raise ResultFileError(
             f"differences must be finite numbers of shape (seeds,) or (seeds, rows), got shape {found.shape} with "
             f"{int((~np.isfinite(found)).sum())} not finite: leave out seeds that have no result."
         )
@@ -71,7 +71,7 @@ def linearised(differences: Matrix, tokens: ArrayLike | None) -> Matrix:
         return differences
     weights = np.asarray(tokens, dtype=np.float64)
     if weights.shape != differences.shape[1:] or not (np.isfinite(weights) & (weights > 0)).all():
-        raise DataError(
+        raise ResultFileError(
             f"each of the {differences.shape[1]} rows needs a positive number of tokens, got weights of shape "
             f"{weights.shape}: leave out rows without supervised tokens."
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StatisticsError
 from lightning_lora.study.statistics.interval import ALPHA
 from lightning_lora.study.statistics.verdict import Verdict
 
@@ -37,7 +37,7 @@ class SeedPlan:
         if seeds == "auto":
             return cls((3, 5, 8), 0.02)
         if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-            raise ConfigError(
+            raise StatisticsError(
                 f"seeds must be a number of at least 3 for a verdict, or auto for 3, 5, 8, got {seeds!r}."
             )
         return cls((seeds,), ALPHA)

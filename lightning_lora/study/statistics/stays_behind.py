@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.statistics.crossed import paired_interval
 from lightning_lora.study.statistics.interval import ALPHA, Interval
 from lightning_lora.study.statistics.verdict import Verdict
@@ -34,7 +34,7 @@ def stays_behind_after(trained_tokens: Sequence[float], intervals: Sequence[Inte
         DataError: If there is not one interval for each evaluation.
     """
     if len(trained_tokens) != len(intervals):
-        raise DataError(f"each of the {len(trained_tokens)} evaluations needs an interval, got {len(intervals)}.")
+        raise ResultFileError(f"each of the {len(trained_tokens)} evaluations needs an interval, got {len(intervals)}.")
     behind = np.array([interval.low > 0 for interval in intervals], dtype=bool)
     if not len(behind) or not behind[-1]:
         return None

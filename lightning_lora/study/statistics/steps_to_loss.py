@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.statistics.crossed import paired_interval
 from lightning_lora.study.statistics.interval import ALPHA
 
@@ -129,10 +129,12 @@ def steps_to(steps: Sequence[float], losses: Sequence[float], target: float) -> 
         DataError: If there are no two evaluations after the start, or steps do not ascend.
     """
     if len(steps) != len(losses):
-        raise DataError(f"every evaluation has a step and a loss, got {len(steps)} steps and {len(losses)} losses.")
+        raise ResultFileError(
+            f"every evaluation has a step and a loss, got {len(steps)} steps and {len(losses)} losses."
+        )
     curve = [(float(step), float(loss)) for step, loss in zip(steps, losses, strict=True) if step > 0]
     if len(curve) < 2 or any(first >= second for (first, _), (second, _) in pairwise(curve)):
-        raise DataError(f"steps to a loss need at least two evaluations in ascending steps, got {list(steps)}.")
+        raise ResultFileError(f"steps to a loss need at least two evaluations in ascending steps, got {list(steps)}.")
     for place, ((step, loss), (_, following)) in enumerate(pairwise(curve)):
         if loss <= target and following <= target:
             if place == 0:
@@ -153,7 +155,7 @@ def step_ratio(arm: Mapping[int, Reached], baseline: Mapping[int, Reached], alph
     """
     both = [(arm[seed], baseline[seed]) for seed in sorted(arm.keys() & baseline.keys())]
     if not both:
-        raise DataError("no seed has steps of both the arm and the baseline.")
+        raise ResultFileError("no seed has steps of both the arm and the baseline.")
     telling = [pair for pair in both if not (pair[0].bound and pair[0].bound == pair[1].bound)]
     if not telling:
         return StepRatio(math.nan, 0.0, math.inf, "cannot tell", 0, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StatisticsError
 from lightning_lora.study.statistics.interval import Interval
 
 Word = Literal["matches", "behind", "ahead", "cannot tell"]
@@ -43,4 +43,4 @@ def check_band(band: float) -> None:
         ConfigError: If it is not.
     """
     if not 0 < band < math.inf:
-        raise ConfigError(f"band must be a positive number of nats that count as equal, got {band}.")
+        raise StatisticsError(f"band must be a positive number of nats that count as equal, got {band}.")

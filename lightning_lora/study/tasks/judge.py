@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.study.statistics.arm import Arm
 from lightning_lora.study.statistics.compare import compare, corrected
 from lightning_lora.study.statistics.interval import ALPHA
@@ -149,6 +149,6 @@ def _common(scores: Mapping[str, BySeed]) -> list[tuple[str, str]]:
 def _check_questions(scores: Mapping[str, BySeed], name: tuple[str, str]) -> None:
     asked = {found[name].questions for by_seed in scores.values() for found in by_seed.values()}
     if len(asked) > 1:
-        raise DataError(
+        raise ResultFileError(
             f"the models were asked different questions of {name[0]}: remove their folders and begin again."
         )

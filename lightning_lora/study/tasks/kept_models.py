@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_lora.callbacks.merge_on_fit_end import tokenizer_of
 from lightning_lora.data.chat.endings import end_of_turn_ids
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import BenchmarkError
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.atomic import atomic_folder
 from lightning_lora.files.generation_config import add_stops
@@ -46,7 +46,7 @@ def save_whole(module: LightningModule, path: Path) -> None:
     """
     model: Any = next((model for _, model in hugging_face_models(module)), None)
     if model is None:
-        raise ConfigError(f"{type(module).__name__} holds no model of transformers, so no model of it can be kept.")
+        raise BenchmarkError(f"{type(module).__name__} holds no model of transformers, so no model of it can be kept.")
     check_not_the_base(model, path)
     tokenizer = tokenizer_of(module)
     with atomic_folder(path, replaces="config.json") as place:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import BenchmarkError, ResultFileError
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.tasks.settings import TaskSettings
 
@@ -32,7 +32,7 @@ def check_installed() -> None:
         ConfigError: If it is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError('the package lm-eval is not installed: pip install "lightning-lora[eval]".')
+        raise BenchmarkError('the package lm-eval is not installed: pip install "lightning-lora[eval]".')
 
 
 def where_code_runs(folder: Path) -> str:
@@ -110,9 +110,9 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
     if code:
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
         if not settings.allow_code_execution and any(sign in text.lower() for sign in _SIGNS):
-            raise ConfigError(
+            raise BenchmarkError(
                 f"of the tasks {', '.join(settings.tasks)} some run programs that the model writes, as this user and "
                 f"without a sandbox: --allow-code-execution allows it, in a container or on a machine that may be lost."
             )
         lines = text.splitlines()
-        raise DataError(f"lm-eval ended with code {code}, see {folder / LOG}: {' / '.join(lines[-_LAST_LINES:])}")
+        raise ResultFileError(f"lm-eval ended with code {code}, see {folder / LOG}: {' / '.join(lines[-_LAST_LINES:])}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 from lightning_lora.files.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -66,5 +66,7 @@ def read_tasks(folder: Path) -> Mapping[str, Any] | None:
         if missing := {"verdicts", "scores", "settings"} - found.keys():
             raise KeyError(", ".join(sorted(missing)))
         return found
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{file} is damaged: {type(error).__name__}: {error}; remove it and evaluate again.") from error
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise ResultFileError(
+            f"{file} is damaged: {type(error).__name__}: {error}; remove it and evaluate again."
+        ) from error

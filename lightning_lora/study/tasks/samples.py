@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ def read_scores(folder: Path) -> dict[tuple[str, str], Scores]:
             if file.is_file():
                 found |= {each.name: each for each in _of_task(task, file, better.get(task) or {})}
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder} cannot be read as results of lm-eval: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ResultFileError(
+            f"{folder} cannot be read as results of lm-eval: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _of_task(task: str, file: Path, better: Mapping[str, bool]) -> Iterator[Scores]:

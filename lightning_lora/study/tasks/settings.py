@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import BenchmarkError
 
 KEEP_VARIABLE = "LIGHTNING_LORA_KEEP_MODELS"
 """Environment variable that tells the processes of the runs of a study to keep whole models."""
@@ -46,17 +46,17 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if not self.tasks or not all(self.tasks):
-            raise ConfigError("there are no tasks: give --tasks gsm8k, or several with commas between.")
+            raise BenchmarkError("there are no tasks: give --tasks gsm8k, or several with commas between.")
         if self.limit is not None and not (0 < self.limit < math.inf and (self.limit < 1 or self.limit % 1 == 0)):
-            raise ConfigError(f"--limit must be a number of questions, or a share below 1, got {self.limit:g}.")
+            raise BenchmarkError(f"--limit must be a number of questions, or a share below 1, got {self.limit:g}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"--fewshot must not be negative, got {self.num_fewshot}.")
+            raise BenchmarkError(f"--fewshot must not be negative, got {self.num_fewshot}.")
         if self.batch_size < 1:
-            raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}.")
+            raise BenchmarkError(f"--batch-size must be at least 1, got {self.batch_size}.")
         if not 0 < self.band < 1:
-            raise ConfigError(f"--band must be a share of the questions between 0 and 1, got {self.band:g}.")
+            raise BenchmarkError(f"--band must be a share of the questions between 0 and 1, got {self.band:g}.")
         if self.task_folder is not None and not Path(self.task_folder).is_dir():
-            raise ConfigError(f"--task-folder {self.task_folder} is no folder.")
+            raise BenchmarkError(f"--task-folder {self.task_folder} is no folder.")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils._triton import has_triton
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, TaskSettingError, did_you_mean
 from lightning_lora.memory.run_step import gigabytes
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
@@ -40,13 +40,15 @@ def check_attention(name: str | None) -> None:
 
     if name not in AttentionInterface().valid_keys():
         hint = did_you_mean(name, ATTENTIONS)
-        raise ConfigError(f"attn_implementation must be one of {', '.join(ATTENTIONS)} or null, got {name!r}{hint}")
+        raise TaskSettingError(
+            f"attn_implementation must be one of {', '.join(ATTENTIONS)} or null, got {name!r}{hint}"
+        )
 
 
 def unusable_attention(name: str, error: Exception) -> ConfigError:
     """The error for an implementation that the model or this machine does not have."""
     reason = str(error).strip().splitlines()[0]
-    return ConfigError(
+    return TaskSettingError(
         f"attn_implementation={name!r} cannot be used with this model on this machine: {reason} The choices are "
         f"{', '.join(ATTENTIONS)}, or null for the model's own."
     )

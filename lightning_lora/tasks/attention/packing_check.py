@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import TaskSettingError
 from lightning_lora.lora.evaluation_mode import in_eval_mode, uncompiled
 from lightning_lora.lora.functional.torch_internals import has_values
 
@@ -47,7 +47,7 @@ def check_packing(model: nn.Module, logits: Callable[..., Tensor], vocab_size: i
         fault = _find_fault(model, logits, vocab_size, num_rows=1)
     if fault is None:
         return False
-    raise ConfigError(
+    raise TaskSettingError(
         f"{_class_name(model)} does not keep packed examples apart: {fault}. Recurrence or convolution over tokens, "
         "ALiBi, or a mask or positions that are not made from position_ids let one example see another or count on. "
         "Turn packing off (packing=False of SFTDataModule)."

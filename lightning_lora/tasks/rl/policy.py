@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PolicySettingError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.rl.reference import Reference
@@ -36,7 +36,9 @@ class Policy(CausalLM):
         **settings: Any,
     ) -> None:
         if lora is not None and LoRAConfig.from_dict(lora).dropout:
-            raise ConfigError("dropout of adapters makes a policy another one at each pass: set lora.dropout to 0.")
+            raise PolicySettingError(
+                "dropout of adapters makes a policy another one at each pass: set lora.dropout to 0."
+            )
         super().__init__(model, learning_rate, lora, **settings)
         self.reference = Reference(reference, lora is not None)
         if off := without_dropout(self.model_config):

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
 from lightning_lora.callbacks.progress import needs_metric
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PolicySettingError
 from lightning_lora.lightning_private import wrap_training_loader
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.evaluation_mode import in_eval_mode
@@ -133,7 +133,7 @@ class PolicyGradient(PolicyModel):
         fields = [field.name for field in dataclasses.fields(PolicySettings)]
         self.policy_settings = asked = PolicySettings(**{name: given[name] for name in fields})
         if asked.has_reference and lora is None:
-            raise ConfigError(
+            raise PolicySettingError(
                 "kl_coefficient needs a reference, which is the model with its adapters off, and lora=None trains the "
                 "whole model: give lora, or kl_coefficient=0."
             )
@@ -166,7 +166,7 @@ class PolicyGradient(PolicyModel):
         super().setup(stage)
         self._maker = None  # another Trainer may have another precision, and its data another tokenizer
         if self._pool is None:
-            raise ConfigError(
+            raise PolicySettingError(
                 "PolicyGradient has no reward: give reward= a function reward(prompts, completions, **columns) that "
                 "returns a number for each completion."
             )
@@ -178,7 +178,9 @@ class PolicyGradient(PolicyModel):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the minibatch's share of the loss of the optimizer step."""
         if "numbers" not in batch:
-            raise ValueError("a policy trains on completions of prompts, which its loader writes during fit only.")
+            raise PolicySettingError(
+                "a policy trains on completions of prompts, which its loader writes during fit only."
+            )
         asked, numbers = self.policy_settings, batch["numbers"]
         scores = self.score(batch)
         # A token that the policy or the sampler gives no probability has no ratio.

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PolicySettingError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.sharding import shard_lora
 from lightning_lora.tasks.rl.functional.head_logprobs import head_logprobs, logprobs_of_logits
@@ -48,9 +48,11 @@ class PolicyModel(Policy):
         **settings: Any,
     ) -> None:
         if reference not in (None, "adapter_off", "frozen"):
-            raise ConfigError(f"reference of a policy must be adapter_off, frozen or null, got {reference!r}.")
+            raise PolicySettingError(f"reference of a policy must be adapter_off, frozen or null, got {reference!r}.")
         if reference is not None and not self.policy_settings.has_reference:
-            raise ConfigError(f"reference={reference!r} has no effect with kl_coefficient=0: leave out one of them.")
+            raise PolicySettingError(
+                f"reference={reference!r} has no effect with kl_coefficient=0: leave out one of them."
+            )
         super().__init__(model, learning_rate, lora, reference, **settings)
         self.value_head: ValueHead | None = None
 
@@ -78,7 +80,7 @@ class PolicyModel(Policy):
         narrow = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.element_size() < 4}
         is_trained = self._trainer is not None and self._trainer.state.fn == "fit"
         if is_trained and self.lora is None and narrow:
-            raise ConfigError(
+            raise PolicySettingError(
                 f"the weights are {', '.join(sorted(narrow))} and lora=None trains them all: the small updates of RL "
                 "round to nothing there. Set dtype='float32' and precision '32-true' or 'bf16-mixed', or give lora."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lightning_lora.errors import ConfigError, check_choice
+from lightning_lora.errors import PolicySettingError, check_choice
 from lightning_lora.tasks.rl.functional.policy_loss import NORMALISE
 
 # How far the ratio may move, by loss. GSPO's ratio is a mean over tokens, CISPO only caps the weight of a token.
@@ -58,12 +58,12 @@ class PolicySettings:
         check_choice("kl", self.kl, ("k1", "k2"))
         check_choice("truncated", self.truncated, ("keep", "mask"))
         if self.group_size < 2 and not self.has_values:
-            raise ConfigError(
+            raise PolicySettingError(
                 f"group_size must be at least 2 with advantage={self.advantage!r}, got {self.group_size}: a single "
                 "completion of a prompt has nothing to be compared with. advantage='gae' learns what to expect instead."
             )
         if self.top_p != 1:
-            raise ConfigError(
+            raise PolicySettingError(
                 f"top_p={self.top_p} cannot be trained on: tokens outside of it are never sampled, so the policy is "
                 "another one than its log-probabilities say, and the ratio of a token is off by the share that was "
                 "left out. Set top_p=1; lower the temperature for less random completions."
@@ -76,17 +76,17 @@ class PolicySettings:
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), above=0)
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise ConfigError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma!r} and {self.lam!r}.")
+            raise PolicySettingError(f"gamma must be in (0, 1] and lam in [0, 1], got {self.gamma!r} and {self.lam!r}.")
         if not 0 <= self.length_buffer <= self.max_new_tokens:
-            raise ConfigError(
+            raise PolicySettingError(
                 f"length_buffer must be between 0 and max_new_tokens={self.max_new_tokens}, got {self.length_buffer!r}."
             )
         if self.loss == "importance" and self.clip is not None:
-            raise ConfigError("clip has no effect with loss='importance': use loss='clip', 'gspo' or 'cispo'.")
+            raise PolicySettingError("clip has no effect with loss='importance': use loss='clip', 'gspo' or 'cispo'.")
         if self.clip is not None and (len(self.clip) != 2 or min(self.clip) <= 0):
-            raise ConfigError(f"clip must be two numbers above 0, such as [0.2, 0.28], got {self.clip!r}.")
+            raise PolicySettingError(f"clip must be two numbers above 0, such as [0.2, 0.28], got {self.clip!r}.")
         if self.dual_clip is not None and (self.loss != "clip" or not self.dual_clip > 1):
-            raise ConfigError(
+            raise PolicySettingError(
                 f"dual_clip bounds the ratio of loss='clip' and is above 1, got {self.dual_clip!r} with "
                 f"loss={self.loss!r}."
             )
@@ -109,11 +109,11 @@ class PolicySettings:
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        raise PolicySettingError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 def _check_number(name: str, value: object, above: float | None = None) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < 0 or (above is not None and value <= above):  # type: ignore[operator]
         least = "at least 0" if above is None else f"above {above:g}"
-        raise ConfigError(f"{name} must be a number {least}, got {value!r}.")
+        raise PolicySettingError(f"{name} must be a number {least}, got {value!r}.")

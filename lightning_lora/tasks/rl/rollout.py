@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from lightning_lora.checkpoints.loader_position import obstacle, starting_after
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError, DataError
+from lightning_lora.errors import DataError, PolicySettingError
 from lightning_lora.sharding.collectives import gather_on_rank_zero
 
 
@@ -123,7 +123,7 @@ def minibatch_orders(num_prompts: int, minibatches: int, epochs: int, generator:
         ConfigError: If there are fewer prompts than minibatches.
     """
     if num_prompts < minibatches:
-        raise ConfigError(
+        raise PolicySettingError(
             f"minibatches={minibatches} of a rollout need as many prompts, and a batch of this rank holds "
             f"{num_prompts}: give the data a larger batch_size (and drop_last), or set fewer minibatches."
         )
@@ -168,7 +168,7 @@ class RolloutLoader:
         seed: int,
     ) -> None:
         if (reason := obstacle(prompts, 0)) is not None:
-            raise ConfigError(
+            raise PolicySettingError(
                 f"a policy needs prompts from a DataLoader over rows with numbers, which can go on where a run has "
                 f"stopped: {reason}."
             )

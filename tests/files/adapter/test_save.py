@@ -169,3 +169,17 @@ def test_a_reader_sees_the_old_or_the_new_adapter(folder: Path, tmp_path: Path) 
     assert all(torch.equal(new[name], tensor) for name, tensor in lora_state_dict(model).items())
     assert not any(torch.equal(new[name], old[name]) for name in old)
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_may_have_any_name_that_a_file_system_takes(tmp_path: Path) -> None:
+    """B14: an adapter has no name but that of its folder."""
+    model = adapted()
+    for name in ("a b", "ünï", "..x", "x..", "a/b"):
+        assert (save_adapter(model, tmp_path / name) / CONFIG_FILE).is_file()
+    before = tree(tmp_path)
+    with pytest.raises(OSError, match="File name too long"):
+        save_adapter(model, tmp_path / ("x" * 300))
+    for taken in ("", "a"):
+        with pytest.raises(AdapterFileError, match="is not ours to replace"):
+            save_adapter(model, tmp_path / taken)
+    assert tree(tmp_path) == before

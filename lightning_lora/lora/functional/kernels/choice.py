@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import LoRASettingError
 
 SETTING = "LIGHTNING_LORA_KERNELS"
 TABLE_FILE = Path(__file__).with_name("measured.json")
@@ -41,7 +41,7 @@ def chosen(kernel: str, shape: str, rows: int, *tensors: Tensor) -> bool:
     """
     setting = os.environ.get(SETTING, "measured")
     if setting not in ("measured", "off", "all"):
-        raise ConfigError(f"{SETTING} must be measured, off or all, got {setting!r}.")
+        raise LoRASettingError(f"{SETTING} must be measured, off or all, got {setting!r}.")
     if setting == "off" or (setting == "measured" and not table()):
         return False
     if not rows or not _can_run(tensors):

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import ConfigError, user_error
+from lightning_lora.errors import StudySettingError, user_error
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.memory.building import built_without_memory
@@ -65,7 +65,7 @@ def build_arm(arm: str, make: Callable[[], LightningModule], callbacks: Any = No
     except Exception as error:
         known = user_error(error)
         why = str(known) if known is not None else f"its module cannot be made: {type(error).__name__}: {error}"
-        raise ConfigError(f"arm {arm!r}: {why}") from error
+        raise StudySettingError(f"arm {arm!r}: {why}") from error
 
 
 def check_kept(arm: str, built: BuiltArm | None) -> None:
@@ -75,7 +75,7 @@ def check_kept(arm: str, built: BuiltArm | None) -> None:
         ConfigError: If its module has no adapters, and no model of transformers.
     """
     if built is not None and not built.is_adapted and not built.has_model:
-        raise ConfigError(
+        raise StudySettingError(
             f"--keep-models: arm {arm!r} trains {built.kind} in full, which holds no model of transformers, so no "
             f"model of it can be kept: leave the option out."
         )

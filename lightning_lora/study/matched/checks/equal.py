@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StudySettingError
 from lightning_lora.study.matched.options import option_of
 from lightning_lora.study.matched.spec import ArmSpec
 
@@ -42,14 +42,14 @@ def check_equal(arms: Sequence[ArmSpec]) -> None:
             _compare("data", f"data.init_args.{name}", first, arm)
         rows = [_budget(each.config) for each in (first, arm)]
         if rows[0] != rows[1]:
-            raise ConfigError(
+            raise StudySettingError(
                 f"arms {first.name!r} and {arm.name!r} train on {rows[0]:,} and {rows[1]:,} rows by max_steps and "
                 f"batch size: a comparison needs the same number; change trainer.max_steps with the batch."
             )
     for place, arm in enumerate(arms):
         for other in arms[:place]:
             if other.config == arm.config:
-                raise ConfigError(
+                raise StudySettingError(
                     f"arms {other.name!r} and {arm.name!r} are the same: give each arm overrides or configs of its own."
                 )
 
@@ -57,7 +57,7 @@ def check_equal(arms: Sequence[ArmSpec]) -> None:
 def _compare(what: str, option: str, one: ArmSpec, other: ArmSpec) -> None:
     values = option_of(one.config, option), option_of(other.config, option)
     if values[0] != values[1]:
-        raise ConfigError(
+        raise StudySettingError(
             f"arms {one.name!r} and {other.name!r} differ in {what} ({option}: {values[0]!r} and {values[1]!r}), which "
             f"must be equal in all arms: set it for the whole study."
         )
@@ -81,8 +81,8 @@ def _check_one_device(arm: ArmSpec) -> None:
     devices, strategy = option_of(arm.config, "trainer.devices", 1), option_of(arm.config, "trainer.strategy", "auto")
     why = "and each run of a study trains on one device: take it out"
     if (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1):
-        raise ConfigError(
+        raise StudySettingError(
             f"arm {arm.name!r}: trainer.devices is {devices}, {why}, and start one worker on each device."
         )
     if not isinstance(strategy, str) or strategy not in ("auto", "single_device"):
-        raise ConfigError(f"arm {arm.name!r}: trainer.strategy is {strategy!r}, {why}.")
+        raise StudySettingError(f"arm {arm.name!r}: trainer.strategy is {strategy!r}, {why}.")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.capacity.fixed_rows import fixed_batches, validation_loaders
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import DataError
+from lightning_lora.errors import DataError, ResultFileError
 from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.study.matched.measures.batch_losses import batch_losses
 from lightning_lora.study.statistics.steps_to_loss import evaluation_steps
@@ -34,7 +34,9 @@ class Evaluations:
     def __init__(self, trainer: Trainer, module: LightningModule, factor: float) -> None:
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise DataError("evaluations on a grid need runs with a known number of steps: set trainer.max_steps.")
+            raise ResultFileError(
+                "evaluations on a grid need runs with a known number of steps: set trainer.max_steps."
+            )
         self.steps = frozenset(evaluation_steps(int(steps), factor))
         if type(module).predict_step is LightningModule.predict_step:
             raise _no_losses(module)
@@ -43,7 +45,7 @@ class Evaluations:
         count = len(loader.dataset) if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__") else 0  # pyright: ignore[reportArgumentType]
         batches = fixed_batches(loader, count, trainer.strategy.root_device) if count else None
         if batches is None:
-            raise DataError("evaluations on a grid need a validation set that has a length.")
+            raise ResultFileError("evaluations on a grid need a validation set that has a length.")
         self._batches = batches
 
     def loss(self, trainer: Trainer, module: LightningModule) -> float:
@@ -73,7 +75,7 @@ def _sums(module: LightningModule, found: Any) -> tuple[float, float]:
 
 
 def _no_losses(module: LightningModule) -> DataError:
-    return DataError(
+    return ResultFileError(
         f"evaluations on a grid need losses of rows: {type(module).__name__}.predict_step must return a mapping with "
         f"the 'loss' of each row."
     )

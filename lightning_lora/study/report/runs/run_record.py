@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from lightning_lora.batch.calibration import PROBE_FILE
-from lightning_lora.errors import DataError
+from lightning_lora.errors import DataError, ResultFileError
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.events import EVENTS_FILE, read_events
 from lightning_lora.files.folder_lock import is_locked
+from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.matched.record import CURVE
 from lightning_lora.study.rank_probe_result import RANK_PROBE_FILE, RankProbeResult
@@ -121,12 +122,12 @@ def read_run(folder: Path) -> RunRecord:
     """
     try:
         text = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
-        config = yaml.safe_load(text) or {}
+        config = read_yaml(text) or {}
         events = tuple(read_events(folder)) if (folder / EVENTS_FILE).is_file() else ()
         manifest = _json(folder / "adapters" / "last" / MANIFEST_FILE)
         losses = read_losses(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise DataError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ResultFileError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
     remarks: list[str] = []
     batch_probe = _probe(BatchProbeResult, folder / PROBE_FILE, remarks)
     rank_probe = _probe(RankProbeResult, folder / RANK_PROBE_FILE, remarks)

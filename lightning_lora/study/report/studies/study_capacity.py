@@ -101,7 +101,7 @@ def _planned(facts: StudyFacts) -> dict[int, Mapping[str, Any]]:
             try:
                 found = json.loads((folder / PLAN).read_text(encoding="utf-8"))["capacity"]
                 return {int(row["rank"]): row for row in found}
-            except (ValueError, KeyError, TypeError):  # not one of ours
+            except (ValueError, KeyError, TypeError, RecursionError):  # not one of ours
                 continue
     return {}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_lora.errors import DataError
+from lightning_lora.errors import ResultFileError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def envelope(losses: Mapping[float, ArrayLike]) -> Envelope:
     rates = np.array(sorted(losses), dtype=np.float64)
     curves = [np.asarray(losses[rate], dtype=np.float64) for rate in sorted(losses)]
     if not curves or len({curve.shape for curve in curves}) > 1:
-        raise DataError(f"an envelope needs curves of one length, got {[curve.shape for curve in curves]}.")
+        raise ResultFileError(f"an envelope needs curves of one length, got {[curve.shape for curve in curves]}.")
     stacked = np.where(np.isfinite(stacked := np.stack(curves)), stacked, np.inf)
     lowest = stacked.min(0)
     known = np.isfinite(lowest)
@@ -67,7 +67,7 @@ def expected_best(losses: Sequence[float], budget: int) -> float:
     """
     count = len(losses)
     if not 1 <= budget <= count:
-        raise DataError(f"the budget must be between 1 and the {count} measured rates, got {budget}.")
+        raise ResultFileError(f"the budget must be between 1 and the {count} measured rates, got {budget}.")
     ordered = sorted(math.inf if math.isnan(loss) else loss for loss in losses)
     ways = [math.comb(count - place, budget - 1) for place in range(1, count + 1)]
     return math.fsum(way * loss for way, loss in zip(ways, ordered, strict=True) if way) / math.comb(count, budget)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import StatisticsError
 from lightning_lora.study.statistics.rates.rate_vertex import refined_rate
 from lightning_lora.study.statistics.word import BAND, check_band
 
@@ -115,7 +115,7 @@ def next_step(
 def _grid(start: Sequence[float]) -> list[float]:
     grid = sorted({rate_key(rate) for rate in start})
     if not grid or not all(0 < rate < math.inf for rate in grid):
-        raise ConfigError(f"learning_rates must be positive numbers, at least one, got {list(start)}.")
+        raise StatisticsError(f"learning_rates must be positive numbers, at least one, got {list(start)}.")
     return grid
 
 

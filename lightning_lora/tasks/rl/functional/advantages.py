@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, check_choice
+from lightning_lora.errors import PolicySettingError, check_choice
 
 ADVANTAGES = ("mean", "grpo", "rloo", "batch", "maxrl")
 
@@ -54,7 +54,7 @@ def group_advantages(
     """
     check_choice("advantage", kind, ADVANTAGES)
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ConfigError(
+        raise PolicySettingError(
             f"rewards must be (prompts, group) with at least 2 completions of each prompt, got "
             f"{tuple(rewards.shape)}: a single completion has nothing to be compared with."
         )

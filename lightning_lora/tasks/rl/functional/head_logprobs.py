@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.batch_facts import BatchFacts
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import PolicySettingError
 from lightning_lora.lora.functional.torch_internals import is_traced, uninitialised
 from lightning_lora.tasks.head_chunks import (
     IGNORE_INDEX,
@@ -87,7 +87,7 @@ def head_logprobs(
         [1.0, 0.2, 0.2]
     """
     if not temperature > 0:
-        raise ConfigError(f"temperature must be above 0 to score tokens, got {temperature!r}.")
+        raise PolicySettingError(f"temperature must be above 0 to score tokens, got {temperature!r}.")
     labels = ids if mask is None else ids.where(mask.bool(), IGNORE_INDEX)
     if is_traced():
         return _plain(plain_logits(hidden, weight, bias, update) / temperature, labels)

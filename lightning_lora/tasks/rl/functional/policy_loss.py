@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, check_choice
+from lightning_lora.errors import PolicySettingError, check_choice
 
 NORMALISE = ("tokens", "rows", "constant", "sum")
 RATIOS = ("token", "row_mean", "row_sum")
@@ -161,7 +161,9 @@ def loss_sum_and_count(
     """
     check_choice("normalise", normalise, NORMALISE)
     if (normalise == "constant") != (constant is not None):
-        raise ConfigError(f"constant divides rows with normalise='constant' only, got {constant} and {normalise!r}.")
+        raise PolicySettingError(
+            f"constant divides rows with normalise='constant' only, got {constant} and {normalise!r}."
+        )
     losses, mask = losses.masked_fill(~mask.bool(), 0), mask.long()
     if normalise == "tokens":
         return losses.sum(), mask.sum()
@@ -221,7 +223,7 @@ def sampler_correction(
         ConfigError: If ``outside`` is unknown.
     """
     if outside not in ("clamp", "drop"):
-        raise ConfigError(f"outside must be 'clamp' or 'drop', got {outside!r}.")
+        raise PolicySettingError(f"outside must be 'clamp' or 'drop', got {outside!r}.")
     weights = probability_ratio(old_logprobs, sampler_logprobs, mask, ratio).detach()
     if outside == "clamp":
         return weights.clamp(low, high)
@@ -231,9 +233,9 @@ def sampler_correction(
 def _check(clip: tuple[float, float] | None, dual_clip: float | None, ratio: str) -> None:
     check_choice("ratio", ratio, RATIOS)
     if clip is not None and (len(clip) != 2 or not 0 <= clip[0] <= 1 or clip[1] < 0):
-        raise ConfigError(
+        raise PolicySettingError(
             f"clip must be two numbers, how far the ratio may fall below 1 (at most 1) and rise above it, such as "
             f"(0.2, 0.28); got {clip!r}."
         )
     if dual_clip is not None and not dual_clip > 1:
-        raise ConfigError(f"dual_clip must be above 1, got {dual_clip!r}.")
+        raise PolicySettingError(f"dual_clip must be above 1, got {dual_clip!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, check_choice
+from lightning_lora.errors import PolicySettingError, check_choice
 
 KINDS = ("sigmoid", "ipo", "hinge", "robust", "length_normalised", "dpop")
 _SMOOTHED = ("sigmoid", "robust", "length_normalised", "dpop")
@@ -115,17 +115,17 @@ def check_preference_settings(
     """
     check_choice("loss", kind, KINDS)
     if not beta > 0:
-        raise ConfigError(f"beta must be above 0, got {beta!r}: at 0 no pair would have a gradient.")
+        raise PolicySettingError(f"beta must be above 0, got {beta!r}: at 0 no pair would have a gradient.")
     if not 0 <= label_smoothing < 0.5:
-        raise ConfigError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing!r}.")
+        raise PolicySettingError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing!r}.")
     if label_smoothing and kind not in _SMOOTHED:
-        raise ConfigError(f"label_smoothing has no meaning in loss {kind!r}: use one of {', '.join(_SMOOTHED)}.")
+        raise PolicySettingError(f"label_smoothing has no meaning in loss {kind!r}: use one of {', '.join(_SMOOTHED)}.")
     for name, value in {"dpop_weight": dpop_weight, "nll_weight": nll_weight}.items():
         if not value >= 0:
-            raise ConfigError(f"{name} must be at least 0, got {value!r}.")
+            raise PolicySettingError(f"{name} must be at least 0, got {value!r}.")
 
 
 def _needed(lengths: Tensor | None, what: str) -> Tensor:
     if lengths is None:
-        raise ConfigError(f"{what} needs the numbers of tokens: give chosen_lengths and rejected_lengths.")
+        raise PolicySettingError(f"{what} needs the numbers of tokens: give chosen_lengths and rejected_lengths.")
     return lengths

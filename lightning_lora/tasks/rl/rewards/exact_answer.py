@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import RewardSettingError
 
 from .texts import text_of
 
@@ -33,7 +33,7 @@ class ExactAnswer:
     def __init__(self, column: str = "answer", pattern: str = GSM8K) -> None:
         self.column, self.pattern = column, compiled(pattern)
         if not self.pattern.groups:
-            raise ConfigError(f"pattern {pattern!r} needs a group that holds the answer, such as '#### (.*)'.")
+            raise RewardSettingError(f"pattern {pattern!r} needs a group that holds the answer, such as '#### (.*)'.")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
         """Rewards of rows.
@@ -42,7 +42,9 @@ class ExactAnswer:
             ConfigError: If the rows do not have the column.
         """
         if self.column not in columns:
-            raise ConfigError(f"the rows have no column {self.column!r}; they have {', '.join(columns) or 'none'}.")
+            raise RewardSettingError(
+                f"the rows have no column {self.column!r}; they have {', '.join(columns) or 'none'}."
+            )
         rows = zip(completions, columns[self.column], strict=True)
         return [float(self._is_right(text_of(completion), str(wanted))) for completion, wanted in rows]
 
@@ -74,4 +76,4 @@ def compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError(f"{pattern!r} is no regular expression: {error}.") from error
+        raise RewardSettingError(f"{pattern!r} is no regular expression: {error}.") from error

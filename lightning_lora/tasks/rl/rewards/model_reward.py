@@ -15,7 +15,7 @@ from lightning_lora.data.encoding import encode
 from lightning_lora.data.records import Conversation
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import RewardSettingError
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
@@ -57,14 +57,14 @@ class ModelReward:
         is_adapter = (Path(model) / CONFIG_FILE).is_file()
         base = read_json(Path(model) / CONFIG_FILE).get("base_model_name_or_path") if is_adapter else model
         if not base:
-            raise ConfigError(f"{model} does not say on which base it was trained.")
+            raise RewardSettingError(f"{model} does not say on which base it was trained.")
         # A published reward model says how many outputs it has; the base of an adapter does not.
         config = read_config(base, **({"num_labels": 1} if is_adapter else {}))
         loaded = load_model(
             AutoModelForSequenceClassification, base, new_head=is_adapter, config=config, dtype=getattr(torch, dtype)
         )
         if loaded.config.num_labels != 1:
-            raise ConfigError(f"{model} has {loaded.config.num_labels} outputs; a reward model has one.")
+            raise RewardSettingError(f"{model} has {loaded.config.num_labels} outputs; a reward model has one.")
         if is_adapter:
             load_adapter(loaded, model)
         has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()

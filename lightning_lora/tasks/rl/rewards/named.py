@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import RewardSettingError, did_you_mean
 
 from .worker import Reward
 
@@ -53,10 +53,10 @@ def find_reward(name: str) -> Reward:
     """
     place, _, attribute = name.rpartition(".")
     if not place:
-        raise ConfigError(f"reward {name!r} must be the dotted name of a function, such as my_rewards.short.")
+        raise RewardSettingError(f"reward {name!r} must be the dotted name of a function, such as my_rewards.short.")
     allowed = [_OURS, *os.environ.get(ALLOW_VARIABLE, "").split()]
     if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed):
-        raise ConfigError(
+        raise RewardSettingError(
             f"reward {name!r}: module {place} is not allowed. Allow it with `lightning-lora --allow {place} ...`, or "
             f"{ALLOW_VARIABLE}={place} in the environment."
         )
@@ -65,9 +65,9 @@ def find_reward(name: str) -> Reward:
     try:
         module = importlib.import_module(place)
     except ImportError as error:
-        raise ConfigError(f"reward {name!r}: module {place} cannot be imported: {error}.") from error
+        raise RewardSettingError(f"reward {name!r}: module {place} cannot be imported: {error}.") from error
     found: Any = getattr(module, attribute, None)
     if not callable(found):
         hint = did_you_mean(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise ConfigError(f"reward {name!r}: module {place} has no function {attribute}{hint}")
+        raise RewardSettingError(f"reward {name!r}: module {place} has no function {attribute}{hint}")
     return found  # pyright: ignore[reportReturnType]

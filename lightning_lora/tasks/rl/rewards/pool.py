@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.errors import ConfigError, RewardError
+from lightning_lora.errors import RewardError, RewardSettingError
 
 from .own_precision import own_precision
 from .process import Process
@@ -54,12 +54,12 @@ class RewardPool:
         on_timeout: float | None = None,
     ) -> None:
         if not callable(reward):
-            raise ConfigError(f"a reward is a function of prompts and completions, got {reward!r}.")
+            raise RewardSettingError(f"a reward is a function of prompts and completions, got {reward!r}.")
         for name, value, least in (("workers", workers, 0), ("rows_per_call", rows_per_call or 1, 1)):
             if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+                raise RewardSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
         if rows_per_call == 0 or (timeout is not None and not timeout > 0):
-            raise ConfigError(f"rows_per_call and timeout must be above 0, got {rows_per_call} and {timeout}.")
+            raise RewardSettingError(f"rows_per_call and timeout must be above 0, got {rows_per_call} and {timeout}.")
         if getattr(reward, "sees_all_rows", False) or isinstance(reward, nn.Module):
             workers, rows_per_call = 0, None
         self.reward, self.name = reward, getattr(reward, "__name__", type(reward).__name__)
@@ -127,7 +127,7 @@ class RewardPool:
         lengths = {"prompts": len(prompts), "completions": len(completions)}
         lengths |= {name: len(rows) for name, rows in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ConfigError(f"reward {self.name}: not an entry for each row in every list: {lengths}.")
+            raise RewardSettingError(f"reward {self.name}: not an entry for each row in every list: {lengths}.")
         size = self.rows_per_call or max(1, len(prompts))
         return [
             Call(prompts[rows], completions[rows], {name: values[rows] for name, values in columns.items()})
@@ -180,7 +180,7 @@ class RewardPool:
         try:
             found = process.receive()
         except ImportError as error:
-            raise ConfigError(f"reward {self.name} cannot be loaded in another process: {error}") from None
+            raise RewardSettingError(f"reward {self.name} cannot be loaded in another process: {error}") from None
         if found is None and not process.ready:
             raise RewardError(f"reward {self.name} {process.how_it_ended()} before it was called.")
         return found
@@ -211,7 +211,7 @@ def _pickled(reward: Reward, name: str) -> bytes:
     try:
         return dill.dumps(reward, recurse=True)
     except Exception as error:
-        raise ConfigError(
+        raise RewardSettingError(
             f"reward {name} cannot be sent to another process: {error}. Write it as a function of a module, or set "
             "workers to 0."
         ) from error

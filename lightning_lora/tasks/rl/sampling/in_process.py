@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import SamplingSettingError
 from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.lora.shards import is_dtensor, reshard
 from lightning_lora.tasks.end_of_turn import end_ids, stopping_ids
@@ -65,9 +65,9 @@ class InProcessSampler:
         """
         model = self._model
         if model is None:
-            raise ConfigError("the sampler has no model: call load first.")
+            raise SamplingSettingError("the sampler has no model: call load first.")
         if settings.stop and self.tokenizer is None:
-            raise ConfigError("stop texts need a tokenizer: give one to InProcessSampler.")
+            raise SamplingSettingError("stop texts need a tokenizer: give one to InProcessSampler.")
         limit = context_length(model.config)  # type: ignore[arg-type]
         _check_lengths(prompts, limit)
         found = stopping_ids(getattr(model, "generation_config", None), self.stop_ids)
@@ -92,12 +92,12 @@ class InProcessSampler:
 
 def _check_lengths(prompts: Sequence[Tensor], limit: int | None) -> None:
     if not prompts:
-        raise ConfigError("there are no prompts to sample from.")
+        raise SamplingSettingError("there are no prompts to sample from.")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ConfigError(f"prompt {number} of the batch has no tokens.")
+            raise SamplingSettingError(f"prompt {number} of the batch has no tokens.")
         if limit is not None and len(prompt) >= limit:
-            raise ConfigError(
+            raise SamplingSettingError(
                 f"prompt {number} of the batch has {len(prompt)} tokens, and the context of the model is {limit}: "
                 "leave out such prompts."
             )

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import SamplingSettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,15 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("top_k", 0)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {getattr(self, name)}.")
+                raise SamplingSettingError(
+                    f"{name} must be a whole number of {least} or more, got {getattr(self, name)}."
+                )
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be a finite number of at least 0, got {self.temperature}.")
+            raise SamplingSettingError(f"temperature must be a finite number of at least 0, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+            raise SamplingSettingError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ConfigError(f"stop must be a list of texts that are not empty, got {self.stop!r}.")
+            raise SamplingSettingError(f"stop must be a list of texts that are not empty, got {self.stop!r}.")
         object.__setattr__(self, "stop", tuple(self.stop))  # a config gives a list
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_lora.errors import ConfigError, LoRAError, SamplerError
+from lightning_lora.errors import LoRAError, SamplerError, SamplingSettingError
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
 
@@ -54,9 +54,11 @@ class VLLMSampler:
         self, url: str, folder: str | Path, max_rank: int = 16, timeout: float = 600.0, stop_ids: Sequence[int] = ()
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"url must be the address of a vLLM server, such as http://localhost:8000, got {url!r}.")
+            raise SamplingSettingError(
+                f"url must be the address of a vLLM server, such as http://localhost:8000, got {url!r}."
+            )
         if max_rank < 1 or not timeout > 0:
-            raise ConfigError(f"max_rank and timeout must be above 0, got {max_rank} and {timeout}.")
+            raise SamplingSettingError(f"max_rank and timeout must be above 0, got {max_rank} and {timeout}.")
         self.url, self.folder = url.rstrip("/"), Path(folder).absolute()
         self.max_rank, self.timeout, self.stop_ids = max_rank, timeout, list(stop_ids)
         self._version: int | None = None
@@ -74,10 +76,12 @@ class VLLMSampler:
             name: max(spec.rank for spec in layer.lora_specs.values()) for name, layer in lora_layers(model).items()
         }
         if not ranks:
-            raise ConfigError("a vLLM server is given adapters only, and this model has none: train with LoRA.")
+            raise SamplingSettingError(
+                "a vLLM server is given adapters only, and this model has none: train with LoRA."
+            )
         name, rank = max(ranks.items(), key=lambda pair: pair[1])
         if rank > self.max_rank:
-            raise ConfigError(
+            raise SamplingSettingError(
                 f"{name} has rank {rank}, and the server takes up to {self.max_rank}: start it with --max-lora-rank "
                 f"{rank}, and set max_rank to that."
             )
@@ -114,7 +118,7 @@ class VLLMSampler:
             SamplerError: If the server cannot be asked, or its answer is not what was asked for.
         """
         if self._version is None:
-            raise ConfigError("the sampler has no model: call load first.")
+            raise SamplingSettingError("the sampler has no model: call load first.")
         seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
         asked = {
             "model": _name(self._version),

@@ -1,60 +1,12 @@
-"""Every error that a user can cause. A message says what was wrong, where, and what to do.
-
-Each class also inherits from a built-in error, so that ``except ValueError`` keeps working.
-"""
+"""Ends of messages: near names, short lists, choices; and the error of ours that another one hides."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
 
-
-class LoRAError(Exception):
-    """The base class of all errors that this package raises on purpose."""
-
-
-class ConfigError(LoRAError, ValueError):
-    """A setting is outside its range, has the wrong type, or contradicts another one."""
-
-
-class TargetNotFoundError(LoRAError, ValueError):
-    """A name pattern matches no module, or only modules that cannot be adapted."""
-
-
-class AdapterFileError(LoRAError, ValueError):
-    """An adapter or checkpoint file is missing, damaged, incomplete or of an unsupported kind."""
-
-
-class BaseMismatchError(LoRAError, ValueError):
-    """An adapter was trained on base weights that differ from the present ones."""
-
-
-class AlreadyShardedError(LoRAError, RuntimeError):
-    """An operation needs full parameters, but a strategy has wrapped or sharded them already."""
-
-
-class DataError(LoRAError, ValueError):
-    """A data file or one of its rows cannot be used."""
-
-
-class GuardError(LoRAError, RuntimeError):
-    """A run trains nothing, trains the wrong parameters, or has changed frozen ones."""
-
-
-class GradientError(LoRAError, RuntimeError):
-    """A gradient is NaN or infinite."""
-
-
-class RewardError(LoRAError, RuntimeError):
-    """A reward fails on a row: it raises, takes too long, or returns no finite number."""
-
-
-class SamplerError(LoRAError, RuntimeError):
-    """A server that draws completions cannot be asked, or gives no usable answer."""
-
-
-class RunFolderError(LoRAError, ValueError):
-    """The folder of a run cannot be written, or another run is writing there."""
+from lightning_lora.errors.base import LoRAError
+from lightning_lora.errors.settings import ConfigError
 
 
 def user_error(error: BaseException | None) -> LoRAError | None:
