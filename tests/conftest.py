@@ -19,6 +19,8 @@ LONGEST = (
     "test_configs.py",
     "test_matrix.py",
     "test_docs.py",
+    "test_docs_site.py",
+    "test_notebooks.py",
     "test_resume.py",
     "test_demo.py",
     "test_noise_mutations.py",

@@ -56,6 +56,13 @@ def test_the_table_of_faults_has_every_fault_and_names_tests_that_exist() -> Non
     assert count > 20
 
 
+def test_pictures_are_used_and_below_300_kilobytes() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert f"images/{picture.name}" in text, picture.name
+        assert picture.stat().st_size < 300_000, picture.name
+
+
 def test_the_page_of_commands_has_their_options_as_they_are() -> None:
     from docs import commands
 

@@ -48,12 +48,14 @@ def classes() -> Iterator[dict[str, Any]]:
 
 def runs(folder: Path) -> Iterator[tuple[LightningModule, dict[str, Any]]]:
     """Each task with data for a step and a validation."""
-    model, settings = str(MODEL), {"learning_rate": 1e-4, "lora": CONFIG}
+    model = str(MODEL)
+    settings: dict[str, Any] = {"learning_rate": 1e-4, "lora": CONFIG}
     some: dict[str, Any] = {"batch_size": 4}
     answered = rows(folder, "answered.jsonl", completion="Hello.")
     pairs = rows(folder, "pairs.jsonl", chosen="Hello.", rejected="No.")
     asked = rows(folder, "asked.jsonl")
-    loader: Any = DataLoader(list(classes()), batch_size=4)  # pyright: ignore[reportArgumentType]
+    labelled: Any = list(classes())
+    loader = DataLoader(labelled, batch_size=4)
     yield CausalLM(model, **settings), {"datamodule": SFTDataModule(answered, answered, **some)}
     yield (
         SequenceClassifier(model, num_labels=4, **settings),

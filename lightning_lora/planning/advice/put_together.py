@@ -43,7 +43,7 @@ from lightning_lora.planning.reason import Reason
 
 SURE = (
     "capacity bounds memorising, rules need less; memory is what tensors hold, within 1 % on a CPU in 19 cases, 6 % on "
-    "an H100 in 5 (docs/understand/plan.md);"
+    "an H100 in 5 (docs, Plan);"
 )
 SURE_WITHOUT_MEMORY = "capacity bounds memorising, rules need less; memory is not known;"
 
