@@ -17,7 +17,7 @@ rooms: dict[str, Counter[str]] = defaultdict(Counter)
 for file, found in json.load(open(sys.argv[1], encoding="utf-8"))["files"].items():
     parts = file.removesuffix(".py").split("/")
     for room in (parts[parts.index("lightning_lora") + 1], "all"):
-        rooms[room] += Counter({name: found["summary"][name] for name in COUNTS})
+        rooms[room] += Counter({name: found["summary"].get(name, 0) for name in COUNTS})
 print("| room | lines | branches |\n|---|--:|--:|")
 for room, counts in sorted(rooms.items(), key=lambda item: (item[0] == "all", item[0])):
     lines, of_lines, branches, of_branches = (counts[name] for name in COUNTS)

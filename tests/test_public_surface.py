@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from docs import blocks
 from tests.support import toys
 
 SURFACE = Path(__file__).with_name("public_surface.txt")
@@ -55,3 +56,12 @@ def test_public_surface_is_the_one_written_down() -> None:
         f"the public names or signatures changed.\ngone: {gone}\nnew: {new}\n"
         f"If that is meant, run: {UPDATE}=1 pytest {Path(__file__).relative_to(toys.ROOT)}"
     )
+
+
+def test_every_public_name_has_an_example_that_runs() -> None:
+    """In a Python block of README or a page, which `test_docs` runs."""
+    text = "\n".join(block.text for block in blocks.ALL if block.language == "python" and not block.reason)
+    words = set(re.findall(r"\w+", text))
+    names = {name for place in PUBLIC for name in importlib.import_module(place).__all__}
+    assert len(names) > 70
+    assert names - words == set(), "add them to docs/reference/api/examples.md"

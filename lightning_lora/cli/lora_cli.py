@@ -49,7 +49,7 @@ from lightning_lora.study.rank_probe import RankProbe
 from lightning_lora.trainer_access import found
 
 # What a config may name: a class path imports and calls whatever it points at.
-ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers")
+ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers", "tokenizers")
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
 RUNS = "runs"
 """The folder for loggers whose ``save_dir`` is empty, without a ``default_root_dir``."""

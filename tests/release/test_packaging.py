@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.release.conftest import Installed
-
 ROOT = Path(__file__).parents[2]
 KERNELS = "lora/functional/kernels/measured.json"
 
@@ -45,14 +43,6 @@ def test_the_source_archive_holds_all_that_its_tests_read(tmp_path: Path) -> Non
         pytest.skip("not a checkout")
     assert set(listed.stdout.splitlines()) - held == {"callbacks", ".gitignore"} - held
     assert "lightning_lora/callbacks/guard.py" in held
-
-
-@pytest.mark.slow
-def test_one_command_leads_from_the_wheel_to_an_adapter_and_a_report(installed: Installed, tmp_path: Path) -> None:
-    printed = installed.python("-m", "lightning_lora", "demo", "--steps", "3", cwd=tmp_path)
-    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "report.html"):
-        assert (tmp_path / "demo" / file).stat().st_size > 10_000
-    assert "merged and adapter model agree" in printed
 
 
 def test_the_embedded_data_is_the_start_of_the_real_data() -> None:

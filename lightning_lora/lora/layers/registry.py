@@ -110,7 +110,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def _follows_experts_interface(module: nn.Module) -> bool:
     """Whether transformers' ``use_experts_implementation`` marked the module; the marks say what its weights mean."""
-    marks = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+    marks = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
     return all(hasattr(module, mark) for mark in marks) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
