@@ -50,8 +50,8 @@ class Added(Module):
 
 
 class Annotated(Module):
-    def forward(self, x: Tensor) -> Tensor:
-        x: Tensor = self.a(x)  # pyright: ignore[reportRedeclaration]
+    def forward(self, x: Any) -> Any:  # pyright: ignore[reportRedeclaration]
+        x: Any = self.a(x)
         return self.b(x)
 
 
