@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_lora.lora.functional.torch_internals import is_captured, saved_tensor_hooks, uninitialised
+from lightning_lora.errors import ConfigError
+from lightning_lora.lora.functional.torch_internals import in_backward, is_captured, saved_tensor_hooks, uninitialised
 
 Seed = int | Tensor
 """Decides which entries are dropped: a number to draw random bytes with, or the bytes, ``(words,)`` of 64 bits."""
@@ -59,9 +60,18 @@ def shared_seed(x: Tensor, callers: Sequence[object]) -> Seed:
         hooks = saved_tensor_hooks()
         _latest.is_grad_enabled = torch.is_grad_enabled()
         _latest.pack_hook = None if hooks is None else weakref.ref(hooks[0])
-        _latest.seed = _words(x) if is_captured(x) else int(torch.randint(2**62, ()))
+        _latest.seed = _captured_bytes(x) if is_captured(x) else int(torch.randint(2**62, ()))
     _latest.callers |= ids
     return _latest.seed
+
+
+def _captured_bytes(x: Tensor) -> Tensor:
+    if in_backward():
+        raise ConfigError(
+            "dropout of adapters under activation checkpointing cannot be captured in a CUDA graph: the second run "
+            "would draw another mask. Set dropout to 0, or capture without activation checkpointing."
+        )
+    return _words(x)
 
 
 def _is_latest(x: Tensor) -> bool:

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, inject_lora
+from lightning_lora import ConfigError, LoRAConfig, inject_lora
 from lightning_lora.lora.functional import AdaptedWeight, fused_lora_linears, seeded_dropout
 from lightning_lora.lora.functional.seeded_dropout import drop, kept_share, shared_seed
 from tests.support.tiny_models import wake
@@ -93,6 +94,16 @@ def test_while_a_graph_is_captured_the_mask_is_drawn_by_the_devices_generator_an
         assert float((query > 0).double().mean()) == pytest.approx(0.75, abs=0.05)
         seen.append(query)
     assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_graph_with_activation_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch, use_reentrant: bool) -> None:
+    monkeypatch.setattr(seeded_dropout, "is_captured", lambda tensor: True)
+    layer = nn.Sequential(nn.Linear(IN, OUT))
+    inject_lora(layer, LoRAConfig(rank=R, dropout=0.1, targets=["0"]))
+    y = checkpoint(layer, torch.randn(4, IN, requires_grad=True), use_reentrant=use_reentrant)
+    with pytest.raises(ConfigError, match=r"under activation checkpointing cannot be captured .* Set dropout to 0"):
+        y.sum().backward()
 
 
 def test_a_seed_from_outside_of_a_graph_is_not_used_within_nor_the_other_way_round(
