@@ -101,7 +101,7 @@ def chat(loaded: Loaded, rows: RowSettings, sampling: Sampling, system: str | No
             try:
                 dialogue.ask(text, console)
             except DataError as error:
-                print(f"error: {error} /reset starts anew.", file=sys.stderr)
+                print(f"error: {DataError(f'{error} /reset starts anew.')}", file=sys.stderr)
 
 
 def _read() -> str | None:
