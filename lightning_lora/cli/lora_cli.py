@@ -273,8 +273,7 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI
         # In the environment, so that the processes a strategy starts see them too.
         os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
     restrict_imports()
-    is_preview = arguments[0] == "preview"
-    if is_preview:
+    if arguments[0] == "preview":
         arguments = ["preview", *expand_arguments(arguments[1:])]
     sys.argv[1:] = arguments  # LightningCLI warns about arguments from elsewhere
     try:

@@ -28,7 +28,7 @@ class RowError(DataError):
     """
 
     code = "LL406"
-    page = "data.md#bad-rows-caches-large-data"
+    page = "use/data.md#bad-rows-caches-large-data"
 
     def __init__(self, place: str, kind: str, detail: str = "") -> None:
         super().__init__(f"{place}: {kind}{detail}")

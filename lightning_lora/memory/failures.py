@@ -24,7 +24,7 @@ class TraceError(ConfigError):
     """
 
     code = "LL508"
-    page = "plan.md#memory"
+    page = "understand/plan.md#memory"
 
 
 @contextlib.contextmanager
