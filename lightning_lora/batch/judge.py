@@ -53,18 +53,22 @@ class BatchJudge:
         self._full_windows = 0
         self.judge(batch_rows, num_steps, calibration)
 
-    def add(self, sample: StepSample, rows_seen: int, num_steps: float, calibration: float) -> None:
-        """Add a sample, taken ``rows_seen`` rows into the run, and read the batch."""
+    def add(self, sample: StepSample, batch_rows: int, rows_seen: int, num_steps: float, calibration: float) -> None:
+        """Add a sample, taken ``rows_seen`` rows into the run, and read the batch.
+
+        ``batch_rows`` are those of a whole step: the last step of an epoch may have fewer, which says nothing of the
+        batch.
+        """
         self.history.add(sample, rows_seen)
         self.estimate = self.history.estimate()
-        self.judge(sample.num_rows, num_steps, calibration)
+        self.judge(batch_rows, num_steps, calibration)
 
-    def numbers(self, sample: StepSample, calibration: float) -> dict[str, float]:
+    def numbers(self, sample: StepSample, batch_rows: int, calibration: float) -> dict[str, float]:
         """The latest sample, the estimate and the reading, by their logged names."""
         estimate, reading = self.estimate, self.reading
         assert estimate is not None
         return {
-            "batch/rows": sample.num_rows,
+            "batch/rows": batch_rows,
             "batch/calibration": calibration,
             "gns/signal_sq": sample.signal,
             "gns/trace": sample.trace,

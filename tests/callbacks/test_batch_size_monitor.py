@@ -131,6 +131,16 @@ def test_every_sample_is_an_event_of_the_run(tmp_path: Path) -> None:
     assert events[-1]["state"] == monitor.state == "step-starved"
 
 
+def test_a_short_last_step_says_nothing_of_the_batch(tmp_path: Path) -> None:
+    monitor = fit(tmp_path, 62, 4, 2, max_epochs=5)  # seven steps of 8 rows and one of 6 in each epoch
+    assert {sample.num_rows for sample in monitor.samples} == {8, 6}
+    assert monitor.samples[-1].num_rows == 6
+    _, *events = read_events(tmp_path)
+    assert {event["batch/rows"] for event in events} == {8}
+    assert monitor.estimate is not None
+    assert monitor._judge.reading.fill == pytest.approx(8 / monitor.estimate.value)
+
+
 def test_the_end_is_told_in_two_lines_and_drawn(tmp_path: Path) -> None:
     monitor = fit(tmp_path, 64, 4, 2, max_epochs=25)
     first, second = monitor.summary(monitor_trainer(tmp_path))
