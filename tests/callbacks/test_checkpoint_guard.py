@@ -102,7 +102,7 @@ print("done")
 @pytest.mark.parametrize(
     ("who", "text"),
     [
-        ("guard", "ConfigError: checkpoints cannot be written to {folder}: Permission denied"),
+        ("guard", "Error: checkpoints cannot be written to {folder}: Permission denied"),
         ("plugin", "PermissionError: [Errno 13] Permission denied: '{folder}/"),
     ],
 )
