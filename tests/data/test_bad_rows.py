@@ -62,7 +62,7 @@ def told_by(data: SFTDataModule) -> list[str]:
 def test_one_error_tells_of_every_kind_of_bad_row(path: str) -> None:
     with pytest.raises(DataError) as caught:
         module(path).prepare_data()
-    head, *kinds, advice = str(caught.value).splitlines()
+    head, *kinds, advice = caught.value.message.splitlines()
     assert head == f"{path}: 10 of 13 rows cannot be used:"
     assert len(kinds) == len(FIRST_OF_KIND)
     for pattern in FIRST_OF_KIND:
@@ -83,7 +83,7 @@ def test_one_error_tells_of_all_sources_and_splits(path: str, write: Write) -> N
 def test_a_bad_row_alone_reads_as_a_plain_message(write: Write) -> None:
     with pytest.raises(DataError) as caught:
         module(write("a.jsonl", [GOOD, EMPTY])).setup()
-    first, advice = str(caught.value).splitlines()
+    first, advice = caught.value.message.splitlines()
     assert re.match(r".*a\.jsonl, row 1 \(line 2\), messages\[1\]: ", first)
     assert advice == "Mend or remove such rows, or leave them out with on_bad_row: skip."
 
@@ -169,7 +169,7 @@ def test_of_many_kinds_the_most_frequent_ten_are_told() -> None:
 
 def test_row_errors_survive_the_way_to_another_process() -> None:
     error = pickle.loads(pickle.dumps(RowError("a.jsonl, row 3", "is empty", " (5).")))
-    assert (str(error), error.kind, error.detail) == ("a.jsonl, row 3: is empty (5).", "is empty", " (5).")
+    assert (error.message, error.kind, error.detail) == ("a.jsonl, row 3: is empty (5).", "is empty", " (5).")
 
 
 def test_names_that_nothing_reads_are_told_once_for_each_source(write: Write) -> None:

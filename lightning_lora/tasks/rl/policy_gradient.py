@@ -178,9 +178,8 @@ class PolicyGradient(PolicyModel):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the minibatch's share of the loss of the optimizer step."""
         if "numbers" not in batch:
-            raise PolicySettingError(
-                "a policy trains on completions of prompts, which its loader writes during fit only."
-            )
+            # Not an error of ours: a trace of the step takes those for what a run would end with.
+            raise ValueError("a policy trains on completions of prompts, which its loader writes during fit only.")
         asked, numbers = self.policy_settings, batch["numbers"]
         scores = self.score(batch)
         # A token that the policy or the sampler gives no probability has no ratio.

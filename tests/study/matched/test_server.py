@@ -135,8 +135,8 @@ def test_a_server_has_many_studies_and_refuses_a_changed_one(opened: Callable[..
 @pytest.mark.parametrize(
     ("database_name", "user", "message"),
     [
-        ("no_such", "postgres", r'cannot be reached: .*database "no_such" does not exist\.$'),
-        ("postgres", "nobody", r'cannot be reached: .*role "nobody" does not exist\.$'),
+        ("no_such", "postgres", r'cannot be reached: .*database "no_such" does not exist\. \[LL800 '),
+        ("postgres", "nobody", r'cannot be reached: .*role "nobody" does not exist\. \[LL800 '),
     ],
 )
 def test_a_wrong_database_or_user_is_one_error(

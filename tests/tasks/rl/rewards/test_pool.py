@@ -105,7 +105,7 @@ def test_a_fault_names_function_row_prompt_and_completion(fault: str, pools: lis
     with pytest.raises(RewardError) as caught:
         pool(["p", "why?", "p"], ["fine", fault, "fine"], {})
     assert str(caught.value).startswith(f"reward as_told, row 1: {FAULTS[fault]}")
-    assert str(caught.value).endswith(f"The prompt: 'why?'; the completion: '{fault}'")
+    assert caught.value.message.endswith(f"The prompt: 'why?'; the completion: '{fault}'")
     assert pool(["p"], ["fine"], {}) == [1.0]
 
 
