@@ -20,7 +20,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,8 @@ from lightning_lora.lora.functional.torch_internals import has_values, in_backwa
 
 # Calls of a group since a pass began, after which the next one begins another: the first group is called no more.
 _CALLS_OF_A_PASS = 2
+# Bytes: products of bfloat16 on a CPU may round by where a factor lies, and tensor cores want 16.
+_ALIGNED = 64
 
 
 class Factors(NamedTuple):
@@ -159,15 +160,23 @@ def _begin_pass(first: _Group, given: _Given) -> None:
 def _cast(groups: Sequence[_Given]) -> list[Factors]:
     """Copies of the factors of groups on one device, by one launch into one piece of memory."""
     factors = [factor for given in groups for factor in (*given.As, *given.Bs)]
-    sizes = [factor.numel() for factor in factors]
-    memory = uninitialised(factors[0], (sum(sizes),), groups[0].dtype)
-    targets = [part.view(f.shape) for part, f in zip(memory.split(sizes), factors, strict=True)]
+    unit = max(1, _ALIGNED // groups[0].dtype.itemsize)
+    starts, sizes, end = [], [], 0
+    for given in groups:
+        for number, factor in enumerate((*given.As, *given.Bs)):
+            # Every A below the other without a gap; all else begins where products are fast, and round alike.
+            gap = -end % unit if number == 0 or number >= len(given.As) else 0
+            starts.append(end + gap)
+            sizes += [gap, factor.numel()]
+            end += gap + factor.numel()
+    memory = uninitialised(factors[0], (end,), groups[0].dtype)
+    targets = [part.view(f.shape) for part, f in zip(memory.split(sizes)[1::2], factors, strict=True)]
     torch._foreach_copy_(targets, [factor.detach() for factor in factors])
-    starts, found = [0, *accumulate(sizes)], []
-    at = 0
+    found, at = [], 0
     for given in groups:
         n = len(given.As)
-        A = memory[starts[at] : starts[at + n]].view(-1, given.As[0].shape[-1])
+        last = starts[at + n - 1] + given.As[-1].numel()
+        A = memory[starts[at] : last].view(-1, given.As[0].shape[-1])
         found.append(Factors(A, targets[at + n : at + 2 * n]))
         at += 2 * n
     return found
