@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ from tests.tasks.conftest import LORA, StopAfterEpoch, fit, make, token_loader
 
 pytestmark = toys.expected_warnings
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> None:
+    """Without the models of earlier tests: runs that are compared to the bit share nothing with them."""
+    gc.collect()
 
 
 def gpt2(**settings: Any) -> PreTrainedModel:
