@@ -22,10 +22,7 @@ BEGIN, END = "<!-- written by python -m docs.commands -->\n", "<!-- end of the t
 def tables() -> str:
     """A section for each command with a parser of its own: what it does, an example, its arguments."""
     sections = [section("plan", plan_command.option_parser()), section("study", study_command.option_parser())]
-    for name, command in commands.COMMANDS.items():
-        parser = ArgumentParser(description=command.help, epilog=f"example: {command.example}")
-        command.configure(parser)
-        sections.append(section(name, parser))
+    sections += [section(name, commands.command_parser(name)) for name in commands.COMMANDS]
     return "\n".join(sections)
 
 

@@ -96,9 +96,7 @@ def check_ours(words: list[str]) -> None:
         return
     name, *rest = words
     if name in commands.COMMANDS:
-        parser = commands.CommandParser()
-        commands.COMMANDS[name].configure(parser)
-        parser.parse_args(rest)
+        commands.command_parser(name).parse_args(rest)
         return
     assert name in (*TRAINER_COMMANDS, "study")
     if name in ("plan", "study"):

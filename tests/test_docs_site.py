@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 import threading
 from functools import partial
@@ -18,13 +16,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from docs.blocks import ROOT
+from tests.study.report.browser import needs_chromium, showing
 from tests.support import warm
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = (
-    *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--no-default-browser-check"),
-)
 WIDTHS = (390, 1280)
 pytestmark = pytest.mark.slow
 
@@ -108,7 +102,7 @@ async function look(page, width) {
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
+@needs_chromium
 def test_no_page_is_wider_than_its_window(site: Path, tmp_path: Path) -> None:
     """Wide tables and long lines of code scroll inside of the page, at the width of a phone and of a laptop."""
     pages = sorted(str(page.relative_to(site)) for page in site.rglob("*.html") if "_static" not in page.parts)
@@ -117,18 +111,10 @@ def test_no_page_is_wider_than_its_window(site: Path, tmp_path: Path) -> None:
     (site / "measuring.html").write_text(measuring)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    root = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
     address = f"http://127.0.0.1:{server.server_port}/measuring.html"
-    command = [
-        str(CHROMIUM),
-        *QUIET,
-        *root,
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=600000",
-        "--dump-dom",
-    ]
+    command = showing(address, tmp_path, "--virtual-time-budget=600000")
     try:
-        done = subprocess.run([*command, address], capture_output=True, text=True, timeout=200, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     finally:
         server.shutdown()
         server.server_close()

@@ -63,12 +63,11 @@ class BatchJudge:
         self.estimate = self.history.estimate()
         self.judge(batch_rows, num_steps, calibration)
 
-    def numbers(self, sample: StepSample, batch_rows: int, calibration: float) -> dict[str, float]:
+    def numbers(self, sample: StepSample, calibration: float) -> dict[str, float]:
         """The latest sample, the estimate and the reading, by their logged names."""
         estimate, reading = self.estimate, self.reading
         assert estimate is not None
         return {
-            "batch/rows": batch_rows,
             "batch/calibration": calibration,
             "gns/signal_sq": sample.signal,
             "gns/trace": sample.trace,

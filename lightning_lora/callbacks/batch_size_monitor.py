@@ -236,8 +236,8 @@ class BatchSizeMonitor(Callback):
         assert self.batch is not None
         judge, steps, calibration, rows = self._judge, _num_steps(trainer), self.calibration or 1.0, self.batch.rows
         judge.add(sample, rows, self._rows_seen, steps, calibration)
-        numbers = {"batch/k": trainer.accumulate_grad_batches, "batch/steps_total": steps}
-        numbers |= judge.numbers(sample, rows, calibration) | self._other_metrics.numbers(judge.estimate)
+        numbers = {"batch/k": trainer.accumulate_grad_batches, "batch/rows": rows, "batch/steps_total": steps}
+        numbers |= judge.numbers(sample, calibration) | self._other_metrics.numbers(judge.estimate)
         if tokens is not None:
             numbers["batch/tokens"] = tokens
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}

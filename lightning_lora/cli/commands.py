@@ -15,10 +15,11 @@ from lightning_lora.errors import CommandError
 
 def run_command(name: str, arguments: list[str]) -> None:
     """Parse the arguments of a command and run it; exits with code 2 on a wrong option."""
-    COMMANDS[name].run(_parser(name).parse_args(arguments))
+    COMMANDS[name].run(command_parser(name).parse_args(arguments))
 
 
-def _parser(name: str) -> CommandParser:
+def command_parser(name: str) -> CommandParser:
+    """The parser of a command of `COMMANDS`."""
     command = COMMANDS[name]
     parser = CommandParser(f"lightning-lora {name}", description=command.help, epilog=f"example: {command.example}")
     command.configure(parser)
@@ -187,7 +188,7 @@ def _completion(arguments: Namespace) -> None:
     of_fit = fit_options(config_schema())
     options = dict.fromkeys(OPTIONS, of_fit)
     options |= {"plan": [*plan.option_parser().options(), *of_fit], "study": study.option_parser().options()}
-    options |= {name: _parser(name).options() for name in COMMANDS}
+    options |= {name: command_parser(name).options() for name in COMMANDS}
     print(completion_script(arguments.shell, options), end="")
 
 

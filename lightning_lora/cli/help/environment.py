@@ -25,6 +25,8 @@ def environment() -> str:
 def _facts() -> Iterator[tuple[str, object]]:
     import torch
 
+    from lightning_lora.planning.devices import machine_memory
+
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "python", platform.python_version()
     for name in _PACKAGES:
@@ -33,19 +35,11 @@ def _facts() -> Iterator[tuple[str, object]]:
     builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     yield "torch-build", next((f"{name} {version}" for name, version in builds.items() if version), "cpu")
     yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
-    if (memory := _memory()) is not None:
-        yield "memory", f"{memory / 2**30:.1f} GiB"
+    if hasattr(os, "sysconf"):  # not on Windows
+        yield "memory", f"{machine_memory() / 2**30:.1f} GiB"
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield f"gpu {index}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB, sm_{device.major}{device.minor}"
     for name in sorted(os.environ):
         if name.startswith(_VARIABLES):
             yield name, os.environ[name]
-
-
-def _memory() -> int | None:
-    """Bytes of the machine's memory; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows, or a system without these names
-        return None

@@ -15,7 +15,6 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lightning_lora import callbacks, data, tasks
-from lightning_lora.cli.quiet import quiet_libraries
 
 Schema = dict[str, Any]
 # Each of these has dozens of classes of Lightning, or is an object of any class.
@@ -24,7 +23,6 @@ _ANY = ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy")
 
 def config_schema() -> Schema:
     """The schema (JSON Schema 2020-12) of the configs of ``fit``, ``probe`` and their like."""
-    quiet_libraries()
     shared: Schema = {}
     trainer = _settings(Trainer, shared, skip=set(_ANY))
     listed = {"type": "array", "items": _object_of(callbacks, Callback, shared)}

@@ -63,14 +63,18 @@ EXAMPLES = {
 
 def asks_for_short_help(arguments: Sequence[str]) -> bool:
     """Whether ``--help`` is asked for, and not ``--help all``."""
-    place = next((place for place, word in enumerate(arguments) if word in ("-h", "--help")), None)
+    place = _place_of_help(arguments)
     return place is not None and list(arguments[place + 1 : place + 2]) != ["all"]
 
 
 def without_all(arguments: Sequence[str]) -> list[str]:
     """``--help all`` as the parser knows it: ``--help``."""
-    place = next((place for place, word in enumerate(arguments) if word in ("-h", "--help")), None)
+    place = _place_of_help(arguments)
     return list(arguments) if place is None else [*arguments[: place + 1], *arguments[place + 2 :]]
+
+
+def _place_of_help(arguments: Sequence[str]) -> int | None:
+    return next((place for place, word in enumerate(arguments) if word in ("-h", "--help")), None)
 
 
 def short_help(command: str) -> str:

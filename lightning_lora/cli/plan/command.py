@@ -134,7 +134,7 @@ def _expanded(arguments: list[str]) -> list[str]:
 
 def is_given(arguments: Sequence[str], option: str) -> bool:
     """Whether the user gives an option of ``fit``, as an argument or in a config file."""
-    import yaml
+    from lightning_lora.files.yaml_text import read_yaml
 
     names = (f"--{option}", f"--{option.replace('.init_args', '')}")
     for number, word in enumerate(arguments):
@@ -143,7 +143,7 @@ def is_given(arguments: Sequence[str], option: str) -> bool:
             return True
         file = Path(value or "".join(arguments[number + 1 : number + 2]))
         if name in ("-c", "--config") and file.is_file():
-            part = yaml.safe_load(file.read_text())
+            part = read_yaml(file.read_text())
             for key in option.split("."):
                 part = part.get(key) if isinstance(part, dict) else None
             if part is not None:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from lightning_lora.study.report.write import HTML, write_report
+from tests.study.report.browser import needs_chromium, showing
 from tests.study.report.html_page import HtmlPage
 from tests.study.report.planted_run import plant_run
 from tests.study.report.planted_study import plant
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = (
-    *("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--no-default-browser-check", "--enable-logging=stderr"),
-)
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)"),
+    needs_chromium,
 ]
 
 
 def opened(file: Path, profile: Path) -> tuple[HtmlPage, list[str]]:
     """The page after its script has run, and what was written to the console."""
-    root = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
-    command = [str(CHROMIUM), *QUIET, *root, f"--user-data-dir={profile}", "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(showing(file.as_uri(), profile), capture_output=True, text=True, timeout=120, check=True)
     said = [line for line in done.stderr.splitlines() if re.search(r"\bCONSOLE\b", line)]
     return HtmlPage(re.sub(r"^<!doctype html>", "<!DOCTYPE html>", done.stdout, flags=re.I)), said
 
