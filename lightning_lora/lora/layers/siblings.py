@@ -156,8 +156,7 @@ def _compiled_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor
 
 
 def _compiles_with(layer: _Layer, first: _Layer, x: Tensor) -> AdaptedWeight | None:
-    is_other = layer._forward_pre_hooks or layer.lora_dropout != first.lora_dropout or _is_replaced(layer)
-    return None if is_other else layer.adapted_weight(x)
+    return None if _is_replaced(layer) else _adapted_alike(layer, first, x)
 
 
 def _is_replaced(layer: _Layer) -> bool:
@@ -215,11 +214,14 @@ def _ready_siblings(group: _Group, first: _Layer, x: Tensor) -> dict[_Layer, Ada
 
 
 def _ready(layer: _Layer, first: _Layer, x: Tensor) -> AdaptedWeight | None:
-    # A hook may change what the layer computes with. So does a wrapper that gathers weights (FSDP), whose storage is
-    # empty until then.
-    if layer._forward_pre_hooks or layer.lora_dropout != first.lora_dropout:
-        return None
-    adapted = layer.adapted_weight(x)
+    adapted = _adapted_alike(layer, first, x)
+    # A wrapper that gathers weights (FSDP) leaves their storage empty until the layer is called.
     if adapted is None or not all(t.untyped_storage().nbytes() for t in (adapted.weight, adapted.A, adapted.B)):
         return None
     return adapted
+
+
+def _adapted_alike(layer: _Layer, first: _Layer, x: Tensor) -> AdaptedWeight | None:
+    # A hook may change what the layer computes with.
+    is_other = layer._forward_pre_hooks or layer.lora_dropout != first.lora_dropout
+    return None if is_other else layer.adapted_weight(x)
