@@ -184,3 +184,16 @@ def test_gradients_have_the_type_of_their_factors() -> None:
         for factor in layer.lora_factors().values():
             assert factor.grad is not None
             assert factor.grad.dtype == factor.dtype
+
+
+def test_copies_lie_where_products_are_fast_whatever_is_copied_with_them() -> None:
+    """Sizes that fill no line of the cache: each A of a group right below the other, all else at 64 bytes."""
+    groups = [
+        factor_copies._Given([torch.randn(r, 5) for r in ranks], [torch.randn(7, r) for r in ranks], torch.bfloat16)
+        for ranks in ([3, 1], [1], [2, 5, 1])
+    ]
+    for given, copies in zip(groups, factor_copies._cast(groups), strict=True):
+        torch.testing.assert_close(copies.A, torch.cat(list(given.As)).bfloat16(), rtol=0, atol=0)
+        for B, copied in zip(given.Bs, copies.Bs, strict=True):
+            torch.testing.assert_close(copied, B.bfloat16(), rtol=0, atol=0)
+        assert {tensor.data_ptr() % 64 for tensor in (copies.A, *copies.Bs)} == {0}
