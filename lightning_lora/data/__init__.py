@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .preferences.data_module import PreferenceDataModule
-    from .prompts.data_module import PromptDataModule
-    from .sft import SFTDataModule
+    from lightning_lora.data.preferences.data_module import PreferenceDataModule
+    from lightning_lora.data.prompts.data_module import PromptDataModule
+    from lightning_lora.data.sft import SFTDataModule
 
 __all__ = ["PreferenceDataModule", "PromptDataModule", "SFTDataModule"]
 _FILES = {

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy
 
-from .encoding import Encoded
-from .records import Conversation, Text
+from lightning_lora.data.encoding import Encoded
+from lightning_lora.data.records import Conversation, Text
 
 
 def divide(

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import numpy
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.chat.answer import render_ahead
+from lightning_lora.data.chat.endings import end_of_turn_ids, special_tokens
+from lightning_lora.data.chat.masks import PLAIN, tokenise_marked
+from lightning_lora.data.chat.profile import Profile, end_of_answer_id, find_profile
+from lightning_lora.data.chat.template import find_template
+from lightning_lora.data.chat.turns import TYPED, Example, find_examples
+from lightning_lora.data.records import Conversation, Text
+from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataSettingError
-
-from .bad_rows import RowError
-from .chat.answer import render_ahead
-from .chat.endings import end_of_turn_ids, special_tokens
-from .chat.masks import PLAIN, tokenise_marked
-from .chat.profile import Profile, end_of_answer_id, find_profile
-from .chat.template import find_template
-from .chat.turns import TYPED, Example, find_examples
-from .records import Conversation, Text
-from .settings import RowSettings
 
 DOUBLED = "the text holds the begin or end token already, so it is not put there again"
 

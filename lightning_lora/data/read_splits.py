@@ -11,14 +11,14 @@ import numpy
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from .bad_rows import refuse
-from .formats.names import check_renamed
-from .sampling.mixture import Shares
-from .settings import RowSettings
-from .source_report import SourceReport
-from .sources import find_sources
-from .split import column, stored_places
-from .tokens import tokenise
+from lightning_lora.data.bad_rows import refuse
+from lightning_lora.data.formats.names import check_renamed
+from lightning_lora.data.sampling.mixture import Shares
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.source_report import SourceReport
+from lightning_lora.data.sources import find_sources
+from lightning_lora.data.split import column, stored_places
+from lightning_lora.data.tokens import tokenise
 
 
 def source_names(given: Any) -> list[str]:

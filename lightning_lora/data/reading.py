@@ -22,9 +22,8 @@ from typing import Any, BinaryIO
 import pyarrow
 from pyarrow import ipc, parquet
 
+from lightning_lora.data.bad_rows import RowError
 from lightning_lora.errors import DataFileError
-
-from .bad_rows import RowError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")

@@ -17,18 +17,17 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_lora.data.bad_rows import check_action
+from lightning_lora.data.read_splits import check_columns, read_splits, source_names
+from lightning_lora.data.sampling.hold_out import hold_out, tell_shared
+from lightning_lora.data.sampling.mixture import read_shares
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.source_report import SourceReport
+from lightning_lora.data.sources import find_sources
+from lightning_lora.data.split import SplitStatistics, check_context, check_ids, column, keep_supervised
+from lightning_lora.data.streaming import TokenStream
+from lightning_lora.data.tokenizer import find_context, find_tokenizer, pad_id
 from lightning_lora.errors import DataSettingError
-
-from .bad_rows import check_action
-from .read_splits import check_columns, read_splits, source_names
-from .sampling.hold_out import hold_out, tell_shared
-from .sampling.mixture import read_shares
-from .settings import RowSettings
-from .source_report import SourceReport
-from .sources import find_sources
-from .split import SplitStatistics, check_context, check_ids, column, keep_supervised
-from .streaming import TokenStream
-from .tokenizer import find_context, find_tokenizer, pad_id
 
 Names = str | list[str]
 """Files, globs or hub names."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+from lightning_lora.data.chat.variables import check_variables
+from lightning_lora.data.formats.names import check_names
 from lightning_lora.errors import DataSettingError, did_you_mean
-
-from .chat.variables import check_variables
-from .formats.names import check_names
 
 TRAINED = ("answers", "last answer")
 

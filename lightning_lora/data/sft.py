@@ -12,16 +12,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_lora.data.batches.bins import batched, even_rows
+from lightning_lora.data.batches.collate import Collate, CollateEvenly, CollatePacked
+from lightning_lora.data.batches.packing import PackedRows, PackSampler
+from lightning_lora.data.rows_module import RowsDataModule, scrambled
+from lightning_lora.data.sampling.mixture import Mixture, MixtureSampler
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.split import column, row_lengths
+from lightning_lora.data.streaming import Drawn, StreamSampler
 from lightning_lora.errors import DataSettingError
-
-from .batches.bins import batched, even_rows
-from .batches.collate import Collate, CollateEvenly, CollatePacked
-from .batches.packing import PackedRows, PackSampler
-from .rows_module import RowsDataModule, scrambled
-from .sampling.mixture import Mixture, MixtureSampler
-from .settings import RowSettings
-from .split import column, row_lengths
-from .streaming import Drawn, StreamSampler
 
 
 class SFTDataModule(RowsDataModule):

@@ -9,9 +9,8 @@ import pyarrow
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_lora.data.bad_rows import BadRows, plural_rows
 from lightning_lora.errors import first_five
-
-from .bad_rows import BadRows, plural_rows
 
 
 @dataclass

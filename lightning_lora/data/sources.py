@@ -12,12 +12,11 @@ from typing import Any
 
 import datasets
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.reading import COMPRESSED_INSIDE, COMPRESSIONS, SUFFIXES, Row, file_kind, read_rows
+from lightning_lora.data.terminal_progress import progress_on_terminals
 from lightning_lora.errors import DataFileError
 from lightning_lora.hub import offline_hint, prepare_hub
-
-from .bad_rows import RowError
-from .reading import COMPRESSED_INSIDE, COMPRESSIONS, SUFFIXES, Row, file_kind, read_rows
-from .terminal_progress import progress_on_terminals
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
 

@@ -9,10 +9,9 @@ import numpy
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_lora.data.batches.bins import filled_share
+from lightning_lora.data.sampling.mixture import Mixture
 from lightning_lora.errors import DataError, DataSettingError
-
-from .batches.bins import filled_share
-from .sampling.mixture import Mixture
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,14 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_lora.data.bad_rows import refuse
+from lightning_lora.data.batches.collate import Example
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.source_report import SourceReport
+from lightning_lora.data.sources import FileSource, HubSource
+from lightning_lora.data.split import check_context, check_ids, cut_notes
+from lightning_lora.data.tokens import token_tables
 from lightning_lora.errors import DataError
-
-from .bad_rows import refuse
-from .batches.collate import Example
-from .settings import RowSettings
-from .source_report import SourceReport
-from .sources import FileSource, HubSource
-from .split import check_context, check_ids, cut_notes
-from .tokens import token_tables
 
 BUFFER = 10_000
 """Number of examples among which the next one is drawn."""

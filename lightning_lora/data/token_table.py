@@ -13,15 +13,15 @@ import pyarrow
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .bad_rows import RowError
-from .documents import divide
-from .encoding import Encoded, encode
-from .formats.find import Format, find_format
-from .formats.pairs import PairFormat, find_pair_format
-from .preferences.encode_pairs import encode_pairs
-from .reading import Row
-from .records import Conversation, Pair, Text
-from .settings import RowSettings
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.documents import divide
+from lightning_lora.data.encoding import Encoded, encode
+from lightning_lora.data.formats.find import Format, find_format
+from lightning_lora.data.formats.pairs import PairFormat, find_pair_format
+from lightning_lora.data.preferences.encode_pairs import encode_pairs
+from lightning_lora.data.reading import Row
+from lightning_lora.data.records import Conversation, Pair, Text
+from lightning_lora.data.settings import RowSettings
 
 COLUMNS = Features(
     {

@@ -7,10 +7,9 @@ import os
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from lightning_lora.data.sources import is_path_like
 from lightning_lora.errors import TokenizerError
 from lightning_lora.hub import offline_hint, prepare_hub
-
-from .sources import is_path_like
 
 
 def find_tokenizer(given: str | PreTrainedTokenizerBase | None, module: object | None) -> PreTrainedTokenizerBase:

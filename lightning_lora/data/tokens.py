@@ -22,16 +22,15 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_lora.data.bad_rows import BadRows, RowError
+from lightning_lora.data.chat.template import template_identity
+from lightning_lora.data.processes import map_in_order
+from lightning_lora.data.reading import Row
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.sources import FileSource, HubSource
+from lightning_lora.data.terminal_progress import progress_on_terminals
+from lightning_lora.data.token_table import COLUMNS, Chunk, ToTokens, find_example
 from lightning_lora.errors import DataError, DataSettingError, LoRAError
-
-from .bad_rows import BadRows, RowError
-from .chat.template import template_identity
-from .processes import map_in_order
-from .reading import Row
-from .settings import RowSettings
-from .sources import FileSource, HubSource
-from .terminal_progress import progress_on_terminals
-from .token_table import COLUMNS, Chunk, ToTokens, find_example
 
 _CHUNK = 1000
 """Number of rows tokenised together."""

@@ -26,14 +26,13 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.memory.building import built_without_memory
 from lightning_lora.memory.step_trace import weight_tensors
 from lightning_lora.mixin.lora_mixin import LoRAMixin
+from lightning_lora.planning.count_data import unique_rows
+from lightning_lora.planning.devices import find_devices
+from lightning_lora.planning.label_counts import count_labels, epoch_rows
+from lightning_lora.planning.set_up_data import quiet_trainer, set_up
+from lightning_lora.planning.stop_signals import ending_at_once
+from lightning_lora.planning.timing.rounds import Rounds
 from lightning_lora.tasks.pretrained import PretrainedTask
-
-from .count_data import unique_rows
-from .devices import find_devices
-from .label_counts import count_labels, epoch_rows
-from .set_up_data import quiet_trainer, set_up
-from .stop_signals import ending_at_once
-from .timing.rounds import Rounds
 
 ROWS, TOKENS = 2048, 2_000_000
 """Rows and tokens of a sample, whichever is reached first."""

@@ -9,10 +9,9 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError, TargetNotFoundError
 from lightning_lora.lora.config import LoRAConfig
-
-from .adapter_sizes import AdapterSizes, adapter_sizes, with_targets
-from .base_bits import BaseBits
-from .data_counts import DataCounts
+from lightning_lora.planning.adapter_sizes import AdapterSizes, adapter_sizes, with_targets
+from lightning_lora.planning.base_bits import BaseBits
+from lightning_lora.planning.data_counts import DataCounts
 
 RANKS = tuple(2**power for power in range(10))
 """The ranks of a table, 1 to 512."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_lora.errors import PlanError
-
-from .base_bits import BaseBits
-from .capacity import CapacityRow, needed_rank
-from .data_counts import DataCounts
+from lightning_lora.planning.base_bits import BaseBits
+from lightning_lora.planning.capacity import CapacityRow, needed_rank
+from lightning_lora.planning.data_counts import DataCounts
 
 
 def capacity_sentence(

@@ -16,11 +16,10 @@ from lightning_lora.data.sft import SFTDataModule
 from lightning_lora.data.split import row_lengths, stored_places
 from lightning_lora.data.streaming import TokenStream
 from lightning_lora.errors import DataError
-
-from .data_counts import DataCounts, without_counts
-from .label_counts import count_labels
-from .set_up_data import set_up
-from .token_rows import TokenChunk, TokenTally, stored_chunks, tally, token_chunk
+from lightning_lora.planning.data_counts import DataCounts, without_counts
+from lightning_lora.planning.label_counts import count_labels
+from lightning_lora.planning.set_up_data import set_up
+from lightning_lora.planning.token_rows import TokenChunk, TokenTally, stored_chunks, tally, token_chunk
 
 
 def count_data(datamodule: LightningDataModule | Any, module: LightningModule | None = None) -> DataCounts:

@@ -14,10 +14,9 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Seque
 
 from lightning_lora.data.batches.collate import IGNORE_INDEX
 from lightning_lora.errors import DataError
-
-from .data_counts import DataCounts, without_counts
-from .dataset_targets import RowTargets, UnknownTargetsError, plain_collate, read_targets
-from .set_up_data import copy_with_generators
+from lightning_lora.planning.data_counts import DataCounts, without_counts
+from lightning_lora.planning.dataset_targets import RowTargets, UnknownTargetsError, plain_collate, read_targets
+from lightning_lora.planning.set_up_data import copy_with_generators
 
 
 def count_labels(loaders: Any) -> DataCounts:

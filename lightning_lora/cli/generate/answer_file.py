@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lightning_lora.cli.generate.answers import Answer
 from lightning_lora.data.prompts.read_prompts import Prompt
 from lightning_lora.data.records import Text
-
-from .answers import Answer
 
 
 def answer_line(prompt: Prompt, tuned: Answer, base: Answer | None = None) -> bytes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.cli.generate.decoding import Sampling, continue_tokens
 from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
@@ -16,8 +17,6 @@ from lightning_lora.errors import DataError
 from lightning_lora.tasks.end_of_turn import stop_ids
 from lightning_lora.tasks.loading import context_length
 from lightning_lora.tasks.rl.sampling.stop_texts import StopTexts
-
-from .decoding import Sampling, continue_tokens
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel

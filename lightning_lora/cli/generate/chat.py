@@ -16,15 +16,14 @@ from torch import Tensor
 from transformers.generation.streamers import TextStreamer
 from typing_extensions import override
 
+from lightning_lora.cli.generate.answers import END_OF_TURN, Answer, generate
+from lightning_lora.cli.generate.decoding import Sampling
+from lightning_lora.cli.generate.loading import Loaded
+from lightning_lora.cli.generate.view import ANSWER, BASE, TUNED, printable, terminal
 from lightning_lora.data.records import Conversation, Message
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataError
 from lightning_lora.tasks.end_of_turn import stop_ids
-
-from .answers import END_OF_TURN, Answer, generate
-from .decoding import Sampling
-from .loading import Loaded
-from .view import ANSWER, BASE, TUNED, printable, terminal
 
 HELP = "/reset: forget all; /quit or Ctrl-D: end; Ctrl-C: stop the answer"
 HELP_WITH_BASE = f"/compare: both answer, and the tuned answer is remembered; /base: the base answers; {HELP}"

@@ -13,20 +13,19 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lightning_lora.cli.generate.answer_file import answer_line
+from lightning_lora.cli.generate.answers import Answer, answer_tokens, encode_prompts
+from lightning_lora.cli.generate.chat import chat
+from lightning_lora.cli.generate.decoding import Sampling
+from lightning_lora.cli.generate.loading import Loaded, choose_loading, load
+from lightning_lora.cli.generate.prompts import read_prompts, with_system
+from lightning_lora.cli.generate.run_settings import RunSettings, read_run_settings
+from lightning_lora.cli.generate.source import find
+from lightning_lora.cli.generate.view import show, terminal
 from lightning_lora.data.prompts.read_prompts import Prompt, text_prompt
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import GenerateError
 from lightning_lora.files.atomic import atomic_file
-
-from .answer_file import answer_line
-from .answers import Answer, answer_tokens, encode_prompts
-from .chat import chat
-from .decoding import Sampling
-from .loading import Loaded, choose_loading, load
-from .prompts import read_prompts, with_system
-from .run_settings import RunSettings, read_run_settings
-from .source import find
-from .view import show, terminal
 
 SHOWN = 3
 """Answers that are printed if all of them go into a file, and rows of the validation file that are asked by default."""

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from lightning_lora.cli.generate.source import Source
 from lightning_lora.data.tokenizer import find_tokenizer
 from lightning_lora.errors import BaseMismatchError, ConfigError, GenerateError, RunSourceError, check_choice
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
@@ -25,8 +26,6 @@ from lightning_lora.tasks import CausalLM
 from lightning_lora.tasks.by_name import TASKS, task_named
 from lightning_lora.tasks.loading import BASE_DTYPES, load_model, read_config
 from lightning_lora.tasks.pretrained import PretrainedTask
-
-from .source import Source
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
     from transformers import PreTrainedModel

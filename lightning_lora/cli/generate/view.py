@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text as StyledText
 
 from lightning_lora.cli.escapes import acts_on_terminal, escaped
+from lightning_lora.cli.generate.answers import END_OF_TURN, Answer
 from lightning_lora.data.prompts.read_prompts import Prompt
 from lightning_lora.data.records import Conversation, Message, Text
-
-from .answers import END_OF_TURN, Answer
 
 SIDE_BY_SIDE = 100
 """Columns of a terminal from which on two answers stand side by side."""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from lightning_lora.batch_facts import FACTS, BatchFacts
-
-from .bins import even_rows
+from lightning_lora.data.batches.bins import even_rows
 
 Example = dict[str, Any]
 """The ``input_ids`` and the ``supervised`` mask of one row of a dataset, and its ``weight`` if rows have weights."""

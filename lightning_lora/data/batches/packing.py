@@ -9,9 +9,9 @@ import numpy
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
-from ..sampling.mixture import Mixture
-from .bins import best_fit
-from .collate import Example
+from lightning_lora.data.batches.bins import best_fit
+from lightning_lora.data.batches.collate import Example
+from lightning_lora.data.sampling.mixture import Mixture
 
 Pack = tuple[int, ...]
 """Indices of the examples that share one row."""

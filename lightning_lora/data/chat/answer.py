@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateError
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.chat.endings import common_prefix
+from lightning_lora.data.chat.profile import Profile
+from lightning_lora.data.chat.template import Span, Template, line_of_error
+from lightning_lora.data.chat.variables import check_names
+from lightning_lora.data.records import Conversation, Message
 from lightning_lora.errors import ConfigError
-
-from ..bad_rows import RowError
-from ..records import Conversation, Message
-from .endings import common_prefix
-from .profile import Profile
-from .template import Span, Template, line_of_error
-from .variables import check_names
 
 OTHER_PROMPT = (
     "the chat template ends a prompt in words that do not begin the finished answer, which its {% generation %} marks "

@@ -9,9 +9,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.data.chat.template import Template, find_template
 from lightning_lora.errors import ConfigError
-
-from .template import Template, find_template
 
 QUESTION, ANSWER, REPLY, TOOL = "question38", "answer38", "reply38", "tool38"
 """Words of the small conversations that no template writes itself."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from ..records import Message
-from .answer import Renderer, message_texts, span_in
-from .endings import common_prefix
-from .profile import Profile
-from .template import Span
+from lightning_lora.data.chat.answer import Renderer, message_texts, span_in
+from lightning_lora.data.chat.endings import common_prefix
+from lightning_lora.data.chat.profile import Profile
+from lightning_lora.data.chat.template import Span
+from lightning_lora.data.records import Message
 
 FEW = 3
 """Conversations with more answers than this are long."""

@@ -10,7 +10,7 @@ import numpy
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from .template import Span
+from lightning_lora.data.chat.template import Span
 
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
 """Tokenizer options; rows are cut and padded later."""

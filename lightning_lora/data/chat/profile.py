@@ -9,12 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_lora.data.chat.endings import added_tokens, any_of, end_tokens, prompt_end, special_tokens
+from lightning_lora.data.chat.names import Names
+from lightning_lora.data.chat.template import Template, find_template
+from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ChatTemplateError, did_you_mean
-
-from ..settings import RowSettings
-from .endings import added_tokens, any_of, end_tokens, prompt_end, special_tokens
-from .names import Names
-from .template import Template, find_template
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE = "the chat template writes the date, today {day}; chat_template_kwargs: {{date: {day}}} keeps it"

@@ -14,12 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lightning_lora.data.chat.limits import check_length, compiled, time_limit
+from lightning_lora.data.chat.names import Names, read_names
+from lightning_lora.data.chat.variables import parse_day
+from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ChatTemplateError, did_you_mean
-
-from ..settings import RowSettings
-from .limits import check_length, compiled, time_limit
-from .names import Names, read_names
-from .variables import parse_day
 
 Span = tuple[int, int]
 """Index of the first character of a part of a text, and of the character after its last."""

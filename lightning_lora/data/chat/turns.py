@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
-from ..bad_rows import RowError
-from ..records import Conversation
-from .answer import Answer, Renderer, Texts, closing_ends, message_texts, span_in
-from .long import find_alike
-from .profile import Profile
-from .template import Span
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.chat.answer import Answer, Renderer, Texts, closing_ends, message_texts, span_in
+from lightning_lora.data.chat.long import find_alike
+from lightning_lora.data.chat.profile import Profile
+from lightning_lora.data.chat.template import Span
+from lightning_lora.data.records import Conversation
 
 BEGINS = "the first turn is the assistant's and is not trained on, as there is no prompt before it"
 TYPED = "a message holds the text of a special token, which becomes a real one, as in transformers"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..bad_rows import RowError
-from .row import NamedRow
-from .tools import read_tools
-from .turns import Turn
-from .values import factor, read_text, short, structure
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.row import NamedRow
+from lightning_lora.data.formats.tools import read_tools
+from lightning_lora.data.formats.turns import Turn
+from lightning_lora.data.formats.values import factor, read_text, short, structure
 
 _RESERVED = ("messages", "add_generation_prompt", "continue_final_message")
 

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from ..bad_rows import RowError
-from .values import cleaned, read_text, short
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.values import cleaned, read_text, short
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)

@@ -8,19 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.beside import read_variables, read_weight, with_system
+from lightning_lora.data.formats.names import BESIDE, COLUMNS, FORMATS, PAIRS
+from lightning_lora.data.formats.question import read_answer, read_question
+from lightning_lora.data.formats.row import NamedRow
+from lightning_lora.data.formats.suggest import suggest_names
+from lightning_lora.data.formats.turns import Turn, read_turns
+from lightning_lora.data.formats.values import read_text
+from lightning_lora.data.reading import Row
+from lightning_lora.data.records import Conversation, Text
+from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import did_you_mean, first_five
-
-from ..bad_rows import RowError
-from ..reading import Row
-from ..records import Conversation, Text
-from ..settings import RowSettings
-from .beside import read_variables, read_weight, with_system
-from .names import BESIDE, COLUMNS, FORMATS, PAIRS
-from .question import read_answer, read_question
-from .row import NamedRow
-from .suggest import suggest_names
-from .turns import Turn, read_turns
-from .values import read_text
 
 
 @dataclass(frozen=True)

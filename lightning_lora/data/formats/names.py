@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_lora.data.bad_rows import RowError
 from lightning_lora.errors import DataError, DataSettingError, did_you_mean
-
-from ..bad_rows import RowError
 
 FORMATS = (
     ("messages",),

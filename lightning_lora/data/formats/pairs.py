@@ -6,18 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.beside import read_variables, read_weight, with_system
+from lightning_lora.data.formats.names import PAIRS
+from lightning_lora.data.formats.question import read_answer, read_question
+from lightning_lora.data.formats.row import NamedRow
+from lightning_lora.data.formats.turns import Turn, read_turns
+from lightning_lora.data.formats.values import factor, parsed, read_text
+from lightning_lora.data.reading import Row
+from lightning_lora.data.records import Conversation, Pair
+from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import first_five
-
-from ..bad_rows import RowError
-from ..reading import Row
-from ..records import Conversation, Pair
-from ..settings import RowSettings
-from .beside import read_variables, read_weight, with_system
-from .names import PAIRS
-from .question import read_answer, read_question
-from .row import NamedRow
-from .turns import Turn, read_turns
-from .values import factor, parsed, read_text
 
 _SIDES = ("chosen", "rejected")
 # Transcripts of HH-RLHF.

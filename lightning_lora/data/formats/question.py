@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..bad_rows import RowError
-from .names import QUESTION
-from .row import NamedRow
-from .turns import Turn, read_turns
-from .values import parsed, read_text, short
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.names import QUESTION
+from lightning_lora.data.formats.row import NamedRow
+from lightning_lora.data.formats.turns import Turn, read_turns
+from lightning_lora.data.formats.values import parsed, read_text, short
 
 
 def read_question(row: NamedRow, column: str) -> list[Turn]:

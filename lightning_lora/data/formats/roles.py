@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_lora.data.bad_rows import RowError
 from lightning_lora.errors import did_you_mean
-
-from ..bad_rows import RowError
 
 CALL = "call"
 """A turn that holds nothing but calls of tools: a message of the assistant, for templates."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..reading import Row
-from ..settings import RowSettings
-from .names import COLUMNS, KEYS, rename
+from lightning_lora.data.formats.names import COLUMNS, KEYS, rename
+from lightning_lora.data.reading import Row
+from lightning_lora.data.settings import RowSettings
 
 
 class NamedRow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-from .names import COLUMNS, FORMATS
+from lightning_lora.data.formats.names import COLUMNS, FORMATS
 
 _ALSO = {
     "question": ("query", "problem", "q", "ask"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..bad_rows import RowError
-from .values import parsed, short, structure
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.values import parsed, short, structure
 
 
 def read_calls(value: Any, name: str, place: str) -> list[dict[str, Any]]:

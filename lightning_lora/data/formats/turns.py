@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.content import read_content, read_results
+from lightning_lora.data.formats.names import CONTENT_KEYS, ROLE_KEYS, THINKING, TRAINED
+from lightning_lora.data.formats.roles import CALL, find_role
+from lightning_lora.data.formats.row import NamedRow
+from lightning_lora.data.formats.tools import read_calls
+from lightning_lora.data.formats.values import cleaned, parsed, read_text, short
 from lightning_lora.errors import first_five
-
-from ..bad_rows import RowError
-from .content import read_content, read_results
-from .names import CONTENT_KEYS, ROLE_KEYS, THINKING, TRAINED
-from .roles import CALL, find_role
-from .row import NamedRow
-from .tools import read_calls
-from .values import cleaned, parsed, read_text, short
 
 
 @dataclass

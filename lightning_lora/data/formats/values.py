@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_lora.data.bad_rows import RowError
 from lightning_lora.errors import first_five
-
-from ..bad_rows import RowError
 
 
 def read_text(values: Mapping[str, Any], name: str, place: str, empty: bool = False) -> str:

@@ -12,8 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from typing_extensions import override
 
 from lightning_lora.batch_facts import FACTS
-
-from ..batches.collate import Collate, Example
+from lightning_lora.data.batches.collate import Collate, Example
 
 PairOfRows = tuple[Example, Example]
 """The chosen and the rejected row of a pair."""

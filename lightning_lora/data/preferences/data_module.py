@@ -10,12 +10,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_lora.data.preferences.collate import CollatePairs, Pairs
+from lightning_lora.data.rows_module import RowsDataModule, scrambled
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.split import column
 from lightning_lora.errors import DataSettingError
-
-from ..rows_module import RowsDataModule, scrambled
-from ..settings import RowSettings
-from ..split import column
-from .collate import CollatePairs, Pairs
 
 
 class PreferenceDataModule(RowsDataModule):

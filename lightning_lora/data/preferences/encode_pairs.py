@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from ..bad_rows import RowError
-from ..encoding import Encoded, encode
-from ..records import Conversation, Pair
-from ..settings import RowSettings
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.encoding import Encoded, encode
+from lightning_lora.data.records import Conversation, Pair
+from lightning_lora.data.settings import RowSettings
 
 
 def encode_pairs(

@@ -16,14 +16,13 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, Sequential
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_lora.data.bad_rows import BadRows, RowError, check_action, plural_rows, refuse
+from lightning_lora.data.prompts.prompt_tokens import prompt_ids
+from lightning_lora.data.prompts.read_prompts import Prompt, prompt_rows
+from lightning_lora.data.records import Conversation, Message, Text
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.tokenizer import find_context, find_tokenizer
 from lightning_lora.errors import DataError, DataSettingError, did_you_mean
-
-from ..bad_rows import BadRows, RowError, check_action, plural_rows, refuse
-from ..records import Conversation, Message, Text
-from ..settings import RowSettings
-from ..tokenizer import find_context, find_tokenizer
-from .prompt_tokens import prompt_ids
-from .read_prompts import Prompt, prompt_rows
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
 _ARGUMENTS = ("prompts", "completions")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ..bad_rows import RowError
-from ..chat.answer import Renderer
-from ..chat.masks import PLAIN
-from ..chat.profile import find_profile
-from ..encoding import encode
-from ..records import Conversation, Text
-from ..settings import RowSettings
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.chat.answer import Renderer
+from lightning_lora.data.chat.masks import PLAIN
+from lightning_lora.data.chat.profile import find_profile
+from lightning_lora.data.encoding import encode
+from lightning_lora.data.records import Conversation, Text
+from lightning_lora.data.settings import RowSettings
 
 
 def prompt_ids(

@@ -11,17 +11,16 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.find import find_format
+from lightning_lora.data.formats.names import BESIDE, QUESTION
+from lightning_lora.data.formats.row import NamedRow
+from lightning_lora.data.formats.values import parsed
+from lightning_lora.data.reading import Row
+from lightning_lora.data.records import Conversation, Message, Text
+from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.sources import find_sources
 from lightning_lora.errors import DataError
-
-from ..bad_rows import RowError
-from ..formats.find import find_format
-from ..formats.names import BESIDE, QUESTION
-from ..formats.row import NamedRow
-from ..formats.values import parsed
-from ..reading import Row
-from ..records import Conversation, Message, Text
-from ..settings import RowSettings
-from ..sources import find_sources
 
 _ANSWER_COLUMNS = ("completion", "answer", "output", "response")
 _ANY_ANSWER = "?"

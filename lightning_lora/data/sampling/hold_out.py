@@ -11,9 +11,8 @@ import numpy
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_lora.data.split import column, stored_places
 from lightning_lora.errors import DataError
-
-from ..split import column, stored_places
 
 
 def hold_out(rows: Dataset, share: float, seed: int) -> numpy.ndarray:

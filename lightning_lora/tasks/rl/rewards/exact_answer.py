@@ -8,8 +8,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from lightning_lora.errors import RewardSettingError
-
-from .texts import text_of
+from lightning_lora.tasks.rl.rewards.texts import text_of
 
 GSM8K = r"####\s*(-?[$\d.,]+)"
 """The final answer of a row of GSM8K: ``#### 42``."""

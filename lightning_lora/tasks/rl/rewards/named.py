@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_lora.errors import RewardSettingError, did_you_mean
-
-from .worker import Reward
+from lightning_lora.tasks.rl.rewards.worker import Reward
 
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
 """Environment variable of the prefixes that ``lightning-lora --allow PREFIX`` has allowed."""

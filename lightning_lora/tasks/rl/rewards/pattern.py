@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .exact_answer import compiled
-from .texts import text_of
+from lightning_lora.tasks.rl.rewards.exact_answer import compiled
+from lightning_lora.tasks.rl.rewards.texts import text_of
 
 
 class Pattern:

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import RewardError, RewardSettingError
-
-from .own_precision import own_precision
-from .process import Process
-from .worker import Answer, Call, Reward, answer
+from lightning_lora.tasks.rl.rewards.own_precision import own_precision
+from lightning_lora.tasks.rl.rewards.process import Process
+from lightning_lora.tasks.rl.rewards.worker import Answer, Call, Reward, answer
 
 _SHARES = 4
 """Parts of a batch for each worker: what a slow one leaves, the others take."""

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from . import worker
-from .worker import LENGTH, Answer, Call
+from lightning_lora.tasks.rl.rewards import worker
+from lightning_lora.tasks.rl.rewards.worker import LENGTH, Answer, Call
 
 
 class Process:

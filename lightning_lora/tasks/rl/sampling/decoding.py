@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .drawing import draw
-from .samples import Samples, SamplingSettings
-from .stepping import Stepping
-from .stop_texts import StopTexts
+from lightning_lora.tasks.rl.sampling.drawing import draw
+from lightning_lora.tasks.rl.sampling.samples import Samples, SamplingSettings
+from lightning_lora.tasks.rl.sampling.stepping import Stepping
+from lightning_lora.tasks.rl.sampling.stop_texts import StopTexts
 
 
 @torch.no_grad()  # not inference mode: the learner differentiates functions of what comes out

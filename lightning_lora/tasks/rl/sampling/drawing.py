@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .samples import SamplingSettings
+from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
 
 _LONG = 32_768
 """Entries of a vocabulary above which sums of float32 are too coarse to draw from."""

@@ -17,10 +17,9 @@ from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.lora.shards import is_dtensor, reshard
 from lightning_lora.tasks.end_of_turn import end_ids, stopping_ids
 from lightning_lora.tasks.loading import context_length
-
-from .decoding import decode
-from .samples import Samples, SamplingSettings
-from .stop_texts import StopTexts
+from lightning_lora.tasks.rl.sampling.decoding import decode
+from lightning_lora.tasks.rl.sampling.samples import Samples, SamplingSettings
+from lightning_lora.tasks.rl.sampling.stop_texts import StopTexts
 
 
 class InProcessSampler:

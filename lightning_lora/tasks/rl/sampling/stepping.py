@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import make_cache, take_rows
+from lightning_lora.tasks.rl.sampling.cache import make_cache, take_rows
 
 _CACHE_NAMES = ("cache", "past_key_values")
 """How `forward` names its cache: since transformers 5.24, and before."""

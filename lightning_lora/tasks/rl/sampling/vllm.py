@@ -19,8 +19,7 @@ from torch import distributed as dist
 from lightning_lora.errors import LoRAError, SamplerError, SamplingSettingError
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
-
-from .samples import Samples, SamplingSettings
+from lightning_lora.tasks.rl.sampling.samples import Samples, SamplingSettings
 
 _KEPT = 2
 """Folders of adapters that stay: the server may still read the one before."""
