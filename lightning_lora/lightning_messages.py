@@ -6,8 +6,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Our own messages go through the first.
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
+# Our own messages go through the first; a level set for it alone would go before those of its parents.
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning",
+)
 
 
 @contextmanager

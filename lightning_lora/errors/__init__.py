@@ -4,7 +4,7 @@ Each class also inherits from a built-in error, so that ``except ValueError`` ke
 ones, such as `ConfigError`. The docstring of a class says what happened and what to do, as
 ``docs/reference/errors.md`` shows it.
 
-Read in this order: `base`, `settings`, `files`, `data`, `training`, `rewards`, `analysis`, `words` (ends of messages).
+Read in this order: `base`, `settings`, `files`, `data`, `training`, `rewards`, `analysis`, `words` (parts of messages).
 """
 
 from lightning_lora.errors.analysis import (
@@ -67,8 +67,10 @@ from lightning_lora.errors.training import (
 )
 from lightning_lora.errors.words import (
     check_choice,
+    check_count,
     did_you_mean,
     first_five,
+    first_line,
     user_error,
 )
 
@@ -117,8 +119,10 @@ __all__ = [
     "TaskSettingError",
     "TokenizerError",
     "check_choice",
+    "check_count",
     "did_you_mean",
     "first_five",
+    "first_line",
     "user_error",
     "with_code",
 ]

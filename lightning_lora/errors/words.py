@@ -1,4 +1,4 @@
-"""Ends of messages: near names, short lists, choices; and the error of ours that another one hides."""
+"""Parts of messages: checks of settings, near names, short lists; and what is in the errors of others."""
 
 from __future__ import annotations
 
@@ -16,20 +16,59 @@ def user_error(error: BaseException | None) -> LoRAError | None:
     return error
 
 
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+def check_choice(
+    name: str,
+    value: object,
+    choices: Collection[str],
+    error: type[LoRAError] = ConfigError,
+    *,
+    optional: bool = False,
+) -> None:
     """Refuse a value of a setting that is none of its choices, and name those like it.
 
     Args:
         name: The setting, as the user writes it.
         value: What the user gave.
         choices: What may be given.
+        error: What is raised.
+        optional: Whether None may be given too.
 
     Raises:
-        ConfigError: If ``value`` is none of them.
+        ConfigError: Or ``error``, if ``value`` is none of them.
     """
-    if value not in choices:
-        hint = did_you_mean(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+    if value not in choices and not (optional and value is None):
+        allowed = ", ".join(choices) + (" or null" if optional else "")
+        raise error(f"{name} must be one of {allowed}, got {value!r}{did_you_mean(str(value), choices)}")
+
+
+def check_count(
+    name: str, value: object, error: type[LoRAError] = ConfigError, *, least: int = 1, optional: bool = False
+) -> None:
+    """Refuse a value of a setting that is no whole number, or too small a one.
+
+    Args:
+        name: The setting, as the user writes it.
+        value: What the user gave. True and False are no numbers.
+        error: What is raised.
+        least: The smallest number that may be given.
+        optional: Whether None may be given too.
+
+    Raises:
+        ConfigError: Or ``error``, if ``value`` is no such number.
+    """
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise error(f"{name} must be a whole number of {least} or more, got {value!r}.")
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of a message of another library, which may go on for pages; its class where it says nothing.
+
+    >>> first_line(ValueError("no such device\nTraceback of the driver"))
+    'no such device'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
