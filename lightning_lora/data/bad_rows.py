@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.compute
 
-from lightning_lora.errors import DataError, DataSettingError, did_you_mean
+from lightning_lora.errors import DataError, DataSettingError, check_choice
 
 ACTIONS = ("error", "skip")
 _KINDS_TOLD = 10
@@ -102,9 +102,7 @@ def check_action(on_bad_row: str) -> str:
     Raises:
         ConfigError: If it is neither ``"error"`` nor ``"skip"``.
     """
-    if on_bad_row not in ACTIONS:
-        hint = did_you_mean(str(on_bad_row), ACTIONS)
-        raise DataSettingError(f"on_bad_row must be one of {ACTIONS}, got {on_bad_row!r}{hint}")
+    check_choice("on_bad_row", on_bad_row, ACTIONS, DataSettingError)
     return on_bad_row
 
 

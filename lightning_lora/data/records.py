@@ -59,7 +59,7 @@ class Pair:
         place: File and row, for messages.
         chosen: The preferred conversation, which also holds what is told about the row.
         rejected: The other one.
-        margin: By how much it is preferred, at least 0; None if the row does not say.
+        margin: How much better the chosen one is, at least 0; None if the row does not say.
     """
 
     place: str

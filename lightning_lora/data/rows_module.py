@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
 import torch
 from datasets import Dataset
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.data.bad_rows import check_action
 from lightning_lora.data.read_splits import check_columns, read_splits, source_names
 from lightning_lora.data.sampling.hold_out import hold_out, tell_shared
 from lightning_lora.data.sampling.mixture import read_shares
@@ -25,18 +22,13 @@ from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.source_report import SourceReport
 from lightning_lora.data.sources import find_sources
 from lightning_lora.data.split import SplitStatistics, check_context, check_ids, column, keep_supervised
+from lightning_lora.data.splits_module import Sources, SplitsDataModule, scrambled
 from lightning_lora.data.streaming import TokenStream
 from lightning_lora.data.tokenizer import find_context, find_tokenizer, pad_id
-from lightning_lora.errors import DataSettingError
-
-Names = str | list[str]
-"""Files, globs or hub names."""
-
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
-"""The splits of each stage; the first one is required."""
+from lightning_lora.errors import DataSettingError, check_count
 
 
-class RowsDataModule(LightningDataModule):
+class RowsDataModule(SplitsDataModule):
     """Reads the rows of each split as tokens, checks them against the model and counts them.
 
     A subclass makes batches of ``rows``: by `_examples` and `_collator` for the splits in the order of the files, and
@@ -66,7 +58,7 @@ class RowsDataModule(LightningDataModule):
 
     def __init__(
         self,
-        sources: dict[str, Names | Mapping[str, float] | None],
+        sources: dict[str, Sources],
         settings: RowSettings,
         tokenizer: str | PreTrainedTokenizerBase | None,
         seed: int,
@@ -79,18 +71,9 @@ class RowsDataModule(LightningDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        counts = {
-            "batch_size": (batch_size, 1),
-            "max_length": (settings.max_length, 1),
-            "num_workers": (num_workers, 0),
-        }
-        counts |= {"num_proc": (num_proc, 1), "seed": (seed, 0)}
-        counts |= {"max_rows": (limits["train"], 1), "validation_rows": (limits["validation"], 1)}
-        for name, (value, least) in counts.items():
-            optional = name.endswith("_rows") and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise DataSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+        for name, count in {"max_length": settings.max_length, "num_proc": num_proc}.items():
+            check_count(name, count, DataSettingError)
+        check_count("num_workers", num_workers, DataSettingError, least=0)
         self.shares = read_shares(sources["train"])
         for split in ("validation", "test"):
             if isinstance(sources[split], Mapping):
@@ -100,25 +83,16 @@ class RowsDataModule(LightningDataModule):
         if streaming and (self.shares or validation_share is not None):
             what = "shares of sources" if self.shares else "validation_share"
             raise DataSettingError(f"streaming never has all rows, which {what} needs: give one of them.")
-        self.sources = sources
         self.settings = settings
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.limits = limits
         self.validation_share = validation_share
         self.beyond_context = beyond_context
-        self.on_bad_row = check_action(on_bad_row)
         self.num_proc = num_proc
         self.streaming = streaming
-        self.batch_size = batch_size
         self.num_workers = num_workers
         self.stream: TokenStream | None = None
         self.statistics: dict[str, SplitStatistics] = {}
-        self.rows: dict[str, Dataset] = {}
         self._pad_id = 0
-        if not self._has("validation"):
-            # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+        super().__init__(sources, limits, tokenizer, seed, on_bad_row, batch_size)
 
     @property
     def max_length(self) -> int:
@@ -157,21 +131,6 @@ class RowsDataModule(LightningDataModule):
             # Workers only read tokens. Without this, tokenizers before 0.23 warn at every fork.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    @override
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
-        """Validation rows in the order of the files; an empty list without ``validation``."""
-        return self._in_file_order("validation") if self._has("validation") else []
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test rows in the order of the files."""
-        return self._in_file_order("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test rows in the order of the files."""
-        return self._in_file_order("test")
-
     def first_rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
         """The names and tokens of the first ``count`` training rows."""
         rows = self.rows["train"]
@@ -185,6 +144,7 @@ class RowsDataModule(LightningDataModule):
         """What makes a batch of examples of a split in the order of the files."""
         raise NotImplementedError
 
+    @override
     def _in_file_order(self, split: str) -> DataLoader[dict[str, Tensor]]:
         rows = self._examples(split)
         return self._loader(rows, SequentialSampler(rows), self._collator(split))
@@ -206,11 +166,6 @@ class RowsDataModule(LightningDataModule):
         if split == "train" and self.stream is not None:
             return True  # a later row may have a weight
         return bool((column(self._loaded(split), "weight") != 1).any())
-
-    def _loaded(self, split: str) -> Dataset:
-        if split not in self.rows:
-            raise DataSettingError(f"no {split} rows are loaded; give {split}= and call setup() first.")
-        return self.rows[split]
 
     def _tables(self, splits: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
         tables, reports = self._read(splits, tokenizer)
@@ -248,27 +203,15 @@ class RowsDataModule(LightningDataModule):
         """The split whose sources hold the rows of a split."""
         return "train" if split == "validation" and self.validation_share is not None else split
 
+    @override
     def _has(self, split: str) -> bool:
-        return self.sources[self._read_from(split)] is not None
-
-    def _splits(self, stage: str | None) -> list[str]:
-        given = [split for split in self.sources if self._has(split)]
-        if stage is None:
-            return given
-        needed, *optional = _STAGES[stage]
-        if needed not in given:
-            name = getattr(stage, "value", stage)  # Lightning gives a member of an enumeration
-            raise DataSettingError(f"{name} needs {needed} rows: give {needed}= files or a hub name.")
-        return [needed, *(split for split in optional if split in given)]
+        return super()._has(self._read_from(split))
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             return find_tokenizer(None, self._module())
         self.tokenizer = find_tokenizer(self.tokenizer, None)
         return self.tokenizer
-
-    def _module(self) -> LightningModule | None:
-        return self.trainer.lightning_module if self.trainer else None
 
 
 def _check_validation_share(share: Any, sources: Mapping[str, Any]) -> None:
@@ -278,10 +221,3 @@ def _check_validation_share(share: Any, sources: Mapping[str, Any]) -> None:
         raise DataSettingError("validation_share takes rows from train, and validation has its own: give one of them.")
     if sources["train"] is None:
         raise DataSettingError("validation_share takes rows from train, which is not given.")
-
-
-def scrambled(seed: int) -> int:
-    """A number for a sampler's seed that shares no order with those of other seeds."""
-    # DistributedSampler adds the epoch to its seed, and torch keeps 32 bits of the sum. Epoch 1 of seed 0 must differ
-    # from epoch 0 of seed 1, and seed 2**32 from seed 0.
-    return random.Random(seed).getrandbits(32)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_lora.data.chat.variables import check_variables
 from lightning_lora.data.formats.names import check_names
-from lightning_lora.errors import DataSettingError, did_you_mean
+from lightning_lora.errors import DataSettingError, check_choice
 
 TRAINED = ("answers", "last answer")
 
@@ -48,9 +48,7 @@ class RowSettings:
     def __post_init__(self) -> None:
         check_names(self.columns)
         object.__setattr__(self, "chat_template_kwargs", check_variables(self.chat_template_kwargs))
-        if self.train_on not in TRAINED:
-            hint = did_you_mean(str(self.train_on), TRAINED)
-            raise DataSettingError(f"train_on must be one of {TRAINED}, got {self.train_on!r}{hint}")
+        check_choice("train_on", self.train_on, TRAINED, DataSettingError)
 
     def identity(self) -> dict[str, Any]:
         """A key that changes if rows may become other tokens."""

@@ -15,10 +15,11 @@ from typing_extensions import override
 from lightning_lora.data.batches.bins import batched, even_rows
 from lightning_lora.data.batches.collate import Collate, CollateEvenly, CollatePacked
 from lightning_lora.data.batches.packing import PackedRows, PackSampler
-from lightning_lora.data.rows_module import RowsDataModule, scrambled
+from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.sampling.mixture import Mixture, MixtureSampler
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.split import column, row_lengths
+from lightning_lora.data.splits_module import scrambled
 from lightning_lora.data.streaming import Drawn, StreamSampler
 from lightning_lora.errors import DataSettingError
 
@@ -170,13 +171,13 @@ class SFTDataModule(RowsDataModule):
         """Training rows in an order given by ``seed`` and epoch, of which each device gets its share."""
         if self.streaming and self.stream is None:
             raise DataSettingError("the stream of training rows is not open; give train= and call setup() first.")
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        share = self._share()
         if self._packed is not None:
-            return self._loader(self._packed, self._sampler(**share), self._collate(CollatePacked, "train"))
+            return self._loader(self._packed, self._sampler(*share), self._collate(CollatePacked, "train"))
         collate = self._collate(CollateEvenly if self.packing else Collate, "train")
         if self.stream is not None:
-            return self._loader(Drawn(), StreamSampler(self.stream, **share), collate)
-        return self._loader(self._examples("train"), self._sampler(**share), collate)
+            return self._loader(Drawn(), StreamSampler(self.stream, *share), collate)
+        return self._loader(self._examples("train"), self._sampler(*share), collate)
 
     @override
     def _examples(self, split: str) -> Any:

@@ -46,7 +46,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Those of the `added_tokens` that are special."""
+    """The `added_tokens` that are special."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(name for name in added_tokens(tokenizer) if name in special)
 

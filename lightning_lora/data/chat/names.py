@@ -30,7 +30,7 @@ class Names:
     date: bool
 
     def unread(self, keys: Iterable[str]) -> frozenset[str]:
-        """Those of some keys of messages that the template does not read."""
+        """The keys among some keys of messages that the template does not read."""
         if self.keys is None:
             return frozenset()
         return frozenset(keys) - self.keys - (REASONING if self.keys & REASONING else frozenset())

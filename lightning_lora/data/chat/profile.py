@@ -29,7 +29,7 @@ class Profile:
         template: The template, with the variables that all rows share.
         ends: Tokens with which answers end.
         added: Tokens that the tokenizer never splits, the longest first.
-        special: Those of them that are special.
+        special: The tokens among them that are special.
         pattern: Finds each of ``ends``.
         typed: Finds each of ``special``.
         prompt_end: What the template writes after the last message of a prompt.

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_lora.data.preferences.collate import CollatePairs, Pairs
-from lightning_lora.data.rows_module import RowsDataModule, scrambled
+from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.split import column
+from lightning_lora.data.splits_module import scrambled
 from lightning_lora.errors import DataSettingError
 
 
@@ -121,9 +122,8 @@ class PreferenceDataModule(RowsDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training pairs in an order given by ``seed`` and epoch, of which each device gets its share."""
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         pairs = self._examples("train")
-        sampler = DistributedSampler(pairs, share["num_replicas"], share["rank"], seed=scrambled(self.seed))
+        sampler = DistributedSampler(pairs, *self._share(), seed=scrambled(self.seed))
         return self._loader(pairs, sampler, self._collator("train"))
 
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,24 +9,22 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_lora.data.bad_rows import BadRows, RowError, check_action, plural_rows, refuse
+from lightning_lora.data.bad_rows import ACTIONS, BadRows, RowError, plural_rows, refuse
 from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.prompts.read_prompts import Prompt, prompt_rows
 from lightning_lora.data.records import Conversation, Message, Text
 from lightning_lora.data.settings import RowSettings
+from lightning_lora.data.splits_module import SplitsDataModule, scrambled
 from lightning_lora.data.tokenizer import find_context, find_tokenizer
-from lightning_lora.errors import DataError, DataSettingError, did_you_mean
+from lightning_lora.errors import DataError, DataSettingError, check_choice, check_count
 
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
 _ARGUMENTS = ("prompts", "completions")
 """Columns that a reward cannot be given: they are its own arguments."""
-_LONG = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class PromptRow:
     place: str
 
 
-class PromptDataModule(LightningDataModule):
+class PromptDataModule(SplitsDataModule):
     """Prompts for reinforcement learning: files or hub datasets to batches of prompts without answers.
 
     Sources, formats and chat templates are those of `SFTDataModule`, so that a prompt is the very tokens that stood
@@ -90,6 +87,8 @@ class PromptDataModule(LightningDataModule):
         DataError: In ``setup``: if a file or a row cannot be used.
     """
 
+    kind = "prompts"
+
     def __init__(
         self,
         train: str | list[str] | None = None,
@@ -109,16 +108,16 @@ class PromptDataModule(LightningDataModule):
         prompt_separator: str = "\n",
         on_bad_row: str = "error",
     ) -> None:
-        super().__init__()
-        numbers = {"batch_size": (batch_size, 1), "seed": (seed, 0)}
-        optional = {"max_prompt_length": max_prompt_length, "max_rows": max_rows, "validation_rows": validation_rows}
-        numbers |= {name: (value, 1) for name, value in optional.items() if value is not None}
-        for name, (value, least) in numbers.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise DataSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
-        if on_long_prompt not in _LONG:
-            hint = did_you_mean(str(on_long_prompt), _LONG)
-            raise DataSettingError(f"on_long_prompt must be one of {_LONG}, got {on_long_prompt!r}{hint}")
+        super().__init__(
+            {"train": train, "validation": validation, "test": test},
+            {"train": max_rows, "validation": validation_rows, "test": None},
+            tokenizer,
+            seed,
+            on_bad_row,
+            batch_size,
+        )
+        check_count("max_prompt_length", max_prompt_length, DataSettingError, optional=True)
+        check_choice("on_long_prompt", on_long_prompt, ACTIONS, DataSettingError)
         self.settings = RowSettings(
             max_prompt_length or 1,  # no row is cut
             columns or {},
@@ -127,22 +126,13 @@ class PromptDataModule(LightningDataModule):
             end_of_answer=end_of_answer,
             prompt_separator=prompt_separator,
         )
-        self.sources = {"train": train, "validation": validation, "test": test}
-        self.limits = {"train": max_rows, "validation": validation_rows, "test": None}
-        self.batch_size, self.seed, self.tokenizer = batch_size, seed, tokenizer
         self.max_prompt_length, self.on_long_prompt = max_prompt_length, on_long_prompt
-        self.on_bad_row = check_action(on_bad_row)
-        self.rows: dict[str, list[PromptRow]] = {}
-        if validation is None:
-            # Lightning then logs that validation is skipped, instead of warning about a loader of length zero.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the prompts, and check them against the model; None sets up all splits that were given."""
-        module = self.trainer.lightning_module if self.trainer else None
-        tokenizer = find_tokenizer(self.tokenizer, module)
-        context, whose = find_context(tokenizer, module)
+        tokenizer = find_tokenizer(self.tokenizer, self._module())
+        context, whose = find_context(tokenizer, self._module())
         for split in self._splits(stage):
             rows = self._read(split, tokenizer)
             rows = self._short(split, rows, context, whose)
@@ -152,33 +142,12 @@ class PromptDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Training prompts in an order given by ``seed`` and epoch, of which each device gets its share."""
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        # The sampler adds the epoch: epoch 1 of seed 0 must differ from epoch 0 of seed 1.
-        seed = random.Random(self.seed).getrandbits(32)
-        return self._loader("train", DistributedSampler(self._loaded("train"), **share, seed=seed))  # type: ignore[arg-type]
+        sampler = DistributedSampler(self._loaded("train"), *self._share(), seed=scrambled(self.seed))
+        return self._loader("train", sampler)
 
     @override
-    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        """Validation prompts in the order of the files; an empty list without ``validation``."""
-        return self._in_file_order("validation") if self.sources["validation"] is not None else []
-
-    @override
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test prompts in the order of the files."""
-        return self._in_file_order("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test prompts in the order of the files."""
-        return self._in_file_order("test")
-
     def _in_file_order(self, split: str) -> DataLoader[dict[str, Any]]:
         return self._loader(split, SequentialSampler(self._loaded(split)))
-
-    def _loaded(self, split: str) -> list[PromptRow]:
-        if split not in self.rows:
-            raise DataSettingError(f"no {split} prompts are loaded; give {split}= and call setup() first.")
-        return self.rows[split]
 
     def _loader(self, split: str, sampler: Sampler[int]) -> DataLoader[dict[str, Any]]:
         names = list(dict.fromkeys(name for row in self.rows[split] for name in row.columns))
@@ -190,20 +159,9 @@ class PromptDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # or the loader draws from the global one
         )
 
-    def _splits(self, stage: str | None) -> list[str]:
-        given = [split for split, names in self.sources.items() if names is not None]
-        if stage is None:
-            return given
-        needed, *optional = _STAGES[stage]
-        if needed not in given:
-            name = getattr(stage, "value", stage)  # Lightning gives a member of an enumeration
-            raise DataSettingError(f"{name} needs {needed} prompts: give {needed}= files or a hub name.")
-        return [needed, *(split for split in optional if split in given)]
-
     def _read(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[PromptRow]:
         rows: list[PromptRow] = []
-        names = self.sources[split]
-        assert names is not None
+        names: Any = self.sources[split]
         bad = BadRows(names if isinstance(names, str) else ", ".join(names))
         for found in islice(prompt_rows(names, self.settings, split), self.limits[split]):
             bad.rows += 1
