@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_lora.cli.help.command import Command, CommandParser
 from lightning_lora.cli.help.commands import HELP_COMMANDS
-from lightning_lora.errors import CommandError
+from lightning_lora.cli.mistakes.writing import writing
 
 
 def run_command(name: str, arguments: list[str]) -> None:
@@ -152,10 +152,8 @@ def _report(arguments: Namespace) -> None:
     from lightning_lora.study.report.watch import watch
     from lightning_lora.study.report.write import report_files, write_report
 
-    try:
+    with writing(f"the report in {arguments.folder}"):
         folder, page = watch(arguments.folder) if arguments.watch else write_report(arguments.folder)
-    except OSError as error:
-        raise CommandError(f"no report can be written in {arguments.folder}: {error.strerror or error}.") from error
     print("\n".join([page.verdict.text, *(words.text for words in page.lede[:1])]))
     print(f"report: {report_files(folder)}")
 

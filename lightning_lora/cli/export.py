@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from lightning_lora.cli.end_tokens import end_tokens
 from lightning_lora.cli.run_source import find_source
-from lightning_lora.errors import CommandError, RunSourceError
+from lightning_lora.errors import CommandError, RunSourceError, check_choice
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.one_scale import check_llama_cpp, fold_scales
@@ -50,10 +50,9 @@ def export(run: str | Path, out: str | Path, format: str = "peft", target: str |
         ConfigError: If ``format`` or ``target`` is unknown.
         AdapterFileError: If there is nothing to export, or ``target`` would refuse, drop or misread something.
     """
-    if format not in FORMATS:
-        raise CommandError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    if target not in (None, *TARGETS):
-        raise CommandError(f"--for must be one of {', '.join(TARGETS)}, got {target!r}.")
+    check_choice("format", format, FORMATS, CommandError)
+    if target is not None:
+        check_choice("--for", target, TARGETS, CommandError)
     source = find_source(Path(run))
     out = Path(out)
     # A server's own form of an adapter is made of a folder, and checked before anything is written to `out`.

@@ -38,7 +38,7 @@ def test_a_target_in_yaml_sets_accumulation(
     ("arguments", "message"),
     [
         (["--target_batch_size=10"], "is not a multiple of 4 rows x 1 device: the nearest multiples are 8 and 12"),
-        (["--target_batch_size=0"], "must be a whole number of rows, 1 or more, got 0"),
+        (["--target_batch_size=0"], "must be a whole number of 1 or more, got 0"),
         (
             ["--target_batch_size=8", "--trainer.callbacks+=lightning_lora.callbacks.TargetBatchSize"],
             "target_batch_size and a TargetBatchSize callback are the same: give one of the two",

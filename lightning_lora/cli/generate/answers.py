@@ -57,7 +57,7 @@ def generate(
         conversations: Conversations up to the answer that is asked for, and texts.
         settings: How conversations become tokens; those of the training. None takes the tokenizer's chat template.
         sampling: How tokens are chosen. None is greedy.
-        on_tokens: Is told the tokens of a single answer as they come, ``(1,)``; True ends it.
+        on_tokens: Called with each token of a single answer as it comes, ``(1,)``; if it returns True, the answer ends.
 
     Raises:
         DataError: If a conversation cannot be rendered, or is longer than the context of the model.

@@ -22,9 +22,10 @@ from lightning_lora.cli.generate.prompts import read_prompts, with_system
 from lightning_lora.cli.generate.run_settings import RunSettings, read_run_settings
 from lightning_lora.cli.generate.source import find
 from lightning_lora.cli.generate.view import show, terminal
+from lightning_lora.cli.mistakes.writing import writing
 from lightning_lora.data.prompts.read_prompts import Prompt, text_prompt
 from lightning_lora.data.settings import RowSettings
-from lightning_lora.errors import GenerateError
+from lightning_lora.errors import GenerateError, check_count
 from lightning_lora.files.atomic import atomic_file
 
 SHOWN = 3
@@ -115,8 +116,7 @@ def _row_settings(arguments: Namespace, rows: RowSettings) -> RowSettings:
 
 
 def _prompts(arguments: Namespace, run: RunSettings, rows: RowSettings) -> list[Prompt]:
-    if arguments.limit is not None and arguments.limit < 1:
-        raise GenerateError(f"--limit must be a whole number of 1 or more, got {arguments.limit}.")
+    check_count("--limit", arguments.limit, GenerateError, optional=True)
     found = [text_prompt(text, f"--prompt {number}") for number, text in enumerate(arguments.prompt or (), start=1)]
     if arguments.prompts is not None:
         found += read_prompts(arguments.prompts, rows, arguments.limit)
@@ -139,10 +139,8 @@ def _open(path: Path, stack: ExitStack) -> BinaryIO:
     """Open the file of the answers, which appears when ``stack`` is left without an error."""
     if path.is_dir():
         raise GenerateError(f"--out {path} is a folder: name a file in it, such as {path / 'answers.jsonl'}.")
-    try:
+    with writing(f"--out {path}", GenerateError):
         return stack.enter_context(atomic_file(path))
-    except OSError as error:
-        raise GenerateError(f"--out {path} cannot be written: {error.strerror}.") from error
 
 
 @contextmanager

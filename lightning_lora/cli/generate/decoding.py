@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import GenerateError
+from lightning_lora.errors import GenerateError, check_count
 from lightning_lora.tasks.loading import context_length
 from lightning_lora.tasks.rl.sampling.decoding import decode
 from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
@@ -39,9 +39,8 @@ class Sampling(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise GenerateError(f"{name} must be a whole number of {least} or more, got {getattr(self, name)}.")
+        check_count("batch_size", self.batch_size, GenerateError)
+        check_count("seed", self.seed, GenerateError, least=0)
         if not self.temperature and (self.top_p < 1 or self.top_k):
             raise GenerateError(
                 "top_p and top_k choose among tokens to draw, and temperature 0 draws none: give a temperature above "
@@ -75,7 +74,7 @@ def continue_tokens(
         sampling: How tokens are chosen.
         stop_ids: Tokens that end an answer.
         stop_texts: Finds the texts that end an answer.
-        on_tokens: Is told the tokens as they come, for a single prompt; True ends the answer.
+        on_tokens: Called with the tokens as they come, for a single prompt; if it returns True, the answer ends.
 
     Returns:
         For each prompt the new tokens, and whether they ended by a stop token or text.

@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lightning_lora.cli.generate.source import Source
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import BaseMismatchError, ConfigError, GenerateError, RunSourceError, check_choice
+from lightning_lora.errors import (
+    BaseMismatchError,
+    ConfigError,
+    GenerateError,
+    RunSourceError,
+    check_choice,
+    first_line,
+)
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.lightning_checkpoint import read_checkpoint, written_by
+from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.tasks import CausalLM
 from lightning_lora.tasks.by_name import TASKS, task_named
@@ -101,8 +108,7 @@ def choose_loading(device: str | None, dtype: str | None, base: str | None, allo
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GenerateError(f"--device {device!r} cannot be used on this machine: {reason}") from error
+        raise GenerateError(f"--device {device!r} cannot be used on this machine: {first_line(error)}") from error
     return Loading(device, dtype or ("float32" if kind == "cpu" else "bfloat16"), base, allow_other_base)
 
 
@@ -155,13 +161,13 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
     recorded = settings["model"]
     settings |= {"dtype": how.dtype, **({"model": how.base} if how.base else {})}
     try:
-        with _without_report():
+        with messages_from(logging.WARNING):
             task = kind(**settings)
     except ConfigError as error:
         hint = "" if how.base else f" The run has named it so: name its present place with --base, for {recorded!r}."
         raise GenerateError(f"{path}: {error}{hint}") from error
     task.lora_allow_other_base = how.allow_other_base
-    with _without_report():
+    with messages_from(logging.WARNING):
         task.configure_model()
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
@@ -170,18 +176,6 @@ def _load_checkpoint(path: Path, how: Loading, tokenizer: str | None, compare: b
     base = _load_base(name, how, None) if compare and not is_adapted else None
     origin = f"{path} on {name}" if is_adapted else f"{path}, {name} trained in full"
     return Loaded(task.model, find_tokenizer(tokenizer or name, None), origin, is_adapted, base)
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Within the context, a task does not tell how it will train."""
-    logger = logging.getLogger(rank_zero.__name__)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _task_and_settings(checkpoint: dict[str, Any], path: Path) -> tuple[type[CausalLM], dict[str, Any]]:
@@ -231,10 +225,9 @@ def _load_base(name: str, how: Loading, adapter: Path | None) -> PreTrainedModel
             raise GenerateError(f"{name} is a {kinds[0]}: it writes no text.")
         return load_model(AutoModelForCausalLM, name, new_head=False, config=config, dtype=how.torch_dtype)
     except ValueError as error:  # of transformers, if the config is not of a causal language model
-        reason = str(error).strip().splitlines()[0]
         where = f"{adapter} was trained on {name!r}: " if adapter else ""
         hint = " Name its present place with --base." if adapter else ""
-        raise GenerateError(f"{where}{reason}{hint}") from error
+        raise GenerateError(f"{where}{first_line(error)}{hint}") from error
 
 
 def _move(model: PreTrainedModel, device: str) -> None:

@@ -6,7 +6,9 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from lightning_lora.cli.help.command import Command
+from lightning_lora.cli.mistakes.writing import writing
 from lightning_lora.errors import CommandError
+from lightning_lora.files.atomic import atomic_file
 
 
 def _recipes_arguments(parser: ArgumentParser) -> None:
@@ -41,13 +43,8 @@ def _schema(arguments: Namespace) -> None:
     if arguments.out is None:
         print(text, end="")
         return
-    from lightning_lora.files.atomic import atomic_file
-
-    try:
-        with atomic_file(arguments.out) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise CommandError(f"{arguments.out} cannot be written: {error.strerror or error}.") from error
+    with writing(arguments.out), atomic_file(arguments.out) as file:
+        file.write(text.encode())
     print(f"written: {arguments.out}. An editor finds it by the first line of a config:")
     print(f"# yaml-language-server: $schema={arguments.out}")
 

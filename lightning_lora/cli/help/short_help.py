@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "probe": _DATA | _TRAINING | _PROBE | _RUN,
     "preview": _DATA | {"--data.init_args.max_length N": "tokens of a row; longer ones are cut or left out"},
 }
-"""Of each command with hundreds of options those to know first, and what they are for."""
+"""The options to know first, of each command that has hundreds, and what they are for."""
 PURPOSE = {
     "fit": "Train. Each config file goes over those before it, and options go over all.",
     "validate": "Compute the loss on the validation rows.",

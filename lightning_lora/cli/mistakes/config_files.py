@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_lora.errors import CommandError, did_you_mean, first_five
+from lightning_lora.errors import CommandError, did_you_mean, first_five, first_line
 from lightning_lora.files.yaml_text import MAX_CHARACTERS, compose_yaml
 
 _OPTIONS = ("-c", "--config")
@@ -86,7 +86,7 @@ def _parsed(name: str) -> yaml.MappingNode:
     except yaml.MarkedYAMLError as error:
         raise CommandError(f"config {name}{_described(error, text)}") from error
     except yaml.reader.ReaderError as error:  # a character that no YAML may hold
-        raise CommandError(f"config {name} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise CommandError(f"config {name} is not YAML: {first_line(error)}.") from error
     except yaml.YAMLError as error:
         raise CommandError(f"config {name}: {error}.") from error
     if not isinstance(root, yaml.MappingNode):

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.cli.help.command import CommandParser
+from lightning_lora.cli.mistakes.writing import writing
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.errors import PlanError
+from lightning_lora.files.atomic import atomic_file
 
 EXAMPLE = "example: lightning-lora plan --config cli_configs/sft.yaml --config cli_configs/lora.yaml --memory 24GiB"
 _CLASSES = ["--model=lightning_lora.tasks.CausalLM", "--data=lightning_lora.data.SFTDataModule"]
@@ -72,13 +74,12 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     print(made)
     root = trainer.get("default_root_dir") or "."
     file = Path(options.json or Path(root) / "plan.json")
-    _write_json(file, made.to_dict())
+    with writing(file, PlanError), atomic_file(file) as opened:
+        opened.write((json.dumps(made.to_dict(), indent=2, allow_nan=False) + "\n").encode())
     print(f"written: {file}")
     if options.write_config:
-        try:
+        with writing(options.write_config, PlanError):
             print(f"written: {made.write_config(options.write_config)}")
-        except OSError as error:
-            raise PlanError(f"{options.write_config} cannot be written: {error.strerror or error}.") from error
     if not made.fits:
         raise PlanError(made.sentence)
 
@@ -176,13 +177,3 @@ def _asked_devices(trainer: dict[str, Any], here: int) -> int | None:
         return None
     nodes = trainer.get("num_nodes") or 1
     return (here if asked == -1 else asked) * int(nodes)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    from lightning_lora.files.atomic import atomic_file
-
-    try:
-        with atomic_file(file) as opened:
-            opened.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        raise PlanError(f"the plan cannot be written to {file}: {error.strerror or error}.") from error
