@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import AdapterFileError, CheckpointFileError
+from lightning_lora.errors import AdapterFileError, CheckpointFileError, first_line
 from lightning_lora.files.checkpoint_manifest import examine, manifest_of, packed_parts
 
 CHECKPOINT_KEY = "lightning_lora"
@@ -39,7 +39,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def unsafe_checkpoint(path: Path | str, error: Exception) -> AdapterFileError:
     """The error to raise for a checkpoint that torch does not load as plain values; torch's own offers to run it."""
     named = re.search(r"GLOBAL (\S+)", str(error))
-    what = f"it names {named[1]}, which is no plain type." if named else str(error).splitlines()[0]
+    what = f"it names {named[1]}, which is no plain type." if named else first_line(error)
     return CheckpointFileError(
         f"{path} is not a checkpoint that can be loaded safely: {what} It is never unpickled, as that could run code: "
         "save what you need of it as tensors, numbers and texts."

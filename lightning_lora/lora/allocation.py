@@ -90,8 +90,8 @@ def allocate_ranks(
     shares = {name: sketch.shares()[: highest[name]] for name, sketch in sketches.items()}
     cost = {name: _cost(target) for name, target in measured.items()}
     ranks = _give_out(shares, cost, sum(cost[name] * target.spec.rank for name, target in measured.items()))
-    fixed = sum(_cost(target, weight) * s.rank for target in targets if target.name in left_out
-                for weight, s in target.specs.items())  # fmt: skip
+    kept = [target for target in targets if target.name in left_out]
+    fixed = sum(_cost(target, weight) * spec.rank for target in kept for weight, spec in target.specs.items())
     scales = {name: target.spec.scale for name, target in measured.items()}
     return Allocation(
         rank_pattern=ranks,
@@ -106,7 +106,7 @@ def _not_measured(target: Target) -> str:
     """Why the gradient of a layer is not a matrix that can be measured; empty if it is one."""
     if len(target.specs) > 1:
         return "layers with several weights, such as fused experts, share a rank"
-    name, = target.specs  # fmt: skip
+    (name,) = target.specs
     weight, shape = getattr(target.module, name), target.kind.weights(target.module)[name]
     if shape.num_experts:
         return "experts of a mixture share a rank"
@@ -120,7 +120,7 @@ def _not_measured(target: Target) -> str:
 
 
 def _highest(target: Target) -> int:
-    name, = target.specs  # fmt: skip
+    (name,) = target.specs
     shape = target.kind.weights(target.module)[name]
     return min(2 * target.spec.rank, shape.num_in, shape.num_out)
 
@@ -137,7 +137,7 @@ class _Gradient:
     """The gradient of a weight, summed over batches."""
 
     def __init__(self, target: Target, rank: int, seed: int) -> None:
-        name, = target.specs  # fmt: skip
+        (name,) = target.specs
         self.weight: nn.Parameter = getattr(target.module, name)
         rows, columns = self.weight.shape[0], self.weight.numel() // self.weight.shape[0]
         self.sketch = SketchedSVD(rows, columns, rank, seed, self.weight.device, torch.float32)
@@ -150,7 +150,7 @@ class _Gradient:
 
     def shares(self) -> list[float]:
         """Shares of the squared norm that each singular direction holds, descending; zeros without a gradient."""
-        if not (self.sketch.range.isfinite().all() and self.sketch.core.isfinite().all()):
+        if not self.sketch.is_finite():
             raise RankChangeError("no rank can be allocated: a gradient is NaN or infinite.")
         squares, total = self.sketch.squares()
         return (squares / total).tolist() if total > 0 else [0.0] * len(squares)

@@ -128,9 +128,7 @@ def start_along(module: nn.Module, layers: Mapping[str, LoRALayer], sketches: Ma
         ConfigError: If no layer has a gradient.
         GradientError: If a gradient is NaN or infinite. Nothing has been changed.
     """
-    wrong = [
-        name for name, each in sketches.items() if not (each.range.isfinite().all() and each.core.isfinite().all())
-    ]
+    wrong = [name for name, sketch in sketches.items() if not sketch.is_finite()]
     if wrong:
         raise GradientError(
             f"adapters cannot start along their gradient: it is NaN or infinite in {len(wrong)} of {len(sketches)} "

@@ -168,11 +168,8 @@ def _root_to_save(module: nn.Module, changed: Collection[Tensor]) -> nn.Module:
     for _, model in hugging_face_models(module):
         if lora_layers(model).keys() and len(lora_layers(model)) == len(lora_layers(module)):
             inner = {id(tensor) for _, tensor in model_tensors(model)}
-            return (
-                model
-                if all(id(tensor) in inner for tensor in (*_trained_tensors(module).values(), *changed))
-                else module
-            )
+            trained = (*_trained_tensors(module).values(), *changed)
+            return model if all(id(tensor) in inner for tensor in trained) else module
     return module
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFolderError, AdapterStateError
+from lightning_lora.errors import AdapterFolderError, AdapterStateError, check_choice
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from lightning_lora.files.atomic import atomic_folder, sha256
@@ -64,8 +64,8 @@ def merge_files(
         ConfigError: If ``dtype`` is unknown, or ``out`` lies inside ``base``.
     """
     base, out = Path(base), Path(out)
-    if dtype is not None and dtype not in MERGE_DTYPES:
-        raise AdapterStateError(f"dtype must be one of {', '.join(MERGE_DTYPES)}, got {dtype!r}.")
+    if dtype is not None:
+        check_choice("dtype", dtype, MERGE_DTYPES, AdapterStateError)
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise AdapterStateError(f"{out} is the base or lies inside it; the base is never written to.")
     folder = read_adapter_folder(adapter)

@@ -68,7 +68,7 @@ class _Group:
         asked_in: Number of the last pass in which it was asked for.
         calls: How often, in that pass.
         copies: Copies that nobody has taken yet.
-        state: That of the factors when they were copied.
+        state: State of the factors when they were copied.
     """
 
     factors: Sequence[weakref.ref[Tensor]]

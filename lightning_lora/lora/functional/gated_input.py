@@ -111,8 +111,8 @@ def gradients_and_input(activation: str, sources: Sequence[Tensor], d_x: Tensor)
     """What `source_gradients` and `recomputed` return, without the activation, by a kernel (`is_one_pass`).
 
     Args:
-        activation: As in `recomputed`.
-        sources: As in `recomputed`.
+        activation: Name of the activation, see `recomputed`.
+        sources: Tensors that the input is computed from, see `recomputed`.
         d_x: Gradient of the input; overwritten.
     """
     return _by_kernel(activation, sources, d_x, product=True)

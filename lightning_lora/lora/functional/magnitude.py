@@ -56,7 +56,7 @@ def rescaled(y: Tensor, bias: Tensor | None, ratio: Tensor) -> Tensor:
     Args:
         y: Output of an adapted layer; ``bias`` and ``ratio`` are broadcast to it.
         bias: ``b``, or None.
-        ratio: Of each output feature or channel.
+        ratio: The ratio of each output feature or channel.
     """
     product = y if bias is None else y - bias.to(y.dtype)
     return torch.addcmul(y, product, (ratio - 1).to(y.dtype))

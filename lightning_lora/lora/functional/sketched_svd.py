@@ -70,6 +70,10 @@ class SketchedSVD:
         left = torch.randn(2 * self.side + 1, self.num_out, **options)
         return left, torch.randn(self.num_in, self.side, **options)
 
+    def is_finite(self) -> bool:
+        """Whether everything that was added is finite."""
+        return bool(self.range.isfinite().all() and self.core.isfinite().all())
+
     def squares(self) -> tuple[Tensor, float]:
         """Squares of the singular values, descending, and the squared norm of ``G``, in float64."""
         squares = torch.linalg.svdvals(self._small()[1]).square()

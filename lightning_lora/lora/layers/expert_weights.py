@@ -194,6 +194,6 @@ def _with_update(y: Tensor, x: Tensor, weight: ExpertWeight) -> Tensor:
 
 
 def _can_fuse_grouped(x: Tensor, weight: Tensor) -> bool:
-    """As `can_fuse`; but grouped products keep their type under autocast."""
+    """Whether `can_fuse` without autocast, under which grouped products keep their type."""
     with torch.autocast(x.device.type, enabled=False):
         return can_fuse(x, weight, None)

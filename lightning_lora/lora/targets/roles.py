@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from lightning_lora.errors import LayerError
+from lightning_lora.errors import LayerError, check_choice
 from lightning_lora.lora.layers.registry import adapter_kind, refusal
 from lightning_lora.lora.patterns import first_match
 from lightning_lora.lora.targets.uncalled_layers import uncalled_children
@@ -45,8 +45,7 @@ def register_role(pattern: str, role: str) -> None:
     Raises:
         ConfigError: If the role is unknown or the pattern is empty.
     """
-    if role not in ROLES:
-        raise LayerError(f"role must be one of {', '.join(ROLES)}, got {role!r}.")
+    check_choice("role", role, ROLES, LayerError)
     if not isinstance(pattern, str) or not pattern:
         raise LayerError(f"register_role needs a non-empty name pattern, got {pattern!r}.")
     _REGISTERED[pattern] = role

@@ -18,7 +18,7 @@ from lightning_lora.lora.functional.torch_internals import uninitialised
 
 BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": True}
-"""Of every launch; Triton warns where nobody says whether a product and a sum may be rounded together."""
+"""Options of every launch; Triton warns where nobody says whether a product and a sum may be rounded together."""
 
 
 def gated_product(activation: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def gated_gradients(
     """Gradients of ``gate`` and ``up``, and ``x`` if asked for.
 
     Args:
-        activation: As in `gated_product`.
+        activation: Name of the activation, see `gated_product`.
         gate: ``(*, ff)``.
         up: ``(*, ff)``.
         d_x: Gradient of ``x``, ``(*, ff)``.
