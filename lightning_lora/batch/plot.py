@@ -115,8 +115,9 @@ def _draw_lambda(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def _running_mean(samples: np.ndarray, width: int = 25) -> np.ndarray:
+def _running_mean(samples: np.ndarray) -> np.ndarray:
+    """The mean of each sample and the 24 before it, or as many as there are."""
     sums = np.cumsum(np.insert(samples, 0, 0.0))
-    starts = np.maximum(np.arange(1, len(sums)) - width, 0)
     ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - 25, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)

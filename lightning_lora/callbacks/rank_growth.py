@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import RankChangeError
+from lightning_lora.errors import RankChangeError, check_count
 from lightning_lora.lightning_private import trains_in_children
 from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.growth import grow_adapters
@@ -61,8 +61,7 @@ class RankGrowth(Callback):
         threshold: float = 0.1,
     ) -> None:
         for name, value in (("max_rank", max_rank), ("budget", budget), ("every_n_steps", every_n_steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise RankChangeError(f"{name} must be an integer of at least 1, or None, got {value!r}.")
+            check_count(name, value, RankChangeError, optional=True)
         if not 0 < threshold <= 1:
             raise RankChangeError(f"threshold must be in (0, 1], got {threshold!r}.")
         self.max_rank, self.budget = max_rank, budget

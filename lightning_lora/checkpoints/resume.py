@@ -43,7 +43,7 @@ class RunMemory:
     Attributes:
         epoch: Random states at the start of the present epoch.
         loaded: The entry that `save` wrote to the loaded checkpoint, until `resume` has used it.
-        optimizer_states: Those of the loaded checkpoint, until the optimizers exist that will load them.
+        optimizer_states: States in the loaded checkpoint, until the optimizers exist that will load them.
     """
 
     epoch: EpochStart = field(default_factory=EpochStart)

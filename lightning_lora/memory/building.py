@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
+from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lora.functional.seeded_dropout import forget_mask
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.memory.failures import explained
@@ -23,12 +24,6 @@ from lightning_lora.memory.step_mode import StepMode
 
 _building: ContextVar[bool] = ContextVar("lightning_lora_building_without_memory", default=False)
 _PLAIN = (Tensor, nn.Parameter)
-_LOGGERS = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric",
-    "lightning.pytorch",
-)
 
 
 def builds_without_memory() -> bool:
@@ -46,9 +41,7 @@ class StandInTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def built_without_memory(
-    module: LightningModule, *, precision: Any = "32-true", accumulate_grad_batches: int = 1
-) -> Iterator[LightningModule]:
+def built_without_memory(module: LightningModule, *, precision: Any = "32-true") -> Iterator[LightningModule]:
     """Give a copy of ``module``, built and adapted, whose weights have shapes and types and no values.
 
     ``configure_model`` is called on the copy; a task of this package does not read its weights. The module itself, the
@@ -57,9 +50,8 @@ def built_without_memory(
     Args:
         module: Any LightningModule; built or not, adapted or not.
         precision: The precision of the Trainer, which may decide the type of the weights.
-        accumulate_grad_batches: Micro-batches of an optimizer step, for modules that ask their trainer.
     """
-    built = WithoutMemory(module, precision, accumulate_grad_batches)
+    built = WithoutMemory(module, precision)
     with built.entered():
         yield built.module
 
@@ -228,14 +220,6 @@ def _without_values(value: Any, mode: FakeTensorMode) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing is said about a run that does not take place."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with messages_from(logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

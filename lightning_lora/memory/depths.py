@@ -25,7 +25,7 @@ class Traced:
     Args:
         peaks: Bytes by kind at the peak of each segment.
         flops: Operations of forward and backward of one micro-batch.
-        attention_flops: Those of attention.
+        attention_flops: The operations of attention among them.
     """
 
     peaks: Mapping[Segment, Mapping[str, int]]

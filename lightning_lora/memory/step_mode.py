@@ -46,7 +46,7 @@ class StepMode(TorchDispatchMode):
     Attributes:
         live: Bytes of the storages.
         flops: Floating-point operations of matrix products, convolutions and attention so far.
-        attention_flops: Those of attention, which grow with the square of a row's length.
+        attention_flops: The operations of attention among them, which grow with the square of a row's length.
         class_counts: Sizes of a last axis that are a vocabulary or classes.
         running: The operation that runs now, or that failed last.
         truth: What the truth of a tensor without values is.

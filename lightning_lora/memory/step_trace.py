@@ -36,7 +36,7 @@ class StepTrace:
         largest_layer: Bytes of the weights of the largest block, which FSDP holds whole when it computes.
         depths: The numbers of equal blocks that were traced, where the model has more and the rest was found along a
             line; empty if the whole model was traced.
-        attention_flops: Those of ``flops`` that grow with the square of a row's length.
+        attention_flops: The part of ``flops`` that grows with the square of a row's length.
     """
 
     memory: MemoryParts
@@ -68,7 +68,7 @@ def trace_step(
         module: Any LightningModule with automatic optimization; it is left as it is. Its weights need not be loaded.
         batch: One micro-batch as the training loader makes it.
         precision: The precision of the Trainer.
-        gradient_clip_val: As the Trainer has it.
+        gradient_clip_val: Largest norm of the gradient, a setting of the Trainer; None does not clip.
         accumulate_grad_batches: Micro-batches of an optimizer step.
         whole: Trace every block, which takes longer.
 
@@ -86,9 +86,9 @@ class StepTracer:
     """Traces steps of one module with several batches; the module is built once.
 
     Args:
-        module: As in `trace_step`.
+        module: Any LightningModule with automatic optimization, see `trace_step`.
         precision: The precision of the Trainer.
-        gradient_clip_val: As the Trainer has it.
+        gradient_clip_val: Largest norm of the gradient, a setting of the Trainer; None does not clip.
         accumulate_grad_batches: Micro-batches of an optimizer step.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_lora.errors import StrategyError, did_you_mean
+from lightning_lora.errors import StrategyError, check_count, did_you_mean
 from lightning_lora.memory.parts import MemoryParts
 
 SINGLE = ("single", "auto")
@@ -38,8 +38,7 @@ def divide(memory: MemoryParts, strategy: str, devices: int, *, layer: int = 0) 
             f"the memory of strategy {strategy!r} is not known: {', '.join(STRATEGIES)}"
             f"{did_you_mean(strategy, STRATEGIES)}"
         )
-    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
-        raise StrategyError(f"devices must be a whole number, 1 or more, got {devices!r}.")
+    check_count("devices", devices, StrategyError)
     if strategy == "single" and devices > 1:
         raise StrategyError(f"strategy 'single' is one device, got devices={devices}: use ddp or fsdp2.")
     if devices == 1:

@@ -35,8 +35,8 @@ def inject_below(module: nn.Module, root_name: str | None, root: nn.Module, conf
 
     Raises:
         TargetNotFoundError: If a pattern matches nothing.
-        ConfigError: As `inject_lora`.
-        AlreadyShardedError: As `inject_lora`.
+        ConfigError: If `inject_lora` refuses a setting or the state of ``root``.
+        AlreadyShardedError: If weights of ``root`` are sharded.
     """
     if root is module or root_name is None:
         return inject_lora(module, config)

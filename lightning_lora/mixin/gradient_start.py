@@ -29,7 +29,7 @@ def check_possible(module: LightningModule, config: LoRAConfig) -> None:
     """Refuse ``init="gradient"`` where its gradient could not be measured, before anything is adapted.
 
     Raises:
-        ConfigError: With the reason.
+        ConfigError: If the gradient cannot be measured; the message says why.
     """
     trainer = attached_trainer(module)
     if config.init != "gradient" or trainer is None:

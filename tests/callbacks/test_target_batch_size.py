@@ -230,5 +230,5 @@ def test_what_contradicts_the_target_is_refused(case: dict[str, Any], message: s
 
 @pytest.mark.parametrize("rows", [0, -8, True, 2.5, "32"])
 def test_rows_that_are_no_number_are_refused(rows: Any) -> None:
-    with pytest.raises(ConfigError, match="whole number of rows, 1 or more"):
+    with pytest.raises(ConfigError, match="whole number of 1 or more"):
         TargetBatchSize(rows)

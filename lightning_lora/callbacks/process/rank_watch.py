@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.distributed_c10d import _get_default_store  # every process group has one; no public access
 from typing_extensions import override
 
-from lightning_lora.errors import CallbackSettingError
+from lightning_lora.errors import CallbackSettingError, first_line
 
 CHECK_SECONDS = 1.0  # between two checks of processes on this host
 NUM_BEATS = 8  # heartbeats within the timeout
@@ -153,7 +153,7 @@ class _Watch(threading.Thread):
                 self._found = self._found or self._lost_by_heartbeats(beats)
             except RuntimeError as error:  # raised by torch's store
                 if 0 in self.last_beats:
-                    self._found = f"rank 0 does not answer ({str(error).splitlines()[0]})"
+                    self._found = f"rank 0 does not answer ({first_line(error)})"
                 return
             self._unanswered = 0.0
             self._ended.wait(self.timeout / NUM_BEATS)
