@@ -121,7 +121,7 @@ def add_gradients(
         logit_grads: Gradients of its logits, at least float32.
         logits: The tensor of its logits, which is overwritten with ``logit_grads`` in its own type.
         parts: Inputs and weights in turn.
-        gradients: Of `empty_gradients`.
+        gradients: What `empty_gradients` has made; added to in place.
     """
     bias_grad, *part_grads = gradients
     if bias_grad is not None:

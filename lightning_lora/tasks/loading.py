@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from lightning_lora.errors import TaskSettingError, check_choice, first_five
+from lightning_lora.errors import TaskSettingError, check_choice, first_five, first_line
 from lightning_lora.hub import offline_hint, prepare_hub
 from lightning_lora.lora.targets.roles import module_roles
 from lightning_lora.tasks.attention.implementation import unusable_attention
@@ -50,7 +50,7 @@ def read_config(name: str, **overrides: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **overrides)
     except (OSError, ValueError) as error:
         raise TaskSettingError(
-            f"model {name!r} cannot be used: {_first_line(error)} Give a folder with config.json and safetensors "
+            f"model {name!r} cannot be used: {first_line(error)} Give a folder with config.json and safetensors "
             f"weights, or a hub name.{offline_hint(name)}"
         ) from error
 
@@ -64,8 +64,7 @@ def read_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing files, a missing library, a tokenizer that needs its author's code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TaskSettingError(f"there is no usable tokenizer beside model {name!r}: {reason}") from error
+        raise TaskSettingError(f"there is no usable tokenizer beside model {name!r}: {first_line(error)}") from error
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -101,7 +100,7 @@ def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) 
         model, loading = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
     except (OSError, SafetensorError) as error:
         raise TaskSettingError(
-            f"the weights of {name!r} cannot be read: {_first_line(error)} Only safetensors files are loaded."
+            f"the weights of {name!r} cannot be read: {first_line(error)} Only safetensors files are loaded."
         ) from error
     except (ImportError, ValueError) as error:
         if "attn_implementation" not in arguments:
@@ -125,7 +124,3 @@ def _check_complete(model: PreTrainedModel, name: str, missing: Iterable[str], n
             f"{name!r} lacks {len(lost)} weights of a {type(model).__name__} ({first_five(lost)}); they would be "
             f"random."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import TaskSettingError, check_choice
+from lightning_lora.errors import TaskSettingError, check_choice, check_count
 from lightning_lora.mixin.optim import check_learning_rate
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -25,8 +25,7 @@ def check_optimizer(learning_rate: Any, weight_decay: Any, warmup_steps: Any, sc
     check_learning_rate(learning_rate)
     if not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf:
         raise TaskSettingError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}.")
-    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-        raise TaskSettingError(f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}.")
+    check_count("warmup_steps", warmup_steps, TaskSettingError, least=0)
     check_choice("schedule", schedule, SCHEDULES)
 
 
@@ -36,7 +35,7 @@ def adamw(groups: list[dict[str, Any]], learning_rate: float, weight_decay: floa
     Args:
         groups: The parameter groups.
         learning_rate: The rate of full fine-tuning.
-        weight_decay: Of groups that set none.
+        weight_decay: Weight decay of groups that set none.
         trainer: The Trainer, which tells the precision.
     """
     # A fused step unscales gradients itself, which Lightning cannot combine with clipping.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BitsAndBytesConfig
 
-from lightning_lora.errors import QuantisationError, did_you_mean
+from lightning_lora.errors import QuantisationError, check_choice
 from lightning_lora.lora.layers.quantised_weights import is_bitsandbytes
 from lightning_lora.lora.patterns import matches_any
 from lightning_lora.mixin.precision import bitsandbytes_plugin
@@ -38,11 +38,7 @@ def check_quantization(quantization: str | None, lora: Any, stored: Any) -> None
     Raises:
         ConfigError: If the value is unknown, contradicts another setting, or needs a library that is not installed.
     """
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise QuantisationError(
-            f"quantization must be one of {', '.join(QUANTIZATIONS)} or null, got {quantization!r}"
-            f"{did_you_mean(str(quantization), QUANTIZATIONS)}"
-        )
+    check_choice("quantization", quantization, QUANTIZATIONS, QuantisationError, optional=True)
     if quantization is not None and stored is not None:
         raise QuantisationError(f"quantization is {quantization!r}, but the model is stored quantised: leave it null.")
     if (quantization is not None or stored is not None) and lora is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.callbacks.progress import needs_metric
-from lightning_lora.errors import TaskSettingError
+from lightning_lora.errors import TaskSettingError, check_count
 from lightning_lora.tasks.head_chunks import at_least_float32
 from lightning_lora.tasks.new_head import NewHeadTask
 
@@ -33,8 +33,7 @@ class SequenceClassifier(NewHeadTask):
     """
 
     def __init__(self, model: str, num_labels: int, **settings: Any) -> None:
-        if not isinstance(num_labels, int) or num_labels < 2:
-            raise TaskSettingError(f"num_labels must be an integer of at least 2, got {num_labels!r}.")
+        check_count("num_labels", num_labels, TaskSettingError, least=2)
         self._num_outputs = num_labels
         super().__init__(model, **settings)
 

@@ -33,7 +33,7 @@ class Unlearnable:
 
     Args:
         tokens: Id to text of each token.
-        ends: Those of them that end an answer.
+        ends: Ids of those of the tokens that end an answer.
         is_tied: Whether the output layer shares its weight with the embedding.
         reads: Whether the embeddings of all of them were trained, or learn.
     """
@@ -137,7 +137,7 @@ def written_tokens(tokenizer: Any, ends: Iterable[int], others: Iterable[str | N
 
 
 def untrained_tokens(weight: Tensor, tokens: Sequence[int], ends: Collection[int], num_known: int | None) -> list[int]:
-    """Those of ``tokens`` whose rows were never trained, and so cannot be told from others.
+    """Ids of the ``tokens`` whose rows were never trained, and so cannot be told from others.
 
     Args:
         weight: Weight of the output layer, ``(vocab, dim)``.

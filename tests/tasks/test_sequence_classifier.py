@@ -105,7 +105,7 @@ def test_accumulated_steps_train_as_one_big_batch(llama_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("num_labels", [1, 0, -3, 2.0, "2", None, True])
 def test_number_of_classes_is_checked(num_labels: Any, llama_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"num_labels must be an integer of at least 2, got"):
+    with pytest.raises(ConfigError, match=r"num_labels must be a whole number of 2 or more, got"):
         make(llama_folder, num_labels=num_labels)
 
 

@@ -27,9 +27,9 @@ BAD = [
     ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
     ({"weight_decay": float("nan")}, "weight_decay must be a finite number of at least 0, got nan"),
     ({"weight_decay": float("inf")}, "weight_decay must be a finite number of at least 0, got inf"),
-    ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
-    ({"warmup_steps": 0.1}, "warmup_steps must be an integer of at least 0, got 0.1"),
-    ({"warmup_steps": True}, "warmup_steps must be an integer of at least 0, got True"),
+    ({"warmup_steps": -1}, "warmup_steps must be a whole number of 0 or more, got -1"),
+    ({"warmup_steps": 0.1}, "warmup_steps must be a whole number of 0 or more, got 0.1"),
+    ({"warmup_steps": True}, "warmup_steps must be a whole number of 0 or more, got True"),
     ({"schedule": "cosin"}, "schedule must be one of constant, linear, cosine, got 'cosin'; did you mean 'cosine'?"),
     ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16, float16, got 'bf16'"),
     (

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils._triton import has_triton
 
-from lightning_lora.errors import ConfigError, TaskSettingError, did_you_mean
+from lightning_lora.errors import ConfigError, TaskSettingError, check_choice, first_line
 from lightning_lora.memory.run_step import gigabytes
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 DENSE = ("eager", "sdpa")
-"""Those that compute every pair of tokens of a packed row; a trace knows no others."""
+"""Implementations that compute every pair of tokens of a packed row; a trace knows no others."""
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _BLOCK = 128
 """Tokens of the trial of flex attention: a block of its mask."""
@@ -39,18 +39,14 @@ def check_attention(name: str | None) -> None:
     from transformers import AttentionInterface
 
     if name not in AttentionInterface().valid_keys():
-        hint = did_you_mean(name, ATTENTIONS)
-        raise TaskSettingError(
-            f"attn_implementation must be one of {', '.join(ATTENTIONS)} or null, got {name!r}{hint}"
-        )
+        check_choice("attn_implementation", name, ATTENTIONS, TaskSettingError, optional=True)
 
 
 def unusable_attention(name: str, error: Exception) -> ConfigError:
     """The error for an implementation that the model or this machine does not have."""
-    reason = str(error).strip().splitlines()[0]
     return TaskSettingError(
-        f"attn_implementation={name!r} cannot be used with this model on this machine: {reason} The choices are "
-        f"{', '.join(ATTENTIONS)}, or null for the model's own."
+        f"attn_implementation={name!r} cannot be used with this model on this machine: {first_line(error)} The choices "
+        f"are {', '.join(ATTENTIONS)}, or null for the model's own."
     )
 
 
@@ -85,7 +81,7 @@ def choose_for_packing(
                     return separates
                 except Exception as error:  # whatever a kernel or a compiler says of this model and machine
                     model.set_attn_implementation(before)
-                    reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                    reason = f"{type(error).__name__}: {first_line(error)}"
             reasons.append(f"{name}: {reason}")
     separates = check()
     if before in DENSE:
@@ -130,7 +126,7 @@ def _obstacle(model: PreTrainedModel, name: str, device: str) -> str:
     try:
         _train_flex(config, dtype, device)
     except Exception as error:  # of the compiler, of a kernel that needs more shared memory than the device has, ...
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import TaskSettingError
+from lightning_lora.errors import TaskSettingError, first_line
 from lightning_lora.lora.evaluation_mode import in_eval_mode, uncompiled
 from lightning_lora.lora.functional.torch_internals import has_values
 
@@ -65,7 +65,7 @@ def _find_fault(model: nn.Module, logits: Callable[..., Tensor], vocab_size: int
     try:
         packed = logits(tokens.view(1, -1).expand(num_rows, -1), position_ids=positions)
     except (TypeError, ValueError) as error:
-        return f"it does not take position_ids ({str(error).strip().splitlines()[0]})"
+        return f"it does not take position_ids ({first_line(error)})"
     changes = (_centred(packed).view(num_rows, *alone.shape) - alone).norm(dim=-1) / alone.norm(dim=-1)
     first, second = changes[:, 0].max().item(), changes[:, 1].max().item()
     unit = _rounding_unit(model, scores)

@@ -69,7 +69,7 @@ def reward_bits(rewards: Tensor) -> float:
     """The most bits that rewards can have taught: their number times the entropy of their distribution.
 
     Args:
-        rewards: Of any shape.
+        rewards: The rewards, a tensor of any shape.
 
     References:
         *LoRA Without Regret*, 2025: an episode teaches a policy gradient at most the entropy of its advantage.

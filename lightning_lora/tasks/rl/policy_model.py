@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.errors import PolicySettingError
+from lightning_lora.errors import PolicySettingError, check_choice
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.sharding import shard_lora
 from lightning_lora.tasks.rl.functional.head_logprobs import head_logprobs, logprobs_of_logits
@@ -47,8 +47,7 @@ class PolicyModel(Policy):
         reference: str | None = None,
         **settings: Any,
     ) -> None:
-        if reference not in (None, "adapter_off", "frozen"):
-            raise PolicySettingError(f"reference of a policy must be adapter_off, frozen or null, got {reference!r}.")
+        check_choice("reference of a policy", reference, ("adapter_off", "frozen"), PolicySettingError, optional=True)
         if reference is not None and not self.policy_settings.has_reference:
             raise PolicySettingError(
                 f"reference={reference!r} has no effect with kl_coefficient=0: leave out one of them."

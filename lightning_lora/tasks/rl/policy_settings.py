@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lightning_lora.errors import PolicySettingError, check_choice
+from lightning_lora.errors import PolicySettingError, check_choice, check_count
 from lightning_lora.tasks.rl.functional.policy_loss import NORMALISE
 
 # How far the ratio may move, by loss. GSPO's ratio is a mean over tokens, CISPO only caps the weight of a token.
@@ -51,7 +51,7 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "minibatches", "epochs", "patience", "group_size"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name), PolicySettingError)
         check_choice("loss", self.loss, tuple(CLIPS))
         check_choice("advantage", self.advantage, ADVANTAGES)
         check_choice("normalise", self.normalise, NORMALISE)
@@ -105,11 +105,6 @@ class PolicySettings:
     def bounds(self) -> tuple[float, float] | None:
         """How far the ratio may fall below 1 and rise above it."""
         return self.clip if self.clip is not None else CLIPS[self.loss]
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PolicySettingError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 def _check_number(name: str, value: object, above: float | None = None) -> None:

@@ -22,9 +22,9 @@ def minibatch_losses(
 
     Args:
         asked: The settings of the policy.
-        scores: Of the learner, with gradients.
+        scores: What the learner says of the tokens, with gradients.
         old: Log-probabilities that the ratio starts from, ``(rows, tokens)``.
-        numbers: Of the minibatch.
+        numbers: The other tensors of the minibatch, by name.
         mask: ``(rows, tokens)``.
     """
     weights = None
@@ -59,9 +59,9 @@ def step_statistics(
     Args:
         trainer: The Trainer, whose ranks count together.
         asked: The settings of the policy.
-        scores: Of the learner.
+        scores: What the learner says of the tokens.
         old: Log-probabilities that the ratio starts from.
-        numbers: Of the minibatch.
+        numbers: The other tensors of the minibatch, by name.
         mask: ``(rows, tokens)``.
     """
     tokens: dict[str, Tensor] = {"entropy": scores.entropy}

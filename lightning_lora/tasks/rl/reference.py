@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_lora.errors import DataError, PolicySettingError, did_you_mean
+from lightning_lora.errors import DataError, PolicySettingError, check_choice
 from lightning_lora.lora.adapter import disable_lora, lora_state_dict
 from lightning_lora.lora.growth import leading
 from lightning_lora.lora.layers.adapted import lora_layers
@@ -39,9 +39,7 @@ class Reference:
     """
 
     def __init__(self, kind: str | None, has_lora: bool) -> None:
-        if kind is not None and kind not in KINDS:
-            hint = did_you_mean(str(kind), KINDS)
-            raise PolicySettingError(f"reference must be one of {', '.join(KINDS)} or null, got {kind!r}{hint}")
+        check_choice("reference", kind, KINDS, PolicySettingError, optional=True)
         if kind in ("adapter_off", "frozen") and not has_lora:
             raise PolicySettingError(
                 f"reference={kind!r} needs adapters, and lora=None trains the whole model, which would be its own "

@@ -31,7 +31,7 @@ class Unrounded:
     further.
 
     Args:
-        tensors: By name.
+        tensors: The tensors by name.
     """
 
     def __init__(self, **tensors: Tensor) -> None:

@@ -36,8 +36,8 @@ class TokenScores(NamedTuple):
     """What the learner says of the tokens of a minibatch, each ``(rows, tokens)``.
 
     Args:
-        logprobs: Of the sampled tokens, nats.
-        entropy: Of the distributions they were drawn from, nats.
+        logprobs: Log-probabilities of the sampled tokens, nats.
+        entropy: Entropies of the distributions they were drawn from, nats.
         values: What the value head expects; None without one.
     """
 
@@ -51,8 +51,8 @@ class RolloutMaker:
     """Samples completions of prompts, has them rewarded, and computes all that their training needs.
 
     Args:
-        settings: Of the policy.
-        sampling: Of the sampler.
+        settings: Settings of the policy.
+        sampling: Settings of the sampler.
         sampler: Draws completions.
         pool: Scores them.
         tokenizer: Turns tokens into the text that a reward reads.

@@ -34,8 +34,8 @@ def measure_mismatch(trainer: Trainer, logprobs: Tensor, sampler_logprobs: Tenso
 
     Args:
         trainer: The Trainer, whose ranks count together.
-        logprobs: Of the learner, ``(rows, tokens)``.
-        sampler_logprobs: Of the sampler, ``(rows, tokens)``.
+        logprobs: Log-probabilities by the learner, ``(rows, tokens)``, nats.
+        sampler_logprobs: Log-probabilities by the sampler, ``(rows, tokens)``.
         mask: ``(rows, tokens)``.
     """
     differences = (logprobs.detach() - sampler_logprobs).double()[mask.bool()]

@@ -15,8 +15,8 @@ from tests.tasks.rl import policies
 pytestmark = policies.EXPECTED
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 1}, "group_size must be at least 2 with advantage='mean', got 1: a single completion"),
-    ({"group_size": 0, "advantage": "gae"}, "group_size must be a whole number of at least 1, got 0"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+    ({"group_size": 0, "advantage": "gae"}, "group_size must be a whole number of 1 or more, got 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of 1 or more, got 0"),
     ({"minibatches": True}, "minibatches must be a whole number"),
     ({"epochs": 0}, "epochs must be a whole number"),
     ({"top_p": 0.9}, "top_p=0.9 cannot be trained on: tokens outside of it are never sampled"),

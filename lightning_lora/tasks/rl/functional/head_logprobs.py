@@ -193,7 +193,7 @@ def _logit_grads(
     """``g (1[id] - p) - h p (log p + H)``, for gradients ``g`` of log-probabilities and ``h`` of entropies.
 
     Args:
-        logprobs: Of all classes, ``(rows, vocab)``; overwritten.
+        logprobs: Log-probabilities of all classes, ``(rows, vocab)``; overwritten.
         ids: ``(rows, 1)``, as are the arguments after it.
         by_logprob: ``g``; None if nothing depends on the log-probabilities.
         by_entropy: ``h``; None if nothing depends on the entropies.

@@ -24,8 +24,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k3") -> Ten
     ======== ======================== ====================== =======================================================
 
     Args:
-        logprobs: Of tokens that this policy has sampled.
-        ref_logprobs: Of the reference.
+        logprobs: Log-probabilities of tokens, by the policy that has sampled them, nats.
+        ref_logprobs: Log-probabilities of the same tokens by the reference, of the same shape.
         kind: The estimate.
 
     Raises:

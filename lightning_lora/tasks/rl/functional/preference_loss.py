@@ -41,9 +41,9 @@ def preference_loss(
 
     Args:
         chosen: Log-probabilities of the chosen completions, ``(pairs,)``, nats.
-        rejected: Those of the rejected completions, ``(pairs,)``.
+        rejected: Log-probabilities of the rejected completions, ``(pairs,)``.
         ref_chosen: Log-probabilities of the chosen completions under the reference, ``(pairs,)``.
-        ref_rejected: Those of the rejected completions, ``(pairs,)``.
+        ref_rejected: Log-probabilities of the rejected completions under the reference, ``(pairs,)``.
         kind: The loss.
         beta: Strength of the pull to the reference, above 0; larger stays nearer.
         label_smoothing: Share ``e`` of pairs taken to be labelled the wrong way round, at least 0 and below 0.5.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.errors import RewardError, RewardSettingError
+from lightning_lora.errors import RewardError, RewardSettingError, check_count
 from lightning_lora.tasks.rl.rewards.own_precision import own_precision
 from lightning_lora.tasks.rl.rewards.process import Process
 from lightning_lora.tasks.rl.rewards.worker import Answer, Call, Reward, answer
@@ -54,11 +54,10 @@ class RewardPool:
     ) -> None:
         if not callable(reward):
             raise RewardSettingError(f"a reward is a function of prompts and completions, got {reward!r}.")
-        for name, value, least in (("workers", workers, 0), ("rows_per_call", rows_per_call or 1, 1)):
-            if not isinstance(value, int) or value < least:
-                raise RewardSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
-        if rows_per_call == 0 or (timeout is not None and not timeout > 0):
-            raise RewardSettingError(f"rows_per_call and timeout must be above 0, got {rows_per_call} and {timeout}.")
+        check_count("workers", workers, RewardSettingError, least=0)
+        check_count("rows_per_call", rows_per_call, RewardSettingError, optional=True)
+        if timeout is not None and not timeout > 0:
+            raise RewardSettingError(f"timeout must be above 0, got {timeout}.")
         if getattr(reward, "sees_all_rows", False) or isinstance(reward, nn.Module):
             workers, rows_per_call = 0, None
         self.reward, self.name = reward, getattr(reward, "__name__", type(reward).__name__)
@@ -76,7 +75,7 @@ class RewardPool:
 
         Args:
             prompts: A text or a list of messages for each row.
-            completions: As the prompts.
+            completions: A text or a list of messages for each row.
             columns: What else the reward is given, an entry for each row.
 
         Raises:

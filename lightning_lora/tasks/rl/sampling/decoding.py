@@ -25,7 +25,6 @@ def decode(
     *,
     limit: int | None = None,
     stop_texts: StopTexts | None = None,
-    pad_id: int = 0,
     use_cache: bool = True,
     in_step: bool = False,
     on_tokens: Callable[[Tensor], bool] | None = None,
@@ -44,11 +43,10 @@ def decode(
         stop_ids: Tokens that end a completion, and are its last one.
         limit: Positions of the model at most.
         stop_texts: Finds the texts that end a completion.
-        pad_id: Token that fills short completions.
         use_cache: Whether keys and values of earlier tokens are kept.
         in_step: Whether all processes take as many steps as the longest completion of any of them, because each step
             gathers weights of all.
-        on_tokens: Is told the new token of each row that is left, ``(rows,)``; True ends all.
+        on_tokens: Called with the new token of each row that is left, ``(rows,)``; if it returns True, all rows end.
 
     Returns:
         Completions of version 0.
@@ -62,7 +60,7 @@ def decode(
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     uniforms = torch.rand(width, rows, generator=generator, device=generator.device, dtype=torch.float32).to(device)
 
-    tokens = torch.full((rows, width), pad_id, dtype=torch.int64, device=device)
+    tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
     logprobs = torch.zeros(rows, width, device=device, dtype=torch.float32)
     lengths = torch.zeros(rows, dtype=torch.int64, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -72,7 +70,7 @@ def decode(
     logits = stepping.begin(list(prompts), group_size)
     for step in range(width):
         new, logprob = draw(logits, uniforms[step, live], settings)
-        tokens[live, step] = torch.where(going, new, pad_id)
+        tokens[live, step] = torch.where(going, new, 0)
         logprobs[live, step] = torch.where(going, logprob, 0.0)
         lengths[live] += going
         ended = torch.isin(new, stops)

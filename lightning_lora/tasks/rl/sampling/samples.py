@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import SamplingSettingError
+from lightning_lora.errors import SamplingSettingError, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,8 @@ class SamplingSettings:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0)):
-            if getattr(self, name) < least:
-                raise SamplingSettingError(
-                    f"{name} must be a whole number of {least} or more, got {getattr(self, name)}."
-                )
+        check_count("max_new_tokens", self.max_new_tokens, SamplingSettingError)
+        check_count("top_k", self.top_k, SamplingSettingError, least=0)
         if not 0 <= self.temperature < math.inf:
             raise SamplingSettingError(f"temperature must be a finite number of at least 0, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
@@ -55,10 +52,10 @@ class Samples:
     Args:
         tokens: New tokens, the end of a turn among them, ``(rows, width)``, padded on the right.
         logprobs: Natural log-probabilities under the distribution that they were drawn from, ``(rows, width)`` float32;
-            0 at padding. At temperature 0, which draws nothing, those of temperature 1.
+            0 at padding. Temperature 0 draws nothing; they are then those of temperature 1.
         lengths: Tokens of each row, ``(rows,)``.
         finished: Whether a row ended by itself, ``(rows,)``; False where it was cut off.
-        version: Of the weights, as told to `Sampler.load`.
+        version: Version of the weights, as given to `Sampler.load`.
     """
 
     tokens: Tensor

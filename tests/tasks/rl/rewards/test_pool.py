@@ -160,8 +160,8 @@ class Holder:
     ("settings", "message"),
     [
         ({"workers": -1}, "workers must be a whole number of 0 or more, got -1"),
-        ({"rows_per_call": 0}, "rows_per_call and timeout must be above 0, got 0"),
-        ({"timeout": 0}, "rows_per_call and timeout must be above 0, got 1 and 0"),
+        ({"rows_per_call": 0}, "rows_per_call must be a whole number of 1 or more, got 0"),
+        ({"timeout": 0}, "timeout must be above 0, got 0"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused(settings: dict[str, Any], message: str) -> None:
