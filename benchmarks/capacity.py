@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig, inject_lora
-from lightning_lora.planning.capacity import FLOOR, capacity_table, needed_rank
+from lightning_lora.planning.capacity import capacity_table, needed_rank
 from lightning_lora.planning.count_data import count_data
 
 INPUTS, CLASSES = 48, 32
 STEPS, RATE = 4000, 0.1
 RANKS, LOADS = (1, 2, 4, 8), (0.5, 1.0, 2.0, 4.0)
 ROWS = (20, 60, 120, 240)
+FLOOR = 8
 
 
 class Readout(nn.Module):

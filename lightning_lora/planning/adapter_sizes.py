@@ -107,7 +107,7 @@ def adapter_sizes(module: nn.Module, config: LoRAConfig) -> AdapterSizes:
 
 
 def refused_ranks(module: nn.Module, config: LoRAConfig, ranks: Iterable[int]) -> set[int]:
-    """Those of ``ranks`` that `config` refuses for a module: orthogonal factors need an even rank in each layer."""
+    """Which of ``ranks`` `config` refuses for a module: orthogonal factors need an even rank in each layer."""
     if config.init != "orthogonal":
         return set()
     root, config, _ = _root(module, config)

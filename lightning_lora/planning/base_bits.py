@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.data.batches.collate import Collate
 from lightning_lora.data.sft import SFTDataModule
-from lightning_lora.errors import ConfigError, PlanError
+from lightning_lora.errors import ConfigError, PlanError, check_count
 from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lora.adapter import disable_lora
 from lightning_lora.lora.config import LoRAConfig
@@ -101,9 +101,8 @@ def measure_base_bits(
         ConfigError: If rows give no loss in nats, the data are a stream, or the base does not fit into memory here.
         DataError: If a row cannot be used, or no row has a target.
     """
-    for name, value, least in (("rows", rows, 2), ("tokens", tokens, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise PlanError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+    check_count("rows", rows, PlanError, least=2)
+    check_count("tokens", tokens, PlanError)
     if not seconds > 0:
         raise PlanError(f"seconds must be more than 0, got {seconds!r}.")
     _check_gives_losses(module)

@@ -112,8 +112,8 @@ class Flops:
     of its input. Attention and the output layer, which the formula leaves out, count.
 
     Args:
-        method: Those of the method that is planned.
-        full: Those of full fine-tuning of the same model on the same batch.
+        method: Operations of the method that is planned.
+        full: Operations of full fine-tuning of the same model on the same batch.
     """
 
     method: int

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import PlanError, did_you_mean
+from lightning_lora.errors import PlanError, check_count, did_you_mean
 from lightning_lora.memory.room import container_limits
 from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 
@@ -114,8 +114,7 @@ def find_devices(
         ConfigError: If a value is not valid, or the name is not in the table.
     """
     size = None if memory is None else parse_bytes(memory)
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise PlanError(f"devices must be a whole number of at least 1, got {count!r}.")
+    check_count("devices", count, PlanError, optional=True)
     if name is not None:
         found = Devices(_listed(name), 1, is_here=False)
     elif size is not None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lora.batch.trial_step import is_out_of_memory
@@ -82,7 +82,6 @@ def time_steps(
     datamodule: LightningDataModule,
     trainer: Mapping[str, Any] | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
     rows: int | None = None,
     batches: int = 8,
     max_seconds: float = 30.0,
@@ -98,7 +97,6 @@ def time_steps(
         datamodule: The data module of the run.
         trainer: Settings of the run's Trainer that change a step: ``precision``, ``gradient_clip_val``,
             ``accelerator``. Others are left out.
-        callbacks: Callbacks that change the module, such as `LoRA`.
         rows: Rows of a batch. None takes the data module's own.
         batches: Batches to time, after two that are not counted.
         max_seconds: No batch is begun after so many seconds; two are always timed.
@@ -108,7 +106,7 @@ def time_steps(
     given = trainer or {}
     options = {name: given[name] for name in _STEP_OPTIONS if given.get(name) is not None}
     with _unseen(), ending_at_once(), tempfile.TemporaryDirectory() as folder:
-        runner = Trainer(**(_QUIET | options), default_root_dir=folder, callbacks=[*copy.deepcopy(callbacks), watch])
+        runner = Trainer(**(_QUIET | options), default_root_dir=folder, callbacks=[watch])
         try:
             runner.fit(_copied(module), datamodule=with_rows(copy_with_generators(datamodule), rows))
         except (RuntimeError, MemoryError) as error:

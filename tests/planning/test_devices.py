@@ -87,7 +87,7 @@ def test_a_container_may_have_less_memory_than_the_machine(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"count": 0}, "devices must be a whole number of at least 1, got 0"),
+        ({"count": 0}, "devices must be a whole number of 1 or more, got 0"),
         ({"count": True}, "whole number"),
         ({"count": 1.5}, "whole number"),
         ({"name": "h1000"}, "'h1000' is not in the table .*did you mean .*'h100'"),

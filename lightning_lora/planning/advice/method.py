@@ -74,7 +74,7 @@ class Room:
         verdicts: The verdict of each rank that the layers allow.
         needed: The smallest rank that is inside; None if none is, or nothing is known.
         most_rank: The highest sensible rank, see `sensible_rank`.
-        placements: For each method the ways to place it, best first; none if it is not available.
+        placements: Each method to the ways to place it, best first; empty if it is not available.
         budget: Bytes of a device.
         asked_rank: The rank of the user's config, kept where nothing is known of the data.
         parameters: Trained parameters of each of these ranks.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_lora.errors import LoRAError, PlanError
+from lightning_lora.errors import LoRAError, PlanError, first_line
 from lightning_lora.planning.cost import RunSeconds, RunWork, StepWork, compute_dtype, seconds_from_table
 from lightning_lora.planning.devices import EFFICIENCY, Device, Devices
 from lightning_lora.planning.timed_steps import time_steps
@@ -87,8 +87,7 @@ def run_time(
     except (OSError, LoRAError) as error:  # a model may be planned from its config alone
         if calibrate:
             raise
-        why = str(error).splitlines()[0]
-        return replace(told, how=f"{told.how}; not timed: {why}")
+        return replace(told, how=f"{told.how}; not timed: {first_line(error)}")
     return told if times is None else times.for_run(run)
 
 

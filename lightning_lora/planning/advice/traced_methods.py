@@ -10,6 +10,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule
 
 from lightning_lora.batch.division import divisors
+from lightning_lora.errors import first_line
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
@@ -88,7 +89,7 @@ class TracedMethods:
         except (TraceError, RuntimeError, ImportError) as error:
             if name != "qlora" and not isinstance(error, TraceError):
                 raise
-            self.failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.failed[name] = first_line(error)
             return None
 
     def choose_step_memory(
