@@ -30,7 +30,7 @@ from lightning_lora.files.lightning_checkpoint import read_checkpoint
 from lightning_lora.files.safetensors_header import read_header
 from lightning_lora.lora.shards import check_not_sharded
 from lightning_lora.memory.failures import TraceError, explained
-from lightning_lora.memory.strategies import divide
+from lightning_lora.memory.strategies import divide_memory
 from lightning_lora.mixin.optim import check_learning_rate, check_optimizers
 from lightning_lora.planning.devices import parse_bytes
 from lightning_lora.study.batch_probe import BatchProbe
@@ -153,7 +153,7 @@ EXAMPLES: dict[type[LoRAError], Callable[[], object]] = {
     errors.MeasurementError: lambda: BatchSizeMonitor(every_n_steps=0),
     errors.CallbackSettingError: lambda: LoRAProgressBar(every_n_steps=0),
     errors.OptimizerSettingError: lambda: check_learning_rate(0),
-    errors.StrategyError: lambda: divide(None, "ddp2", 2),  # pyright: ignore[reportArgumentType]
+    errors.StrategyError: lambda: divide_memory(None, "ddp2", 2),  # pyright: ignore[reportArgumentType]
     errors.QuantisationError: lambda: check_quantization("nf5", LoRAConfig(), None),
     errors.TaskSettingError: lambda: check_optimizer(1e-4, -1.0, 0, "constant"),
     errors.GradientError: lambda: _fit(_Exploding(), FiniteGradients()),

@@ -17,11 +17,11 @@ from typing_extensions import override
 
 from lightning_lora.errors import GuardError, first_five
 from lightning_lora.lightning_private import is_accumulating
+from lightning_lora.lora.changed_tensors import recorded_parameters
 from lightning_lora.lora.fingerprint import base_digests
 from lightning_lora.lora.layers.adapted import learning_layers, lora_layers
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.shards import is_dtensor, reshard
-from lightning_lora.lora.travelling import recorded_parameters
 from lightning_lora.mixin.given_settings import check_they_have_a_reader
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact, refuse_callbacks
 from lightning_lora.mixin.lora_mixin import LoRAMixin

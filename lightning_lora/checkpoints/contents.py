@@ -16,6 +16,7 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError, Checkpoin
 from lightning_lora.files.lightning_checkpoint import CHECKPOINT_KEY
 from lightning_lora.lightning_private import is_trained
 from lightning_lora.lora.adapter import check_tensors
+from lightning_lora.lora.changed_tensors import changed_tensors
 from lightning_lora.lora.config import LoRAConfig, setting_changes
 from lightning_lora.lora.fingerprint import WeightPrint, fingerprint, other_weights
 from lightning_lora.lora.growth import take_ranks
@@ -25,7 +26,6 @@ from lightning_lora.lora.layers.siblings import restore_siblings, sibling_names
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.lora.patterns import plain_name, state_dict_name
 from lightning_lora.lora.shards import is_flattened
-from lightning_lora.lora.travelling import changed_tensors
 from lightning_lora.step_memory import StepMemory
 
 BasePrints = Mapping[str, WeightPrint] | None

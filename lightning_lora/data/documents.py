@@ -11,7 +11,7 @@ from lightning_lora.data.encoding import Encoded
 from lightning_lora.data.records import Conversation, Text
 
 
-def divide(
+def divide_document(
     record: Conversation | Text, rows: Sequence[Encoded], max_length: int
 ) -> Iterator[tuple[Conversation | Text, Encoded]]:
     """Divide a document into rows of nearly equal length, at most ``max_length`` tokens each.

@@ -14,7 +14,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from lightning_lora.data.bad_rows import RowError
-from lightning_lora.data.documents import divide
+from lightning_lora.data.documents import divide_document
 from lightning_lora.data.encoding import Encoded, encode
 from lightning_lora.data.formats.find import Format, find_format
 from lightning_lora.data.formats.pairs import PairFormat, find_pair_format
@@ -96,7 +96,7 @@ class ToTokens:
                 lines += [_Line(number, side, row, margin=margin) for side, row in result]
             elif self.are_documents:
                 assert not isinstance(record, RowError)
-                parts = divide(record, result, self.settings.max_length)
+                parts = divide_document(record, result, self.settings.max_length)
                 lines += [_Line(part, *divided) for part, divided in enumerate(parts, start=number)]
             else:
                 lines += [_Line(number, record, row) for row in result]

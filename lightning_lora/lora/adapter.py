@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.lora.base_values import base_values, forget_base_values, keep_base_values
+from lightning_lora.lora.changed_tensors import forget_tensors, record_tensors
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.frozen_copies import (
     frozen_copies,
@@ -39,7 +40,6 @@ from lightning_lora.lora.targets import new_weights, unknown_weights
 from lightning_lora.lora.targets.called_together import group_compiled
 from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
-from lightning_lora.lora.travelling import forget_tensors, record_tensors
 from lightning_lora.lora.vocabulary import unwatch_vocabulary, watch_vocabulary
 
 

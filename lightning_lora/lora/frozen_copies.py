@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import first_five
+from lightning_lora.lora.changed_tensors import record_tensors
 from lightning_lora.lora.layers.adapted import join, learning_layers, lora_layers
 from lightning_lora.lora.layers.base import MAGNITUDE, LoRALayer
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.shards import full_tensor
 from lightning_lora.lora.targets.selection import is_inside
-from lightning_lora.lora.travelling import record_tensors
 
 Signature = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]
 

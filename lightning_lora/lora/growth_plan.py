@@ -32,7 +32,7 @@ class GroupGrowth:
     parameters: int
 
 
-def layer_groups(module: nn.Module) -> dict[str, list[str]]:
+def groups_by_parent(module: nn.Module) -> dict[str, list[str]]:
     """Name of a group to its adapted weights: the layers in one parent, such as those of one attention or MLP.
 
     If all adapted layers have the same parent, each weight is a group.
@@ -40,7 +40,7 @@ def layer_groups(module: nn.Module) -> dict[str, list[str]]:
     >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
     >>> from lightning_lora import LoRAConfig, inject_lora
     >>> _ = inject_lora(blocks, LoRAConfig(rank=1, targets=["0", "1"]))
-    >>> layer_groups(blocks)
+    >>> groups_by_parent(blocks)
     {'0': ['0.0', '0.1'], '1': ['1.0', '1.1']}
     """
     groups: dict[str, list[str]] = {}
@@ -87,7 +87,7 @@ def plan_growth(module: nn.Module, highest: Mapping[str, int], budget: int, thre
         budget: The most parameters of all factors together.
         threshold: Share of the updates, between 0 and 1.
     """
-    groups = layer_groups(module)
+    groups = groups_by_parent(module)
     shares = {group: beyond_half_rank(module, names) for group, names in groups.items()}
     left = budget - num_factor_parameters(module)
     plan = []

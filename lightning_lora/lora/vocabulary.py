@@ -27,11 +27,11 @@ class VocabularyCheck:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = frozenset(_tables(model))
-        self.num_tokens = num_tokens(model.config)
+        self.num_tokens = vocabulary_size(model.config)
 
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Check the layers if the number of tokens has changed; comparing numbers costs nothing."""
-        if num_tokens(model.config) != self.num_tokens:
+        if vocabulary_size(model.config) != self.num_tokens:
             self.check(model)
 
     def check(self, model: nn.Module) -> None:
@@ -40,7 +40,7 @@ class VocabularyCheck:
         changed = sorted(self.layers - tables.keys()) + [name for name, layer in tables.items() if not _fits(layer)]
         if changed:
             raise LayerError(
-                f"the vocabulary was resized from {self.num_tokens} to {num_tokens(model.config)} tokens after "
+                f"the vocabulary was resized from {self.num_tokens} to {vocabulary_size(model.config)} tokens after "
                 f"{first_five(changed)} had been adapted, and the update no longer fits. Resize first: call "
                 f"resize_token_embeddings before inject_lora, apply_lora or load_adapter. remove_lora(module) takes "
                 f"the adapters off."
@@ -85,7 +85,7 @@ def _tables(model: nn.Module) -> dict[str, LoRALayer]:
     }
 
 
-def num_tokens(config: Any) -> int | None:
+def vocabulary_size(config: Any) -> int | None:
     """The size of the vocabulary of a Hugging Face model; None if it has none, or more than one."""
     try:
         return getattr(config.get_text_config(), "vocab_size", None)

@@ -17,7 +17,7 @@ _ZERO_BUCKET = 200_000_000 * 4
 """Bytes of DeepSpeed's bucket for gradients: Lightning's ``reduce_bucket_size`` in float32."""
 
 
-def divide(memory: MemoryParts, strategy: str, devices: int, *, layer: int = 0) -> MemoryParts:
+def divide_memory(memory: MemoryParts, strategy: str, devices: int, *, layer: int = 0) -> MemoryParts:
     """What one of ``devices`` holds at the peak, from what a single device would hold.
 
     DDP adds a copy of the gradients, its buckets. ZeRO-2 (``deepspeed``) splits gradients and optimizer, and adds a

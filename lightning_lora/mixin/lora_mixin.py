@@ -21,6 +21,7 @@ from lightning_lora.checkpoints.ckpt_path import explain_ckpt_path
 from lightning_lora.errors import TargetNotFoundError, did_you_mean
 from lightning_lora.files.adapter import save_load
 from lightning_lora.lora import merging
+from lightning_lora.lora.changed_tensors import record_tensors
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.fingerprint import WeightPrint, base_prints
 from lightning_lora.lora.frozen_copies import adopt_copies, frozen_copies, notes_on_unmatched
@@ -29,7 +30,6 @@ from lightning_lora.lora.layers.adapted import factor_parameters, keep_gates, lo
 from lightning_lora.lora.layers.base import is_factor
 from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
-from lightning_lora.lora.travelling import record_tensors
 from lightning_lora.mixin import given_settings, gradient_start, optim, rates, run_hooks
 from lightning_lora.mixin.around_root import inject_below
 from lightning_lora.mixin.held_base import autocast_dtype, hold_base

@@ -15,7 +15,7 @@ from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.planning.advice.epoch import Epoch
 from lightning_lora.planning.advice.largest_batches import largest_batches
 from lightning_lora.planning.advice.named_callbacks import as_list, as_named, target_rows, with_lora_callback
-from lightning_lora.planning.advice.put_together import PlanParts
+from lightning_lora.planning.advice.plan_parts import PlanParts
 from lightning_lora.planning.bad_input import check_objects, check_trainer
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.count_data import count_data

@@ -20,9 +20,9 @@ from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import ProbeError
 from lightning_lora.lightning_messages import messages_from
 from lightning_lora.lightning_private import attached_trainer
+from lightning_lora.lora.changed_tensors import recorded_parameters
 from lightning_lora.lora.layers.adapted import held_factors
 from lightning_lora.lora.patterns import plain_name
-from lightning_lora.lora.travelling import recorded_parameters
 
 
 def copy_module(module: LightningModule) -> LightningModule:

@@ -19,7 +19,7 @@ from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.resolve import resolve_targets
-from lightning_lora.lora.vocabulary import num_tokens
+from lightning_lora.lora.vocabulary import vocabulary_size
 from lightning_lora.memory.building import builds_without_memory
 from lightning_lora.memory.other_settings import keep_activations, recompute
 from lightning_lora.mixin.held_base import NORMS, autocast_dtype
@@ -135,7 +135,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         stored = getattr(self.model_config, "dtype", None)
         self._lora_stored = stored if isinstance(stored, torch.dtype) else torch.float32
         # Tokens of the checkpoint; resize_token_embeddings changes the number in the config.
-        self.num_pretrained_tokens = num_tokens(self.model_config)
+        self.num_pretrained_tokens = vocabulary_size(self.model_config)
         self.model: PreTrainedModel | None = None
         if self.lora is not None:
             self.lora = self._resolve_lora(LoRAConfig.from_dict(self.lora))

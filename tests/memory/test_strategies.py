@@ -7,27 +7,27 @@ import pytest
 from lightning_lora.errors import ConfigError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.memory.strategies import STRATEGIES, divide
+from lightning_lora.memory.strategies import STRATEGIES, divide_memory
 
 ONE = MemoryParts(weights=1000, adapters=10, gradients=11, optimizer=20, activations=300, logits=50)
 
 
 def test_one_device_holds_everything_under_every_strategy() -> None:
-    assert all(divide(ONE, strategy, 1) == ONE for strategy in STRATEGIES)
+    assert all(divide_memory(ONE, strategy, 1) == ONE for strategy in STRATEGIES)
 
 
 def test_ddp_adds_buckets_of_the_size_of_the_gradients() -> None:
-    assert divide(ONE, "ddp", 4) == divide(ONE, "auto", 4)
-    assert divide(ONE, "ddp", 4).total == ONE.total + ONE.gradients
+    assert divide_memory(ONE, "ddp", 4) == divide_memory(ONE, "auto", 4)
+    assert divide_memory(ONE, "ddp", 4).total == ONE.total + ONE.gradients
 
 
 def test_zero_2_splits_gradients_and_optimizer_only() -> None:
-    part = divide(ONE, "deepspeed", 2)
+    part = divide_memory(ONE, "deepspeed", 2)
     assert (part.weights, part.gradients, part.optimizer, part.overhead) == (1000, 6, 10, 11)
 
 
 def test_fsdp2_splits_all_but_activations_and_holds_two_layers_whole() -> None:
-    part = divide(ONE, "fsdp2", 4, layer=100)
+    part = divide_memory(ONE, "fsdp2", 4, layer=100)
     assert (part.weights, part.adapters, part.gradients, part.optimizer) == (250, 3, 3, 5)
     assert (part.activations, part.logits, part.overhead) == (300, 50, 200)
 
@@ -38,7 +38,7 @@ def test_fsdp2_splits_all_but_activations_and_holds_two_layers_whole() -> None:
 )
 def test_what_cannot_be_divided_is_refused(strategy: str, devices: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        divide(ONE, strategy, devices)
+        divide_memory(ONE, strategy, devices)
 
 
 @pytest.mark.parametrize("limit", [99, 100, 109, 110, 125, 1000, 12345])

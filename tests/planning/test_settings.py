@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
-from lightning_lora.planning.advice.settings import alarm, choose_rate, choose_rows, divide, tinker_rate
+from lightning_lora.planning.advice.settings import alarm, choose_rate, choose_rows, divide_step, tinker_rate
 from tests.support import toys
 
 pytestmark = [*toys.expected_warnings]
@@ -79,7 +79,7 @@ def test_rows_of_a_step_grow_with_the_data(rows: int, expected: int) -> None:
 def test_rows_of_a_step_are_lowered_for_a_hundred_steps() -> None:
     rows, _ = choose_rows(Epoch(900, 8), RunLength(1), 1)
     assert rows == 8
-    assert divide(rows, 1, 64, Epoch(900, 8), RunLength(1)).steps == 113
+    assert divide_step(rows, 1, 64, Epoch(900, 8), RunLength(1)).steps == 113
     assert choose_rows(Epoch(10, 8), RunLength(1), 1)[0] == 1
     assert "lowered" in choose_rows(Epoch(10, 8), RunLength(1), 1)[1].why
     assert choose_rows(Epoch(300, 8), RunLength(-1, 500), 1)[0] == 8
@@ -87,7 +87,7 @@ def test_rows_of_a_step_are_lowered_for_a_hundred_steps() -> None:
 
 @pytest.mark.parametrize(("largest", "devices"), [(5, 1), (1, 2), (64, 4), (0, 1)])
 def test_micro_batches_make_the_rows_of_a_step(largest: int, devices: int) -> None:
-    batch = divide(32, devices, largest, Epoch(7_473, 8), RunLength(1))
+    batch = divide_step(32, devices, largest, Epoch(7_473, 8), RunLength(1))
     assert batch.rows == 32
     assert batch.batch_size <= max(1, largest)
 

@@ -23,7 +23,7 @@ from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.targets.adaptable import refused_layers
 from lightning_lora.lora.targets.resolve import Target, without_dropout
 from lightning_lora.lora.targets.roles import module_roles
-from lightning_lora.lora.targets.shared_weights import TiedWeights, every_name, weight_owners
+from lightning_lora.lora.targets.shared_weights import TiedWeights, every_name, take_out, weight_owners
 
 _RIGHT_SETTINGS = (
     "Inject with the adapter's settings, or take the adapters off with remove_lora(module) and load into the plain "
@@ -179,11 +179,8 @@ def _tied(root: nn.Module, targets: Mapping[str, Target], folder: AdapterFolder)
                 sharing.remove(join(name, parameter))
     modules = {plain_name(name): module for name, module in root.named_modules()}
     for sharing in owners.values():
-        for owner in () if trains_as_one(sharing, folder) else [name for name in sharing if name in folder.trained]:
-            if len(sharing) > 1:
-                layer, _, parameter = owner.rpartition(".")
-                untied.append((modules[layer], parameter))
-                sharing.remove(owner)
+        if not trains_as_one(sharing, folder):
+            untied += take_out(sharing, [name for name in sharing if name in folder.trained], modules)
     return TiedWeights(tuple(untied), followers)
 
 

@@ -18,7 +18,7 @@ from lightning_lora.lora.layers.adapted import join, lora_layers
 from lightning_lora.lora.patterns import plain_name
 from lightning_lora.lora.shards import full_tensor
 from lightning_lora.lora.targets.roles import hugging_face_models, module_roles
-from lightning_lora.lora.vocabulary import num_tokens
+from lightning_lora.lora.vocabulary import vocabulary_size
 
 
 def resized_tables(root: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def resized_tables(root: nn.Module, trained: Collection[str]) -> dict[str, Tenso
     model: Any = next((model for name, model in hugging_face_models(root) if not name), None)
     if model is None or not _is_resized(model.config):
         return {}
-    size = num_tokens(model.config)
+    size = vocabulary_size(model.config)
     named = {plain_name(name): role for name, role in module_roles(model).items()}
     layers = [name for name, role in named.items() if role in ("embedding", "head")]
     weights = {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -88,11 +88,11 @@ def check_rows(own: Mapping[str, Tensor], folder: AdapterFolder) -> None:
 def _is_resized(config: Any) -> bool:
     from transformers import AutoConfig  # there is a model, so it is imported already
 
-    size, name = num_tokens(config), config._name_or_path
+    size, name = vocabulary_size(config), config._name_or_path
     if size is None or not name:
         return False
     try:
-        base = num_tokens(AutoConfig.from_pretrained(name, local_files_only=True))
+        base = vocabulary_size(AutoConfig.from_pretrained(name, local_files_only=True))
     except (OSError, ValueError):  # the base is not on this machine
         return False
     return base is not None and base != size

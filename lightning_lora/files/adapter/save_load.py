@@ -28,6 +28,7 @@ from lightning_lora.files.generation_config import GENERATION_FILE
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.adapter import attach_targets, freeze, lora_state_dict
 from lightning_lora.lora.base_values import keep_base_values
+from lightning_lora.lora.changed_tensors import changed_tensors, record_tensors
 from lightning_lora.lora.fingerprint import base_prints, fingerprint
 from lightning_lora.lora.frozen_copies import frozen_copies, hold_copies
 from lightning_lora.lora.layers.adapted import base_parameter, following_layers, join, lora_layers, other_names
@@ -38,7 +39,6 @@ from lightning_lora.lora.shards import check_not_flattened, check_not_sharded, f
 from lightning_lora.lora.targets.roles import hugging_face_models
 from lightning_lora.lora.targets.selection import is_inside
 from lightning_lora.lora.targets.shared_weights import every_name, untie
-from lightning_lora.lora.travelling import changed_tensors, record_tensors
 from lightning_lora.versions import installed_version
 
 

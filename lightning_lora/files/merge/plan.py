@@ -91,12 +91,7 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
         model = CheckpointModel(base)
         folder = with_experts(model.module, folder)
         experts, missing = _experts(model, folder, shapes)
-    replaced = [name for name in folder.pairs if not folder.trained.keys().isdisjoint(_parameters(folder, name))]
-    if replaced:
-        raise AdapterFolderError(
-            f"{folder.path} holds new base weights under its updates ({first_five(replaced)}), as of a teacher that "
-            f"follows the network: load it with load_adapter and write the model with save_merged."
-        )
+    _refuse_new_weights(folder)
     candidates = {name: _parameters(folder, name) for name, (A, _) in folder.pairs.items() if A.ndim == 2}
     parameters = {parameter: name for name, names in candidates.items() for parameter in names}
     tied = plan_tied_tensors(folder, base, shapes, parameters, same)
@@ -138,6 +133,16 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
     )
     _check_copies(plan, base, shapes)
     return plan
+
+
+def _refuse_new_weights(folder: AdapterFolder) -> None:
+    """Refuse updates of weights that are not the base's: a merge on disk adds them to the stored ones."""
+    replaced = [name for name in folder.pairs if not folder.trained.keys().isdisjoint(_parameters(folder, name))]
+    if replaced:
+        raise AdapterFolderError(
+            f"{folder.path} holds new base weights under its updates ({first_five(replaced)}), as of a teacher that "
+            f"follows the network: load it with load_adapter and write the model with save_merged."
+        )
 
 
 def _transposed(base: Path, folder: AdapterFolder) -> frozenset[str]:

@@ -132,13 +132,33 @@ def resolve_tied_weights(
         else:
             other = next(owner for owner in shared if owner != parameter)
             raise LayerError(_refusal_of_tied(weight.layer, other.rpartition(".")[0], config))
-    for shared in owners.values() if config.tied_weights == "untie" else ():
-        for owner in [name for name in shared if is_inside(name.rpartition(".")[0], trainable)]:
-            if len(shared) > 1:
-                layer, _, parameter = owner.rpartition(".")
-                untied.append((modules[layer], parameter))
-                shared.remove(owner)
+    if config.tied_weights == "untie":
+        for shared in owners.values():
+            trained = [name for name in shared if is_inside(name.rpartition(".")[0], trainable)]
+            untied += take_out(shared, trained, modules)
     return TiedWeights(tuple(untied), followers)
+
+
+def take_out(
+    shared: list[str], names: Collection[str], modules: Mapping[str, nn.Module]
+) -> list[tuple[nn.Module, str]]:
+    """Take some of its names off a shared weight, but never the last one.
+
+    Args:
+        shared: The parameters that are this weight; changed in place.
+        names: Those of them that get a weight of their own.
+        modules: Modules by name.
+
+    Returns:
+        Layer and parameter of each that was taken out, as `TiedWeights.untied` has them.
+    """
+    taken = []
+    for name in names:
+        if len(shared) > 1:
+            shared.remove(name)
+            layer, _, parameter = name.rpartition(".")
+            taken.append((modules[layer], parameter))
+    return taken
 
 
 def _can_follow(

@@ -67,7 +67,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Room:
+class MethodChoices:
     """What a method is chosen from.
 
     Args:
@@ -111,29 +111,31 @@ class Room:
         return next(fits, None)
 
 
-def choose_method(room: Room) -> Method:
+def choose_method(choices: MethodChoices) -> Method:
     """Choose: LoRA while adapters have room, QLoRA if the base does not fit otherwise, full if adapters are too small.
 
     If nothing fits, the method that is nearest is returned with ``fits=False``.
     """
-    is_unknown = set(room.verdicts.values()) <= {"cannot tell"}
-    best = _best_verdict(room)
-    if best == "over" and not is_unknown and (way := room.place("full", None)):
+    is_unknown = set(choices.verdicts.values()) <= {"cannot tell"}
+    best = _best_verdict(choices)
+    if best == "over" and not is_unknown and (way := choices.place("full", None)):
         fits = "fits" if way.memory is not None else "is not known not to fit"
-        why = f"over at rank {room.most_rank}, {_SENSIBLE}, and full fine-tuning {fits}"
+        why = f"over at rank {choices.most_rank}, {_SENSIBLE}, and full fine-tuning {fits}"
         return Method("full", None, way.strategy, True, "over", (Reason("full fine-tuning", why, _BOUNDS),))
-    wanted, reason = _wanted_rank(room, is_unknown, best)
+    wanted, reason = _wanted_rank(choices, is_unknown, best)
     for name in ("lora", "qlora"):
-        for rank in [wanted, *sorted((rank for rank in room.verdicts if rank < wanted), reverse=True)]:
-            if way := room.place(name, rank):
-                return _adapted(room, name, rank, wanted, way, reason)
+        for rank in [wanted, *sorted((rank for rank in choices.verdicts if rank < wanted), reverse=True)]:
+            if way := choices.place(name, rank):
+                return _adapted(choices, name, rank, wanted, way, reason)
     # Named by what comes nearest to fitting.
-    least = room.least_rank
-    near = [(way.at_rank(least, room.parameters), name, way) for name, ways in room.placements.items() for way in ways]
+    least = choices.least_rank
+    near = [
+        (way.at_rank(least, choices.parameters), name, way) for name, ways in choices.placements.items() for way in ways
+    ]
     _, name, way = min(near, key=lambda each: each[0])
     rank = None if name == "full" else least
     why = f"not even {NAMES[name]}{f' at rank {rank}' if rank else ''} with one row fits"
-    verdict = "over" if name == "full" else room.verdicts.get(least, "cannot tell")
+    verdict = "over" if name == "full" else choices.verdicts.get(least, "cannot tell")
     return Method(name, rank, way.strategy, False, verdict, (Reason("nothing fits", why, "traced"),))
 
 
@@ -154,7 +156,7 @@ def sensible_rank(highest: int, sizes: AdapterSizes, full: int) -> int:
     return max([highest, *small])
 
 
-def _adapted(room: Room, name: str, rank: int, wanted: int, way: Placement, reason: Reason) -> Method:
+def _adapted(choices: MethodChoices, name: str, rank: int, wanted: int, way: Placement, reason: Reason) -> Method:
     reasons = [reason]
     if rank < wanted:
         why = f"rank {wanted} does not fit into memory, {rank} is the largest that does"
@@ -162,35 +164,35 @@ def _adapted(room: Room, name: str, rank: int, wanted: int, way: Placement, reas
     if name == "qlora":
         why = "the base fits into memory in 4 bits only; 4 bits do not change what adapters can store"
         reasons.insert(0, Reason("QLoRA", why, "traced; arXiv 2305.14314"))
-    verdict = room.verdicts.get(rank, "cannot tell")
+    verdict = choices.verdicts.get(rank, "cannot tell")
     if verdict == "over":
         why = "slower learning, no floor: try a RankProbe at half of the data, and watch with CapacityMonitor"
         reasons.append(Reason("expect", why, "TML"))
     return Method(name, rank, way.strategy, True, verdict, tuple(reasons))
 
 
-def _best_verdict(room: Room) -> str:
+def _best_verdict(choices: MethodChoices) -> str:
     """The best verdict of any sensible rank."""
     order = ("inside", "tight", "cannot tell", "over")
-    found = {verdict for rank, verdict in room.verdicts.items() if rank <= room.most_rank}
+    found = {verdict for rank, verdict in choices.verdicts.items() if rank <= choices.most_rank}
     return next((verdict for verdict in order if verdict in found), "cannot tell")
 
 
-def _wanted_rank(room: Room, is_unknown: bool, best: str) -> tuple[int, Reason]:
+def _wanted_rank(choices: MethodChoices, is_unknown: bool, best: str) -> tuple[int, Reason]:
     """The rank to use if memory allows, and why."""
-    limit = max([rank for rank in room.verdicts if rank <= max(room.most_rank, 1)], default=1)
+    limit = max([rank for rank in choices.verdicts if rank <= max(choices.most_rank, 1)], default=1)
     least = min(DEFAULT_RANK, limit)
-    if is_unknown or not room.verdicts:
-        rank = room.asked_rank or min(DEFAULT_RANK, max(room.verdicts, default=DEFAULT_RANK))
+    if is_unknown or not choices.verdicts:
+        rank = choices.asked_rank or min(DEFAULT_RANK, max(choices.verdicts, default=DEFAULT_RANK))
         why = "nothing is known of the information in the targets, so no rank can be derived; a RankProbe can tell"
         return rank, Reason(f"rank {rank}", why, "convention")
-    if best in ("over", "tight") or room.needed is None or room.needed > limit:
+    if best in ("over", "tight") or choices.needed is None or choices.needed > limit:
         why = f"{_SENSIBLE}; the data is {best}"
         return limit, Reason(f"rank {limit}", why, _BOUNDS)
-    rank = max(room.needed, least)
-    if rank == room.needed:
+    rank = max(choices.needed, least)
+    if rank == choices.needed:
         return rank, Reason(f"rank {rank}", "the smallest rank that is inside both bounds", _BOUNDS)
-    return rank, Reason(f"rank {rank}", f"rank {room.needed} would do by the bounds; more costs little", CONVENTION)
+    return rank, Reason(f"rank {rank}", f"rank {choices.needed} would do by the bounds; more costs little", CONVENTION)
 
 
 def smallest_change(memory: MemoryParts, budget: int, sharded: Mapping[int, MemoryParts], length: int | None) -> str:

@@ -112,7 +112,7 @@ def per_step(rows: int) -> str:
     return f"{rows} row{'' if rows == 1 else 's'} per step"
 
 
-def divide(rows: int, devices: int, largest: int, epoch: Epoch, length: RunLength) -> PlannedBatch:
+def divide_step(rows: int, devices: int, largest: int, epoch: Epoch, length: RunLength) -> PlannedBatch:
     """Divide the rows of a step among devices and micro-batches of at most ``largest`` rows."""
     share = rows // devices
     micro = next(divisor for divisor in divisors(share) if divisor <= max(1, largest))

@@ -17,7 +17,7 @@ from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
-from lightning_lora.memory.strategies import divide
+from lightning_lora.memory.strategies import divide_memory
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.mixin.step_choices import settings_of
 from lightning_lora.planning.advice.method import Placement
@@ -146,7 +146,7 @@ class TracedMethods:
         )
 
     def _divided(self, trace: StepTrace, strategy: str, devices: int) -> MemoryParts:
-        found = divide(trace.memory, strategy, devices, layer=trace.largest_layer)
+        found = divide_memory(trace.memory, strategy, devices, layer=trace.largest_layer)
         return replace(found, overhead=found.overhead + self.context)
 
     def variant(self, name: str, rank: int | None) -> LightningModule:

@@ -41,7 +41,7 @@ class Policy(CausalLM):
             )
         super().__init__(model, learning_rate, lora, **settings)
         self.reference = Reference(reference, lora is not None)
-        if off := without_dropout(self.model_config):
+        if off := turn_off_dropout(self.model_config):
             rank_zero_info(f"dropout is off in {type(self).__name__}: {', '.join(off)}")
 
     @property
@@ -74,7 +74,7 @@ class Policy(CausalLM):
         self.reference.fix(self.model)
 
 
-def without_dropout(config: Any) -> list[str]:
+def turn_off_dropout(config: Any) -> list[str]:
     """Set every dropout probability of a transformers config to 0, in place; returns the names of those that were not.
 
     Args:
@@ -83,7 +83,7 @@ def without_dropout(config: Any) -> list[str]:
     names = []
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            names += [f"{name}.{inner}" for inner in without_dropout(value)]
+            names += [f"{name}.{inner}" for inner in turn_off_dropout(value)]
         elif ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value:
             setattr(config, name, 0.0)
             names.append(name)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_lora.batch.division import divide_rows
-from lightning_lora.errors import PlanError
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
-from lightning_lora.planning.adapter_sizes import refused_ranks
+from lightning_lora.planning.adapter_sizes import AdapterSizes, refused_ranks
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
-from lightning_lora.planning.advice.fit_config import can_set_batch, fit_config
+from lightning_lora.planning.advice.fit_config import fit_config
 from lightning_lora.planning.advice.method import (
     DEFAULT_RANK,
     Method,
-    Room,
+    MethodChoices,
     choose_method,
     sensible_rank,
     smallest_change,
@@ -28,18 +25,17 @@ from lightning_lora.planning.advice.method import (
 from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.advice.rates import PlannedRate, planned_rate
 from lightning_lora.planning.advice.run_tokens import run_tokens
-from lightning_lora.planning.advice.settings import PlannedBatch, alarm, choose_rows, divide, per_step
+from lightning_lora.planning.advice.settings import PlannedBatch, alarm
 from lightning_lora.planning.advice.step_choice import planned_step_memory
+from lightning_lora.planning.advice.step_rows import StepRows
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import beside, notes_on_adapters, notes_on_data, sentence
-from lightning_lora.planning.bad_input import check_target
 from lightning_lora.planning.base_bits import BaseBits
 from lightning_lora.planning.capacity import CapacityRow, capacity_rows, highest_rank, needed_rank, target_sizes
 from lightning_lora.planning.cost import Parameters
 from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.devices import Devices
 from lightning_lora.planning.plan import Plan
-from lightning_lora.planning.reason import Reason
 
 SURE = (
     "capacity bounds memorising, rules need less; memory is what tensors hold, within 1 % on a CPU in 19 cases, 6 % on "
@@ -87,15 +83,12 @@ class PlanParts:
             calibrate: Whether to time some batches; None decides by how long that takes.
         """
         length, traces = RunLength.of(self.trainer), self._traces()
+        step_rows = StepRows(self.data, self.epoch, length, self.devices.count)
         whole = _whole(traces)
-        sizes = target_sizes(whole, self.lora)
-        adapters = next(iter(sizes.values()))
-        rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
-        refused = refused_ranks(whole, self.lora, {row.rank for row in rows})
-        rows = [row for row in rows if row.rank not in refused]
+        adapters, rows = self._capacity(whole)
         most = sensible_rank(highest_rank(adapters), adapters, Parameters.of(whole).total)
-        target, batch_reason = self._rows(target_rows, length)
-        method, batch = self._method_and_batch(traces, rows, most, target, length)
+        target, batch_reason = step_rows.choose(target_rows, self.trainer)
+        method, batch = self._method_and_batch(traces, rows, most, target, step_rows)
         kept, why_kept = planned_step_memory(traces, method, batch, self.devices, self.trainer)
         memory = self._memory(traces, method, batch.batch_size, _default_rank({row.rank for row in rows}))
         rate = planned_rate(self.given, traces, method, self.lora, adapters.trained, config)
@@ -105,23 +98,18 @@ class PlanParts:
         settings = self._settings(method, batch, rate, traces) | {"step_memory": kept}
         data = self.ready if method.fits else None
         cost = plan_cost(traces, method, batch, self.devices, data, self.epoch, self.trainer, calibrate, adapters)
-        in_epoch = self.epoch.batches(batch.batch_size, batch.devices, length.limit_train_batches)
+        in_epoch = {"batches_in_epoch": self.epoch.batches(batch.batch_size, batch.devices, length.limit_train_batches)}
         made, reasons, why_none = fit_config(
             self.given,
             self.data,
             config,
-            settings | {"batches_in_epoch": in_epoch},
+            settings | in_epoch,
             method,
             self.lora,
             self.trainer,
             topics,
             self._planned(cost, batch, length),
         )
-        change = None if method.fits else self._change(traces, method)
-        is_traced = method.name not in traces.failed
-        judged = sentence(method, self.counts, rows, self.bits, most, self.devices.memory, change, is_traced)
-        if method.fits:
-            judged += beside(rows, self.lora.rank, method, batch.steps)
         sure = SURE if cost.peak is not None else SURE_WITHOUT_MEMORY
         return Plan(
             model=f"{_name(self.given)}, {cost.parameters.total:,} parameters; {self.devices}",
@@ -129,7 +117,7 @@ class PlanParts:
             capacity=tuple(rows),
             method=method.name,
             fits=method.fits,
-            sentence=judged,
+            sentence=self._sentence(traces, method, rows, most, batch),
             settings=settings,
             memory=memory,
             seconds=cost.seconds,
@@ -152,6 +140,23 @@ class PlanParts:
             no_config=why_none,
         )
 
+    def _capacity(self, whole: LightningModule) -> tuple[AdapterSizes, list[CapacityRow]]:
+        """Sizes of the adapters as the settings ask for them, and the table of all ranks that are possible."""
+        sizes = target_sizes(whole, self.lora)
+        rows = capacity_rows(sizes, self.lora.rank, self.counts, self.bits)
+        refused = refused_ranks(whole, self.lora, {row.rank for row in rows})
+        return next(iter(sizes.values())), [row for row in rows if row.rank not in refused]
+
+    def _sentence(
+        self, traces: TracedMethods, method: Method, rows: list[CapacityRow], most: int, batch: PlannedBatch
+    ) -> str:
+        """The verdict in words; where nothing fits, with the smallest change that would help."""
+        is_traced = method.name not in traces.failed
+        given = (method, self.counts, rows, self.bits, most, self.devices.memory)
+        if method.fits:
+            return sentence(*given, None, is_traced) + beside(rows, self.lora.rank, method, batch.steps)
+        return sentence(*given, self._change(traces, method), is_traced)
+
     def _traces(self) -> TracedMethods:
         given = self.trainer.get("precision")
         is_gpu = self.devices.device.kind != "cpu"
@@ -161,15 +166,15 @@ class PlanParts:
         return TracedMethods(self.module, self.lora, self.batch, precision, clip, self.devices.count, context)
 
     def _method_and_batch(
-        self, traces: TracedMethods, rows: list[CapacityRow], most: int, target: int, length: RunLength
+        self, traces: TracedMethods, rows: list[CapacityRow], most: int, target: int, step_rows: StepRows
     ) -> tuple[Method, PlannedBatch]:
         """The method, and its batch; a rank that does not fit when it is traced itself is left out."""
         own = {row.rank: row for row in rows if row.targets == rows[0].targets}
-        room = Room(
+        choices = MethodChoices(
             verdicts={rank: row.verdict for rank, row in own.items()},
             needed=needed_rank(rows),
             most_rank=most,
-            placements=traces.placements(_default_rank(own), self._share(target), self.devices.memory),
+            placements=traces.placements(_default_rank(own), step_rows.share(target), self.devices.memory),
             budget=self.devices.memory,
             asked_rank=self.lora.rank if self.lora.rank in own else None,
             parameters={rank: row.parameters for rank, row in own.items()},
@@ -177,12 +182,12 @@ class PlanParts:
             devices=self.devices.count,
         )
         while True:
-            method = choose_method(room)
-            batch = self._batch(target, length, traces, method)
+            method = choose_method(choices)
+            batch = step_rows.batch(target, traces, method, self.devices.memory)
             memory = traces.known_memory(method.name, batch.batch_size, method.rank, method.strategy)
             if not method.fits or memory is None or memory.total <= self.devices.memory:
                 return method, batch
-            room = replace(room, too_large=room.too_large | {(method.name, method.rank)})
+            choices = replace(choices, too_large=choices.too_large | {(method.name, method.rank)})
 
     def _settings(
         self, method: Method, batch: PlannedBatch, rate: PlannedRate, traces: TracedMethods
@@ -209,51 +214,6 @@ class PlanParts:
             "seconds": None if cost.seconds is None else float(f"{cost.seconds:.3g}"),
         }
         return {name: value for name, value in planned.items() if value is not None}
-
-    def _rows(self, target: int | None, length: RunLength) -> tuple[int, Reason]:
-        """Rows of an optimizer step on all devices."""
-        own, count = self._own_batch, self.devices.count
-        if target is not None:
-            check_target(target, self.trainer)
-            divided = divide_rows(target, count, own)
-            if divided.micro_batch < own and not self._can_set:
-                raise PlanError(
-                    f"batches of {own} rows are more than the {divided.micro_batch} that a device has in a step of "
-                    f"{target}: make the loader with batch_size={divided.micro_batch}."
-                )
-            return divided.rows, Reason(per_step(target), "yours", "target_batch_size")
-        rows, reason = choose_rows(self.epoch, length, count)
-        if self._can_set:
-            return rows, reason
-        whole = own * count * max(1, round(rows / (own * count)))
-        times = f", {whole // own} of them" if whole > own else ""
-        why = f"batches of {own} as the loader makes them{times}; {reason.why}, would be {rows}"
-        return whole, reason if whole == rows else Reason(per_step(whole), why, reason.source)
-
-    @cached_property
-    def _can_set(self) -> bool:
-        """Whether the rows of a batch can be chosen."""
-        return can_set_batch(self.data)
-
-    @property
-    def _own_batch(self) -> int:
-        """The rows of a batch as the data module makes them."""
-        return self.data.batch_size if self._can_set else self.epoch.batch_size  # type: ignore[attr-defined]
-
-    def _batch(self, rows: int, length: RunLength, traces: TracedMethods, method: Method) -> PlannedBatch:
-        count, share = self.devices.count, rows // self.devices.count
-        if not self._can_set:
-            micro = self.epoch.batch_size
-            accumulation = max(1, round(rows / (micro * count)))
-            return PlannedBatch(micro, accumulation, count, length.steps(self.epoch, micro, accumulation, count))
-        most = self._own_batch
-        if method.name not in traces.failed:
-            most = traces.largest_micro_batch(method.name, method.rank, method.strategy, share, self.devices.memory)
-        return divide(rows, count, most, self.epoch, length)
-
-    def _share(self, rows: int) -> int:
-        """Rows of a step on one device that are in memory at once, if they fit."""
-        return rows // self.devices.count if self._can_set else self.epoch.batch_size
 
     def _memory(self, traces: TracedMethods, method: Method, micro: int, default: int) -> dict[str, MemoryParts | None]:
         found: dict[str, MemoryParts | None] = {"lora": None, "qlora": None, "full": None}

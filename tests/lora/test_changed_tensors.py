@@ -13,7 +13,7 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver
 from lightning_lora import AdapterFileError, LoRAConfig, inject_lora, load_adapter, remove_lora, save_adapter
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.merge.merged_model import save_merged
-from lightning_lora.lora.travelling import changed_tensors
+from lightning_lora.lora.changed_tensors import changed_tensors
 from tests.support.toys import same
 
 CONFIG = LoRAConfig(rank=2)
