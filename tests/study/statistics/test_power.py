@@ -71,9 +71,9 @@ def test_what_the_seeds_can_show_is_said_before_the_start() -> None:
 
 
 def test_what_the_band_means_is_said_beside_it() -> None:
-    assert about_the_band(0.005, 2.2, 1.8, 0.003) == [
-        "full fine-tuning gained 0.4000 nats; the band is 1.2% of that",
-        "single runs of full fine-tuning spread by 0.0030 nats (standard deviation over seeds): a smaller difference "
-        "does not matter to someone who trains once",
+    assert about_the_band("rank 64", 0.005, 2.2, 1.8, 0.003) == [
+        "rank 64 gained 0.4000 nats; the band is 1.2% of that",
+        "single runs of rank 64 spread by 0.0030 nats (standard deviation over seeds): a smaller difference does "
+        "not matter to someone who trains once",
     ]
-    assert about_the_band(0.005, 1.8, 1.9) == ["full fine-tuning gained -0.1000 nats"]
+    assert about_the_band("rank 64", 0.005, 1.8, 1.9) == ["rank 64 gained -0.1000 nats"]

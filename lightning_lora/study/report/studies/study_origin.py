@@ -74,7 +74,7 @@ def _limits(facts: StudyFacts) -> Iterator[str]:
         "of a loss on held-out rows, not of what the model does with its answers."
     )
     if "looks" in spec and "alpha" in spec:
-        for line in before_start(SeedPlan(tuple(spec["looks"]), float(spec["alpha"])), facts.band):
+        for line in before_start(SeedPlan(tuple(spec["looks"]), float(spec["alpha"])), facts.band, facts.pair_spread):
             yield f"{line[:1].upper()}{line[1:]}."
     yield (
         "Intervals hold for differences that are about symmetric over seeds. No method sees a failure that did not "
