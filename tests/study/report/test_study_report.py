@@ -136,6 +136,7 @@ def test_a_study_says_how_it_was_made(tmp_path: Path) -> None:
     assert "lightning-lora study planted.yaml" in told
     assert "torch 2.13.0, lightning 2.6.6" in told
     assert "ab" * 32 in told
+    assert told.count("cd" * 32) == 2, "the value and its text"
 
 
 def test_a_long_reason_does_not_fill_the_title(tmp_path: Path) -> None:
