@@ -79,9 +79,12 @@ def _check(node: yaml.Node) -> None:
 def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
         line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line and key.value != "<<":
+        if key.value in lines and key.value != "<<":
             raise yaml.YAMLError(
                 f"{key.value!r} is given twice in one group, in lines {lines[key.value]} and {line}; YAML would forget "
                 f"the first"
             )
+        lines[key.value] = line
