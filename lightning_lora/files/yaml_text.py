@@ -21,8 +21,8 @@ def compose_yaml(text: str) -> yaml.Node | None:
 
     Raises:
         yaml.YAMLError: If it is no YAML, longer than `MAX_CHARACTERS`, nested too deeply, holds more than `MAX_VALUES`
-            values with every alias written out, has an alias inside of what it stands for, a tag such as
-            ``!!python/object``, or a number that YAML 1.1 reads otherwise than people do.
+            values with every alias written out, has an alias inside of what it stands for, a key twice, a tag such
+            as ``!!python/object``, or a number that YAML 1.1 reads otherwise than people do.
     """
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text)} characters, more than the {MAX_CHARACTERS} that settings need")
@@ -55,6 +55,8 @@ def _count(node: yaml.Node, counts: dict[int, int]) -> int:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1} has an alias inside of what it stands for")
         return known
     _check(node)
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
     counts[id(node)] = 0
     inside = node.value if isinstance(node, yaml.CollectionNode) else ()
     parts = (part for item in inside for part in (item if isinstance(item, tuple) else (item,)))
@@ -72,3 +74,17 @@ def _check(node: yaml.Node) -> None:
             f"{place}: {node.value} {what} to YAML; write the number without a colon or a zero in front, or a text as "
             f"'{node.value}'"
         )
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines and key.value != "<<":
+            raise yaml.YAMLError(
+                f"{key.value!r} is given twice in one group, in lines {lines[key.value]} and {line}; YAML would forget "
+                f"the first"
+            )
+        lines[key.value] = line

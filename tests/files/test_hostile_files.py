@@ -158,6 +158,8 @@ YAML = {
     "B66 a long text": ("a: " + "x" * MAX_CHARACTERS, "more than the 1048576 that settings need"),
     "B65 nested brackets": ("a: " + "[" * 5000, "nested too deeply"),
     "B65 nested groups": ("\n".join(f"{' ' * i}a:" for i in range(1200)), "nested too deeply"),
+    "B62 a key twice": ("a: {b: 1, c: 2,\n b: 3}", "'b' is given twice in one group, in lines 1 and 2"),
+    "B62 a key twice in a line": ("a: {b: 1, b: 3}", "'b' is given twice in one group, in lines 1 and 1"),
     "B64 octal": ("a: 1\nb: 010", "line 2: 010 is octal to YAML"),
     "B64 sixties": ("a: 1:30", "line 1: 1:30 counts in sixties to YAML"),
     "B64 no such day": ("a: 2026-02-30", "day is out of range"),

@@ -147,11 +147,6 @@ def _check_mapping(name: str, mapping: yaml.MappingNode) -> None:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise CommandError(f"config {name}, line {line}: the name of a setting must be a text, not {_kind(key)}.")
-        if key.value in lines and key.value != "<<":
-            raise CommandError(
-                f"config {name}: {key.value!r} is given twice in one group, in lines {lines[key.value]} and {line}; "
-                "YAML would forget the first."
-            )
         lines[key.value] = line
     stray = [key for key in lines if key not in _CLASS_KEYS]
     if stray and ("class_path" in lines or "init_args" in lines):

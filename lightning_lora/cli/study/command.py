@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -46,8 +47,13 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
         raise StudySettingError(
             f"study {options.file} takes no {rest[0]!r}: options of fit go under overrides in the file."
         )
-    if options.hours is not None and not options.hours > 0:
+    if options.hours is not None and not 0 < options.hours < math.inf:
         raise StudySettingError(f"--hours must be a positive number, got {options.hours:g}.")
+    if options.file is not None and options.hours is not None:
+        raise StudySettingError(
+            f"--hours shortens the runs of a study without a file; in {options.file} set trainer.max_steps under "
+            f"overrides, and the start says how long that takes."
+        )
     from lightning_lora.cli.lora_cli import ALLOW_VARIABLE, restrict_imports
     from lightning_lora.study.matched.spec import read_spec
     from lightning_lora.study.tasks.settings import KEEP_VARIABLE

@@ -9,12 +9,13 @@ from typing import Any
 from lightning_lora.cli.study.arms import resolve
 from lightning_lora.cli.study.estimate import Estimate, estimate
 from lightning_lora.cli.study.fit_config import fit_config
+from lightning_lora.cli.study.matched_size import LORA
 from lightning_lora.errors import StudySettingError
 from lightning_lora.study.matched.options import has_option, option_of
 from lightning_lora.study.matched.record import STUDY, read_study
 from lightning_lora.study.matched.spec import StudySpec, spec_of
 
-LORA, DEFAULT_RANK = "model.init_args.lora", 32
+DEFAULT_RANK = 32
 DEFAULT_NAME = "full_against_lora"
 LOW = 8
 """The second rank is the first one divided by this."""

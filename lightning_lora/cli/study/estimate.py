@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_lora.cli.study.fit_config import fit_objects
+from lightning_lora.cli.study.matched_size import LORA
 from lightning_lora.errors import LoRAError
 from lightning_lora.study.matched.checks.equal import rows_of_step
 from lightning_lora.study.matched.checks.work import Work, planned_work
@@ -31,6 +33,7 @@ class Estimate:
         steps: Optimizer steps of a run of the baseline.
         run_seconds: Seconds of training of such a run, with the validations of ``fit``.
         pass_seconds: Seconds of a pass over the held-out rows; 0 if it is not known.
+        peak_bytes: Memory of a run of the baseline; 0 if it is not known.
     """
 
     low: Work
@@ -39,6 +42,7 @@ class Estimate:
     steps: int
     run_seconds: float
     pass_seconds: float = 0.0
+    peak_bytes: int = 0
 
     @property
     def total_seconds(self) -> float:
@@ -55,7 +59,8 @@ class Estimate:
         low, mostly, high = (
             replace(work, steps=int(work.steps * share)) for work in (self.low, self.mostly, self.high)
         )
-        return Estimate(low, mostly, high, steps, self.run_seconds * share, self.pass_seconds)
+        seconds = self.run_seconds * share
+        return replace(self, low=low, mostly=mostly, high=high, steps=steps, run_seconds=seconds)
 
 
 def estimate(spec: StudySpec) -> Estimate | None:
@@ -77,4 +82,14 @@ def estimate(spec: StudySpec) -> Estimate | None:
     lengths = {arm.name: math.ceil(steps * rows / rows_of_step(arm.config)) for arm in spec.arms}
     time: dict[str, Any] = made.numbers["time"]
     pass_seconds = time["validation"] / time["validations"] if time["validations"] else 0.0
-    return Estimate(*planned_work(spec, lengths), steps, made.seconds, pass_seconds)
+    memory = made.memory.get(_method(config))
+    return Estimate(
+        *planned_work(spec, lengths), steps, made.seconds, pass_seconds, 0 if memory is None else memory.total
+    )
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """What `Plan.memory` calls the way in which a config trains."""
+    if not option_of(config, LORA):
+        return "full"
+    return "qlora" if option_of(config, "model.init_args.quantization") else "lora"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_lora.cli.study.estimate import Estimate
+from lightning_lora.memory.run_step import gigabytes
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.planner import StudyPlan
 from lightning_lora.study.matched.progress import described, duration, promises
@@ -33,11 +34,12 @@ def before_begin(spec: StudySpec, expected: int, over: int, folder: Path, estima
     scored = f"{low.passes:,} to {high.passes:,} passes over the held-out rows"
     if estimated.pass_seconds:
         scored += f" of {duration(estimated.pass_seconds)}"
+    memory = f" and {gigabytes(estimated.peak_bytes)} of memory" if estimated.peak_bytes else ""
     times = f"{duration(estimated.seconds(low))} to {duration(estimated.seconds(high))}"
     return [
         *lines,
         f"{low.runs} to {high.runs} runs, mostly about {mostly.runs}, of {estimated.steps:,} steps, by plan "
-        f"{duration(estimated.run_seconds)} each; {scored}",
+        f"{duration(estimated.run_seconds)}{memory} each; {scored}",
         f"{times} for one worker, mostly {duration(estimated.total_seconds)}, without loading",
     ]
 

@@ -85,7 +85,8 @@ def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
         "baseline": spec.baseline,
         "primary": spec.primary,
         "band": spec.band,
-        "seeds": list(spec.seeds) if isinstance(spec.seeds, tuple) else spec.seeds,
+        "seeds": _seeds(spec),
+        "seeds_before": seeds_before(folder, spec),
         "looks": list(spec.plan.looks),
         "alpha": spec.plan.alpha,
         "selection_seeds": list(spec.selection_seeds),
@@ -100,6 +101,22 @@ def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     with atomic_file(folder / STUDY) as file:
         file.write(text.encode())
+
+
+def seeds_before(folder: Path, spec: StudySpec) -> list[Any]:
+    """The ``seeds`` of earlier starts whose verdicts were there when the study was given others."""
+    if not (folder / STUDY).is_file():
+        return []
+    there = read_yaml((folder / STUDY).read_text(encoding="utf-8"))
+    before, now = list(there.get("seeds_before") or []), _seeds(spec)
+    has_verdicts = (folder / VERDICTS).is_file() and json.loads((folder / VERDICTS).read_text(encoding="utf-8"))
+    if has_verdicts and there["seeds"] not in (now, *before):
+        before.append(there["seeds"])
+    return before
+
+
+def _seeds(spec: StudySpec) -> Any:
+    return list(spec.seeds) if isinstance(spec.seeds, tuple) else spec.seeds
 
 
 def write_results(
@@ -158,6 +175,7 @@ def _line(status: CellStatus) -> dict[str, Any]:
             "peak_bytes": outcome.peak_bytes,
             "trained_parameters": outcome.trained_parameters,
             "tokens": outcome.tokens,
+            "rows_hash": outcome.rows_hash,
             "saved_bytes": outcome.saved_bytes,
             "energy_joules": None if outcome.energy_joules is None else f"{outcome.energy_joules:.1f}",
         }

@@ -31,6 +31,8 @@ def held_out_losses(
     Raises:
         DataError: If there are no validation rows, or too few for two halves.
     """
+    # All rows are scored in every arm, however few the validations of its runs take.
+    trainer.limit_predict_batches = trainer.limit_val_batches = 1.0
     loader = _validation_loader(trainer, module, datamodule)
     dataset: Any = loader.dataset
     places = range(len(dataset))

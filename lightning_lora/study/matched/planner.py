@@ -20,7 +20,7 @@ from lightning_lora.study.matched.judging.further import NOTHING_FURTHER, Furthe
 from lightning_lora.study.matched.record import UNTRAINED, Phase
 from lightning_lora.study.matched.spec import ArmSpec, StudySpec
 from lightning_lora.study.statistics.compare import corrected
-from lightning_lora.study.statistics.rates.halving import FAR_WORSE, FIRST_RUNG, given_up
+from lightning_lora.study.statistics.rates.halving import FAR_WORSE, given_up
 from lightning_lora.study.statistics.rates.over_rates import expected_best
 from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, next_step
 from lightning_lora.study.statistics.verdict import Verdict
@@ -138,7 +138,7 @@ class _Sweep:
         if any(loss is None for loss in found.values()):
             return None
         rungs |= {rate: loss for rate, loss in found.items() if loss is not None}
-        far = given_up(rungs, FIRST_RUNG, self.spec.band)
+        far = given_up(rungs, self.spec.band)
         best = min(rungs, key=lambda rate: math.inf if math.isnan(rungs[rate]) else rungs[rate], default=math.nan)
         ended = []
         for rate in found:

@@ -29,7 +29,7 @@ UNTRAINED = "untrained base"
 """Name of the arm that trains nothing: the loss which every other run must beat."""
 COLUMNS = (
     *("arm", "learning_rate", "seed", "state", "loss", "steps", "seconds", "peak_bytes", "trained_parameters"),
-    *("phase", "tokens", "saved_bytes", "energy_joules", "attempt", "reason", "run", "key"),
+    *("phase", "tokens", "saved_bytes", "energy_joules", "attempt", "reason", "run", "key", "rows_hash"),
 )
 """Columns of ``results.csv``."""
 Phase = Literal["base", "rung", "selection", "verdict", "aa"]
@@ -84,6 +84,7 @@ class CellRecord:
         reason: Why it failed or was pruned; "" otherwise.
         run: Name of its run folder in ``runs``.
         key: Hash of its resolved config, data and phase.
+        rows_hash: SHA-256 of what its held-out rows hold; "" before it is done.
     """
 
     arm: str
@@ -103,6 +104,7 @@ class CellRecord:
     reason: str
     run: str
     key: str
+    rows_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ def _cell(row: Mapping[str, str]) -> CellRecord:
         reason=plain_text(row["reason"]),
         run=plain_text(row["run"]),
         key=row["key"],
+        rows_hash=row.get("rows_hash") or "",
     )
 
 

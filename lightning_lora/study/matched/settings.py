@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -50,6 +51,15 @@ def rates(given: Any, where: str) -> tuple[float, ...]:
     if not all(0 < rate < math.inf for rate in rates):
         raise StudySettingError(f"{where} must be positive numbers, got {given}.")
     return tuple(sorted(set(rates)))
+
+
+def study_name(given: Any) -> str:
+    """The name of a study, which is that of its folder, too."""
+    if not isinstance(given, (str, int)) or re.search(r"^\s*$|^[.~]|[/\\\0]", str(given)):
+        raise StudySettingError(
+            f"name must be a text that can name a folder, without '/' or '.' in front, got {given!r}."
+        )
+    return str(given)
 
 
 def number(given: Any, where: str) -> float:
@@ -124,5 +134,6 @@ def seed_list(given: Any, where: str) -> tuple[int, ...]:
     if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
         raise StudySettingError(f"{where} must be whole numbers of 0 or more, got {given}.")
     if not given or len(set(given)) < len(given):
-        raise StudySettingError(f"{where} {'has a seed twice' if given else 'is empty'}: {given}.")
+        what = f"has a seed twice: {given}" if given else "is empty: name at least one seed, or leave it out"
+        raise StudySettingError(f"{where} {what}.")
     return tuple(given)

@@ -110,6 +110,10 @@ class StudySpec:
         for key, name in (("baseline", self.baseline), ("primary", self.primary), *matched, *batches):
             if name not in names:
                 raise StudySettingError(f"{key} {name!r} is no arm{did_you_mean(name, names)}")
+        if own := next((arm.name for arm in self.arms if arm.matched_rank == arm.name), None):
+            raise StudySettingError(
+                f"matched_rank of {own!r} names the arm itself: name the one it is to be as large as."
+            )
         if len({name for _, name in batches}) < len(batches):
             raise StudySettingError(f"batch_penalty compares four arms, got {', '.join(name for _, name in batches)}.")
         if self.primary == self.baseline:
@@ -196,7 +200,7 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
     baseline = str(given.get("baseline", names[0] if names else ""))
     others = [arm for arm in names if arm != baseline]
     spec = StudySpec(
-        name=str(given.get("name", name)),
+        name=read.study_name(given.get("name", name)),
         arms=made,
         baseline=baseline,
         primary=str(given.get("primary", others[-1] if others else baseline)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from lightning_lora.errors import StudySettingError
 from lightning_lora.files.folder_lock import is_dead_process, process_name
 from lightning_lora.study.matched.cells import Cell, CellStatus, Outcome
-from lightning_lora.study.matched.database import Database, ServerGoneError, Transaction
+from lightning_lora.study.matched.database import WAIT_SECONDS, Database, ServerGoneError, Transaction
 from lightning_lora.study.matched.outcomes import outcome_from_text, outcome_to_text
 
 LEASE_SECONDS = 120.0
@@ -52,14 +53,17 @@ class Claim:
 
 
 def _patient(method: Callable[Concatenate[Store, _P], _T]) -> Callable[Concatenate[Store, _P], _T]:
-    """Do it once more if the server went away within it; what was written nevertheless is not written again."""
+    """Do it again if the server went away within it; what was written nevertheless is not written again."""
 
     @functools.wraps(method)
     def patient(self: Store, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
-            return method(self, *args, **kwargs)
-        except ServerGoneError:
-            return method(self, *args, **kwargs)
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except ServerGoneError:  # it may restart more than once
+                if time.monotonic() > end:
+                    raise
 
     return patient
 

@@ -153,7 +153,7 @@ class Study:
             "arms": {name: {"learning_rates": self._rates(learning_rates, name)} for name in self.arms},
         }
         given |= {key: name for key, name in (("baseline", baseline), ("primary", primary)) if name is not None}
-        spec, _, _ = spec_of(given, name or self.folder.name)
+        spec, _, _ = spec_of(given, name or self.folder.absolute().name)
         self.spec = spec.with_configs(
             {
                 name: config_of(f"arm {name!r}", module, data, arm, _TRAINER | self.trainer)

@@ -34,7 +34,7 @@ function valueAt(axis, share) {
 function told(value) {
   if (value === null || !isFinite(value)) return "no number";
   const size = Math.abs(value);
-  if (value !== 0 && size < 1e-3) return value.toExponential(2).replace("e+", "e");
+  if (value !== 0 && size < 1e-3) return Number(value.toExponential(2)).toExponential().replace("e+", "e");
   return value.toLocaleString("en-US", { maximumSignificantDigits: size < 1e4 ? 5 : 12, maximumFractionDigits: 12 });
 }
 

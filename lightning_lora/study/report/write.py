@@ -88,4 +88,6 @@ def find_subject(folder: Path) -> Path:
             f"Give the folder that fit has named at its end, or the --out of a study."
         )
     named = ", ".join(map(str, found[-_MOST_NAMED:]))
-    raise ResultFileError(f"{folder} holds {len(found)} runs: give one of them, such as {named}.")
+    raise ResultFileError(
+        f"{folder} holds {len(found)} {'studies' if studies else 'runs'}: give one of them, such as {named}."
+    )

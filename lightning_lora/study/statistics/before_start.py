@@ -42,22 +42,25 @@ def before_start(plan: SeedPlan, band: float = BAND, spread: float | None = None
     return lines
 
 
-def about_the_band(band: float, base_loss: float, full_loss: float, spread: float | None = None) -> list[str]:
-    """Lines that say what the band means here, once full fine-tuning is known.
+def about_the_band(
+    baseline: str, band: float, base_loss: float, final_loss: float, spread: float | None = None
+) -> list[str]:
+    """Lines that say what the band means here, once the baseline is known.
 
     Args:
+        baseline: Name of the baseline.
         band: Nats that count as equal.
         base_loss: Loss of the untrained base.
-        full_loss: Loss after full fine-tuning.
-        spread: Standard deviation over seeds of the loss of full fine-tuning.
+        final_loss: Loss of the trained baseline.
+        spread: Standard deviation over seeds of the loss of the baseline.
     """
-    gain = base_loss - full_loss
-    lines = [f"full fine-tuning gained {nats(gain, band)} nats"]
+    gain = base_loss - final_loss
+    lines = [f"{baseline} gained {nats(gain, band)} nats"]
     if gain > 0:
         lines[0] += f"; the band is {band / gain:.1%} of that"
     if spread is not None:
         lines.append(
-            f"single runs of full fine-tuning spread by {nats(spread, band)} nats (standard deviation over seeds): a "
+            f"single runs of {baseline} spread by {nats(spread, band)} nats (standard deviation over seeds): a "
             f"smaller difference does not matter to someone who trains once"
         )
     return lines

@@ -37,11 +37,6 @@ class Chances:
     ahead: float
     seeds: float
 
-    @property
-    def cannot_tell(self) -> float:
-        """How often nobody can tell."""
-        return max(0.0, 1 - self.matches - self.behind - self.ahead)
-
 
 def chances(plan: SeedPlan, band: float, spread: float, truth: float = 0.0) -> Chances:
     """The chance of each word: exact for one look, from simulated studies for several.

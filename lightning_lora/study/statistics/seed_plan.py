@@ -6,13 +6,11 @@ kind of error stays below .05; with .05 each, false "matches" reached .088 and f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_lora.errors import StatisticsError
 from lightning_lora.study.statistics.interval import ALPHA
-from lightning_lora.study.statistics.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,3 @@ class SeedPlan:
                 f"seeds must be a number of at least 3 for a verdict, or auto for 3, 5, 8, got {seeds!r}."
             )
         return cls((seeds,), ALPHA)
-
-    def next_look(self, done: int, verdicts: Iterable[Verdict]) -> int | None:
-        """The number of seeds to run up to now; None if every verdict is final.
-
-        Args:
-            done: Seeds that are finished in each arm.
-            verdicts: Verdicts at ``done`` seeds.
-        """
-        if done < self.looks[0]:
-            return self.looks[0]
-        further = [look for look in self.looks if look > done]
-        return further[0] if further and any(verdict.is_open for verdict in verdicts) else None

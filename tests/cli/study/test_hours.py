@@ -12,9 +12,10 @@ import pytest
 
 from lightning_lora.cli.study import command, default_study, estimate
 from lightning_lora.cli.study.estimate import Estimate
+from lightning_lora.cli.study.summary import before_begin
 from lightning_lora.errors import ConfigError
 from lightning_lora.study.matched.checks.work import Work
-from lightning_lora.study.matched.spec import StudySpec
+from lightning_lora.study.matched.spec import StudySpec, spec_of
 
 Began = tuple[StudySpec, Estimate | None]
 
@@ -72,3 +73,16 @@ def test_without_hours_the_runs_stay_as_they_are(begin: Callable[..., Began]) ->
 def test_hours_that_are_too_few_name_those_that_would_do(begin: Callable[..., Began]) -> None:
     with pytest.raises(ConfigError, match=r"in 0\.2 hours each of about 25 runs would take 0 steps.*--hours 1 or"):
         begin("--hours", "0.2")
+
+
+def test_the_cost_is_said_before_the_start() -> None:
+    low, mostly, high = (Work(runs, 100 * runs, float(runs), passes) for runs, passes in ((20, 22), (25, 30), (40, 44)))
+    spec, _, _ = spec_of({"arms": {"full": {}, "rank 8": {}}}, "ranks")
+    lines = before_begin(spec, 25, 0, Path("out"), Estimate(low, mostly, high, 100, 60.0, 2.0, 3 * 10**9))
+    assert lines[-2:] == [
+        "20 to 40 runs, mostly about 25, of 100 steps, by plan 60 s and 3 GB of memory each; 22 to 44 passes over the "
+        "held-out rows of 2 s",
+        "21 min to 41 min for one worker, mostly 26 min, without loading",
+    ]
+    shorter = Estimate(low, mostly, high, 100, 60.0, 2.0, 3 * 10**9).with_steps(50)
+    assert (shorter.run_seconds, shorter.peak_bytes, shorter.mostly.steps) == (30.0, 3 * 10**9, 1250)

@@ -78,6 +78,17 @@ MISTAKES = {
         "arm 'other', matched_rank 'full': targets=('q_proj',) hold",
         "match at a lower rank",
     ),
+    "precision of the base": (
+        both(**{"model.init_args.dtype": "bfloat16"}),
+        "differ in precision of the base (model.init_args.dtype: None and 'bfloat16')",
+        "",
+    ),
+    "validation rows": (both(**{"trainer.limit_val_batches": 1}), "differ in share of the validation rows", ""),
+    "batches of an epoch": (
+        both(**{"trainer.limit_train_batches": 2, "data.init_args.batch_size": 2}),
+        "train on all and 4 rows by limit_train_batches and batch size",
+        "change trainer.limit_train_batches with the batch",
+    ),
     "the same": (both(), "'full' and 'other' are the same", ""),
     "no config": ({"full": None, "other": {"configs": ["no.yaml"]}}, "no.yaml' does not exist", ""),
 }
@@ -147,6 +158,7 @@ def test_what_is_no_study_is_one_error(tmp_path: Path) -> None:
         ("no.yaml",): "no.yaml cannot be read",
         (str(write(tmp_path)), "--trainer.max_steps=3"): "options of fit go under overrides",
         (str(write(tmp_path)), "--hours", "-1"): "--hours must be a positive number",
+        (str(write(tmp_path)), "--hours", "2"): "--hours shortens the runs of a study without a file",
         (str(write(tmp_path)), "--storage", "mysql://host/s"): "must be sqlite:///FILE or postgresql://",
     }
     for arguments, message in cases.items():

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_lora import LoRAConfig, Study
 from lightning_lora.study.matched.cells import Cell, Outcome
+from lightning_lora.study.matched.held_out import held_out_losses
 from lightning_lora.study.matched.measures import energy
 from lightning_lora.study.matched.measures.curve import read_curve
 from lightning_lora.study.matched.outcomes import outcome_from_text, outcome_to_text
@@ -129,3 +131,28 @@ def test_the_energy_of_a_gpu_is_that_of_its_driver(monkeypatch: pytest.MonkeyPat
     assert energy.joules(torch.device("cuda:0")) is None
     monkeypatch.setattr(energy, "_driver", lambda: None)
     assert energy.joules(torch.device("cuda:0")) is None
+
+
+class NoRows(Learner):
+    """Tells its loss by ``validation_step`` alone."""
+
+    predict_step = LightningModule.predict_step
+
+
+class SmallBatches(Rows):
+    """Validates in batches of 4."""
+
+    def val_dataloader(self) -> Any:
+        loader = super().val_dataloader()
+        return type(loader)(loader.dataset, 4)
+
+
+@pytest.mark.parametrize("module", [Learner, NoRows])
+@pytest.mark.parametrize("limits", [{"limit_val_batches": 1, "limit_predict_batches": 1}, {"limit_val_batches": 0}])
+def test_limits_of_a_trainer_take_no_held_out_row_away(module: type[Learner], limits: dict[str, Any]) -> None:
+    def losses(**options: Any) -> tuple[float, float, str]:
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, **options)
+        rows, content = held_out_losses(trainer, module(0.1), SmallBatches())
+        return rows.mean("selection"), rows.mean("verdict"), content
+
+    assert losses(**limits) == losses()

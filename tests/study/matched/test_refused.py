@@ -12,7 +12,7 @@ import pytest
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.study.matched.cells import Cell
 from lightning_lora.study.matched.open_study import open_study
-from lightning_lora.study.matched.record import read_results
+from lightning_lora.study.matched.record import read_results, read_study
 from lightning_lora.study.matched.spec import StudySpec
 from lightning_lora.study.matched.worker import Worker
 from lightning_lora.study.report.write import write_report
@@ -116,3 +116,18 @@ def test_a_report_of_a_half_finished_study_says_so_and_the_study_goes_on(tmp_pat
     assert {name: text for name, text in contents(folder).items() if not name.startswith("report.")} == before
     work(folder, spec).store.close()
     assert write_report(folder)[1].state == ""
+
+
+def test_seeds_that_are_added_after_verdicts_were_seen_are_told(tmp_path: Path) -> None:
+    """Only ``auto`` pays for a second look."""
+    folder, spec = tmp_path / "study", planted.spec()
+    more = replace(spec, seeds=5)
+    work(folder, replace(spec, seeds=4), MOST).store.close()
+    work(folder, spec).store.close()
+    assert "seeds_before: []" in (folder / "study.yaml").read_text(), "nothing had been seen"
+    for _ in range(2):
+        work(folder, more).store.close()
+        assert read_study(folder).spec["seeds_before"] == [3]
+    assert read_study(folder).verdicts[0]["seeds"] == 5
+    _, page = write_report(folder)
+    assert "The seeds were changed after verdicts had been seen (before: 3)." in str(page.sections[-1])

@@ -61,6 +61,10 @@ def test_workers_that_are_killed_lose_no_run_and_record_none_twice(tmp_path: Pat
 @needs_server
 def test_workers_wait_for_a_server_that_restarts(tmp_path: Path, server: postgres.Server) -> None:
     workers = [warm.Process(planted.__file__, str(tmp_path), server.url(), "60.0") for _ in range(2)]
+    begun, until = tmp_path / "begun.jsonl", time.monotonic() + 60
+    while not begun.exists() or len(begun.read_text().splitlines()) < 2:  # a start without a server is refused
+        assert time.monotonic() < until
+        time.sleep(0.02)
     for mode in ("fast", "immediate", "fast"):
         time.sleep(0.4)
         server.stop(mode)

@@ -46,7 +46,14 @@ BAD = {
     "band": ({"arms": ARMS, "band": 0}, "band must be a positive number"),
     "seeds": ({"arms": ARMS, "seeds": "many"}, "seeds must be a number of at least 3 for a verdict, or auto"),
     "seed twice": ({"arms": ARMS, "seeds": [1, 1, 2]}, "seeds has a seed twice"),
-    "no selection seeds": ({"arms": ARMS, "selection_seeds": []}, "selection_seeds is empty"),
+    "a name that leaves the folder": ({"arms": ARMS, "name": "../s"}, "name must be a text that can name a folder"),
+    "an empty name": ({"arms": ARMS, "name": " "}, "name must be a text that can name a folder"),
+    "a list as name": ({"arms": ARMS, "name": ["s"]}, "name must be a text that can name a folder"),
+    "an arm as large as itself": (
+        {"arms": {"full": {}, "rank 8": {"matched_rank": "rank 8"}}},
+        "matched_rank of 'rank 8' names the arm itself",
+    ),
+    "no selection seeds": ({"arms": ARMS, "selection_seeds": []}, "selection_seeds is empty: name at least one seed"),
     "seeds of both kinds": ({"arms": ARMS, "seeds": [0, 1, 2]}, r"share \[0\]: a seed that chose a learning rate"),
     "name of an arm": ({"arms": ARMS | {"=1+1": None}}, "begins with a letter"),
     "configs": ({"arms": ARMS, "configs": 3}, "configs must be a list of files"),
@@ -101,7 +108,7 @@ def test_a_study_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
 
 def arm(name: str, **changes: Any) -> ArmSpec:
     options = {"precision": "32-true", "max_epochs": 1, "max_steps": -1, "devices": 1, "strategy": "auto"}
-    options = {key: changes.pop(key, value) for key, value in options.items()}
+    options = {key: changes.pop(key, value) for key, value in options.items()} | changes.pop("trainer", {})
     data = {"train": "a.jsonl", "validation": "b.jsonl", "batch_size": 8} | changes.pop("data", {})
     model = {"model": "base", "lora": None} | changes
     return ArmSpec(name, config={"trainer": options, "data": {"init_args": data}, "model": {"init_args": model}})
@@ -118,6 +125,8 @@ UNEQUAL = {
     "length": ({"data": {"max_length": 5}}, "differ in data"),
     "precision": ({"precision": "bf16-true"}, "differ in precision"),
     "base": ({"model": "other"}, "differ in base model"),
+    "precision of the base": ({"dtype": "bfloat16"}, "differ in precision of the base"),
+    "validation rows": ({"trainer": {"limit_val_batches": 2}}, "differ in share of the validation rows"),
     "epochs": ({"max_epochs": 2}, "differ in number of epochs"),
     "nothing": ({}, "arms 'a' and 'b' are the same"),
 }
@@ -132,8 +141,21 @@ def test_arms_that_differ_in_what_must_be_equal_are_refused(changes: dict[str, A
 def test_arms_with_other_numbers_of_rows_are_refused() -> None:
     with pytest.raises(ConfigError, match="train on 800 and 400 rows"):
         check_equal([arm("a", max_steps=100), arm("b", max_steps=50)])
+    with pytest.raises(ConfigError, match="train on all and 400 rows by max_steps"):
+        check_equal([arm("a"), arm("b", max_steps=50)])
+    batches = {"limit_train_batches": 10}
+    with pytest.raises(ConfigError, match="train on 80 and 160 rows by limit_train_batches"):
+        check_equal([arm("a", trainer=batches), arm("b", trainer=batches, data={"batch_size": 16})])
+    check_equal([arm("a", trainer=batches), arm("b", trainer={"limit_train_batches": 5}, data={"batch_size": 16})])
 
 
-def test_several_devices_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.devices is 2, and each run of a study trains on one device"):
-        check_equal([arm("a", devices=2), arm("b", devices=2, lora={"rank": 1})])
+@pytest.mark.parametrize("devices", [2, "2", "0,1", [0, 1], -1, "-1"])
+def test_several_devices_are_refused(devices: Any) -> None:
+    """The command line gives the number as a text."""
+    with pytest.raises(ConfigError, match=r"trainer\.devices is .*, and each run of a study trains on one device"):
+        check_equal([arm("a", devices=devices), arm("b", devices=devices, lora={"rank": 1})])
+
+
+@pytest.mark.parametrize("devices", [1, "1", "auto", [3], None])
+def test_one_device_is_taken(devices: Any) -> None:
+    check_equal([arm("a", devices=devices), arm("b", devices=devices, lora={"rank": 1})])

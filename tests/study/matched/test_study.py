@@ -41,6 +41,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, StudyRecord]:
 def test_a_study_chooses_rates_and_judges_fresh_seeds(done: tuple[Study, StudyRecord]) -> None:
     _, record = done
     assert {cell.state for cell in record.cells} == {"done"}
+    assert [len(found) for found in {cell.rows_hash for cell in record.cells}] == [64]
     assert {(cell.seed, cell.phase) for cell in record.cells if cell.arm == "full"} == {
         *((0, "selection"), (1, "verdict"), (2, "verdict"), (3, "verdict"))
     }

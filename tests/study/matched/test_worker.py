@@ -26,6 +26,7 @@ def test_a_line_for_each_run_says_how_far_the_study_is(tmp_path: Path) -> None:
     worker(tmp_path, lambda cell, folder, lost: planted.outcome(planted.planted_loss(cell)), lines).work()
     assert lines[0].startswith("1 of about 17: untrained base: loss 3.0000, 0 s; about")
     count = len(lines)
+    assert count / 2 <= int(lines[2].split()[3].rstrip(":")) <= 2 * count, "after the third run"
     assert lines[-1].startswith(f"{count} of about {count}: ")
     assert lines[-1].endswith("the last one that is known of")
 

@@ -21,6 +21,7 @@ from lightning_lora.study.report.table import cells_of
 from lightning_lora.study.report.watch import watch
 from lightning_lora.study.report.write import CSV, HTML, write_report
 from tests.study.report.planted_run import plant_run
+from tests.study.report.planted_study import plant
 
 
 def page_of(folder: Path) -> Page:
@@ -140,6 +141,10 @@ def test_a_curve_survives_its_file(tmp_path: Path) -> None:
         (lambda top: Path(__file__), "is a file"),
         (lambda top: top, "holds no run and no study"),
         (lambda top: [plant_run(top / name, 3) for name in "ab"] and top, "holds 2 runs: give one of them"),
+        (
+            lambda top: [plant(top / name, {"rank 8": 0.0}) for name in "ab"] and top,
+            "holds 2 studies: give one of them",
+        ),
     ],
 )
 def test_a_folder_that_is_no_run_is_one_clear_error(make: Any, words: str, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_a_study_says_how_it_was_made(tmp_path: Path) -> None:
     assert "lightning-lora study planted.yaml" in told
     assert "torch 2.13.0, lightning 2.6.6" in told
     assert "ab" * 32 in told
+    assert told.count("cd" * 32) == 2, "the value and its text"
 
 
 def test_a_long_reason_does_not_fill_the_title(tmp_path: Path) -> None:
@@ -167,6 +168,21 @@ def test_the_noise_floor_and_the_price_of_a_large_batch_are_told(tmp_path: Path)
     assert "Its single runs spread by 0.0100 nats" in text
     assert "Cannot tell whether a large batch costs adapters more than full fine-tuning: 3 seeds; 6 would do." in text
     assert "Difference of differences, nats: +0.0020 (-0.0010 to +0.0050)" in text
+
+
+def test_what_the_band_means_is_said_with_the_spreads_of_the_study(tmp_path: Path) -> None:
+    """The baseline is named, whatever it is: it may be an adapter."""
+    study = read_study(plant(tmp_path, {"rank 8": 0.0}, spread=0.004))
+    page = study_page(study)
+    text = " ".join(str(section) for section in page.sections)
+    assert f"{BASELINE[:1].upper()}{BASELINE[1:]} gained 0.9800 nats; the band is 0.5% of that." in text
+    assert f"ingle runs of {BASELINE} spread by 0.0100 nats" in text
+    spread = study.verdicts[0]["spread"]
+    assert f"With a spread of {spread:.4f} nats between seeds" in text
+    cells = {(part, row, column): cell for part, row, column, cell in cells_of(page)}
+    assert cells["verdict-numbers", "rank 8", "inside the band"].value == study.verdicts[0]["inside_band"]
+    (tmp_path / STUDY).write_text((tmp_path / STUDY).read_text().replace(f"baseline: {BASELINE}", "baseline: rank 8"))
+    assert "Rank 8 gained" in str(page_of(tmp_path).sections)
 
 
 def test_losses_against_the_batch_are_a_line_for_each_way_to_train(tmp_path: Path) -> None:

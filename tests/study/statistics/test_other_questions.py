@@ -66,7 +66,6 @@ def test_an_envelope_is_no_run_and_lies_below_all() -> None:
     assert np.mean(1 - found.losses) == pytest.approx(1.16, abs=0.03)
     holes = envelope({1e-3: [1.0, math.nan, math.nan], 3e-3: [2.0, 0.5, math.inf]})
     assert np.array_equal(holes.losses, [1.0, 0.5, math.nan], equal_nan=True)
-    assert np.array_equal(holes.rates, [1e-3, 3e-3, math.nan], equal_nan=True)
     for wrong in ({}, {1.0: [1.0], 2.0: [1.0, 2.0]}):
         with pytest.raises(DataError, match="an envelope needs curves of one length"):
             envelope(wrong)

@@ -202,12 +202,8 @@ def test_seeds_are_added_only_where_they_were_planned_and_nobody_can_tell_yet() 
     noisy = compare(*pair(0.001, 0.003, -0.001), alpha=plan.alpha)  # "matches" at level .05
     edge = compare(*pair(0.001, 0.002, 0.0, problem="best rate at the edge of the sweep"), alpha=plan.alpha)
     assert (tie.verdict, noisy.verdict, edge.verdict) == ("matches", "cannot tell", "cannot tell")
-    assert plan.next_look(0, []) == 3
-    assert plan.next_look(3, [tie, noisy, edge]) == 5
-    assert plan.next_look(5, [noisy]) == 8
-    assert plan.next_look(8, [noisy]) is None
-    assert plan.next_look(3, [tie, edge]) is None
-    assert SeedPlan.of(3).next_look(3, [noisy]) is None
+    assert [verdict.is_open for verdict in (tie, noisy, edge)] == [False, True, False]
+    assert SeedPlan.of(3) == SeedPlan((3,), 0.05)
     for wrong in (0, -1, 2.5, True, "many"):
         with pytest.raises(ConfigError, match="seeds must be a number of at least 3 for a verdict, or auto"):
             SeedPlan.of(wrong)  # pyright: ignore[reportArgumentType]

@@ -154,10 +154,9 @@ def test_rates_that_are_none_are_refused(start: tuple[float, ...]) -> None:
 
 def test_only_what_is_far_worse_is_given_up_and_no_neighbour_of_the_best() -> None:
     losses = {1e-5: 1.2, 1e-4: 1.05, 1e-3: 1.0, 1e-2: 1.5, 1e-1: NAN}
-    assert given_up(losses, 0.5) == [1e-5, 1e-1]
-    assert given_up(losses, 0.3) == []
-    assert given_up(losses | {1e-5: 1.02}, 0.5) == [1e-1]
-    assert given_up({}, 1.0) == []
+    assert given_up(losses) == [1e-5, 1e-1]
+    assert given_up(losses | {1e-5: 1.02}) == [1e-1]
+    assert given_up({}) == []
 
 
 def test_rows_are_halved_by_what_is_in_them() -> None:

@@ -15,10 +15,11 @@ _EQUAL = {
     "data class": "data.class_path",
     "model class": "model.class_path",
     "base model": "model.init_args.model",
+    "precision of the base": "model.init_args.dtype",
     "precision": "trainer.precision",
     "number of epochs": "trainer.max_epochs",
     "time limit": "trainer.max_time",
-    "share of the training rows": "trainer.limit_train_batches",
+    "share of the validation rows": "trainer.limit_val_batches",
     "plugins": "trainer.plugins",
     "accelerator": "trainer.accelerator",
     "strategy": "trainer.strategy",
@@ -40,12 +41,13 @@ def check_equal(arms: Sequence[ArmSpec]) -> None:
         settings = [option_of(each.config, "data.init_args") or {} for each in (first, arm)]
         for name in dict.fromkeys(key for each in settings for key in each if key not in _OF_BATCHES):
             _compare("data", f"data.init_args.{name}", first, arm)
-        rows = [_budget(each.config) for each in (first, arm)]
-        if rows[0] != rows[1]:
-            raise StudySettingError(
-                f"arms {first.name!r} and {arm.name!r} train on {rows[0]:,} and {rows[1]:,} rows by max_steps and "
-                f"batch size: a comparison needs the same number; change trainer.max_steps with the batch."
-            )
+        for option, rows_of in _BUDGETS.items():
+            rows = [rows_of(each.config) for each in (first, arm)]
+            if rows[0] != rows[1]:
+                raise StudySettingError(
+                    f"arms {first.name!r} and {arm.name!r} train on {rows[0]} and {rows[1]} rows by {option} and batch "
+                    f"size: a comparison needs the same number; change trainer.{option} with the batch."
+                )
     for place, arm in enumerate(arms):
         for other in arms[:place]:
             if other.config == arm.config:
@@ -63,10 +65,21 @@ def _compare(what: str, option: str, one: ArmSpec, other: ArmSpec) -> None:
         )
 
 
-def _budget(config: Mapping[str, Any]) -> int:
-    """Training rows by the number of steps; -1 without such a limit."""
+def _rows_by_steps(config: Mapping[str, Any]) -> str:
+    """Training rows by the number of steps, in words."""
     steps = option_of(config, "trainer.max_steps", -1)
-    return -1 if steps is None or steps < 0 else steps * rows_of_step(config)
+    return "all" if steps is None or steps < 0 else f"{steps * rows_of_step(config):,}"
+
+
+def _rows_by_batches(config: Mapping[str, Any]) -> str:
+    """Training rows of an epoch by a number or share of batches, in words."""
+    limit = option_of(config, "trainer.limit_train_batches")
+    if limit is None or isinstance(limit, float):
+        return "all" if limit in (None, 1.0) else f"{limit:.4%} of the"
+    return f"{limit * (option_of(config, 'data.init_args.batch_size') or 1):,}"
+
+
+_BUDGETS = {"max_steps": _rows_by_steps, "limit_train_batches": _rows_by_batches}
 
 
 def rows_of_step(config: Mapping[str, Any]) -> int:
@@ -80,7 +93,9 @@ def rows_of_step(config: Mapping[str, Any]) -> int:
 def _check_one_device(arm: ArmSpec) -> None:
     devices, strategy = option_of(arm.config, "trainer.devices", 1), option_of(arm.config, "trainer.strategy", "auto")
     why = "and each run of a study trains on one device: take it out"
-    if (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1):
+    # The command line gives texts: "2", or "0,1" for two of them.
+    named = devices if isinstance(devices, list) else str(devices).split(",")
+    if len(named) > 1 or (not isinstance(devices, list) and named[0] not in ("1", "auto", "None")):
         raise StudySettingError(
             f"arm {arm.name!r}: trainer.devices is {devices}, {why}, and start one worker on each device."
         )

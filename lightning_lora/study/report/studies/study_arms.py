@@ -18,11 +18,11 @@ from lightning_lora.study.statistics.before_start import about_the_band
 def study_arms(facts: StudyFacts) -> Section:
     """The table, with what the band means here."""
     blocks: list[Block] = [_arms(facts)]
-    base, full = facts.base_losses.get("verdict"), facts.mean_loss(facts.study.baseline)
-    if base is not None and full is not None:
-        blocks += [
-            Words(f"{line[:1].upper()}{line[1:]}.", {}, "note") for line in about_the_band(facts.band, base, full)
-        ]
+    baseline = facts.study.baseline
+    base, final = facts.base_losses.get("verdict"), facts.mean_loss(baseline)
+    if base is not None and final is not None:
+        lines = about_the_band(baseline, facts.band, base, final, facts.run_spread)
+        blocks += [Words(f"{line[:1].upper()}{line[1:]}.", {}, "note") for line in lines]
     return Section("arms", "Arms", blocks)
 
 

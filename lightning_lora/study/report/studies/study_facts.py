@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from lightning_lora.study.matched.record import UNTRAINED, CellRecord, StudyRecord
@@ -53,6 +53,20 @@ class StudyFacts:
         """Mean loss over the seeds of an arm."""
         means = list(self.losses(arm).means().values())
         return fmean(means) if means else None
+
+    @property
+    def run_spread(self) -> float | None:
+        """Standard deviation over verdict seeds of the loss of the baseline; None where the noise floor tells it."""
+        if self.study.noise_floor is not None:
+            return None
+        losses = [loss for loss in self.losses(self.study.baseline).means().values() if math.isfinite(loss)]
+        return stdev(losses) if len(losses) > 1 else None
+
+    @property
+    def pair_spread(self) -> float | None:
+        """Standard deviation over seeds of a paired difference: of the noise floor, else of the main comparison."""
+        found = (self.study.noise_floor or self.verdicts.get(self.study.primary) or {}).get("spread")
+        return None if found is None else float(found)
 
     @cached_property
     def watched(self) -> dict[str, tuple[int, RunRecord]]:

@@ -29,6 +29,8 @@ def study_origin(facts: StudyFacts) -> Section:
     rows = [[words(name), words(text)] for name, text in _flat(made)]
     rows += [[words(name), words(text)] for name, text in _seeds(facts)]
     rows += [[words("base, fingerprint of its weights"), words(text)] for text in _fingerprints(facts)]
+    hashes = sorted({cell.rows_hash for cell in facts.study.cells} - {""})
+    rows += [[words("held-out rows, SHA-256 of what they hold"), words(text)] for text in hashes]
     rows += [[words(f"SHA-256 of {name}"), words(sha256(facts.study.folder / name))] for name in _files(facts)]
     again = re.sub(r"^\S*lightning_lora/__main__\.py", "lightning-lora", command)
     blocks: list[Block] = [Listing("The command; given again, it goes on with what is not finished", again)]
@@ -74,8 +76,13 @@ def _limits(facts: StudyFacts) -> Iterator[str]:
         "of a loss on held-out rows, not of what the model does with its answers."
     )
     if "looks" in spec and "alpha" in spec:
-        for line in before_start(SeedPlan(tuple(spec["looks"]), float(spec["alpha"])), facts.band):
+        for line in before_start(SeedPlan(tuple(spec["looks"]), float(spec["alpha"])), facts.band, facts.pair_spread):
             yield f"{line[:1].upper()}{line[1:]}."
+    if before := spec.get("seeds_before"):
+        yield (
+            f"The seeds were changed after verdicts had been seen (before: {', '.join(map(str, before))}). Each look "
+            "is one more chance to be wrong, and the level does not pay for it: only seeds: auto does."
+        )
     yield (
         "Intervals hold for differences that are about symmetric over seeds. No method sees a failure that did not "
         "occur: read the worst seed beside each mean."

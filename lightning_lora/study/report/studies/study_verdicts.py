@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Cell, Figure, Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, p_value, short, words
+from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, p_value, share, short, words
 from lightning_lora.study.report.studies.study_facts import StudyFacts, headline, why_open, with_interval
 from lightning_lora.study.report.word_cell import WORDS, word_cell
 
@@ -134,7 +134,8 @@ def _short(text: str) -> str:
 
 
 def _table(facts: StudyFacts) -> Table:
-    columns = ["arm", "verdict", "difference", "low", "high", "seeds", "spread over seeds", "p", "p, corrected"]
+    columns = ["arm", "verdict", "difference", "low", "high", "seeds", "spread over seeds"]
+    columns += ["inside the band", "p", "p, corrected"]
     rows = [
         [
             words(str(verdict["arm"])),
@@ -142,13 +143,15 @@ def _table(facts: StudyFacts) -> Table:
             *(difference(verdict[name]) for name in ("difference", "low", "high")),
             count(verdict["seeds"]),
             nats(verdict.get("spread")),
+            share(verdict.get("inside_band")),
             *(p_value(verdict.get(name)) for name in ("p", "p_corrected")),
         ]
         for verdict in facts.verdicts.values()
     ]
     note = (
         "p is the chance of such numbers if the word were wrong; where several arms are compared, all but the main "
-        "comparison are corrected by Holm."
+        "comparison are corrected by Holm. Inside the band: the chance that the true difference is there, if all were "
+        "equally likely before; the verdict does not rest on it."
     )
     return Table(
         "verdict-numbers", f"Differences to {facts.study.baseline}, nats per supervised token", columns, rows, note

@@ -17,18 +17,17 @@ FAR_WORSE = 5
 """Bands by which a trial must be worse than the best to be given up."""
 
 
-def given_up(losses: Mapping[float, float], progress: float, band: float = BAND) -> list[float]:
+def given_up(losses: Mapping[float, float], band: float = BAND) -> list[float]:
     """Rates of one arm to give up; never the best one or a neighbour of it.
 
     A rate that is given up counts as worse in `next_step`, and its loss is never reported as a number.
 
     Args:
-        losses: Rate to loss, all at the same step of the same schedule. Never of verdict runs.
-        progress: Share of the horizon that is done.
+        losses: Rate to loss, all after `FIRST_RUNG` of the same schedule. Never of verdict runs.
         band: Nats that count as equal.
     """
     finite = {rate: math.inf if math.isnan(loss) else loss for rate, loss in losses.items()}
-    if progress < FIRST_RUNG or not finite:
+    if not finite:
         return []
     rates = sorted(finite)
     best = min(rates, key=lambda rate: finite[rate])

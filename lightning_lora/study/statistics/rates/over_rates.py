@@ -18,12 +18,10 @@ class Envelope:
 
     Args:
         losses: ``(steps,)`` the lowest loss; NaN where no rate has one.
-        rates: ``(steps,)`` the rate that has it.
         num_rates: Rates that it is the minimum of.
     """
 
     losses: NDArray[np.float64]
-    rates: NDArray[np.float64]
     num_rates: int
 
     @property
@@ -43,14 +41,11 @@ def envelope(losses: Mapping[float, ArrayLike]) -> Envelope:
     Raises:
         DataError: If there is no curve, or curves differ in length.
     """
-    rates = np.array(sorted(losses), dtype=np.float64)
-    curves = [np.asarray(losses[rate], dtype=np.float64) for rate in sorted(losses)]
+    curves = [np.asarray(curve, dtype=np.float64) for curve in losses.values()]
     if not curves or len({curve.shape for curve in curves}) > 1:
         raise ResultFileError(f"an envelope needs curves of one length, got {[curve.shape for curve in curves]}.")
-    stacked = np.where(np.isfinite(stacked := np.stack(curves)), stacked, np.inf)
-    lowest = stacked.min(0)
-    known = np.isfinite(lowest)
-    return Envelope(np.where(known, lowest, np.nan), np.where(known, rates[stacked.argmin(0)], np.nan), len(rates))
+    lowest = np.where(np.isfinite(stacked := np.stack(curves)), stacked, np.inf).min(0)
+    return Envelope(np.where(np.isfinite(lowest), lowest, np.nan), len(curves))
 
 
 def expected_best(losses: Sequence[float], budget: int) -> float:
