@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.1)
     parser.add_argument("--timeout", type=float, default=30)
-    parser.add_argument("--grace", type=float, default=rank_watch.GRACE_SECONDS, help="seconds for an own error to come")
+    parser.add_argument(
+        "--grace", type=float, default=rank_watch.GRACE_SECONDS, help="seconds for an own error to come"
+    )
     parser.add_argument("--keep-every", type=int, default=1, help="steps from one checkpoint to the next")
     parser.add_argument("--linger", type=float, default=0, help="seconds that the first process takes to end")
     parser.add_argument("--nan-at", type=int)
