@@ -18,6 +18,7 @@ LONGEST = (
     "test_step_trace.py",
     "test_study_command.py",
     "test_configs.py",
+    "test_policy_gradient.py",
     "test_matrix.py",
     "test_docs.py",
     "test_docs_site.py",
