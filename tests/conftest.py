@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ LONGEST = (
     "test_step_trace.py",
     "test_study_command.py",
     "test_configs.py",
+    "test_policy_gradient.py",
     "test_matrix.py",
     "test_docs.py",
     "test_docs_site.py",
@@ -57,6 +59,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support import toys
 
     return toys.save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_seeds() -> None:
+    """Without a device, torch formats the stack for each of three kinds at every seed: a millisecond below pytest."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            kind.traceback = types.SimpleNamespace(format_stack=list)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> None:
+    """No test cuts the power, so nothing need reach the disk; `test_system_calls` sees that a process asks for it."""
+    os.fsync = lambda fd: None
 
 
 @pytest.fixture(autouse=True)

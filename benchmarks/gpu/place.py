@@ -60,8 +60,8 @@ class Place:
         return 0.0 if self.dry else torch.cuda.max_memory_allocated() / 2**30
 
     def fresh(self) -> None:
-        gc.collect()
         if not self.dry:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

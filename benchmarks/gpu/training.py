@@ -121,7 +121,7 @@ def trainer_runs(place: Place) -> dict[str, Any]:
         "bf16-true, rank grows": (
             {"lora": {"rank": 4}},
             {},
-            low | {"callbacks": [RankGrowth(every_n_steps=place.pick(8, 2), threshold=1e-6)]},
+            low | {"callbacks": [RankGrowth(every_n_steps=place.pick(8, 1), threshold=1e-6)]},
         ),
         "bf16-true, DoRA": ({"lora": {"rank": 16, "dora": True}}, {}, low),
         "bf16-true, gradient start": ({"lora": {"rank": 16, "init": "gradient"}}, {}, low),
@@ -134,7 +134,7 @@ def trainer_runs(place: Place) -> dict[str, Any]:
         "bf16-true, packing": ({}, {"packing": True}, low),
     }
     for name, (task, data, options) in runs.items():
-        run(place, name, task, data, place.pick(16, 4), **options)
+        run(place, name, task, data, place.pick(16, 2), **options)
     return place.found
 
 
@@ -142,7 +142,7 @@ def quantised(place: Place) -> dict[str, Any]:
     """QLoRA: NF4 and int8 against bfloat16, in a Trainer."""
     for name in (None, "nf4", "int8"):
         task = {"quantization": name, "dtype": "bfloat16"}
-        run(place, str(name), task, {}, place.pick(10, 3), precision="bf16-true")
+        run(place, str(name), task, {}, place.pick(10, 2), precision="bf16-true")
     return place.found
 
 

@@ -93,6 +93,8 @@ class LoRACLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         quiet_libraries()
+        given = kwargs.get("args") or sys.argv[1:]
+        self._asked = given[0] if given and isinstance(given, list) else None
         self.config_planned: Any = None
         self._filled: list[Any] = []
         kwargs.setdefault("seed_everything_default", 0)
@@ -107,12 +109,8 @@ class LoRACLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, and ``probe``, ``preview`` and ``plan``, which take the arguments of ``fit``."""
-        subcommands = LightningCLI.subcommands()
-        return subcommands | {
-            "probe": subcommands["fit"],
-            "preview": {"model", "datamodule"},
-            "plan": {"model", "datamodule"},
-        }
+        subcommands, given = LightningCLI.subcommands(), {"model", "datamodule"}
+        return subcommands | {"probe": subcommands["fit"], "preview": given, "plan": given}
 
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
@@ -128,9 +126,7 @@ class LoRACLI(LightningCLI):
         if lock := found(self.trainer, RunLock):
             lock.teardown(self.trainer, self.model, "fit")
 
-    def before_probe(self) -> None:
-        """Lock the folder of the probe."""
-        self.before_fit()
+    before_probe = before_fit
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -164,6 +160,9 @@ class LoRACLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._asked in self.subcommands() and subcommand != self._asked:
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)  # the arguments of a command that does not run need not be known
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "probe":
             parser.add_argument(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from safetensors.torch import save_file
 
 from lightning_lora import LoRAConfig, inject_lora, save_adapter
@@ -116,6 +118,27 @@ def test_help_of_fit_loads_no_model_and_no_library_of_quantisation() -> None:
 
 def test_commands_of_the_trainer_are_those_of_the_cli() -> None:
     assert set(main.TRAINER_COMMANDS) == set(LoRACLI.subcommands())
+
+
+class Parsers(LoRACLI):
+    """Goes no further than to the arguments that are known."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        known = {name: "--trainer.max_epochs" in each.format_help() for name, each in self._subcommand_parsers.items()}
+        raise SystemExit(" ".join(name for name, is_known in known.items() if is_known))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [(["test", "--trainer.devices=1"], {"test"}), (["--help"], set(LoRACLI.subcommands()))],
+)
+def test_only_the_command_that_runs_has_its_arguments_prepared(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], known: set[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as found:
+        Parsers()
+    assert set(str(found.value).split()) == known
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_two_ranks_lose_one_go_on_are_told_to_stop_go_on_and_meet_a_nan(
 
 def test_a_rank_that_hangs_ends_the_run_and_a_suspended_run_goes_on(tmp_path: Path) -> None:
     """For the other rank it is what a lost machine is under NCCL: a collective that never returns."""
-    with run(tmp_path, *training(tmp_path, "--strategy=ddp", "--timeout=5")) as broken:
+    with run(tmp_path, *training(tmp_path, "--strategy=ddp", "--timeout=5", "--grace=1")) as broken:
         ranks = [broken.pid(rank) for rank in (0, 1)]
         broken.tell_all(signal.SIGSTOP)
         time.sleep(6)

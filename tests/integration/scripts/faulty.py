@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import CheckpointGuard, FiniteGradients, GracefulStop, MemoryAdvice, RankWatch, RunLock
+from lightning_lora.callbacks.process import rank_watch
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.sharding import shard_lora
 from tests.support import toys
@@ -92,11 +93,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0.1)
     parser.add_argument("--timeout", type=float, default=30)
+    parser.add_argument(
+        "--grace", type=float, default=rank_watch.GRACE_SECONDS, help="seconds for an own error to come"
+    )
     parser.add_argument("--keep-every", type=int, default=1, help="steps from one checkpoint to the next")
     parser.add_argument("--linger", type=float, default=0, help="seconds that the first process takes to end")
     parser.add_argument("--nan-at", type=int)
     parser.add_argument("--resume", help="a checkpoint, or last")
     options = parser.parse_args()
+    rank_watch.GRACE_SECONDS = options.grace
     sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
     ours = [RunLock(), RankWatch(options.timeout), GracefulStop(), FiniteGradients(), MemoryAdvice(), CheckpointGuard()]
     keep = ModelCheckpoint(
