@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.support.warm import ROOT
 
 WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 PROJECT = (ROOT / "pyproject.toml").read_text()
+DEPENDENCIES = re.sub(r"#.*", "", PROJECT[PROJECT.index("dependencies = [") : PROJECT.index("[project.scripts]")])
 
 
 def workflow(name: str) -> dict[Any, Any]:
@@ -110,11 +113,29 @@ def test_torch_is_that_of_the_makefile() -> None:
 
 def test_every_dependency_has_a_lower_bound() -> None:
     """Without one, `make lowest` would test the first version that ever was."""
-    tables = PROJECT[PROJECT.index("dependencies = [") : PROJECT.index("[project.scripts]")]
-    named = re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?)([^"]*)"', re.sub(r"#.*", "", tables))
+    named = re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?)([^"]*)"', DEPENDENCIES)
     unbound = [name for name, bound in named if not re.match(r">=|==", bound)]
     assert unbound == ["lightning-lora[docs]"]
     assert len(named) > 30
+
+
+def test_pages_and_pins_name_the_same_versions() -> None:
+    first, *_, last = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+    for name in ("README.md", "docs/start/install.md"):
+        assert f"Python {first} or newer" in (ROOT / name).read_text().replace("\n", " "), name
+    page = (ROOT / "docs/reference/compatibility.md").read_text()
+    assert f"Python {first} to {last}." in page
+    pins = {one.name: one.specifier for one in map(Requirement, re.findall(r'"([a-z][^"]+)"', DEPENDENCIES))}
+    table = {}
+    for libraries, lowest, highest in re.findall(r"^\| ([\w, -]+) \| ([\d., ]+) \| ([\d., ]+) \|$", page, flags=re.M):
+        tried = zip(*(cell.split(", ") for cell in (libraries, lowest, highest)), strict=True)
+        table |= {library.lower(): versions for library, *versions in tried}
+    assert table.pop("python")[0].startswith(f"{first}.")
+    assert {"torch", "lightning", "transformers", "jsonargparse", "peft"} <= table.keys() <= pins.keys()
+    for library, (lowest, highest) in table.items():
+        (bound,) = (one.version for one in pins[library] if one.operator == ">=")
+        assert Version(lowest) == Version(bound), library
+        assert pins[library].contains(highest), library
 
 
 def test_the_citation_is_of_this_version() -> None:
