@@ -41,9 +41,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def short_names(folder: Path) -> Path:
-    """The folder with model and rows under short names: a long path takes lines of the page."""
-    (folder / "base").symlink_to(MODEL)
-    (folder / "rows.jsonl").symlink_to(TRAIN)
+    """A long path takes lines of the page."""
+    for name, target in (("base", MODEL), ("rows.jsonl", TRAIN)):
+        (folder / name).symlink_to(target)
     return folder
 
 
@@ -111,9 +111,7 @@ def test_objects_are_planned_and_stay_as_they_are(short_names: Path) -> None:
     data = SFTDataModule(train="rows.jsonl", max_rows=10, max_length=96)
     task = CausalLM("base", lora=ll.LoRAConfig(rank=4))
     plan = ll.plan(task, data, trainer={"max_epochs": 2})
-    assert task.model is None
-    assert data.rows == {}
-    assert data.trainer is None
+    assert (task.model, data.rows, data.trainer) == (None, {}, None)
     assert plan.data.rows is not None
     assert plan.settings["steps"] == 2 * -(-plan.data.rows // plan.settings["rows_per_step"])
     assert any("step-starved" in reason.why for reason in plan.reasons)
