@@ -49,7 +49,7 @@ MORE_THAN_THE_LOWEST = {
     ),
     "test_a_compiled_module_trains_saves_and_resumes": ("torch", "2.13", "gate and up are compiled as two products"),
 }
-"""Beginnings of names of tests: a library, its version that they were seen to pass with, and what an older one lacks."""
+"""Beginnings of names of tests: a library, a version that they pass with, and what an older one lacks."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
