@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -45,6 +46,7 @@ from lightning_lora.tasks.rl.rewards.named import NamedReward
 from lightning_lora.tasks.rl.rewards.pool import RewardPool
 from lightning_lora.tasks.rl.sampling.samples import SamplingSettings
 from lightning_lora.tasks.rl.sampling.vllm import VLLMSampler
+from lightning_lora.versions import check_versions
 
 
 def _net(seed: int = 0, layers: int = 2) -> nn.Module:
@@ -172,5 +174,6 @@ EXAMPLES: dict[type[LoRAError], Callable[[], object]] = {
     errors.BenchmarkError: lambda: TaskSettings(tasks=()),
     errors.CommandError: lambda: check_config_files(["--config", "sft.yml"]),
     errors.GenerateError: lambda: Sampling(temperature=0.0, top_p=0.5),
+    errors.VersionError: lambda: check_versions([Requirement("torch>=2.10")], lambda name: "2.9.1"),
 }
 """A call that raises each kind of error, in an empty folder."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, requires
 
-from packaging.requirements import Requirement
-
-OURS = "lightning-lora"
+from lightning_lora.versions import OURS, requirements
 
 
 def missing_package(error: BaseException | None) -> str | None:
@@ -39,11 +36,7 @@ def missing_package_advice(text: str) -> str | None:
 
 def _extra(package: str) -> str | None:
     """The extra of ours that brings ``package``, as pip takes it."""
-    try:
-        lines = requires(OURS) or []
-    except PackageNotFoundError:  # run from a checkout
-        return None
-    for requirement in map(Requirement, lines):
+    for requirement in requirements():
         extra = re.search(r"extra == .(\w+)", str(requirement.marker))
         if extra and extra.group(1) != "dev" and requirement.name.replace("-", "_") == package:
             return f'"{OURS}[{extra.group(1)}]"'

@@ -15,6 +15,7 @@ from lightning_lora.errors.analysis import (
     ProbeError,
     StatisticsError,
     StudySettingError,
+    VersionError,
     with_code,
 )
 from lightning_lora.errors.base import (
@@ -118,6 +119,7 @@ __all__ = [
     "TargetNotFoundError",
     "TaskSettingError",
     "TokenizerError",
+    "VersionError",
     "check_choice",
     "check_count",
     "did_you_mean",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_lora.errors.base import CODE
+from lightning_lora.errors.base import CODE, LoRAError
 from lightning_lora.errors.settings import ConfigError
 
 
@@ -79,3 +79,13 @@ class GenerateError(ConfigError):
 
     code = "LL901"
     page = "use/generate.md"
+
+
+class VersionError(LoRAError, ImportError):
+    """A library is installed in a version that this package does not support.
+
+    Run the command that the message ends with.
+    """
+
+    code = "LL910"
+    page = "reference/compatibility.md#versions"

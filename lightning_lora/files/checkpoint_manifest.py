@@ -102,13 +102,17 @@ def other_libraries(path: Path) -> list[str]:
     try:
         written = json.loads(manifest_of(path).read_bytes())["libraries"]
         present = {name: installed_version(name) for name in LIBRARIES if name in written}
-        return [
-            f"{name} {written[name]} (now {now})"
-            for name, now in present.items()
-            if Version(written[name]).release[:2] != Version(now).release[:2]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, InvalidVersion):
+        return [f"{name} {written[name]} (now {now})" for name, now in present.items() if _differ(written[name], now)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []  # there is no manifest, or it does not name them
+
+
+def _differ(written: str, now: str) -> bool:
+    """Whether two versions are of different minor releases; nothing is known of a package that runs from a checkout."""
+    try:
+        return Version(written).release[:2] != Version(now).release[:2]
+    except InvalidVersion:
+        return False
 
 
 def examine(path: Path) -> Finding:

@@ -10,3 +10,8 @@ networks), `vocabulary` (the check that it was not resized), `merged_saving` (``
 `evaluation_mode` (for a while);
 then the rooms `targets` (which weights, at which rank), `layers` (adapted modules) and `functional` (tensors).
 """
+
+from lightning_lora.versions import check_versions
+
+# Whoever uses adapters comes by here first: with an unsupported version the reason is told before something else fails.
+check_versions()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.support.warm import ROOT
 
 WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 PROJECT = (ROOT / "pyproject.toml").read_text()
+DEPENDENCIES = re.sub(r"#.*", "", PROJECT[PROJECT.index("dependencies = [") : PROJECT.index("[project.scripts]")])
 
 
 def workflow(name: str) -> dict[Any, Any]:
@@ -42,10 +47,32 @@ def test_a_workflow_makes_what_the_makefile_knows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_every_action_is_pinned_to_one_version(name: str) -> None:
-    used = [step["uses"] for step in steps(name) if "uses" in step]
-    assert used
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action) for action in used), used
+def test_a_workflow_runs_make_and_nothing_beside(name: str) -> None:
+    """What fails there can be run here; the tag of a release is compared before anything is built."""
+    run = [step["run"] for step in steps(name) if "run" in step]
+    others = [command for command in run if not re.match(r"make \S+( TORCH=\"\$TORCH\")?$|make \$\{\{ matrix", command)]
+    assert others == (['grep -Fx "version = \\"${TAG#v}\\"" pyproject.toml'] if name == "publish" else [])
+    if others:
+        (version,) = re.findall(r'^version = "(.+)"$', PROJECT, flags=re.MULTILINE)
+        for tag, code in ((f"v{version}", 0), ("v9.9.9", 1)):
+            shell = ["bash", "-c", others[0]]
+            assert (
+                subprocess.run(
+                    shell, cwd=ROOT, env=os.environ | {"TAG": tag}, stdout=subprocess.DEVNULL, check=False
+                ).returncode
+                == code
+            )
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_action_is_pinned_to_one_commit_and_says_its_version(name: str) -> None:
+    """A tag may be moved to other code; one commit cannot be other code in another workflow."""
+    used = re.findall(r"uses: (.*)", WORKFLOWS[name].read_text())
+    assert len(used) == sum("uses" in step for step in steps(name)) > 0
+    for action in used:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action)
+    everywhere = {action for path in WORKFLOWS.values() for action in re.findall(r"uses: (.*)", path.read_text())}
+    assert len(everywhere) == len({action.partition("@")[0] for action in everywhere})
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -86,11 +113,29 @@ def test_torch_is_that_of_the_makefile() -> None:
 
 def test_every_dependency_has_a_lower_bound() -> None:
     """Without one, `make lowest` would test the first version that ever was."""
-    tables = PROJECT[PROJECT.index("dependencies = [") : PROJECT.index("[project.scripts]")]
-    named = re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?)([^"]*)"', re.sub(r"#.*", "", tables))
+    named = re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?)([^"]*)"', DEPENDENCIES)
     unbound = [name for name, bound in named if not re.match(r">=|==", bound)]
     assert unbound == ["lightning-lora[docs]"]
     assert len(named) > 30
+
+
+def test_pages_and_pins_name_the_same_versions() -> None:
+    first, *_, last = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+    for name in ("README.md", "docs/start/install.md"):
+        assert f"Python {first} or newer" in (ROOT / name).read_text().replace("\n", " "), name
+    page = (ROOT / "docs/reference/compatibility.md").read_text()
+    assert f"Python {first} to {last}." in page
+    pins = {one.name: one.specifier for one in map(Requirement, re.findall(r'"([a-z][^"]+)"', DEPENDENCIES))}
+    table = {}
+    for libraries, lowest, highest in re.findall(r"^\| ([\w, -]+) \| ([\d., ]+) \| ([\d., ]+) \|$", page, flags=re.M):
+        tried = zip(*(cell.split(", ") for cell in (libraries, lowest, highest)), strict=True)
+        table |= {library.lower(): versions for library, *versions in tried}
+    assert table.pop("python")[0].startswith(f"{first}.")
+    assert {"torch", "lightning", "transformers", "jsonargparse", "peft"} <= table.keys() <= pins.keys()
+    for library, (lowest, highest) in table.items():
+        (bound,) = (one.version for one in pins[library] if one.operator == ">=")
+        assert Version(lowest) == Version(bound), library
+        assert pins[library].contains(highest), library
 
 
 def test_the_citation_is_of_this_version() -> None:

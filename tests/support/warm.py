@@ -223,11 +223,11 @@ def _wait_for_all(processes: list[Process]) -> None:
         time.sleep(0.01)
 
 
-def run_cold(*arguments: object, **variables: str) -> Done:
-    """Run ``python *arguments`` in an interpreter that starts from nothing; it must end with code 0."""
+def run_cold(*arguments: object, code: int = 0, **variables: str) -> Done:
+    """Run ``python *arguments`` in an interpreter that starts from nothing; it must end with ``code``."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, env=environment(**variables), capture_output=True, text=True, check=False, timeout=LIMIT
     )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done

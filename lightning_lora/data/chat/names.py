@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from jinja2 import meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
-"""Keys of a message that transformers copies to each other before a template reads them."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message that hold what was thought before the answer. Templates read the first or the second of them."""
+
+
+def as_read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as a template gets it: without keys that have no value, and with its reasoning under both names.
+
+    transformers 5.24 does the same, the versions of the lower bound do not know the names.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Names:
         """The keys among some keys of messages that the template does not read."""
         if self.keys is None:
             return frozenset()
-        return frozenset(keys) - self.keys - (REASONING if self.keys & REASONING else frozenset())
+        return frozenset(keys) - self.keys - frozenset(REASONING if self.keys.intersection(REASONING) else ())
 
 
 @lru_cache

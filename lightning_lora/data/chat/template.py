@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_lora.data.chat.limits import check_length, compiled, time_limit
-from lightning_lora.data.chat.names import Names, read_names
+from lightning_lora.data.chat.names import Names, as_read, read_names
 from lightning_lora.data.chat.variables import parse_day
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import ChatTemplateError, did_you_mean
@@ -139,11 +139,8 @@ class Template:
             ConfigError: If the template does not end, or makes a text that is longer than any conversation.
         """
         # Not apply_chat_template: it does not return the marks, and its mask is empty for answers that begin with a
-        # blank. As there, a key without a value is an absent key.
-        given = [
-            [{key: value for key, value in message.items() if value is not None} for message in messages]
-            for messages in conversations
-        ]
+        # blank.
+        given = [[as_read(message) for message in messages] for messages in conversations]
         with self._calendar(), time_limit(len(given)):
             rendered: Any = render_jinja_template(
                 given,

@@ -29,7 +29,6 @@ from lightning_lora.lora.functional.torch_internals import (
     in_backward,
     is_compiled_within,
     outermost_compiled_file,
-    run_while_compiling,
 )
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.patterns import plain_name
@@ -151,7 +150,8 @@ def _compiled_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor
     others = [_compiles_with(other, layer, x) for other in group.layers[1:]]
     y, *outputs = fused_lora_linears(x, [adapted, *[o for o in others if o is not None]], layer.lora_dropout)
     if outputs:
-        group.x, group.waiting = x, (None, *[None if other is None else outputs.pop(0) for other in others])
+        rest = iter(outputs)  # which torch 2.10 compiles as a tuple
+        group.x, group.waiting = x, (None, *[None if other is None else next(rest) for other in others])
     return y
 
 
@@ -164,9 +164,6 @@ def _is_replaced(layer: _Layer) -> bool:
     own = layer.__dict__.get("forward")
     called = own.args if isinstance(own, partial) else ()
     return own is not None and not any(getattr(each, "__func__", None) is type(layer).forward for each in called)
-
-
-run_while_compiling(_is_replaced)
 
 
 def sibling_names(module: nn.Module) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_lora.data import SFTDataModule
 from lightning_lora.data.bad_rows import RowError
 from lightning_lora.data.chat.endings import end_of_turn_ids
-from lightning_lora.data.chat.names import read_names
+from lightning_lora.data.chat.names import REASONING, as_read, read_names
 from lightning_lora.data.chat.template import find_template, template_identity
 from lightning_lora.data.encoding import Encoded, encode
 from lightning_lora.data.records import Conversation
@@ -231,6 +231,15 @@ def test_reasoning_is_read_under_any_of_its_names() -> None:
     rows = encoded(tokenizer, messages)
     assert trained(tokenizer, rows[0]) == ["<think>hm</think>b.<|end|>", "<think>hm</think>d.<|end|>"]
     assert not rows[0].unused
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_a_template_finds_reasoning_under_both_names_that_templates_read(name: str) -> None:
+    """Also with versions of transformers that do not copy it."""
+    message = {"role": "assistant", "content": "b.", "tool_calls": None, name: "hm"}
+    given = {key: value for key, value in message.items() if value is not None}
+    assert as_read(message) == {**given, "thinking": "hm", "reasoning_content": "hm"}
+    assert as_read(message | {name: None}) == {"role": "assistant", "content": "b."}
 
 
 def test_conversations_that_become_several_rows_are_told_from_the_cache_too(
