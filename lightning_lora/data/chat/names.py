@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jinja2 import meta, nodes
-from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from lightning_lora.data.chat.limits import compiled
 
 REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Keys of a message that transformers copies to each other before a template reads them."""
@@ -39,7 +40,7 @@ class Names:
 @lru_cache
 def read_names(template: str) -> Names:
     """Find what a template reads, from its syntax."""
-    tree = _compile_jinja_template(template).environment.parse(template)
+    tree = compiled(template).environment.parse(template)
     date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
     variables = frozenset(meta.find_undeclared_variables(tree))
     return Names(variables, _Messages(tree).keys(), tuple(sorted(set(_words(tree)))), date)
