@@ -91,6 +91,9 @@ class RowsDataModule(LightningDataModule):
             optional = name.endswith("_rows") and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise DataSettingError(f"{name} must be a whole number of {least} or more, got {value!r}.")
+        for name, value in {"beyond_context": beyond_context, "streaming": streaming}.items():
+            if not isinstance(value, bool):  # a text would be true, "no" too
+                raise DataSettingError(f"{name} must be true or false, got {value!r}.")
         self.shares = read_shares(sources["train"])
         for split in ("validation", "test"):
             if isinstance(sources[split], Mapping):
