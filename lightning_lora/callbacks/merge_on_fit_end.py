@@ -14,6 +14,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.held_base import base_as_stored
+from lightning_lora.mixin.no_batches import refuse_no_batches
 from lightning_lora.trainer_access import run_folder
 
 
@@ -51,6 +52,7 @@ class MergeOnFitEnd(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the merged model; only rank 0 writes, but all ranks must ask for the run folder."""
+        refuse_no_batches(trainer)  # callbacks come before the module, which would refuse
         folder = self.dirpath or Path(run_folder(trainer), "merged")
         if trainer.is_global_zero:
             with base_as_stored(pl_module):

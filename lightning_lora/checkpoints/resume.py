@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DistributedSampler
 
 from lightning_lora.checkpoints.epoch_start import EpochStart
 from lightning_lora.checkpoints.loop_position import LoopPosition, begin_epoch, current_position, restore_position
@@ -26,7 +27,7 @@ from lightning_lora.checkpoints.optimizer_state_names import (
 from lightning_lora.checkpoints.random_state import run_random_state, set_run_random_state
 from lightning_lora.checkpoints.window_gradients import is_window_open, restore_window_gradients, window_gradients
 from lightning_lora.effective_batch import EffectiveBatch, loader_batch_size
-from lightning_lora.lightning_private import attached_trainer
+from lightning_lora.lightning_private import attached_trainer, training_loaders
 from lightning_lora.sharding.collectives import gather_on_rank_zero
 
 RESUME_KEY = "lightning_lora_resume"
@@ -84,6 +85,7 @@ class RunMemory:
             "is_first_epoch": self.epoch.num_begun <= 1,
             "batch": list(astuple(EffectiveBatch.of(trainer))) if loader_batch_size(trainer.train_dataloader) else None,
             "is_window_open": is_window_open(trainer),
+            "order_seeds": _order_seeds(trainer),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "ranks": gather_on_rank_zero(own),
         }
@@ -134,6 +136,9 @@ def _continuation(loaded: Mapping[str, Any], trainer: Trainer) -> tuple[LoopPosi
     """
     position = LoopPosition.from_dict(loaded["position"])
     reasons = [] if position.is_between_batches else ["the file was written in the middle of a batch"]
+    seeds, seeds_now = loaded.get("order_seeds"), _order_seeds(trainer)
+    if seeds is not None and seeds != seeds_now:
+        reasons.append(f"the order of its rows came from the seeds {seeds}, and now from {seeds_now}")
     num_ranks, now = len(loaded["ranks"]), EffectiveBatch.of(trainer)
     # A loader without a known batch size counts as one with the rows of the present one.
     before = replace(now, num_ranks=num_ranks) if loaded["batch"] is None else EffectiveBatch(*loaded["batch"])
@@ -149,6 +154,15 @@ def _continuation(loaded: Mapping[str, Any], trainer: Trainer) -> tuple[LoopPosi
         f"the file was written by {how}: random numbers start anew, and an open accumulation window begins anew"
     )
     return _after_the_same_rows(position, before, now, loaded["is_window_open"]), {}, reasons
+
+
+def _order_seeds(trainer: Trainer) -> list[int]:
+    """Seeds of the samplers that draw from no random state: of data modules here, and of Lightning for several ranks.
+
+    Lightning takes the seed of ``seed_everything``, or 0.
+    """
+    samplers = (getattr(loader, "sampler", None) for loader in training_loaders(trainer))
+    return [sampler.seed for sampler in samplers if isinstance(sampler, DistributedSampler) and sampler.shuffle]
 
 
 def _after_the_same_rows(

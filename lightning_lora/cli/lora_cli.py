@@ -36,7 +36,7 @@ from lightning_lora.callbacks import (
 from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.cli.mistakes.config_files import check_config_files
-from lightning_lora.cli.mistakes.running import check_ckpt_path, check_data, trainer_error
+from lightning_lora.cli.mistakes.running import check_ckpt_path, check_data, check_trainer, trainer_error
 from lightning_lora.cli.parser import LoRAArgumentParser
 from lightning_lora.cli.preview import expand_arguments
 from lightning_lora.cli.probe import AT, ProbingTrainer, choose_probe, prepare_probe
@@ -115,6 +115,7 @@ class LoRACLI(LightningCLI):
     def before_fit(self) -> None:
         """Lock the run folder before the logger is used: a CSV logger deletes the metrics that it finds."""
         check_data(self.model, self.datamodule)
+        check_trainer(self.trainer, self._get(self.config, "trainer"))
         if end := found(self.trainer, EndOfRun):
             end.keep_metrics(self.trainer)
         # The folder of another logger may be known only when it has begun, and then the callback itself is in time.

@@ -74,6 +74,9 @@ class RowsDataModule(SplitsDataModule):
         for name, count in {"max_length": settings.max_length, "num_proc": num_proc}.items():
             check_count(name, count, DataSettingError)
         check_count("num_workers", num_workers, DataSettingError, least=0)
+        for name, value in {"beyond_context": beyond_context, "streaming": streaming}.items():
+            if not isinstance(value, bool):  # a text would be true, "no" too
+                raise DataSettingError(f"{name} must be true or false, got {value!r}.")
         self.shares = read_shares(sources["train"])
         for split in ("validation", "test"):
             if isinstance(sources[split], Mapping):

@@ -46,6 +46,10 @@ class RowSettings:
     today: date = field(default_factory=date.today)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.columns, Mapping):
+            raise DataSettingError(f"columns must map a file's own names to known ones, got {self.columns!r}.")
+        if not isinstance(self.prompt_separator, str):
+            raise DataSettingError(f"prompt_separator must be a text, got {self.prompt_separator!r}.")
         check_names(self.columns)
         object.__setattr__(self, "chat_template_kwargs", check_variables(self.chat_template_kwargs))
         check_choice("train_on", self.train_on, TRAINED, DataSettingError)

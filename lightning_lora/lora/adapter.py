@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +196,8 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     """Copy adapter tensors into an adapted module. If any name or shape differs, nothing is changed.
 
     Raises:
-        AdapterFileError: If tensors are missing, unknown or of another shape. The message names the first five.
+        AdapterFileError: If tensors are missing, unknown or of another shape (the message names the first five), not of
+            floating point, or not finite.
         ConfigError: If nothing is adapted, or the updates are merged.
         AlreadyShardedError: If the weights are sharded.
     """
@@ -203,10 +205,27 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     check_not_sharded(module)
     check_not_merged(module, "load adapters")
     expected = factor_parameters(module)
+    _check_values(state)
     check_tensors(expected, state)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    """Refuse what cannot be an adapter's tensor, whatever the module is."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            problem = f"is {type(value).__name__}, not a tensor"
+        elif not value.is_floating_point():
+            problem = f"is of {value.dtype}, not of floating point"
+        elif value.is_meta:
+            problem = "is on the meta device and has no values"
+        elif odd := int((~value.isfinite()).sum()):
+            problem = f"has {odd} of {value.numel()} values that are NaN or infinite"
+        else:
+            continue
+        raise AdapterFolderError(f"the adapter cannot be loaded: {name} {problem}. Nothing was loaded.")
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,8 @@
 """LoRA in a LightningModule.
 
-Read in this order: `lora_mixin` (the class to inherit from), `run_hooks` (its part in the hooks of a run),
+Read in this order: `lora_mixin` (the class to inherit from), `checked_loading` (of checkpoints, outside of a run),
+`run_hooks` (its part in the hooks of a run), `no_batches` (a run without a batch is refused),
+`row_order` (rows that Lightning shuffles are told),
 `outermost_hooks` (how it runs that part once), `given_settings` (that settings given to a module take effect),
 `around_root` (what is outside of `lora_root`), `multipliers` (factors on the learning rate), `optim` (parameter
 groups), `rates` (learning rates as the start finds them), `rate_search` (Lightning's search for a rate),

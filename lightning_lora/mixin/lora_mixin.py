@@ -32,6 +32,7 @@ from lightning_lora.lora.reports import MergeReport
 from lightning_lora.lora.shards import full_parameters, reshard
 from lightning_lora.mixin import given_settings, gradient_start, optim, rates, run_hooks
 from lightning_lora.mixin.around_root import inject_below
+from lightning_lora.mixin.checked_loading import CheckedLoading
 from lightning_lora.mixin.held_base import autocast_dtype, hold_base
 from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
 from lightning_lora.mixin.outermost_hooks import outermost
@@ -45,13 +46,14 @@ _HOOKS = {
     "on_fit_start": outermost(after=run_hooks.fit_starts),
     "on_train_start": outermost(before=run_hooks.train_starts, after=run_hooks.resume_run),
     "on_train_epoch_start": outermost(after=run_hooks.epoch_starts),
+    "on_fit_end": outermost(before=run_hooks.fit_ends),
     "on_before_optimizer_step": outermost(after=run_hooks.before_step),
     "on_save_checkpoint": outermost(after=run_hooks.after_save),
     "on_load_checkpoint": outermost(before=run_hooks.before_load),
 }
 
 
-class LoRAMixin(LightningModule):
+class LoRAMixin(CheckedLoading):
     """Gives a LightningModule adapters, adapter-only checkpoints and parameter groups; list it first among the bases.
 
     ``lora`` may be a class attribute, set in ``__init__``, or passed to it; ``None`` means full fine-tuning with the

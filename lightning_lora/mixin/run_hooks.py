@@ -13,12 +13,14 @@ from lightning_lora.checkpoints import contents
 from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_states
 from lightning_lora.checkpoints.resume import RunMemory
 from lightning_lora.checkpoints.wrapped_names import use_own_names
-from lightning_lora.lightning_private import attached_trainer
+from lightning_lora.lightning_private import attached_trainer, follow_training_loaders
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.mixin import gradient_start, optim, rate_search, rates
 from lightning_lora.mixin.kept_frozen import KeptFrozen
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact
+from lightning_lora.mixin.no_batches import refuse_no_batches
+from lightning_lora.mixin.row_order import tell_if_shuffled
 from lightning_lora.trainer_access import attach_when_saving
 
 # The class imports this file.
@@ -40,6 +42,7 @@ def run_starts(module: LoRAMixin) -> None:
     trainer = attached_trainer(module)
     if trainer is not None:
         attach_when_saving(trainer)
+        follow_training_loaders(trainer, tell_if_shuffled)
     run_memory(module).run_starts()
 
 
@@ -83,6 +86,12 @@ def epoch_starts(module: LoRAMixin) -> None:
     if attached_trainer(module) is not None:
         rate_search.use_found_rate(module)
         run_memory(module).epoch_starts(module.trainer)
+
+
+def fit_ends(module: LoRAMixin) -> None:
+    """Before ``on_fit_end`` of the module."""
+    if (trainer := attached_trainer(module)) is not None:
+        refuse_no_batches(trainer)
 
 
 def before_step(module: LoRAMixin, optimizer: Optimizer) -> None:

@@ -163,6 +163,22 @@ def test_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
         SFTDataModule("a.jsonl", **options)
 
 
+SETTINGS = {
+    "columns": (["question"], "columns must map a file's own names"),
+    "prompt_separator": (None, "prompt_separator must be a text, got None"),
+    "streaming": ("no", "streaming must be true or false, got 'no'"),
+    "beyond_context": ("no", "beyond_context must be true or false, got 'no'"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_another_type_are_refused(name: str) -> None:
+    value, message = SETTINGS[name]
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=message):
+        SFTDataModule("a.jsonl", **options)
+
+
 NAMES = {
     "absent file": ("absent.jsonl", r"'absent.jsonl' does not exist \(looked from"),
     "absent zipped file": ("absent.csv.gz", r"does not exist"),

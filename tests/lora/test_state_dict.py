@@ -119,3 +119,24 @@ def test_an_adapted_subclass_unpickles_in_another_process(tmp_path: Path) -> Non
     )
     done = warm.run("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "LoRADoubled"), done.stderr
+
+
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "NaN": (lambda tensor: tensor * float("nan"), "values that are NaN or infinite"),
+    "whole numbers": (lambda tensor: tensor.long(), "is of torch.int64, not of floating point"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "not of floating point"),
+    "meta": (lambda tensor: tensor.to("meta"), "has no values"),
+    "a list": (lambda tensor: tensor.tolist(), "is list, not a tensor"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_values_that_no_adapter_has_are_refused_and_nothing_is_loaded(case: str) -> None:
+    """B44."""
+    change, message = WRONG[case]
+    module = nn.Sequential(nn.Linear(4, 4))
+    inject_lora(module, LoRAConfig(rank=2))
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(module).items()}
+    with pytest.raises(AdapterFileError, match=message):
+        load_lora_state_dict(module, {**before, "0.lora_B": change(before["0.lora_B"] + 1)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lora_state_dict(module).items())

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora.checkpoints.ckpt_path import refuse_other_files
 from lightning_lora.checkpoints.verified_io import is_local
 from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.errors import CheckpointFileError, CommandError, did_you_mean, user_error
+from lightning_lora.study.batch_probe import BatchProbe
+from lightning_lora.study.rank_probe import RankProbe
 
 
 def check_data(module: LightningModule, data: LightningDataModule | None) -> None:
@@ -25,6 +28,34 @@ def check_data(module: LightningModule, data: LightningDataModule | None) -> Non
     if data is None and not is_overridden("train_dataloader", module):
         raise CommandError(
             "there is no data: give --config FILE that names some, as cli_configs/sft.yaml does, or --data CLASS_PATH."
+        )
+
+
+def check_trainer(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """Check that a fit ends some time, and that a strategy which shards has something to share.
+
+    Args:
+        trainer: The Trainer.
+        settings: The arguments that it was made with.
+
+    Raises:
+        ConfigError: If nothing ends the run, or the strategy shards over one process.
+    """
+    ends = any(isinstance(callback, (EarlyStopping, Timer, BatchProbe, RankProbe)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if not ends and settings.get("max_epochs") is None and trainer.max_steps == -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise CommandError(
+            "neither trainer.max_steps nor trainer.max_epochs is set, so the run would take the 1,000 epochs of "
+            "Lightning: give one of the two, or trainer.max_time. trainer.max_epochs=-1 trains until it is stopped."
+        )
+    strategy = trainer.strategy
+    offloads = (
+        isinstance(strategy, FSDPStrategy) and strategy.cpu_offload is not None and strategy.cpu_offload.offload_params
+    )
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size == 1 and not offloads:
+        raise CommandError(
+            f"trainer.strategy {type(strategy).__name__} shares a model between processes, and trainer.devices="
+            f"{settings.get('devices')!r} with trainer.num_nodes={trainer.num_nodes} makes one: give more devices, or "
+            "leave trainer.strategy out."
         )
 
 

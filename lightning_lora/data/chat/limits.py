@@ -2,93 +2,98 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from lightning_lora.data.chat.bounded import bounded_template, counted
 from lightning_lora.errors import ChatTemplateError
 
 SECONDS = 1.0
-SECONDS_EACH = 0.1
-MAX_CHARACTERS = 10_000_000
-"""More than any conversation has: a context of a million tokens is about four million characters."""
+"""Of computing for one conversation; most take less than a thousandth of it."""
+_LOST = "{{ raise_exception('another template stands here, and transformers has lost it: render it again') }}"
+
+
+class Compiled(NamedTuple):
+    """A template that is rendered within bounds.
+
+    Args:
+        stand_in: The text under which ``render_jinja_template`` of transformers renders it.
+        environment: The environment that it was compiled in.
+    """
+
+    stand_in: str
+    environment: Environment
 
 
 @lru_cache
-def compiled(text: str) -> Template:
-    """The template that transformers renders for this text, which may no longer repeat a text without bound.
+def compiled(text: str) -> Compiled:
+    """Compile a template so that it ends and makes no huge text.
+
+    Transformers would compile the text itself without bounds, and what is constant in it is computed then. So it is
+    given the text of an empty template, in whose place ours is put.
 
     Raises:
         ConfigError: If the text is no template, or one that does not end.
     """
+    # Transformers warns of a template without these words whose marks are asked for.
+    marks = "{% generation %}{% endgeneration %}" if "generation" in text else ""
+    stand_in = f"{{# {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()} #}}{_LOST}{marks}"
+    rendered = _compile_jinja_template(stand_in)
     try:
-        with time_limit(0):  # what is constant in it is computed now
-            template = _compile_jinja_template(text)
-        environment: Any = template.environment
-        environment.intercepted_binops = frozenset("*")
-        environment.call_binop = _product
-        template.root_render_func = environment.from_string(text).root_render_func
+        with time_limit():
+            template, written = bounded_template(rendered.environment, text)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
-    except RecursionError as error:
-        raise ChatTemplateError("the chat template is nested too deeply.") from error
-    return template
+    render = template.root_render_func
+
+    def within_bounds(context: Any) -> Iterator[str]:
+        _begin_again()
+        written.total = 0
+        yield from counted(render(context))
+
+    rendered.root_render_func, rendered.blocks = within_bounds, template.blocks
+    return Compiled(stand_in, rendered.environment)
 
 
 @contextmanager
-def time_limit(num_conversations: int) -> Iterator[None]:
-    """Stop what is rendered within the context after `SECONDS`, and `SECONDS_EACH` for each conversation.
+def time_limit() -> Iterator[None]:
+    """Stop what is compiled or rendered within the context after `SECONDS` for one conversation.
 
     The time is that in which this process computes. Only the main thread of a system with such a timer is stopped.
 
     Raises:
-        ConfigError: If it takes longer.
+        ConfigError: If it takes longer, or calls itself without end.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seconds = SECONDS + SECONDS_EACH * num_conversations
-
-    def stop(*_: object) -> NoReturn:
-        raise ChatTemplateError(
-            f"the chat template has not ended after {seconds:.1f} s: does it "
-            "repeat something without end? Give another one by chat_template."
-        )
-
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    is_timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGPROF, _stop) if is_timed else None
     try:
+        if is_timed:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
         yield
+    except RecursionError as error:
+        raise ChatTemplateError("the chat template is nested too deeply, or calls itself without end.") from error
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        if is_timed:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
 
 
-def _product(_: object, operator: str, left: Any, right: Any) -> Any:
-    number, text = (left, right) if isinstance(left, int) else (right, left)
-    if isinstance(number, int) and hasattr(text, "__len__"):
-        _check_size(number * len(text))
-    return left * right
+def _begin_again() -> None:
+    """Give the next conversation its own time."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGPROF) is _stop:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
 
 
-def check_length(texts: list[str]) -> None:
-    """Refuse a text that is longer than any conversation.
-
-    Raises:
-        ConfigError: If one has more than `MAX_CHARACTERS`.
-    """
-    _check_size(max(map(len, texts), default=0))
-
-
-def _check_size(length: int) -> None:
-    if length > MAX_CHARACTERS:
-        raise ChatTemplateError(
-            f"the chat template makes a text of {length} characters of one conversation, more than {MAX_CHARACTERS}: "
-            "give another one by chat_template."
-        )
+def _stop(*_: object) -> NoReturn:
+    raise ChatTemplateError(
+        f"the chat template has not ended after {SECONDS:.0f} s with one conversation: does it repeat something "
+        "without end? Give another one by chat_template."
+    )

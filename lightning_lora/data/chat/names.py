@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import meta, nodes
-from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from lightning_lora.data.chat.limits import compiled
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message that hold what was thought before the answer. Templates read the first or the second of them."""
@@ -50,7 +51,7 @@ class Names:
 @lru_cache
 def read_names(template: str) -> Names:
     """Find what a template reads, from its syntax."""
-    tree = _compile_jinja_template(template).environment.parse(template)
+    tree = compiled(template).environment.parse(template)
     date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
     variables = frozenset(meta.find_undeclared_variables(tree))
     return Names(variables, _Messages(tree).keys(), tuple(sorted(set(_words(tree)))), date)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_lora.data.chat.limits import check_length, compiled, time_limit
+from lightning_lora.data.chat.limits import compiled, time_limit
 from lightning_lora.data.chat.names import Names, as_read, read_names
 from lightning_lora.data.chat.variables import parse_day
 from lightning_lora.data.settings import RowSettings
@@ -141,21 +141,20 @@ class Template:
         # Not apply_chat_template: it does not return the marks, and its mask is empty for answers that begin with a
         # blank.
         given = [[as_read(message) for message in messages] for messages in conversations]
-        with self._calendar(), time_limit(len(given)):
+        with self._calendar(), time_limit():
             rendered: Any = render_jinja_template(
                 given,
-                chat_template=self.text,
+                chat_template=compiled(self.text).stand_in,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
                 **self.variables,
             )
         texts, marks = rendered
-        check_length(texts)
         return list(zip(texts, marks if marked else [[] for _ in texts], strict=True))
 
     @contextmanager
     def _calendar(self) -> Iterator[None]:
-        # transformers keeps one compiled template for each text and gives it a function that reads the clock.
+        # one compiled template is kept for each text, and transformers gives it a function that reads the clock.
         names = compiled(self.text).environment.globals
         clock = names["strftime_now"]
         names["strftime_now"] = datetime.combine(self.today, time()).strftime

@@ -76,6 +76,14 @@ CONFIGS = {
     ),
 }
 ARGUMENTS = {
+    "B71 nothing ends the run": (
+        [*FIT, "--trainer.max_epochs=null"],
+        ["neither trainer.max_steps nor trainer.max_epochs is set", "give one of the two"],
+    ),
+    "B71 shards of one process": (
+        [*FIT, *configs("strategy/fsdp2.yaml"), "--trainer.devices=1"],
+        ["trainer.strategy FSDP2Strategy", "trainer.devices='1'", "leave trainer.strategy out"],
+    ),
     "no model": (["fit"], ["there is no model: give --config FILE"]),
     "config does not exist": (["fit", "--config=cli_config/sft.yaml"], ["'cli_config/sft.yaml' does not exist"]),
     "config misspelled": (["fit", "--config", "rows.yml"], ["'rows.yml' does not exist", "did you mean 'row.yml'"]),
