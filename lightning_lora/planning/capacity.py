@@ -22,9 +22,6 @@ BITS_PER_PARAMETER = 2.0
 _INSIDE = 1.0, 0.5
 _TIGHT = 2.0, 1.0
 
-FLOOR, DEFAULT = 8, 32
-"""The lowest rank that is recommended for supervised fine-tuning, and the one where memory allows it."""
-
 
 @dataclass(frozen=True)
 class CapacityRow:
@@ -124,23 +121,6 @@ def needed_rank(rows: Sequence[CapacityRow]) -> int | None:
 def highest_rank(sizes: AdapterSizes) -> int:
     """The highest rank to recommend: 512, or a quarter of the narrowest adapted weight, as a power of two."""
     return max((rank for rank in RANKS if rank <= sizes.narrowest // 4), default=1)
-
-
-def recommended_rank(rows: Sequence[CapacityRow], highest: int, floor: int = FLOOR, default: int = DEFAULT) -> int:
-    """The rank to train with: the needed one, but at least ``default``, and not above ``highest``.
-
-    Args:
-        rows: A table; its first target set counts.
-        highest: From `highest_rank`; it limits ranks above ``default`` only.
-        floor: The lowest rank to recommend: 8 for supervised fine-tuning, 1 for reinforcement learning, where a reward
-            tells far less than a token.
-        default: The rank where a lower one would do: 32, or less where memory does not allow it.
-    """
-    least = max(floor, default)
-    if all(row.verdict == "cannot tell" for row in rows):
-        return least
-    needed = needed_rank(rows) or highest
-    return max(least, min(needed, highest))
 
 
 def _verdict(ratio_a: float | None, ratio_b: float | None) -> str:

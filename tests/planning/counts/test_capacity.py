@@ -23,7 +23,6 @@ from lightning_lora.planning.capacity import (
     capacity_table,
     highest_rank,
     needed_rank,
-    recommended_rank,
 )
 from lightning_lora.planning.capacity_sentence import capacity_sentence
 from lightning_lora.planning.count_data import count_data
@@ -106,28 +105,6 @@ def test_the_needed_rank_is_the_lowest_one_inside_for_the_own_targets() -> None:
     assert needed_rank(rows) == 4
     assert needed_rank(capacity_table(llama(), tokens(10**9))) is None
     assert needed_rank(capacity_table(llama(), without_counts("unknown", 10))) is None
-
-
-@pytest.mark.parametrize(
-    ("number", "settings", "rank"),
-    [
-        (1, {}, 32),
-        (1, {"default": 8}, 8),
-        (1, {"default": 1}, 8),
-        (1, {"default": 1, "floor": 1}, 1),
-        (100 * 100, {}, 128),
-        (200 * 100, {}, 128),
-        (10**9, {}, 128),
-    ],
-    ids=["default", "memory is short", "the floor", "for rewards", "higher", "the highest", "over at every rank"],
-)
-def test_the_recommended_rank_has_a_floor_a_default_and_a_ceiling(
-    number: int, settings: dict[str, int], rank: int
-) -> None:
-    rows = [capacity_row("all", rank, 100 * rank, tokens(number)) for rank in RANKS]
-    assert recommended_rank(rows, 128, **settings) == rank
-    unknown = [capacity_row("all", rank, 100 * rank, without_counts("unknown", 10)) for rank in RANKS]
-    assert recommended_rank(unknown, 128) == 32
 
 
 def test_the_highest_rank_is_a_quarter_of_the_narrowest_layer_and_at_most_512() -> None:
