@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import blocks, rooms
+from docs import blocks, layer_picture, rooms
 from docs.blocks import PAGES, ROOT
 from tests.support import warm
 
@@ -71,6 +71,10 @@ def test_the_page_of_commands_has_their_options_as_they_are() -> None:
 
 def test_the_picture_of_the_rooms_shows_the_imports_as_they_are() -> None:
     assert rooms.PICTURE.read_text() == rooms.picture(), "the imports have changed: run python -m docs.rooms"
+
+
+def test_the_picture_of_a_layer_is_what_its_script_draws() -> None:
+    assert layer_picture.PICTURE.read_text() == layer_picture.picture(), "run python -m docs.layer_picture"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
