@@ -2,7 +2,7 @@
 
     python -m docs.layer_picture
 
-Writes docs/images/layer.svg; tests/test_docs.py fails where it is not what this draws. White ground: legible on dark pages.
+Writes docs/images/layer.svg, on a white ground that is legible on dark pages. tests/test_docs.py compares them.
 """
 
 from __future__ import annotations
