@@ -12,8 +12,8 @@ from pathlib import Path
 PICTURE = Path(__file__).parent / "images" / "layer.svg"
 STYLE = """
   text { font: 15px system-ui, sans-serif; fill: #1f2933; text-anchor: middle }
-  .small { font-size: 12.5px; fill: #52606d }
-  .big { font-size: 19px; font-style: italic }
+  .small { font-size: 14px; fill: #52606d }
+  .big { font-size: 21px; font-style: italic }
   .page { fill: #fff }
   .frozen { fill: #e4e7eb; stroke: #9aa5b1 }
   .trained { fill: #d9e8fb; stroke: #3e6fb0 }
