@@ -21,7 +21,8 @@ def test_every_file_of_a_watched_run_is_on_the_page(tmp_path: Path) -> None:
     probe += ["--trainer.callbacks.init_args.min_steps=1", "--trainer.callbacks+=lightning_lora.RankProbe"]
     probe += ["--trainer.callbacks.init_args.at=1", "--trainer.callbacks.init_args.min_steps=1"]
     watched = configs("sft.yaml", "lora.yaml", "capacity.yaml", "probe.yaml")
-    done = lightning_lora("fit", *watched, *EMBEDDED, *probe, model, cwd=tmp_path)
+    whole_rows = [option for option in EMBEDDED if "max_length" not in option]
+    done = lightning_lora("fit", *watched, *whole_rows, *probe, model, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "sft" / "version_0"
     assert {file.name for file in run.iterdir() if file.is_file()} == ALWAYS | PICTURES | REPORTS
