@@ -4,7 +4,7 @@
 
 The first table shows which share of the labels' bits a readout has stored, for so many bits per free parameter; a
 matrix of rank r has ``r (in + out) - r^2`` of them. The second one shows what adapters store at the rank that
-`capacity_table` calls needed, and at the rank that is recommended for fine-tuning, which is never below 8.
+`capacity_table` calls needed, and at rank 8 where that is lower.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lightning_lora.planning.count_data import count_data
 
 INPUTS, CLASSES = 48, 32
 STEPS, RATE = 4000, 0.1
+FLOOR = 8
 RANKS, LOADS = (1, 2, 4, 8), (0.5, 1.0, 2.0, 4.0)
 ROWS = (20, 60, 120, 240)
 FLOOR = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import blocks, rooms
+from docs import blocks, layer_picture, plan_page, rooms
 from docs.blocks import PAGES, ROOT
 from tests.support import warm
 
@@ -71,6 +71,19 @@ def test_the_page_of_commands_has_their_options_as_they_are() -> None:
 
 def test_the_picture_of_the_rooms_shows_the_imports_as_they_are() -> None:
     assert rooms.PICTURE.read_text() == rooms.picture(), "the imports have changed: run python -m docs.rooms"
+
+
+@pytest.mark.slow
+def test_the_example_of_a_plan_has_the_capacity_and_memory_that_plan_prints() -> None:
+    """The rest of the page names the machine and the time of the day it was printed on."""
+    rows = re.compile(r"^ +(?:\d+ +[\d,]+|lora|qlora|full) +\d.*$", flags=re.MULTILINE)
+    page = plan_page.PAGE.read_text().partition(plan_page.BEGIN)[2].partition(plan_page.END)[0]
+    assert len(rows.findall(page)) == 8
+    assert rows.findall(page) == rows.findall(plan_page.printed()), "run python -m docs.plan_page"
+
+
+def test_the_picture_of_a_layer_is_what_its_script_draws() -> None:
+    assert layer_picture.PICTURE.read_text() == layer_picture.picture(), "run python -m docs.layer_picture"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

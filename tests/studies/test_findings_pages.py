@@ -12,6 +12,7 @@ from studies.write_findings import TABLES, filled
 from tests.support import toys
 
 PAGES = sorted(page for page in (toys.ROOT / FINDINGS).glob("*.md") if page.name != "README.md")
+HEADINGS = ["Verdict", "The claim", "What was run", "What was found", "Limits"]
 WORDS = ("confirmed", "not confirmed", "cannot tell here")
 _TABLE = re.compile(r"<!-- table: (\w+)(?: (\w+))? -->\n(.*?)<!-- end -->", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?:e[+-]\d+)?(?!\.\d)")
@@ -45,15 +46,15 @@ def test_every_decimal_number_of_the_text_is_in_a_table(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_has_a_claim_with_its_source_a_verdict_and_what_would_tell(page: Path) -> None:
+def test_a_page_has_a_verdict_a_claim_with_its_source_and_what_would_tell(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert re.findall(r"^## (.*)", text, re.MULTILINE) == ["The claim", "What was run", "What was found", "Verdict"]
+    assert re.findall(r"^## (.*)", text, re.MULTILINE) == HEADINGS
     claim = text.partition("## The claim")[2].partition("## ")[0]
     assert "https://" in claim
     verdict = re.search(r"## Verdict\n\n\*\*(.+?)\.\*\*", text)
     assert verdict
     assert verdict[1].lower() in WORDS
-    assert "would tell" in text.partition("## Verdict")[2]
+    assert "would tell" in text.partition("## Limits")[2]
 
 
 def test_the_index_has_every_page_with_its_verdict() -> None:

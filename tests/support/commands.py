@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -43,6 +45,17 @@ def tree(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def unlisted_files(folder: Path) -> set[str]:
+    """Files below the folder of a run or a study that ``docs/reference/run_files.md`` does not name."""
+    page = (toys.ROOT / "docs" / "reference" / "run_files.md").read_text()
+    cells = re.findall(r"^\| (`.*?`) \|", page, flags=re.MULTILINE)
+    patterns = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)} - {"runs/*"}
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    # The runs of a study have folders of their own.
+    of_run = {name: re.sub(r"^runs/[^/]+/", "", name) for name in found}
+    return {name for name in found if not any(fnmatch(of_run[name], pattern) for pattern in patterns)}
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:

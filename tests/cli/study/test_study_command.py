@@ -203,6 +203,13 @@ def test_a_study_trains_its_arms_by_the_code_of_fit(finished: tuple[Path, warm.D
 
 
 @pytest.mark.slow
+def test_every_file_of_a_study_is_on_the_page_of_files(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
+    folder, _, record = finished
+    assert record.cells
+    assert commands.unlisted_files(folder / "out") == set()
+
+
+@pytest.mark.slow
 def test_a_failed_arm_is_rows_with_a_reason_and_exit_code_3(finished: tuple[Path, warm.Done, StudyRecord]) -> None:
     _, done, record = finished
     (failed,) = record.cells_of("broken")
