@@ -14,7 +14,6 @@ from tests.support.warm import ROOT
 from tests.test_bad_input import named_in
 
 TABLE = ROOT / "docs" / "evidence" / "first_use.md"
-# On two idle cores less than half of it are seconds by the clock.
 MOST = 120
 """Seconds of a processor: a minute of two cores."""
 COUNT = """
