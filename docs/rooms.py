@@ -34,6 +34,7 @@ ABOUT = {
     "batch_facts": "known of a batch",
     "step_memory": "what a step keeps",
     "lightning_private": "private attributes of Lightning",
+    "this_command": "what was typed",
     "hub": "hub access",
     "student_t": "Student's t",
     "errors": "every error; all rooms import it, without an arc",

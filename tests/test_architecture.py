@@ -25,6 +25,7 @@ MODELS = (*LIGHTNING, "transformers", "datasets")
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "versions": (),
+    "this_command": (),
     "student_t": (),
     "batch_facts": (),
     "lightning_messages": (),

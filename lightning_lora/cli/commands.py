@@ -28,7 +28,7 @@ def command_parser(name: str) -> CommandParser:
 
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder to write (default: demo)")
-    parser.add_argument("--steps", type=int, default=45, help="optimizer steps of each run (default: 45)")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and adapters (default: 0)")
 
 

@@ -8,6 +8,7 @@ import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ LORA = LoRAConfig(rank=32, lr_multiplier=3.0)
 MERGE_TOLERANCE = 1e-5
 
 
-def run_demo(out: Path, steps: int = 45, seed: int = 0) -> None:
+def run_demo(out: Path, steps: int = 30, seed: int = 0) -> None:
     """Train with LoRA and in full on the same rows in the same order; write report, numbers, adapter and merged model.
 
     Args:
@@ -125,8 +126,17 @@ def demo_page(arms: list[ArmResult], said: str) -> Page:
 
 
 def _in_own_process(name: str, lora: LoRAConfig | None, steps: int, seed: int, adapter: Path | None) -> ArmResult:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
         return pool.submit(train_arm, name, lora, LEARNING_RATE, steps, seed, adapter).result()
+
+
+def _processes() -> BaseContext:
+    """Fresh processes whose imports are done once for all of them, where the system can fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_lora.cli.demo_arm"])
+    return context
 
 
 def _merge_and_check(out: Path) -> None:

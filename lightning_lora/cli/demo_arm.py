@@ -76,7 +76,7 @@ def train_arm(
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        val_check_interval=max(steps // 3, 1),
+        val_check_interval=steps if steps % 2 else steps // 2,  # once at the end, and half-way
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
@@ -14,6 +14,7 @@ from lightning_lora.cli.missing_package import missing_package_advice
 from lightning_lora.cli.mistakes.class_paths import wrong_class_path
 from lightning_lora.cli.mistakes.config_files import place_of
 from lightning_lora.cli.mistakes.options import arguments_at, full_names, nearest
+from lightning_lora.cli.mistakes.renamed import in_config, in_words
 from lightning_lora.cli.mistakes.values import last_class, wrong_value
 from lightning_lora.errors import did_you_mean, with_code
 
@@ -35,6 +36,15 @@ class LoRAArgumentParser(LightningArgumentParser):
     """
 
     given: Sequence[str] = ()
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        """Parse a command line; old names of options are accepted for two releases."""
+        return super().parse_args(in_words(sys.argv[1:] if args is None else args), *rest, **options)
+
+    @override
+    def _load_config_parser_mode(self, content: str, *rest: Any, **options: Any) -> Any:
+        return super()._load_config_parser_mode(in_config(content), *rest, **options)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -34,14 +35,7 @@ def ends_in_order(told: Run, signum: int) -> None:
     assert told.code() == 128 + signum, told.text
     name = signal.Signals(signum).name
     assert re.search(rf"\n{name}: finishing the optimizer step, then saving", told.text), told.text
-    assert (
-        len(
-            re.findall(
-                rf"stopped by {name} after optimizer step \d+; continue by the same command with --ckpt_path", told.text
-            )
-        )
-        == 1
-    )
+    assert len(re.findall(rf"stopped by {name} after optimizer step \d+; to continue, (?:type|call)", told.text)) == 1
     assert "Traceback" not in told.text
 
 
@@ -147,11 +141,12 @@ def test_the_command_stops_with_a_checkpoint_goes_on_and_refuses_a_second_run_in
         assert tree(folder)["config.yaml"] == before
         os.kill(first.process.pid, signal.SIGTERM)
         ends_in_order(first, signal.SIGTERM)
-    path, content = stopped(tmp_path)
+    _, content = stopped(tmp_path)
     step = content["global_step"]
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + step - 1, "the header, and no row for the last step"
-    with run(tmp_path, *COMMAND, f"--ckpt_path={path}") as again:
+    (typed,) = re.findall(r"to continue, type:\n  lightning-lora (.*)", first.text)
+    with run(tmp_path, "-m", "lightning_lora", *shlex.split(typed)) as again:
         found = again.wait_for(r"step (\d+) ")
         assert int(found[1]) == step + 1, again.text
         again.tell_all(signal.SIGINT)

@@ -1,6 +1,6 @@
 """Runs that save a checkpoint at every place where they can be interrupted, and runs that resume from there.
 
-``python -m tests.support.resuming`` prints the table of docs/use/resume.md.
+``python -m tests.support.resuming`` prints what docs/use/resume.md counts.
 """
 
 from __future__ import annotations

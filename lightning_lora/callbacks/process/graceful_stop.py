@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.sharding.collectives import largest_of_ranks
+from lightning_lora.this_command import this_command
 from lightning_lora.trainer_access import move_last, run_folder
 
 from .spared_workers import spare_workers
@@ -125,9 +126,9 @@ class GracefulStop(Callback):
         # Not Path, as the folder may be remote.
         path = os.path.join(beside or os.path.join(run_folder(trainer), "checkpoints"), FILE)
         trainer.save_checkpoint(path, weights_only=False)
+        how = f"type:\n  {this_command(path)}" if "fit" in sys.argv[1:] else f"call fit(..., ckpt_path={path!r})"
         rank_zero_info(
-            f"stopped by {signal.Signals(signum).name} after optimizer step {trainer.global_step}; "
-            f"continue by the same command with --ckpt_path {path}"
+            f"stopped by {signal.Signals(signum).name} after optimizer step {trainer.global_step}; to continue, {how}"
         )
 
     def ask(self, signum: int) -> bool:

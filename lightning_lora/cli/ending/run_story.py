@@ -20,6 +20,7 @@ from lightning_lora.files.atomic import sha256
 from lightning_lora.files.events import write_event
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.study.report.runs.losses import LossCurve
+from lightning_lora.this_command import program
 from lightning_lora.trainer_access import found
 from lightning_lora.versions import installed_version
 
@@ -74,7 +75,7 @@ def tell_start(folder: Path, trainer: Trainer, module: LightningModule) -> None:
         "event": "started",
         "step": trainer.global_step,
         "steps_planned": _planned_steps(trainer),
-        "command": [_program(), *sys.argv[1:]],
+        "command": [program(), *sys.argv[1:]],
         "versions": {name: installed_version(name) for name in _LIBRARIES},
         "device": _device(module),
         "processes": trainer.world_size,
@@ -94,11 +95,6 @@ def tell_end(folder: Path, step: int, exception: BaseException | None) -> None:
         first = next(iter(str(exception).strip().splitlines()), "")
         event["reason"] = f"{type(exception).__name__}: {first}" if first else type(exception).__name__
     write_event(folder, event)
-
-
-def _program() -> str:
-    called = Path(sys.argv[0])
-    return "lightning-lora" if called.parent.name == "lightning_lora" else called.name
 
 
 def _planned_steps(trainer: Trainer) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_lora.cli.help.recipes import recipes
 from lightning_lora.errors import CommandError, did_you_mean, first_five, first_line
 from lightning_lora.files.yaml_text import MAX_CHARACTERS, compose_yaml
 
@@ -26,7 +27,9 @@ def check_config_files(arguments: Sequence[str]) -> None:
     Warns:
         UserWarning: If the callbacks of one replace those of another.
     """
-    roots = {name: _parsed(name) for name in config_files(arguments)}
+    names = config_files(arguments)
+    _check_recipes(names)
+    roots = {name: _parsed(name) for name in names}
     for name, root in roots.items():
         for node in _nodes(root):
             if isinstance(node, yaml.MappingNode):
@@ -93,6 +96,18 @@ def _parsed(name: str) -> yaml.MappingNode:
         held = "is empty" if root is None else f"holds {_kind(root)}, not settings"
         raise CommandError(f"config {name} {held}: a config names settings, such as 'model:' or 'trainer:'.")
     return root
+
+
+def _check_recipes(names: Sequence[str]) -> None:
+    """Raise if a config that comes with the package is asked for where it is not."""
+    missing = [name for name in names if not Path(name).exists()]
+    of_package = recipes() if missing else {}
+    recipe_of = {name: name.removeprefix("cli_configs/") for name in missing}
+    if shipped := [recipe for name, recipe in recipe_of.items() if recipe in of_package and recipe != name]:
+        raise CommandError(
+            f"{first_five(missing)}: no such file in {os.getcwd()}. The package has these configs; put them there: "
+            f"lightning-lora recipes copy {' '.join(shipped)}"
+        )
 
 
 def _text(name: str) -> str:

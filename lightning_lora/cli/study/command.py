@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lightning_lora.cli.help.command import CommandParser
 from lightning_lora.errors import StudySettingError
+from lightning_lora.this_command import this_command
 
 if TYPE_CHECKING:
     from lightning_lora.cli.study.estimate import Estimate
@@ -109,7 +110,7 @@ def _work(
         plan = worker.work()
         _, statuses = worker.plan()
     except (KeyboardInterrupt, SystemExit):
-        print("stopped: the same command goes on with the runs that are not finished", file=sys.stderr)
+        print(f"stopped; to go on with the runs that are not finished, type:\n  {this_command()}", file=sys.stderr)
         for other in others:
             other.terminate()
         raise

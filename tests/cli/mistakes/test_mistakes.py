@@ -194,6 +194,21 @@ def test_a_mistake_in_a_config_is_one_line(name: str, folder: Path, capsys: pyte
     assert tree(folder) == before
 
 
+def test_a_config_of_the_package_that_is_not_here_is_told_how_to_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--config=cli_configs/sft.yaml", "--config=cli_configs/strategy/ddp.yaml"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(fit)
+    assert end.value.code == 2
+    asked = "lightning-lora recipes copy sft.yaml strategy/ddp.yaml"
+    assert asked in " ".join(capsys.readouterr().err.split())
+    assert cli.main(asked.split()[1:]) == 0
+    assert (tmp_path / "cli_configs/strategy/ddp.yaml").is_file()
+    check_config_files(fit)
+
+
 def test_the_nearest_option_may_lack_its_groups() -> None:
     options = ["trainer.max_steps", "model.init_args.warmup_steps", "data.init_args.max_rows", "seed_everything"]
     assert nearest("max_steps", options) == "; did you mean 'trainer.max_steps'?"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
+from time import sleep
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +32,32 @@ def test_a_line_for_each_run_says_how_far_the_study_is(tmp_path: Path) -> None:
     assert count / 2 <= int(lines[2].split()[3].rstrip(":")) <= 2 * count, "after the third run"
     assert lines[-1].startswith(f"{count} of about {count}: ")
     assert lines[-1].endswith("the last one that is known of")
+
+
+@pytest.mark.parametrize(
+    "durations", [{"full": 60, "rank 8": 60}, {"full": 90, "rank 8": 50}, {"full": 900, "rank 8": 600}]
+)
+def test_after_the_third_run_the_time_that_is_left_is_right_within_a_factor_of_two(
+    durations: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(
+        "lightning_lora.study.matched.worker.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    )
+    lines: list[str] = []
+    ended: list[float] = []
+
+    def run(cell: Cell, folder: Path, lost: threading.Event) -> Outcome:
+        now[0] += durations.get(cell.arm, 1)  # the untrained base is only scored
+        ended.append(now[0])
+        return planted.outcome(planted.planted_loss(cell))
+
+    worker(tmp_path, run, lines).work()
+    assert len(lines) == len(ended) >= 12
+    found = re.search(r"about ([\d.]+) (s|min|h) left", lines[2])
+    assert found
+    told = float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]
+    assert 0.5 < told / (now[0] - ended[2]) < 2
 
 
 def test_a_run_whose_folder_is_still_in_use_is_left_until_it_is_free(tmp_path: Path) -> None:
