@@ -95,7 +95,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     across them.
 
     Args:
-        rewards: Reward of each token, ``(rows, tokens)``; a completion has its reward at its last trained token.
+        rewards: Of each token, ``(rows, tokens)``; that of a completion stands at its last trained token.
         values: ``(rows, tokens)``.
         mask: ``(rows, tokens)``.
         gamma: Discount per token, in (0, 1].
@@ -123,6 +123,7 @@ def whiten(
     values: Tensor,
     mask: Tensor,
     *,
+    unbiased: bool = True,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Shift and scale the trained tokens to mean 0 and variance 1; 0 where the mask is 0.
@@ -130,11 +131,14 @@ def whiten(
     Args:
         values: ``(rows, tokens)``.
         mask: ``(rows, tokens)``.
+        unbiased: Whether the variance is divided by one less than the number of tokens.
         sum_over_ranks: Adds up a tensor over all ranks, whose tokens then count together; None on one rank.
     """
     is_trained = mask.bool()
-    mean, variance = _mean_and_variance(values, is_trained, sum_over_ranks)
-    return ((values - mean) * (variance + 1e-8).rsqrt()).masked_fill(~is_trained, 0)
+    mean, variance = _mean_and_variance(values, is_trained, unbiased, sum_over_ranks)
+    # The first as TRL and verl, the second as OpenRLHF.
+    variance = variance + 1e-8 if unbiased else variance.clamp(min=1e-8)
+    return ((values - mean) * variance.rsqrt()).masked_fill(~is_trained, 0)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = None) -> Tensor:
@@ -171,14 +175,14 @@ def overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
 
 
 def _deviation(rewards: Tensor, is_used: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-    return _mean_and_variance(rewards, is_used, sum_over_ranks)[1].sqrt()
+    return _mean_and_variance(rewards, is_used, True, sum_over_ranks)[1].sqrt()
 
 
 def _mean_and_variance(
-    values: Tensor, is_used: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None
+    values: Tensor, is_used: Tensor, unbiased: bool, sum_over_ranks: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     total = sum_over_ranks or (lambda numbers: numbers)
     sums = total(torch.stack([values.masked_fill(~is_used, 0).sum(), is_used.sum().to(values)]))
     mean, count = sums[0] / sums[1].clamp(min=1), sums[1]
     squares = total((values - mean).masked_fill(~is_used, 0).square().sum())
-    return mean, squares / (count - 1).clamp(min=1)
+    return mean, squares / (count - int(unbiased)).clamp(min=1)

@@ -6,6 +6,8 @@ masked positions never matters: log-ratios are masked *before* the exponential, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ def policy_loss(
     value is about ``-mean(A)``: learning cannot be read off the value.
 
     Args:
-        logprobs: Log-probabilities by the policy that is trained, ``(rows, tokens)``, nats.
-        old_logprobs: Log-probabilities by the policy that is the origin of the ratio, ``(rows, tokens)``.
+        logprobs: Of the policy that is trained, ``(rows, tokens)``, nats.
+        old_logprobs: Of the policy that is the origin of the ratio, ``(rows, tokens)``.
         advantages: ``(rows, tokens)``, or ``(rows,)`` for one number per completion.
         mask: 1 at trained tokens, ``(rows, tokens)``.
         clip: The other arguments are those of `token_losses`.
@@ -193,19 +195,39 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, rati
     return log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
 
 
-def sampler_correction(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, high: float) -> Tensor:
-    """Compute weights ``exp(old_logprobs - sampler_logprobs)``, at most ``high``, for tokens of another program.
+def sampler_correction(
+    old_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    ratio: str = "token",
+    outside: str = "clamp",
+) -> Tensor:
+    """Compute weights ``exp(old_logprobs - sampler_logprobs)`` for tokens that another program has sampled.
 
-    The sampler and the learner give a token slightly different probabilities. `policy_loss` takes these weights
-    (truncated importance sampling).
+    The sampler and the learner give a token slightly different probabilities. `policy_loss` takes these weights.
 
     Args:
-        old_logprobs: Log-probabilities by the learner, ``(rows, tokens)``.
-        sampler_logprobs: Log-probabilities by the sampler, ``(rows, tokens)``.
+        old_logprobs: Of the learner, ``(rows, tokens)``.
+        sampler_logprobs: Of the sampler, ``(rows, tokens)``.
         mask: ``(rows, tokens)``.
+        low: Smallest weight.
         high: Largest weight.
+        ratio: ``"token"``, or ``"row_sum"`` for one weight for all tokens of a row.
+        outside: ``"clamp"`` holds the weight within the bounds (truncated importance sampling); ``"drop"`` makes it 0
+            outside of them (IcePop with tokens, the sequence mask of TRL with rows).
+
+    Raises:
+        ConfigError: If ``outside`` is unknown.
     """
-    return probability_ratio(old_logprobs, sampler_logprobs, mask).detach().clamp(max=high)
+    if outside not in ("clamp", "drop"):
+        raise PolicySettingError(f"outside must be 'clamp' or 'drop', got {outside!r}.")
+    weights = probability_ratio(old_logprobs, sampler_logprobs, mask, ratio).detach()
+    if outside == "clamp":
+        return weights.clamp(low, high)
+    return weights.masked_fill((weights < low) | (weights > high), 0)
 
 
 def _check(clip: tuple[float, float] | None, dual_clip: float | None, ratio: str) -> None:

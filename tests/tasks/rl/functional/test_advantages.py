@@ -101,6 +101,8 @@ def test_whitened_advantages_are_those_of_the_libraries() -> None:
     found = whiten(advantages, MASK)[MASK.bool()].tolist()
     expected = [0.8961715071, 0.8112094621, 0.7224542465, 0.6296658885, 0.5325892343]
     assert found == pytest.approx([*expected, -1.2943996084, -1.0449621869, -1.2527285433], abs=1e-9)
+    found = whiten(advantages, MASK, unbiased=False)[MASK.bool()].tolist()
+    assert [found[0], found[-1]] == pytest.approx([0.9580476505, -1.3392231599], abs=1e-9)
 
 
 def test_value_losses_are_those_of_the_libraries() -> None:

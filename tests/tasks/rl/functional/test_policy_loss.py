@@ -20,10 +20,13 @@ SAMPLER = [[-0.65, -1.05, -0.7, -1.4], [-0.3, -1.7, PAD, 0]]
 REF = [[-0.4, -1.5, -0.3, -1.2], [-1.1, -0.5, -PAD, PAD]]
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
 A = [1, -0.5]
+TIS: dict[str, Any] = {"high": 1.1}
+ICEPOP: dict[str, Any] = {"low": 0.9, "high": 1.2, "outside": "drop"}
+SEQUENCE: dict[str, Any] = {"high": 1.1, "ratio": "row_sum"}
 PPO = {"clip": (0.2, 0.2)}
 WEIGHTED = [-0.18419515, -0.13645513, -0.27478688, -0.06131324, 0.03744408, 0.27667641]
 
-ROWS: list[tuple[str, dict[str, Any], float | None, float, list[float]]] = [
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any] | None, float, list[float]]] = [
     ("ppo", PPO, None, -0.2386204418, [-0.18419515, -0.13645513, 0, -0.06131324, 0, 0.27667641]),
     (
         "ppo, mean of row means",
@@ -89,9 +92,17 @@ ROWS: list[tuple[str, dict[str, Any], float | None, float, list[float]]] = [
     (
         "ppo, weights of tokens held",
         PPO,
-        1.1,
+        TIS,
         -0.2856455986,
         [-0.19363904, -0.14345133, 0, -0.06744456, 0, 0.22652349],
+    ),
+    ("ppo, tokens dropped", PPO, ICEPOP, -0.4443797923, [-0.19363904, -0.14345133, 0, 0, 0, 0]),
+    (
+        "ppo, weights of rows held",
+        PPO,
+        SEQUENCE,
+        -0.3294902074,
+        [-0.20261467, -0.15010064, 0, -0.06744456, 0, 0.25034717],
     ),
 ]
 
@@ -101,12 +112,14 @@ def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("options", "cap", "value", "gradient"), [row[1:] for row in ROWS], ids=[r[0] for r in ROWS])
+@pytest.mark.parametrize(
+    ("options", "correction", "value", "gradient"), [row[1:] for row in ROWS], ids=[r[0] for r in ROWS]
+)
 def test_losses_and_gradients_are_those_of_the_libraries(
-    options: dict[str, Any], cap: float | None, value: float, gradient: list[float], dtype: torch.dtype
+    options: dict[str, Any], correction: dict[str, Any] | None, value: float, gradient: list[float], dtype: torch.dtype
 ) -> None:
     logprobs, old = tensor(LP, dtype).requires_grad_(), tensor(OLD, dtype)
-    weights = None if cap is None else sampler_correction(old, tensor(SAMPLER, dtype), MASK, cap)
+    weights = None if correction is None else sampler_correction(old, tensor(SAMPLER, dtype), MASK, **correction)
     loss = policy_loss(logprobs, old, tensor(A, dtype), MASK, weights=weights, **options)
     loss.backward()
     tolerance = 1e-9 if dtype is torch.float64 else 1e-5
@@ -119,9 +132,11 @@ def test_losses_and_gradients_are_those_of_the_libraries(
 
 def test_the_weights_of_the_sampler_are_those_of_the_libraries() -> None:
     old, sampler = tensor(OLD), tensor(SAMPLER)
-    tokens = sampler_correction(old, sampler, MASK, 10.0)
+    tokens = sampler_correction(old, sampler, MASK)
     ratios = [1.0512710964, 1.0512710964, 0.904837418, 1.4918246976, 1.1051709181, 0.8187307531]
     assert tokens[MASK.bool()].tolist() == pytest.approx(ratios, abs=1e-9)
+    rows = sampler_correction(old, sampler, MASK, ratio="row_sum")
+    assert rows[:, 0].tolist() == pytest.approx([1.4918246976, 0.904837418], abs=1e-9)
 
 
 def test_one_number_per_token_is_one_per_completion_repeated() -> None:
@@ -235,6 +250,8 @@ def test_bad_choices_are_refused(options: dict[str, Any], message: str) -> None:
         policy_loss(tensor(LP), tensor(OLD), tensor(A), MASK, **options)
 
 
-def test_an_unknown_estimate_is_refused() -> None:
+def test_an_unknown_estimate_or_bound_is_refused() -> None:
     with pytest.raises(ConfigError, match="kl must be one of k1, k2, k3"):
         kl_estimate(tensor(LP), tensor(REF), "k4")
+    with pytest.raises(ConfigError, match="outside must be 'clamp' or 'drop'"):
+        sampler_correction(tensor(OLD), tensor(SAMPLER), MASK, outside="mask")
