@@ -162,7 +162,9 @@ def _order_seeds(trainer: Trainer) -> list[int]:
     Lightning takes the seed of ``seed_everything``, or 0.
     """
     samplers = (getattr(loader, "sampler", None) for loader in training_loaders(trainer))
-    return [sampler.seed for sampler in samplers if isinstance(sampler, DistributedSampler) and sampler.shuffle]
+    # One of another class, such as that of a stream, may have neither.
+    shuffling = [each for each in samplers if isinstance(each, DistributedSampler) and getattr(each, "shuffle", False)]
+    return [sampler.seed for sampler in shuffling if hasattr(sampler, "seed")]
 
 
 def _after_the_same_rows(

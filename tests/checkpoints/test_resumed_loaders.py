@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from tests.support import resuming, toys
 from tests.support.resuming import NUM_BATCHES, DiceyLoRA, check_exact, run, shuffled, unlike
@@ -111,6 +111,18 @@ def test_what_cannot_be_exact_is_said_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="not exactly as it would have: the rows of an iterable dataset") as caught:
         run(DiceyLoRA, tmp_path, tmp_path / "batch-1-4.ckpt", loader=loader, val_check_interval=3)
     assert sum("not exactly" in str(warning.message) for warning in caught) == 1
+
+
+def test_another_seed_of_the_order_is_told(tmp_path: Path) -> None:
+    """Lightning's own sampler of several ranks draws from the seed of ``seed_everything``, not from a random state."""
+
+    def ordered(seed: int) -> DataLoader[Any]:
+        rows = toys.rows(2 * NUM_BATCHES)
+        return DataLoader(rows, 2, sampler=DistributedSampler(rows, num_replicas=1, rank=0, seed=seed))
+
+    check_exact(DiceyLoRA, tmp_path, ["batch-1-4"], loader=lambda: ordered(3))
+    with pytest.warns(UserWarning, match=r"the order of its rows came from the seeds \[3\], and now from \[4\]"):
+        run(DiceyLoRA, tmp_path, tmp_path / "batch-1-4.ckpt", loader=lambda: ordered(4))
 
 
 def test_the_end_of_an_epoch_is_exact_with_an_iterable_dataset(tmp_path: Path) -> None:
