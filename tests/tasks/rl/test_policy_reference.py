@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_keeps_its_reference(llama_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reference": "precomputed", "kl_coefficient": 0.1}, "must be adapter_off, frozen or null"),
+        ({"reference": "precomputed", "kl_coefficient": 0.1}, "must be one of adapter_off, frozen or null"),
         ({"reference": "frozen"}, "no effect with kl_coefficient=0"),
     ],
 )
