@@ -16,6 +16,7 @@ LONGEST = (
     "test_cluster.py",
     "test_on_gpu.py",
     "test_first_hour.py",
+    "test_first_use.py",
     "test_faults.py",
     "test_step_trace.py",
     "test_study_command.py",
