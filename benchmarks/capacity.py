@@ -27,7 +27,6 @@ from lightning_lora.planning.count_data import count_data
 
 INPUTS, CLASSES = 48, 32
 STEPS, RATE = 4000, 0.1
-FLOOR = 8
 RANKS, LOADS = (1, 2, 4, 8), (0.5, 1.0, 2.0, 4.0)
 ROWS = (20, 60, 120, 240)
 FLOOR = 8

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_lora.checkpoints.shards import is_folder_of_shards
 from lightning_lora.errors import CheckpointFileError, first_five
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
-from lightning_lora.files.checkpoint_manifest import packed_parts
+from lightning_lora.files.lightning_checkpoint import refuse_packed
 
 _READ_SHARDS = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 _SHARDS = (
@@ -59,8 +59,8 @@ class _ExplainedLoading:
             reads_shards = isinstance(self._strategy, _READ_SHARDS) or type(reader) is not TorchCheckpointIO
             refuse_other_files(checkpoint_path, reads_shards)
         # Ours says so itself, and may take another checkpoint instead.
-        if type(reader) is TorchCheckpointIO and (packed := packed_parts(Path(checkpoint_path))):
-            raise CheckpointFileError(f"{checkpoint_path} is damaged: {packed}.")
+        if type(reader) is TorchCheckpointIO:
+            refuse_packed(Path(checkpoint_path))
         load: Any = type(self._strategy).load_checkpoint
         checkpoint = load(self._strategy, checkpoint_path, *args, **kwargs)
         # Lightning asks for this key next.

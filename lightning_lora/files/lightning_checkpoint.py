@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -14,6 +14,12 @@ from lightning_lora.files.checkpoint_manifest import examine, manifest_of, packe
 
 CHECKPOINT_KEY = "lightning_lora"
 """The key of an adapter-only checkpoint under which its adapters are described."""
+
+
+def refuse_packed(file: Path | IO[bytes]) -> None:
+    """Raise `AdapterFileError` if a checkpoint unpacks to more than it is: a small one could fill the memory."""
+    if packed := packed_parts(file):
+        raise CheckpointFileError(f"{file} is damaged: {packed}.")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from typing_extensions import Self
 
-from lightning_lora.errors import CheckpointFileError
-from lightning_lora.files.checkpoint_manifest import packed_parts
+from lightning_lora.files.lightning_checkpoint import refuse_packed
 
 
 class CheckedLoading(LightningModule):
@@ -24,9 +23,7 @@ class CheckedLoading(LightningModule):
             AdapterFileError: If the file is packed: a small one could fill the memory.
         """
         is_file = hasattr(checkpoint_path, "seek")
-        packed = packed_parts(checkpoint_path if is_file else Path(checkpoint_path))
+        refuse_packed(checkpoint_path if is_file else Path(checkpoint_path))
         if is_file:
             checkpoint_path.seek(0)
-        if packed:
-            raise CheckpointFileError(f"{checkpoint_path} is damaged: {packed}.")
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -17,6 +17,7 @@ from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.errors import CheckpointFileError, CommandError, did_you_mean, user_error
 from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.study.rank_probe import RankProbe
+from lightning_lora.trainer_access import found
 
 
 def check_data(module: LightningModule, data: LightningDataModule | None) -> None:
@@ -41,8 +42,8 @@ def check_trainer(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If nothing ends the run, or the strategy shards over one process.
     """
-    ends = any(isinstance(callback, (EarlyStopping, Timer, BatchProbe, RankProbe)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if not ends and settings.get("max_epochs") is None and trainer.max_steps == -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    ends = found(trainer, EarlyStopping, Timer, BatchProbe, RankProbe)
+    if ends is None and settings.get("max_epochs") is None and trainer.max_steps == -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise CommandError(
             "neither trainer.max_steps nor trainer.max_epochs is set, so the run would take the 1,000 epochs of "
             "Lightning: give one of the two, or trainer.max_time. trainer.max_epochs=-1 trains until it is stopped."
