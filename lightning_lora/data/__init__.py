@@ -1,14 +1,13 @@
 """Files and hub datasets to batches of tokens in which the supervised tokens are marked.
 
-Read in this order: `sft` (the data module), `rows_module` and `splits_module` (what it shares with
-others), `settings` (how rows become
-tokens), `sources` (from a name to rows), `reading`, `records` and `formats` (from a row to a conversation), `bad_rows`
-(rows that cannot be used), `tokenizer`, `chat` and `encoding` (to token ids and a mask), `documents` (texts of many
-rows), `token_table` (a batch of rows, all of these steps), `processes` (several batches at once), `tokens` (a whole
-source, cached), `source_report` (what is told about it), `read_splits` (the sources of a split), `split` (its counts),
-`sampling` (held-out rows, sources mixed by shares), `streaming` (rows that are tokenised while training), `batches`
-(padded or packed), `preferences` (pairs of answers), `prompts` (what a model is asked, without answers),
-`terminal_progress`.
+Read in this order: `sft` (the data module), `rows_module` and `splits_module` (what it shares with others),
+`settings` (how rows become tokens), `sources` (from a name to rows), `reading`, `records` and `formats` (from a row
+to a conversation), `bad_rows` (rows that cannot be used), `tokenizer`, `chat` and `encoding` (to token ids and a
+mask), `documents` (texts of many rows), `token_table` (a batch of rows, all of these steps), `processes` (several
+batches at once), `tokens` (a whole source, cached), `source_report` (what is told about it), `read_splits` (the
+sources of a split), `split` (its counts), `sampling` (held-out rows, sources mixed by shares), `streaming` (rows that
+are tokenised while training), `batches` (padded or packed), `preferences` (pairs of answers), `prompts` (what a model
+is asked, without answers), `terminal_progress`.
 """
 
 from __future__ import annotations
