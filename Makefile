@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test fast pytest lint bench docs coverage dist release lowest highest
+.PHONY: demo test fast pytest lint bench docs generated coverage dist release lowest highest
 
 demo: $(VENV)/.installed
 	$(BIN)/lightning-lora demo
@@ -31,12 +31,19 @@ bench: $(VENV)/.developing
 	$(BIN)/python -m benchmarks.step --workload tiny --repetitions 10 --out build/benchmarks
 
 lint: $(VENV)/.developing
-	$(BIN)/ruff check lightning_lora tests benchmarks studies
-	$(BIN)/ruff format --check lightning_lora tests benchmarks studies
+	$(BIN)/ruff check lightning_lora tests benchmarks docs studies
+	$(BIN)/ruff format --check lightning_lora tests benchmarks docs studies
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.developing
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# What is written from the code: the picture of the rooms, the tables of commands, the page of errors, the public surface.
+generated: $(VENV)/.developing
+	$(BIN)/python -m docs.rooms
+	$(BIN)/python -m docs.commands
+	$(BIN)/python -m docs.errors_page
+	UPDATE_PUBLIC_SURFACE=1 $(BIN)/python -m pytest -q tests/test_public_surface.py
 
 # Lines and branches of the package that the fast tests run, by room; all tests with FAST= .
 coverage: FAST = 1
