@@ -43,7 +43,6 @@ def check_versions(
 
     Args:
         needed: Libraries with their bounds; None means `requirements`.
-        installed: Gives the version of a library by its name.
 
     Raises:
         VersionError: If a library has another version; the message names all of them, and the command that helps.

@@ -30,12 +30,7 @@ _MOST_LINES = 6
 
 
 def draw_capacity(reading: CapacityReading, path: Path) -> None:
-    """Draw truncation, tangent capture and effective rank by layer and role, and the spectra of the updates.
-
-    Args:
-        reading: A reading with groups.
-        path: The PNG file to write.
-    """
+    """Draw truncation, tangent capture and effective rank by layer and role, and the spectra of the updates."""
     places = {name: _place(name) for name in reading.groups}
     rows, columns = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (0, 1))
     longest = max(map(len, rows))

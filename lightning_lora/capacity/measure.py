@@ -27,7 +27,6 @@ class CapacityMeter:
     """Measures a module in training on fixed rows.
 
     Args:
-        trainer: The Trainer of the run.
         module: The module, whole on this device.
         train: Training batches to score.
         held_out: Held-out batches to score; training batches if there are none.

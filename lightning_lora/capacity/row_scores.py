@@ -53,7 +53,6 @@ class RowScorer:
     A ``predict_step`` that is made for other batches, and fails on this one, is left out; one line says so.
 
     Args:
-        trainer: The Trainer of the run.
         module: The module, in evaluation mode and within `observed`.
         batch: A batch to try; a single one.
 

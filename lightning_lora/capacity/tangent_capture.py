@@ -73,9 +73,7 @@ def tangent_capture(
     """Measure tangent capture on single rows of ``batches``: of all adapted linear layers, and of each group.
 
     Args:
-        trainer: The Trainer of the run.
         module: The module, in evaluation mode and within `observed`. Gradients of its parameters stay as they are.
-        batches: Training batches, as a loader makes them.
         groups: Names of groups to names of adapted weights. Groups without linear layers are left out.
 
     Raises:

@@ -26,13 +26,6 @@ def check_choice(
 ) -> None:
     """Refuse a value of a setting that is none of its choices, and name those like it.
 
-    Args:
-        name: The setting, as the user writes it.
-        value: What the user gave.
-        choices: What may be given.
-        error: What is raised.
-        optional: Whether None may be given too.
-
     Raises:
         ConfigError: Or ``error``, if ``value`` is none of them.
     """
@@ -47,11 +40,7 @@ def check_count(
     """Refuse a value of a setting that is no whole number, or too small a one.
 
     Args:
-        name: The setting, as the user writes it.
         value: What the user gave. True and False are no numbers.
-        error: What is raised.
-        least: The smallest number that may be given.
-        optional: Whether None may be given too.
 
     Raises:
         ConfigError: Or ``error``, if ``value`` is no such number.
@@ -73,11 +62,6 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """The end of an error message: a suggestion of known names similar to ``name``, or a full stop.
-
-    Args:
-        name: The unknown name that the user wrote.
-        known: The names to choose from.
-        count: The most names to suggest.
 
     >>> did_you_mean("rnak", ["rank", "alpha"])
     "; did you mean 'rank'?"

@@ -61,7 +61,6 @@ def take_lock(path: Path, folder: Path) -> str | None:
 
     Args:
         path: The lock file; missing parent folders are made.
-        folder: The folder that is locked, for messages.
 
     Returns:
         A sentence for the user if the lock of a dead process was taken over, else None.

@@ -30,7 +30,6 @@ class RunStep:
     """Traces the steps of a run, whose module is built, adapted and on its device; nothing of the run is changed.
 
     Args:
-        trainer: The Trainer of the run.
         make: Gives the module to trace: the one that is trained, or one like it with other settings.
         batch: A function from a number of rows to a micro-batch.
         precision: The precision of the Trainer; None for its own.
@@ -75,7 +74,6 @@ class RunStep:
         """The most rows of ``sizes`` whose step fits into ``limit`` bytes; 0 if none does.
 
         Args:
-            limit: Bytes of a step.
             share: Rows of an optimizer step on this device, which all sizes divide.
             sizes: Rows of a micro-batch among which to choose.
             error: How much too high activations and logits may have been traced: a step that may fit, fits.

@@ -10,12 +10,7 @@ Hook = Callable[..., Any]
 
 
 def outermost(before: Hook | None = None, after: Hook | None = None) -> Callable[[Hook], Hook]:
-    """Wrap a hook so that two functions run once, around the outermost of nested ``super()`` calls.
-
-    Args:
-        before: Called first, with the module and the arguments of the hook.
-        after: Called last, with the same.
-    """
+    """Wrap a hook so that two functions run once, around the outermost of nested ``super()`` calls."""
 
     def wrap(hook: Hook) -> Hook:
         inside = f"_lora_inside_{hook.__name__}"

@@ -9,12 +9,7 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 
 def tell_if_shuffled(given: Any, prepared: Any) -> None:
-    """Tell that Lightning shuffles rows whose loader does not, as it does under every strategy with processes.
-
-    Args:
-        given: The training loader.
-        prepared: The loader that Lightning trains on.
-    """
+    """Tell that Lightning shuffles rows whose loader does not, as it does under every strategy with processes."""
     sampler = getattr(prepared, "sampler", None)
     is_in_order = isinstance(getattr(given, "sampler", None), SequentialSampler)
     if is_in_order and isinstance(sampler, DistributedSampler) and sampler.shuffle:

@@ -148,12 +148,7 @@ class Disk:
 
     @classmethod
     def of(cls, memory: MemoryParts, module: nn.Module) -> Disk:
-        """The files of a run.
-
-        Args:
-            memory: Memory of a step on a device that holds the whole model.
-            module: The module as it is trained; it may be built without memory.
-        """
+        """The files of a run."""
         trained = [parameter.nbytes for parameter in module.parameters() if parameter.requires_grad]
         beside = memory.optimizer + _STATES + len(trained) * _NAME_IN_CHECKPOINT
         whole = memory.weights + memory.adapters + beside

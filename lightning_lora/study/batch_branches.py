@@ -39,13 +39,6 @@ class BatchBranches:
     ) -> BatchBranches:
         """Plan branches with ``min_steps`` steps of the largest batch, or ``min_epoch`` of the rows if that is more.
 
-        Args:
-            batch_rows: Rows per step of the run.
-            ratios: Batches to try, as multiples of ``batch_rows``.
-            min_steps: Least number of steps of the largest batch.
-            min_epoch: Least fraction of the ``available`` rows.
-            available: Training rows of the run.
-
         Raises:
             ConfigError: If a batch would be less than one row, or there are fewer than two batches.
             DataError: If there are too few rows.

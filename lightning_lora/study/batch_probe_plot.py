@@ -12,12 +12,7 @@ from lightning_lora.study.batch_probe_result import BatchProbeResult
 
 
 def draw_probe(result: BatchProbeResult, path: Path) -> None:
-    """Draw held-out loss against batch, with the intervals of the paired differences to the smallest batch.
-
-    Args:
-        result: The result to draw.
-        path: The PNG file to write.
-    """
+    """Draw held-out loss against batch, with the intervals of the paired differences to the smallest batch."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     batches = list(result.losses)

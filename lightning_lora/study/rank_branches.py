@@ -60,9 +60,7 @@ class RankBranches:
         """Train both branches, with fresh moments, and compare them.
 
         Args:
-            point: The point that the branches start from.
             rows: All rows in the order of the run; seeds after the first shuffle them.
-            held_out: The rows that branches are scored on.
 
         Raises:
             ConfigError: If no rank can be raised.

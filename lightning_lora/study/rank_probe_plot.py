@@ -12,12 +12,7 @@ from lightning_lora.study.rank_probe_result import RankProbeResult
 
 
 def draw_rank_probe(result: RankProbeResult, path: Path) -> None:
-    """Draw the losses of both branches, with the interval of their paired difference at the grown one.
-
-    Args:
-        result: The result to draw.
-        path: The PNG file to write.
-    """
+    """Draw the losses of both branches, with the interval of their paired difference at the grown one."""
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axes = figure.subplots()
     names = ["before", f"rank {result.rank}", f"rank {result.grown_rank}"]

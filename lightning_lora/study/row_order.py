@@ -16,10 +16,6 @@ from lightning_lora.errors import ResultFileError
 def check_loader(loader: object, kind: str) -> DataLoader[Any]:
     """Return ``loader`` if single rows can be taken from its dataset.
 
-    Args:
-        loader: The loader of a Trainer, or what stands in its place.
-        kind: ``"training"`` or ``"validation"``, for messages.
-
     Raises:
         DataError: If single rows cannot be taken.
     """

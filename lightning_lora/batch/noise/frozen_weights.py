@@ -26,8 +26,6 @@ class WeightSketches:
     """Measures all rows of a step: `start`, `add` after each backward pass, `finish`, as in `MicroGradients`.
 
     Args:
-        module: The module being trained.
-        parameters: Its trained parameters.
         group: The data-parallel ranks, with whole parameters on each; None on one device.
 
     Raises:

@@ -107,8 +107,6 @@ class _Traces:
     """The step of a run with the batch at hand, traced as it is and with other settings, as far as that is possible.
 
     Args:
-        trainer: The Trainer of the run.
-        module: The module that it trains.
         batch: The micro-batch; None if nothing is to be traced.
         room: Memory of the device for a step; None if it is not known.
 

@@ -35,9 +35,7 @@ def fold_scales(folder: AdapterFolder, target: str, out: Path) -> int:
     Nothing is written where it does already. Our manifest, which describes other tensors, is taken away otherwise.
 
     Args:
-        folder: The adapter.
         target: ``"llama.cpp"`` or ``"vllm"``.
-        out: The folder to rewrite.
 
     Returns:
         The number of layers whose ``B`` is another one than in ``folder``.
@@ -99,7 +97,6 @@ def check_llama_cpp(folder: AdapterFolder, base: dict[str, Any] | None) -> None:
     """Raise `AdapterFileError` for what llama.cpp drops or misreads.
 
     Args:
-        folder: The adapter.
         base: The base model's ``config.json``, or None if it is not at hand.
     """
     reasons = list(_reasons(folder, base))

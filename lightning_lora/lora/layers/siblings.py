@@ -103,9 +103,7 @@ def sibling_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
     """Output of ``layer`` for ``x``; with gradients on, it is computed together with the outputs of its siblings.
 
     Args:
-        layer: The layer that is called.
         x: Its input, ``(*, in)``.
-        adapted: The layer's `AdaptedWeight` for ``x``.
 
     Returns:
         ``(*, out)``.

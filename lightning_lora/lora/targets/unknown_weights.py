@@ -17,13 +17,7 @@ REASON = "of an unknown kind"
 
 
 def unknown_weights(root: nn.Module, candidates: Candidates, trainable: Collection[str]) -> dict[str, str]:
-    """Dotted name of every parameter with two axes or more that no target can select, to the class of its module.
-
-    Args:
-        root: The module to adapt.
-        candidates: All weights below ``root`` that targets can select or that are refused.
-        trainable: Names of the modules that are trained in full.
-    """
+    """Dotted name of every parameter with two axes or more that no target can select, to the class of its module."""
     layers = {weight.layer for weight in candidates.values()}
     # The refusal of a layer stands for all that is in it.
     spoken_for = {weight.layer for weight in candidates.values() if weight.refusal} | {*trainable}

@@ -36,14 +36,7 @@ def fit_config(
     """The settings of ``fit``, the reasons by dotted name, and why there are no settings.
 
     Args:
-        module: The module that is planned.
-        data: Its data module.
         config: ``model``, ``data`` and ``trainer`` as a config names them; None if they came as objects.
-        settings: `Plan.settings`.
-        method: The recommended method.
-        lora: The LoRA settings.
-        trainer: Settings of the Trainer that the user gave.
-        topics: Reasons of the plan.
         planned: Arguments of the callback that prints the plan beside what was measured; None for no callback.
 
     Returns:

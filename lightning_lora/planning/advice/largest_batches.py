@@ -21,10 +21,6 @@ def largest_batches(data: LightningDataModule, loader: Any) -> Callable[[int], A
     A padded batch is as long as its longest row, and the longest row comes in some batch of every epoch. Of rows that
     are no token sequences, the longest are searched among the first 1,000.
 
-    Args:
-        data: A data module that is set up.
-        loader: Its training loader.
-
     Raises:
         DataError: If the loader gives no batch.
     """

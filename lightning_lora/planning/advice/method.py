@@ -200,7 +200,6 @@ def smallest_change(memory: MemoryParts, budget: int, sharded: Mapping[int, Memo
 
     Args:
         memory: The method that comes nearest, on one device with one row.
-        budget: Bytes of a device.
         sharded: The same divided by FSDP2 among more devices.
         length: Tokens of the longest row; None if rows are no token sequences.
     """

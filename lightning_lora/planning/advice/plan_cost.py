@@ -90,13 +90,7 @@ def plan_cost(
     """The cost of a method at the planned batch.
 
     Args:
-        traces: The methods, traced.
-        method: The method that is planned.
-        batch: Its batch.
-        devices: The devices.
         data: The data module, set up; None for a method that does not fit and takes no time.
-        epoch: What its training loader draws.
-        trainer: Settings of the Trainer.
         calibrate: Whether to time some batches; None decides by how long that takes.
         adapters: The sizes of the adapters, for a method that could not be traced.
     """

@@ -50,11 +50,6 @@ def run_time(
     """The time of a run; None if nothing is known of the device.
 
     Args:
-        step: What a micro-batch asks of a device.
-        run: The batches of the run.
-        devices: The devices; batches are timed on those that are here.
-        precision: The precision of the Trainer.
-        trial: What is timed.
         calibrate: Whether to time some batches. None times them if that takes a few seconds.
 
     Raises:

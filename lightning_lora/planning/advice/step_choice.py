@@ -21,13 +21,6 @@ def planned_step_memory(
     """The choices of `StepMemory` for a method at its batch, and why; None where a run has nothing to choose.
 
     Afterwards ``traces`` holds the trace with these choices. On a CPU a run trains as without any.
-
-    Args:
-        traces: The methods, traced.
-        method: The method that is planned.
-        batch: Its batch.
-        devices: The devices.
-        trainer: Settings of the Trainer.
     """
     if devices.device.kind == "cpu" or not method.fits or method.name in traces.failed:
         return None, None

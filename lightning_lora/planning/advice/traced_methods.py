@@ -95,16 +95,7 @@ class TracedMethods:
     def choose_step_memory(
         self, name: str, rows: int, rank: int | None, strategy: str, budget: int, can_recompute: bool
     ) -> Choice | None:
-        """Choose what a step of a method keeps, and trace it so from now on; None if nothing is open, or not traced.
-
-        Args:
-            name: The method.
-            rows: Rows of its micro-batch.
-            rank: Its rank.
-            strategy: Its strategy.
-            budget: Bytes of one device.
-            can_recompute: Whether blocks may be computed again.
-        """
+        """Choose what a step of a method keeps, and trace it so from now on; None if nothing is open, or not traced."""
         tracer, key = self.tracer(name, rank), (name, rows, None if name == "full" else rank)
         usual, module = self.trace(name, rows, rank), tracer.module
 
@@ -125,9 +116,7 @@ class TracedMethods:
         """The ways to place each method, best first, traced when they are asked for.
 
         Args:
-            rank: Rank of the traces.
             share: Rows of a step on one device. Where so many fit at once, fewer are not traced.
-            budget: Bytes of one device.
         """
         return _Placements(self, rank, share, budget)
 

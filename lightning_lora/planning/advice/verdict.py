@@ -60,10 +60,7 @@ def beside(rows: Sequence[CapacityRow], asked: int, method: Method, steps: int) 
     """What a verdict leaves out: the rank that the config asks for, if it is another one, and steps that are too few.
 
     Args:
-        rows: The capacity table.
         asked: The rank of the config; the default is no wish.
-        method: The recommended method.
-        steps: Optimizer steps of the run.
     """
     words = {"inside": "would do too", "tight": "would be tight", "over": "is over its capacity"}
     own = {row.rank: row for row in rows if row.targets == rows[0].targets}
@@ -115,7 +112,6 @@ def notes_on_adapters(sizes: AdapterSizes, config: LoRAConfig, rank: int | None)
     """What a rank does not tell: layers that cannot hold it, and layers with a rank of their own.
 
     Args:
-        sizes: The sizes of the adapters.
         config: The settings; the rank that they ask for counts too.
         rank: The rank of the plan; None for full fine-tuning.
     """

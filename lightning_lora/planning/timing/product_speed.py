@@ -13,13 +13,7 @@ _OTHER_SIDE, _SECONDS = 4096, 0.15
 
 
 def product_speed(dtype: str, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP/s of a product of two square matrices, the best of those that fit into 0.15 seconds.
-
-    Args:
-        dtype: Name of a torch dtype, such as ``"float32"``.
-        device: Kind of device, such as ``"cpu"``.
-        clock: Gives seconds.
-    """
+    """FLOP/s of a product of two square matrices, the best of those that fit into 0.15 seconds."""
     side = _SIDES.get(device, _OTHER_SIDE)
     left, right = (torch.ones(side, side, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     best, begun, count = float("inf"), clock(), 0

@@ -106,9 +106,6 @@ class ArmBank:
     def fit(self, runs: Mapping[str, ArmRun]) -> dict[str, Exception]:
         """Train all arms.
 
-        Args:
-            runs: Name to run.
-
         Returns:
             Name to error of the arms that failed.
         """

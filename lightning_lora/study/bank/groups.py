@@ -76,9 +76,7 @@ def run_group(
     """Do runs side by side in this process.
 
     Args:
-        jobs: The runs.
         mode: ``turns`` or ``rows``.
-        run: Does one of them, in its place among the others.
 
     Returns:
         Outcome or error of each, and remarks for the user.

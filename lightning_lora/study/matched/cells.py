@@ -115,14 +115,6 @@ DIVERGED = "diverged"
 
 
 def cell_key(config: Mapping[str, Any], data: Mapping[str, str], phase: str, rate: float, seed: int) -> str:
-    """The key of a cell: equal for equal work, on every machine.
-
-    Args:
-        config: The resolved config of its arm.
-        data: Fingerprints of the data files.
-        phase: What the run is for.
-        rate: Its learning rate.
-        seed: Its seed.
-    """
+    """The key of a cell: equal for equal work, on every machine."""
     content = json.dumps([config, data, phase, f"{rate:.6g}", seed], sort_keys=True, default=str, allow_nan=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

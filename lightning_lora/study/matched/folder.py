@@ -64,13 +64,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
-    """Write ``study.yaml``.
-
-    Args:
-        folder: The study folder.
-        spec: The study.
-        made: How it was made: command, versions, fingerprints of the data.
-    """
+    """Write ``study.yaml``."""
     arms = {
         arm.name: {
             "configs": list(arm.configs),

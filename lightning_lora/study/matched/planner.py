@@ -48,13 +48,7 @@ class StudyPlan:
 
 
 def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[str, str]) -> StudyPlan:
-    """Say which runs are wanted now, and what is found.
-
-    Args:
-        spec: The study.
-        statuses: What is known of the runs asked for before; the order does not matter.
-        data: Fingerprints of the data files.
-    """
+    """Say which runs are wanted now, and what is found."""
     known = {status.cell.key: status for status in statuses}
     base = base_cell(spec, data)
     cells, choices = [base], {}

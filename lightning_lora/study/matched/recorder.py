@@ -34,8 +34,6 @@ class CellRecorder(Callback):
     another order.
 
     Args:
-        folder: The run folder.
-        seed: Seed of the run.
         lost: Stops the run when it is set: another worker has it.
         evaluations: Evaluate on a log-spaced grid, each step at most this many times the one before; None: the
             validations of the run are its evaluations.

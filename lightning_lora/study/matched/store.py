@@ -73,7 +73,6 @@ class Store:
 
     Args:
         url: See `Database`.
-        study: Name of the study.
         lease: Seconds that a claim lasts without being renewed.
 
     Raises:

@@ -23,7 +23,6 @@ def to_html(page: Page, made: str, date: str, reload: int = 0) -> str:
     """The text of ``report.html``.
 
     Args:
-        page: The report.
         made: By what it was made.
         date: When, the only thing that differs when it is made again.
         reload: Seconds after which the page reads its file again; 0: never.

@@ -10,12 +10,7 @@ from lightning_lora.study.report.visible import visible
 
 
 def to_markdown(page: Page, made: str) -> str:
-    """The text of ``report.md``.
-
-    Args:
-        page: The report.
-        made: The line that says when and by what it was made.
-    """
+    """The text of ``report.md``."""
     lines = [f"# {_text(page.verdict.text)}", "", *(f"{_text(words.text)}\n" for words in page.lede)]
     lines += [] if page.figure is None else list(_block(page.figure))
     for section in page.sections:

@@ -19,7 +19,6 @@ def task_panel(folder: Path, styles: Mapping[str, int], primary: str = "") -> Se
     """The panel; None if nothing was evaluated.
 
     Args:
-        folder: The folder of the study or run.
         styles: Arm to the number of its colour.
         primary: The arm that the axis of a chart is made for; "" for all.
     """

@@ -43,13 +43,7 @@ def write_report(folder: str | Path, reload: int = 0, out: str | Path | None = N
 
 
 def write_page(folder: Path, page: Page, reload: int = 0) -> None:
-    """Write a report into a folder.
-
-    Args:
-        folder: The folder.
-        page: The report.
-        reload: Seconds after which an open page reads its file again; 0: never.
-    """
+    """Write a report into a folder."""
     made = f"Made by lightning-lora {installed_version('lightning-lora')}"
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     texts = {

@@ -42,7 +42,6 @@ def chances(plan: SeedPlan, band: float, spread: float, truth: float = 0.0) -> C
     """The chance of each word: exact for one look, from simulated studies for several.
 
     Args:
-        plan: Seeds and level.
         band: Nats that count as equal.
         spread: Standard deviation over seeds of the paired difference, nats.
         truth: True difference, nats; positive where the arm is behind.

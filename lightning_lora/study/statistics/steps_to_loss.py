@@ -122,8 +122,6 @@ def steps_to(steps: Sequence[float], losses: Sequence[float], target: float) -> 
     Args:
         steps: Steps of the evaluations, ascending; one before the first step is left out. A grid in which each is at
             most 1.1 times the one before keeps the interpolation short.
-        losses: The loss at each.
-        target: The loss to reach.
 
     Raises:
         DataError: If there are no two evaluations after the start, or steps do not ascend.

@@ -69,14 +69,11 @@ def benchmark(
     """Evaluate all models that are not evaluated yet, compare them, and write ``tasks/tasks.json``.
 
     Args:
-        folder: The folder of the study or run.
         models: The models; one with `NO_SEED` is shown and not compared.
-        settings: What is asked of them.
         write_model: Writes the whole model of an adapter folder to a new folder.
         baseline: The arm that others are compared with.
         primary: The arm whose comparison on the first task is the main one.
         seeds: The seeds that the arms should have.
-        tell: Takes lines for the user.
 
     Raises:
         ConfigError: If lm-eval is not installed.

@@ -71,10 +71,8 @@ def judge(
 
     Args:
         scores: Arm to seed to the scores of its model.
-        baseline: The arm that others are compared with.
         primary: The arm whose comparison on the first task and metric is not corrected; all others are, by Holm.
         band: Share of the questions that counts as no difference.
-        seeds: The seeds of the study.
 
     Raises:
         DataError: If models were asked different questions.

@@ -44,13 +44,7 @@ def where_code_runs(folder: Path) -> str:
 
 
 def config_of(settings: TaskSettings, model: str | Path, out: Path) -> dict[str, Any]:
-    """The config file of lm-eval.
-
-    Args:
-        settings: What is asked.
-        model: A model folder with its tokenizer, or a hub name.
-        out: Where results and samples are written.
-    """
+    """The config file of lm-eval."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config: dict[str, Any] = {
         "model": "hf",
@@ -81,7 +75,6 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
     """Evaluate one model.
 
     Args:
-        settings: What is asked.
         model: A model folder with its tokenizer, or a hub name.
         folder: Where config, log, results and samples are written.
 

@@ -40,9 +40,6 @@ def gated_gradients(
     """Gradients of ``gate`` and ``up``, and ``x`` if asked for.
 
     Args:
-        activation: Name of the activation, see `gated_product`.
-        gate: ``(*, ff)``.
-        up: ``(*, ff)``.
         d_x: Gradient of ``x``, ``(*, ff)``.
         gradients: Where the gradients of ``gate`` and ``up`` are written; their rows must be evenly spaced.
         product: Whether to write ``activation(gate) * up`` over ``d_x``.

@@ -27,11 +27,7 @@ _EQUAL = {
 
 
 def check_equal(arms: Sequence[ArmSpec]) -> None:
-    """Raise `ConfigError` if arms differ in data, evaluation rows, precision or budget, or a run needs many devices.
-
-    Args:
-        arms: The arms, with their configs.
-    """
+    """Raise `ConfigError` if arms differ in data, evaluation rows, precision or budget, or a run needs many devices."""
     first = arms[0]
     for arm in arms:
         _check_one_device(arm)

@@ -11,9 +11,6 @@ from torch import Tensor
 def batch_losses(found: Any) -> tuple[Tensor, Tensor | None] | None:
     """What `predict_step` says of a batch: the mean loss of each row, and their tokens.
 
-    Args:
-        found: What it returned.
-
     Returns:
         ``(rows,)`` losses in float64, and ``(rows,)`` numbers of tokens, None where it names none; None if it gives no
         losses.

@@ -23,8 +23,6 @@ class Evaluations:
     Callbacks see none of it, nothing is logged, and random numbers and modes of layers are as before.
 
     Args:
-        trainer: The Trainer of the run.
-        module: Its module.
         factor: Each step is at most this many times the one before, or one more.
 
     Raises:

@@ -37,8 +37,6 @@ def heat_map(
     """A table with a row for each layer and a column for each measure and role.
 
     Args:
-        name: Its name in the CSV and in links.
-        caption: What it shows.
         groups: Group of layers, such as ``"layer 3 mlp"``, to its measures.
         measures: The measures, in the order of the columns.
         note: A remark below it.

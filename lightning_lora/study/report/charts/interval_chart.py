@@ -54,13 +54,8 @@ def interval_chart(
     """Draw a dot and a line for each difference.
 
     Args:
-        name: Its name in the CSV and in links.
-        title: What it shows.
-        says: Its result in words.
         label: What the axis shows, with its unit.
-        rows: The differences.
         band: Differences inside of ``-band .. band`` count as none.
-        table: The numbers.
     """
     x = _axis(label, rows, band)
     bottom = _TOP + _ROW * len(rows)

@@ -93,12 +93,6 @@ def line_chart(
     """Draw lines.
 
     Args:
-        name: Its name in the CSV and in links.
-        title: What it shows.
-        says: Its result in words.
-        x: The horizontal axis.
-        y: The vertical axis.
-        series: The lines.
         table: The numbers that matter most. None: the first, lowest and last point of each line.
         choice: Words on the button that shows this figure in the place of its neighbours.
         limits: Heights at which a line is drawn that is nobody's.
