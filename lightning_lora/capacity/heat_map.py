@@ -106,7 +106,7 @@ def _draw_spectra(axes: Axes, reading: CapacityReading, places: Mapping[str, tup
     styles = [Line2D([], [], color="black", linestyle=_LINES[k % len(_LINES)]) for k in range(len(columns))]
     lines = [Line2D([], [], color=colormaps["viridis"](shade)) for shade in shades]
     roles = list(zip(styles, columns, strict=True)) if any(columns) else []
-    named = [*roles, *zip(lines, map(_name_of_rows, blocks), strict=True)]
+    named = [*roles, *zip(lines, (" to ".join(dict.fromkeys((block[0], block[-1]))) for block in blocks), strict=True)]
     axes.legend([line for line, _ in named], [name for _, name in named], fontsize=7)
 
 
@@ -115,7 +115,3 @@ def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> np.ndarray:
     length = max(map(len, spectra))
     means = np.mean([np.pad(np.array(each, dtype=float), (0, length - len(each))) for each in spectra], axis=0)
     return np.where(means > 0, means, math.nan)
-
-
-def _name_of_rows(block: Sequence[str]) -> str:
-    return block[0] if len(block) == 1 else f"{block[0]} to {block[-1]}"

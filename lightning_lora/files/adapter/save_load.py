@@ -134,7 +134,8 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     else:
         copies = frozen_copies(root)
         owners = {name.rpartition(".")[0] for name in folder.trained}
-        record_tensors(module, [join(_name_in(module, root), name) for name in (*copies, *owners)])
+        inside = next(plain_name(name) for name, child in module.named_modules() if child is root)
+        record_tensors(module, [join(inside, name) for name in (*copies, *owners)])
         freeze(module)
         attach_targets(root, layers, tied)
         # The layers that read adapted weights may lie outside the model that the adapter names.
@@ -177,11 +178,6 @@ def _named(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """The tensors that ``root`` holds, by its names."""
     wanted = {id(tensor) for tensor in tensors}
     return {name: tensor for name, tensor in model_tensors(root) if id(tensor) in wanted}
-
-
-def _name_in(module: nn.Module, part: nn.Module) -> str:
-    """The dotted name of ``part`` in ``module``."""
-    return next(plain_name(name) for name, child in module.named_modules() if child is part)
 
 
 def _placed(module: nn.Module, folder: AdapterFolder) -> tuple[nn.Module, AdapterFolder]:

@@ -107,15 +107,14 @@ def _set_in_class(module: LightningModule, method: Method, lora: LoRAConfig) -> 
     wanted = None if method.rank is None else replace(lora, rank=method.rank)
     if own == wanted:
         return None
-    written = "None" if wanted is None else f"LoRAConfig({_arguments_in_words(wanted)})"
+    written = "None"
+    if wanted is not None:
+        changed = {"rank": wanted.rank} | changed_settings(wanted)
+        written = f"LoRAConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
     return (
         f"{type(module).__name__} sets its LoRA settings itself, and its constructor takes none: for this plan write "
         f"lora = {written} there, and plan again for a config"
     )
-
-
-def _arguments_in_words(lora: LoRAConfig) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in ({"rank": lora.rank} | changed_settings(lora)).items())
 
 
 def changed_settings(lora: LoRAConfig) -> Settings:

@@ -37,7 +37,11 @@ def sentence(
         is_traced: Whether the memory of the method is known.
     """
     if not method.fits:
-        return _nothing_fits(method, budget, change)
+        rank = "" if method.rank is None else f" at rank {method.rank}"
+        return (
+            f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
+            f"The smallest change: {change}."
+        )
     unknown = "" if is_traced else " Its memory could not be traced: whether it fits is not known."
     if method.rank is None:
         own = [row for row in rows if row.targets == rows[0].targets and row.rank <= most]
@@ -75,14 +79,6 @@ def beside(rows: Sequence[CapacityRow], asked: int, method: Method, steps: int) 
 def is_one_row(counts: DataCounts) -> bool:
     """Whether all rows repeat the first."""
     return counts.rows is not None and counts.rows > 1 and counts.duplicate_rows == counts.rows - 1
-
-
-def _nothing_fits(method: Method, budget: int, change: str | None) -> str:
-    rank = "" if method.rank is None else f" at rank {method.rank}"
-    return (
-        f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
-        f"The smallest change: {change}."
-    )
 
 
 def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:

@@ -86,7 +86,8 @@ def benchmark(
     for number, model in enumerate(models, 1):
         place = folder / FOLDER / model.folder
         told = {"settings": settings.to_dict() | {"band": None}, "source": model.source, "files": model.files()}
-        if not _is_done(place, told):
+        done = place / DONE
+        if not done.is_file() or json.loads(done.read_text(encoding="utf-8")) != told:
             _evaluate(model, place, settings, write_model)
             with atomic_file(place / DONE) as file:
                 file.write(json.dumps(told).encode())
@@ -98,10 +99,6 @@ def benchmark(
     verdicts = judge(compared, baseline, primary, settings.band, seeds) if baseline in compared else []
     write_tasks(folder, settings, installed_version("lm-eval"), baseline, scores, verdicts)
     return verdicts
-
-
-def _is_done(place: Path, told: Mapping[str, Any]) -> bool:
-    return (place / DONE).is_file() and json.loads((place / DONE).read_text(encoding="utf-8")) == told
 
 
 def _evaluate(model: Model, place: Path, settings: TaskSettings, write_model: Callable[[Path, Path], object]) -> None:
