@@ -72,6 +72,7 @@ from lightning_lora.errors.words import (
     did_you_mean,
     first_five,
     first_line,
+    kind_and_line,
     user_error,
 )
 
@@ -125,6 +126,7 @@ __all__ = [
     "did_you_mean",
     "first_five",
     "first_line",
+    "kind_and_line",
     "user_error",
     "with_code",
 ]

@@ -60,6 +60,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def kind_and_line(error: BaseException) -> str:
+    """The class of an error of another library with its `first_line`, each said once.
+
+    >>> kind_and_line(KeyError("rows")), kind_and_line(KeyError())
+    ("KeyError: 'rows'", 'KeyError')
+    """
+    return ": ".join(dict.fromkeys((type(error).__name__, first_line(error))))
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """The end of an error message: a suggestion of known names similar to ``name``, or a full stop.
 

@@ -221,11 +221,19 @@ def _check_values(state: Mapping[str, Any]) -> None:
             problem = f"is of {value.dtype}, not of floating point"
         elif value.is_meta:
             problem = "is on the meta device and has no values"
-        elif odd := int((~value.isfinite()).sum()):
-            problem = f"has {odd} of {value.numel()} values that are NaN or infinite"
         else:
             continue
-        raise AdapterFolderError(f"the adapter cannot be loaded: {name} {problem}. Nothing was loaded.")
+        raise AdapterFolderError(f"nothing was loaded: {name} {problem}.")
+    check_finite(state, "nothing was loaded")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `AdapterFileError` if a tensor is empty or holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterFolderError(f"{where}: {name} is empty, shape {tuple(tensor.shape)}.")
+        if bad := int((~tensor.isfinite()).sum()):
+            raise AdapterFolderError(f"{where}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.")
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import first_line
+from lightning_lora.errors import kind_and_line
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
@@ -101,8 +101,8 @@ class RunStep:
         except TraceError:
             raise
         except Exception as error:
-            name, kind = type(self.trainer.lightning_module).__name__, type(error).__name__
-            raise TraceError(f"a step of {name} cannot be traced: {kind}: {first_line(error)}") from error
+            name = type(self.trainer.lightning_module).__name__
+            raise TraceError(f"a step of {name} cannot be traced: {kind_and_line(error)}") from error
 
     def _made(self, accumulation: int) -> StepTracer:
         if self._tracer is None:

@@ -19,7 +19,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
-from lightning_lora.cli.lora_cli import LoRACLI, restrict_imports
+from lightning_lora.cli.lora_cli import LoRACLI
+from lightning_lora.cli.parser import restrict_imports
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.bank.bank import Arm, ArmBank

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, first_five
 from lightning_lora.files.adapter.fit import adapter_targets, check_base, model_tensors, trained_tensors, with_experts
-from lightning_lora.files.adapter.folder import AdapterFolder, check_finite, read_adapter_folder
+from lightning_lora.files.adapter.folder import AdapterFolder, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
@@ -26,7 +26,7 @@ from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.generation_config import GENERATION_FILE
 from lightning_lora.files.safetensors_file import write_tensors
-from lightning_lora.lora.adapter import attach_targets, freeze, lora_state_dict
+from lightning_lora.lora.adapter import attach_targets, check_finite, freeze, lora_state_dict
 from lightning_lora.lora.base_values import keep_base_values
 from lightning_lora.lora.changed_tensors import changed_tensors, record_tensors
 from lightning_lora.lora.fingerprint import base_prints, fingerprint
