@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, StepMemory
-from lightning_lora.memory.choice import HEAD_ROWS, candidates
+from lightning_lora.memory.candidates import HEAD_ROWS, candidates
 from lightning_lora.memory.step_trace import trace_step
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.tasks import CausalLM, SequenceClassifier

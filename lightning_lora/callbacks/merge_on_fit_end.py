@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.held_base import base_as_stored
-from lightning_lora.mixin.no_batches import refuse_no_batches
+from lightning_lora.mixin.training_batches import refuse_no_batches
 from lightning_lora.trainer_access import run_folder
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_lora.capacity.reading import FULL_BELOW, SPARE_BELOW, CapacityReading, GroupReading
+from lightning_lora.capacity.reading import FULL_BELOW, SPARE_BELOW, CapacityReading, GroupReading, place_of
 from lightning_lora.files.atomic import atomic_file
 
 _MAPS = (
@@ -31,7 +31,7 @@ _MOST_LINES = 6
 
 def draw_capacity(reading: CapacityReading, path: Path) -> None:
     """Draw truncation, tangent capture and effective rank by layer and role, and the spectra of the updates."""
-    places = {name: _place(name) for name in reading.groups}
+    places = {name: place_of(name) for name in reading.groups}
     rows, columns = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (0, 1))
     longest = max(map(len, rows))
     width = max(1.3, 0.75 * len(columns) + 0.2)
@@ -52,12 +52,6 @@ def draw_capacity(reading: CapacityReading, path: Path) -> None:
     figure.suptitle(f"{reading.verdict_in_words} after step {reading.step:,}")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Row and column of a group: ``layer 3`` and ``mlp``; a weight that is a group of its own has no column name."""
-    row, _, role = name.rpartition(" ")
-    return (row, role) if row else (name, "")
 
 
 def _number(group: GroupReading, number: str) -> float | None:

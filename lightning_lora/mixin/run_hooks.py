@@ -19,8 +19,7 @@ from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.mixin import gradient_start, optim, rate_search, rates
 from lightning_lora.mixin.kept_frozen import KeptFrozen
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact
-from lightning_lora.mixin.no_batches import refuse_no_batches
-from lightning_lora.mixin.row_order import tell_if_shuffled
+from lightning_lora.mixin.training_batches import refuse_no_batches, tell_if_shuffled
 from lightning_lora.trainer_access import attach_when_saving
 
 # The class imports this file.

@@ -12,14 +12,14 @@ from lightning.pytorch import LightningModule
 from lightning_lora.batch.division import divisors
 from lightning_lora.errors import first_line
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
+from lightning_lora.memory.candidates import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide_memory
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import settings_of
+from lightning_lora.mixin.memory_settings import settings_of
 from lightning_lora.planning.advice.method import Placement
 from lightning_lora.step_memory import StepMemory
 from lightning_lora.tasks.pretrained import PretrainedTask

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from lightning_lora.capacity.reading import place_of
 from lightning_lora.study.report.content import Cell, Table
 from lightning_lora.study.report.numbers import words
 
@@ -18,12 +19,6 @@ def heat_cell(value: float | None, limit: float, shown: Callable[[float], Cell])
         return Cell("?", None, "heat-none")
     shade = min(NUM_SHADES - 1, max(0, int(NUM_SHADES * value / limit)))
     return Cell(shown(value).text, value, f"heat-{shade}")
-
-
-def place_of(name: str) -> tuple[str, str]:
-    """Row and column of a group of layers: ``layer 3`` and ``mlp``; a group of its own has no column name."""
-    row, _, role = name.rpartition(" ")
-    return (row, role) if row else (name, "")
 
 
 def heat_map(

@@ -11,7 +11,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.memory.other_settings import could_recompute
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import settings_of
+from lightning_lora.mixin.memory_settings import settings_of
 from lightning_lora.step_memory import AUTO, GATES, StepMemory
 
 HEAD_ROWS = (4096, 2048, 512)
