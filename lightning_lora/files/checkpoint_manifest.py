@@ -37,9 +37,7 @@ class CheckpointVersion:
 
     Args:
         sha256: SHA-256 of the whole file, 64 hexadecimal digits.
-        size: Size of the file in bytes.
         step: Optimizer steps taken when it was written. Checkpoints are ordered by it, as clocks may jump.
-        epoch: Number of the epoch in which it was written.
         run: Name of the run that wrote it; runs resumed from it have the same name.
         is_resumable: Whether it holds optimizer states, not only weights.
     """

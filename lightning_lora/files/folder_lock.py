@@ -30,8 +30,6 @@ class LockHolder:
     """The process that holds a lock.
 
     Args:
-        pid: Process number on its host.
-        host: Name of the machine.
         born: Start of the process in the system's own ticks, to tell it from a later process with the same number.
         started: Time when the lock was taken, ISO 8601 in UTC.
         job: Number of the SLURM job; empty outside SLURM.

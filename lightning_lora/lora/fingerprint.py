@@ -39,8 +39,6 @@ class WeightPrint:
     """What tells whether two tensors are the same weight, even if they were loaded in different types.
 
     Args:
-        digest: The `tensor_digest`.
-        shape: Shape of the tensor.
         dtype: Type that the tensor has: ``bfloat16``, ``float16``, ...
         values: At most 32 evenly spaced values, to six digits; empty if the tensor is quantised or no numbers.
     """

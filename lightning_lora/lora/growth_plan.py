@@ -18,7 +18,6 @@ class GroupGrowth:
     """A group of layers that is to grow.
 
     Args:
-        group: Name of the group.
         before: Name of each adapted weight of the group that grows, to its present rank.
         after: Name of each of these weights to its new rank.
         beyond_half: Share of the updates that half of the present rank cannot hold (`beyond_half_rank`).

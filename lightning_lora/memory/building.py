@@ -49,7 +49,6 @@ def built_without_memory(module: LightningModule, *, precision: Any = "32-true")
 
     Args:
         module: Any LightningModule; built or not, adapted or not.
-        precision: The precision of the Trainer, which may decide the type of the weights.
     """
     built = WithoutMemory(module, precision)
     with built.entered():

@@ -24,7 +24,6 @@ class BatchBranches:
     """The branches of a probe: their batches, and the rows that each trains on.
 
     Args:
-        batch_rows: Rows per step of the run.
         batches: Rows per step of each branch, ascending.
         num_rows: Rows that each branch trains on.
     """

@@ -20,7 +20,6 @@ class BatchProbeResult:
     """Losses of all branches, and their comparisons in pairs.
 
     Args:
-        batch_rows: Rows per step of the run.
         num_rows: Rows that each branch trained on.
         num_held_out: Held-out rows that each branch was scored on.
         start_loss: Mean held-out loss before the branches, nats.
@@ -28,7 +27,6 @@ class BatchProbeResult:
         comparisons: Comparisons of every pair of batches.
         noise_scale: Noise scale of the run when it was probed, rows; None if unknown.
         step: Optimizer step of the run; None outside of a run.
-        seconds: Duration of the probe.
     """
 
     batch_rows: int

@@ -26,7 +26,6 @@ class RankBranches:
     """The two branches of a rank probe.
 
     Args:
-        batch_rows: Rows per step of the run, and of both branches.
         num_rows: Rows that each branch trains on.
         num_seeds: Orders of the data, and draws of the new directions, to repeat both branches with.
         factor: What the rank is multiplied with.

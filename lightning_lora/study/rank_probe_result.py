@@ -28,17 +28,14 @@ class RankProbeResult:
     Args:
         rank: Rank of the run; that of most weights where weights differ.
         grown_rank: Rank of the grown branch, likewise.
-        batch_rows: Rows per step.
         num_rows: Rows that each branch trained on.
         num_held_out: Held-out rows that each branch was scored on.
-        num_seeds: Orders of the data.
         start_loss: Mean held-out loss before the branches, nats.
         control_loss: Mean held-out loss after the branch without growth, nats.
         grown_loss: Mean held-out loss after the branch with growth, nats.
         error: Standard error of ``control_loss - grown_loss``, nats.
         freedom: Degrees of freedom of ``error``.
         step: Optimizer step of the run; None outside of a run.
-        seconds: Duration of the probe.
     """
 
     rank: int

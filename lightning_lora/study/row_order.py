@@ -45,7 +45,6 @@ def next_rows(loader: DataLoader[Any], epoch: int = 0, num_batches: int = 0) -> 
 
     Args:
         loader: The training loader, which passed `check_loader`.
-        epoch: The present epoch, from 0.
         num_batches: Batches of this epoch that were trained on.
     """
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)

@@ -40,10 +40,8 @@ class AdapterFolder:
     """The contents of an adapter folder.
 
     Args:
-        path: The folder.
         peft: Contents of ``adapter_config.json``.
         manifest: Contents of ``lightning_lora.json``; empty for a folder written by PEFT.
-        config: The settings of the adapter.
         ranks: Adapted weight to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``; with DoRA magnitudes too.
         stacked: Factors of targeted parameters in PEFT's layout, by its module names. Only the model tells what they

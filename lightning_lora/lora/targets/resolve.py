@@ -29,8 +29,6 @@ class Target:
     """One layer to adapt.
 
     Args:
-        name: Dotted name of the layer.
-        module: The layer.
         kind: The class of adapted layer that it becomes.
         specs: Name of each weight in the layer to its rank, alpha and role.
     """
@@ -51,7 +49,6 @@ class Targets:
     """All that a config selects in a module.
 
     Args:
-        layers: The layers to adapt.
         trainable: Name to module for every module to train in full.
         skipped: Name of every other layer with weights to the reason why it is left alone.
         tied: What happens to weights that several layers share.

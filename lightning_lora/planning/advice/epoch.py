@@ -19,7 +19,6 @@ class Epoch:
 
     Args:
         rows: Rows (or packs of rows) of an epoch; None for a stream, which does not tell.
-        batch_size: Rows of a batch.
         drop_last: Whether a last batch with fewer rows is left out.
     """
 

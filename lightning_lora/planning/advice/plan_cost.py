@@ -90,9 +90,7 @@ def plan_cost(
     """The cost of a method at the planned batch.
 
     Args:
-        data: The data module, set up; None for a method that does not fit and takes no time.
         calibrate: Whether to time some batches; None decides by how long that takes.
-        adapters: The sizes of the adapters, for a method that could not be traced.
     """
     if method.name in traces.failed:
         return PlanCost(_untraced_parameters(traces, method, adapters), None, None, None, None)

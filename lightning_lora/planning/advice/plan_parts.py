@@ -54,14 +54,8 @@ class PlanParts:
     Args:
         given: The module as the user gave it.
         module: The module as a `LoRA` callback sets it up; ``given`` itself without one.
-        data: Its data module.
         ready: The data module, set up.
-        lora: The LoRA settings.
-        counts: What the data hold.
         bits: The bits of the base, if they were measured.
-        devices: The devices.
-        epoch: What the training loader draws.
-        trainer: Settings of the Trainer.
         batch: A function from a number of rows to the batch that needs the most memory.
     """
 

@@ -37,8 +37,6 @@ class Trial:
 
     Args:
         module: The module as it will be trained, not built yet.
-        data: Its data module.
-        trainer: Settings of the Trainer.
         rows: Rows of a micro-batch of the run.
     """
 

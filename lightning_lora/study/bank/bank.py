@@ -44,7 +44,6 @@ class Arm:
     """What a function of `ArmBank.run` needs.
 
     Args:
-        callback: For the Trainer of the arm.
         seconds: Gives the seconds for which this arm had the process, without those of other arms.
     """
 

@@ -31,7 +31,6 @@ class SharedBase:
 
         Args:
             key: What is loaded, such as name and type.
-            load: Loads it.
             device: Where it is needed, so that it is not moved, and stored again, for each arm.
         """
         if key not in self._loaded:

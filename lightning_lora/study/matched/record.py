@@ -112,7 +112,6 @@ class ArmRecord:
     """One way to train.
 
     Args:
-        name: Its name.
         overrides: Dotted option of ``fit`` to value: in what the arm differs from the others.
         config: Its resolved config of ``fit``, without learning rate and seed of a run.
         learning_rates: Rates that its sweep starts with, in terms of full fine-tuning.

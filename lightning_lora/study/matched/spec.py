@@ -38,7 +38,6 @@ class ArmSpec:
     """One way to train.
 
     Args:
-        name: Its name in tables and sentences.
         configs: Config files of ``fit``, in addition to those of the study.
         overrides: Dotted option to value, in addition to those of the study.
         learning_rates: Rates that the sweep starts with, in terms of full fine-tuning; empty for ``auto``, a third of

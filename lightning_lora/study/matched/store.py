@@ -44,7 +44,6 @@ class Claim:
     """A run that a worker may do.
 
     Args:
-        cell: The run.
         attempt: The number of the claim; a later claim of the same run has a higher one.
     """
 

@@ -16,7 +16,6 @@ class Beside:
     """One of the runs.
 
     Args:
-        name: Its name.
         train: Training loss by optimizer step.
         validation: Validation loss by optimizer step.
         facts: Columns of the table, such as ``"time"``.

@@ -41,7 +41,6 @@ class StepRatio:
     Args:
         ratio: The ratio; above 1 where the arm is slower. NaN if no seed says anything.
         low: Lower end of its interval.
-        high: Upper end; infinite if the arm did not reach the loss in a seed.
         bound: On which side ``ratio`` is only a bound.
         seeds: Seeds that say something.
         not_reached: Seeds in which the arm, or for "at most" the baseline, did not reach the loss.

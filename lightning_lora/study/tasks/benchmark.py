@@ -27,7 +27,6 @@ class Model:
     """A model to evaluate.
 
     Args:
-        arm: Name of its arm.
         seed: Its seed; `NO_SEED` for a model that was not trained.
         source: An adapter folder, a model folder, or the hub name of a model.
     """

@@ -23,11 +23,7 @@ class TaskVerdict:
     """What is said of an arm on a task.
 
     Args:
-        task: Name of the task.
-        metric: Name of the metric.
-        questions: Number of questions.
         verdict: The verdict, whose differences are shares of the questions lost: positive where the arm is worse.
-        arm: Name of the arm.
     """
 
     task: str

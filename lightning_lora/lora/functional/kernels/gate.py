@@ -26,8 +26,6 @@ def gated_product(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         activation: ``"silu"``, or how gelu is approximated: ``"none"`` or ``"tanh"``.
-        gate: ``(*, ff)``.
-        up: ``(*, ff)``.
     """
     x = uninitialised(gate, gate.shape)
     _launch(_product, activation, [gate, up, x])

@@ -27,7 +27,6 @@ class Difference:
         word: What is found, in a word or two.
         mean: The difference.
         low: Lower end of its interval; minus infinity if it has none.
-        high: Upper end.
         style: Which colour and mark.
         text: The numbers, as they are written beside the name.
         is_main: Whether the axis is made for it: a row that is far from it is drawn at the edge, with an arrow.

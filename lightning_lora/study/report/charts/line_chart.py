@@ -34,7 +34,6 @@ class Series:
         is_thin: Whether it is in the background: a single seed, a loss that is not smoothed.
         has_line: Whether its points are joined.
         low: Lower end of its interval at each point.
-        high: Upper end.
         rings: Points that are pointed at, such as a chosen learning rate.
         edges: Points that are pointed at as wanting, such as a best rate at the edge of its sweep.
         crosses: Points where something failed.
