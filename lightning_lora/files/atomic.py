@@ -66,6 +66,12 @@ def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Gene
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace ``path`` by a file with ``text`` in one step, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, replaces: str) -> Generator[Path, None, None]:
     """Make a folder that replaces ``path`` in one step when the block ends without an error.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_lora.errors import ResultFileError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS
 from lightning_lora.study.statistics.interval import Interval
 from lightning_lora.study.statistics.word import BAND, Word, word_of
@@ -76,8 +76,7 @@ class RankProbeResult:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the result as JSON. An interrupted write leaves the old file."""
         text = json.dumps({"format": _FORMAT} | asdict(self) | {"gain": self.gain, "verdict": self.verdict}, indent=2)
-        with atomic_file(path) as file:
-            file.write(f"{text}\n".encode())
+        write_text(path, f"{text}\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RankProbeResult:

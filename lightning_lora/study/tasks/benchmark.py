@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.tasks.judge import TaskVerdict, judge
 from lightning_lora.study.tasks.lm_eval_run import check_installed, run_lm_eval, where_code_runs
 from lightning_lora.study.tasks.record import FOLDER, NO_SEED, write_tasks
@@ -88,8 +88,7 @@ def benchmark(
         done = place / DONE
         if not done.is_file() or json.loads(done.read_text(encoding="utf-8")) != told:
             _evaluate(model, place, settings, write_model)
-            with atomic_file(place / DONE) as file:
-                file.write(json.dumps(told).encode())
+            write_text(place / DONE, json.dumps(told))
         found = read_scores(place)
         scores.setdefault(model.arm, {})[model.seed] = found
         line = "; ".join(f"{each.task} ({each.metric}) {each.mean:.1%}" for each in found.values())

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from lightning_lora.errors import BenchmarkError, ResultFileError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.tasks.settings import TaskSettings
 
 CONFIG, LOG = "lm_eval.yaml", "log.txt"
@@ -83,8 +83,7 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
         DataError: If lm-eval fails; its last lines are in the message, all of them in ``log.txt``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / CONFIG) as file:
-        file.write(yaml.safe_dump(config_of(settings, model, folder), sort_keys=False).encode())
+    write_text(folder / CONFIG, yaml.safe_dump(config_of(settings, model, folder), sort_keys=False))
     command = [sys.executable, "-m", "lm_eval", "run", "--config", str((folder / CONFIG).absolute())]
     with (folder / LOG).open("wb") as log:
         process = subprocess.Popen(

@@ -78,7 +78,7 @@ def test_sketches_keep_square_norms_and_with_them_the_noise_scale() -> None:
 
 
 def test_the_noise_scale_of_sketched_rows_is_that_of_the_weight() -> None:
-    teacher = LinearTeacher.make()
+    teacher = LinearTeacher.make(48, 48)
     x, d_y = (part[:, None] for part in teacher.rows(25_600, torch.Generator().manual_seed(0)))
     values = []
     for seed in range(8):
