@@ -114,17 +114,18 @@ class _Parts:
             self.reasons["trainer.max_epochs"] = Reason("1 epoch", "no length was given", "Trainer would take 1,000")
         given = made.pop("strategy", None)
         nodes = int(made.get("num_nodes") or 1)
-        made |= {name: self.planned[name] for name in ("accumulate_grad_batches", "precision")}
-        made |= {"devices": self.planned["devices"] // nodes, "strategy": strategy_setting(self.method.strategy)}
+        planned = self.planned
+        made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"] // nodes}
+        made |= {"precision": planned["precision"], "strategy": strategy_setting(self.method.strategy)}
         rows = next((reason for reason in self.why["settings"] if "per step" in reason.value), self.why["settings"][-1])
         self.reasons["trainer.accumulate_grad_batches"] = rows
-        number = f"{self.planned['devices']} device{'' if self.planned['devices'] == 1 else 's'}"
+        number = f"{planned['devices']} device{'' if planned['devices'] == 1 else 's'}"
         where = Reason(number, "those that were named, or are here", "this plan")
         was = f"; yours was {_named(given)}" if given not in (None, "auto", made["strategy"]) else ""
         fits = Reason(self.method.strategy, f"the first strategy in whose memory the method fits{was}", "traced")
-        types = _types(self.planned["precision"], trainer.get("precision"), self.method)
+        types = _types(planned["precision"], trainer.get("precision"), self.method)
         self.reasons.update({"trainer.devices": where, "trainer.strategy": fits, "trainer.precision": types})
-        _limit_interval(made, self.planned, self.reasons)
+        _limit_interval(made, planned, self.reasons)
         return made
 
     def callbacks(self, given: Any, planned: Mapping[str, Any] | None) -> list[Any]:
