@@ -37,9 +37,9 @@ from lightning_lora.lora.shards import (
     full_tensor,
     reshard,
 )
-from lightning_lora.lora.targets import new_weights, unknown_weights
+from lightning_lora.lora.targets import new_weights
 from lightning_lora.lora.targets.called_together import group_compiled
-from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
+from lightning_lora.lora.targets.resolve import Target, Targets, note_on_unknown, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 from lightning_lora.lora.vocabulary import unwatch_vocabulary, watch_vocabulary
 
@@ -107,7 +107,7 @@ def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
     for trained in trainable:
         trained.requires_grad_(True)
     return [
-        *([unknown_weights.note(targets.unknown)] if targets.unknown else []),
+        *([note_on_unknown(targets.unknown)] if targets.unknown else []),
         *new_weights.notes(targets.new),
         *notes_on_frozen(module, copies, held, frozen),
     ]

@@ -36,8 +36,8 @@ from lightning_lora.mixin.checked_loading import CheckedLoading
 from lightning_lora.mixin.held_base import autocast_dtype, hold_base
 from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
 from lightning_lora.mixin.memory_settings import choices_of
-from lightning_lora.mixin.outermost_hooks import outermost
 from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
+from lightning_lora.mixin.run_hooks import outermost
 from lightning_lora.step_memory import StepMemory
 
 _UNSET: Any = contents.NotGiven()

@@ -13,8 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from lightning_lora.study.report.charts.svg import MARKS, NUM_STYLES
-from lightning_lora.study.report.content import Page, figures_of
-from lightning_lora.study.report.visible import visible
+from lightning_lora.study.report.content import Page, figures_of, visible
 
 _HERE = Path(__file__).parent
 

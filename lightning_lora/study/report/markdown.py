@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lightning_lora.study.report.content import Block, Choice, Figure, Listing, Page, Table, Words
-from lightning_lora.study.report.visible import visible
+from lightning_lora.study.report.content import Block, Choice, Figure, Listing, Page, Table, Words, visible
 
 
 def to_markdown(page: Page, made: str) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, p_value, share, words
-from lightning_lora.study.report.word_cell import word_cell
+from lightning_lora.study.report.numbers import NOTHING, count, p_value, share, word_cell, words
 from lightning_lora.study.tasks.record import read_tasks
 
 
