@@ -25,7 +25,7 @@ from lightning_lora.batch.reading import BatchReading, BatchState, advice
 from lightning_lora.batch.remarks import RepeatedRows, announce_batch, warn_of_stored_order
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size
-from lightning_lora.errors import ConfigError, MeasurementError
+from lightning_lora.errors import ConfigError, MeasurementError, check_arguments
 from lightning_lora.sharding.collectives import largest_of_ranks, total_of_ranks
 
 PLOT = "batch_size.png"
@@ -67,6 +67,7 @@ class BatchSizeMonitor(Callback):
     frozen_weights_every: int = 0
 
     def __init__(self, every_n_steps: int = 10, calibration: float | str | None = None) -> None:
+        check_arguments(BatchSizeMonitor, locals(), MeasurementError)
         if isinstance(calibration, str):
             calibration = known_calibration(calibration)
         if every_n_steps < 1:
