@@ -68,7 +68,8 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
         ConfigError: If ``module`` is adapted already, or a target cannot be adapted.
         AlreadyShardedError: If the parameters are sharded already.
     """
-    config = LoRAConfig.from_dict(config)
+    if isinstance(config, Mapping):
+        config = LoRAConfig.from_dict(config)
     check_arguments(inject_lora, locals())
     check_not_sharded(module)
     targets = resolve_targets(module, config)

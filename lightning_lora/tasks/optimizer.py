@@ -40,7 +40,7 @@ def adamw(groups: list[dict[str, Any]], learning_rate: float, weight_decay: floa
     """
     if weight_decay and all("weight_decay" in group for group in groups):
         rank_zero_warn(
-            f"weight_decay={weight_decay:g} has no effect: adapters get none, and nothing is trained in full beside them."
+            f"weight_decay={weight_decay:g} has no effect: adapters get none, and nothing beside them is trained."
         )
     # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
     fused = trainer.precision != "16-mixed"
