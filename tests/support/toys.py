@@ -99,7 +99,7 @@ class Toy(LoRAMixin, Plain):
 class ByHand(LightningModule):
     """Steps its optimizers itself."""
 
-    automatic_optimization = False  # pyright: ignore[reportIncompatibleMethodOverride]
+    automatic_optimization = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 def rows(count: int = 8, seed: int = 1) -> TensorDataset:

@@ -1,12 +1,10 @@
-"""What Lightning says nothing of: a run without a batch, and rows that it shuffles though their loader does not."""
+"""A run without a batch: Lightning ends it as if it had trained."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_lora.errors import DataSettingError
 from lightning_lora.lightning_private import training_loaders
@@ -38,15 +36,3 @@ def _why(loader: Any) -> str:
 
 def _length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def tell_if_shuffled(given: Any, prepared: Any) -> None:
-    """Tell that Lightning shuffles rows whose loader does not, as it does under every strategy with processes."""
-    sampler = getattr(prepared, "sampler", None)
-    is_in_order = isinstance(getattr(given, "sampler", None), SequentialSampler)
-    if is_in_order and isinstance(sampler, DistributedSampler) and sampler.shuffle:
-        rank_zero_info(
-            "the training loader does not shuffle, and Lightning does under this strategy, even with one process: it "
-            "gives the loader a DistributedSampler(shuffle=True). To keep the order, give the loader a "
-            "DistributedSampler(shuffle=False) of your own."
-        )
