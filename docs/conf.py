@@ -66,11 +66,12 @@ def show_dark_twins(app: Sphinx, document: nodes.document) -> None:
     folder = Path(app.env.doc2path(app.env.docname)).parent
     for image in list(document.findall(nodes.image)):
         name = Path(image["uri"])
-        if (folder / (twin := name.with_stem(f"{name.stem}_dark"))).is_file():
+        twin, parent = name.with_stem(f"{name.stem}_dark"), image.parent
+        if (folder / twin).is_file() and isinstance(parent, nodes.Element):
             other = copy.copy(image)
             other.attributes = {**image.attributes, "uri": str(twin), "classes": ["only-dark"]}
             image["classes"] = ["only-light"]
-            image.parent.insert(image.parent.index(image) + 1, other)
+            parent.insert(parent.index(image) + 1, other)
 
 
 def let_keys_scroll(app: Sphinx, page: str, template: str, context: dict[str, Any], document: nodes.document) -> None:

@@ -2,8 +2,8 @@
 
     python -m docs.report_pictures RUN
 
-Writes docs/images/study_report.png from docs/findings/facts_over_capacity, docs/images/run_report.png from the folder of
-a run (the one of docs/understand/capacity.md), and for each a twin NAME_dark.png, which dark pages show.
+Writes docs/images/study_report.png from docs/findings/facts_over_capacity, docs/images/run_report.png from the folder
+of a run (the one of docs/understand/capacity.md), and for each a twin NAME_dark.png, which dark pages show.
 """
 
 from __future__ import annotations

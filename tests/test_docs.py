@@ -89,7 +89,7 @@ def test_the_picture_of_a_layer_is_what_its_script_draws() -> None:
     assert layer_picture.PICTURE.read_text() == layer_picture.picture(), "run python -m docs.layer_picture"
 
 
-@pytest.mark.parametrize(("path", "drawn"), pictures.files(), ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(("path", "drawn"), list(pictures.files()), ids=lambda value: getattr(value, "name", ""))
 def test_a_picture_of_a_page_is_what_its_numbers_draw(path: Path, drawn: str) -> None:
     assert path.read_text() == drawn, "run python -m docs.pictures"
 

@@ -23,7 +23,7 @@ def showing(address: str, profile: Path, *options: str) -> list[str]:
 
 
 def photographing(address: str, profile: Path, target: Path, size: tuple[int, int], scheme: str) -> list[str]:
-    """The command that writes a PNG of the head of a page, of ``size`` CSS pixels, in a ``light`` or ``dark`` scheme."""
+    """The command that writes a PNG of the head of a page, ``size`` CSS pixels wide and high, ``light`` or ``dark``."""
     options = (
         *(f"--screenshot={target}", f"--window-size={size[0]},{size[1]}", "--force-device-scale-factor=1.5"),
         *(f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--hide-scrollbars"),
