@@ -57,8 +57,8 @@ def stack_tables_of_sentences(app: Sphinx, document: nodes.document) -> None:
         table["classes"].append("stacked")
         for row in rows:
             for head, entry in zip(heads, row, strict=True):
-                if head and entry.children and entry is not row[0]:
-                    entry.children[0].insert(0, nodes.inline("", f"{head}: ", classes=["heading-of-cell"]))
+                if head and entry is not row[0] and isinstance(cell := next(iter(entry.children), None), nodes.Element):
+                    cell.insert(0, nodes.inline("", f"{head}: ", classes=["heading-of-cell"]))
 
 
 def show_dark_twins(app: Sphinx, document: nodes.document) -> None:
