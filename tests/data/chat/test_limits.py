@@ -100,9 +100,12 @@ def test_every_conversation_has_its_own_time() -> None:
 def test_a_thread_that_has_no_time_limit_says_so_once() -> None:
     limits._warn_of_no_limit.cache_clear()
     conversations = [[{"role": "user", "content": "five"}]]
+
+    def render(text: str) -> None:
+        Template(text).render_all(conversations, prompt=False, marked=False)
+
     with ThreadPoolExecutor(1) as other, pytest.warns(UserWarning, match="only the main thread") as told:
-        for text in ("{{ messages[0].content }}", "{{ messages[0].content }}!"):
-            other.submit(Template(text).render_all, conversations, prompt=False, marked=False).result()
+        list(other.map(render, ["{{ messages[0].content }}", "{{ messages[0].content }}!"]))
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
