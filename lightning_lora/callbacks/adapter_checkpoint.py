@@ -36,9 +36,9 @@ class AdapterCheckpoint(Callback):
     """
 
     def __init__(self, dirpath: str | None = None, monitor: str | None = None, mode: str = "min") -> None:
-        check_arguments(AdapterCheckpoint, locals(), CallbackSettingError)
         if mode not in ("min", "max"):
             raise CallbackSettingError(f"mode must be min or max, got {mode!r}.")
+        check_arguments(AdapterCheckpoint, locals(), CallbackSettingError)
         self.dirpath = dirpath
         self.monitor = monitor
         self.mode = mode
