@@ -134,7 +134,6 @@ class PolicyGradient(PolicyModel):
         fields = [field.name for field in dataclasses.fields(PolicySettings)]
         self.policy_settings = asked = PolicySettings(**{name: given[name] for name in fields})
         warn_of_unused(PolicyGradient, given)
-        warn_of_unused(PolicyGradient, given)
         if asked.has_reference and lora is None:
             raise PolicySettingError(
                 "kl_coefficient needs a reference, which is the model with its adapters off, and lora=None trains the "
