@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from lightning_lora.errors import first_five
 from lightning_lora.lora.config import LoRAConfig
+from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from lightning_lora.lora.targets.adaptable import Candidates
 from lightning_lora.lora.targets.shared_weights import TiedWeights
-
-if TYPE_CHECKING:  # it imports this file
-    from lightning_lora.lora.targets.resolve import Target
 
 
 def warn_of_unused(
     root: nn.Module,
     candidates: Candidates,
     skipped: Mapping[str, str],
-    layers: Collection[Target],
+    kinds: Mapping[str, type[LoRALayer]],
     tied: TiedWeights,
     config: LoRAConfig,
 ) -> None:
@@ -33,25 +30,25 @@ def warn_of_unused(
         root: The module to adapt.
         candidates: All weights below it.
         skipped: Name of every weight that is left alone to the reason.
-        layers: The layers to adapt.
+        kinds: Name of every layer to adapt to the class that it becomes.
         tied: What happens to shared weights.
         config: The settings.
     """
-    told = [*_unused(layers, tied, config), *_passed_over(candidates, skipped, config)]
+    told = [*_unused(kinds, tied, config), *_passed_over(candidates, skipped, config)]
     if told:
         warnings.warn(f"settings without an effect on this {type(root).__name__}: {'; '.join(told)}.", stacklevel=4)
 
 
-def _unused(layers: Collection[Target], tied: TiedWeights, config: LoRAConfig) -> Iterator[str]:
+def _unused(kinds: Mapping[str, type[LoRALayer]], tied: TiedWeights, config: LoRAConfig) -> Iterator[str]:
     shared = set(tied.followers.values())
-    embeddings = [t.name for t in layers if issubclass(t.kind, LoRAEmbedding) and t.name not in shared]
-    if config.share_expert_factors and not any(issubclass(target.kind, LoRAFusedExperts) for target in layers):
+    embeddings = [name for name, kind in kinds.items() if issubclass(kind, LoRAEmbedding) and name not in shared]
+    if config.share_expert_factors and not any(issubclass(kind, LoRAFusedExperts) for kind in kinds.values()):
         yield "share_expert_factors (no experts that are stored in one parameter are adapted)"
     if config.tied_weights != "refuse" and not (tied.untied or tied.followers):
         yield f"tied_weights={config.tied_weights!r} (no weight to adapt is shared)"
     if config.dropout and embeddings:
         yield f"dropout in {first_five(embeddings)} (the input of an embedding is no number to drop)"
-    if config.init != "default" and len(embeddings) == len(layers):
+    if config.init != "default" and len(embeddings) == len(kinds):
         yield f"init={config.init!r} (embeddings always start by default)"
 
 
