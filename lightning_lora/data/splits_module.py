@@ -72,20 +72,21 @@ class SplitsDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        """Validation rows in the order of the files; an empty list without ``validation``."""
-        return self._in_file_order("validation") if self._has("validation") else []
+        """Validation rows in the order of the files, each on one device; an empty list without ``validation``."""
+        return self._in_file_order("validation", *self._share()) if self._has("validation") else []
 
     @override
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test rows in the order of the files."""
-        return self._in_file_order("test")
+        """Test rows in the order of the files, each on one device."""
+        return self._in_file_order("test", *self._share())
 
     @override
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Test rows in the order of the files."""
-        return self._in_file_order("test")
+        return self._in_file_order("test")  # which Lightning divides among devices, and repeats none
 
-    def _in_file_order(self, split: str) -> DataLoader[dict[str, Any]]:
+    def _in_file_order(self, split: str, num_devices: int = 1, device: int = 0) -> DataLoader[dict[str, Any]]:
+        """The loader of a device for its share of the rows, by `each_once`."""
         raise NotImplementedError
 
     def _tell_unused(self, kind: type[SplitsDataModule], given: Mapping[str, Any], *of_training: str) -> None:

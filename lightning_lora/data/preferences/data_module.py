@@ -126,7 +126,7 @@ class PreferenceDataModule(RowsDataModule):
         """Training pairs in an order given by ``seed`` and epoch, of which each device gets its share."""
         pairs = self._examples("train")
         sampler = DistributedSampler(pairs, *self._share(), seed=scrambled(self.seed))
-        return self._loader(pairs, sampler, self._collator("train"))
+        return self._loader(pairs, sampler, self._collator("train", self._is_weighted("train")))
 
     @override
     def first_rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -141,6 +141,5 @@ class PreferenceDataModule(RowsDataModule):
         return Pairs(self._loaded(split).select_columns(columns).with_format("numpy"))
 
     @override
-    def _collator(self, split: str) -> Callable[[Any], dict[str, Tensor]]:
-        margins = bool(column(self._loaded(split), "margin").any())
-        return CollatePairs(self._pad_id, self._is_weighted(split), margins)
+    def _collator(self, split: str, weighted: bool) -> Callable[[Any], dict[str, Tensor]]:
+        return CollatePairs(self._pad_id, weighted, bool(column(self._loaded(split), "margin").any()))

@@ -103,7 +103,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
         layers = _with_magnitudes(root, layers, tied)
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
-    warn_of_unused(root, candidates, skipped, {target.name: target.kind for target in layers}, tied, config)
+    warn_of_unused(root, candidates, skipped, {each.name: each.kind for each in layers}, tied, config)
     _warn_of_half_adapted_experts(root, candidates, selected, config)
     adapted = {*selected, *tied.followers}
     unknown = unknown_weights(root, candidates, trainable)

@@ -30,7 +30,7 @@ def warn_of_unused(
         root: The module to adapt.
         candidates: All weights below it.
         skipped: Name of every weight that is left alone to the reason.
-        kinds: Name of every layer to adapt to the class that it becomes.
+        kinds: Name of every layer to adapt to the class of adapted layer that it becomes.
         tied: What happens to shared weights.
         config: The settings.
     """
@@ -41,7 +41,7 @@ def warn_of_unused(
 
 def _unused(kinds: Mapping[str, type[LoRALayer]], tied: TiedWeights, config: LoRAConfig) -> Iterator[str]:
     shared = set(tied.followers.values())
-    embeddings = [name for name, kind in kinds.items() if issubclass(kind, LoRAEmbedding) and name not in shared]
+    embeddings = [n for n, kind in kinds.items() if issubclass(kind, LoRAEmbedding) and n not in shared]
     if config.share_expert_factors and not any(issubclass(kind, LoRAFusedExperts) for kind in kinds.values()):
         yield "share_expert_factors (no experts that are stored in one parameter are adapted)"
     if config.tied_weights != "refuse" and not (tied.untied or tied.followers):

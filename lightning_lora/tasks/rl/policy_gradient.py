@@ -280,7 +280,8 @@ class PolicyGradient(PolicyModel):
         maker, greedy = self._rollout_maker(), dataclasses.replace(self.sampling, temperature=0.0)
         for mean, how in ((self.mean_reward, self.sampling), (self.mean_greedy, greedy)):
             rewards = maker.rewards(batch, self._draw(batch, batch_idx, how), 1)
-            mean.update(rewards, len(rewards))
+            weights = batch.get("weights", torch.ones(len(rewards))).to(rewards.device)
+            mean.update(rewards * weights, weights.sum())
 
     def _draw(self, batch: dict[str, Any], batch_idx: int, how: SamplingSettings) -> Samples:
         """One completion of each prompt; the same random numbers in every evaluation."""
