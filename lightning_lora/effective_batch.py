@@ -37,9 +37,10 @@ class EffectiveBatch:
         return self.micro_batch * self.accumulation * self.num_ranks
 
     def __str__(self) -> str:
+        rows = "row" if self.micro_batch == 1 else "rows"
         devices = "device" if self.num_ranks == 1 else "devices"
         return (
-            f"effective batch {self.rows} = {self.micro_batch} rows x {self.accumulation} accumulated "
+            f"effective batch {self.rows} = {self.micro_batch} {rows} x {self.accumulation} accumulated "
             f"x {self.num_ranks} {devices}"
         )
 

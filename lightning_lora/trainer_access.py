@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lora.lightning_private import attached_trainer
 
@@ -34,6 +35,14 @@ def move_last(trainer: Trainer, callback: Callback) -> None:
     """Move ``callback`` behind all others of ``trainer``, so that its hooks see what theirs have done."""
     others = [other for other in _callbacks(trainer) if other is not callback]
     trainer.callbacks = [*others, callback]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def warn_if_beyond_run(trainer: Trainer, setting: str, step: float) -> None:
+    """Warn of a setting that begins at an optimizer step, counted from 1, which the run does not reach."""
+    planned = trainer.estimated_stepping_batches
+    # By hand, a module may take any number of steps in a batch.
+    if step > planned and trainer.lightning_module.automatic_optimization:
+        rank_zero_warn(f"{setting} has no effect: the run ends after {planned:.0f} optimizer steps.")
 
 
 def run_folder(trainer: Trainer) -> str:

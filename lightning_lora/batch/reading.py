@@ -107,10 +107,13 @@ def advice(reading: BatchReading, batch: EffectiveBatch, num_steps: float) -> st
             return f"by the model each row teaches {reading.efficiency:.0%} of what it could: {_smaller(batch, 2)}."
         case "step-starved":
             needed = math.ceil(MIN_STEPS / max(num_steps, 1))
-            return (
-                f"{num_steps:.0f} optimizer steps are few whatever the noise: {_smaller(batch, needed)} "
-                f"(or more epochs) for {MIN_STEPS} steps; {GOOD_STEPS} are better."
-            )
+            few = f"{count_of(num_steps, 'optimizer step')} {'is' if num_steps == 1 else 'are'} few whatever the noise"
+            if batch.rows < needed * batch.num_ranks:  # not even with a row a step on each device
+                return (
+                    f"{few}: train on more rows, or for {needed} times as many epochs, for {MIN_STEPS} steps; "
+                    f"{GOOD_STEPS} are better."
+                )
+            return f"{few}: {_smaller(batch, needed)} (or more epochs) for {MIN_STEPS} steps; {GOOD_STEPS} are better."
 
 
 def _smaller(batch: EffectiveBatch, divisor: int) -> str:
@@ -118,6 +121,17 @@ def _smaller(batch: EffectiveBatch, divisor: int) -> str:
     if batch.accumulation >= divisor:
         fewer = batch.accumulation // divisor
         rows = batch.micro_batch * fewer * batch.num_ranks
-        return f"set accumulate_grad_batches={fewer} for {rows} rows a step"
-    fewest = max(1, batch.rows // divisor)
-    return f"set a batch of {fewest} rows a step (now {batch.rows})"
+        return f"set accumulate_grad_batches={fewer} for {count_of(rows, 'row')} a step"
+    fewest = batch.rows // divisor
+    if fewest < batch.num_ranks:
+        return f"a step of {count_of(batch.rows, 'row')} is the smallest there is"
+    return f"set a batch of {count_of(fewest, 'row')} a step (now {batch.rows})"
+
+
+def count_of(number: float, thing: str) -> str:
+    """A number of things.
+
+    >>> count_of(1, "row"), count_of(12, "row")
+    ('1 row', '12 rows')
+    """
+    return f"{number:.0f} {thing}{'' if number == 1 else 's'}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lightning_lora.batch.counting import count_rows
-from lightning_lora.batch.reading import GOOD_STEPS, LARGEST_SWEPT, BatchReading, advice
+from lightning_lora.batch.reading import GOOD_STEPS, LARGEST_SWEPT, BatchReading, advice, count_of
 from lightning_lora.effective_batch import EffectiveBatch
 from lightning_lora.lightning_private import training_loaders
 
@@ -26,7 +26,7 @@ def announce_batch(batch: EffectiveBatch, reading: BatchReading, num_steps: floa
     Args:
         first: A micro-batch, which shows whether rows are packed.
     """
-    rank_zero_info(f"{batch}, {num_steps:.0f} optimizer steps")
+    rank_zero_info(f"{batch}, {count_of(num_steps, 'optimizer step')}")
     if reading.state == "step-starved":
         rank_zero_warn(advice(reading, batch, num_steps))
     elif num_steps < GOOD_STEPS:

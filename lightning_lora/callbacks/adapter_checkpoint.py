@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.errors import CallbackSettingError, ConfigError, check_arguments, did_you_mean
@@ -36,9 +36,11 @@ class AdapterCheckpoint(Callback):
     """
 
     def __init__(self, dirpath: str | None = None, monitor: str | None = None, mode: str = "min") -> None:
-        check_arguments(AdapterCheckpoint, locals(), CallbackSettingError)
         if mode not in ("min", "max"):
             raise CallbackSettingError(f"mode must be min or max, got {mode!r}.")
+        check_arguments(AdapterCheckpoint, locals(), CallbackSettingError)
+        if monitor is None and mode != "min":
+            rank_zero_warn(f"mode={mode!r} of AdapterCheckpoint has no effect: there is no monitor.")
         self.dirpath = dirpath
         self.monitor = monitor
         self.mode = mode
@@ -70,6 +72,10 @@ class AdapterCheckpoint(Callback):
         """Write ``last`` unless it was written after this step already."""
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module, "last")
+        if self.monitor is not None and self.best_score is None and lora_layers(pl_module):
+            rank_zero_warn(
+                f"AdapterCheckpoint has written no 'best': after no validation was {self.monitor!r} a number."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:

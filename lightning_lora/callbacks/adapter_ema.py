@@ -20,7 +20,7 @@ from lightning_lora.checkpoints.shards import writes_shards
 from lightning_lora.errors import CallbackSettingError, check_arguments
 from lightning_lora.lora.patterns import state_dict_name
 from lightning_lora.lora.shards import full_tensor, local_shard, reshard
-from lightning_lora.trainer_access import found
+from lightning_lora.trainer_access import found, warn_if_beyond_run
 
 
 class AdapterEMA(Callback):
@@ -65,6 +65,9 @@ class AdapterEMA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the average of a checkpoint to the devices of the weights."""
+        if self.update_starting_at_step is not None:
+            first = self.update_starting_at_step
+            warn_if_beyond_run(trainer, f"AdapterEMA with update_starting_at_step={first}", first + 1)
         for name, parameter in _trained_parameters(pl_module).items():
             if name in self._loaded:
                 self._average[name] = _like(_wide(parameter), self._loaded[name])

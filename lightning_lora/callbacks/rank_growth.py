@@ -20,7 +20,7 @@ from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.growth import grow_adapters
 from lightning_lora.lora.growth_plan import GroupGrowth, num_factor_parameters, plan_growth
 from lightning_lora.lora.layers.adapted import adapted_weights, factor_parameters, held_factors
-from lightning_lora.trainer_access import found
+from lightning_lora.trainer_access import found, warn_if_beyond_run
 
 from .adapter_ema import AdapterEMA
 
@@ -94,6 +94,8 @@ class RankGrowth(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note ranks and parameters at the start of the run, unless a checkpoint has told them."""
         self._events = RunEvents(trainer, "RankGrowth")
+        if self.every_n_steps is not None:
+            warn_if_beyond_run(trainer, f"RankGrowth with every_n_steps={self.every_n_steps}", self.every_n_steps)
         if not self._start:
             weights = adapted_weights(pl_module)
             ranks = {name: layer.lora_specs[weight].rank for name, (layer, weight) in weights.items()}

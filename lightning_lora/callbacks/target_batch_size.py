@@ -54,8 +54,8 @@ class TargetBatchSize(Callback):
     """
 
     def __init__(self, rows: int = 32, fit_memory: bool = True) -> None:
+        check_count("rows of target_batch_size", rows, AccumulationError)
         check_arguments(TargetBatchSize, locals(), AccumulationError)
-        check_count("target_batch_size", rows, AccumulationError)
         self.rows = rows
         self.fit_memory = fit_memory
         self.batch: EffectiveBatch | None = None

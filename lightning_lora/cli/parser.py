@@ -16,9 +16,10 @@ from lightning_lora.cli.missing_package import missing_package_advice
 from lightning_lora.cli.mistakes.class_paths import wrong_class_path
 from lightning_lora.cli.mistakes.config_files import place_of
 from lightning_lora.cli.mistakes.options import arguments_at, full_names, nearest
+from lightning_lora.cli.mistakes.printed import check_printed
 from lightning_lora.cli.mistakes.renamed import in_config, in_words
 from lightning_lora.cli.mistakes.values import last_class, wrong_value
-from lightning_lora.errors import did_you_mean, with_code
+from lightning_lora.errors import ConfigError, did_you_mean, with_code
 
 ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers", "tokenizers")
 """What class paths of a config may begin with, beside what the user allows."""
@@ -49,6 +50,15 @@ class LoRAArgumentParser(LightningArgumentParser):
     @override
     def _load_config_parser_mode(self, content: str, *rest: Any, **options: Any) -> Any:
         return super()._load_config_parser_mode(in_config(content), *rest, **options)
+
+    @override
+    def dump(self, cfg: Any, *rest: Any, **options: Any) -> str:
+        """The settings as text; what a class would refuse of them is refused here too."""
+        try:
+            check_printed(cfg)
+        except ConfigError as error:
+            self.refuse(str(error))
+        return super().dump(cfg, *rest, **options)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

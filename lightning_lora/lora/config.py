@@ -37,7 +37,7 @@ class LoRAConfig:
         exclude: Name patterns of layers not to adapt, even if ``targets`` selects them.
         rank_pattern: Ranks of single layers, as a mapping from name pattern to rank. The first match wins.
         alpha_pattern: Alphas of single layers, as a mapping from name pattern to alpha. The first match wins.
-        dropout: Probability of dropping each input of the update during training, in ``[0, 1)``.
+        dropout: Probability of dropping each input of the update during training, in ``[0, 1)``. Embeddings have none.
         scaling: Scale of the update: ``"standard"`` (alpha / rank) or ``"rslora"`` (alpha / sqrt(rank)).
         init: Initial values of A. ``"default"``: uniform in ``[-1/sqrt(in), 1/sqrt(in)]``. ``"gaussian"``: normal with
             standard deviation 1/rank. ``"orthogonal"``: A and B are both random, in rank spaces orthogonal to each

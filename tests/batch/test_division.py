@@ -14,7 +14,7 @@ from lightning_lora.errors import ConfigError
         (32, 1, 8, "effective batch 32 = 8 rows x 4 accumulated x 1 device"),
         (32, 2, 8, "effective batch 32 = 8 rows x 2 accumulated x 2 devices"),
         (32, 8, 8, "effective batch 32 = 4 rows x 1 accumulated x 8 devices"),
-        (3, 1, 1, "effective batch 3 = 1 rows x 3 accumulated x 1 device"),
+        (3, 1, 1, "effective batch 3 = 1 row x 3 accumulated x 1 device"),
     ],
 )
 def test_a_step_is_divided_among_devices(rows: int, ranks: int, micro_batch: int, expected: str) -> None:

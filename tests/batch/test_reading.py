@@ -114,6 +114,10 @@ def test_few_measured_steps_and_weak_signals_are_inconclusive() -> None:
             "set accumulate_grad_batches=1 for 16 rows a step (or more epochs) for 1",
         ),
         (EffectiveBatch(8, 1, 1), 90, 0, "90 optimizer steps are few whatever the noise: set a batch of 4 rows a step"),
+        (EffectiveBatch(3, 1, 1), 50, 0, "set a batch of 1 row a step (now 3) (or more epochs) for 100 steps"),
+        (EffectiveBatch(3, 1, 1), 2, 0, "2 optimizer steps are few whatever the noise: train on more rows, or for 50"),
+        (EffectiveBatch(2, 2, 4), 1, 0, "1 optimizer step is few whatever the noise: train on more rows, or for 100"),
+        (EffectiveBatch(1, 2, 1), 50, 0, "set accumulate_grad_batches=1 for 1 row a step (or more epochs)"),
     ],
 )
 def test_advice_names_what_to_change(batch: EffectiveBatch, num_steps: float, full_windows: int, told: str) -> None:

@@ -239,7 +239,7 @@ def test_a_checkpoint_whose_steps_cannot_be_made_is_refused(tmp_path: Path) -> N
             8,
             "kept.ckpt",
             {3: 2},
-            r"the checkpoint \(effective batch 4 = 1 rows x 4 .*\) has steps of 4 rows, which 8 rows x 1 devices",
+            r"the checkpoint \(effective batch 4 = 1 row x 4 .*\) has steps of 4 rows, which 8 rows x 1 devices",
         ),
         (4, "kept.ckpt", {3: 2}, "from step 3 on the schedule has steps of 2 rows, which 4 rows x 1 devices do not"),
     ):

@@ -56,7 +56,8 @@ def test_lora_plus_trains_a_of_an_embedding_faster() -> None:
 def test_a_pattern_replaces_the_multiplier_of_adapters_and_multiplies_the_rate_of_trained_modules() -> None:
     module = toy(targets=["first"], trainable=["second"], lr_multiplier_pattern={"first": 3.0, "net.second": 0.5})
     assert rates(module) == {"adapters_x3": (pytest.approx(0.3), 2), "full_x0.5": (0.05, 2)}
-    module = toy(lr_multiplier_pattern={"net.fir*": 3.0, "first": 7.0}, lora_plus_ratio=2.0)
+    with pytest.warns(UserWarning, match="lr_multiplier_pattern 'first' has no effect: the first match wins"):
+        module = toy(lr_multiplier_pattern={"net.fir*": 3.0, "first": 7.0}, lora_plus_ratio=2.0)
     assert rates(module) == {
         "adapters_x3": (pytest.approx(0.3), 1),
         "adapters_x3_plus": (pytest.approx(0.6), 1),

@@ -36,7 +36,7 @@ EXPECTED_WARNINGS = (
 expected_warnings = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 # What `BatchSizeMonitor` says of our short runs over rows in order; tests that are about it expect it by name.
 monitor_warnings = [
-    pytest.mark.filterwarnings("ignore:.*optimizer steps are few whatever the noise"),
+    pytest.mark.filterwarnings("ignore:.*optimizer steps? (is|are) few whatever the noise"),
     pytest.mark.filterwarnings("ignore:training rows come in the order they are stored in"),
     pytest.mark.filterwarnings("ignore:signal-limited"),
 ]

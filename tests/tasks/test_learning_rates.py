@@ -66,3 +66,9 @@ def test_dry_run_with_warm_up_passes_the_guard(llama_folder: Path, tmp_path: Pat
     module = make(llama_folder, warmup_steps=1)
     with pytest.warns(UserWarning, match="it never leaves warm-up"):
         fit(module, tmp_path, fast_dev_run=True, callbacks=[LoRAGuard()])
+
+
+def test_weight_decay_that_reaches_no_parameter_is_told(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"weight_decay=0.1 has no effect: adapters get none"):
+        fit(make(llama_folder, weight_decay=0.1), tmp_path)
+    fit(make(llama_folder, weight_decay=0.1, lora=LoRAConfig(rank=2, trainable=["model.norm"])), tmp_path)

@@ -7,10 +7,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import Environment, TemplateSyntaxError
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_lora.data.chat.bounded import bounded_template, counted
@@ -67,12 +68,15 @@ def compiled(text: str) -> Compiled:
 def time_limit() -> Iterator[None]:
     """Stop what is compiled or rendered within the context after `SECONDS` for one conversation.
 
-    The time is that in which this process computes. Only the main thread of a system with such a timer is stopped.
+    The time is that in which this process computes. Only the main thread of a system with such a timer is stopped;
+    elsewhere a warning, once, says that nothing is.
 
     Raises:
         ConfigError: If it takes longer, or calls itself without end.
     """
     is_timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not is_timed:
+        _warn_of_no_limit()
     before = signal.signal(signal.SIGPROF, _stop) if is_timed else None
     try:
         if is_timed:
@@ -84,6 +88,14 @@ def time_limit() -> Iterator[None]:
         if is_timed:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
+
+
+@cache
+def _warn_of_no_limit() -> None:
+    rank_zero_warn(
+        "a chat template that does not end would not be stopped here: only the main thread, on Linux and macOS, has a "
+        "time limit. Set up data of a stranger there."
+    )
 
 
 def _begin_again() -> None:

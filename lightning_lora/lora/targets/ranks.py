@@ -33,6 +33,7 @@ def adapter_specs(root: nn.Module, selected: Candidates, config: LoRAConfig) -> 
     whom = f"none of the {len(selected)} adapted layers"
     for option in ("rank_pattern", "alpha_pattern"):
         _check_patterns(option, getattr(config, option), names, whom)
+        warn_of_unused_patterns(option, getattr(config, option), names)
     _check_gradient_start(root, selected, config)
     specs, capped = {}, []
     for name, weight in selected.items():
@@ -66,22 +67,24 @@ def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
     _check_patterns("lr_multiplier_pattern", config.lr_multiplier_pattern, names, whom)
 
 
-def _check_patterns(option: str, patterns: Iterable[str], names: Collection[str], whom: str) -> None:
-    """Raise `TargetNotFoundError` if a pattern of ``option`` matches none of ``names``, in words ``whom``.
-
-    A warning names a pattern that is never used, because those before it match all of its layers.
-    """
-    left = list(names)
+def warn_of_unused_patterns(option: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    """Warn of every pattern that is never used, because those before it match all of ``names`` that it matches."""
+    left = set(names)
     for pattern in patterns:
-        matched = list(dict.fromkeys(name for name in names if matches(name, pattern)))
-        if matched and not any(name in left for name in matched):
+        matched = [name for name in dict.fromkeys(names) if matches(name, pattern)]
+        if matched and left.isdisjoint(matched):
             warnings.warn(
                 f"{option} {pattern!r} has no effect: the first match wins, and patterns before it match all of its "
                 f"layers ({first_five(matched)}). Write it before them, or leave it out.",
-                stacklevel=6,
+                stacklevel=5,
             )
-        left = [name for name in left if name not in matched]
-        if not matched:
+        left.difference_update(matched)
+
+
+def _check_patterns(option: str, patterns: Iterable[str], names: Collection[str], whom: str) -> None:
+    """Raise `TargetNotFoundError` if a pattern of ``option`` matches none of ``names``, in words ``whom``."""
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
             hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
             raise TargetNotFoundError(f"{option} {pattern!r} matches {whom}{hint}")
 

@@ -19,7 +19,7 @@ from lightning_lora.lora.layers.registry import adapter_kind
 from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
 from lightning_lora.lora.targets.new_weights import NewWeights, find_new_weights
-from lightning_lora.lora.targets.ranks import adapter_specs, check_rate_patterns
+from lightning_lora.lora.targets.ranks import adapter_specs, check_rate_patterns, warn_of_unused_patterns
 from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
 from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
 from lightning_lora.lora.targets.unused_settings import warn_of_unused
@@ -97,6 +97,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
     trained = [join(top, name) if name else top for top, name in inner]
     adapters = [name for weight in selected.values() for name in (weight.name, weight.layer)]
     check_rate_patterns(config, [*adapters, *trained])
+    warn_of_unused_patterns("lr_multiplier_pattern", config.lr_multiplier_pattern, [*adapters, *trained])
     if config.dora:
         layers = _with_magnitudes(root, layers, tied)
     _check_dropout(root, layers, config)

@@ -119,13 +119,14 @@ def warn_of_unused(task: type, given: Mapping[str, Any]) -> None:
         task: The class whose arguments they are.
         given: Its arguments by name.
     """
-    reward, of_workers = given["reward"], ("reward_workers", "reward_timeout")
+    reward, workers, timeout = (given[name] for name in ("reward", "reward_workers", "reward_timeout"))
+    limits = ("reward_timeout",) if timeout is not None else ()  # None says what holds in this process
     unread: list[tuple[bool, str, tuple[str, ...]]] = [
         (given["advantage"] != "gae", "needs advantage='gae'", ("gamma", "lam", "value_coefficient", "value_clip")),
         (given["kl_coefficient"] == 0, "needs a kl_coefficient above 0", ("kl",)),
-        (isinstance(reward, RewardPool), "the reward is a RewardPool with its own", of_workers),
-        (is_called_here(reward), "the reward is called in this process, with all rows", of_workers),
-        (given["reward_workers"] == 0, "a reward in this process has no time limit", ("reward_timeout",)),
+        (isinstance(reward, RewardPool), "the reward is a RewardPool, with its own", ("reward_workers", *limits)),
+        (workers > 0 and is_called_here(reward), "the reward is called in this process", ("reward_workers", *limits)),
+        (workers == 0, "a reward in this process has no time limit", limits),
     ]
     for is_unread, why, names in unread:
         if is_unread and (unused := not_default(task, given, *names)):

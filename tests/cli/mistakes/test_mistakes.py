@@ -111,6 +111,15 @@ ARGUMENTS = {
     "setting of a policy": ([*FIT, "--group_sise=4"], ["did you mean 'model.init_args.group_size'"]),
     "setting of prompts": ([*FIT, "--max_promt_length=4"], ["did you mean 'data.init_args.max_prompt_length'"]),
     "data without its group": ([*FIT, "--train=rows.csv"], ["did you mean 'data.init_args.train'"]),
+    "lora to be printed": (
+        [*FIT, "--model.init_args.lora.rnak=4", "--print_config"],
+        ["lora has no setting 'rnak'; did you mean 'rank'"],
+    ),
+    "a rank to be printed": ([*FIT, "--model.init_args.lora.rank=0", "--print_config"], ["rank must be at least 1"]),
+    "step memory to be printed": (
+        [*FIT, '--model.init_args.step_memory={"gaet":"keep"}', "--print_config"],
+        ["step_memory has no setting 'gaet'; did you mean 'gate'"],
+    ),
     "no dashes": ([*FIT, "rows.csv"], ["'rows.csv' is no option: options begin with --"]),
     "class misspelled": (
         [*FIT, "--data=lightning_lora.dta.SFTDataModule"],

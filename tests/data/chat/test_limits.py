@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_lora.data import SFTDataModule
+from lightning_lora.data.chat import limits
 from lightning_lora.data.chat.template import Template
 from lightning_lora.errors import ConfigError, DataError
 from tests.data.conftest import Write
@@ -92,6 +95,22 @@ def test_every_conversation_has_its_own_time() -> None:
     with pytest.raises(ConfigError, match="has not ended"):
         Template(endless).render_all(conversations, prompt=False, marked=False)
     assert time.process_time() - start < 2
+
+
+def test_a_thread_that_has_no_time_limit_says_so_once() -> None:
+    limits._warn_of_no_limit.cache_clear()
+    conversations = [[{"role": "user", "content": "five"}]]
+
+    def render(text: str) -> None:
+        Template(text).render_all(conversations, prompt=False, marked=False)
+
+    with ThreadPoolExecutor(1) as other, pytest.warns(UserWarning, match="only the main thread") as told:
+        list(other.map(render, ["{{ messages[0].content }}", "{{ messages[0].content }}!"]))
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limits._warn_of_no_limit.cache_clear()
+        Template("{{ messages[0].content }}").render_all(conversations, prompt=False, marked=False)
 
 
 def test_what_templates_of_models_do_is_rendered_as_transformers_renders_it() -> None:
