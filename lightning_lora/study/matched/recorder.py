@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
-from lightning_lora.errors import ResultFileError
+from lightning_lora.errors import ResultFileError, StudySettingError
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 from lightning_lora.study.matched.measures.energy import joules
@@ -108,7 +108,16 @@ class CellRecorder(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the part of the curve before the step that the run continues from, and start the clock."""
+        """Keep the part of the curve before the step that the run continues from, and start the clock.
+
+        Raises:
+            ConfigError: If the steps of the run are to be planned, and the module takes them by itself.
+        """
+        if (self.on_grid or self._share < 1) and not pl_module.automatic_optimization:
+            raise StudySettingError(
+                f"{type(pl_module).__name__} steps its optimizers itself, as often as it likes, and halving and "
+                f"evaluations on a grid need the number of steps: leave both out."
+            )
         self._step = trainer.global_step
         before = [point for point in read_curve(self.folder / CURVE) if point.step <= trainer.global_step]
         # The evaluations are those of the checkpoint: `fit` keeps a curve of its own in the same file.
