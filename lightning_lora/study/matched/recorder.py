@@ -75,6 +75,7 @@ class CellRecorder(Callback):
         self._points: list[CurvePoint] = []
         self._waiting: list[tuple[int, Tensor | int, float, Tensor | None]] = []
         self._since: float | None = None
+        self._window: list[Tensor] = []  # losses of the micro-batches of the present step
         self._step = 0
         self._loss_of = LossOfBatch()
 
@@ -142,13 +143,15 @@ class CellRecorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and remember the loss of an optimizer step."""
+        """Count the batch, and remember the loss of an optimizer step: the mean over its micro-batches."""
         supervised = count_supervised(batch)
         self._tokens = self._tokens + (count_rows(batch) if supervised is None else supervised)
-        loss = self._loss_of(trainer, pl_module, outputs)
+        if (loss := self._loss_of(trainer, pl_module, outputs)) is not None:
+            self._window.append(loss.detach().reshape(()))
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            self._waiting.append((self._step, self._tokens, self._clock(), None if loss is None else loss.detach()))
+            of_step, self._window = sum(self._window, torch.zeros(())) / len(self._window) if self._window else None, []
+            self._waiting.append((self._step, self._tokens, self._clock(), of_step))
             self._watch_rates(trainer)
             if self._evaluations is not None and self._step in self._evaluations.steps:
                 self._stop_clock()
@@ -191,6 +194,7 @@ class CellRecorder(Callback):
             "seconds": self._clock(),
             "energy": self._energy(),
             "rate_fell": self.rate_fell,
+            "window": [float(loss) for loss in self._window],
             "evaluated": [list(astuple(point)) for point in self._evaluated],
         }
 
@@ -199,6 +203,7 @@ class CellRecorder(Callback):
         """Continue counting."""
         self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self.energy, self.rate_fell = state_dict["energy"], state_dict["rate_fell"]
+        self._window = [torch.tensor(loss) for loss in state_dict.get("window", [])]
         self._evaluated = [CurvePoint(*values) for values in state_dict["evaluated"]]
 
     def _clock(self) -> float:

@@ -110,6 +110,25 @@ def test_steps_that_a_module_takes_by_itself_cannot_be_planned(
         made._run_cell(Cell("full", 3e-3, 5, phase, "0" * 16), tmp_path, Event())
 
 
+def test_the_curve_has_the_loss_of_all_micro_batches_of_a_step(tmp_path: Path) -> None:
+    arms = {"two": {"lora": None, "trainer": {"accumulate_grad_batches": 2}}, "one": {"lora": None}}
+    losses: dict[str, list[float]] = {}
+    for name, arm in arms.items():  # at a rate at which no step changes anything
+        made = Study(
+            Learner,
+            Rows,
+            {name: arm, "other": {"lora": LoRAConfig(rank=1)}},
+            0.003,
+            out=tmp_path / f"s{name}",
+            trainer=TRAINER,
+        )
+        (folder := tmp_path / name).mkdir()
+        made._run_cell(Cell(name, 1e-30, 5, "verdict", "0" * 16), folder, Event())
+        losses[name] = [point.train_loss for point in read_curve(folder / "curve.csv") if point.train_loss is not None]
+    pairs = torch.tensor(losses["one"]).view(-1, 2)
+    assert losses["two"] == pytest.approx(pairs.mean(1).tolist(), rel=1e-5)
+
+
 def test_what_a_run_has_measured_survives_the_database(tmp_path: Path) -> None:
     found = outcome(tmp_path, evaluations=2)
     again = outcome_from_text(outcome_to_text(found))
