@@ -227,7 +227,7 @@ def test_a_run_that_goes_on_measures_on(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_at_a_short_batch_knows_the_batch(tmp_path: Path) -> None:
     class Save(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
             if trainer.global_step == 3:
                 trainer.save_checkpoint(tmp_path / "3.ckpt")
 
