@@ -21,7 +21,7 @@ from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.split import column, row_lengths
 from lightning_lora.data.splits_module import scrambled
 from lightning_lora.data.streaming import Drawn, StreamSampler
-from lightning_lora.errors import DataSettingError
+from lightning_lora.errors import DataSettingError, check_arguments
 
 
 class SFTDataModule(RowsDataModule):
@@ -149,6 +149,8 @@ class SFTDataModule(RowsDataModule):
             batch_size,
             num_workers,
         )
+        check_arguments(SFTDataModule, locals(), DataSettingError)
+        self._tell_unused(SFTDataModule, locals(), "max_rows", "packing", "streaming")
         self.packing = "length" if packing is True else packing
         if streaming and self.packing == "length":
             raise DataSettingError(

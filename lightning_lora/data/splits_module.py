@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_lora.data.bad_rows import check_action
-from lightning_lora.errors import DataSettingError, check_count
+from lightning_lora.errors import DataSettingError, check_count, not_default
 
 Names = str | list[str]
 """Files, globs or hub names."""
@@ -87,6 +88,12 @@ class SplitsDataModule(LightningDataModule):
     def _in_file_order(self, split: str, num_devices: int = 1, device: int = 0) -> DataLoader[dict[str, Any]]:
         """The loader of a device for its share of the rows, by `each_once`."""
         raise NotImplementedError
+
+    def _tell_unused(self, kind: type[SplitsDataModule], given: Mapping[str, Any], *of_training: str) -> None:
+        """Warn of settings of a split without rows, of which ``of_training`` are about training rows only."""
+        for split, names in {"train": of_training, "validation": ("validation_rows",)}.items():
+            if not self._has(split) and (unused := not_default(kind, given, *names)):
+                rank_zero_warn(f"{' and '.join(unused)} has no effect: no {split} {self.kind} are given.", stacklevel=4)
 
     def _has(self, split: str) -> bool:
         return self.sources[split] is not None

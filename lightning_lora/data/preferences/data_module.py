@@ -15,7 +15,7 @@ from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.split import column
 from lightning_lora.data.splits_module import scrambled
-from lightning_lora.errors import DataSettingError
+from lightning_lora.errors import DataSettingError, check_arguments
 
 
 class PreferenceDataModule(RowsDataModule):
@@ -118,6 +118,8 @@ class PreferenceDataModule(RowsDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
         )
+        check_arguments(PreferenceDataModule, locals(), DataSettingError)
+        self._tell_unused(PreferenceDataModule, locals(), "max_rows")
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

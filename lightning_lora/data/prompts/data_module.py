@@ -22,7 +22,7 @@ from lightning_lora.data.sampling.each_once import each_once
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.splits_module import SplitsDataModule, scrambled
 from lightning_lora.data.tokenizer import find_context, find_tokenizer
-from lightning_lora.errors import DataError, DataSettingError, check_choice, check_count
+from lightning_lora.errors import DataError, DataSettingError, check_arguments, check_choice, check_count
 
 _ARGUMENTS = ("prompts", "completions")
 """Columns that a reward cannot be given: they are its own arguments."""
@@ -119,6 +119,8 @@ class PromptDataModule(SplitsDataModule):
             on_bad_row,
             batch_size,
         )
+        check_arguments(PromptDataModule, locals(), DataSettingError)
+        self._tell_unused(PromptDataModule, locals(), "max_rows")
         check_count("max_prompt_length", max_prompt_length, DataSettingError, optional=True)
         check_choice("on_long_prompt", on_long_prompt, ACTIONS, DataSettingError)
         self.settings = RowSettings(
