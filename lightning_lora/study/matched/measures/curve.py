@@ -23,7 +23,7 @@ class CurvePoint:
         step: Optimizer steps so far.
         tokens: Supervised tokens trained on so far; rows where the batches have no tokens.
         seconds: Seconds of training so far, without validation.
-        train_loss: Loss of the step; None at a validation.
+        train_loss: Loss of the step, the mean over its micro-batches; None at a validation.
         val_loss: Validation loss after the step; None at other steps.
     """
 
