@@ -27,6 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "versions": (),
     "this_command": (),
     "student_t": (),
+    "time_limit": (),
     "batch_facts": (),
     "lightning_messages": (),
     "step_memory": (),
