@@ -5,6 +5,7 @@ Each imports what it needs when it runs, so that one command does not wait for t
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -27,14 +28,21 @@ def command_parser(name: str) -> CommandParser:
 
 
 def _place(name: str) -> str:
-    """A file or folder of the command line; an empty one, as of an unset variable, would be the present folder."""
+    """A file or folder of the command line, of which a shell leaves the ``~`` in ``--out=~/x``.
+
+    An empty one, as of an unset variable, would be the present folder.
+    """
     if not name.strip():
         raise ArgumentTypeError("the name is empty")
-    return name
+    return os.path.expanduser(name)
+
+
+def _path(name: str) -> Path:
+    return Path(_place(name))
 
 
 def _demo_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder to write (default: demo)")
+    parser.add_argument("--out", type=_path, default=Path("demo"), help="the folder to write (default: demo)")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and adapters (default: 0)")
 
@@ -88,7 +96,7 @@ def _export(arguments: Namespace) -> None:
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run folder, a checkpoint, an adapter folder, or a model folder")
+    parser.add_argument("run", type=_path, help="a run folder, a checkpoint, an adapter folder, or a model folder")
     asked = parser.add_argument_group("what is asked (by default three rows of the validation file of the run)")
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="a question (repeatable)")
     asked.add_argument("--prompts", metavar="FILE", help="a file with rows as for training, or a .txt with lines")
@@ -97,7 +105,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     asked.add_argument("--chat", action="store_true", help="talk to the model; /compare, /base, /reset, /quit")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--compare", action="store_true", help="show what the base answers beside it")
-    answers.add_argument("--out", type=Path, metavar="FILE", help="write all answers to this file, as JSON lines")
+    answers.add_argument("--out", type=_path, metavar="FILE", help="write all answers to this file, as JSON lines")
     answers.add_argument("--max_new_tokens", type=int, metavar="N", help="tokens of an answer at most (default: 256)")
     answers.add_argument("--temperature", type=float, help="0 takes the most probable token (the default)")
     answers.add_argument("--top_p", type=float, help="draw from the most probable tokens up to this sum (default: 1)")
@@ -155,7 +163,7 @@ def _consolidate(arguments: Namespace) -> None:
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="the folder of a run, or of a study, finished or not")
+    parser.add_argument("folder", type=_path, help="the folder of a run, or of a study, finished or not")
     parser.add_argument("--watch", action="store_true", help="write it again while the run goes on")
 
 
