@@ -44,8 +44,8 @@ def wrap_training_loader(trainer: Trainer, module: LightningModule, wrap: Callab
     trainer.fit_loop._data_source = _WrappedSource(source.instance, source.name, wrapped)
 
 
-def follow_training_loaders(trainer: Trainer, tell: Callable[[Any, Any], None]) -> None:
-    """Call ``tell`` with each training loader as it was given, and as it is with its sampler for each rank."""
+def follow_loaders(trainer: Trainer, tell: Callable[[Trainer, RunningStage, Any, Any], None]) -> None:
+    """Call ``tell`` with each loader of a stage as it was given, and as it is with its sampler for each rank."""
     connector = trainer._data_connector
     if not isinstance(connector._prepare_dataloader, _FollowedPreparation):
         connector._prepare_dataloader = _FollowedPreparation(connector, tell)
@@ -54,13 +54,12 @@ def follow_training_loaders(trainer: Trainer, tell: Callable[[Any, Any], None]) 
 class _FollowedPreparation:
     """Stands in for the method of one Trainer; a class, so that the Trainer can still be pickled."""
 
-    def __init__(self, connector: Any, tell: Callable[[Any, Any], None]) -> None:
+    def __init__(self, connector: Any, tell: Callable[[Trainer, RunningStage, Any, Any], None]) -> None:
         self._connector, self._tell = connector, tell
 
     def __call__(self, dataloader: Any, shuffle: bool, mode: RunningStage) -> Any:
         prepared = type(self._connector)._prepare_dataloader(self._connector, dataloader, shuffle, mode)
-        if mode == RunningStage.TRAINING:
-            self._tell(dataloader, prepared)
+        self._tell(self._connector.trainer, mode, dataloader, prepared)
         return prepared
 
 

@@ -16,7 +16,11 @@ from lightning_lora.lightning_private import attached_trainer
 Kind = TypeVar("Kind", bound=Callback)
 
 # What callbacks and commands write in the folder of a run: a folder that holds one of these belongs to a run.
-RUN_FILES = ("adapters", "merged", "config.yaml", "events.jsonl", "batch_probe.json")
+RUN_FILES = (
+    *("adapters", "merged", "config.yaml", "events.jsonl", "curve.csv", "loss.png", "batch_size.png", "capacity.png"),
+    *("batch_probe.json", "batch_probe.png", "rank_probe.json", "rank_probe.png"),
+    *("report.html", "report.md", "report.csv"),
+)
 
 _CHOSEN: WeakKeyDictionary[Trainer, tuple[str, str]] = WeakKeyDictionary()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.calibration import PROBE_FILE
 from lightning_lora.callbacks import AdapterCheckpoint, BatchSizeMonitor, MergeOnFitEnd, RunLock
+from lightning_lora.study.rank_probe_result import RANK_PROBE_FILE
 from lightning_lora.trainer_access import RUN_FILES, run_folder
 from tests.support import commands, toys
 from tests.support.toys import Toy
@@ -113,7 +115,12 @@ def test_the_folder_of_a_csv_logger_is_that_of_the_run_wherever_checkpoints_are(
 
 
 def test_every_file_of_a_run_tells_that_a_folder_is_taken(tmp_path: Path) -> None:
-    assert {*WRITTEN, "config.yaml", PROBE_FILE} == set(RUN_FILES)
+    page = (toys.ROOT / "docs" / "reference" / "run_files.md").read_text().partition("## A study folder")[0]
+    # Lightning writes these, or only at a name that the user has given, or for as long as the run goes on.
+    others = {"metrics.csv", "hparams.yaml", "checkpoints", "exported", "merge_certificate.json"}
+    cells = [cell for cell in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) if ".lock" not in cell]
+    listed = {name.partition("/")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert {*WRITTEN, "config.yaml", PROBE_FILE, RANK_PROBE_FILE} <= set(RUN_FILES) == listed - others
     for number, name in enumerate(RUN_FILES):
         folder = tmp_path / str(number)
         folder.mkdir()

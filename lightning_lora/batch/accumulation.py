@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -47,7 +48,7 @@ def fit_to_batch(group: dict[str, Any], before: float, after: float) -> None:
         before: The batch that the group is set for, as a multiple of the run's first batch.
         after: The batch to set it for, as a multiple of the run's first batch.
     """
-    for key in ("lr", "initial_lr"):
+    for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are those of OneCycleLR
         if key in group:
             group[key] *= math.sqrt(after / before)
     if "betas" in group:
@@ -56,16 +57,25 @@ def fit_to_batch(group: dict[str, Any], before: float, after: float) -> None:
 
 
 def rescale_rates(trainer: Trainer, before: float, after: float, rule: LRRule) -> float:
-    """Adjust all optimizers and their step schedules with `fit_to_batch`; returns the factor of the learning rates."""
+    """Adjust all optimizers with `fit_to_batch`, and their schedulers; returns the factor of the learning rates."""
     if rule == "none":
         return 1.0
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             fit_to_batch(group, before, after)
     root = math.sqrt(after / before)
-    for scheduler in step_schedulers(trainer):
-        scheduler.base_lrs = [rate * root for rate in scheduler.base_lrs]
+    for scheduler in (each for config in trainer.lr_scheduler_configs for each in _with_parts(config.scheduler)):
+        for name in ("base_lrs", "max_lrs"):  # from which it may compute a rate anew, the second one in CyclicLR
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [rate * root for rate in getattr(scheduler, name)])
     return root
+
+
+def _with_parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler, and those that it is made of."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _with_parts(part)
 
 
 def step_schedulers(trainer: Trainer) -> list[LambdaLR]:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import CallbackSettingError, ConfigError, did_you_mean
+from lightning_lora.errors import CallbackSettingError, ConfigError, check_arguments, did_you_mean
 from lightning_lora.files.adapter.save_load import save_adapter
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.shards import full_parameters, reshard
@@ -36,6 +36,7 @@ class AdapterCheckpoint(Callback):
     """
 
     def __init__(self, dirpath: str | None = None, monitor: str | None = None, mode: str = "min") -> None:
+        check_arguments(AdapterCheckpoint, locals(), CallbackSettingError)
         if mode not in ("min", "max"):
             raise CallbackSettingError(f"mode must be min or max, got {mode!r}.")
         self.dirpath = dirpath

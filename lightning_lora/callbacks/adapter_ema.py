@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
 from lightning_lora.checkpoints.shards import writes_shards
-from lightning_lora.errors import CallbackSettingError
+from lightning_lora.errors import CallbackSettingError, check_arguments
 from lightning_lora.lora.patterns import state_dict_name
 from lightning_lora.lora.shards import full_tensor, local_shard, reshard
 from lightning_lora.trainer_access import found
@@ -45,6 +45,7 @@ class AdapterEMA(Callback):
     def __init__(
         self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
     ) -> None:
+        check_arguments(AdapterEMA, locals(), CallbackSettingError)
         if not 0 <= decay < 1:
             raise CallbackSettingError(f"decay must be in [0, 1), got {decay!r}.")
         if update_every_n_steps < 1:

@@ -24,7 +24,7 @@ from lightning_lora.batch.division import check_may_set_accumulation, divisors
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
-from lightning_lora.errors import AccumulationError
+from lightning_lora.errors import AccumulationError, check_arguments
 from lightning_lora.lightning_private import training_loader_source
 from lightning_lora.trainer_access import found
 
@@ -62,6 +62,7 @@ class AdaptiveAccumulation(Callback):
         max_changes: int = 3,
         cooldown: float = 0.1,
     ) -> None:
+        check_arguments(AdaptiveAccumulation, locals(), AccumulationError)
         if schedule is not None and (not schedule or any(step < 0 or k < 1 for step, k in schedule.items())):
             raise AccumulationError(f"schedule must map steps >= 0 to accumulations >= 1, got {dict(schedule)}.")
         if lr_rule not in ("sqrt", "none"):

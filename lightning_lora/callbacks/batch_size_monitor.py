@@ -25,7 +25,7 @@ from lightning_lora.batch.reading import BatchReading, BatchState, advice
 from lightning_lora.batch.remarks import RepeatedRows, announce_batch, warn_of_stored_order
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size
-from lightning_lora.errors import ConfigError, MeasurementError
+from lightning_lora.errors import ConfigError, MeasurementError, check_arguments
 from lightning_lora.sharding.collectives import largest_of_ranks, total_of_ranks
 
 PLOT = "batch_size.png"
@@ -67,12 +67,13 @@ class BatchSizeMonitor(Callback):
     frozen_weights_every: int = 0
 
     def __init__(self, every_n_steps: int = 10, calibration: float | str | None = None) -> None:
+        check_arguments(BatchSizeMonitor, locals(), MeasurementError)
         if isinstance(calibration, str):
             calibration = known_calibration(calibration)
         if every_n_steps < 1:
             raise MeasurementError(f"every_n_steps must be at least 1, got {every_n_steps}.")
-        if calibration is not None and not 0 < calibration < math.inf:
-            raise MeasurementError(f"calibration must be a positive number, got {calibration}.")
+        if calibration is not None:
+            _check_calibration(calibration)
         self.every_n_steps = every_n_steps
         self.calibration: float | None = calibration
         self.batch: EffectiveBatch | None = None
@@ -200,7 +201,11 @@ class BatchSizeMonitor(Callback):
         Args:
             trainer: The Trainer of the run.
             calibration: Harmless batch over noise scale.
+
+        Raises:
+            ConfigError: If it is no positive number.
         """
+        _check_calibration(calibration)
         self.calibration = calibration
         if self.batch is not None:
             self._judge.recalibrate(self.batch.rows, _num_steps(trainer), calibration)
@@ -284,3 +289,8 @@ class BatchSizeMonitor(Callback):
 
 def _num_steps(trainer: Trainer) -> float:
     return float(trainer.estimated_stepping_batches)
+
+
+def _check_calibration(calibration: float) -> None:
+    if not isinstance(calibration, (int, float)) or not 0 < calibration < math.inf:
+        raise MeasurementError(f"calibration must be a positive number, got {calibration}.")

@@ -20,7 +20,7 @@ from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.capacity.fixed_rows import fixed_batches, validation_loaders
 from lightning_lora.capacity.measure import CapacityMeter, stored_bits
 from lightning_lora.capacity.reading import CapacityReading, Verdict
-from lightning_lora.errors import MeasurementError
+from lightning_lora.errors import MeasurementError, check_arguments
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.layers.adapted import learning_layers
 from lightning_lora.lora.reports import count_parameters
@@ -68,6 +68,7 @@ class CapacityMonitor(Callback):
     measurements: int = 10
 
     def __init__(self, num_rows: int = 256) -> None:
+        check_arguments(CapacityMonitor, locals(), MeasurementError)
         if num_rows < 2:
             raise MeasurementError(f"num_rows must be at least 2, got {num_rows}.")
         self.num_rows = num_rows

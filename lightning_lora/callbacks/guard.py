@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.errors import GuardError, first_five
+from lightning_lora.errors import CallbackSettingError, GuardError, check_arguments, first_five
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.changed_tensors import recorded_parameters
 from lightning_lora.lora.fingerprint import base_digests
@@ -59,6 +59,7 @@ class LoRAGuard(Callback):
     """
 
     def __init__(self, patience: int = 10) -> None:
+        check_arguments(LoRAGuard, locals(), CallbackSettingError)
         self.patience = patience
         self._training: LayerCallRecorder | None = None
         self._evaluation: LayerCallRecorder | None = None

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import AdapterStateError, ConfigError
+from lightning_lora.errors import AdapterStateError, CallbackSettingError, ConfigError, check_arguments
 from lightning_lora.lightning_private import call_before_weights_return
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.class_swap import mix_in
@@ -66,6 +66,7 @@ class LoRA(Callback):
         autocast_base: bool = False,
         step_memory: StepMemory | dict[str, Any] | None = None,
     ) -> None:
+        check_arguments(LoRA, locals(), CallbackSettingError)
         self.config = LoRAConfig() if config is None else LoRAConfig.from_dict(config)
         self.root = root
         self.allow_other_base = allow_other_base

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_lora.errors import AdapterStateError, ConfigError
+from lightning_lora.errors import AdapterStateError, CallbackSettingError, ConfigError, check_arguments
 from lightning_lora.files.merge.merged_model import save_merged
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.held_base import base_as_stored
@@ -32,6 +32,7 @@ class MergeOnFitEnd(Callback):
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
+        check_arguments(MergeOnFitEnd, locals(), CallbackSettingError)
         self.dirpath = dirpath
 
     @override

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_items, count_rows, count_supervised
 from lightning_lora.batch.run_events import RunEvents
-from lightning_lora.errors import CallbackSettingError
+from lightning_lora.errors import CallbackSettingError, check_arguments
 from lightning_lora.lora.reports import count_parameters
 from lightning_lora.memory.process_peak import peak_bytes, resident_bytes, restart_peak
 from lightning_lora.sharding.collectives import total_of_ranks
@@ -90,6 +90,7 @@ class PlannedRun(Callback):
         seconds: float | None = None,
         total_tokens: int | None = None,
     ) -> None:
+        check_arguments(PlannedRun, locals(), CallbackSettingError)
         self.planned: dict[str, float | None] = {
             "steps": steps,
             "tokens": tokens,

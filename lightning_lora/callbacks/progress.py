@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.batch.counting import count_items
-from lightning_lora.errors import CallbackSettingError
+from lightning_lora.errors import CallbackSettingError, check_arguments
 from lightning_lora.lightning_private import is_accumulating
 from lightning_lora.lora.layers.adapted import factor_parameters
 from lightning_lora.memory.process_peak import peak_bytes
@@ -69,6 +69,7 @@ class LoRAProgressBar(RichProgressBar):
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
+        check_arguments(LoRAProgressBar, locals(), CallbackSettingError)
         if every_n_steps < 1:
             raise CallbackSettingError(f"every_n_steps must be at least 1, got {every_n_steps}.")
         super().__init__(refresh_rate=10)

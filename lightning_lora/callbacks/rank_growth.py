@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.run_events import RunEvents
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import RankChangeError, check_count
+from lightning_lora.errors import RankChangeError, check_arguments, check_count
 from lightning_lora.lightning_private import trains_in_children
 from lightning_lora.lora.grown_state import check_can_grow, extend_state
 from lightning_lora.lora.growth import grow_adapters
@@ -60,6 +60,7 @@ class RankGrowth(Callback):
         every_n_steps: int | None = None,
         threshold: float = 0.1,
     ) -> None:
+        check_arguments(RankGrowth, locals(), RankChangeError)
         for name, value in (("max_rank", max_rank), ("budget", budget), ("every_n_steps", every_n_steps)):
             check_count(name, value, RankChangeError, optional=True)
         if not 0 < threshold <= 1:

@@ -19,7 +19,7 @@ from lightning_lora.batch.division import check_may_set_accumulation, divide_row
 from lightning_lora.batch.trial_step import can_choose_rows, longest_batches, step_fits
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
-from lightning_lora.errors import AccumulationError, check_count
+from lightning_lora.errors import AccumulationError, check_arguments, check_count
 from lightning_lora.lightning_private import remake_training_loaders, training_loader_source, training_loaders
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.run_step import TRACE_ERROR, RunStep, fills_device, gigabytes, room_of_run
@@ -54,6 +54,7 @@ class TargetBatchSize(Callback):
     """
 
     def __init__(self, rows: int = 32, fit_memory: bool = True) -> None:
+        check_arguments(TargetBatchSize, locals(), AccumulationError)
         check_count("target_batch_size", rows, AccumulationError)
         self.rows = rows
         self.fit_memory = fit_memory

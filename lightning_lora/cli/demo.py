@@ -79,14 +79,14 @@ def run_demo(out: Path, steps: int = 30, seed: int = 0) -> None:
 
 def results_table(arms: list[ArmResult]) -> Table:
     """A table with one row per run: learning rate, loss in nats per answer token before and after, and cost."""
-    table = Table("method", "rate", "validation loss", "trained", "time", "peak memory")
+    table = Table("method", "rate", "validation loss", "trained", "step", "peak memory")
     for arm in arms:
         table.add_row(
             arm.name,
             f"{arm.learning_rate:g}",
             f"{arm.val_losses[0]:.3f} -> {arm.val_losses[max(arm.val_losses)]:.3f}",
             f"{arm.trainable:,}",
-            f"{arm.seconds:.0f} s",
+            f"{arm.usual_step:.2f} s",
             f"{arm.peak_megabytes:.0f} MB (+{arm.peak_megabytes - arm.base_megabytes:.0f})",
         )
     return table
@@ -118,7 +118,7 @@ def demo_page(arms: list[ArmResult], said: str) -> Page:
             {
                 "rate": rate(arm.learning_rate),
                 "trained": count(arm.trainable),
-                "time": seconds(arm.seconds),
+                "step": seconds(arm.usual_step),
                 "peak memory": size(arm.peak_megabytes * 2**20),
             },
         )

@@ -6,6 +6,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class ArmResult:
         train_losses: Loss of each optimizer step, in nats per supervised token.
         val_losses: Validation loss by optimizer step, in nats per supervised token.
         trainable: Number of trained parameters.
-        seconds: Wall time of the training steps, without validation.
+        step_seconds: Wall time of each optimizer step, without validation.
         base_megabytes: Peak resident memory of the process before the first step, in 2^20 bytes.
         peak_megabytes: Peak resident memory of the process at the end, in 2^20 bytes.
     """
@@ -45,9 +46,14 @@ class ArmResult:
     train_losses: tuple[float, ...]
     val_losses: dict[int, float]
     trainable: int
-    seconds: float
+    step_seconds: tuple[float, ...]
     base_megabytes: float
     peak_megabytes: float
+
+    @property
+    def usual_step(self) -> float:
+        """The median of ``step_seconds``: one stalled step says nothing about a method."""
+        return median(self.step_seconds)
 
 
 def train_arm(
@@ -93,7 +99,7 @@ def train_arm(
         train_losses=tuple(record.train_losses),
         val_losses=record.val_losses,
         trainable=count_parameters(model).trainable,
-        seconds=record.seconds,
+        step_seconds=tuple(record.step_seconds),
         base_megabytes=record.base_megabytes,
         peak_megabytes=_peak_megabytes(),
     )
@@ -105,7 +111,7 @@ class _Record(Callback):
     def __init__(self) -> None:
         self.train_losses: list[float] = []
         self.val_losses: dict[int, float] = {}
-        self.seconds = 0.0
+        self.step_seconds: list[float] = []
         self.base_megabytes = 0.0
         self._started = 0.0
 
@@ -117,7 +123,7 @@ class _Record(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.step_seconds.append(time.perf_counter() - self._started)
         self.train_losses.append(float(trainer.callback_metrics["train_loss"]))
 
     @override

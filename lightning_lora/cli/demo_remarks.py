@@ -81,9 +81,9 @@ def _on_loss(lora: ArmResult, full: ArmResult, update: UpdateShare) -> str:
 
 
 def _on_time(lora: ArmResult, full: ArmResult, update: UpdateShare) -> str:
-    ratio, large = lora.seconds / full.seconds, update.at(LARGE_WIDTH)
+    ratio, large = lora.usual_step / full.usual_step, update.at(LARGE_WIDTH)
     word = "slower" if ratio > 1 + _SAME_TIME else "faster" if ratio < 1 - _SAME_TIME else "as fast"
-    verdict = f"LoRA is {word}" + ("" if word == "as fast" else f" ({ratio:.2f} times the time)")
+    verdict = f"LoRA is {word}" + ("" if word == "as fast" else f" ({ratio:.2f} times the time of a step)")
     return (
         f"time: {verdict}. It saves the gradients of the weights, a third of the arithmetic, and adds updates of "
         f"{update.share:.0%} of it, as rank {update.rank} is {update.rank / update.width:.0%} of width {update.width}: "

@@ -19,6 +19,8 @@ from lightning_lora.data.records import Conversation, Text
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.errors import DataSettingError
 
+_DEFAULTS = RowSettings(max_length=1)
+_OF_TEMPLATES = ("chat_template_kwargs", "end_of_answer")
 DOUBLED = "the text holds the begin or end token already, so it is not put there again"
 
 
@@ -120,11 +122,12 @@ def _encode_texts(
     if not records:
         return []
     frame = _Frame(tokenizer, settings)
+    unused = _unused("a plain text", settings, "chat_template", *_OF_TEMPLATES, "train_on", "prompt_separator")
     rows: list[Encoded | RowError] = []
     for ids in _ids(tokenizer, [record.text for record in records]):
         whole = [*frame.before(ids), *ids, *frame.after(ids)]
         doubled = (frame.starts and not frame.before(ids)) or not frame.after(ids)
-        notes = frozenset({DOUBLED} if doubled else ())
+        notes = unused | ({DOUBLED} if doubled else set())
         rows.append(Encoded(numpy.array(whole), numpy.ones(len(whole), dtype=bool), notes=notes))
     return rows
 
@@ -150,11 +153,17 @@ def _encode_pair(frame: _Frame, record: Conversation, prompt: list[int], answer:
     mask = numpy.arange(len(ids)) >= len(before) + len(prompt)
     if 1 in record.untrained:
         mask[:] = False
-    notes = {DOUBLED} if (frame.starts and not before) or not after else set[str]()
+    notes = {*frame.unused, *([DOUBLED] if (frame.starts and not before) or not after else ())}
     if frame.special & {*prompt, *answer[:-1]}:
         notes.add(TYPED)
     keys = {key for message in record.messages for key in message}
     return Encoded(ids, mask, frozenset((keys - {"role", "content"}) | set(record.variables)), frozenset(notes))
+
+
+def _unused(rows: str, settings: RowSettings, *names: str) -> frozenset[str]:
+    """What is told about rows for which some settings were given that change nothing in them."""
+    given = [name for name in names if getattr(settings, name) != getattr(_DEFAULTS, name)]
+    return frozenset([f"{' and '.join(given)} change{'s' * (len(given) == 1)} nothing in {rows}"] if given else ())
 
 
 def _needs_template(record: Conversation) -> RowError | None:
@@ -188,6 +197,7 @@ class _Frame:
         first = tokenizer("a", **{**PLAIN, "add_special_tokens": True})["input_ids"][0]  # type: ignore[index]
         self.starts = [first] if first == tokenizer.bos_token_id else []
         self.special = frozenset(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))  # type: ignore[arg-type]
+        self.unused = _unused("a row without a chat template", settings, *_OF_TEMPLATES)
         self._end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         chosen = settings.chat_template is not None or isinstance(tokenizer.chat_template, str)
         template = find_template(tokenizer, settings.chat_template) if chosen else None

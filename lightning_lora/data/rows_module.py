@@ -11,11 +11,12 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_lora.data.read_splits import check_columns, read_splits, source_names
+from lightning_lora.data.sampling.each_once import each_once
 from lightning_lora.data.sampling.hold_out import hold_out, tell_shared
 from lightning_lora.data.sampling.mixture import read_shares
 from lightning_lora.data.settings import RowSettings
@@ -143,14 +144,15 @@ class RowsDataModule(SplitsDataModule):
         """What a loader takes its examples from."""
         raise NotImplementedError
 
-    def _collator(self, split: str) -> Callable[[Any], dict[str, Tensor]]:
-        """What makes a batch of examples of a split in the order of the files."""
+    def _collator(self, split: str, weighted: bool) -> Callable[[Any], dict[str, Tensor]]:
+        """What makes a batch of examples of a split in the order of the files, with weights or without."""
         raise NotImplementedError
 
     @override
-    def _in_file_order(self, split: str) -> DataLoader[dict[str, Tensor]]:
+    def _in_file_order(self, split: str, num_devices: int = 1, device: int = 0) -> DataLoader[dict[str, Tensor]]:
         rows = self._examples(split)
-        return self._loader(rows, SequentialSampler(rows), self._collator(split))
+        weighted = self._is_weighted(split) or len(rows) % num_devices > 0
+        return self._loader(*each_once(rows, num_devices, device), self._collator(split, weighted))
 
     def _loader(
         self, rows: Any, sampler: Sampler[Any], collate: Callable[[Any], dict[str, Tensor]]

@@ -21,7 +21,7 @@ from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.split import column, row_lengths
 from lightning_lora.data.splits_module import scrambled
 from lightning_lora.data.streaming import Drawn, StreamSampler
-from lightning_lora.errors import DataSettingError
+from lightning_lora.errors import DataSettingError, check_arguments
 
 
 class SFTDataModule(RowsDataModule):
@@ -149,6 +149,8 @@ class SFTDataModule(RowsDataModule):
             batch_size,
             num_workers,
         )
+        check_arguments(SFTDataModule, locals(), DataSettingError)
+        self._tell_unused(SFTDataModule, locals(), "max_rows", "packing", "streaming")
         self.packing = "length" if packing is True else packing
         if streaming and self.packing == "length":
             raise DataSettingError(
@@ -181,8 +183,7 @@ class SFTDataModule(RowsDataModule):
 
     @override
     def _examples(self, split: str) -> Any:
-        columns = ["input_ids", "supervised", *(["weight"] if self._is_weighted(split) else [])]
-        return self._loaded(split).select_columns(columns).with_format("numpy")
+        return self._loaded(split).select_columns(["input_ids", "supervised", "weight"]).with_format("numpy")
 
     @override
     def first_rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -194,8 +195,8 @@ class SFTDataModule(RowsDataModule):
         return [(f"row {n}", {**row, **about, "length": len(row["input_ids"])}) for n, row in drawn]
 
     @override
-    def _collator(self, split: str) -> Any:
-        return self._collate(Collate, split)
+    def _collator(self, split: str, weighted: bool) -> Any:
+        return Collate(self._pad_id, weighted)
 
     def _collate(self, kind: Callable[..., Callable[[Any], dict[str, Tensor]]], split: str) -> Any:
         return kind(self._pad_id, self._is_weighted(split))

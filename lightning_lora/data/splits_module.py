@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_lora.data.bad_rows import check_action
-from lightning_lora.errors import DataSettingError, check_count
+from lightning_lora.errors import DataSettingError, check_count, not_default
 
 Names = str | list[str]
 """Files, globs or hub names."""
@@ -71,21 +72,28 @@ class SplitsDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        """Validation rows in the order of the files; an empty list without ``validation``."""
-        return self._in_file_order("validation") if self._has("validation") else []
+        """Validation rows in the order of the files, each on one device; an empty list without ``validation``."""
+        return self._in_file_order("validation", *self._share()) if self._has("validation") else []
 
     @override
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Test rows in the order of the files."""
-        return self._in_file_order("test")
+        """Test rows in the order of the files, each on one device."""
+        return self._in_file_order("test", *self._share())
 
     @override
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Test rows in the order of the files."""
-        return self._in_file_order("test")
+        return self._in_file_order("test")  # which Lightning divides among devices, and repeats none
 
-    def _in_file_order(self, split: str) -> DataLoader[dict[str, Any]]:
+    def _in_file_order(self, split: str, num_devices: int = 1, device: int = 0) -> DataLoader[dict[str, Any]]:
+        """The loader of a device for its share of the rows, by `each_once`."""
         raise NotImplementedError
+
+    def _tell_unused(self, kind: type[SplitsDataModule], given: Mapping[str, Any], *of_training: str) -> None:
+        """Warn of settings of a split without rows, of which ``of_training`` are about training rows only."""
+        for split, names in {"train": of_training, "validation": ("validation_rows",)}.items():
+            if not self._has(split) and (unused := not_default(kind, given, *names)):
+                rank_zero_warn(f"{' and '.join(unused)} has no effect: no {split} {self.kind} are given.", stacklevel=4)
 
     def _has(self, split: str) -> bool:
         return self.sources[split] is not None

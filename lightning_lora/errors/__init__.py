@@ -4,7 +4,8 @@ Each class also inherits from a built-in error, so that ``except ValueError`` ke
 ones, such as `ConfigError`. The docstring of a class says what happened and what to do, as
 ``docs/reference/errors.md`` shows it.
 
-Read in this order: `base`, `settings`, `files`, `data`, `training`, `rewards`, `analysis`, `words` (parts of messages).
+Read in this order: `base`, `settings`, `files`, `data`, `training`, `rewards`, `analysis`, `words` (parts of messages),
+`arguments` (their types).
 """
 
 from lightning_lora.errors.analysis import (
@@ -18,6 +19,7 @@ from lightning_lora.errors.analysis import (
     VersionError,
     with_code,
 )
+from lightning_lora.errors.arguments import check_arguments, not_default
 from lightning_lora.errors.base import (
     LoRAError,
 )
@@ -120,11 +122,13 @@ __all__ = [
     "TaskSettingError",
     "TokenizerError",
     "VersionError",
+    "check_arguments",
     "check_choice",
     "check_count",
     "did_you_mean",
     "first_five",
     "first_line",
+    "not_default",
     "user_error",
     "with_code",
 ]

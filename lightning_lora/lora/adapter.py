@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFolderError, first_five
+from lightning_lora.errors import AdapterFolderError, check_arguments, first_five
 from lightning_lora.lora.base_values import base_values, forget_base_values, keep_base_values
 from lightning_lora.lora.changed_tensors import forget_tensors, record_tensors
 from lightning_lora.lora.config import LoRAConfig
@@ -68,7 +68,9 @@ def inject_lora(module: nn.Module, config: LoRAConfig) -> InjectionReport:
         ConfigError: If ``module`` is adapted already, or a target cannot be adapted.
         AlreadyShardedError: If the parameters are sharded already.
     """
-    config = LoRAConfig.from_dict(config)
+    if isinstance(config, Mapping):
+        config = LoRAConfig.from_dict(config)
+    check_arguments(inject_lora, locals())
     check_not_sharded(module)
     targets = resolve_targets(module, config)
     notes = apply_targets(module, targets)
@@ -141,6 +143,7 @@ def remove_lora(module: nn.Module) -> None:
         ConfigError: If nothing is adapted.
         AlreadyShardedError: If the weights are sharded.
     """
+    check_arguments(remove_lora, locals())
     check_not_sharded(module)
     # Before the layers are counted: a resized vocabulary may have replaced every adapted layer.
     was_watched = unwatch_vocabulary(module)
@@ -185,6 +188,7 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
         ConfigError: If nothing is adapted.
         AlreadyShardedError: If FSDP1 has flattened the factors and ``module`` is not its outermost wrapper.
     """
+    check_arguments(lora_state_dict, locals())
     reshard(module)
     adapted(module)
     with full_parameters(module):
@@ -214,6 +218,7 @@ def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
 
 def _check_values(state: Mapping[str, Any]) -> None:
     """Refuse what cannot be an adapter's tensor, whatever the module is."""
+    check_arguments(_check_values, locals(), AdapterFolderError)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             problem = f"is {type(value).__name__}, not a tensor"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_lora.errors import LayerError
+from lightning_lora.errors import LayerError, check_arguments
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.targets.resolve import resolve_targets
 
@@ -36,6 +36,7 @@ def matched_rank(module: nn.Module, targets: str | Sequence[str], like: LoRAConf
             like = LoRAConfig(rank=32)
             baseline = LoRAConfig(rank=matched_rank(model, "attention", like), targets="attention")
     """
+    check_arguments(matched_rank, locals())
     own = targets if isinstance(targets, str) else tuple(targets)
     other = replace(like, targets=own, rank_pattern={}, lr_multiplier_pattern={})
     goal = _num_parameters(module, like)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.errors import AdapterStateError, first_five
+from lightning_lora.errors import AdapterStateError, check_arguments, first_five
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.base import LoRALayer
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
@@ -101,6 +101,7 @@ def check_not_merged(module: nn.Module, action: str) -> None:
 
 def adapted(module: nn.Module) -> dict[str, LoRALayer]:
     """Name to adapted layer; raise `ConfigError` if there is none, or if its vocabulary was resized since."""
+    check_arguments(adapted, locals())
     check_vocabulary(module)
     layers = lora_layers(module)
     if not layers:

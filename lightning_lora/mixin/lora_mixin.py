@@ -211,7 +211,7 @@ class LoRAMixin(CheckedLoading):
 
     def use_step_memory(self, memory: StepMemory) -> None:
         """Train with these choices from now on; those that are open are as if no device told its memory."""
-        self._step_memory_in_use = memory
+        self._step_memory_in_use = memory = StepMemory.from_dict(memory)
         keep_gates(self, memory.gate == "keep")
 
     def merge_lora(self) -> MergeReport:
@@ -281,7 +281,7 @@ class LoRAMixin(CheckedLoading):
             return self
         modules = dict(self.named_modules())
         if self.lora_root not in modules:
-            hint = did_you_mean(self.lora_root, modules)
+            hint = did_you_mean(str(self.lora_root), modules)
             raise TargetNotFoundError(f"lora_root {self.lora_root!r} is not a submodule of {type(self).__name__}{hint}")
         return modules[self.lora_root]
 

@@ -13,14 +13,14 @@ from lightning_lora.checkpoints import contents
 from lightning_lora.checkpoints.optimizer_state_names import name_optimizer_states
 from lightning_lora.checkpoints.resume import RunMemory
 from lightning_lora.checkpoints.wrapped_names import use_own_names
-from lightning_lora.lightning_private import attached_trainer, follow_training_loaders
+from lightning_lora.lightning_private import attached_trainer, follow_loaders
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.merging import check_not_merged
 from lightning_lora.mixin import gradient_start, optim, rate_search, rates
 from lightning_lora.mixin.kept_frozen import KeptFrozen
 from lightning_lora.mixin.lightning_callbacks import keep_averages_exact
 from lightning_lora.mixin.no_batches import refuse_no_batches
-from lightning_lora.mixin.row_order import tell_if_shuffled
+from lightning_lora.mixin.row_order import tell_of_rows
 from lightning_lora.trainer_access import attach_when_saving
 
 # The class imports this file.
@@ -42,7 +42,7 @@ def run_starts(module: LoRAMixin) -> None:
     trainer = attached_trainer(module)
     if trainer is not None:
         attach_when_saving(trainer)
-        follow_training_loaders(trainer, tell_if_shuffled)
+        follow_loaders(trainer, tell_of_rows)
     run_memory(module).run_starts()
 
 

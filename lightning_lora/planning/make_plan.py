@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_lora.data import SFTDataModule
-from lightning_lora.errors import DataError, PlanError
+from lightning_lora.errors import DataError, PlanError, check_arguments
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.planning.advice.epoch import Epoch
@@ -74,6 +74,7 @@ def plan(
     settings = {**((config or {}).get("trainer") or {}), **(trainer or {})}
     settings["callbacks"] = [as_named(each) for each in as_list(settings.get("callbacks"))]
     check_objects(model, datamodule)
+    check_arguments(plan, locals(), PlanError)
     found = find_devices(memory, devices, device, efficiency, peak_tflops, bandwidth, settings.get("accelerator"))
     module = CausalLM(model, lora=lora or LoRAConfig()) if isinstance(model, str) else model
     data = SFTDataModule(train=datamodule) if isinstance(datamodule, str) else datamodule

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.calibration import PROBE_FILE
 from lightning_lora.callbacks.batch_size_monitor import BatchSizeMonitor
-from lightning_lora.errors import ProbeError
+from lightning_lora.errors import ProbeError, check_arguments
 from lightning_lora.study.batch_branches import BatchBranches, compare_batches
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.branch import BranchPoint
@@ -76,6 +76,7 @@ class BatchProbe(Probe[BatchBranches, BatchProbeResult]):
         held_out_rows: int = 512,
         stop: bool = False,
     ) -> None:
+        check_arguments(BatchProbe, locals(), ProbeError)
         super().__init__(at, min_steps, min_epoch, held_out_rows, stop)
         if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios):
             raise ProbeError(f"ratios must be at least two positive numbers, got {list(ratios)}.")

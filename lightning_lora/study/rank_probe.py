@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.errors import ProbeError
+from lightning_lora.errors import ProbeError, check_arguments
 from lightning_lora.study.branch import BranchPoint
 from lightning_lora.study.probe import Probe
 from lightning_lora.study.rank_branches import RankBranches, raised_ranks
@@ -66,6 +66,7 @@ class RankProbe(Probe[RankBranches, RankProbeResult]):
         factor: int = 2,
         stop: bool = False,
     ) -> None:
+        check_arguments(RankProbe, locals(), ProbeError)
         super().__init__(at, min_steps, min_epoch, held_out_rows, stop)
         if num_seeds < 1:
             raise ProbeError(f"num_seeds must be at least 1, got {num_seeds}.")

@@ -38,6 +38,10 @@ def adamw(groups: list[dict[str, Any]], learning_rate: float, weight_decay: floa
         weight_decay: Weight decay of groups that set none.
         trainer: The Trainer, which tells the precision.
     """
+    if weight_decay and all("weight_decay" in group for group in groups):
+        rank_zero_warn(
+            f"weight_decay={weight_decay:g} has no effect: adapters get none, and nothing beside them is trained."
+        )
     # A fused step unscales gradients itself, which Lightning cannot combine with clipping.
     fused = trainer.precision != "16-mixed"
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import TokenWeightedLoss
 from lightning_lora.checkpoints.verified_io import use_verified_checkpoints
+from lightning_lora.errors import TaskSettingError, check_arguments
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.patterns import matches
 from lightning_lora.lora.targets.resolve import resolve_targets
@@ -115,6 +116,7 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         super().__init__(lora=lora, lora_root="model")
         check_optimizer(learning_rate, weight_decay, warmup_steps, schedule)
         check_dtype(dtype)
+        check_arguments(PretrainedTask, locals(), TaskSettingError)
         check_attention(attn_implementation)
         self.save_hyperparameters(ignore=self._unsaved)
         self.step_memory = StepMemory.from_dict(step_memory).with_checkpointing(activation_checkpointing)
@@ -122,14 +124,12 @@ class PretrainedTask(LoRAMixin, TokenWeightedLoss):
         self.model_name = str(model)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.schedule = schedule
+        self.warmup_steps, self.schedule = warmup_steps, schedule
         self.dtype_name = dtype
         self.lora_autocast_base = dtype is None
         self.quantization = quantization
         self.attn_implementation = attn_implementation
-        self.mean_loss = RunningMean()
-        self.mean_accuracy = RunningMean()
+        self.mean_loss, self.mean_accuracy = RunningMean(), RunningMean()
         self.model_config = read_config(self.model_name, **self._config_overrides())
         check_quantization(quantization, lora, getattr(self.model_config, "quantization_config", None))
         stored = getattr(self.model_config, "dtype", None)

@@ -225,7 +225,7 @@ def test_tokenizers_that_are_none_are_refused(write: Write, tmp_path: Path, monk
     padless.eos_token = padless.pad_token = None
     given: list[tuple[Any, str]] = [
         (None, "no tokenizer: none was given and there is no model yet. Pass tokenizer="),
-        (5, "tokenizer must be a folder, a hub name or a tokenizer, got int"),
+        (5, "tokenizer must be a text or a PreTrainedTokenizerBase or None, got 5"),
         (str(tmp_path / "absent"), r"tokenizer folder .*absent' does not exist"),
         (str(tmp_path / "broken"), r"tokenizer .*broken' cannot be loaded"),
         (silent, "the tokenizer has no eos_token"),

@@ -203,8 +203,8 @@ def test_packing_comes_from_yaml_and_the_command_line(write: Write, given: str, 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SFTDataModule, "data")
     parser.add_argument("--config", action="config")
-    config = write("c.yaml", f"data:\n  packing: {given}\n")
-    for arguments in (["--config", config], [f"--data.packing={given}"]):
+    config = write("c.yaml", f"data:\n  train: a.jsonl\n  packing: {given}\n")
+    for arguments in (["--config", config], ["--data.train=a.jsonl", f"--data.packing={given}"]):
         assert parser.instantiate(parser.parse_args(arguments)).data.packing == packing
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ResultFileError
+from lightning_lora.errors import GradientError, ResultFileError, check_arguments, first_five
 
 # Two-sided 95 % of a normal distribution.
 _Z = 1.959964
@@ -61,7 +61,9 @@ def noise_scale(gradients: Tensor | Sequence[Tensor], batch_sizes: int | Sequenc
         batch_sizes: Rows of each micro-batch: one number, or ``K`` numbers.
 
     Raises:
+        ConfigError: If an argument is of another type.
         DataError: If there are fewer than two micro-batches, shapes differ, or a batch size is not positive.
+        GradientError: If a gradient is NaN or infinite.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -70,11 +72,14 @@ def noise_scale(gradients: Tensor | Sequence[Tensor], batch_sizes: int | Sequenc
         >>> estimate.conclusive, estimate.low < 1 < estimate.high
         (True, True)
     """
+    check_arguments(noise_scale, locals())
     if not isinstance(gradients, Tensor):
         if len({gradient.shape for gradient in gradients}) > 1:
             raise ResultFileError("the gradients of the micro-batches differ in shape.")
         gradients = torch.stack([gradient.reshape(-1) for gradient in gradients]) if gradients else torch.empty(0, 0)
     rows = gradients.detach().double().flatten(1)
+    if odd := (~rows.isfinite().all(1)).nonzero().flatten().tolist():
+        raise GradientError(f"gradients of micro-batches {first_five(map(str, odd))} (from 0) are NaN or infinite.")
     sizes = _sizes(batch_sizes, len(rows))
     gram = rows @ rows.T
     weights = sizes / sizes.sum()

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.distributed_c10d import _get_default_store  # every process group has one; no public access
 from typing_extensions import override
 
-from lightning_lora.errors import CallbackSettingError, first_line
+from lightning_lora.errors import CallbackSettingError, check_arguments, first_line
 
 CHECK_SECONDS = 1.0  # between two checks of processes on this host
 NUM_BEATS = 8  # heartbeats within the timeout
@@ -45,6 +45,7 @@ class RankWatch(Callback):
     """
 
     def __init__(self, timeout: float = 30.0) -> None:
+        check_arguments(RankWatch, locals(), CallbackSettingError)
         if timeout < 5:
             raise CallbackSettingError(f"timeout must be at least 5 seconds, got {timeout}.")
         self.timeout = timeout

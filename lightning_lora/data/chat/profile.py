@@ -19,6 +19,7 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE = "the chat template writes the date, today {day}; chat_template_kwargs: {{date: {day}}} keeps it"
 NO_END = "no token of {template} ends an answer, so the model does not learn to stop; end_of_answer: {token!r} puts one"
 NEEDLESS_END = "end_of_answer is not used where {template} itself ends answers with {tokens}"
+NEEDLESS_SEPARATOR = "prompt_separator is not used where {template} renders prompts"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def _notes(template: Template, settings: RowSettings, ends: tuple[str, ...], nam
             yield f"chat_template_kwargs: {named} does not read {name!r}{did_you_mean(name, names.variables)}"
     if names.date and "date" not in given:
         yield DATE.format(day=settings.today.isoformat())
+    if settings.prompt_separator != RowSettings.prompt_separator:
+        yield NEEDLESS_SEPARATOR.format(template=named)
     if settings.end_of_answer is not None and ends:
         yield NEEDLESS_END.format(template=named, tokens=" or ".join(map(repr, ends)))
 

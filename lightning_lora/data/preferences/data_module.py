@@ -15,7 +15,7 @@ from lightning_lora.data.rows_module import RowsDataModule
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.split import column
 from lightning_lora.data.splits_module import scrambled
-from lightning_lora.errors import DataSettingError
+from lightning_lora.errors import DataSettingError, check_arguments
 
 
 class PreferenceDataModule(RowsDataModule):
@@ -118,13 +118,15 @@ class PreferenceDataModule(RowsDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
         )
+        check_arguments(PreferenceDataModule, locals(), DataSettingError)
+        self._tell_unused(PreferenceDataModule, locals(), "max_rows")
 
     @override
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training pairs in an order given by ``seed`` and epoch, of which each device gets its share."""
         pairs = self._examples("train")
         sampler = DistributedSampler(pairs, *self._share(), seed=scrambled(self.seed))
-        return self._loader(pairs, sampler, self._collator("train"))
+        return self._loader(pairs, sampler, self._collator("train", self._is_weighted("train")))
 
     @override
     def first_rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -139,6 +141,5 @@ class PreferenceDataModule(RowsDataModule):
         return Pairs(self._loaded(split).select_columns(columns).with_format("numpy"))
 
     @override
-    def _collator(self, split: str) -> Callable[[Any], dict[str, Tensor]]:
-        margins = bool(column(self._loaded(split), "margin").any())
-        return CollatePairs(self._pad_id, self._is_weighted(split), margins)
+    def _collator(self, split: str, weighted: bool) -> Callable[[Any], dict[str, Tensor]]:
+        return CollatePairs(self._pad_id, weighted, bool(column(self._loaded(split), "margin").any()))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -18,10 +18,11 @@ from lightning_lora.data.bad_rows import ACTIONS, BadRows, RowError, plural_rows
 from lightning_lora.data.prompts.prompt_tokens import prompt_ids
 from lightning_lora.data.prompts.read_prompts import Prompt, prompt_rows
 from lightning_lora.data.records import Conversation, Message, Text
+from lightning_lora.data.sampling.each_once import each_once
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.splits_module import SplitsDataModule, scrambled
 from lightning_lora.data.tokenizer import find_context, find_tokenizer
-from lightning_lora.errors import DataError, DataSettingError, check_choice, check_count
+from lightning_lora.errors import DataError, DataSettingError, check_arguments, check_choice, check_count
 
 _ARGUMENTS = ("prompts", "completions")
 """Columns that a reward cannot be given: they are its own arguments."""
@@ -36,12 +37,14 @@ class PromptRow:
         prompt: A text, or messages where it is more than one question.
         columns: The other columns of its row.
         place: File and row.
+        weight: 0 for a row that must not count.
     """
 
     input_ids: list[int]
     prompt: str | list[Message]
     columns: dict[str, Any]
     place: str
+    weight: float = 1.0
 
 
 class PromptDataModule(SplitsDataModule):
@@ -116,6 +119,8 @@ class PromptDataModule(SplitsDataModule):
             on_bad_row,
             batch_size,
         )
+        check_arguments(PromptDataModule, locals(), DataSettingError)
+        self._tell_unused(PromptDataModule, locals(), "max_rows")
         check_count("max_prompt_length", max_prompt_length, DataSettingError, optional=True)
         check_choice("on_long_prompt", on_long_prompt, ACTIONS, DataSettingError)
         self.settings = RowSettings(
@@ -143,19 +148,22 @@ class PromptDataModule(SplitsDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Training prompts in an order given by ``seed`` and epoch, of which each device gets its share."""
         sampler = DistributedSampler(self._loaded("train"), *self._share(), seed=scrambled(self.seed))
-        return self._loader("train", sampler)
+        return self._loader("train", self.rows["train"], sampler)
 
     @override
-    def _in_file_order(self, split: str) -> DataLoader[dict[str, Any]]:
-        return self._loader(split, SequentialSampler(self._loaded(split)))
+    def _in_file_order(self, split: str, num_devices: int = 1, device: int = 0) -> DataLoader[dict[str, Any]]:
+        rows = self._loaded(split)
+        return self._loader(split, *each_once(rows, num_devices, device), weighted=len(rows) % num_devices > 0)
 
-    def _loader(self, split: str, sampler: Sampler[int]) -> DataLoader[dict[str, Any]]:
+    def _loader(
+        self, split: str, rows: Any, sampler: Sampler[Any], weighted: bool = False
+    ) -> DataLoader[dict[str, Any]]:
         names = list(dict.fromkeys(name for row in self.rows[split] for name in row.columns))
         return DataLoader(
-            self.rows[split],  # type: ignore[arg-type]
+            rows,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=_Collate(names),
+            collate_fn=_Collate(names, weighted),
             generator=torch.Generator().manual_seed(self.seed),  # or the loader draws from the global one
         )
 
@@ -199,13 +207,16 @@ class _Collate:
 
     Args:
         names: Names of all columns that a row of the split has.
+        weighted: Whether rows have a ``weight``.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], weighted: bool) -> None:
         self.names = names
+        self.weighted = weighted
 
     def __call__(self, rows: Sequence[PromptRow]) -> dict[str, Any]:
-        return {
+        weights = {"weights": torch.tensor([row.weight for row in rows])} if self.weighted else {}
+        return weights | {
             "input_ids": [torch.tensor(row.input_ids) for row in rows],
             "prompts": [row.prompt for row in rows],
             "columns": {name: [row.columns.get(name) for row in rows] for name in self.names},

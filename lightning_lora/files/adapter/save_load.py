@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError, first_five
+from lightning_lora.errors import AdapterStateError, check_arguments, first_five
 from lightning_lora.files.adapter.fit import adapter_targets, check_base, model_tensors, trained_tensors, with_experts
 from lightning_lora.files.adapter.folder import AdapterFolder, check_finite, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
@@ -66,6 +66,9 @@ def save_adapter(
         AdapterFileError: If a value is not finite, or ``path`` holds something else.
         AlreadyShardedError: If FSDP1 has flattened the factors, and ``module`` is not the outermost wrapper.
     """
+    check_arguments(save_adapter, locals())
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
+        raise AdapterStateError(f"tokenizer must be a tokenizer of transformers or None, got {tokenizer!r}.")
     with full_parameters(module):
         check_not_flattened(module, "save the adapter")
         return _save(module, path, summary, tokenizer)
@@ -117,6 +120,7 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
         BaseMismatchError: If it was trained on other base weights.
         ConfigError: If the updates in ``module`` are merged.
     """
+    check_arguments(load_adapter, locals())
     folder = read_adapter_folder(path)
     check_not_sharded(module)
     check_not_merged(module, "load an adapter")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora.errors import check_arguments
 from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, LoRALayer
 from lightning_lora.lora.patterns import plain_name
 
@@ -18,6 +19,7 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
 
     Names leave out what ``torch.compile`` and other wrappers add.
     """
+    check_arguments(lora_layers, {"module": module})
     return {plain_name(name): layer for name, layer in module.named_modules() if isinstance(layer, LoRALayer)}
 
 

@@ -54,9 +54,9 @@ def register_layer(module_type: type[nn.Module], adapter_type: type[LoRALayer]) 
         ConfigError: If ``module_type`` is not a module class, or ``adapter_type`` not a subclass of `LoRALayer`.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise LayerError(f"register_layer needs a module class, got {module_type!r}.")
+        raise LayerError(f"register_layer needs a module class as module_type, got {module_type!r}.")
     if not (isinstance(adapter_type, type) and issubclass(adapter_type, LoRALayer)):
-        raise LayerError(f"register_layer needs a subclass of LoRALayer, got {adapter_type!r}.")
+        raise LayerError(f"register_layer needs a subclass of LoRALayer as adapter_type, got {adapter_type!r}.")
     _ADAPTERS[module_type] = adapter_type
 
 

@@ -67,9 +67,21 @@ def check_rate_patterns(config: LoRAConfig, names: Collection[str]) -> None:
 
 
 def _check_patterns(option: str, patterns: Iterable[str], names: Collection[str], whom: str) -> None:
-    """Raise `TargetNotFoundError` if a pattern of ``option`` matches none of ``names``, in words ``whom``."""
+    """Raise `TargetNotFoundError` if a pattern of ``option`` matches none of ``names``, in words ``whom``.
+
+    A warning names a pattern that is never used, because those before it match all of its layers.
+    """
+    left = list(names)
     for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
+        matched = list(dict.fromkeys(name for name in names if matches(name, pattern)))
+        if matched and not any(name in left for name in matched):
+            warnings.warn(
+                f"{option} {pattern!r} has no effect: the first match wins, and patterns before it match all of its "
+                f"layers ({first_five(matched)}). Write it before them, or leave it out.",
+                stacklevel=6,
+            )
+        left = [name for name in left if name not in matched]
+        if not matched:
             hint = did_you_mean(pattern, dict.fromkeys(name.rpartition(".")[2] for name in names), count=5)
             raise TargetNotFoundError(f"{option} {pattern!r} matches {whom}{hint}")
 

@@ -22,6 +22,7 @@ from lightning_lora.lora.targets.ranks import adapter_specs, check_rate_patterns
 from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
 from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
 from lightning_lora.lora.targets.unknown_weights import REASON, unknown_weights
+from lightning_lora.lora.targets.unused_settings import warn_of_unused
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def resolve_targets(root: nn.Module, config: LoRAConfig) -> Targets:
         layers = _with_magnitudes(root, layers, tied)
     _check_dropout(root, layers, config)
     _warn_of_refused_targets(candidates, trainable, config)
+    warn_of_unused(root, candidates, skipped, {each.name: each.kind for each in layers}, tied, config)
     _warn_of_half_adapted_experts(root, candidates, selected, config)
     adapted = {*selected, *tied.followers}
     unknown = unknown_weights(root, candidates, trainable)

@@ -81,7 +81,14 @@ def trainable_modules(root: nn.Module, config: LoRAConfig) -> dict[str, nn.Modul
     for pattern in config.trainable:
         matched = {name: module for name, module in root.named_modules() if matches(name, pattern)}
         if not any(True for module in matched.values() for _ in module.parameters()):
-            names = dict.fromkeys(name.rpartition(".")[2] for name, _ in root.named_modules())
+            if matched:
+                name, module = next(iter(matched.items()))
+                raise TargetNotFoundError(
+                    f"trainable {pattern!r} matches {name!r}, a {type(module).__name__} without parameters: there is "
+                    f"nothing to train in it."
+                )
+            full = [name for name, module in root.named_modules() if any(True for _ in module.parameters())]
+            names = dict.fromkeys(name.rpartition(".")[2] for name in full)
             raise TargetNotFoundError(
                 f"trainable {pattern!r} matches no module with parameters{did_you_mean(pattern, names, count=5)}"
             )

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_lora.callbacks import AdapterCheckpoint, CheckpointGuard, FiniteGradients, GracefulStop, RunLock
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import StudySettingError
+from lightning_lora.errors import StudySettingError, check_arguments
 from lightning_lora.lightning_messages import messages_from
 from lightning_lora.study.bank.bank import Arm, Mode
 from lightning_lora.study.bank.exactness import TRAINS_BASE, ApartError
@@ -133,6 +133,7 @@ class Study:
         arms_per_device: int = 1,
         arms_mode: Mode | Literal["auto"] = "auto",
     ) -> None:
+        check_arguments(Study, locals(), StudySettingError)
         self.module = module
         self.data = data
         self.arms = {name: dict(settings) for name, settings in arms.items()}

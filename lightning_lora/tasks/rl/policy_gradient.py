@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.token_loss import one_if_zero
 from lightning_lora.callbacks.progress import needs_metric
-from lightning_lora.errors import PolicySettingError
+from lightning_lora.errors import PolicySettingError, check_arguments
 from lightning_lora.lightning_private import wrap_training_loader
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.evaluation_mode import in_eval_mode
@@ -23,7 +23,7 @@ from lightning_lora.tasks.rl.completions import texts_of
 from lightning_lora.tasks.rl.functional.policy_loss import loss_sum_and_count
 from lightning_lora.tasks.rl.learning_signal import LearningSignal
 from lightning_lora.tasks.rl.policy_model import PolicyModel
-from lightning_lora.tasks.rl.policy_settings import PolicySettings
+from lightning_lora.tasks.rl.policy_settings import PolicySettings, warn_of_unused
 from lightning_lora.tasks.rl.policy_step import minibatch_losses, step_statistics
 from lightning_lora.tasks.rl.rewards.pool import RewardPool
 from lightning_lora.tasks.rl.rollout import Rollout, RolloutLoader, seed_of
@@ -130,8 +130,10 @@ class PolicyGradient(PolicyModel):
         **settings: Any,
     ) -> None:
         given = locals()
+        check_arguments(PolicyGradient, given, PolicySettingError)
         fields = [field.name for field in dataclasses.fields(PolicySettings)]
         self.policy_settings = asked = PolicySettings(**{name: given[name] for name in fields})
+        warn_of_unused(PolicyGradient, given)
         if asked.has_reference and lora is None:
             raise PolicySettingError(
                 "kl_coefficient needs a reference, which is the model with its adapters off, and lora=None trains the "
@@ -278,7 +280,8 @@ class PolicyGradient(PolicyModel):
         maker, greedy = self._rollout_maker(), dataclasses.replace(self.sampling, temperature=0.0)
         for mean, how in ((self.mean_reward, self.sampling), (self.mean_greedy, greedy)):
             rewards = maker.rewards(batch, self._draw(batch, batch_idx, how), 1)
-            mean.update(rewards, len(rewards))
+            weights = batch.get("weights", torch.ones(len(rewards))).to(rewards.device)
+            mean.update(rewards * weights, weights.sum())
 
     def _draw(self, batch: dict[str, Any], batch_idx: int, how: SamplingSettings) -> Samples:
         """One completion of each prompt; the same random numbers in every evaluation."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_lora.errors import PolicySettingError, check_choice, check_count
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_lora.errors import PolicySettingError, check_choice, check_count, not_default
 from lightning_lora.tasks.rl.functional.policy_loss import NORMALISE
+from lightning_lora.tasks.rl.rewards.pool import RewardPool, is_called_here
 
 # How far the ratio may move, by loss. GSPO's ratio is a mean over tokens, CISPO only caps the weight of a token.
 CLIPS: dict[str, tuple[float, float] | None] = {
@@ -105,6 +110,26 @@ class PolicySettings:
     def bounds(self) -> tuple[float, float] | None:
         """How far the ratio may fall below 1 and rise above it."""
         return self.clip if self.clip is not None else CLIPS[self.loss]
+
+
+def warn_of_unused(task: type, given: Mapping[str, Any]) -> None:
+    """Warn of settings that are not the default and that nothing reads beside the others.
+
+    Args:
+        task: The class whose arguments they are.
+        given: Its arguments by name.
+    """
+    reward, of_workers = given["reward"], ("reward_workers", "reward_timeout")
+    unread: list[tuple[bool, str, tuple[str, ...]]] = [
+        (given["advantage"] != "gae", "needs advantage='gae'", ("gamma", "lam", "value_coefficient", "value_clip")),
+        (given["kl_coefficient"] == 0, "needs a kl_coefficient above 0", ("kl",)),
+        (isinstance(reward, RewardPool), "the reward is a RewardPool with its own", of_workers),
+        (is_called_here(reward), "the reward is called in this process, with all rows", of_workers),
+        (given["reward_workers"] == 0, "a reward in this process has no time limit", ("reward_timeout",)),
+    ]
+    for is_unread, why, names in unread:
+        if is_unread and (unused := not_default(task, given, *names)):
+            rank_zero_warn(f"{' and '.join(unused)} has no effect: {why}.", stacklevel=4)
 
 
 def _check_number(name: str, value: object, above: float | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.errors import PolicySettingError
+from lightning_lora.errors import PolicySettingError, check_arguments
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.tasks.head_chunks import at_least_float32
 from lightning_lora.tasks.loading import head_names
@@ -56,7 +56,8 @@ class RewardModel(NewHeadTask):
         centre: float = 0.0,
         **settings: Any,
     ) -> None:
-        if not isinstance(centre, (int, float)) or not 0 <= centre < math.inf:
+        check_arguments(RewardModel, locals(), PolicySettingError)
+        if not 0 <= centre < math.inf:
             raise PolicySettingError(f"centre must be a finite number of at least 0, got {centre!r}.")
         super().__init__(model, learning_rate=learning_rate, lora=lora, **settings)
         self.uses_margin = margin

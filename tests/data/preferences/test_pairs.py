@@ -91,7 +91,9 @@ def test_margin_weight_and_a_name_of_ones_own(write: Write, tokenizer: PreTraine
         {"prompt": ASKED, "better": BAD, "worse": GOOD},
     ]
     data = module(write, tokenizer, rows, columns={"better": "chosen", "worse": "rejected"})
-    batches = [data._collator("train")([data._examples("train")[number] for number in (0, 1)])]
+    batches = [
+        data._collator("train", data._is_weighted("train"))([data._examples("train")[number] for number in (0, 1)])
+    ]
     assert batches[0]["margin"].tolist() == [0.5, 0.0]
     assert batches[0]["weights"].tolist() == [2.0, 1.0]
     torch.testing.assert_close(batches[0]["input_ids"][0], batches[0]["input_ids"][1].flip(0))

@@ -43,7 +43,8 @@ def test_patterns_set_rank_and_alpha_and_the_first_match_wins() -> None:
         rank_pattern={"layers.0.mlp.up_proj": 1, "*.mlp.*": 2, "up_proj": 3},
         alpha_pattern={"up_proj": 8.0, "*.mlp.*": 5.0},
     )
-    layers = inject_lora(llama(), config).layers
+    with pytest.warns(UserWarning, match="rank_pattern 'up_proj' has no effect: the first match wins"):
+        layers = inject_lora(llama(), config).layers
     found = {name.removeprefix("model.layers."): (spec.rank, spec.alpha, spec.scale) for name, spec in layers.items()}
     assert found["0.mlp.up_proj"] == (1, 8.0, 8.0)
     assert found["1.mlp.up_proj"] == (2, 8.0, 4.0)
@@ -77,7 +78,9 @@ def test_head_and_embeddings_are_adapted_on_request_only() -> None:
 
 
 def test_exclusion_beats_a_request() -> None:
-    report = inject_lora(llama(), LoRAConfig(rank=2, adapt_head=True, exclude=["lm_head", "layers.0.mlp.up_proj"]))
+    config = LoRAConfig(rank=2, adapt_head=True, exclude=["lm_head", "layers.0.mlp.up_proj"])
+    with pytest.warns(UserWarning, match=r"without an effect .* adapt_head \(lm_head is excluded\)"):
+        report = inject_lora(llama(), config)
     assert "lm_head" not in report.layers
     assert report.skipped["lm_head"] == report.skipped["model.layers.0.mlp.up_proj"] == "excluded"
     assert report.skipped["model.embed_tokens"] == "embedding, not targeted"

@@ -34,7 +34,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gamma": 0}, "gamma must be in"),
     ({"length_buffer": 300}, "length_buffer must be between 0 and max_new_tokens=5, got 300"),
     ({"mismatch_limit": 0}, "mismatch_limit must be a number above 0"),
-    ({"sampler_cap": float("nan")}, "sampler_cap must be a number above 0, got nan"),
+    ({"sampler_cap": float("nan")}, "sampler_cap must be a number or None, got nan"),
     ({"kl_coefficient": 0.1, "lora": None}, "kl_coefficient needs a reference, .* lora=None trains the whole model"),
 ]
 

@@ -21,6 +21,11 @@ _SHARES = 4
 """Parts of a batch for each worker: what a slow one leaves, the others take."""
 
 
+def is_called_here(reward: object) -> bool:
+    """Whether a reward is called in this process with the whole batch, however many workers there are."""
+    return bool(getattr(reward, "sees_all_rows", False)) or isinstance(reward, nn.Module)
+
+
 class RewardPool:
     """Calls a reward in worker processes, a few rows at a time, each call within a time limit.
 
@@ -58,7 +63,7 @@ class RewardPool:
         check_count("rows_per_call", rows_per_call, RewardSettingError, optional=True)
         if timeout is not None and not timeout > 0:
             raise RewardSettingError(f"timeout must be above 0, got {timeout}.")
-        if getattr(reward, "sees_all_rows", False) or isinstance(reward, nn.Module):
+        if is_called_here(reward):
             workers, rows_per_call = 0, None
         self.reward, self.name = reward, getattr(reward, "__name__", type(reward).__name__)
         self.timeout, self.rows_per_call, self.on_timeout = timeout, rows_per_call, on_timeout

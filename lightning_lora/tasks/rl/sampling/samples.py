@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ class Samples:
     version: int
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws completions from a model that changes as it is trained."""
 

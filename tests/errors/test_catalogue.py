@@ -18,7 +18,7 @@ from lightning_lora.cli import main as cli
 from lightning_lora.data.bad_rows import RowError
 from lightning_lora.errors import LoRAError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KINDS = list(errors_page.error_classes())
 BROAD = (errors.ConfigError, errors.AdapterFileError, errors.DataError)
 # Signals between our own functions, which have the code of the error that they are kinds of.
