@@ -38,6 +38,7 @@ ABOUT = {
     "this_command": "what was typed",
     "hub": "hub access",
     "student_t": "Student's t",
+    "time_limit": "what need not end",
     "errors": "every error; all rooms import it, without an arc",
 }
 ROW, LEFT, WIDTH, TOP = 46, 16, 340, 16

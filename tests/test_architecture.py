@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "this_command": (),
     "allowed_imports": (),
     "student_t": (),
+    "time_limit": (),
     "batch_facts": (),
     "lightning_messages": (),
     "step_memory": (),

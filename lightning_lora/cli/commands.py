@@ -5,12 +5,13 @@ Each imports what it needs when it runs, so that one command does not wait for t
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from lightning_lora.cli.help.command import Command, CommandParser
 from lightning_lora.cli.help.commands import HELP_COMMANDS
-from lightning_lora.cli.mistakes.writing import writing
+from lightning_lora.cli.mistakes.writing import full_disk, writing
 
 
 def run_command(name: str, arguments: list[str]) -> None:
@@ -26,8 +27,22 @@ def command_parser(name: str) -> CommandParser:
     return parser
 
 
+def _place(name: str) -> str:
+    """A file or folder of the command line, of which a shell leaves the ``~`` in ``--out=~/x``.
+
+    An empty one, as of an unset variable, would be the present folder.
+    """
+    if not name.strip():
+        raise ArgumentTypeError("the name is empty")
+    return os.path.expanduser(name)
+
+
+def _path(name: str) -> Path:
+    return Path(_place(name))
+
+
 def _demo_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="the folder to write (default: demo)")
+    parser.add_argument("--out", type=_path, default=Path("demo"), help="the folder to write (default: demo)")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and adapters (default: 0)")
 
@@ -39,9 +54,9 @@ def _demo(arguments: Namespace) -> None:
 
 
 def _merge_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("base", help="folder of a Hugging Face checkpoint in safetensors")
-    parser.add_argument("adapter", help="an adapter folder, ours or PEFT's")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("base", type=_place, help="folder of a Hugging Face checkpoint in safetensors")
+    parser.add_argument("adapter", type=_place, help="an adapter folder, ours or PEFT's")
+    parser.add_argument("out", type=_place, help="the folder to write")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 for all weights; by default each keeps its own")
     parser.add_argument(
         "--allow-other-base", action="store_true", help="merge into weights the adapter was not trained on"
@@ -54,20 +69,21 @@ def _merge(arguments: Namespace) -> None:
     from lightning_lora.files.merge.merge_files import merge_files
 
     check_merge_order(Path(arguments.base), Path(arguments.adapter))
-    certificate = merge_files(
-        arguments.base,
-        arguments.adapter,
-        arguments.out,
-        arguments.dtype,
-        arguments.allow_other_base,
-        end_tokens(Path(arguments.adapter), Path(arguments.base)),
-    )
+    with full_disk(arguments.out):
+        certificate = merge_files(
+            arguments.base,
+            arguments.adapter,
+            arguments.out,
+            arguments.dtype,
+            arguments.allow_other_base,
+            end_tokens(Path(arguments.adapter), Path(arguments.base)),
+        )
     print(f"{arguments.out}: {certificate}")
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", help="a run folder, a Lightning checkpoint, or an adapter folder")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("run", type=_place, help="a run folder, a Lightning checkpoint, or an adapter folder")
+    parser.add_argument("out", type=_place, help="the folder to write")
     parser.add_argument("--format", default="peft", help="peft (the adapter only) or merged (the whole model)")
     parser.add_argument("--for", dest="target", help="vllm or llama.cpp: write what it computes as trained, or refuse")
 
@@ -75,11 +91,12 @@ def _export_arguments(parser: ArgumentParser) -> None:
 def _export(arguments: Namespace) -> None:
     from lightning_lora.cli.export import export
 
-    print(export(arguments.run, arguments.out, arguments.format, arguments.target))
+    with full_disk(arguments.out):
+        print(export(arguments.run, arguments.out, arguments.format, arguments.target))
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run folder, a checkpoint, an adapter folder, or a model folder")
+    parser.add_argument("run", type=_path, help="a run folder, a checkpoint, an adapter folder, or a model folder")
     asked = parser.add_argument_group("what is asked (by default three rows of the validation file of the run)")
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="a question (repeatable)")
     asked.add_argument("--prompts", metavar="FILE", help="a file with rows as for training, or a .txt with lines")
@@ -88,7 +105,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     asked.add_argument("--chat", action="store_true", help="talk to the model; /compare, /base, /reset, /quit")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--compare", action="store_true", help="show what the base answers beside it")
-    answers.add_argument("--out", type=Path, metavar="FILE", help="write all answers to this file, as JSON lines")
+    answers.add_argument("--out", type=_path, metavar="FILE", help="write all answers to this file, as JSON lines")
     answers.add_argument("--max_new_tokens", type=int, metavar="N", help="tokens of an answer at most (default: 256)")
     answers.add_argument("--temperature", type=float, help="0 takes the most probable token (the default)")
     answers.add_argument("--top_p", type=float, help="draw from the most probable tokens up to this sum (default: 1)")
@@ -109,11 +126,12 @@ def _generate_arguments(parser: ArgumentParser) -> None:
 def _generate(arguments: Namespace) -> None:
     from lightning_lora.cli.generate.command import run_generate
 
-    run_generate(arguments)
+    with full_disk(f"--out {arguments.out}"):
+        run_generate(arguments)
 
 
 def _inspect_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("path", help="a run folder, an adapter folder or an adapter-only checkpoint")
+    parser.add_argument("path", type=_place, help="a run folder, an adapter folder or an adapter-only checkpoint")
     parser.add_argument("--verify", action="store_true", help="require hashes, and say that they agree")
 
 
@@ -133,18 +151,19 @@ def _inspect(arguments: Namespace) -> None:
 
 
 def _consolidate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", help="a folder of shards that a sharded strategy has written")
-    parser.add_argument("out", help="the checkpoint file to write")
+    parser.add_argument("folder", type=_place, help="a folder of shards that a sharded strategy has written")
+    parser.add_argument("out", type=_place, help="the checkpoint file to write")
 
 
 def _consolidate(arguments: Namespace) -> None:
     from lightning_lora.checkpoints.consolidate import consolidate
 
-    print(f"written: {consolidate(arguments.folder, arguments.out)}")
+    with full_disk(arguments.out):
+        print(f"written: {consolidate(arguments.folder, arguments.out)}")
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="the folder of a run, or of a study, finished or not")
+    parser.add_argument("folder", type=_path, help="the folder of a run, or of a study, finished or not")
     parser.add_argument("--watch", action="store_true", help="write it again while the run goes on")
 
 

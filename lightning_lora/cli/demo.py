@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_lora.cli.demo_arm import BATCH_SIZE, ArmResult, train_arm
 from lightning_lora.cli.demo_remarks import remarks, update_share
 from lightning_lora.cli.embedded import MODEL, VALIDATION
-from lightning_lora.errors import CommandError
+from lightning_lora.errors import CommandError, check_count
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.atomic import write_text
@@ -47,10 +47,13 @@ def run_demo(out: Path, steps: int = 30, seed: int = 0) -> None:
         seed: Seed of data order and adapters.
 
     Raises:
-        ConfigError: If ``steps`` is below 3, or ``out`` is a file.
+        ConfigError: If ``steps`` is below 3, ``seed`` outside of 32 bits, or ``out`` is a file.
     """
     if steps < 3:
         raise CommandError(f"steps must be at least 3, got {steps}.")
+    check_count("seed", seed, CommandError, least=0)
+    if seed >= 2**32:
+        raise CommandError(f"seed must be below 2**32, got {seed}.")
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {str(out)!r} is a file; name a folder.")
     out.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from lightning_lora.cli.end_tokens import end_tokens
 from lightning_lora.cli.run_source import find_source
-from lightning_lora.errors import CommandError, RunSourceError, check_choice
+from lightning_lora.data.tokenizer import find_tokenizer
+from lightning_lora.errors import CommandError, OutputPlaceError, RunSourceError, check_choice
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.one_scale import check_llama_cpp, fold_scales, vllm_flags
@@ -89,6 +90,8 @@ def _export_folder(source: Path, out: Path, format: str, server: str | None = No
             )
         merge_files(base, source, out, end_tokens=end_tokens(source, Path(base)))
         return
+    if (source / GENERATION_FILE).is_file():
+        stops_of(source)  # of a damaged file, told with its name
     if server == "llama.cpp":
         check_llama_cpp(folder, _base_config(base))
     if server == "vllm":
@@ -102,7 +105,7 @@ def _export_folder(source: Path, out: Path, format: str, server: str | None = No
         of_base = Path(base) if base and Path(base).is_dir() else None
         places = [place for place in (source, of_base) if place and (place / "tokenizer_config.json").is_file()]
         if places:
-            AutoTokenizer.from_pretrained(places[0]).save_pretrained(target)
+            find_tokenizer(str(places[0]), None).save_pretrained(target)
         ends = end_tokens(source, of_base)
         if ends:
             add_stops(target, [*_stops_of_base(base), *ends])
@@ -115,6 +118,8 @@ def _export_checkpoint(source: Path, out: Path, format: str) -> None:
     elif lora_layers(task):
         save_adapter(task, out, tokenizer=task.trained_tokenizer)
     elif format == "merged":
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputPlaceError(f"{out} is not an empty folder: choose a new path, or empty it yourself.")
         save_whole(task, out)
     else:
         raise RunSourceError(

@@ -15,7 +15,7 @@ from lightning_lora.errors import GradientError, GuardError, RewardError, did_yo
 from lightning_lora.versions import check_own_versions, installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
-_PLACES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+_PLACES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 _USAGE = """\
 usage: lightning-lora [--allow PREFIX] COMMAND ...
 

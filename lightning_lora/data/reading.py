@@ -13,6 +13,7 @@ import io
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -23,7 +24,7 @@ import pyarrow
 from pyarrow import ipc, parquet
 
 from lightning_lora.data.bad_rows import RowError
-from lightning_lora.errors import DataFileError
+from lightning_lora.errors import DataFileError, first_five
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
@@ -74,7 +75,7 @@ def read_rows(path: Path) -> Generator[Row | RowError, None, None]:
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError, pyarrow.ArrowException) as error:
         after = f" after row {index}" if index >= 0 else ""
         raise DataFileError(
-            f"{path} cannot be read{after}: {error}. Is it damaged, or not what its name says?"
+            f"{path} cannot be read{after}: {str(error).rstrip('.')}. Is it damaged, or not what its name says?"
         ) from error
     if index < 0:
         raise DataFileError(f"{path} has no rows.")
@@ -124,6 +125,8 @@ def _parsed(path: Path, first_line: int, text: str) -> Any:
         place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
         advice = "A JSON file holds one object per line, or one list of objects."
         return RowError(place, "not JSON", f" ({error.msg}). {advice}")
+    except ValueError as error:  # a number with thousands of digits
+        return RowError(f"{path}, line {first_line}", "a number that cannot be read", f" ({error}).")
     except RecursionError:
         return RowError(f"{path}, line {first_line}", "nested too deeply", ".")
 
@@ -142,6 +145,8 @@ def _csv_rows(path: Path, stream: BinaryIO, delimiter: str = ",") -> Iterator[tu
     csv.field_size_limit(sys.maxsize)  # Python's 128 KiB is less than one long document
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        if twice := [name for name, times in Counter(reader.fieldnames or ()).items() if times > 1]:
+            raise DataFileError(f"{path}: the header names {first_five(map(repr, twice))} more than once: rename one.")
         for columns in reader:
             if None in columns or None in columns.values():
                 fault = f"does not have the {len(reader.fieldnames or ())} fields of the header"

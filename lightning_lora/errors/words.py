@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable
 from lightning_lora.errors.base import LoRAError
 from lightning_lora.errors.settings import ConfigError
 
+_LONG = 300
+"""Characters after which a line of another library is cut: torch lists all of its backends in one."""
+
 
 def user_error(error: BaseException | None) -> LoRAError | None:
     """The first `LoRAError` in ``error`` and its chain of causes; None if there is none."""
@@ -57,7 +60,8 @@ def first_line(error: BaseException) -> str:
     >>> first_line(ValueError("no such device\nTraceback of the driver"))
     'no such device'
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= _LONG or isinstance(error, LoRAError) else f"{line[:_LONG]}..."
 
 
 def kind_and_line(error: BaseException) -> str:

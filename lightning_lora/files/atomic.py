@@ -49,8 +49,13 @@ def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Gene
         The temporary file, open for writing bytes. The caller may seek in it, and must not close it.
 
     Raises:
+        AdapterFileError: If there is something else than a file at ``path``: a folder, a device, a pipe.
         OSError: If the folder is not writable or the disk is full; the old file is untouched.
     """
+    path = Path(path)
+    # A rename would put a file in the place of a device, for every process of the machine.
+    if path.exists() and not path.is_file() and (keep_link or not path.is_symlink()):
+        raise OutputPlaceError(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}: name a file.")
     path = _prepare(path, keep_link)
     temporary = _temporary(path)
     file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename

@@ -23,10 +23,18 @@ def write_event(folder: Path, event: Mapping[str, Any]) -> None:
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events of all attempts of a run, in order; a last line that was cut off is left out."""
+    """The events of all attempts of a run, in order; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: If a line is no event.
+    """
     lines = (folder / EVENTS_FILE).read_text(encoding="utf-8").split("\n")
     # The text after the last line break is not a whole line.
-    yield from (json.loads(line) for line in lines[:-1])
+    for number, line in enumerate(lines[:-1], start=1):
+        event = json.loads(line)
+        if not isinstance(event, dict):
+            raise ValueError(f"line {number} holds no event: {line[:40]!r}")
+        yield event
 
 
 def _drop_cut_line(file: BinaryIO) -> None:

@@ -15,6 +15,8 @@ from lightning_lora.errors import PlanError, check_count, did_you_mean
 from lightning_lora.memory.room import container_limits
 from lightning_lora.planning.device_table import DATA_SHEETS, sheet_of
 
+_MOST = 100_000
+"""Devices of a plan: more than any cluster has."""
 EFFICIENCY = 0.35
 """Share of the peak FLOP/s that training reaches in bfloat16, above a few thousand tokens in a micro-batch.
 
@@ -111,6 +113,8 @@ def find_devices(
     """
     size = None if memory is None else parse_bytes(memory)
     check_count("devices", count, PlanError, optional=True)
+    if count is not None and count > _MOST:
+        raise PlanError(f"devices must be at most {_MOST:,}, got {count:,}.")
     if name is not None:
         found = Devices(_listed(name), 1, is_here=False)
     elif size is not None:

@@ -13,7 +13,7 @@ from lightning_lora.data.chat.profile import end_of_answer_id, find_profile
 from lightning_lora.data.chat.template import find_template
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.tokenizer import find_tokenizer
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, TokenizerError
 
 
 def tokenizer_of_data(data: Any, own: Any) -> Any | None:
@@ -70,6 +70,8 @@ def stopping_ids(generation_config: Any, ends: Iterable[int]) -> list[int]:
     """The tokens at which generation stops: those of the generation config first, then ``ends``."""
     known = getattr(generation_config, "eos_token_id", None)
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if not all(isinstance(token, int) for token in known):
+        raise TokenizerError(f"eos_token_id of the model's generation config must hold token ids, got {known!r}.")
     return list(dict.fromkeys([*known, *ends]))
 
 

@@ -97,15 +97,23 @@ def load_model(auto_class: Any, name: str, *, new_head: bool, **arguments: Any) 
         ConfigError: If the weights cannot be read or are incomplete, or attention cannot be computed as asked.
     """
     try:
-        model, loading = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
+        model, loading = auto_class.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
     except (OSError, SafetensorError) as error:
         raise TaskSettingError(
-            f"the weights of {name!r} cannot be read: {first_line(error)} Only safetensors files are loaded."
+            f"the weights of {name!r} cannot be read: {first_line(error).rstrip('.')}. Only safetensors files are "
+            "loaded."
         ) from error
     except (ImportError, ValueError) as error:
         if "attn_implementation" not in arguments:
             raise
         raise unusable_attention(arguments["attn_implementation"], error) from error
+    if wrong := sorted(f"{key}: {tuple(found)}, not {tuple(made)}" for key, found, made in loading["mismatched_keys"]):
+        raise TaskSettingError(
+            f"{len(wrong)} weights of {name!r} have other shapes than its config.json says ({first_five(wrong)}): copy "
+            "both files again from one place."
+        )
     _check_complete(model, name, loading["missing_keys"], new_head)
     return model
 

@@ -42,6 +42,12 @@ FILES = {
     "damaged csv": ("a.csv", 'question,answer\na,b\n"a,b\n', r"a\.csv cannot be read after row 0"),
     "long csv row": ("a.csv", "question,answer\na,b\na,b,c\n", r"a\.csv, line 3: does not have the 2 fields"),
     "short csv row": ("a.csv", "question,answer\na\n", r"a\.csv, line 2: does not have the 2 fields"),
+    "a column twice": (
+        "a.csv",
+        "question,question,answer\na,b,c\n",
+        r"a\.csv: the header names 'question' more than once",
+    ),
+    "a huge number": ("a.jsonl", f'{{"text": {"9" * 5000}}}', r"a\.jsonl, line 1: a number that cannot be read"),
     "damaged parquet": ("a.parquet", b"PAR1 and so on", r"a\.parquet cannot be read"),
     "not an archive": ("a.jsonl.gz.jsonl.gz", None, r"cannot be read"),
     "unknown columns": (

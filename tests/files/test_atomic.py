@@ -249,3 +249,18 @@ def test_sha256_is_that_of_the_whole_file(tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(b"a" * (1 << 21))
     assert sha256(tmp_path / "b") == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
     assert sha256(tmp_path / "c") != sha256(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder"])
+def test_what_is_no_file_is_never_replaced_by_one(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to("pipe")
+        path = path if kind == "link to a pipe" else tmp_path / "pipe"
+    before = {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()}
+    with pytest.raises(AdapterFileError, match="name a file"), atomic_file(path) as file:
+        file.write(b"new")
+    assert {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()} == before

@@ -76,13 +76,19 @@ def encode_prompts(
     """Token ids of all prompts.
 
     Raises:
-        DataError: If a conversation cannot be rendered, or leaves no room for an answer in the context of the model.
+        DataError: If a conversation cannot be rendered, leaves no room for an answer in the context of the model, or
+            holds a token that the model does not know.
     """
     prompts = prompt_ids(tokenizer, conversations, settings)
-    limit = context_length(model.config)
+    limit, num_known = context_length(model.config), model.get_input_embeddings().weight.shape[0]
     for conversation, ids in zip(conversations, prompts, strict=True):
         if not ids:
             raise DataError(f"{conversation.place}: the prompt has no tokens.")
+        if max(ids) >= num_known:
+            raise DataError(
+                f"{conversation.place}: token {max(ids)} is beyond the {num_known} that the model knows: its tokenizer "
+                "is that of another model."
+            )
         if limit is not None and len(ids) >= limit:
             raise DataError(
                 f"{conversation.place}: the prompt has {len(ids)} tokens, and the context of the model is {limit}: "

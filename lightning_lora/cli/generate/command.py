@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +54,8 @@ def run_generate(arguments: Namespace) -> None:
     rows = _row_settings(arguments, run.rows)
     prompts = [] if arguments.chat else _prompts(arguments, run, rows)
     with ExitStack() as stack:
-        file = _open(arguments.out, stack) if arguments.out else None
+        asked = arguments.prompts or run.validation or []
+        file = _open(arguments.out, stack, asked) if arguments.out else None
         loaded = load(source, how, run.tokenizer, arguments.compare)
         _note(f"{loaded.origin}, {how.dtype} on {how.device}")
         _note(f"{sampling}{_unused(loaded)}")
@@ -117,6 +120,8 @@ def _row_settings(arguments: Namespace, rows: RowSettings) -> RowSettings:
 
 def _prompts(arguments: Namespace, run: RunSettings, rows: RowSettings) -> list[Prompt]:
     check_count("--limit", arguments.limit, GenerateError, optional=True)
+    if arguments.limit and arguments.prompt and arguments.prompts is None:
+        raise GenerateError("--limit counts the rows of a file, and --prompt is no file: leave out --limit.")
     found = [text_prompt(text, f"--prompt {number}") for number, text in enumerate(arguments.prompt or (), start=1)]
     if arguments.prompts is not None:
         found += read_prompts(arguments.prompts, rows, arguments.limit)
@@ -135,10 +140,14 @@ def _check_chat(arguments: Namespace) -> None:
         raise GenerateError(f"--chat asks for your messages as it goes: leave out --{' and --'.join(others)}.")
 
 
-def _open(path: Path, stack: ExitStack) -> BinaryIO:
-    """Open the file of the answers, which appears when ``stack`` is left without an error."""
+def _open(path: Path, stack: ExitStack, names: str | list[str]) -> BinaryIO:
+    """Open the file of the answers, which appears when ``stack`` is left without an error; ``names`` are asked."""
+    names = [names] if isinstance(names, str) else names
     if path.is_dir():
         raise GenerateError(f"--out {path} is a folder: name a file in it, such as {path / 'answers.jsonl'}.")
+    asked = [Path(file) for name in names for file in glob(os.path.expanduser(name), recursive=True)]
+    if path.exists() and any(path.samefile(file) for file in asked):
+        raise GenerateError(f"--out {path} is the file of the prompts: name another one.")
     with writing(f"--out {path}", GenerateError):
         return stack.enter_context(atomic_file(path))
 

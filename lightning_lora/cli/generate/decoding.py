@@ -41,6 +41,8 @@ class Sampling(SamplingSettings):
         super().__post_init__()
         check_count("batch_size", self.batch_size, GenerateError)
         check_count("seed", self.seed, GenerateError, least=0)
+        if self.seed >= 2**63:
+            raise GenerateError(f"seed must be below 2**63, got {self.seed}.")
         if not self.temperature and (self.top_p < 1 or self.top_k):
             raise GenerateError(
                 "top_p and top_k choose among tokens to draw, and temperature 0 draws none: give a temperature above "

@@ -23,7 +23,7 @@ from lightning_lora.errors import (
     check_choice,
     first_line,
 )
-from lightning_lora.files.adapter.peft_format import CONFIG_FILE
+from lightning_lora.files.adapter.peft_format import CONFIG_FILE, recorded_base
 from lightning_lora.files.adapter.save_load import load_adapter
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.lightning_checkpoint import read_checkpoint, written_by
@@ -109,6 +109,8 @@ def choose_loading(device: str | None, dtype: str | None, base: str | None, allo
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         raise GenerateError(f"--device {device!r} cannot be used on this machine: {first_line(error)}") from error
+    if kind == "meta":
+        raise GenerateError(f"--device {device!r} holds shapes and no values, so nothing can be computed on it.")
     return Loading(device, dtype or ("float32" if kind == "cpu" else "bfloat16"), base, allow_other_base)
 
 
@@ -138,7 +140,7 @@ def _load_adapter_folder(path: Path, how: Loading, tokenizer: str | None, compar
     peft = read_json(path / CONFIG_FILE)
     if peft.get("task_type") in _OTHER_PEFT_TASKS:
         raise RunSourceError(f"{path} is the adapter of another task ({peft['task_type']}): it writes no text.")
-    name = how.base or peft.get("base_model_name_or_path")
+    name = how.base or recorded_base(path)
     if not name:
         raise GenerateError(f"{path} does not say on which base it was trained: name it with --base.")
     model = _load_base(name, how, None if how.base else path)

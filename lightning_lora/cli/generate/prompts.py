@@ -6,6 +6,7 @@ import dataclasses
 from itertools import islice
 
 from lightning_lora.data.bad_rows import RowError
+from lightning_lora.data.formats.values import check_text
 from lightning_lora.data.prompts.read_prompts import Prompt, prompt_rows
 from lightning_lora.data.records import Text
 from lightning_lora.data.settings import RowSettings
@@ -37,10 +38,11 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
     """``prompt`` with a system message, in place of its own if it has one.
 
     Raises:
-        DataError: If the prompt is a text to be continued.
+        DataError: If the prompt is a text to be continued, or the message holds half a character.
     """
     if isinstance(prompt.record, Text):
         raise DataError(f"{prompt.record.place} is a text to be continued, which has no system message.")
+    check_text(system, "--system", prompt.record.place)
     others = [message for message in prompt.record.messages if message["role"] != "system"]
     messages = [{"role": "system", "content": system}, *others]
     return dataclasses.replace(prompt, record=dataclasses.replace(prompt.record, messages=messages))

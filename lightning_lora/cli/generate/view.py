@@ -22,7 +22,10 @@ _TAB = "    "
 
 def terminal() -> Console:
     """The standard output: colours on a terminal only, and none under ``NO_COLOR``."""
-    return Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.width:  # of COLUMNS=0, which would leave the answers out
+        console.width = 80
+    return console
 
 
 def printable(text: str) -> str:

@@ -41,6 +41,11 @@ def _run_plan(arguments: Sequence[str], allowed: Sequence[str]) -> None:
     for file in (options.json, options.write_config):
         if file and not Path(file).absolute().parent.is_dir():
             raise PlanError(f"{file} cannot be written: there is no folder {Path(file).absolute().parent}.")
+        if file and Path(file).is_dir():
+            raise PlanError(f"{file} is a folder: name a file in it.")
+        read = [Path(word.partition("=")[2] or word) for word in rest]
+        if file and Path(file).exists() and any(path.exists() and path.samefile(file) for path in read):
+            raise PlanError(f"{file} is read by this plan, and would be replaced by it: name another file.")
     # Read before anything slow: a wrong unit is told at once.
     with quick_imports():
         from lightning_lora.planning.devices import find_devices

@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_lora.data.chat.bounded import bounded_template, counted
 from lightning_lora.errors import ChatTemplateError
+from lightning_lora.time_limit import has_time_limit, time_limit
 
 SECONDS = 1.0
 """Of computing for one conversation; most take less than a thousandth of it."""
@@ -49,7 +50,7 @@ def compiled(text: str) -> Compiled:
     stand_in = f"{{# {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()} #}}{_LOST}{marks}"
     rendered = _compile_jinja_template(stand_in)
     try:
-        with time_limit():
+        with conversation_limit():
             template, written = bounded_template(rendered.environment, text)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
@@ -65,7 +66,7 @@ def compiled(text: str) -> Compiled:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
+def conversation_limit() -> Iterator[None]:
     """Stop what is compiled or rendered within the context after `SECONDS` for one conversation.
 
     The time is that in which this process computes. Only the main thread of a system with such a timer is stopped;
@@ -74,20 +75,13 @@ def time_limit() -> Iterator[None]:
     Raises:
         ConfigError: If it takes longer, or calls itself without end.
     """
-    is_timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not is_timed:
+    if not has_time_limit():
         _warn_of_no_limit()
-    before = signal.signal(signal.SIGPROF, _stop) if is_timed else None
     try:
-        if is_timed:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        yield
+        with time_limit(SECONDS, _stop):
+            yield
     except RecursionError as error:
         raise ChatTemplateError("the chat template is nested too deeply, or calls itself without end.") from error
-    finally:
-        if is_timed:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, before)
 
 
 @cache

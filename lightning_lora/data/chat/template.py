@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_lora.data.chat.limits import compiled, time_limit
+from lightning_lora.data.chat.limits import compiled, conversation_limit
 from lightning_lora.data.chat.names import Names, as_read, read_names
 from lightning_lora.data.chat.variables import parse_day
 from lightning_lora.data.settings import RowSettings
@@ -136,12 +136,13 @@ class Template:
         """The texts of several conversations and their marks; a call for many costs less than one for each.
 
         Raises:
-            ConfigError: If the template does not end, or makes a text that is longer than any conversation.
+            ConfigError: If the template does not end, or makes a text that is no Unicode or longer than any
+                conversation.
         """
         # Not apply_chat_template: it does not return the marks, and its mask is empty for answers that begin with a
         # blank.
         given = [[as_read(message) for message in messages] for messages in conversations]
-        with self._calendar(), time_limit():
+        with self._calendar(), conversation_limit():
             rendered: Any = render_jinja_template(
                 given,
                 chat_template=compiled(self.text).stand_in,
@@ -150,6 +151,12 @@ class Template:
                 **self.variables,
             )
         texts, marks = rendered
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ChatTemplateError(
+                f"the chat template, or a tool or variable in it, writes half a character: {error}"
+            ) from error
         return list(zip(texts, marks if marked else [[] for _ in texts], strict=True))
 
     @contextmanager

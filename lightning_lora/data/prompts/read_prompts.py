@@ -15,7 +15,7 @@ from lightning_lora.data.bad_rows import RowError
 from lightning_lora.data.formats.find import find_format
 from lightning_lora.data.formats.names import BESIDE, QUESTION
 from lightning_lora.data.formats.row import NamedRow
-from lightning_lora.data.formats.values import parsed
+from lightning_lora.data.formats.values import check_text, parsed
 from lightning_lora.data.reading import Row
 from lightning_lora.data.records import Conversation, Message, Text
 from lightning_lora.data.settings import RowSettings
@@ -48,10 +48,11 @@ def text_prompt(text: str, place: str) -> Prompt:
     """A prompt of one question.
 
     Raises:
-        DataError: If the text is empty.
+        DataError: If the text is empty, or holds half a character.
     """
     if not text.strip():
         raise DataError(f"{place} is empty.")
+    check_text(text, "prompt", place)
     return Prompt(Conversation(place, [{"role": "user", "content": text}]))
 
 
@@ -88,10 +89,10 @@ def read_prompt(row: Row, settings: RowSettings) -> Prompt:
     others = {name: value for name, value in NamedRow(row, settings).columns.items() if name not in _ASKED}
     try:
         record = find_format(row, settings).read(row)
-    except DataError:
+    except DataError as error:
         completed = _read_with_any_answer(row, settings)
-        if completed is None:
-            raise
+        if not isinstance(completed, Conversation):
+            raise completed or error from None
         return Prompt(_without_answer(completed), None, others)
     if isinstance(record, Text):
         return Prompt(record, None, others)
@@ -112,7 +113,7 @@ def _lines(file: Path) -> Iterator[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+        raise DataError(f"{file} cannot be read: {error}. It must be text in UTF-8.") from error
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise DataError(f"{file} has no lines with text.")
@@ -120,17 +121,23 @@ def _lines(file: Path) -> Iterator[Prompt]:
         yield text_prompt(line, f"{file}, line {number}")
 
 
-def _read_with_any_answer(row: Row, settings: RowSettings) -> Conversation | None:
-    """Read a row that lacks its answer, with another one in its place; None if that does not make it a row."""
+def _read_with_any_answer(row: Row, settings: RowSettings) -> Conversation | DataError | None:
+    """Read a row that lacks its answer, with another one in its place; or say what is wrong with its question."""
+    wrong = None
     for columns in _with_any_answer(row.columns):
         completed = dataclasses.replace(row, columns=columns)
         try:
-            record = find_format(completed, settings).read(completed)
+            known = find_format(completed, settings)
         except DataError:
             continue  # the caller tells what is wrong with the row as it is
+        try:
+            record = known.read(completed)
+        except DataError as error:
+            wrong = wrong or error
+            continue
         if isinstance(record, Conversation) and record.messages[-1].get("content") == _ANY_ANSWER:
             return record
-    return None
+    return wrong
 
 
 def _with_any_answer(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, AdapterFolderError, ConfigError, first_five
+from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter import peft_config, peft_experts, peft_layers, peft_patterns
 from lightning_lora.files.adapter.manifest import Manifest, read_manifest, undescribed
 from lightning_lora.files.adapter.peft_format import (
@@ -21,12 +19,14 @@ from lightning_lora.files.adapter.peft_format import (
     TENSOR_FILE,
     FactorPair,
     embedding_of,
+    recorded_base,
     split_tensor_name,
     stored_weight,
     without_adapter_name,
 )
 from lightning_lora.files.adapter.peft_magnitudes import check_pair, magnitudes_of, read_magnitudes
 from lightning_lora.files.adapter.peft_patterns import is_base_copy
+from lightning_lora.files.adapter.peft_values import usable_settings
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
 from lightning_lora.lora.adapter import check_finite
@@ -139,6 +139,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     folder = Path(path)
     _check_files(folder)
     manifest = read_manifest(folder)
+    recorded_base(folder)
     peft = read_json(folder / CONFIG_FILE)
     peft_config.check_supported(peft, str(folder / CONFIG_FILE))
     tensor_file = folder / TENSOR_FILE
@@ -148,14 +149,14 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     factors, projections = peft_layers.from_peft(stored, manifest, str(peft.get("peft_version", "")))
     factors = {name: tensor for name, tensor in factors.items() if factor_owner(name)[0] not in manifest.following}
     factors = read_magnitudes(factors, peft, manifest, tensor_file)
-    with _usable_settings(folder):
+    with usable_settings(folder):
         factors, stacked = peft_experts.split_stacked(factors, projections, manifest, peft)
     if manifest.is_present:
         factors, stacked = factors | peft_experts.unstack_by_manifest(stacked, manifest, str(tensor_file)), {}
     ranks = _ranks(factors, tensor_file)
     if manifest.is_present and manifest.ranks != ranks:
         raise undescribed(folder)
-    with _usable_settings(folder):
+    with usable_settings(folder):
         if not manifest.is_present:
             _check_targeted(folder, peft, ranks, projections)
         peft = peft_layers.with_projections(peft, projections, manifest)
@@ -272,14 +273,3 @@ def _check_targeted(
             f"PEFT would leave them out. Correct target_modules, exclude_modules or layers_to_transform in "
             f"{CONFIG_FILE}, or take the tensors out."
         )
-
-
-@contextmanager
-def _usable_settings(folder: Path) -> Iterator[None]:
-    """Raise `AdapterFileError` for any error about values in the settings, within the context."""
-    try:
-        yield
-    except AdapterFileError:
-        raise
-    except (ConfigError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
-        raise AdapterFolderError(f"{folder} holds settings that cannot be used: {error}") from error

@@ -13,6 +13,7 @@ from lightning_lora.errors import AdapterFolderError, first_five
 from lightning_lora.files.adapter.peft_layers import PEFTLayout
 from lightning_lora.files.adapter.peft_patterns import PatternTable, endings
 from lightning_lora.files.adapter.peft_trained import takes_for_classifier
+from lightning_lora.files.adapter.peft_values import check_kinds
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import following_layers, lora_layers, other_names
 from lightning_lora.lora.layers.base import AdapterSpec
@@ -136,6 +137,7 @@ def check_supported(peft: Mapping[str, Any], where: str) -> None:
     """
     if peft.get("peft_type") != "LORA":
         raise AdapterFolderError(f"{where} is of type {peft.get('peft_type')!r}; only LORA adapters can be loaded.")
+    check_kinds(peft, where)
     unsupported = [
         f"{key}={peft[key]!r}" for key, plain in _UNSUPPORTED.items() if key in peft and peft[key] not in plain
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFolderError, first_five
+from lightning_lora.files.json_object import read_json
 from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, LoRALayer, is_factor
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 
@@ -36,6 +37,18 @@ _EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 _FACTOR_OF_LEAF = dict(zip(LINEAR_LEAVES + _EMBEDDING_LEAVES, FACTORS * 2, strict=True))
 # The second name is that of a live model's state dict.
 _FACTOR_OF_LEAF |= dict.fromkeys((MAGNITUDE_LEAF, f"{MAGNITUDE_LEAF}.weight"), MAGNITUDE)
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The base that an adapter folder names, a folder or a hub name; None if it names none.
+
+    Raises:
+        AdapterFileError: If the config is damaged, or its base is no text.
+    """
+    base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise AdapterFolderError(f"{folder / CONFIG_FILE}: base_model_name_or_path must be text, got {base!r}.")
+    return base or None
 
 
 def factor_leaves(layer: LoRALayer) -> tuple[str, str]:

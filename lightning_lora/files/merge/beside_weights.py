@@ -7,6 +7,7 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from lightning_lora.errors import DamagedFileError
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.merge.tied_tensors import TiedTensors, untied_config
 from lightning_lora.files.safetensors_header import read_header
@@ -68,6 +69,8 @@ def _copy(entry: Path, target: Path) -> None:
         if entry.name == "additional_chat_templates":
             shutil.copytree(entry, target / entry.name)
     elif entry.suffix != ".safetensors" and entry.suffix not in _PICKLES:
+        if not entry.is_file():
+            raise DamagedFileError(f"{entry} is a link to nothing, a pipe or a device: put a file there, or remove it.")
         shutil.copyfile(entry, target / entry.name)
 
 

@@ -6,11 +6,11 @@ One block of a tensor is in memory at a time, whatever the size of the tensor, a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +66,13 @@ def merge_files(
     base, out = Path(base), Path(out)
     if dtype is not None:
         check_choice("dtype", dtype, MERGE_DTYPES, AdapterStateError)
-    if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
+    # Not resolve(), which fails on a link to itself.
+    place = Path(os.path.realpath(out))
+    if base.resolve() in (place, *place.parents):
         raise AdapterStateError(f"{out} is the base or lies inside it; the base is never written to.")
     folder = read_adapter_folder(adapter)
     files = safetensors_files(base)
+    stops_of(base)  # of a damaged file, told with its name
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     shapes = {name: headers[file].tensors[name].shape for name, file in files.items()}
     plan = plan_merge(folder, base, shapes, lambda one, two: equal_tensors(files, one, two))
@@ -82,17 +85,18 @@ def merge_files(
         update_config(target, dtype, plan.tied)
         add_stops(target, [*stops_of(folder.path), *end_tokens])
         report = MergeReport(merge.losses, merge.max_errors, str(base), sha256(folder.path / TENSOR_FILE), dtype)
-        (target / CERTIFICATE_FILE).write_text(json.dumps(_certificate(report), indent=2) + "\n")
+        write_certificate(target, report)
     return report
 
 
-def _certificate(report: MergeReport) -> dict[str, Any]:
-    """The contents of ``merge_certificate.json``."""
+def write_certificate(folder: Path, report: MergeReport) -> None:
+    """Write ``merge_certificate.json``, by which a later merge knows that the folder may be replaced."""
     layers = [
-        {"weight": name, "max_error": report.max_errors[name], "delta_error": loss}
+        {"weight": name, "max_error": report.max_errors.get(name), "delta_error": loss}
         for name, loss in report.losses.items()
     ]
-    return {"base": report.base, "adapter_sha256": report.adapter_sha256, "dtype": report.dtype, "layers": layers}
+    content = {"base": report.base, "adapter_sha256": report.adapter_sha256, "dtype": report.dtype, "layers": layers}
+    (folder / CERTIFICATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

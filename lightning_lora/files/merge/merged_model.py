@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.files.atomic import atomic_folder
+from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, write_certificate
 from lightning_lora.files.safetensors_file import write_tensors
 from lightning_lora.lora.layers.adapted import join, lora_layers
 from lightning_lora.lora.layers.base import is_factor
@@ -56,10 +57,11 @@ def save_merged(module: nn.Module, path: str | Path, tokenizer: Any = None) -> P
     model = _model_with_all_adapters(module)
     check_not_the_base(model, Path(path))
     num_quantised = len(quantised_layers(module))
-    merge_layers(module)
+    report = merge_layers(module)
     try:
-        with atomic_folder(path, replaces="config.json" if model is not None else _WEIGHT_FILE) as folder:
+        with atomic_folder(path, replaces=CERTIFICATE_FILE) as folder:
             _write_weights(folder, module, model)
+            write_certificate(folder, report)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     finally:

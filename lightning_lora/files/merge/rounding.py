@@ -40,7 +40,7 @@ def merged_block(
         scratch: Memory of the result and of intermediate values.
 
     Raises:
-        AdapterFileError: If a finite value is too large for ``dtype``.
+        AdapterFileError: If the update is not finite, or a finite value is too large for ``dtype``.
     """
     shape, wide = update.shape, update.right.dtype
     exact = scratch.empty("weight", shape, wide).copy_(weight)
@@ -49,6 +49,8 @@ def merged_block(
     merged = scratch.empty("written", shape, dtype).copy_(total)
     error = _block_error(exact, change, total.copy_(merged))
     if not math.isfinite(error.largest):
+        if not bool((change.isfinite() | ~weight.isfinite()).all()):
+            raise AdapterFolderError(f"the update of {name} is not finite: values of the adapter are too large.")
         _check_fits(name, weight.to(wide) + change, merged)
     return merged, error
 

@@ -55,7 +55,7 @@ def rates(given: Any, where: str) -> tuple[float, ...]:
 
 def study_name(given: Any) -> str:
     """The name of a study, which is that of its folder, too."""
-    if not isinstance(given, (str, int)) or re.search(r"^\s*$|^[.~]|[/\\\0]", str(given)):
+    if not isinstance(given, (str, int)) or re.search(r"^\s*$|^[.~]|[/\\\x00-\x1f\x7f]", str(given)):
         raise StudySettingError(
             f"name must be a text that can name a folder, without '/' or '.' in front, got {given!r}."
         )
@@ -115,8 +115,8 @@ def seeds(given: Any) -> int | tuple[int, ...] | Literal["auto"]:
 def seed_list(given: Any, where: str) -> tuple[int, ...]:
     """A list of different seeds."""
     given = given if isinstance(given, list) else [given]
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
-        raise StudySettingError(f"{where} must be whole numbers of 0 or more, got {given}.")
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32 for seed in given):
+        raise StudySettingError(f"{where} must be whole numbers of 0 or more and below 2**32, got {given}.")
     if not given or len(set(given)) < len(given):
         what = f"has a seed twice: {given}" if given else "is empty: name at least one seed, or leave it out"
         raise StudySettingError(f"{where} {what}.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shlex
 import shutil
+import stat
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,16 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a refusal": (["--prompt=a", "--chat_template={{{{ raise_exception('no!') }}}}"], "--prompt 1: the chat template"),
     "a folder to write": (["--prompt=a", "--out={here}"], "is a folder: name a file in it"),
     "a folder as file": (["--prompt=a", "--out={here}/bad.jsonl/out"], "cannot be written"),
+    "half a character": (["--prompt=\udce9"], "--prompt 1: 'prompt' has half a character"),
+    "half a character of a stop": (["--prompt=a", "--stop=\udce9"], "stop holds half a character"),
+    "half a character of a template": (["--prompt=a", "--chat_template={{{{ '\udce9' }}}}"], "writes half a character"),
+    "a column of another type": (["--prompts={here}/number.jsonl"], "row 0 (line 1): 'prompt' must be text, got 5"),
+    "a limit of no file": (["--prompt=a", "--limit=1"], "--limit counts the rows of a file"),
+    "a temperature near 0": (["--prompt=a", "--temperature=1e-320"], "temperature 1e-320 is too low to divide by"),
+    "a seed beyond 64 bits": (["--prompt=a", f"--seed={2**64}"], "seed must be below 2**63"),
+    "a device without values": (["--prompt=a", "--device=meta"], "--device 'meta' holds shapes and no values"),
+    "a pipe to write": (["--prompt=a", "--out={here}/pipe"], "pipe is a device or a pipe: name a file"),
+    "its own prompts": (["--prompts={here}/*.txt", "--out={here}/own.txt"], "own.txt is the file of the prompts"),
     "chat and prompts": (["--prompt=a", "--chat"], "--chat asks for your messages as it goes: leave out --prompt"),
 }  # fmt: skip
 
@@ -182,6 +195,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     here.mkdir()
     (here / "x.docx").touch()
     (here / "bad.jsonl").write_text("{]")
+    (here / "number.jsonl").write_text('{"prompt": 5}')
+    (here / "own.txt").write_text("Hi")
+    os.mkfifo(here / "pipe")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
     (out := tmp_path / "out.jsonl").write_text("as it was")
     chosen = [option.format(here=here) for option in options]
     where = [] if any("--out" in option or option == "--chat" for option in options) else ["--out", out]
@@ -191,7 +208,43 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert printed.err.count("error: ") == 1
     assert printed.out == ""
     assert out.read_text() == "as it was"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bad.jsonl", "here", "out.jsonl", "x.docx"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([*before, "out.jsonl"])
+    assert ((here / "own.txt").read_text(), stat.S_ISFIFO((here / "pipe").stat().st_mode)) == ("Hi", True)
+
+
+CHANGED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "other sizes": ("config.json", {"hidden_size": 320}, "have other shapes than its config.json says"),
+    "no token ids": ("generation_config.json", {"eos_token_id": "x"}, "must hold token ids, got ['x']"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_damaged_model_folder_is_one_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, change, words = CHANGED[name]
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    assert call(folder, "--prompt=Hi") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    base: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = copy.deepcopy(base)
+    small.resize_token_embeddings(100)
+    small.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert call(tmp_path, "--prompt=a question of many words") == 2
+    assert "is beyond the 100 that the model knows" in capsys.readouterr().err
+
+
+def test_answers_are_shown_on_a_terminal_that_knows_no_width(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert call(adapter, "--prompt=What is 2 + 3?") == 0
+    assert "What is 2 + 3?" in capsys.readouterr().out
 
 
 def test_a_prompt_that_is_too_long_is_found_before_any_answer(

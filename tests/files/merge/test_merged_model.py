@@ -45,3 +45,16 @@ def test_a_merged_plain_module_loads_as_a_state_dict(tmp_path: Path) -> None:
     plain = mlp(seed=1)
     plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
     torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_of_somebody_else_is_never_replaced_and_an_older_merged_one_is(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "other")
+    before = tree(tmp_path)
+    model = adapted(llama)
+    with pytest.raises(AdapterFileError, match=r"other is not empty and holds no merge_certificate\.json"):
+        save_merged(model, tmp_path / "other")
+    assert tree(tmp_path) == before
+    save_merged(model, tmp_path / "merged")
+    (tmp_path / "merged" / "old").touch()
+    save_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "old").exists()

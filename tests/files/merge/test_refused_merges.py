@@ -100,3 +100,40 @@ def test_values_that_overflow_the_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"up_proj\.weight.*float16"):
         merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "float16", allow_other_base=True)
     assert not (tmp_path / "out").exists()
+
+
+def not_finite(folder: Path) -> None:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e25) for name, tensor in load_file(file).items()}, file)
+    (folder / "adapter" / "lightning_lora.json").unlink()
+
+
+DAMAGES = {
+    "an update that is not finite": (not_finite, "is not finite: values of the adapter are too large"),
+    "a link to nothing": (
+        lambda folder: (folder / "base" / "tokenizer.json").symlink_to("nowhere"),
+        r"base/tokenizer\.json is a link to nothing",
+    ),
+    "damaged stops": (
+        lambda folder: (folder / "base" / "generation_config.json").write_text("{"),
+        r"base/generation_config\.json is not readable JSON",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_would_give_no_usable_model_is_refused(name: str, tmp_path: Path) -> None:
+    damage, words = DAMAGES[name]
+    write_merge_case("one file", tmp_path, torch.bfloat16)
+    damage(tmp_path)
+    with pytest.raises(AdapterFileError, match=words):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_link_to_itself_is_no_place_for_a_merged_model(tmp_path: Path) -> None:
+    write_merge_case("one file", tmp_path)
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OSError, match="symbolic links"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

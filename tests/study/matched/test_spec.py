@@ -45,6 +45,8 @@ BAD = {
     "rate that is no number": ({"arms": ARMS, "learning_rates": ["fast"]}, "must be a number, got 'fast'"),
     "band": ({"arms": ARMS, "band": 0}, "band must be a positive number"),
     "seeds": ({"arms": ARMS, "seeds": "many"}, "seeds must be a number of at least 3 for a verdict, or auto"),
+    "a seed beyond 32 bits": ({"arms": ARMS, "seeds": [1, 2**32]}, r"whole numbers of 0 or more and below 2\*\*32"),
+    "name of two lines": ({"arms": ARMS, "name": "a\nb"}, "name must be a text that can name a folder"),
     "seed twice": ({"arms": ARMS, "seeds": [1, 1, 2]}, "seeds has a seed twice"),
     "a name that leaves the folder": ({"arms": ARMS, "name": "../s"}, "name must be a text that can name a folder"),
     "an empty name": ({"arms": ARMS, "name": " "}, "name must be a text that can name a folder"),
@@ -168,3 +170,10 @@ def test_strategies_that_give_loaders_a_sampler_of_their_own_are_refused(trainer
 @pytest.mark.parametrize("devices", [1, "1", "auto", [3], None])
 def test_one_device_is_taken(devices: Any) -> None:
     check_equal([arm("a", devices=devices), arm("b", devices=devices, lora={"rank": 1})])
+
+
+@pytest.mark.parametrize("option", ["max_epochs", "max_steps", "limit_train_batches"])
+def test_a_budget_of_nothing_is_refused(option: str) -> None:
+    arms = [arm(name, trainer={option: 0}, data={"batch_size": size}) for name, size in (("a", 8), ("b", 16))]
+    with pytest.raises(ConfigError, match=rf"arm 'a': trainer\.{option} is 0, and nothing would be trained"):
+        check_equal(arms)

@@ -26,12 +26,19 @@ _EQUAL = {
     "strategy": "trainer.strategy",
 }
 
+_TRAINS_NOTHING = ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches")
+"""Options at whose 0 a run ends before its first step."""
+
 
 def check_equal(arms: Sequence[ArmSpec]) -> None:
     """Raise `ConfigError` if arms differ in data, evaluation rows, precision or budget, or a run needs many devices."""
     first = arms[0]
     for arm in arms:
         _check_one_device(arm)
+        for option in _TRAINS_NOTHING:
+            value = option_of(arm.config, option)
+            if value == 0 and not isinstance(value, bool):
+                raise StudySettingError(f"arm {arm.name!r}: {option} is {value}, and nothing would be trained.")
     for arm in arms[1:]:
         for what, option in _EQUAL.items():
             _compare(what, option, first, arm)

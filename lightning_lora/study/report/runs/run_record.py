@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from lightning_lora.batch.calibration import PROBE_FILE
-from lightning_lora.errors import DataError, ResultFileError
+from lightning_lora.errors import DataError, ResultFileError, first_line
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.events import EVENTS_FILE, read_events
 from lightning_lora.files.folder_lock import is_locked
@@ -118,18 +119,20 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         DataError: If one of its files is damaged.
     """
-    try:
+    with _reading(folder / CONFIG):
         text = (folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).is_file() else ""
         config = read_yaml(text) or {}
+    with _reading(folder / EVENTS_FILE):
         events = tuple(read_events(folder)) if (folder / EVENTS_FILE).is_file() else ()
-        manifest = _json(folder / "adapters" / "last" / MANIFEST_FILE)
+    with _reading(manifest_file := folder / "adapters" / "last" / MANIFEST_FILE):
+        manifest = _json(manifest_file)
+    with _reading(f"{folder / METRICS} or {CURVE}"):
         losses = read_losses(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise ResultFileError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
     remarks: list[str] = []
     batch_probe = _probe(BatchProbeResult, folder / PROBE_FILE, remarks)
     rank_probe = _probe(RankProbeResult, folder / RANK_PROBE_FILE, remarks)
-    files = tuple(_files(folder))
+    with _reading(f"a manifest of an adapter or checkpoint in {folder}"):
+        files = tuple(_files(folder))
     return RunRecord(
         folder,
         config,
@@ -143,6 +146,18 @@ def read_run(folder: Path) -> RunRecord:
         files,
         is_running(folder),
     )
+
+
+@contextmanager
+def _reading(what: Path | str) -> Iterator[None]:
+    """Turn what damaged contents raise within the context into one error that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ResultFileError(
+            f"{what} is damaged: {type(error).__name__}: {first_line(error)}. Move it away, and the report is made "
+            "without it."
+        ) from error
 
 
 def _probe(kind: type[Probe], file: Path, remarks: list[str]) -> Probe | None:

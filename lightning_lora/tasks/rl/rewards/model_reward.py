@@ -16,9 +16,8 @@ from lightning_lora.data.records import Conversation
 from lightning_lora.data.settings import RowSettings
 from lightning_lora.data.tokenizer import find_tokenizer
 from lightning_lora.errors import RewardSettingError
-from lightning_lora.files.adapter.peft_format import CONFIG_FILE
+from lightning_lora.files.adapter.peft_format import CONFIG_FILE, recorded_base
 from lightning_lora.files.adapter.save_load import load_adapter
-from lightning_lora.files.json_object import read_json
 from lightning_lora.tasks.loading import head_names, load_model, read_config
 
 
@@ -55,7 +54,7 @@ class ModelReward:
         self.batch_size = batch_size
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         is_adapter = (Path(model) / CONFIG_FILE).is_file()
-        base = read_json(Path(model) / CONFIG_FILE).get("base_model_name_or_path") if is_adapter else model
+        base = recorded_base(Path(model)) if is_adapter else model
         if not base:
             raise RewardSettingError(f"{model} does not say on which base it was trained.")
         # A published reward model says how many outputs it has; the base of an adapter does not.

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import SamplingSettingError, check_count
 
+_COLDEST = 1e-6
+"""The lowest temperature: logits that are divided by less leave the range of float32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
@@ -38,10 +41,19 @@ class SamplingSettings:
         check_count("top_k", self.top_k, SamplingSettingError, least=0)
         if not 0 <= self.temperature < math.inf:
             raise SamplingSettingError(f"temperature must be a finite number of at least 0, got {self.temperature}.")
+        if 0 < self.temperature < _COLDEST:
+            raise SamplingSettingError(
+                f"temperature {self.temperature} is too low to divide by: give {_COLDEST} or more, or 0, which takes "
+                "the likeliest token."
+            )
         if not 0 < self.top_p <= 1:
             raise SamplingSettingError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if isinstance(self.stop, str) or not all(self.stop):
             raise SamplingSettingError(f"stop must be a list of texts that are not empty, got {self.stop!r}.")
+        try:
+            "".join(self.stop).encode()
+        except UnicodeEncodeError as error:
+            raise SamplingSettingError(f"stop holds half a character (a lone surrogate): {self.stop!r}.") from error
         object.__setattr__(self, "stop", tuple(self.stop))  # a config gives a list
 
 
