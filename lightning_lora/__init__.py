@@ -6,10 +6,10 @@ batch of tokens), `lightning_messages` (left out for a while), `effective_batch`
 `step_memory` (what a step keeps to be faster), `lightning_private` (private attributes of Lightning), `this_command`
 (as it was typed), `time_limit` (of what need not end), `allowed_imports` (packages that a config may name) and
 `trainer_access` (callbacks and run folder of a Trainer). Then `lora` (LoRA on any module), `data` (rows to batches),
-`files` (adapter folders, merging, safetensors), `sharding` (many devices), `checkpoints` (Lightning checkpoints and exact
-resume), `batch` (rows of a step and their gradient noise), `mixin` (LoRA in a LightningModule), `memory` (of a step,
-traced), `capacity` (whether adapters have room), `callbacks`, `tasks` (LightningModules ready to run), `planning` (before
-a run), `study` (runs compared) and `cli` (the commands).
+`files` (adapter folders, merging, safetensors), `sharding` (many devices), `checkpoints` (Lightning checkpoints and
+exact resume), `batch` (rows of a step and their gradient noise), `mixin` (LoRA in a LightningModule), `memory` (of a
+step, traced), `capacity` (whether adapters have room), `callbacks`, `tasks` (LightningModules ready to run), `planning`
+(before a run), `study` (runs compared) and `cli` (the commands).
 """
 
 from importlib import import_module
