@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from benchmarks.machine import disturbed, load, machine
+from benchmarks.machine import QUIET, disturbed, load, machine
 from benchmarks.timing import spread
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import FiniteGradients
@@ -130,8 +130,7 @@ def _now() -> float:
 def price(name: str, lora: LoRAConfig | None, steps: int = 60) -> str:
     """What a look costs in a training step of the embedded model, after ten steps to warm up."""
     timed = Timed()
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = Trainer(callbacks=[timed], max_steps=steps, max_epochs=-1, enable_model_summary=False, **quiet)
+    trainer = Trainer(callbacks=[timed], max_steps=steps, max_epochs=-1, **QUIET)
     data = SFTDataModule(str(TRAIN), batch_size=8, max_length=128)
     trainer.fit(CausalLM(str(MODEL), lora=lora), datamodule=data)
     look, step = spread(timed.looks[10:]), spread(timed.steps[10:])

@@ -10,6 +10,14 @@ from typing import Any
 
 import torch
 
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that leaves nothing behind and prints nothing."""
+
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reader needs to compare numbers with another run's."""

@@ -91,11 +91,16 @@ def peak_on_cpu(step: Callable[[], object], prepare: Callable[[], object] = lamb
         prepare()
         with record_function(_MEASURED):
             step()
+    return peak_in_profile(profiler, _MEASURED)
+
+
+def peak_in_profile(profiler: profile, mark: str) -> int:
+    """Bytes held at the peak since ``mark`` began, with those from before in the same profile."""
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
     events: list[Any] = results.events()  # their stubs lack nbytes
-    begin = next(event.start_ns() for event in events if event.name() == _MEASURED)
+    begin = next(event.start_ns() for event in events if event.name() == mark)
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()

@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
+from benchmarks.machine import QUIET
+from benchmarks.memory import peak_in_profile
 from lightning_lora import LoRAConfig, StepMemory
-from lightning_lora.memory.choice import HEAD_ROWS, candidates
+from lightning_lora.memory.candidates import HEAD_ROWS, candidates
 from lightning_lora.memory.step_trace import trace_step
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.tasks import CausalLM, SequenceClassifier
@@ -72,8 +74,7 @@ def compare(name: str, case: Case) -> Compared:
 def measured_bytes(case: Case) -> int:
     """Bytes that the third optimizer step of a run held at its peak above weights and adapters."""
     module, batch = case.module(), case.batch()
-    settings = case.settings | {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    trainer = Trainer(**settings, enable_progress_bar=False, enable_model_summary=False, callbacks=[_Mark()])
+    trainer = Trainer(**(case.settings | QUIET | {"max_steps": 3, "accelerator": "cpu"}), callbacks=[_Mark()])
     batches: DataLoader[Any] = DataLoader(cast(Any, [batch] * 8), batch_size=None, collate_fn=_own)
     # Prepare outside of the profile, as its first forward and backward do not see blocks from before; the precision of
     # the trainer decides the type of the base.
@@ -82,17 +83,7 @@ def measured_bytes(case: Case) -> int:
     gc.collect()  # what was freed in the profile, of a run before it, would count as freed by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.fit(module, batches)
-    assert profiler.profiler is not None
-    results = profiler.profiler.kineto_results
-    assert results is not None
-    events: list[Any] = results.events()
-    begin = next(event.start_ns() for event in events if event.name() == _MARK)
-    held = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, held)
-    return peak
+    return peak_in_profile(profiler, _MARK)
 
 
 def _own(batch: Any) -> Any:

@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from benchmarks.machine import disturbed, load, machine
+from benchmarks.machine import QUIET, disturbed, load, machine
 from benchmarks.setting import fresh_copy, prepared
 from benchmarks.timing import paired_ratio, spread
 from benchmarks.trainer import BatchStarts, Ours
@@ -54,10 +54,7 @@ def seconds(name: str, steps: int, rank: int, device: torch.device) -> tuple[lis
             accumulate_grad_batches=ACCUMULATION,
             callbacks=[starts, Alternating()],
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         batches: Any = [setting.batch] * (ACCUMULATION * (steps * 2 + WARMUP + 1))
         with warnings.catch_warnings():

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from benchmarks.machine import load, machine
+from benchmarks.machine import QUIET, load, machine
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.data import SFTDataModule
@@ -83,10 +83,9 @@ def train(layout: Layout, rows: int | None) -> tuple[Epoch, float]:
         str(TRAIN), batch_size=layout.batch_size, max_length=layout.max_length, max_rows=rows, packing=layout.packing
     )
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            accelerator="cpu", devices=1, max_epochs=1, callbacks=[epoch], default_root_dir=folder, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ).fit(module, datamodule=data)  # fmt: skip
+        Trainer(accelerator="cpu", devices=1, max_epochs=1, callbacks=[epoch], default_root_dir=folder, **QUIET).fit(
+            module, datamodule=data
+        )
     return epoch, data.statistics["train"].tokens / epoch.places
 
 

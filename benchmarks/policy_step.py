@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 from typing_extensions import override
 
-from benchmarks.machine import machine
+from benchmarks.machine import QUIET, machine
 from benchmarks.timing import interleave, paired_ratio, spread
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.embedded import MODEL
@@ -174,10 +174,7 @@ def fit(module: LightningModule, loader: DataLoader[Any], steps: int) -> Watch:
         max_steps=steps + 2,
         accelerator="cpu",
         callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of loaders without workers, and of completions that are cut off

@@ -1,6 +1,6 @@
 """LoRA-DPO on one model against DPO with a second one: peak memory of a step, and the cost of the reference pass.
 
-    python -m benchmarks.preferences --model ../shared/models/tiny-base
+    python -m benchmarks.preferences --model lightning_lora/assets/tiny-base
 
 One process, one batch of random pairs, float32. Peaks are of the third step, base weights and optimizer state included.
 Times are CPU seconds of the process, interleaved; the table gives paired ratios (10th percentile, median, 90th).

@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.machine import QUIET
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import RankGrowth
 from lightning_lora.lora.allocation import allocate_ranks
@@ -104,10 +105,7 @@ def train(method: str, rate: float, seed: int, folder: str) -> tuple[float, int]
         max_steps=STEPS,
         accelerator="cpu",
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         default_root_dir=folder,
     )
     trainer.fit(module, DataLoader(data, BATCH, shuffle=True))

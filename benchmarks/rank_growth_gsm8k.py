@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
+from benchmarks.machine import QUIET
 from benchmarks.rank_growth import interval
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import RankGrowth
@@ -75,10 +76,7 @@ def train(method: str, rate: float, seed: int, steps: int, folder: str) -> Run:
         max_epochs=-1,
         accelerator="cpu",
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         num_sanity_val_steps=0,
         limit_val_batches=0,
         gradient_clip_val=1.0,

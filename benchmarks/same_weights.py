@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lightning_lora
+from benchmarks.machine import QUIET
 from lightning_lora import LoRAConfig, LoRAMixin
 from lightning_lora.data import SFTDataModule
 from lightning_lora.tasks import CausalLM
@@ -97,10 +98,7 @@ def train(name: str, module: LightningModule, data: LightningDataModule | None, 
         max_steps=STEPS,
         accelerator="cpu",
         devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         default_root_dir=folder,
         **options,
     )

@@ -31,9 +31,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self, override
 
+from benchmarks.monitor import Alternating
 from lightning_lora import LoRAConfig
 from lightning_lora.batch_facts import FACTS
-from lightning_lora.callbacks import BatchSizeMonitor, LoRAProgressBar
+from lightning_lora.callbacks import LoRAProgressBar
 from lightning_lora.cli.embedded import MODEL, TRAIN
 from lightning_lora.cli.lora_cli import DEFAULTS
 from lightning_lora.data import SFTDataModule
@@ -213,14 +214,6 @@ def _place() -> str:
             return f"{'/'.join(parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "?"
-
-
-class Alternating(BatchSizeMonitor):
-    """Measures every second step by its rows."""
-
-    @override
-    def _is_due(self, step: int) -> bool:
-        return step % 2 == 1
 
 
 def count(

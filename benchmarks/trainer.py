@@ -38,7 +38,7 @@ from benchmarks.contenders import (
     ours,
     peft_lora,
 )
-from benchmarks.machine import disturbed, load, machine
+from benchmarks.machine import QUIET, disturbed, load, machine
 from benchmarks.setting import Setting, fresh_copy, prepared
 from benchmarks.timing import Spread, interleave, paired_ratio, spread, train_step
 from benchmarks.workloads import WORKLOADS, Batch, next_token_loss
@@ -100,10 +100,7 @@ def seconds_in_trainer(module: LightningModule, batch: Batch, steps: int) -> flo
         devices=1,
         max_epochs=1,
         callbacks=[starts],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     batches: Any = [batch] * (steps + 2)
     with warnings.catch_warnings():

@@ -30,8 +30,8 @@ def section(name: str, parser: ArgumentParser) -> str:
     """The part of the page about one command."""
     example = (parser.epilog or "").rpartition("example: ")[2].split(". Without")[0].rstrip(".")
     lines = [f"### `{name}`", "", str(parser.description), "", "```console", example, "```", ""]
-    lines += ["| argument | does |", "|---|---|"]
-    lines += [f"| {', '.join(spellings(action))} | {said(action)} |" for action in shown(parser)]
+    rows = [f"| {', '.join(spellings(action))} | {said(action)} |" for action in shown(parser)]
+    lines += ["| argument | does |", "|---|---|", *rows] if rows else []
     return "\n".join([*lines, ""])
 
 
@@ -43,7 +43,7 @@ def shown(parser: ArgumentParser) -> Iterator[Action]:
 def spellings(action: Action) -> Iterator[str]:
     """How an argument is written: a name in capitals, or an option with what follows it."""
     name = str(action.metavar or action.dest.upper())
-    after = "" if action.nargs == 0 else f" {name}"
+    after = "" if action.nargs == 0 else f" {name}".replace("|", "\\|")
     return (f"`{option}{after}`" for option in action.option_strings) if action.option_strings else iter([f"`{name}`"])
 
 

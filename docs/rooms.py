@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from docs.svg import drawing
 from tests.support.imports import MODULES, imports, room
 from tests.test_architecture import ROOMS
 
@@ -40,14 +41,6 @@ ABOUT = {
     "errors": "every error; all rooms import it, without an arc",
 }
 ROW, LEFT, WIDTH, TOP = 46, 16, 340, 16
-STYLE = """
-  text { font: 14px system-ui, sans-serif; fill: #1f2933 }
-  .about { font-size: 12px; fill: #52606d }
-  .box { fill: #f5f7fa; stroke: #9aa5b1 }
-  .ground { fill: #fff }
-  path { fill: none; stroke: #3e6fb0; stroke-opacity: .55 }
-  .page { fill: #fff }
-"""
 
 
 def edges() -> Counter[tuple[str, str]]:
@@ -73,12 +66,12 @@ def picture() -> str:
     lines = []
     for name in order:
         y = middle[name]
-        kind = "box ground" if MODULES[f"lightning_lora.{name}"].stem == name else "box"
+        kind = "ground" if MODULES[f"lightning_lora.{name}"].stem == name else "box"
         lines += [
             f'<rect class="{kind}" x="{LEFT}" y="{y - 19:g}" width="{WIDTH}" height="38" rx="5"/>',
             f'<text x="{LEFT + 10}" y="{y - 2:g}">{name}</text>',
-            f'<text class="about" x="{LEFT + 10}" y="{y + 13:g}">{ABOUT[name]}</text>',
-            f'<text class="about" x="{LEFT + WIDTH - 10}" y="{y - 2:g}" text-anchor="end">{size(name)}</text>',
+            f'<text class="small" x="{LEFT + 10}" y="{y + 13:g}">{ABOUT[name]}</text>',
+            f'<text class="small" x="{LEFT + WIDTH - 10}" y="{y - 2:g}" text-anchor="end">{size(name)}</text>',
         ]
     right = LEFT + WIDTH
     for (importer, imported), count in sorted(edges().items()):
@@ -89,13 +82,11 @@ def picture() -> str:
         width = 1 + min(count, 24) / 6
         lines.append(
             f'<path d="M{side} {start + 6:g} C{out:g} {start + 6:g} {out:g} {end - 6:g} {side} {end - 6:g}" '
-            f'stroke-width="{width:.1f}"><title>{importer} imports {imported}: {count}</title></path>'
+            f'style="stroke: var(--line); stroke-opacity: .55; stroke-width: {width:.1f}">'
+            f"<title>{importer} imports {imported}: {count}</title></path>"
         )
     height, width = TOP * 2 + ROW * len(order), right + round(ROW * len(order) * 0.45)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-    title = "<title>Rooms of lightning_lora: every import runs down</title>"
-    ground = f'<rect class="page" width="{width}" height="{height}"/>'
-    return "\n".join([head, title, f"<style>{STYLE}</style>", ground, *lines, "</svg>", ""])
+    return drawing(width, height, "Rooms of lightning_lora: every import runs down", lines)
 
 
 if __name__ == "__main__":

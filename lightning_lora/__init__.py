@@ -4,11 +4,12 @@ The rooms, from the bottom up; each imports only from those before it. The groun
 packages), `student_t` (its quantiles), `hub` (access to the Hugging Face hub), `batch_facts` (what the host knows of a
 batch of tokens), `lightning_messages` (left out for a while), `effective_batch` (rows of an optimizer step),
 `step_memory` (what a step keeps to be faster), `lightning_private` (private attributes of Lightning), `this_command`
-(as it was typed) and `trainer_access` (callbacks and run folder of a Trainer). Then `lora` (LoRA on any module),
-`data` (rows to batches), `files` (adapter folders, merging, safetensors), `sharding` (many devices), `checkpoints`
-(Lightning checkpoints and exact resume), `batch` (rows of a step and their gradient noise), `mixin` (LoRA in a
-LightningModule), `memory` (of a step, traced), `capacity` (whether adapters have room), `callbacks`, `tasks`
-(LightningModules ready to run), `planning` (before a run), `study` (runs compared) and `cli` (the commands).
+(as it was typed), `allowed_imports` (packages that a config may name) and `trainer_access` (callbacks and run folder of
+a Trainer). Then `lora` (LoRA on any module), `data` (rows to batches), `files` (adapter folders, merging, safetensors),
+`sharding` (many devices), `checkpoints` (Lightning checkpoints and exact resume), `batch` (rows of a step and their
+gradient noise), `mixin` (LoRA in a LightningModule), `memory` (of a step, traced), `capacity` (whether adapters have
+room), `callbacks`, `tasks` (LightningModules ready to run), `planning` (before a run), `study` (runs compared) and
+`cli` (the commands).
 """
 
 from importlib import import_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -33,24 +34,24 @@ def requirements() -> list[Requirement]:
         return []
 
 
-def check_versions(
-    needed: Iterable[Requirement] | None = None, installed: Callable[[str], str] = installed_version
-) -> None:
+@cache
+def check_own_versions() -> None:
+    """Check once in a process, by `check_versions`, what ``pyproject.toml`` asks for."""
+    check_versions(requirements())
+
+
+def check_versions(needed: Iterable[Requirement], installed: Callable[[str], str] = installed_version) -> None:
     """Check that the libraries of this package are installed in versions that it supports.
 
     pip checks this when it installs this package, and only warns when it installs another version later. A library that
     is not installed passes: Python says so when it is imported.
-
-    Args:
-        needed: Libraries with their bounds; None means `requirements`.
-        installed: Gives the version of a library by its name.
 
     Raises:
         VersionError: If a library has another version; the message names all of them, and the command that helps.
     """
     wrong = [
         one
-        for one in (requirements() if needed is None else needed)
+        for one in needed
         if (one.marker is None or one.marker.evaluate({"extra": ""})) and not _fits(one, installed(one.name))
     ]
     if wrong:

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "versions": (),
     "this_command": (),
+    "allowed_imports": (),
     "student_t": (),
     "batch_facts": (),
     "lightning_messages": (),

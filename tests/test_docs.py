@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import blocks, layer_picture, plan_page, rooms
+from docs import blocks, layer_picture, pictures, plan_page, rooms
 from docs.blocks import PAGES, ROOT
 from tests.support import warm
 
@@ -56,11 +56,14 @@ def test_the_table_of_faults_has_every_fault_and_names_tests_that_exist() -> Non
     assert count > 20
 
 
-def test_pictures_are_used_and_below_300_kilobytes() -> None:
+def test_pictures_are_used_and_below_200_kilobytes() -> None:
+    """A twin for dark pages is shown in the place of its picture."""
     text = "".join(page.read_text() for page in PAGES)
     for picture in (ROOT / "docs" / "images").iterdir():
-        assert f"images/{picture.name}" in text, picture.name
-        assert picture.stat().st_size < 300_000, picture.name
+        light = picture.with_stem(picture.stem.removesuffix("_dark"))
+        assert f"images/{light.name}" in text, picture.name
+        assert light.is_file()
+        assert picture.stat().st_size < 200_000, picture.name
 
 
 def test_the_page_of_commands_has_their_options_as_they_are() -> None:
@@ -84,6 +87,11 @@ def test_the_example_of_a_plan_has_the_capacity_and_memory_that_plan_prints() ->
 
 def test_the_picture_of_a_layer_is_what_its_script_draws() -> None:
     assert layer_picture.PICTURE.read_text() == layer_picture.picture(), "run python -m docs.layer_picture"
+
+
+@pytest.mark.parametrize(("path", "drawn"), list(pictures.files()), ids=lambda value: getattr(value, "name", ""))
+def test_a_picture_of_a_page_is_what_its_numbers_draw(path: Path, drawn: str) -> None:
+    assert path.read_text() == drawn, "run python -m docs.pictures"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import re
 import subprocess
@@ -65,6 +66,27 @@ def test_every_link_within_the_site_leads_to_a_page_and_a_heading(site: Path) ->
     assert not dead
 
 
+@pytest.mark.parametrize("room", ["", ".callbacks", ".tasks", ".data", ".sharding", ".cli"])
+def test_the_api_has_every_public_name(site: Path, room: str) -> None:
+    """Names that are imported when first asked for too."""
+    module = importlib.import_module(f"lightning_lora{room}")
+    page = Links(site / "reference" / "api" / f"{room[1:] or 'lightning_lora'}.html")
+    assert {f"{module.__name__}.{name}" for name in module.__all__} <= page.anchors
+
+
+def test_what_may_scroll_can_be_reached_by_keys(site: Path) -> None:
+    text = (site / "start" / "coming_from.html").read_text()
+    scrolled = re.findall(r"<pre[^>]*>|<div[^>]*table-wrapper[^>]*>", text)
+    assert len(scrolled) > 12
+    assert all('tabindex="0"' in each for each in scrolled)
+
+
+def test_dark_pages_show_the_dark_twin_of_a_picture(site: Path) -> None:
+    shown = re.findall(r"<img [^>]*study_report[^>]*>", (site / "index.html").read_text())
+    assert ["only-dark" in each for each in shown] == [False, True]
+    assert ["study_report_dark" in each for each in shown] == [False, True]
+
+
 def test_the_site_can_be_searched(site: Path) -> None:
     assert "capacity" in (site / "searchindex.js").read_text()
 
@@ -87,7 +109,7 @@ async function look(page, width) {
   await loaded;
   const root = frame.contentDocument.documentElement;
   const wider = [...root.querySelectorAll("article *")].filter((each) => {
-    if (each.closest(".table-wrapper, .highlight, pre, .math")) return false;
+    if (each.closest(".table-wrapper, .highlight, pre, .math, p:has(> img)")) return false;
     return each.getBoundingClientRect().right > width + 1;
   }).slice(0, 3).map((each) => each.tagName + " " + each.textContent.trim().slice(0, 40));
   found.push([page, width, root.scrollWidth - root.clientWidth, wider]);

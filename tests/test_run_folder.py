@@ -16,7 +16,7 @@ from lightning_lora.batch.calibration import PROBE_FILE
 from lightning_lora.callbacks import AdapterCheckpoint, BatchSizeMonitor, MergeOnFitEnd, RunLock
 from lightning_lora.study.rank_probe_result import RANK_PROBE_FILE
 from lightning_lora.trainer_access import RUN_FILES, run_folder
-from tests.support import commands, toys
+from tests.support import toys
 from tests.support.toys import Toy
 
 pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
@@ -83,11 +83,11 @@ def test_runs_of_a_logger_without_a_folder_of_its_own_write_beside_their_checkpo
 def test_a_second_run_leaves_the_files_of_the_first(logger: Any, tmp_path: Path) -> None:
     runs = [fit(tmp_path, logger=logger)]
     folder = Path(run_folder(runs[0]))
-    before = commands.tree(folder)
+    before = toys.tree(folder)
     runs += [fit(tmp_path, logger=logger), fit(tmp_path, logger=logger)]
     assert [Path(run_folder(run)) for run in runs] == [folder, folder / "version_1", folder / "version_2"]
     assert all(names(Path(run_folder(run))) == WRITTEN for run in runs)
-    after = commands.tree(folder)
+    after = toys.tree(folder)
     assert {name: after[name] for name in before} == before
 
 

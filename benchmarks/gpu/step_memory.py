@@ -15,7 +15,7 @@ from benchmarks.gpu.steps import warmed
 from benchmarks.timing import interleave, paired_ratio, spread, train_step
 from lightning_lora import StepMemory
 from lightning_lora.lora.layers.adapted import keep_gates
-from lightning_lora.memory.choice import HEAD_ROWS, candidates
+from lightning_lora.memory.candidates import HEAD_ROWS, candidates
 from lightning_lora.memory.other_settings import recompute
 
 

@@ -49,11 +49,6 @@ def divisors(number: int) -> Iterator[int]:
 def check_may_set_accumulation(trainer: Trainer, module: LightningModule, name: str) -> None:
     """Check that nothing else sets ``accumulate_grad_batches`` or steps the optimizer.
 
-    Args:
-        trainer: The Trainer whose accumulation will be set.
-        module: The module it trains.
-        name: The setting or callback that will set it, for messages.
-
     Raises:
         ConfigError: If optimization is manual, or a ``GradientAccumulationScheduler`` sets accumulation.
     """

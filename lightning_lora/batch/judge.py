@@ -15,9 +15,7 @@ class BatchJudge:
     """Keeps the latest estimate of the noise scale and the reading of the batch.
 
     Attributes:
-        history: The samples.
         estimate: The noise scale, rows; None before the first sample.
-        reading: The state of the batch and the numbers behind it.
     """
 
     def __init__(self) -> None:

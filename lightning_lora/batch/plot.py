@@ -20,10 +20,6 @@ from lightning_lora.files.events import EVENTS_FILE, read_events
 def plot_noise_scale(folder: Path, path: Path) -> None:
     """Draw the noise scale with its interval and the batch, the progress per row, and signal and noise separately.
 
-    Args:
-        folder: The run folder, which holds ``events.jsonl``.
-        path: The PNG file to write.
-
     Raises:
         DataError: If ``events.jsonl`` holds no samples.
     """

@@ -66,7 +66,6 @@ def read_batch(
     Args:
         estimate: The noise scale of the adapter gradient; None before the first sample.
         num_measured: Optimizer steps that were measured.
-        batch_rows: Rows per optimizer step.
         num_steps: Optimizer steps of the whole run; infinity if the run has no end.
         calibration: ``c``, from a probe.
         full_windows: Preceding windows in a row whose fill was above 1 with certainty.

@@ -24,9 +24,6 @@ def announce_batch(batch: EffectiveBatch, reading: BatchReading, num_steps: floa
     """Report the rows of a step and the number of steps, and warn if steps are few.
 
     Args:
-        batch: The batch of the run.
-        reading: The reading of this batch, before any sample.
-        num_steps: Optimizer steps of the whole run.
         first: A micro-batch, which shows whether rows are packed.
     """
     rank_zero_info(f"{batch}, {count_of(num_steps, 'optimizer step')}")

@@ -136,7 +136,9 @@ def observed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     Attributes are those of `untouched`, and among them whether each submodule trains or evaluates.
     """
     buffers = [(tensor, _copy(tensor)) for tensor in module.buffers()]
-    attributes = [(child, _attributes(child)) for child in module.modules()]
+    attributes = [
+        (child, {name: (value, _copy(value)) for name, value in child.__dict__.items()}) for child in module.modules()
+    ]
     for child in module.modules():
         if isinstance(child, LightningModule):
             child.__dict__["log"] = _no_log
@@ -175,11 +177,6 @@ def _optimizer_state(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[st
     state = {parameter: copy.deepcopy(own) for parameter, own in optimizer.state.items()}
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     return state, copy.deepcopy(settings)
-
-
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Name to the value of an attribute, and a copy of the value if it can change in place."""
-    return {name: (value, _copy(value)) for name, value in module.__dict__.items()}
 
 
 def _copy(value: Any) -> Any:

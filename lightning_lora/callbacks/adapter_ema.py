@@ -175,7 +175,9 @@ class AdapterEMA(Callback):
     def _update(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step - 1
         is_new = trainer.global_step > self._step and self._current is None and not self._loaded
-        if not is_new or step % self.update_every_n_steps or step < (self.update_starting_at_step or 0):
+        last = max(self._step, self.update_starting_at_step or 0) - 1
+        # Not by the remainder: with manual optimization one batch can take several optimizer steps.
+        if not is_new or step // self.update_every_n_steps <= last // self.update_every_n_steps:
             return
         self._step = trainer.global_step
         reshard(module)

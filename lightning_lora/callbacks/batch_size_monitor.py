@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_lora.batch.noise.step_sample import StepSample
 from lightning_lora.batch.reading import BatchReading, BatchState, advice
 from lightning_lora.batch.remarks import RepeatedRows, announce_batch, warn_of_stored_order
 from lightning_lora.batch.run_events import RunEvents
-from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size
+from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import ConfigError, MeasurementError, check_arguments
 from lightning_lora.sharding.collectives import largest_of_ranks, total_of_ranks
 
@@ -227,9 +227,13 @@ class BatchSizeMonitor(Callback):
         ranks = data_parallel_size(trainer)
         if self.batch is not None:
             self.restart()
-        self.batch = EffectiveBatch(self._micro_rows, trainer.accumulate_grad_batches, ranks)
+        rows = self._micro_rows
+        if trainer.is_last_batch and not (isinstance(batch, Mapping) and "position_ids" in batch):
+            # A resumed run may begin with the last batch of an epoch, which is shorter. Packed rows are fewer anyway.
+            rows = max(rows, loader_batch_size(trainer.train_dataloader) or 0)
+        self.batch = EffectiveBatch(rows, trainer.accumulate_grad_batches, ranks)
         batches, steps = float(trainer.num_training_batches), _num_steps(trainer)
-        epoch = batches * self._micro_rows * ranks if math.isfinite(batches) else 0.0
+        epoch = batches * rows * ranks if math.isfinite(batches) else 0.0
         self._judge.history.half_life = max(self.half_life * epoch, MIN_HALF_LIFE)
         self._judge.judge(self.batch.rows, steps, self.calibration or 1.0)
         announce_batch(self.batch, self.reading, steps, batch)

@@ -21,7 +21,6 @@ def infinite_on_any_rank(trainer: Trainer, tensors: Sequence[Tensor]) -> Tensor:
     Each tensor must then still be checked: it may be only their norm that overflows.
 
     Args:
-        trainer: Knows the other ranks.
         tensors: Local tensors of this rank; may be empty on some ranks.
     """
     # The 2-norm is the fastest sum that keeps NaN and infinity, and gives one number to wait for.

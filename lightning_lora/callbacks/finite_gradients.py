@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -74,7 +73,9 @@ class FiniteGradients(Callback):
         names_by_id = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         order = {key: number for number, key in enumerate(names_by_id)}
         parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
-        wrong = torch.tensor([p.grad is not None and not _is_finite(local_values(p.grad)) for p in parameters]).int()
+        wrong = torch.tensor(
+            [p.grad is not None and not local_values(p.grad).isfinite().all() for p in parameters]
+        ).int()
         names = [names_by_id.get(id(p), "(not a parameter of the module)") for p in parameters]
         # Sharded gradients differ between ranks, and all ranks must stop together.
         wrong = largest_of_ranks(trainer, wrong)
@@ -102,7 +103,3 @@ class FiniteGradients(Callback):
             f"checkpoints are those of step {trainer.global_step}. Check these batches{clip} or lower the learning "
             f"rate; trainer.detect_anomaly=true shows the operation that the gradient comes from."
         )
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    return bool(gradient.isfinite().all())

@@ -18,9 +18,6 @@ class LayerCallRecorder:
     While a batch runs, the ``forward`` of these modules is replaced by a function that records the call: hooks would
     switch off torch's fast paths. So is ``effective_weights`` of the layers, by which attention and encoder layers
     compute with adapters of layers that they do not call.
-
-    Args:
-        module: The module whose adapted layers are recorded.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -72,7 +71,8 @@ class LoRA(Callback):
         self.allow_other_base = allow_other_base
         self.autocast_base = autocast_base
         self.step_memory = None if step_memory is None else StepMemory.from_dict(step_memory)
-        _adapt_before_weights_return()
+        # The calling process must adapt its module before it takes over what child processes have trained.
+        call_before_weights_return(_adapt_as_children_did)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -139,12 +139,6 @@ class LoRA(Callback):
                 "two LoRA callbacks with different settings: a module has one set of adapters. Keep one of the two; "
                 "rank_pattern and alpha_pattern give layers settings of their own."
             )
-
-
-@functools.cache
-def _adapt_before_weights_return() -> None:
-    """Let the calling process adapt its module before it takes over what child processes have trained."""
-    call_before_weights_return(_adapt_as_children_did)
 
 
 def _adapt_as_children_did(trainer: Trainer) -> None:

@@ -42,7 +42,6 @@ def cut_adapters(module: nn.Module, ranks: Mapping[str, int]) -> Iterator[None]:
     its base computes. Adapters of frozen copies of the network stay as they are.
 
     Args:
-        module: The adapted module.
         ranks: Name of an adapted weight, as in `learning_weights`, to the rank that is kept.
     """
     chosen = {name: each for name, each in learning_weights(module).items() if name in ranks}

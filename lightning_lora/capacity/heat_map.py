@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_lora.capacity.reading import FULL_BELOW, SPARE_BELOW, CapacityReading, GroupReading
+from lightning_lora.capacity.reading import FULL_BELOW, SPARE_BELOW, CapacityReading, GroupReading, place_of
 from lightning_lora.files.atomic import atomic_file
 
 _MAPS = (
@@ -30,13 +30,8 @@ _MOST_LINES = 6
 
 
 def draw_capacity(reading: CapacityReading, path: Path) -> None:
-    """Draw truncation, tangent capture and effective rank by layer and role, and the spectra of the updates.
-
-    Args:
-        reading: A reading with groups.
-        path: The PNG file to write.
-    """
-    places = {name: _place(name) for name in reading.groups}
+    """Draw truncation, tangent capture and effective rank by layer and role, and the spectra of the updates."""
+    places = {name: place_of(name) for name in reading.groups}
     rows, columns = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (0, 1))
     longest = max(map(len, rows))
     width = max(1.3, 0.75 * len(columns) + 0.2)
@@ -57,12 +52,6 @@ def draw_capacity(reading: CapacityReading, path: Path) -> None:
     figure.suptitle(f"{reading.verdict_in_words} after step {reading.step:,}")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Row and column of a group: ``layer 3`` and ``mlp``; a weight that is a group of its own has no column name."""
-    row, _, role = name.rpartition(" ")
-    return (row, role) if row else (name, "")
 
 
 def _number(group: GroupReading, number: str) -> float | None:
@@ -111,7 +100,7 @@ def _draw_spectra(axes: Axes, reading: CapacityReading, places: Mapping[str, tup
     styles = [Line2D([], [], color="black", linestyle=_LINES[k % len(_LINES)]) for k in range(len(columns))]
     lines = [Line2D([], [], color=colormaps["viridis"](shade)) for shade in shades]
     roles = list(zip(styles, columns, strict=True)) if any(columns) else []
-    named = [*roles, *zip(lines, map(_name_of_rows, blocks), strict=True)]
+    named = [*roles, *zip(lines, (" to ".join(dict.fromkeys((block[0], block[-1]))) for block in blocks), strict=True)]
     axes.legend([line for line, _ in named], [name for _, name in named], fontsize=7)
 
 
@@ -120,7 +109,3 @@ def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> np.ndarray:
     length = max(map(len, spectra))
     means = np.mean([np.pad(np.array(each, dtype=float), (0, length - len(each))) for each in spectra], axis=0)
     return np.where(means > 0, means, math.nan)
-
-
-def _name_of_rows(block: Sequence[str]) -> str:
-    return block[0] if len(block) == 1 else f"{block[0]} to {block[-1]}"

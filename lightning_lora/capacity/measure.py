@@ -27,7 +27,6 @@ class CapacityMeter:
     """Measures a module in training on fixed rows.
 
     Args:
-        trainer: The Trainer of the run.
         module: The module, whole on this device.
         train: Training batches to score.
         held_out: Held-out batches to score; training batches if there are none.
@@ -87,7 +86,8 @@ class CapacityMeter:
             return replace(reading, groups=self._groups(layer_groups(self.module), scorer))
 
     def _groups(self, groups: dict[str, list[str]], scorer: RowScorer) -> dict[str, GroupReading]:
-        rows, halves = self._few_rows(), self._half_ranks()
+        # Groups are many, and each is scored twice: a quarter of the batches.
+        rows, halves = self.held_out[::4], self._half_ranks()
         whole, bare = scorer.scores(rows), self._bare(scorer, rows)
         gain = bare.mean - whole.mean
         has_gained = gain > 2 * bare.error_above(whole)
@@ -105,10 +105,6 @@ class CapacityMeter:
                 **spectra(self.module, names), share=share, truncation=truncation, spectrum=spectrum
             )
         return found
-
-    def _few_rows(self) -> Sequence[Any]:
-        """A quarter of the held-out batches: groups are many, and each is scored twice."""
-        return self.held_out[::4]
 
     def _loss_at(self, scorer: RowScorer, rows: Sequence[Any], ranks: dict[str, int]) -> float:
         with cut_adapters(self.module, ranks):

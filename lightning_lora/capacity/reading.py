@@ -256,3 +256,9 @@ def _some(names: list[str]) -> str:
     if len(names) > 3:
         return f"{', '.join(names[:3])} and {len(names) - 3} more are"
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Row and column of a group: ``layer 3`` and ``mlp``; a weight that is a group of its own has no column name."""
+    row, _, role = name.rpartition(" ")
+    return (row, role) if row else (name, "")

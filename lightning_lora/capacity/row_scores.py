@@ -53,7 +53,6 @@ class RowScorer:
     A ``predict_step`` that is made for other batches, and fails on this one, is left out; one line says so.
 
     Args:
-        trainer: The Trainer of the run.
         module: The module, in evaluation mode and within `observed`.
         batch: A batch to try; a single one.
 
@@ -64,7 +63,8 @@ class RowScorer:
     def __init__(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         self.trainer, self.module = trainer, module
         batch = on_device(trainer, batch)
-        self._predicts = _is_overridden(module) and self._can_predict(batch)
+        is_overridden = type(module).predict_step is not LightningModule.predict_step
+        self._predicts = is_overridden and self._can_predict(batch)
         if self._predicts:
             return
         if not module.automatic_optimization:
@@ -141,7 +141,3 @@ def mean_training_loss(trainer: Trainer, module: LightningModule, batch: Any) ->
     if not isinstance(tokens, Tensor):
         tokens = torch.tensor(float(count_rows(batch) if tokens is None else tokens))
     return loss, tokens
-
-
-def _is_overridden(module: LightningModule) -> bool:
-    return type(module).predict_step is not LightningModule.predict_step

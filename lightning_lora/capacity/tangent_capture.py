@@ -73,9 +73,7 @@ def tangent_capture(
     """Measure tangent capture on single rows of ``batches``: of all adapted linear layers, and of each group.
 
     Args:
-        trainer: The Trainer of the run.
         module: The module, in evaluation mode and within `observed`. Gradients of its parameters stay as they are.
-        batches: Training batches, as a loader makes them.
         groups: Names of groups to names of adapted weights. Groups without linear layers are left out.
 
     Raises:
@@ -146,8 +144,8 @@ class _TangentRows:
     def _rows_of(self, name: str, call: LayerCall) -> PerRow:
         Q_A, Q_B = (basis.to(call.x.dtype) for basis in self._bases[name])
         generator = torch.Generator(call.x.device).manual_seed(_SEED + self._places[name])
-        left = _sketch(call.d_y.shape[-1], generator).to(call.x.dtype)
-        right = _sketch(call.x.shape[-1], generator).to(call.x.dtype).T
+        left = sketch_matrix(_SIDE, call.d_y.shape[-1], generator).to(call.x.dtype)
+        right = sketch_matrix(_SIDE, call.x.shape[-1], generator).to(call.x.dtype).T
         whole = weight_row_sketches(call.x, call.d_y, left, right)
         d_y, x = call.d_y - call.d_y @ Q_B @ Q_B.T, call.x - call.x @ Q_A @ Q_A.T
         return whole, whole - weight_row_sketches(x, d_y, left, right)
@@ -230,10 +228,3 @@ def _basis(columns: Tensor) -> Tensor:
         columns.double() if columns.dtype == torch.float64 else columns.float(), full_matrices=False
     )
     return U[:, S.max() * max(columns.shape) * torch.finfo(S.dtype).eps < S]
-
-
-def _sketch(length: int, generator: torch.Generator) -> Tensor:
-    """A sketch matrix ``(64, length)``, or the identity for a dimension that is not longer."""
-    if length <= _SIDE:
-        return torch.eye(length, device=generator.device, dtype=torch.float32)
-    return sketch_matrix(_SIDE, length, _SIDE, generator)

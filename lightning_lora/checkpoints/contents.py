@@ -43,8 +43,6 @@ def keep_adapters_only(module: LightningModule, checkpoint: dict[str, Any], base
     because its loader asks for every parameter of the module.
 
     Args:
-        module: The adapted module.
-        checkpoint: The checkpoint; modified in place.
         base: Digests of the module's base by parameter name, or None if unknown.
     """
     check_not_merged(module, "save a checkpoint")
@@ -106,10 +104,7 @@ def check_and_complete(
     The module takes over ranks that have grown in the run of the checkpoint.
 
     Args:
-        module: The adapted module that will load the checkpoint.
-        checkpoint: The loaded checkpoint; modified in place.
         base: Prints of the module's base, or None if unknown.
-        allow_other_base: Whether the adapters may have been trained on another base.
 
     Raises:
         AdapterFileError: If the checkpoint holds no adapter, or other names or shapes than ``module``.

@@ -61,11 +61,6 @@ class EpochStart:
     def remake_iterators(self, trainer: Trainer, num_epochs: int, num_batches: int) -> list[str]:
         """Make the iterators of the recorded epoch again, after its first ``num_batches`` batches.
 
-        Args:
-            trainer: The Trainer that resumes in the middle of this epoch.
-            num_epochs: Epochs finished before this one.
-            num_batches: Batches of this epoch that were trained on.
-
         Returns:
             Reasons why the data do not continue exactly; empty if they do.
         """

@@ -94,7 +94,6 @@ def starting_after(num_batches: int, loaders: Sequence[DataLoader[Any]]) -> Iter
     A user's own sampler still draws the skipped indices, so that its random numbers stay the same.
 
     Args:
-        num_batches: Batches of the epoch that were trained on.
         loaders: Loaders without an `obstacle`.
 
     Yields:

@@ -87,8 +87,6 @@ def restore_position(trainer: Trainer, position: LoopPosition, metrics: Mapping[
     """Set Lightning's loops, which have loaded their state and begun to run, to ``position``.
 
     Args:
-        trainer: The Trainer that resumes.
-        position: Position at which the checkpoint was written.
         metrics: ``trainer.callback_metrics`` at that position; a plateau scheduler that is due reads them.
     """
     device = trainer.strategy.root_device

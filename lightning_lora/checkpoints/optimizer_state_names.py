@@ -85,9 +85,6 @@ def _keyed_by_name(
     """Key the ``state`` of one optimizer by name.
 
     Args:
-        state: The state as Lightning has collected it.
-        optimizer: The optimizer it belongs to.
-        name_by_id: Result of `_name_by_id`.
         names: Names of all parameters if positions in ``state`` count these; None if they count the optimizer's list.
     """
     # Sharded strategies give the state to rank 0 only, or already by name.

@@ -19,7 +19,6 @@ def random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> d
     """Get the states of the global generators of python, numpy and torch, and of ``device`` if it is a GPU.
 
     Args:
-        device: Device of this process.
         own: Further generators, such as those of loaders.
     """
     version, words, gauss = random.getstate()
@@ -44,8 +43,6 @@ def set_random_state(state: dict[str, Any], device: torch.device, own: Sequence[
     """Restore what `random_state` returned; the state of a GPU is ignored on a CPU.
 
     Args:
-        state: Result of `random_state`, in this or another process.
-        device: Device of this process.
         own: The same further generators. If ``state`` holds another number of them, all start again from their seeds.
     """
     python, legacy = state["python"], state["numpy"]

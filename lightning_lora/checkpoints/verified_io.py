@@ -179,11 +179,7 @@ def _local(path: StrPath) -> Path:
 
 
 class _HashedFile:
-    """A file for ``torch.save`` that hashes what is written; ``torch.save`` never seeks.
-
-    Args:
-        file: An empty file, open for writing.
-    """
+    """A file for ``torch.save`` that hashes what is written; ``torch.save`` never seeks."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.digest = hashlib.sha256()

@@ -22,7 +22,7 @@ from lightning_lora.cli.embedded import MODEL, VALIDATION
 from lightning_lora.errors import CommandError
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.save_load import load_adapter
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.study.report.content import Page
@@ -59,8 +59,7 @@ def run_demo(out: Path, steps: int = 30, seed: int = 0) -> None:
         _in_own_process("LoRA rank 32", LORA, steps, seed, out / "adapter"),
         _in_own_process("full", None, steps, seed, None),
     ]
-    with atomic_file(out / "results.json") as file:
-        file.write(json.dumps([asdict(arm) for arm in arms], indent=2).encode())
+    write_text(out / "results.json", json.dumps([asdict(arm) for arm in arms], indent=2))
     print()
     console = Console(highlight=False)
     console.print(results_table(arms))

@@ -14,10 +14,9 @@ from lightning_lora.cli.run_source import find_source
 from lightning_lora.errors import CommandError, RunSourceError, check_choice
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
-from lightning_lora.files.adapter.one_scale import check_llama_cpp, fold_scales
+from lightning_lora.files.adapter.one_scale import check_llama_cpp, fold_scales, vllm_flags
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, TENSOR_FILE
 from lightning_lora.files.adapter.save_load import save_adapter
-from lightning_lora.files.adapter.vllm_rules import vllm_flags
 from lightning_lora.files.atomic import atomic_folder
 from lightning_lora.files.generation_config import GENERATION_FILE, add_stops, stops_of
 from lightning_lora.files.json_object import read_json

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_lora.allowed_imports import allow
 from lightning_lora.callbacks import (
     AdapterCheckpoint,
     CheckpointGuard,
@@ -37,7 +38,7 @@ from lightning_lora.checkpoints.fallback import choose_checkpoint
 from lightning_lora.cli.ending.end_of_run import EndOfRun
 from lightning_lora.cli.mistakes.config_files import check_config_files
 from lightning_lora.cli.mistakes.running import check_ckpt_path, check_data, check_trainer, trainer_error
-from lightning_lora.cli.parser import LoRAArgumentParser
+from lightning_lora.cli.parser import LoRAArgumentParser, restrict_imports
 from lightning_lora.cli.preview import expand_arguments
 from lightning_lora.cli.probe import AT, ProbingTrainer, choose_probe, prepare_probe
 from lightning_lora.cli.quiet import quiet_libraries, tell_infos
@@ -48,9 +49,6 @@ from lightning_lora.study.batch_probe import BatchProbe
 from lightning_lora.study.rank_probe import RankProbe
 from lightning_lora.trainer_access import found
 
-# What a config may name: a class path imports and calls whatever it points at.
-ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers", "tokenizers")
-ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
 RUNS = "runs"
 """The folder for loggers whose ``save_dir`` is empty, without a ``default_root_dir``."""
 # RunLock comes first: nothing may be written in a folder where another run writes.
@@ -269,9 +267,7 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI
         arguments: The command and what follows it.
         allowed: Prefixes of class paths that a config may name beside `ALLOWED_PREFIXES`.
     """
-    if allowed:
-        # In the environment, so that the processes a strategy starts see them too.
-        os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
+    allow(allowed)
     restrict_imports()
     if arguments[0] == "preview":
         arguments = ["preview", *expand_arguments(arguments[1:])]
@@ -285,16 +281,3 @@ def run_trainer_command(arguments: list[str], allowed: Sequence[str]) -> LoRACLI
         # Threads of gloo that are left at exit may abort a process whose work is done.
         torch.distributed.destroy_process_group()
     return cli
-
-
-def restrict_imports() -> None:
-    """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
-    if os.environ.get(ALLOW_VARIABLE) and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `lightning-lora` is a script, whose path lacks the folder it is run in
-    set_parsing_settings(
-        import_path_denylist=["*"],
-        import_path_allowlist=[*ALLOWED_PREFIXES, *os.environ.get(ALLOW_VARIABLE, "").split()],
-        config_read_mode_urls_enabled=False,
-        config_read_mode_fsspec_enabled=False,
-        add_print_completion_argument=True,
-    )

@@ -12,7 +12,7 @@ from lightning_lora.cli.missing_package import missing_package
 from lightning_lora.cli.plan.quick_imports import quick_imports
 from lightning_lora.cli.quiet import quiet_libraries
 from lightning_lora.errors import GradientError, GuardError, RewardError, did_you_mean, user_error, with_code
-from lightning_lora.versions import check_versions, installed_version
+from lightning_lora.versions import check_own_versions, installed_version
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict", "probe", "preview", "plan")
 _PLACES = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(short_help(command), end="")
         return 0
     quiet_libraries()
-    if code := _exit_code(check_versions):
+    if code := _exit_code(check_own_versions):
         return code
     if command in COMMANDS:
         return _exit_code(lambda: run_command(command, arguments[1:]))

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lightning_lora.allowed_imports import allowed, look_in_working_folder
 from lightning_lora.cli.missing_package import missing_package_advice
 from lightning_lora.cli.mistakes.class_paths import wrong_class_path
 from lightning_lora.cli.mistakes.config_files import place_of
@@ -19,6 +21,8 @@ from lightning_lora.cli.mistakes.renamed import in_config, in_words
 from lightning_lora.cli.mistakes.values import last_class, wrong_value
 from lightning_lora.errors import ConfigError, did_you_mean, with_code
 
+ALLOWED_PREFIXES = ("lightning_lora", "lightning", "torch", "torchmetrics", "transformers", "tokenizers")
+"""What class paths of a config may begin with, beside what the user allows."""
 _NOT_ALLOWED = r"Importing '.*?' is not allowed"
 _NO_SUBCLASS = r"Import path does not correspond to a subclass of \w+"
 _UNKNOWN_IN_CLASS = r"(?:Option|Group|Key) ['\"](.*?)['\"] is not (?:accepted|expected)"
@@ -104,3 +108,16 @@ class LoRAArgumentParser(LightningArgumentParser):
     def _place(self, key: str) -> str:
         place = place_of(key, self.given)
         return f" ({place})" if place else ""
+
+
+def restrict_imports() -> None:
+    """Let configs name only classes of packages the user trusts, and read configs only from this machine."""
+    if allowed():
+        look_in_working_folder()
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*ALLOWED_PREFIXES, *allowed()],
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,
+        add_print_completion_argument=True,
+    )

@@ -74,6 +74,7 @@ from lightning_lora.errors.words import (
     did_you_mean,
     first_five,
     first_line,
+    kind_and_line,
     user_error,
 )
 
@@ -128,6 +129,7 @@ __all__ = [
     "did_you_mean",
     "first_five",
     "first_line",
+    "kind_and_line",
     "not_default",
     "user_error",
     "with_code",

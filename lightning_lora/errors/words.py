@@ -26,13 +26,6 @@ def check_choice(
 ) -> None:
     """Refuse a value of a setting that is none of its choices, and name those like it.
 
-    Args:
-        name: The setting, as the user writes it.
-        value: What the user gave.
-        choices: What may be given.
-        error: What is raised.
-        optional: Whether None may be given too.
-
     Raises:
         ConfigError: Or ``error``, if ``value`` is none of them.
     """
@@ -47,11 +40,7 @@ def check_count(
     """Refuse a value of a setting that is no whole number, or too small a one.
 
     Args:
-        name: The setting, as the user writes it.
         value: What the user gave. True and False are no numbers.
-        error: What is raised.
-        least: The smallest number that may be given.
-        optional: Whether None may be given too.
 
     Raises:
         ConfigError: Or ``error``, if ``value`` is no such number.
@@ -71,13 +60,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def kind_and_line(error: BaseException) -> str:
+    """The class of an error of another library with its `first_line`, each said once.
+
+    >>> kind_and_line(KeyError("rows")), kind_and_line(KeyError())
+    ("KeyError: 'rows'", 'KeyError')
+    """
+    return ": ".join(dict.fromkeys((type(error).__name__, first_line(error))))
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """The end of an error message: a suggestion of known names similar to ``name``, or a full stop.
-
-    Args:
-        name: The unknown name that the user wrote.
-        known: The names to choose from.
-        count: The most names to suggest.
 
     >>> did_you_mean("rnak", ["rank", "alpha"])
     "; did you mean 'rank'?"

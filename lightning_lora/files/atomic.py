@@ -42,7 +42,6 @@ def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Gene
     A new file has the permissions that a plain ``open(path, "wb")`` gives; a replaced one keeps its own.
 
     Args:
-        path: The file to create or replace.
         keep_link: What to replace if ``path`` is a symbolic link. True: the file it points to. False: the link itself;
             the file it points to stays as it was.
 
@@ -65,6 +64,12 @@ def atomic_file(path: str | os.PathLike[str], *, keep_link: bool = True) -> Gene
         _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace ``path`` by a file with ``text`` in one step, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager

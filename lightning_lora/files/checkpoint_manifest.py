@@ -18,7 +18,7 @@ from typing import IO, Any
 from packaging.version import InvalidVersion, Version
 
 from lightning_lora.errors import AdapterFileError, CheckpointFileError
-from lightning_lora.files.atomic import atomic_file, sha256
+from lightning_lora.files.atomic import sha256, write_text
 from lightning_lora.versions import installed_version
 
 SUFFIX = ".manifest.json"
@@ -37,9 +37,7 @@ class CheckpointVersion:
 
     Args:
         sha256: SHA-256 of the whole file, 64 hexadecimal digits.
-        size: Size of the file in bytes.
         step: Optimizer steps taken when it was written. Checkpoints are ordered by it, as clocks may jump.
-        epoch: Number of the epoch in which it was written.
         run: Name of the run that wrote it; runs resumed from it have the same name.
         is_resumable: Whether it holds optimizer states, not only weights.
     """
@@ -74,8 +72,7 @@ def write_manifest(path: Path, versions: Sequence[CheckpointVersion]) -> None:
     """Write the manifest of the checkpoint at ``path``: the versions that the file may be, the newest last."""
     libraries = {name: installed_version(name) for name in LIBRARIES}
     content = {"format": FORMAT, "versions": [asdict(one) for one in versions], "libraries": libraries}
-    with atomic_file(manifest_of(path)) as file:
-        file.write(json.dumps(content, indent=1).encode())
+    write_text(manifest_of(path), json.dumps(content, indent=1))
 
 
 def read_manifest(path: Path) -> list[CheckpointVersion]:

@@ -13,7 +13,9 @@ EVENTS_FILE = "events.jsonl"
 
 def write_event(folder: Path, event: Mapping[str, Any]) -> None:
     """Append one event to the log in ``folder``; NaN and infinity, which JSON does not have, become null."""
-    plain = {name: None if _is_not_finite(value) else value for name, value in event.items()}
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in event.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / EVENTS_FILE).open("ab+") as file:
         _drop_cut_line(file)
@@ -37,7 +39,3 @@ def _drop_cut_line(file: BinaryIO) -> None:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.seek(0, 2)
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

@@ -30,8 +30,6 @@ class LockHolder:
     """The process that holds a lock.
 
     Args:
-        pid: Process number on its host.
-        host: Name of the machine.
         born: Start of the process in the system's own ticks, to tell it from a later process with the same number.
         started: Time when the lock was taken, ISO 8601 in UTC.
         job: Number of the SLURM job; empty outside SLURM.
@@ -61,7 +59,6 @@ def take_lock(path: Path, folder: Path) -> str | None:
 
     Args:
         path: The lock file; missing parent folders are made.
-        folder: The folder that is locked, for messages.
 
     Returns:
         A sentence for the user if the lock of a dead process was taken over, else None.

@@ -48,10 +48,6 @@ class TensorFile:
 
     The file is read, not mapped. Mapped pages count as memory of the process until the system drops them, and a mapped
     file that is cut short kills the process.
-
-    Args:
-        file: The open file.
-        header: Its checked header.
     """
 
     def __init__(self, file: BinaryIO, header: Header) -> None:
@@ -66,9 +62,6 @@ class TensorFile:
         """Read elements ``start`` to ``stop`` of a tensor, counted row by row, as a tensor of one axis.
 
         Args:
-            name: Name of the tensor.
-            start: Number of the first element.
-            stop: Number of the last element plus one.
             scratch: Memory to use; the result is lost at the next call with it. None: fresh memory.
 
         Raises:
@@ -103,7 +96,6 @@ def write_tensors(
     library, by alignment and then by name: equal tensors and metadata give equal files.
 
     Args:
-        path: The file to create or replace.
         tensors: Each name of ``layout`` once, with its tensor, on any device.
         layout: Tensor name to type and shape.
         metadata: Texts to keep in the header; transformers expects ``{"format": "pt"}``.
@@ -130,11 +122,8 @@ def write_blocks(
     """Write a safetensors file as `write_tensors` does, from tensors that come in blocks.
 
     Args:
-        path: The file to create or replace.
         blocks: Pairs of a tensor's name and its next elements, row by row, in any shape and size. Blocks of several
             tensors may alternate. A block is written before the next is asked for.
-        layout: Tensor name to type and shape.
-        metadata: Texts to keep in the header.
 
     Raises:
         ValueError: If a block has another type, a tensor has more or fewer elements than ``layout`` says, or

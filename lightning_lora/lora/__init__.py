@@ -11,7 +11,7 @@ networks), `vocabulary` (the check that it was not resized), `merged_saving` (``
 then the rooms `targets` (which weights, at which rank), `layers` (adapted modules) and `functional` (tensors).
 """
 
-from lightning_lora.versions import check_versions
+from lightning_lora.versions import check_own_versions
 
 # Whoever uses adapters comes by here first: with an unsupported version the reason is told before something else fails.
-check_versions()
+check_own_versions()

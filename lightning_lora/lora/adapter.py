@@ -37,9 +37,9 @@ from lightning_lora.lora.shards import (
     full_tensor,
     reshard,
 )
-from lightning_lora.lora.targets import new_weights, unknown_weights
+from lightning_lora.lora.targets import new_weights
 from lightning_lora.lora.targets.called_together import group_compiled
-from lightning_lora.lora.targets.resolve import Target, Targets, resolve_targets
+from lightning_lora.lora.targets.resolve import Target, Targets, note_on_unknown, resolve_targets
 from lightning_lora.lora.targets.shared_weights import TiedWeights, untie
 from lightning_lora.lora.vocabulary import unwatch_vocabulary, watch_vocabulary
 
@@ -109,7 +109,7 @@ def apply_targets(module: nn.Module, targets: Targets) -> list[str]:
     for trained in trainable:
         trained.requires_grad_(True)
     return [
-        *([unknown_weights.note(targets.unknown)] if targets.unknown else []),
+        *([note_on_unknown(targets.unknown)] if targets.unknown else []),
         *new_weights.notes(targets.new),
         *notes_on_frozen(module, copies, held, frozen),
     ]
@@ -226,11 +226,19 @@ def _check_values(state: Mapping[str, Any]) -> None:
             problem = f"is of {value.dtype}, not of floating point"
         elif value.is_meta:
             problem = "is on the meta device and has no values"
-        elif odd := int((~value.isfinite()).sum()):
-            problem = f"has {odd} of {value.numel()} values that are NaN or infinite"
         else:
             continue
-        raise AdapterFolderError(f"the adapter cannot be loaded: {name} {problem}. Nothing was loaded.")
+        raise AdapterFolderError(f"nothing was loaded: {name} {problem}.")
+    check_finite(state, "nothing was loaded")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `AdapterFileError` if a tensor is empty or holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterFolderError(f"{where}: {name} is empty, shape {tuple(tensor.shape)}.")
+        if bad := int((~tensor.isfinite()).sum()):
+            raise AdapterFolderError(f"{where}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.")
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -39,8 +39,6 @@ class WeightPrint:
     """What tells whether two tensors are the same weight, even if they were loaded in different types.
 
     Args:
-        digest: The `tensor_digest`.
-        shape: Shape of the tensor.
         dtype: Type that the tensor has: ``bfloat16``, ``float16``, ...
         values: At most 32 evenly spaced values, to six digits; empty if the tensor is quantised or no numbers.
     """
@@ -137,11 +135,7 @@ def _sample_step(num_elements: int) -> int:
 
 
 class PiecewiseDigest:
-    """The `weight_print` of a plain tensor whose elements arrive a few at a time, in any order.
-
-    Args:
-        shape: Shape of the tensor.
-    """
+    """The `weight_print` of a plain tensor whose elements arrive a few at a time, in any order."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -186,8 +180,6 @@ def base_digests(module: nn.Module, trained: Collection[str] = (), exact: bool =
     The digest of a merged layer is the one of its weight before merging.
 
     Args:
-        module: A module, adapted or not.
-        trained: Names of parameters that are trained in full.
         exact: Compare bits instead of values rounded to bfloat16 (see `tensor_digest`).
     """
     return _of_base(module, trained, lambda tensor: tensor_digest(tensor, exact))

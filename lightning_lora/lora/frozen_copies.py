@@ -152,9 +152,7 @@ def notes_on_frozen(
     """Lines for the start of a run.
 
     Args:
-        root: The adapted module.
         copies: What `frozen_copies` found before.
-        held: The layers with frozen adapters.
         frozen: The adapted layers that were frozen before.
     """
     notes = []

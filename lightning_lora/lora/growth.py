@@ -28,7 +28,6 @@ def grow_adapters(module: nn.Module, ranks: Mapping[str, int]) -> None:
     is raised, nothing has been changed.
 
     Args:
-        module: The adapted module.
         ranks: Name of an adapted weight, as in `adapted_weights`, to its new rank, at least the present one.
 
     Raises:
@@ -57,7 +56,6 @@ def take_ranks(module: nn.Module, specs: Mapping[str, tuple[int, float]]) -> Non
     A factor of another rank gets zeros for values and no gradient; the parameter objects stay.
 
     Args:
-        module: The adapted module.
         specs: Name of an adapted weight to its new rank and alpha.
 
     Raises:

@@ -18,7 +18,6 @@ class GroupGrowth:
     """A group of layers that is to grow.
 
     Args:
-        group: Name of the group.
         before: Name of each adapted weight of the group that grows, to its present rank.
         after: Name of each of these weights to its new rank.
         beyond_half: Share of the updates that half of the present rank cannot hold (`beyond_half_rank`).
@@ -56,10 +55,6 @@ def beyond_half_rank(module: nn.Module, names: list[str]) -> float:
     By Eckart and Young it is the sum of the squared singular values after the first ``rank // 2``, over all of them;
     0 without an update, 1 at rank 1. It says how much of the rank is *used*. It cannot say that more rank would help:
     noise uses rank as well.
-
-    Args:
-        module: The adapted module.
-        names: The adapted weights, as in `adapted_weights`, whose squares are added up.
     """
     weights, lacking, total = adapted_weights(module), 0.0, 0.0
     for name in names:
@@ -82,7 +77,6 @@ def plan_growth(module: nn.Module, highest: Mapping[str, int], budget: int, thre
     A group grows if `beyond_half_rank` is at least ``threshold`` and its growth fits into what is left of the budget.
 
     Args:
-        module: The adapted module; it is not changed.
         highest: Name of an adapted weight to the rank at which it stops to grow.
         budget: The most parameters of all factors together.
         threshold: Share of the updates, between 0 and 1.

@@ -31,7 +31,6 @@ class MergedSaving:
     """Takes the place of ``model.save_pretrained``, and with it of all that calls it, such as ``push_to_hub``.
 
     Args:
-        model: An adapted Hugging Face model.
         merged: Merges the updates of a module within a context.
     """
 
@@ -96,12 +95,7 @@ def apart(state: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def save_merged_models(module: nn.Module, merged: Merged) -> None:
-    """Let every Hugging Face model in ``module`` that has adapters write itself merged.
-
-    Args:
-        module: An adapted module.
-        merged: Merges the updates of a module within a context.
-    """
+    """Let every Hugging Face model in ``module`` that has adapters write itself merged."""
     for model in _models(module):
         if lora_layers(model):
             model.__dict__[_METHOD] = MergedSaving(model, merged)

@@ -100,10 +100,6 @@ def check_not_flattened(module: nn.Module, action: str) -> None:
 def every_nth(tensor: DTensor, step: int) -> Tensor | None:
     """``tensor.full_tensor().reshape(-1)[::step]``, where ranks exchange only these elements. A collective.
 
-    Args:
-        tensor: A sharded tensor of any type and shape.
-        step: Distance of the elements in the full tensor.
-
     Returns:
         The elements, on every rank and its device. None on every rank if the shards are not plain blocks: partial
         sums, two mesh dimensions along one axis, or tensors of a special type.

@@ -19,11 +19,7 @@ from lightning_lora.lora.targets.roles import hugging_face_models
 
 
 class VocabularyCheck:
-    """A hook before ``forward`` that refuses a model whose vocabulary was resized after its layers were adapted.
-
-    Args:
-        model: The adapted Hugging Face model.
-    """
+    """A hook before ``forward`` that refuses a model whose vocabulary was resized after its layers were adapted."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = frozenset(_tables(model))

@@ -49,7 +49,6 @@ def built_without_memory(module: LightningModule, *, precision: Any = "32-true")
 
     Args:
         module: Any LightningModule; built or not, adapted or not.
-        precision: The precision of the Trainer, which may decide the type of the weights.
     """
     built = WithoutMemory(module, precision)
     with built.entered():
@@ -58,11 +57,6 @@ def built_without_memory(module: LightningModule, *, precision: Any = "32-true")
 
 class WithoutMemory:
     """A copy of a module whose weights have no values, and the mode that runs it.
-
-    Args:
-        module: Any LightningModule, as `built_without_memory` takes it.
-        precision: The precision of the Trainer.
-        accumulate_grad_batches: Micro-batches of an optimizer step.
 
     Attributes:
         module: The copy, built and adapted.

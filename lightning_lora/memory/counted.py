@@ -11,7 +11,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
+
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """Operations of forward: scores and their product with the values.
+
+    Args:
+        query: ``(batch, heads, queries, width)``.
+        key: ``(batch, heads or a divisor, keys, width)``.
+        value: ``(batch, as key, keys, width of values)``.
+    """
+    return _pairs(query, key) * (query.shape[-1] + value.shape[-1])
+
+
+def attention_backward_flops(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """Operations of backward: the scores again, and the gradients of scores, values, queries and keys."""
+    return _pairs(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def _pairs(query: Tensor, key: Tensor) -> int:
+    """Multiplications and additions for each number of width, over all pairs of a query and a key."""
+    batch, heads, queries, _ = query.shape
+    return 2 * batch * heads * queries * key.shape[-2]
+
 
 aten: Any = torch.ops.aten
 

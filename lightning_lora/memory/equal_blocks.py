@@ -25,7 +25,6 @@ class EqualBlocks:
     """A run of equal blocks in a list of modules.
 
     Args:
-        container: The ``ModuleList`` or ``Sequential``.
         start: Number of the first equal block in the container.
         blocks: The equal blocks.
     """

@@ -32,7 +32,6 @@ def explained(module: nn.Module, doing: str, last_operation: list[Any]) -> Itera
     """Raise a `TraceError` in place of any error but those of this package.
 
     Args:
-        module: The module that is traced, whose children are named in the message.
         doing: What was tried, such as ``"a training step"``.
         last_operation: The operation that failed, if one did.
     """

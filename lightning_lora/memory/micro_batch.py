@@ -25,8 +25,6 @@ def largest_micro_batch(trace: Callable[[int], MemoryParts], limit: int, allowed
     result has always been traced.
 
     Args:
-        trace: The memory of a step with so many rows.
-        limit: Bytes that the step may hold.
         allowed: Sizes among which to choose, such as the divisors of a step's rows; the largest is traced first, and
             nothing else if it fits. None allows all.
     """

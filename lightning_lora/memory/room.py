@@ -44,7 +44,6 @@ def room_for_step(device: torch.device, held: Iterable[Tensor]) -> Room | None:
     processes, the context of CUDA, buckets of DDP or another model, is not part of it.
 
     Args:
-        device: The device that computes the step.
         held: Tensors that exist and are part of the step, `tensors_of_step`.
     """
     own = sum(tensor.nbytes for tensor in held if tensor.device.type == device.type)

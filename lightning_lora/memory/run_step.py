@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import first_line
+from lightning_lora.errors import kind_and_line
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
@@ -30,7 +30,6 @@ class RunStep:
     """Traces the steps of a run, whose module is built, adapted and on its device; nothing of the run is changed.
 
     Args:
-        trainer: The Trainer of the run.
         make: Gives the module to trace: the one that is trained, or one like it with other settings.
         batch: A function from a number of rows to a micro-batch.
         precision: The precision of the Trainer; None for its own.
@@ -75,7 +74,6 @@ class RunStep:
         """The most rows of ``sizes`` whose step fits into ``limit`` bytes; 0 if none does.
 
         Args:
-            limit: Bytes of a step.
             share: Rows of an optimizer step on this device, which all sizes divide.
             sizes: Rows of a micro-batch among which to choose.
             error: How much too high activations and logits may have been traced: a step that may fit, fits.
@@ -103,8 +101,8 @@ class RunStep:
         except TraceError:
             raise
         except Exception as error:
-            name, kind = type(self.trainer.lightning_module).__name__, type(error).__name__
-            raise TraceError(f"a step of {name} cannot be traced: {kind}: {first_line(error)}") from error
+            name = type(self.trainer.lightning_module).__name__
+            raise TraceError(f"a step of {name} cannot be traced: {kind_and_line(error)}") from error
 
     def _made(self, accumulation: int) -> StepTracer:
         if self._tracer is None:

@@ -44,7 +44,6 @@ class StepMode(TorchDispatchMode):
     """The dispatch mode of a trace; it enters the `FakeTensorMode` that it works with.
 
     Attributes:
-        live: Bytes of the storages.
         flops: Floating-point operations of matrix products, convolutions and attention so far.
         attention_flops: The operations of attention among them, which grow with the square of a row's length.
         class_counts: Sizes of a last axis that are a vocabulary or classes.

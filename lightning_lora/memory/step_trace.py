@@ -83,14 +83,7 @@ def trace_step(
 
 
 class StepTracer:
-    """Traces steps of one module with several batches; the module is built once.
-
-    Args:
-        module: Any LightningModule with automatic optimization, see `trace_step`.
-        precision: The precision of the Trainer.
-        gradient_clip_val: Largest norm of the gradient, a setting of the Trainer; None does not clip.
-        accumulate_grad_batches: Micro-batches of an optimizer step.
-    """
+    """Traces steps of one module with several batches; the module is built once."""
 
     def __init__(
         self,

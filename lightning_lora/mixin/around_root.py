@@ -25,10 +25,7 @@ def inject_below(module: nn.Module, root_name: str | None, root: nn.Module, conf
     that is a whole name, open what they match outside: modules or parameters, by their names in ``module``.
 
     Args:
-        module: The LightningModule.
         root_name: Dotted name of ``root`` in ``module``; None if it is the module itself.
-        root: The module to adapt.
-        config: What to adapt and how.
 
     Returns:
         What was done, with numbers of parameters of the whole ``module``.

@@ -23,7 +23,6 @@ def first_batches(trainer: Trainer, count: int, before_iterators: dict[str, Any]
     once: its first batches are kept, and handed out again when training asks for them.
 
     Args:
-        trainer: The Trainer, whose training is about to start.
         count: Number of batches, at least 1.
         before_iterators: The `random_state` from which workers have drawn the order of the first epoch.
 

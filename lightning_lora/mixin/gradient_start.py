@@ -53,7 +53,6 @@ def start_from_first_batches(module: LightningModule, before_iterators: dict[str
     collective.
 
     Args:
-        module: The module in its run, on its device and with its optimizers.
         before_iterators: See `first_batches`.
 
     Raises:

@@ -35,9 +35,9 @@ from lightning_lora.mixin.around_root import inject_below
 from lightning_lora.mixin.checked_loading import CheckedLoading
 from lightning_lora.mixin.held_base import autocast_dtype, hold_base
 from lightning_lora.mixin.lightning_callbacks import refuse_callbacks
-from lightning_lora.mixin.outermost_hooks import outermost
+from lightning_lora.mixin.memory_settings import choices_of
 from lightning_lora.mixin.precision import quantise_first, refuse_replaced_layers
-from lightning_lora.mixin.step_choices import choices_of
+from lightning_lora.mixin.run_hooks import outermost
 from lightning_lora.step_memory import StepMemory
 
 _UNSET: Any = contents.NotGiven()
@@ -221,7 +221,8 @@ class LoRAMixin(CheckedLoading):
     def save_adapter(self, path: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
         """Write the adapters as a PEFT folder; see `lightning_lora.save_adapter`."""
         reshard(self)
-        with full_parameters(self._outermost_wrapper()):
+        wrapper = None if self._trainer is None else self.trainer.strategy.model
+        with full_parameters(wrapper or self):
             return save_load.save_adapter(self, path, summary)
 
     @property
@@ -251,10 +252,6 @@ class LoRAMixin(CheckedLoading):
             # The base comes from the state dict too.
             self._lora_base = None
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _outermost_wrapper(self) -> nn.Module:
-        """The module as the strategy has wrapped it; the module itself outside a run."""
-        return self if self._trainer is None else self.trainer.strategy.model or self
 
     def _base_prints(self) -> dict[str, WeightPrint] | None:
         """Prints of the base at injection, or now if it had no values then; every rank must call it."""

@@ -44,10 +44,6 @@ class WeightSize(NamedTuple):
         """Adapter parameters of the weight if the settings say ``rank``."""
         return self.magnitudes + self.per_rank * (self.fixed or min(self.full_rank, max(1, rank // self.divisor)))
 
-    def is_below(self, rank: int) -> bool:
-        """Whether the weight cannot hold what the settings ask for if they say ``rank``."""
-        return not self.fixed and rank // self.divisor > self.full_rank
-
 
 @dataclass(frozen=True)
 class AdapterSizes:
@@ -67,7 +63,9 @@ class AdapterSizes:
 
     def weights_below(self, rank: int) -> int:
         """The number of weights that cannot hold a rank, and get their full rank instead."""
-        return sum(count for size, count in self.weights.items() if size.is_below(rank))
+        return sum(
+            count for size, count in self.weights.items() if not size.fixed and rank // size.divisor > size.full_rank
+        )
 
     @property
     def num_weights(self) -> int:

@@ -17,8 +17,6 @@ def capacity_sentence(
 
     Args:
         rows: A capacity table; its first target set counts.
-        counts: What the data hold.
-        rank: A rank of the table.
         base_bits: The bits of the base, if the table was made with them.
 
     Raises:

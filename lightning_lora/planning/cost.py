@@ -40,7 +40,6 @@ class RunSeconds:
     Args:
         total: Seconds of all steps and of validation.
         low: Lower end of the interval of ``total``.
-        high: Upper end.
         per_step: Seconds of one optimizer step.
         validation: Seconds of validation, which are part of ``total``.
         source: ``"steps timed here"``, ``"device table"`` or ``"a product timed here"``.
@@ -63,7 +62,6 @@ class RunWork:
     """The batches of a run on one device.
 
     Args:
-        steps: Optimizer steps.
         micro_batches: Forward and backward passes of all steps.
         shapes: The shapes of many micro-batches.
         work: Operations of a micro-batch by its shape.
@@ -148,12 +146,7 @@ class Disk:
 
     @classmethod
     def of(cls, memory: MemoryParts, module: nn.Module) -> Disk:
-        """The files of a run.
-
-        Args:
-            memory: Memory of a step on a device that holds the whole model.
-            module: The module as it is trained; it may be built without memory.
-        """
+        """The files of a run."""
         trained = [parameter.nbytes for parameter in module.parameters() if parameter.requires_grad]
         beside = memory.optimizer + _STATES + len(trained) * _NAME_IN_CHECKPOINT
         whole = memory.weights + memory.adapters + beside
@@ -168,8 +161,6 @@ class StepWork:
     """What one micro-batch asks of a device.
 
     Args:
-        memory: Memory of the step.
-        linears: Linear layers of the model.
         method: ``"lora"``, ``"qlora"`` or ``"full"``.
     """
 

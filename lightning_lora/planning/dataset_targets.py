@@ -50,7 +50,6 @@ def read_targets(
     `SECONDS`, only the targets are read where the dataset lists them, and else those of a random sample of the rows.
 
     Args:
-        dataset: A dataset with rows by number.
         rows: The numbers of the rows, at least one.
         collate: What makes a batch of the items, if it may change them.
 

@@ -39,9 +39,7 @@ class Device:
     """One device.
 
     Args:
-        name: What it is called.
         kind: ``"cuda"``, ``"mps"``, ``"cpu"``, or ``"unknown"`` if only its memory was named.
-        memory: Its bytes.
         flops: Peak FLOP/s by dtype (``"float32"``, ``"bfloat16"``, ``"float16"``), empty if not known.
         bandwidth: Bytes per second of its memory; None if not known.
         efficiency: Share of the peak that training reaches.
@@ -69,8 +67,6 @@ class Devices:
     """Equal devices that train together.
 
     Args:
-        device: One of them.
-        count: How many.
         is_here: Whether they are in this machine, so that steps can be tried on them.
     """
 

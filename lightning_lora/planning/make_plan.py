@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
 
+from lightning_lora.batch.trial_step import can_choose_rows, longest_batch
 from lightning_lora.data import SFTDataModule
+from lightning_lora.data.rows_module import RowsDataModule
+from lightning_lora.data.split import row_lengths
 from lightning_lora.errors import DataError, PlanError, check_arguments
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from lightning_lora.planning.advice.epoch import Epoch
-from lightning_lora.planning.advice.largest_batches import largest_batches
 from lightning_lora.planning.advice.named_callbacks import as_list, as_named, target_rows, with_lora_callback
 from lightning_lora.planning.advice.plan_parts import PlanParts
 from lightning_lora.planning.bad_input import check_objects, check_trainer
@@ -111,3 +115,26 @@ def _lora_config(module: LightningModule, given: LoRAConfig | dict[str, Any] | N
         # A task names its new head among what is trained in full.
         return LoRAConfig.from_dict(variant(module, used).lora)  # type: ignore[attr-defined]
     return replace(used)
+
+
+def largest_batches(data: LightningDataModule, loader: Any) -> Callable[[int], Any]:
+    """A function from a number of rows to the batch of so many rows that needs the most memory.
+
+    A padded batch is as long as its longest row, and the longest row comes in some batch of every epoch. Of rows that
+    are no token sequences, the longest are searched among the first 1,000.
+
+    Raises:
+        DataError: If the loader gives no batch.
+    """
+    if isinstance(data, RowsDataModule) and "train" in data.rows and not getattr(data, "packing", False):
+        lengths = row_lengths(data.rows["train"], data.max_length)
+        rows_each = len(lengths) // len(loader.dataset)  # 2 of a pair
+        longest = loader.dataset[int(numpy.argmax(lengths)) // rows_each]
+        return lambda count: loader.collate_fn([longest] * count)
+    if isinstance(loader, DataLoader) and can_choose_rows(loader) and data.trainer is not None:
+        trainer = data.trainer
+        return lambda count: longest_batch(trainer, loader, count)
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise DataError("the training loader gives no batch: there are no rows to plan for.")
+    return lambda count: batch

@@ -39,8 +39,6 @@ class StepTimes:
 
     Args:
         micro: Seconds of each micro-batch: reading, forward and backward.
-        shapes: The shape of each.
-        optimizer: Seconds of each optimizer step.
         validation: Seconds and shape of each timed validation batch.
     """
 

@@ -79,7 +79,6 @@ class TokenTally:
 
     Args:
         supervised_tokens: Trained tokens of each row, ``(rows,)``.
-        lengths: Tokens of each row, ``(rows,)``.
         first: Index of the first occurrence of each different row, ``(unique rows,)``, rising.
     """
 

@@ -24,7 +24,6 @@ class BatchBranches:
     """The branches of a probe: their batches, and the rows that each trains on.
 
     Args:
-        batch_rows: Rows per step of the run.
         batches: Rows per step of each branch, ascending.
         num_rows: Rows that each branch trains on.
     """
@@ -38,13 +37,6 @@ class BatchBranches:
         cls, batch_rows: int, ratios: Sequence[float], min_steps: int, min_epoch: float, available: int
     ) -> BatchBranches:
         """Plan branches with ``min_steps`` steps of the largest batch, or ``min_epoch`` of the rows if that is more.
-
-        Args:
-            batch_rows: Rows per step of the run.
-            ratios: Batches to try, as multiples of ``batch_rows``.
-            min_steps: Least number of steps of the largest batch.
-            min_epoch: Least fraction of the ``available`` rows.
-            available: Training rows of the run.
 
         Raises:
             ConfigError: If a batch would be less than one row, or there are fewer than two batches.

@@ -111,7 +111,7 @@ class BatchProbe(Probe[BatchBranches, BatchProbeResult]):
 
     def _write(self, result: BatchProbeResult, step: int) -> None:
         if self._events.folder is not None:
-            from lightning_lora.study.batch_probe_plot import draw_probe  # matplotlib is slow to import
+            from lightning_lora.study.probe_plots import draw_probe  # matplotlib is slow to import
 
             result.save(self._events.folder / PROBE_FILE)
             draw_probe(result, (self._events.folder / PROBE_FILE).with_suffix(".png"))

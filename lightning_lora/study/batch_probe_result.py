@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from lightning_lora.batch.calibration import PROBE_FORMAT, damaged_probe, read_probe
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.comparison import ENOUGH_ROWS, IN_WORDS, Comparison
 from lightning_lora.study.statistics.word import BAND, word_of
 
@@ -20,7 +20,6 @@ class BatchProbeResult:
     """Losses of all branches, and their comparisons in pairs.
 
     Args:
-        batch_rows: Rows per step of the run.
         num_rows: Rows that each branch trained on.
         num_held_out: Held-out rows that each branch was scored on.
         start_loss: Mean held-out loss before the branches, nats.
@@ -28,7 +27,6 @@ class BatchProbeResult:
         comparisons: Comparisons of every pair of batches.
         noise_scale: Noise scale of the run when it was probed, rows; None if unknown.
         step: Optimizer step of the run; None outside of a run.
-        seconds: Duration of the probe.
     """
 
     batch_rows: int
@@ -85,8 +83,7 @@ class BatchProbeResult:
         """Write the result as JSON. An interrupted write leaves the old file."""
         found = {"largest_harmless": self.largest_harmless, "bound": self.bound, "calibration": self.calibration}
         text = json.dumps({"format": PROBE_FORMAT} | asdict(self) | found, indent=2)
-        with atomic_file(path) as file:
-            file.write(f"{text}\n".encode())
+        write_text(path, f"{text}\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BatchProbeResult:

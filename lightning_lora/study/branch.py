@@ -96,7 +96,6 @@ class BranchPoint:
         """Train a copy of the module on ``rows`` in their order, once, and score it on held-out rows.
 
         Args:
-            rows: Indices of the dataset.
             batch_rows: Rows of an optimizer step; rows that do not fill a last step are not used.
             ratio: ``batch_rows`` over the batch of the run; `fit_to_batch` adjusts learning rates to it.
             held_out: The rows to score on.

@@ -26,7 +26,6 @@ class RankBranches:
     """The two branches of a rank probe.
 
     Args:
-        batch_rows: Rows per step of the run, and of both branches.
         num_rows: Rows that each branch trains on.
         num_seeds: Orders of the data, and draws of the new directions, to repeat both branches with.
         factor: What the rank is multiplied with.
@@ -60,9 +59,7 @@ class RankBranches:
         """Train both branches, with fresh moments, and compare them.
 
         Args:
-            point: The point that the branches start from.
             rows: All rows in the order of the run; seeds after the first shuffle them.
-            held_out: The rows that branches are scored on.
 
         Raises:
             ConfigError: If no rank can be raised.

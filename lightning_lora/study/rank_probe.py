@@ -94,7 +94,7 @@ class RankProbe(Probe[RankBranches, RankProbeResult]):
     def _report(self, trainer: Trainer, result: RankProbeResult) -> None:
         rank_zero_info(str(result))
         if self._events.folder is not None:
-            from lightning_lora.study.rank_probe_plot import draw_rank_probe  # matplotlib is slow to import
+            from lightning_lora.study.probe_plots import draw_rank_probe  # matplotlib is slow to import
 
             result.save(self._events.folder / RANK_PROBE_FILE)
             draw_rank_probe(result, (self._events.folder / RANK_PROBE_FILE).with_suffix(".png"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_lora.errors import ResultFileError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.comparison import ENOUGH_ROWS, ENOUGH_SEEDS
 from lightning_lora.study.statistics.interval import Interval
 from lightning_lora.study.statistics.word import BAND, Word, word_of
@@ -28,17 +28,14 @@ class RankProbeResult:
     Args:
         rank: Rank of the run; that of most weights where weights differ.
         grown_rank: Rank of the grown branch, likewise.
-        batch_rows: Rows per step.
         num_rows: Rows that each branch trained on.
         num_held_out: Held-out rows that each branch was scored on.
-        num_seeds: Orders of the data.
         start_loss: Mean held-out loss before the branches, nats.
         control_loss: Mean held-out loss after the branch without growth, nats.
         grown_loss: Mean held-out loss after the branch with growth, nats.
         error: Standard error of ``control_loss - grown_loss``, nats.
         freedom: Degrees of freedom of ``error``.
         step: Optimizer step of the run; None outside of a run.
-        seconds: Duration of the probe.
     """
 
     rank: int
@@ -79,8 +76,7 @@ class RankProbeResult:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the result as JSON. An interrupted write leaves the old file."""
         text = json.dumps({"format": _FORMAT} | asdict(self) | {"gain": self.gain, "verdict": self.verdict}, indent=2)
-        with atomic_file(path) as file:
-            file.write(f"{text}\n".encode())
+        write_text(path, f"{text}\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RankProbeResult:

@@ -20,8 +20,6 @@ def row_losses(trainer: Trainer, module: LightningModule, held_out: HeldOut, bat
     """The loss of each row by ``predict_step``: of whole batches if it returns a loss for each row, else row by row.
 
     Args:
-        trainer: The Trainer that predicts, with its precision and device.
-        module: The module to score.
         held_out: The rows to score it on; the loader's ``collate_fn`` makes their batches.
         batch_rows: Most rows of a batch.
 

@@ -16,10 +16,6 @@ from lightning_lora.errors import ResultFileError
 def check_loader(loader: object, kind: str) -> DataLoader[Any]:
     """Return ``loader`` if single rows can be taken from its dataset.
 
-    Args:
-        loader: The loader of a Trainer, or what stands in its place.
-        kind: ``"training"`` or ``"validation"``, for messages.
-
     Raises:
         DataError: If single rows cannot be taken.
     """
@@ -49,7 +45,6 @@ def next_rows(loader: DataLoader[Any], epoch: int = 0, num_batches: int = 0) -> 
 
     Args:
         loader: The training loader, which passed `check_loader`.
-        epoch: The present epoch, from 0.
         num_batches: Batches of this epoch that were trained on.
     """
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)

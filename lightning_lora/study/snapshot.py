@@ -28,9 +28,6 @@ from lightning_lora.lora.patterns import plain_name
 def copy_module(module: LightningModule) -> LightningModule:
     """A deep copy without a Trainer, which uses the same memory for frozen weights.
 
-    Args:
-        module: The module to copy; it stays as it is.
-
     Raises:
         ConfigError: If the ``forward`` of a layer was replaced by a function, which would call the original layer.
     """

@@ -20,7 +20,7 @@ from lightning_lora.batch_facts import FACTS, facts_of
 from lightning_lora.callbacks.progress import needs_metric
 from lightning_lora.errors import ConfigError, DataError
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.mixin.step_choices import choices_of, settings_of
+from lightning_lora.mixin.memory_settings import choices_of, settings_of
 from lightning_lora.tasks.attention.implementation import choose_for_packing
 from lightning_lora.tasks.attention.mask import is_causal, known_packing
 from lightning_lora.tasks.attention.packing_check import check_packing

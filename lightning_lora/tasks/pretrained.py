@@ -25,7 +25,7 @@ from lightning_lora.memory.building import builds_without_memory
 from lightning_lora.memory.other_settings import keep_activations, recompute
 from lightning_lora.mixin.held_base import NORMS, autocast_dtype
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import choices_of, settings_of
+from lightning_lora.mixin.memory_settings import choices_of, settings_of
 from lightning_lora.sharding import clip_gradient_norm
 from lightning_lora.step_memory import StepMemory
 from lightning_lora.tasks.attention.implementation import DENSE, check_attention

@@ -148,12 +148,8 @@ def test_a_window_left_open_by_an_exception_does_not_leak_into_the_next_run(tmp_
     torch.testing.assert_close(module.gradients, [whole], rtol=1e-6, atol=1e-6)
 
 
-class TwoOptimizers(Weighted):
+class TwoOptimizers(toys.ByHand, Weighted):
     """Steps two optimizers after one backward pass; both hold the first bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         optimizers: Any = self.optimizers()

@@ -122,6 +122,22 @@ def test_it_begins_and_updates_when_told(tmp_path: Path) -> None:
     assert toys.same(steps.validated[0], steps.trained[1])
 
 
+@pytest.mark.parametrize("every", [2, 4])
+def test_it_updates_where_a_batch_takes_several_steps(every: int, tmp_path: Path) -> None:
+    class Two(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            for _ in range(2):
+                self.optimizers().zero_grad()  # pyright: ignore[reportAttributeAccessIssue]
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.optimizers().step()  # pyright: ignore[reportAttributeAccessIssue]
+            return torch.zeros(())
+
+    steps, module = Steps(), Two()
+    module.automatic_optimization = False
+    fit(module, tmp_path, AdapterEMA(decay=DECAY, update_every_n_steps=every), steps, max_epochs=2)
+    assert toys.same(trained(module), torchs(steps.trained[:: every // 2]))
+
+
 def test_only_what_is_trained_is_held_and_written(tmp_path: Path) -> None:
     ema, module = AdapterEMA(), Toy()
     trainer = fit(module, tmp_path, ema)

@@ -267,10 +267,8 @@ class Steps(Ones):
     kind = StepLR
 
 
-class ByHand(Ones):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+class ByHand(toys.ByHand, Ones):
+    pass
 
 
 REFUSED: dict[str, tuple[list[Callback], type[Ones], str]] = {

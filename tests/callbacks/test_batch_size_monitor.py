@@ -225,6 +225,19 @@ def test_a_run_that_goes_on_measures_on(tmp_path: Path) -> None:
     assert second.estimate == whole.estimate
 
 
+def test_a_run_that_goes_on_at_a_short_batch_knows_the_batch(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "3.ckpt")
+
+    for ckpt_path, callbacks in ((None, [Save()]), (str(tmp_path / "3.ckpt"), [])):
+        monitor = BatchSizeMonitor()
+        trainer = toys.trainer(tmp_path, max_epochs=2, callbacks=[monitor, *callbacks])
+        trainer.fit(toys.Toy(), toys.loader(7, 2), ckpt_path=ckpt_path)  # of whose four batches the last is of one row
+        assert monitor.batch == EffectiveBatch(2, 1, 1)
+
+
 def test_a_loss_summed_over_tokens_counts_rows_by_what_they_add(tmp_path: Path) -> None:
     """Per row: its sum of losses over the mean number of tokens of a row; micro-batches weigh by their rows."""
     (sample,) = fit(tmp_path, 30, 8, 4, Tokens()).samples  # 8, 8, 8 and 6 rows

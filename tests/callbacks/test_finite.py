@@ -114,14 +114,10 @@ def test_under_float16_what_no_scale_cures_stops_the_run(tmp_path: Path) -> None
     assert toys.moved(module) == [False, False]
 
 
-class Manual(Poisoned):
+class Manual(toys.ByHand, Poisoned):
     """Steps its optimizer itself, through Lightning or without it."""
 
     raw = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         optimizer = self.optimizers(use_pl_optimizer=not self.raw)

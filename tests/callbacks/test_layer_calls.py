@@ -120,14 +120,13 @@ def test_a_forward_that_others_put_on_a_layer_is_kept(tmp_path: Path) -> None:
     assert len(called) == 4
 
 
-class Adversarial(LoRAMixin, LightningModule):
+class Adversarial(toys.ByHand, LoRAMixin, LightningModule):
     """Two optimizers that take turns; evaluation runs one of the two networks."""
 
     lora = CONFIG
 
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.generator, self.critic = Net(), nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

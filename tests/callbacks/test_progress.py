@@ -17,6 +17,7 @@ from lightning_lora.callbacks.progress import LoRAProgressBar, Throughput
 from lightning_lora.errors import ConfigError
 from lightning_lora.lora.adapter import inject_lora
 from lightning_lora.lora.config import LoRAConfig
+from tests.support import toys
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -158,11 +159,7 @@ def test_the_adapters_rate_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_manual_optimization_with_two_steps_per_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    class Manual(Tiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
+    class Manual(toys.ByHand, Tiny):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
             for rate in self.optimizers():  # pyright: ignore[reportGeneralTypeIssues]
                 rate.step()
@@ -179,11 +176,7 @@ def test_manual_optimization_with_two_steps_per_batch(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("output", [None, torch.ones(3), {}], ids=["none", "vector", "no-loss"])
 def test_a_missing_loss_is_left_out(output: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    class Lossless(Tiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
+    class Lossless(toys.ByHand, Tiny):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.optimizers().step()  # pyright: ignore[reportAttributeAccessIssue]
             return output

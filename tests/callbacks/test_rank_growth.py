@@ -240,10 +240,8 @@ def test_a_threshold_of_one_and_a_small_budget_stop_growth(tmp_path: Path) -> No
     assert max(ranks(module).values()) == 2
 
 
-class Manual(WideLoRA):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+class Manual(toys.ByHand, WideLoRA):
+    pass
 
 
 class Full(WideLoRA):

@@ -18,12 +18,8 @@ from tests.support.toys import Plain
 pytestmark = toys.expected_warnings
 
 
-class TwoSteps(Plain):
+class TwoSteps(toys.ByHand, Plain):
     """Steps two optimizers by hand that share the second layer: one without and one with the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         x, y = batch

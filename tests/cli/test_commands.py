@@ -16,7 +16,8 @@ from lightning_lora.cli import main as cli
 from lightning_lora.cli.commands import COMMANDS
 from lightning_lora.cli.embedded import MODEL
 from lightning_lora.files.checkpoint_manifest import SUFFIX
-from tests.support.commands import EMBEDDED, assert_same_logits, configs, lightning_lora, tree
+from tests.support.commands import EMBEDDED, assert_same_logits, configs, lightning_lora
+from tests.support.toys import tree
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from lightning_lora.cli import main as cli
 from lightning_lora.cli.embedded import MODEL
 from lightning_lora.cli.preview import HEAD, TAIL, expand_arguments, segments, show_row
 from lightning_lora.errors import ConfigError
-from tests.support.commands import EMBEDDED, configs, tree
+from tests.support.commands import EMBEDDED, configs
+from tests.support.toys import tree
 
 ROWS = [
     {"question": "Two lines:\nwhat now?", "answer": "Yes.\nNo."},

@@ -15,7 +15,8 @@ from lightning_lora.files.events import read_events
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.rank_probe_result import RankProbeResult
 from tests.support import toys
-from tests.support.commands import EMBEDDED, configs, lightning_lora, tree
+from tests.support.commands import EMBEDDED, configs, lightning_lora
+from tests.support.toys import tree
 
 RUN = [
     *(setting for setting in EMBEDDED if "max_length" not in setting),

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
-from tests.support.commands import configs, lightning_lora, tree
+from tests.support.commands import configs, lightning_lora
 from tests.support.quantised_models import difference
+from tests.support.toys import tree
 
 
 @pytest.mark.slow

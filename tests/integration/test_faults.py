@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests.integration.scripts.disturbed import Run, run, training
-from tests.support.commands import EMBEDDED, configs, tree
+from tests.support.commands import EMBEDDED, configs
+from tests.support.toys import tree
 
 pytestmark = pytest.mark.slow
 

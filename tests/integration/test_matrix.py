@@ -22,6 +22,7 @@ from lightning_lora.files.checkpoint_manifest import examine
 from tests.integration.scripts import matrix
 from tests.integration.scripts.matrix import LAST, METHODS, SAVED_AT
 from tests.support import toys, warm
+from tests.support.payload import Payload
 
 pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
@@ -104,16 +105,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one += [cell("lora", "fsdp2", f"{kind}.ckpt") for kind in DAMAGED]
     launch(folder, 1, one)
     return folder
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
 
 
 def poison(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
@@ -17,19 +16,12 @@ from lightning_lora import LoRAConfig, inject_lora, save_adapter
 from lightning_lora.files.merge.merge_files import merge_files
 from tests.support import toys
 from tests.support.tiny_models import wake
+from tests.support.toys import tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 TRIALS = 12
 MOST_TRIALS = 100
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def merge(folder: Path, out: Path) -> int:

@@ -122,7 +122,7 @@ def test_an_adapted_subclass_unpickles_in_another_process(tmp_path: Path) -> Non
 
 
 WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "NaN": (lambda tensor: tensor * float("nan"), "values that are NaN or infinite"),
+    "NaN": (lambda tensor: tensor * float("nan"), "NaN or infinite values"),
     "whole numbers": (lambda tensor: tensor.long(), "is of torch.int64, not of floating point"),
     "complex": (lambda tensor: tensor.to(torch.complex64), "not of floating point"),
     "meta": (lambda tensor: tensor.to("meta"), "has no values"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_lora import StepMemory
-from lightning_lora.memory.choice import MARGIN, Choice, candidates, fastest_that_fits, frugal
+from lightning_lora.memory.candidates import MARGIN, Choice, candidates, fastest_that_fits, frugal
 from lightning_lora.memory.parts import MemoryParts
 
 ALL = ("gate", "head_rows", "activation_checkpointing")

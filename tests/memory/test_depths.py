@@ -117,12 +117,8 @@ class Custom(Deep):
         return without_fake_kernel(self.embed(batch)).sum()
 
 
-class Manual(Deep):
+class Manual(toys.ByHand, Deep):
     """Optimizes by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
 
 
 class Narrow(Deep):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from lightning_lora.memory.attention_flops import attention_backward_flops, attention_flops
+from lightning_lora.memory.counted import attention_backward_flops, attention_flops
 from lightning_lora.memory.process_peak import restart_peak
 from lightning_lora.memory.step_mode import known_batch
 

@@ -28,9 +28,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.files.adapter.folder import read_adapter_folder
-from lightning_lora.files.adapter.one_scale import check_llama_cpp
+from lightning_lora.files.adapter.one_scale import check_llama_cpp, vllm_flags
 from lightning_lora.files.adapter.peft_format import PREFIX, TENSOR_FILE
-from lightning_lora.files.adapter.vllm_rules import vllm_flags
 from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.merge.merged_model import save_merged
 from tests.oracle.peft_models import peft_warnings, their_factors, without_manifest

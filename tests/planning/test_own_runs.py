@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_lora.allowed_imports import ALLOW_VARIABLE
 from lightning_lora.callbacks import PlannedRun
 from lightning_lora.cli import main as cli
 from lightning_lora.cli.embedded import MODEL, TRAIN
-from lightning_lora.cli.lora_cli import ALLOW_VARIABLE, LoRACLI
+from lightning_lora.cli.lora_cli import LoRACLI
 from lightning_lora.trainer_access import found
 from tests.support import toys
 

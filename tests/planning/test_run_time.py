@@ -13,10 +13,9 @@ import lightning_lora as ll
 from lightning_lora.errors import ConfigError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.advice import run_time as room
-from lightning_lora.planning.advice.run_time import Trial, run_time
+from lightning_lora.planning.advice.run_time import Trial, product_speed, run_time
 from lightning_lora.planning.cost import PRODUCT, TABLE, TIMED, RunSeconds, RunWork, StepWork
 from lightning_lora.planning.devices import Devices, find_devices
-from lightning_lora.planning.timing.product_speed import product_speed
 from lightning_lora.planning.timing.shapes import Shape, Validation, Work, shape_of, training_shapes
 from tests.planning.test_timed_steps import Data
 from tests.support import toys

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from lightning_lora import LoRAConfig
-from lightning_lora.cli.lora_cli import ALLOW_VARIABLE, restrict_imports
+from lightning_lora.allowed_imports import ALLOW_VARIABLE
+from lightning_lora.cli.parser import restrict_imports
 from lightning_lora.cli.study.fit_config import fit_config
 from lightning_lora.study.matched.checks.equal import check_equal
 from lightning_lora.study.matched.options import has_option, option_of, set_option

@@ -210,11 +210,7 @@ class Blind(Net):
     predict_step = LightningModule.predict_step
 
 
-class TwoOptimizers(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
+class TwoOptimizers(toys.ByHand, Net):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD([part], 0.1) for part in self.parameters() if part.requires_grad]
 

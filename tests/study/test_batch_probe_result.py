@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lightning_lora.errors import DataError
-from lightning_lora.study.batch_probe_plot import draw_probe
 from lightning_lora.study.batch_probe_result import BatchProbeResult
 from lightning_lora.study.comparison import Comparison
+from lightning_lora.study.probe_plots import draw_probe
 
 WORSE, SAME = (1.0, 0.1, 511.0, "behind"), (0.0, 0.001, 511.0, "matches")
 

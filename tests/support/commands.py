@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,15 +35,6 @@ def lightning_lora(*arguments: str, cwd: Path, ranks: int = 1) -> warm.Done:
 
 def configs(*names: str) -> list[str]:
     return [f"--config={CONFIGS / name}" for name in names]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below ``folder`` with its hash."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def unlisted_files(folder: Path) -> set[str]:

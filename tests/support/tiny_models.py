@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,13 +117,4 @@ def portrait(module: nn.Module) -> dict[str, Any]:
         "trains": {name: parameter.requires_grad for name, parameter in module.named_parameters()},
         "attributes": {name: sorted(child.__dict__) for name, child in module.named_modules()},
         "state": state_bytes(module),
-    }
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Relative path to SHA-256 of every file below a folder."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAConfig
+from lightning_lora.files.atomic import sha256
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.mixin.lora_mixin import LoRAMixin
 from tests.support import warm
@@ -95,6 +96,12 @@ class Toy(LoRAMixin, Plain):
     lora = LoRAConfig(rank=2)
 
 
+class ByHand(LightningModule):
+    """Steps its optimizers itself."""
+
+    automatic_optimization = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+
 def rows(count: int = 8, seed: int = 1) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(count, 4, generator=generator), torch.randn(count, 2, generator=generator))
@@ -119,6 +126,12 @@ def fit(module: LightningModule, folder: Path, ckpt_path: Path | None = None, **
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` with its hash."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

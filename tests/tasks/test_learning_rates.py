@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import LoRAGuard
@@ -54,6 +58,40 @@ def test_schedule_counts_optimizer_steps_not_micro_batches(llama_folder: Path, t
     module, record = make(llama_folder, schedule="linear"), Record()
     fit(module, tmp_path, callbacks=[record], accumulate_grad_batches=2)
     assert [rate for (rate,) in record.rates] == pytest.approx([2e-2, 1e-2])
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 6),  # of 7 batches, so that an epoch ends with a short window
+        ({"max_epochs": -1, "max_steps": 5, "accumulate_grad_batches": 3}, 5),
+        ({"max_epochs": 2, "limit_train_batches": 5, "accumulate_grad_batches": 2}, 6),
+    ],
+)
+def test_a_run_that_goes_on_has_the_rates_of_a_straight_one(
+    options: dict[str, Any], steps: int, llama_folder: Path, tmp_path: Path
+) -> None:
+    rows: Any = toys.token_rows(14)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.fit_loop.total_batch_idx}.ckpt")
+
+    def rates(ckpt_path: Path | None = None, *callbacks: Callback) -> list[float]:
+        record = Record()
+        runner = toys.trainer(tmp_path, callbacks=[record, *callbacks], **options)
+        module = make(llama_folder, schedule="cosine", warmup_steps=2)
+        runner.fit(module, DataLoader(rows, 2), ckpt_path=ckpt_path, weights_only=True)
+        assert runner.optimizers[0].param_groups[0]["lr"] == 0
+        return [rate for (rate,) in record.rates]
+
+    straight = rates(None, Save())
+    parts = [0, 0.5, *((1 + math.cos(math.pi * step / (steps - 2))) / 2 for step in range(steps - 2))]
+    assert straight == pytest.approx([2e-2 * part for part in parts])
+    for place in (1, 3, 5, 8):  # in a window and after it, in the first epoch and in the second
+        resumed = rates(tmp_path / f"{place}.ckpt")
+        assert 0 < len(resumed) <= steps - place // 3
+        assert resumed == straight[-len(resumed) :]
 
 
 def test_warm_up_longer_than_the_run_warns(llama_folder: Path, tmp_path: Path) -> None:

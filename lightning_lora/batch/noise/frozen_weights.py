@@ -26,8 +26,6 @@ class WeightSketches:
     """Measures all rows of a step: `start`, `add` after each backward pass, `finish`, as in `MicroGradients`.
 
     Args:
-        module: The module being trained.
-        parameters: Its trained parameters.
         group: The data-parallel ranks, with whole parameters on each; None on one device.
 
     Raises:
@@ -123,18 +121,11 @@ class WeightSketches:
         # step, so that the error of the sketched norms averages out.
         generator = torch.Generator(call.x.device)
         generator.manual_seed(_SEED + self._step * len(self._places) + self._places[name])
-        left = _sketch(call.d_y.shape[-1], generator).to(call.x.dtype)
-        right = _sketch(call.x.shape[-1], generator).to(call.x.dtype).T
+        left = sketch_matrix(_SIDE, call.d_y.shape[-1], generator).to(call.x.dtype)
+        right = sketch_matrix(_SIDE, call.x.shape[-1], generator).to(call.x.dtype).T
         return (weight_row_sketches(call.x, call.d_y, left, right),)
 
     def _take(self, name: str, rows: PerRow) -> None:
         sketches = rows[0].double()
         self._squares_of_layers.append(sketches.flatten(1).square().sum(1))
         self._latest[name] = sketches.sum(0)
-
-
-def _sketch(length: int, generator: torch.Generator) -> Tensor:
-    """A sketch matrix ``(32, length)``, or the identity for a dimension that is not longer."""
-    if length <= _SIDE:
-        return torch.eye(length, device=generator.device, dtype=torch.float32)
-    return sketch_matrix(_SIDE, length, _SIDE, generator)

@@ -34,7 +34,6 @@ class MicroGradients(ABC):
     """Measures one optimizer step at a time: `start`, then `add` after each backward pass, then `finish`.
 
     Args:
-        parameters: The trained parameters.
         group: The data-parallel ranks; None on one device.
         metrics: Metrics to measure beside the gradient itself, by name.
     """

@@ -11,6 +11,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,15 +58,18 @@ def weight_row_sketches(x: Tensor, d_y: Tensor, left: Tensor, right: Tensor) -> 
     return torch.einsum("ntk,ntl->nkl", d_y @ left.T, x @ right)
 
 
-def sketch_matrix(num_rows: int, num_columns: int, side: int, generator: torch.Generator) -> Tensor:
+def sketch_matrix(side: int, length: int, generator: torch.Generator) -> Tensor:
     """A random matrix ``R`` with normal entries of variance ``1 / side``, so that ``E |R v|^2 = |v|^2``.
 
+    The identity for a dimension that is not longer than ``side``.
+
     Args:
-        num_rows: ``side`` for a left matrix, ``in`` for a right one.
-        num_columns: ``out`` for a left matrix, ``side`` for a right one.
         side: ``k``; the relative error of a square norm falls as ``1 / k``.
+        length: ``out`` or ``in``.
         generator: Source of the random numbers, apart from that of training; its device is that of the result.
     """
     # Not the default type, which 'true' precisions lower within a training step.
-    entries = torch.randn(num_rows, num_columns, generator=generator, device=generator.device, dtype=torch.float32)
-    return entries / side**0.5
+    options: Any = {"device": generator.device, "dtype": torch.float32}
+    if length <= side:
+        return torch.eye(length, **options)
+    return torch.randn(side, length, generator=generator, **options) / side**0.5

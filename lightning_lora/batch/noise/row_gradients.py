@@ -27,7 +27,6 @@ class RowGradients(MicroGradients):
 
     Args:
         module: The module being trained. Its ``rows_per_sample``, 1 if it has none, count as one.
-        parameters: Its trained parameters.
         metrics: Further metrics by name, see `MicroGradients`.
 
     Raises:

@@ -24,7 +24,6 @@ def row_layers(
 
     Args:
         module: The module being trained; rows are the first dimension of its batches.
-        parameters: The parameters being trained.
         skips_others: Whether to leave out parameters outside of adapted linear layers, instead of raising. Layers with
             a magnitude (dora) are then among the found ones.
 

@@ -29,11 +29,6 @@ from lightning_lora.errors import ConfigError, MeasurementError
 def sample_source(trainer: Trainer, module: LightningModule, metrics: Mapping[str, Metric]) -> MicroGradients:
     """The measurement that suits a run.
 
-    Args:
-        trainer: The Trainer, with its one optimizer.
-        module: The module it trains.
-        metrics: Metrics to measure beside the gradient itself, by name.
-
     Raises:
         ConfigError: If steps of this run cannot be measured; the message says what to change.
     """

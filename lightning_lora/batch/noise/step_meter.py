@@ -21,8 +21,6 @@ class StepMeter:
     """Follows the micro-batches of measured steps. Optional metrics that cannot be measured are dropped with a warning.
 
     Args:
-        trainer: The Trainer, with its optimizers.
-        module: The module it trains.
         measures_adam: Measure the gradient as Adam scales it too (`AdamMetric`).
         frozen_weights_every: Optimizer steps from one measurement of the frozen weights to the next; 0 never measures.
 

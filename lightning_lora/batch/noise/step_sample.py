@@ -39,7 +39,6 @@ def step_samples(
     A part is the gradient of one micro-batch or row times its share. Samples that are not finite are left out.
 
     Args:
-        metrics: Names of the metrics.
         squares: ``(metrics, K)``, square norms of the parts.
         mean_squares: ``(metrics,)``, square norms of the gradient that the optimizer gets.
         rows: ``(K,)``, rows of each part.

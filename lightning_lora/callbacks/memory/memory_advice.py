@@ -17,7 +17,7 @@ from lightning_lora.batch.division import divisors
 from lightning_lora.batch.trial_step import is_out_of_memory
 from lightning_lora.effective_batch import loader_batch_size
 from lightning_lora.lora.layers.adapted import lora_layers
-from lightning_lora.memory.choice import frugal
+from lightning_lora.memory.candidates import frugal
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.other_settings import (
     could_recompute,
@@ -31,7 +31,7 @@ from lightning_lora.memory.other_settings import (
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.run_step import RunStep, fills_device, gigabytes, room_of_run
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import choices_of
+from lightning_lora.mixin.memory_settings import choices_of
 
 _LINES = 3
 _MANY = 0.2
@@ -107,8 +107,6 @@ class _Traces:
     """The step of a run with the batch at hand, traced as it is and with other settings, as far as that is possible.
 
     Args:
-        trainer: The Trainer of the run.
-        module: The module that it trains.
         batch: The micro-batch; None if nothing is to be traced.
         room: Memory of the device for a step; None if it is not known.
 

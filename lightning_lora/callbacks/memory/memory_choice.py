@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows
-from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
+from lightning_lora.memory.candidates import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.run_step import RunStep, gigabytes, room_of_run
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import settings_of
+from lightning_lora.mixin.memory_settings import settings_of
 from lightning_lora.sharding.collectives import largest_of_ranks
 from lightning_lora.step_memory import StepMemory
 from lightning_lora.trainer_access import found
@@ -38,8 +38,8 @@ class MemoryChoice(Callback):
 
     Before the first training step a step with the batch at hand is traced (`lightning_lora.memory`), first with all
     that is fast: gates kept, chunks of 4,096 rows of the head. While it does not leave a tenth of the device's memory
-    for a step free, a slower candidate is traced (`lightning_lora.memory.choice.candidates`), down to how a run without
-    this callback trains, which need only fit, and, if not even that does, to activation checkpointing. One line says
+    for a step free, a slower candidate is traced (`lightning_lora.memory.candidates`), down to how a run without this
+    callback trains, which need only fit, and, if not even that does, to activation checkpointing. One line says
     what was chosen, what a step takes with it, and what the device has. Nothing else changes: random numbers, weights
     and the run's own settings stay, gradients are equal but for the rounding of other chunks, and a resumed run keeps
     what was chosen.
@@ -53,7 +53,7 @@ class MemoryChoice(Callback):
     read gradients by rows (`BatchSizeMonitor`, `CapacityMonitor`, `RankGrowth`), which could not read them.
 
     Attributes:
-        choice: What was chosen, a `lightning_lora.memory.choice.Choice`; None before, and where nothing is.
+        choice: What was chosen, a `lightning_lora.memory.candidates.Choice`; None before, and where nothing is.
     """
 
     def __init__(self) -> None:

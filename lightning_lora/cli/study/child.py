@@ -19,9 +19,10 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
-from lightning_lora.cli.lora_cli import LoRACLI, restrict_imports
+from lightning_lora.cli.lora_cli import LoRACLI
+from lightning_lora.cli.parser import restrict_imports
 from lightning_lora.cli.quiet import quiet_libraries
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.bank.bank import Arm, ArmBank
 from lightning_lora.study.bank.exactness import ApartError
 from lightning_lora.study.matched.outcomes import outcome_to_text
@@ -110,8 +111,7 @@ class ChildRun:
             if exit.code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
                 raise
             result = {"reason": f"fit refused its config, see {LOG}", "is_final": True}
-        with atomic_file(folder / RESULT) as file:
-            file.write(json.dumps(result).encode())
+        write_text(folder / RESULT, json.dumps(result))
 
 
 def run_child(run: ChildRun) -> None:
@@ -132,8 +132,7 @@ def run_children(runs: Sequence[ChildRun], mode: str) -> None:
     bank = ArmBank(mode)  # pyright: ignore[reportArgumentType]
     bank.run({run.folder: run.do for run in runs})
     if bank.remark:
-        with atomic_file(Path(runs[0].folder, REMARK)) as file:
-            file.write(bank.remark.encode())
+        write_text(Path(runs[0].folder, REMARK), bank.remark)
 
 
 def _prepare(runs: Sequence[ChildRun]) -> None:

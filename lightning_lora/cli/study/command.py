@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
 
+from lightning_lora.allowed_imports import allow
 from lightning_lora.cli.help.command import CommandParser
 from lightning_lora.errors import StudySettingError
 from lightning_lora.this_command import this_command
@@ -55,13 +56,11 @@ def run_study(arguments: Sequence[str], allowed: Sequence[str]) -> None:
             f"--hours shortens the runs of a study without a file; in {options.file} set trainer.max_steps under "
             f"overrides, and the start says how long that takes."
         )
-    from lightning_lora.cli.lora_cli import ALLOW_VARIABLE, restrict_imports
+    from lightning_lora.cli.parser import restrict_imports
     from lightning_lora.study.matched.spec import read_spec
     from lightning_lora.study.tasks.settings import KEEP_VARIABLE
 
-    if allowed:
-        # In the environment, so that the processes of the runs see them too.
-        os.environ[ALLOW_VARIABLE] = " ".join([os.environ.get(ALLOW_VARIABLE, ""), *allowed])
+    allow(allowed)
     if options.keep_models:
         os.environ[KEEP_VARIABLE] = "1"
     given = read_spec(options.file) if options.file is not None else None  # a mistake in it is told before slow imports

@@ -17,7 +17,7 @@ import yaml
 
 from lightning_lora.cli.study.child import CONFIG, LOG, REMARK, RESULT, ChildRun, run_child, run_children
 from lightning_lora.cli.study.matched_size import LORA
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.bank.exactness import CHANGES_BASE, TRAINS_BASE, ApartError
 from lightning_lora.study.bank.groups import Job, SideBySide, side_by_side
 from lightning_lora.study.matched.cells import Cell, Outcome
@@ -84,8 +84,7 @@ class ProcessCells:
         for name in (RESULT, REMARK):
             (folder / name).unlink(missing_ok=True)
         drop_foreign_locks(folder)
-        with atomic_file(folder / CONFIG) as file:
-            file.write(yaml.safe_dump(cell_config(self.spec, cell, folder), sort_keys=False).encode())
+        write_text(folder / CONFIG, yaml.safe_dump(cell_config(self.spec, cell, folder), sort_keys=False))
         return ChildRun(str(folder), cell.seed, cell.phase, self.checkpoint_seconds, self.spec.evaluations)
 
     @staticmethod

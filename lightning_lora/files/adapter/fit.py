@@ -189,7 +189,6 @@ def trains_as_one(sharing: Collection[str], folder: AdapterFolder) -> bool:
 
     Args:
         sharing: Names of the parameters that are one in the base.
-        folder: The adapter.
     """
     if folder.manifest.is_present:
         stays_tied = folder.config.tied_weights != "untie"
@@ -253,8 +252,6 @@ def check_base(root: nn.Module, folder: AdapterFolder, restored: Mapping[str, Te
     """Raise `BaseMismatchError` if the adapter was trained on other weights; warn if the folder does not say.
 
     Args:
-        root: The model.
-        folder: The adapter.
         restored: The weights of ``root`` that the folder replaces by its own (`check_copies`).
     """
     if not folder.manifest.is_present:

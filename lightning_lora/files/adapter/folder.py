@@ -29,6 +29,7 @@ from lightning_lora.files.adapter.peft_magnitudes import check_pair, magnitudes_
 from lightning_lora.files.adapter.peft_patterns import is_base_copy
 from lightning_lora.files.json_object import read_json
 from lightning_lora.files.safetensors_file import read_tensors
+from lightning_lora.lora.adapter import check_finite
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.layers.adapted import factor_owner
 from lightning_lora.lora.layers.base import FACTORS, MAGNITUDE, AdapterSpec, WeightShape
@@ -39,10 +40,8 @@ class AdapterFolder:
     """The contents of an adapter folder.
 
     Args:
-        path: The folder.
         peft: Contents of ``adapter_config.json``.
         manifest: Contents of ``lightning_lora.json``; empty for a folder written by PEFT.
-        config: The settings of the adapter.
         ranks: Adapted weight to rank.
         factors: Adapter tensors by the names this package uses, ``<module>.lora_A``; with DoRA magnitudes too.
         stacked: Factors of targeted parameters in PEFT's layout, by its module names. Only the model tells what they
@@ -163,16 +162,6 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         config = _config(folder, manifest, peft, ranks, trained, stacked)
     embeddings = frozenset(module for name in tensors if (module := embedding_of(name)) is not None)
     return AdapterFolder(folder, peft, manifest, config, ranks, factors, stacked, trained, base_copies, embeddings)
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `AdapterFileError` if a tensor is empty or holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise AdapterFolderError(f"{where}: {name} is empty, shape {tuple(tensor.shape)}.")
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise AdapterFolderError(f"{where}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.")
 
 
 def _check_files(folder: Path) -> None:

@@ -23,8 +23,6 @@ class WeightEntry:
     """The manifest's entry of one adapted weight.
 
     Args:
-        rank: Inner dimension of the update.
-        alpha: Numerator of the scale ``alpha / rank``.
         role: What the layer is in its model: ``attention``, ``mlp``, ``head``, ...
         parameter: Dotted name of the base parameter.
         base: Digest of the base parameter.

@@ -26,6 +26,9 @@ from lightning_lora.files.safetensors_file import read_tensors, write_tensors
 
 # The output layer of a causal language model, as the models that llama.cpp reads call it.
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)$")
+# Of vLLM 0.33.0, read on 2026-11-23.
+_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_FULL_MODULES = ("score", "classifier")
 _INSTEAD = "Merge first: `lightning-lora export RUN OUT --format merged`, and convert the merged model."
 
 
@@ -35,9 +38,7 @@ def fold_scales(folder: AdapterFolder, target: str, out: Path) -> int:
     Nothing is written where it does already. Our manifest, which describes other tensors, is taken away otherwise.
 
     Args:
-        folder: The adapter.
         target: ``"llama.cpp"`` or ``"vllm"``.
-        out: The folder to rewrite.
 
     Returns:
         The number of layers whose ``B`` is another one than in ``folder``.
@@ -99,7 +100,6 @@ def check_llama_cpp(folder: AdapterFolder, base: dict[str, Any] | None) -> None:
     """Raise `AdapterFileError` for what llama.cpp drops or misreads.
 
     Args:
-        folder: The adapter.
         base: The base model's ``config.json``, or None if it is not at hand.
     """
     reasons = list(_reasons(folder, base))
@@ -136,3 +136,24 @@ def _reasons(folder: AdapterFolder, base: dict[str, Any] | None) -> Iterable[str
 
 def _stored(folder: AdapterFolder) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in read_tensors(folder.path / TENSOR_FILE).items() if "lora_" in name}
+
+
+def vllm_flags(folder: AdapterFolder) -> str:
+    """The ``vllm serve`` options this adapter needs.
+
+    Raises:
+        AdapterFileError: If vLLM would refuse the adapter.
+    """
+    if folder.config.dora:
+        raise AdapterFolderError("vLLM loads no adapters with magnitudes (DoRA). Export it merged instead.")
+    rank = max(folder.ranks.values())
+    if rank > _MAX_RANKS[-1]:
+        raise AdapterFolderError(f"vLLM serves adapters up to rank {_MAX_RANKS[-1]}, this one has rank {rank}.")
+    modules = {name.rpartition(".")[0].rpartition(".")[2] for name in folder.trained}
+    refused = sorted(modules - set(_FULL_MODULES))
+    if refused or len(modules) > 1:
+        raise AdapterFolderError(
+            f"vLLM loads at most one module trained in full, {' or '.join(_FULL_MODULES)}; this adapter has "
+            f"{first_five(sorted(modules))}. Export it merged instead."
+        )
+    return f"--enable-lora --max-lora-rank {next(limit for limit in _MAX_RANKS if limit >= rank)}"

@@ -69,7 +69,6 @@ def to_peft(layout: PEFTLayout, saved: Collection[str]) -> dict[str, Any]:
     """Describe adapted layers as the contents of ``adapter_config.json``.
 
     Args:
-        layout: The adapted weights.
         saved: Names of the modules for PEFT to save (see `SavedModules`).
     """
     specs = _specs(layout)
@@ -153,7 +152,6 @@ def to_lora_config(peft: Mapping[str, Any], ranks: Mapping[str, int], trained: I
     """Convert a PEFT config to our settings, with every layer named in full.
 
     Args:
-        peft: Contents of ``adapter_config.json``.
         ranks: Adapted weight to the rank of its tensors.
         trained: Names of the modules trained in full.
     """
@@ -176,7 +174,6 @@ def with_values_of(peft: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str
     """PEFT's settings with rank and alpha of weights that PEFT looks for under other names.
 
     Args:
-        peft: Contents of ``adapter_config.json``.
         keys: Our name of an adapted weight to the name that PEFT matches with its patterns.
     """
     ranks = _values(peft, "r", "rank_pattern", keys.values())

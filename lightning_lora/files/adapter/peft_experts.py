@@ -89,10 +89,7 @@ def split_stacked(
     does not explain.
 
     Args:
-        factors: Factors by our names.
         projections: Our names of the output projections of attention, which PEFT takes for parts of the attention.
-        manifest: The manifest.
-        peft: Contents of ``adapter_config.json``.
     """
     if not frozenset(peft.get("target_parameters") or ()):
         return dict(factors), {}

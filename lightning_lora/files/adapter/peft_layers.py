@@ -46,9 +46,6 @@ _NESTED = re.compile(r"(^|\.)base_layer\.out_proj$")
 class PEFTLayout:
     """How PEFT names and stores the adapted weights of a module.
 
-    Args:
-        root: An adapted module.
-
     Attributes:
         weights: Adapted weight to its layer and the name of its parameter there.
     """
@@ -197,9 +194,7 @@ def from_peft(
     """Turn stored factors into matrices under our names; factors of fused experts stay as they are.
 
     Args:
-        stored: Factors by their stored names.
         manifest: The manifest. Without one the file is PEFT's, where more than two axes are those of a kernel.
-        version: The PEFT that wrote the file.
 
     Returns:
         The factors, and the names of the output projections among them.
@@ -237,13 +232,7 @@ def _check_ungrouped(factors: Mapping[str, Tensor]) -> None:
 
 
 def with_projections(peft: Mapping[str, Any], projections: Collection[str], manifest: Manifest) -> dict[str, Any]:
-    """PEFT's settings with rank and alpha of the output projections, which PEFT takes from their attention.
-
-    Args:
-        peft: Contents of ``adapter_config.json``.
-        projections: Our names of the output projections.
-        manifest: The manifest; it tells rank and alpha of every layer.
-    """
+    """PEFT's settings with rank and alpha of the output projections, which PEFT takes from their attention."""
     extended = dict(peft)
     for option, pattern, known in (
         ("r", "rank_pattern", manifest.ranks),

@@ -23,9 +23,6 @@ class PatternTable:
     The first key that matches counts. Most keys are names of single layers. These are looked up, as trying one after
     the other would take time quadratic in the number of layers.
 
-    Args:
-        patterns: Key to value.
-
     Raises:
         re.error: If a key is not a regular expression.
     """
@@ -60,9 +57,6 @@ class PatternTable:
 
 class TargetedNames:
     """The names that PEFT's settings mean by ``target_modules``; empty if the settings do not tell them.
-
-    Args:
-        peft: Contents of ``adapter_config.json``.
 
     Attributes:
         are_told: Whether the settings tell the names. Otherwise PEFT chooses by the model: ``"all-linear"``, or no
@@ -115,12 +109,7 @@ class _LayerNumbers:
 
 
 def is_saved_in_full(module: str, peft: Mapping[str, Any]) -> bool:
-    """Whether PEFT's settings say that a module is trained in full, by itself or with a module around it.
-
-    Args:
-        module: Dotted name of the module.
-        peft: Contents of ``adapter_config.json``.
-    """
+    """Whether PEFT's settings say that a module is trained in full, by itself or with a module around it."""
     saved = peft.get("modules_to_save")
     if not saved:
         # PEFT trains the head of these tasks without being told so, and older versions did not write that down.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, check_arguments, first_five
 from lightning_lora.files.adapter.fit import adapter_targets, check_base, model_tensors, trained_tensors, with_experts
-from lightning_lora.files.adapter.folder import AdapterFolder, check_finite, read_adapter_folder
+from lightning_lora.files.adapter.folder import AdapterFolder, read_adapter_folder
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE, Manifest, WeightEntry
 from lightning_lora.files.adapter.model_card import model_card
 from lightning_lora.files.adapter.peft_config import to_peft
@@ -26,7 +26,7 @@ from lightning_lora.files.adapter.stored_layers import with_model_names
 from lightning_lora.files.atomic import atomic_folder, sha256
 from lightning_lora.files.generation_config import GENERATION_FILE
 from lightning_lora.files.safetensors_file import write_tensors
-from lightning_lora.lora.adapter import attach_targets, freeze, lora_state_dict
+from lightning_lora.lora.adapter import attach_targets, check_finite, freeze, lora_state_dict
 from lightning_lora.lora.base_values import keep_base_values
 from lightning_lora.lora.changed_tensors import changed_tensors, record_tensors
 from lightning_lora.lora.fingerprint import base_prints, fingerprint
@@ -138,7 +138,8 @@ def load_adapter(module: nn.Module, path: str | Path, allow_other_base: bool = F
     else:
         copies = frozen_copies(root)
         owners = {name.rpartition(".")[0] for name in folder.trained}
-        record_tensors(module, [join(_name_in(module, root), name) for name in (*copies, *owners)])
+        inside = next(plain_name(name) for name, child in module.named_modules() if child is root)
+        record_tensors(module, [join(inside, name) for name in (*copies, *owners)])
         freeze(module)
         attach_targets(root, layers, tied)
         # The layers that read adapted weights may lie outside the model that the adapter names.
@@ -181,11 +182,6 @@ def _named(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """The tensors that ``root`` holds, by its names."""
     wanted = {id(tensor) for tensor in tensors}
     return {name: tensor for name, tensor in model_tensors(root) if id(tensor) in wanted}
-
-
-def _name_in(module: nn.Module, part: nn.Module) -> str:
-    """The dotted name of ``part`` in ``module``."""
-    return next(plain_name(name) for name, child in module.named_modules() if child is part)
 
 
 def _placed(module: nn.Module, folder: AdapterFolder) -> tuple[nn.Module, AdapterFolder]:

@@ -35,7 +35,6 @@ def with_model_names(root: nn.Module, folder: AdapterFolder, unknown: Iterable[s
 
     Args:
         root: The model to load into, or one like it without values.
-        folder: An adapter folder.
         unknown: Adapted layers that ``root`` does not have. Those that transformers does not know either stay.
 
     Raises:

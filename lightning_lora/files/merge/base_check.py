@@ -16,7 +16,6 @@ class BaseCheck:
     """Compares the digest of every adapted weight with the manifest, even if several files hold parts of the weight.
 
     Args:
-        plan: What is merged.
         active: False lets every base pass. A base also passes if the adapter has no manifest.
     """
 

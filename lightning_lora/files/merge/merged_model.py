@@ -101,7 +101,6 @@ def _plain_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[st
     """The state dict of a merged ``module`` without adapters, and without anything quantised.
 
     Args:
-        module: The module, with its updates folded in.
         dtype: Type of the weights that are or were quantised. None: the type each had before.
     """
     state = {plain_name(name): value for name, value in module.state_dict().items()}

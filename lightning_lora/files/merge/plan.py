@@ -77,8 +77,6 @@ def plan_merge(folder: AdapterFolder, base: Path, shapes: Shapes, same: Comparis
     """Find the tensors of the checkpoint at ``base`` that ``folder`` changes.
 
     Args:
-        folder: The adapter.
-        base: The checkpoint, for its config.
         shapes: Name of every stored tensor to its shape.
         same: Whether two stored tensors have equal values.
 

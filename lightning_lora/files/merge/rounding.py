@@ -36,10 +36,7 @@ def merged_block(
     """Sum weight and update, and round once, to the type that is stored.
 
     Args:
-        name: Name of the tensor, for errors.
         weight: A block of the base weight, ``(rows, columns)``.
-        update: The update of the same rows.
-        dtype: The type that is stored.
         scratch: Memory of the result and of intermediate values.
 
     Raises:

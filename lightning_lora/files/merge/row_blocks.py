@@ -114,7 +114,6 @@ def matrix_update(
     """The update of a weight that is stored as the model has it.
 
     Args:
-        layer: Name of the adapted weight, for errors.
         A: The first factor, ``(rank, in)``.
         B: The second factor, ``(out, rank)``.
         scale: Factor of the update, ``alpha / rank`` or ``alpha / sqrt(rank)``.

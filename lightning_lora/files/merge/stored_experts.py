@@ -64,11 +64,8 @@ class ExpertPart:
         """The update of the stored tensor ``name``.
 
         Args:
-            name: Name of the stored tensor, for errors.
             A: The first factors of all experts, ``(experts or 1, rank, in)``.
             B: The second factors of all experts, ``(experts or 1, out, rank)``.
-            scale: Factor of the update, ``alpha / rank`` or ``alpha / sqrt(rank)``.
-            shape: Shape of the stored tensor.
 
         Raises:
             AdapterFileError: If the update does not fit the shape.
@@ -114,7 +111,6 @@ def expert_parts(fused: FusedWeight, stored: Mapping[str, Tensor], seen: dict[by
     """Find what each stored tensor holds, by the `row_numbers` that arrived there.
 
     Args:
-        fused: The weight.
         stored: Name of the stored tensor to its row numbers.
         seen: Lists of rows met before, extended here. The experts of a model share few lists, so one copy is kept.
 

@@ -70,11 +70,7 @@ def plan_tied_tensors(
     """Find the shared weights that ``folder`` changes, and decide what becomes of them.
 
     Args:
-        folder: The adapter.
-        base: The checkpoint, for its config.
-        shapes: Name of every stored tensor to its shape.
         parameters: Parameter to the adapted weight that it holds, for weights that are single matrices.
-        same: Whether two stored tensors have equal values.
 
     Raises:
         AdapterFileError: If the weights that the model shares cannot be told, and may be among those that change.
@@ -112,9 +108,6 @@ class _Group:
     """The parameters of a model that share one weight.
 
     Args:
-        model: The model.
-        folder: The adapter.
-        shapes: Name of every stored tensor to its shape.
         names: The parameters, first the one that the others are tied to.
         ours: Parameter to its name in the adapter, for those that the adapter changes.
         weights: Name in the adapter to the adapted weight.
@@ -212,13 +205,7 @@ def _check_not_vocabulary(
 
 
 def equal_tensors(files: Mapping[str, Path], one: str, two: str) -> bool:
-    """Whether two stored tensors hold the same elements, read a block at a time.
-
-    Args:
-        files: Name of every stored tensor to its file.
-        one: Name of the first tensor.
-        two: Name of the second tensor.
-    """
+    """Whether two stored tensors hold the same elements, read a block at a time."""
     with open_tensors(files[one]) as left, open_tensors(files[two]) as right:
         shape = left.header.tensors[one].shape
         if shape != right.header.tensors[two].shape or left.dtype(one) != right.dtype(two):

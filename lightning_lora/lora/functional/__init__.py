@@ -20,7 +20,6 @@ from lightning_lora.lora.functional.update import (
     linear_update,
     merged_weight,
     rounding_loss,
-    uniform_bound,
     weight_update,
 )
 
@@ -39,6 +38,5 @@ __all__ = [
     "rounding_loss",
     "row_norms",
     "singular_values",
-    "uniform_bound",
     "weight_update",
 ]

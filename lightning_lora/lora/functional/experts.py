@@ -57,13 +57,8 @@ def grouped_update(
     r"""What `expert_update` computes, for all experts at once.
 
     Args:
-        x: ``(rows, in)``, sorted by expert.
-        A: ``(E, r, in)``, or ``(1, r, in)`` shared by all experts.
-        B: ``(E, out, r)``, or ``(1, out, r)``.
-        scale: alpha / r, dimensionless.
         ends: ``(E,)`` int32: the end of each expert's rows.
         grouped_mm: The function by which the base multiplies rows sorted by expert, of torch or of transformers.
-        dropout: Probability of zeroing an entry of ``x``; 0 outside training.
 
     Returns:
         ``(rows, out)`` in the type of ``x``; undefined in rows of no expert.

@@ -105,8 +105,6 @@ def group_factors(As: Sequence[Tensor], Bs: Sequence[Tensor], x: Tensor, is_lear
     Args:
         As: ``A`` of each layer, ``(r, in)``.
         Bs: ``B`` of each layer, ``(out, r)``.
-        x: An input of the products, whose type they get.
-        is_learning: Whether a factor needs a gradient here.
     """
     if all(factor.dtype == x.dtype for factor in (*As, *Bs)):
         return Factors(As[0] if len(As) == 1 else torch.cat(list(As)), Bs)

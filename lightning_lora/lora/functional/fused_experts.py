@@ -141,13 +141,7 @@ def _input_gradient(settings: _Settings, weights: Tensor, A: Tensor, d_inner: Te
 def _own_gradients(
     gradients: Sequence[Tensor | None], factors: Sequence[Tensor], scale: float
 ) -> Sequence[Tensor | None]:
-    """``scale`` times the gradients of factors that were cast and padded, in the type and shape of the factors.
-
-    Args:
-        gradients: A gradient for each factor, or None.
-        factors: ``A`` and ``B`` before they were cast and padded.
-        scale: Factor of the update.
-    """
+    """``scale`` times the gradients of factors that were cast and padded, in the type and shape of the factors."""
     pairs = zip(gradients, factors, strict=True)
     needed = [(d[:, : factor.shape[1], : factor.shape[2]], factor) for d, factor in pairs if d is not None]
     parts = own = [d for d, _ in needed]

@@ -82,8 +82,6 @@ def source_gradients(
     """Gradients of ``sources`` from that of the input.
 
     Args:
-        activation: The activation that `recomputed` was given.
-        sources: The sources that `recomputed` was given.
         d_x: Gradient of the input; overwritten.
         activated: The activation alone, from `recomputed`; overwritten.
     """
@@ -111,8 +109,6 @@ def gradients_and_input(activation: str, sources: Sequence[Tensor], d_x: Tensor)
     """What `source_gradients` and `recomputed` return, without the activation, by a kernel (`is_one_pass`).
 
     Args:
-        activation: Name of the activation, see `recomputed`.
-        sources: Tensors that the input is computed from, see `recomputed`.
         d_x: Gradient of the input; overwritten.
     """
     return _by_kernel(activation, sources, d_x, product=True)

@@ -63,9 +63,7 @@ def split_outputs(x: Tensor, group: GroupTensors, factors: Factors, settings: Se
 
     Args:
         x: ``(*, in)``.
-        group: Tensors of the group.
         factors: Its factors, in the type of ``x``.
-        settings: Settings of the group.
 
     Returns:
         ``(*, out)`` of each layer, and ``scale * drop(x) A^T`` of all layers side by side, ``(T, R)``.
@@ -97,9 +95,6 @@ def inner_gradient(
     """Gradient of ``A x`` of all layers side by side, ``(T, R)``, and of each ``B`` that comes with it, in float32.
 
     Args:
-        factors: Factors of the group.
-        settings: Settings of the group.
-        needs: Which gradients are needed.
         inner: What `split_outputs` returned; None after `merged_outputs`.
         d_ys: ``(T, out)`` of each layer; None where nothing depends on its output, but not for every layer.
     """
@@ -130,14 +125,8 @@ def factor_gradients(
     """Gradients of every ``A`` and every ``B``, in their types; None for those that need none.
 
     Args:
-        group: Tensors of the group.
-        factors: Its factors, in the type of ``dropped``.
-        settings: Settings of the group.
-        needs: Which gradients are needed.
         dropped: ``drop(x)``, ``(T, in)``; None only where no ``A`` needs a gradient.
         inner: What `split_outputs` returned; None: computed here if a ``B`` needs a gradient.
-        d_inner: What `inner_gradient` returned.
-        d_Bs: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     d_As: list[Tensor | None] = [None] * len(group.As)
@@ -173,11 +162,7 @@ def input_gradient(
     """Gradient of ``x``, ``(T, in)``.
 
     Args:
-        group: Tensors of the group.
-        factors: Its factors, in the type of ``x``.
-        settings: Settings of the group.
         sums: What `merged_outputs` returned; empty after `split_outputs`.
-        d_inner: What `inner_gradient` returned.
         d_ys: ``(T, out)`` of each layer, or None.
     """
     # As autograd adds up the gradients of layers that are called one after the other: the last one first, each computed
@@ -205,9 +190,6 @@ def differentiable_gradients(
     """Gradients of the tensors of a group, in their flat order.
 
     Args:
-        group: Tensors of the group.
-        settings: Settings of the group.
-        needs: Which gradients are needed.
         d_ys: Gradient of each layer's output, ``(T, out)``; None where nothing depends on it.
 
     Raises:
@@ -229,13 +211,7 @@ def differentiable_gradients(
 def gradients_of(
     outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of the ``needed`` inputs, None for the others; they can be differentiated again.
-
-    Args:
-        outputs: Each output with its gradient.
-        inputs: Tensors that the outputs depend on.
-        needed: Whether the gradient of each input is needed.
-    """
+    """Gradients of the ``needed`` inputs, None for the others; they can be differentiated again."""
     wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
     ys, d_ys = zip(*outputs, strict=True)
     found = iter(torch.autograd.grad(ys, wanted, d_ys, create_graph=True, allow_unused=True))

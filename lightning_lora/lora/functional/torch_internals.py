@@ -60,12 +60,6 @@ def is_compiled_within(file: str, function: str, first: int, last: int) -> bool:
 
     False within a part that has a graph of its own, as under activation checkpointing: state from outside cannot be
     changed there.
-
-    Args:
-        file: Name of the file of the function.
-        function: Name of the function.
-        first: Its first line there.
-        last: Its last line there.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._guards import TracingContext
@@ -99,11 +93,6 @@ def uninitialised(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None 
 
     It is ``like.new_empty(shape)``, but stays unfilled under ``torch.use_deterministic_algorithms``, which fills what
     ``new_empty`` returns: one more pass over every output.
-
-    Args:
-        like: Decides the device, and the type where ``dtype`` is None.
-        shape: Shape of the tensor.
-        dtype: Type of the tensor.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return like.new_empty(shape, dtype=dtype)

@@ -5,8 +5,6 @@ Shape legend: ``*`` any leading axes, ``r`` rank, ``in``/``out`` features, ``voc
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,8 +72,3 @@ def rounding_loss(weight: Tensor, merged: Tensor, update: Tensor) -> float:
     norm = update.norm()
     lost = ((merged.to(update.dtype) - weight.to(update.dtype)) - update).norm()
     return float(lost / norm) if norm else 0.0
-
-
-def uniform_bound(in_features: int) -> float:
-    """Bound of the default A, ``1 / sqrt(in)``: kaiming-uniform with ``a = sqrt(5)``, as in ``nn.Linear`` and PEFT."""
-    return 1 / math.sqrt(in_features)

@@ -69,13 +69,7 @@ def other_names(module: nn.Module) -> dict[str, LoRALayer]:
 
 
 def base_parameter(name: str, layer: LoRALayer, weight: str) -> str:
-    """Dotted name of the parameter that holds an adapted weight.
-
-    Args:
-        name: Name of the adapted weight, from `adapted_weights`.
-        layer: Its layer.
-        weight: Name of the parameter in the layer.
-    """
+    """Dotted name of the parameter that holds an adapted weight."""
     return name if layer.lora_prefix(weight) else join(name, weight)
 
 

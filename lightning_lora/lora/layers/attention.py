@@ -8,7 +8,7 @@ effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +75,8 @@ class EncoderLayerReader(LoRAReader, nn.TransformerEncoderLayer):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        layers = [layer for layer in self._adapted_children() if layer.lora_active]
+        children = (self.self_attn, self.self_attn.out_proj, self.linear1, self.linear2)
+        layers = [child for child in children if isinstance(child, LoRALayer) and child.lora_active]
         if self.training or not layers:
             return super().forward(*args, **kwargs)
         if _need_gradients(layers) or not all(map(_allows_addition, layers)):
@@ -84,11 +85,6 @@ class EncoderLayerReader(LoRAReader, nn.TransformerEncoderLayer):
                 return super().forward(*args, **kwargs)
         with effective_weights(layers):
             return super().forward(*args, **kwargs)
-
-    def _adapted_children(self) -> list[LoRALayer]:
-        """The adapted children whose weights the fast path reads."""
-        children = (self.self_attn, self.self_attn.out_proj, self.linear1, self.linear2)
-        return [child for child in children if isinstance(child, LoRALayer)]
 
 
 class EncoderReader(LoRAReader, nn.TransformerEncoder):
@@ -164,7 +160,7 @@ def _allows_addition(layer: LoRALayer) -> bool:
     return all(type(weight) is nn.Parameter and not is_quantised(weight) for weight in weights)
 
 
-def _need_gradients(layers: list[LoRALayer]) -> bool:
+def _need_gradients(layers: Sequence[LoRALayer]) -> bool:
     return torch.is_grad_enabled() and any(
         factor.requires_grad for layer in layers for factor in layer.lora_factors().values()
     )

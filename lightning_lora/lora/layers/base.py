@@ -246,11 +246,6 @@ def is_factor(name: str) -> bool:
 def attach(module: nn.Module, kind: type[LoRALayer], specs: Mapping[str, AdapterSpec]) -> LoRALayer:
     """Swap the class of ``module`` and add its factors, on its device; the caller freezes its other parameters.
 
-    Args:
-        module: The layer to adapt.
-        kind: The adapted layer that it becomes.
-        specs: Name of each parameter to adapt, and how it is adapted.
-
     The rank may be above what the weight can hold, as in adapters of other software; `adapter_specs` limits new ones.
 
     Raises:

@@ -37,12 +37,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if not self.lora_active:
             return y
         update = embedding_update(input, self.lora_A, self.lora_B, self.lora_spec.scale, self.padding_idx)
-        return y + update.to(y.dtype) * self._embed_scale
-
-    @property
-    def _embed_scale(self) -> float | Tensor:
         # Gemma's tables multiply the rows they look up; the update must be multiplied too, or merging would differ.
-        return getattr(self, "embed_scale", 1.0)
+        return y + update.to(y.dtype) * getattr(self, "embed_scale", 1.0)
 
     @override
     def weight_delta(self, weight: str = "weight") -> Tensor:

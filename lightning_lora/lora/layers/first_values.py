@@ -7,10 +7,10 @@ second half stays as it starts: the update is ``scale * (B A - B0 A0)``, in the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-
-from lightning_lora.lora.functional import uniform_bound
 
 KEPT_STARTS = ("pissa", "gradient")
 """Names of the first values that a second half of the factors takes off again and keeps."""
@@ -30,7 +30,7 @@ def draw_factors(A: Tensor, B: Tensor, init: str, start: int = 0) -> None:
     if init == "orthogonal":
         _draw_orthogonal(A, B)
         return
-    bound = uniform_bound(A.shape[-1])
+    bound = 1 / math.sqrt(A.shape[-1])  # kaiming-uniform with a = sqrt(5), as in nn.Linear and PEFT
     for trained in (A[..., :start, :], A[..., 2 * start :, :]):
         if init == "gaussian":
             trained.normal_(std=1 / A.shape[-2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from typing_extensions import override
 
 from lightning_lora.lora.layers.base import WeightShape, is_factor
@@ -34,8 +33,3 @@ class LoRAMatrices(LoRAEffective):
             and parameter.element_size() > 1
             and not is_factor(name)
         }
-
-
-def holds_matrices(module: nn.Module) -> bool:
-    """Whether a module holds matrices that `LoRAMatrices` can adapt."""
-    return bool(LoRAMatrices.weights(module))

@@ -16,7 +16,7 @@ from lightning_lora.lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.lora.layers.embedding import LoRAEmbedding
 from lightning_lora.lora.layers.experts import LoRADenseExperts, LoRAExperts, LoRAFusedExperts
 from lightning_lora.lora.layers.linear import LoRAConv1D, LoRALinear
-from lightning_lora.lora.layers.matrices import LoRAMatrices, holds_matrices
+from lightning_lora.lora.layers.matrices import LoRAMatrices
 from lightning_lora.lora.layers.quantised_linear import LoRAQuantisedLinear
 from lightning_lora.lora.layers.quantised_weights import is_quantised, quantised_refusal, type_path
 from lightning_lora.lora.layers.recurrent import LoRARecurrent
@@ -80,7 +80,7 @@ def adapter_kind(module: nn.Module) -> type[LoRALayer] | None:
 def kind_of_named(module: nn.Module) -> type[LoRALayer] | None:
     """The adapted layer for a module that an adapter names; the matrices of any module can be adapted then."""
     kind = adapter_kind(module)
-    if kind is None and refusal(module) is None and holds_matrices(module):
+    if kind is None and refusal(module) is None and LoRAMatrices.weights(module):
         return LoRAMatrices
     return kind
 

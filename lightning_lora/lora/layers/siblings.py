@@ -103,9 +103,7 @@ def sibling_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor:
     """Output of ``layer`` for ``x``; with gradients on, it is computed together with the outputs of its siblings.
 
     Args:
-        layer: The layer that is called.
         x: Its input, ``(*, in)``.
-        adapted: The layer's `AdaptedWeight` for ``x``.
 
     Returns:
         ``(*, out)``.
@@ -147,16 +145,12 @@ def _compiled_output(layer: _Layer, x: Tensor, adapted: AdaptedWeight) -> Tensor
         return output
     if number or not is_compiled_within(*group.place):
         return fused_lora_linears(x, [adapted], layer.lora_dropout)[0]
-    others = [_compiles_with(other, layer, x) for other in group.layers[1:]]
+    others = [None if _is_replaced(other) else _adapted_alike(other, layer, x) for other in group.layers[1:]]
     y, *outputs = fused_lora_linears(x, [adapted, *[o for o in others if o is not None]], layer.lora_dropout)
     if outputs:
         rest = iter(outputs)  # which torch 2.10 compiles as a tuple
         group.x, group.waiting = x, (None, *[None if other is None else next(rest) for other in others])
     return y
-
-
-def _compiles_with(layer: _Layer, first: _Layer, x: Tensor) -> AdaptedWeight | None:
-    return None if _is_replaced(layer) else _adapted_alike(layer, first, x)
 
 
 def _is_replaced(layer: _Layer) -> bool:

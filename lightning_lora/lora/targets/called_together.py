@@ -89,7 +89,8 @@ def _runs(block: Sequence[ast.stmt], this: str) -> Iterator[tuple[str, ...]]:
     """Runs of calls in a block of statements and in the blocks within it."""
     calls = _Calls(this)
     for statement in block:
-        inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
+        fields = [value for _, value in ast.iter_fields(statement) if isinstance(value, list)]
+        inner = [value for value in fields if value and isinstance(value[0], ast.stmt)]
         inner += [part.body for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ()))]
         if not inner:
             calls.visit(statement)
@@ -99,10 +100,6 @@ def _runs(block: Sequence[ast.stmt], this: str) -> Iterator[tuple[str, ...]]:
             yield from _runs(statements, this)
     calls.end_all()
     yield from (tuple(run) for run in calls.found if len(run) > 1)
-
-
-def _is_block(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], ast.stmt)
 
 
 class _Calls(ast.NodeVisitor):

@@ -48,7 +48,6 @@ def find_new_weights(root: nn.Module, config: LoRAConfig) -> NewWeights:
     """Find what no checkpoint seems to hold in ``root``; nothing is changed.
 
     Args:
-        root: A module that is not adapted.
         config: The settings. What they target by name, exclude or adapt as a head is not trained in full.
     """
     loaded, new, embeddings = _marked(root)

@@ -15,14 +15,16 @@ from lightning_lora.lora.layers.attention import output_projections
 from lightning_lora.lora.layers.base import AdapterSpec, LoRALayer
 from lightning_lora.lora.layers.dora import with_magnitude
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
-from lightning_lora.lora.patterns import matches_any
+from lightning_lora.lora.layers.registry import adapter_kind
+from lightning_lora.lora.patterns import matches_any, plain_name
 from lightning_lora.lora.targets.adaptable import Candidates, check_built, find_candidates
 from lightning_lora.lora.targets.new_weights import NewWeights, find_new_weights
 from lightning_lora.lora.targets.ranks import adapter_specs, check_rate_patterns, warn_of_unused_patterns
 from lightning_lora.lora.targets.selection import is_inside, is_targeted, select, trainable_modules
 from lightning_lora.lora.targets.shared_weights import TiedWeights, resolve_tied_weights
-from lightning_lora.lora.targets.unknown_weights import REASON, unknown_weights
 from lightning_lora.lora.targets.unused_settings import warn_of_unused
+
+REASON = "of an unknown kind"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,6 @@ class Target:
     """One layer to adapt.
 
     Args:
-        name: Dotted name of the layer.
-        module: The layer.
         kind: The class of adapted layer that it becomes.
         specs: Name of each weight in the layer to its rank, alpha and role.
     """
@@ -52,7 +52,6 @@ class Targets:
     """All that a config selects in a module.
 
     Args:
-        layers: The layers to adapt.
         trainable: Name to module for every module to train in full.
         skipped: Name of every other layer with weights to the reason why it is left alone.
         tied: What happens to weights that several layers share.
@@ -205,3 +204,29 @@ def _warn_of_half_adapted_experts(
             f"{', '.join(map(repr, names))} to targets to adapt both, or to exclude if that is meant.",
             stacklevel=4,
         )
+
+
+def unknown_weights(root: nn.Module, candidates: Candidates, trainable: Collection[str]) -> dict[str, str]:
+    """Dotted name of every parameter with two axes or more that no target can select, to the class of its module."""
+    layers = {weight.layer for weight in candidates.values()}
+    # The refusal of a layer stands for all that is in it.
+    spoken_for = {weight.layer for weight in candidates.values() if weight.refusal} | {*trainable}
+    found = {}
+    for layer, module in root.named_modules():
+        if is_inside(layer, spoken_for):
+            continue
+        kind = adapter_kind(module) if layer in layers else None
+        adaptable = kind.weights(module) if kind is not None else ()
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim > 1 and name not in adaptable:
+                found[plain_name(join(layer, name))] = type(module).__name__
+    return found
+
+
+def note_on_unknown(unknown: dict[str, str]) -> str:
+    """The line for the start of a run."""
+    named = first_five([f"{name} ({kind})" for name, kind in unknown.items()])
+    return (
+        f"no adapter for {named}: trainable trains a module in full, register_layer gives its class an adapter, and "
+        f"requires_grad_(True) after the injection trains a single parameter"
+    )

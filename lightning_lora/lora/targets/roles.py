@@ -57,7 +57,6 @@ def module_roles(root: nn.Module, also: Collection[int] = ()) -> dict[str, str]:
     Layers that cannot be adapted have a role too.
 
     Args:
-        root: A module.
         also: The ``id`` of modules that have a role too, of whatever kind they are.
     """
     modules = dict(root.named_modules())

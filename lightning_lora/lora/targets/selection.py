@@ -24,12 +24,6 @@ def select(
 ) -> tuple[Candidates, dict[str, str]]:
     """The weights to adapt, and name to reason for every other adaptable weight.
 
-    Args:
-        root: The module to adapt.
-        candidates: All weights below ``root``, adaptable or refused.
-        trainable: Names of the modules that are trained in full.
-        config: The settings.
-
     Raises:
         TargetNotFoundError: If a role or a pattern matches nothing, or if nothing is left to adapt.
     """

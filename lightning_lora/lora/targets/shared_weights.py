@@ -147,7 +147,6 @@ def take_out(
     Args:
         shared: The parameters that are this weight; changed in place.
         names: Those of them that get a weight of their own.
-        modules: Modules by name.
 
     Returns:
         Layer and parameter of each that was taken out, as `TiedWeights.untied` has them.

@@ -79,7 +79,10 @@ def _collect_uses(function: ast.FunctionDef, read: set[str], used: set[str]) -> 
     parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
     # Methods that build, initialise or tie a weight also read it, without computing anything.
     computes = not any(word in function.name for word in ("init", "reset", "tie"))
-    for node in _attributes_of(function.args.args[0].arg, function):
+    this = function.args.args[0].arg
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == this):
+            continue
         around = parents[node]
         if not isinstance(around, ast.Attribute):
             if isinstance(node.ctx, ast.Load):
@@ -87,19 +90,8 @@ def _collect_uses(function: ast.FunctionDef, read: set[str], used: set[str]) -> 
         elif around.attr == "weight":
             if computes and not _is_metadata(around, parents[around]):
                 read.add(node.attr)
-        elif _is_called(around, parents[around]):
+        elif isinstance(call := parents[around], ast.Call) and call.func is around:
             used.add(node.attr)
-
-
-def _attributes_of(this: str, function: ast.FunctionDef) -> Iterator[ast.Attribute]:
-    """Every ``this.name`` in a function."""
-    for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == this:
-            yield node
-
-
-def _is_called(attribute: ast.Attribute, around: ast.AST) -> bool:
-    return isinstance(around, ast.Call) and around.func is attribute
 
 
 def _is_metadata(weight: ast.Attribute, around: ast.AST) -> bool:

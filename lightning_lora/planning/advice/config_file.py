@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_lora.checkpoints.contents import NotGiven
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.planning.reason import Reason
 
 GIVEN = "as given"
@@ -33,8 +33,7 @@ def write_config(path: str | Path, config: Mapping[str, Any], reasons: Mapping[s
     """
     path = Path(path)
     lines = [*_comment(heading, 0), *_lines(config, reasons, "", 0)]
-    with atomic_file(path) as file:
-        file.write(("\n".join(lines) + "\n").encode())
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -19,7 +19,6 @@ class Epoch:
 
     Args:
         rows: Rows (or packs of rows) of an epoch; None for a stream, which does not tell.
-        batch_size: Rows of a batch.
         drop_last: Whether a last batch with fewer rows is left out.
     """
 
@@ -36,13 +35,7 @@ class Epoch:
         return cls(_length(loader), 1)
 
     def batches(self, micro_batch: int, devices: int, limit: float | int | None = None) -> int | None:
-        """Batches of each device in an epoch; a distributed sampler repeats rows until devices have equally many.
-
-        Args:
-            micro_batch: Rows of a batch on one device.
-            devices: Devices that see different rows.
-            limit: ``limit_train_batches`` of the Trainer.
-        """
+        """Batches of each device in an epoch; a distributed sampler repeats rows until devices have equally many."""
         if self.rows is None:
             return limit if isinstance(limit, int) else None
         share = math.ceil(self.rows / devices)

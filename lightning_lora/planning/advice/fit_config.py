@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -36,14 +36,7 @@ def fit_config(
     """The settings of ``fit``, the reasons by dotted name, and why there are no settings.
 
     Args:
-        module: The module that is planned.
-        data: Its data module.
         config: ``model``, ``data`` and ``trainer`` as a config names them; None if they came as objects.
-        settings: `Plan.settings`.
-        method: The recommended method.
-        lora: The LoRA settings.
-        trainer: Settings of the Trainer that the user gave.
-        topics: Reasons of the plan.
         planned: Arguments of the callback that prints the plan beside what was measured; None for no callback.
 
     Returns:
@@ -60,13 +53,11 @@ def fit_config(
     if seed == 0:
         reasons["seed_everything"] = Reason("seed 0", "the default of fit", "LoRACLI")
     why = {topic: [reason for each, reason in topics if each == topic] for topic in ("method", "settings")}
-    model = plain(parts["model"])
-    made["model"] = _model(model, module, settings, method, lora, reasons, why)
-    made["data"] = _data(plain(parts["data"]), data, settings, reasons, why["settings"])
-    made["trainer"] = _trainer({**plain(parts.get("trainer") or {}), **trainer}, settings, method, reasons, why)
-    kept = settings["step_memory"]
-    callbacks = _callbacks(made["trainer"].pop("callbacks", None), module, method, lora, kept, planned, reasons, why)
-    if callbacks:
+    planner = _Parts(module, settings, method, lora, reasons, why)
+    made["model"] = planner.model(plain(parts["model"]))
+    made["data"] = planner.data(plain(parts["data"]), data)
+    made["trainer"] = planner.trainer({**plain(parts.get("trainer") or {}), **trainer})
+    if callbacks := planner.callbacks(made["trainer"].pop("callbacks", None), planned):
         made["trainer"]["callbacks"] = callbacks
     for name, default in (("allow_other_base", False), ("ckpt_path", None), ("weights_only", None)):
         if parts.get(name, default) != default:
@@ -74,36 +65,90 @@ def fit_config(
     return made, reasons, None
 
 
-def _callbacks(
-    given: Any,
-    module: LightningModule,
-    method: Method,
-    lora: LoRAConfig,
-    step_memory: Settings | None,
-    planned: Mapping[str, Any] | None,
-    reasons: dict[str, Reason],
-    why: Mapping[str, Sequence[Reason]],
-) -> list[Any]:
-    """The user's callbacks, but for adapters and numbers of an earlier plan, and those of this plan."""
-    own = [each for each in as_list(given) if is_named(each, LoRA)]
-    # Accumulation is what a TargetBatchSize would set.
-    replaced = LoRA, PlannedRun, TargetBatchSize
-    kept = [each for each in as_list(given) if not any(is_named(each, kind) for kind in replaced)]
-    if not isinstance(module, LoRAMixin) and method.rank is not None:
-        chosen = changed_settings(lora) | {"rank": method.rank}
-        first: Settings = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
-        others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
-        if step_memory is not None:
-            others["step_memory"] = step_memory
-        # One that averages weights must come after it.
-        place = next((n for n, each in enumerate(kept) if is_named(each, WeightAveraging)), len(kept))
-        reasons[f"trainer.callbacks.{place}"] = why["method"][0]
-        kept.insert(place, {"class_path": first["class_path"], "init_args": others | {"config": chosen}})
-    if planned is not None:
-        what = "fit prints these beside what it measured; steps, tokens and parameters are exact, memory is traced"
-        reasons[f"trainer.callbacks.{len(kept)}"] = Reason("planned", what, "this plan")
-        kept.append({"class_path": "lightning_lora.callbacks.PlannedRun", "init_args": dict(planned)})
-    return kept
+@dataclass(frozen=True)
+class _Parts:
+    """Puts what is planned into the parts of a config, and the reasons into ``reasons``, by dotted name."""
+
+    module: LightningModule
+    planned: Mapping[str, Any]
+    method: Method
+    lora: LoRAConfig
+    reasons: dict[str, Reason]
+    why: Mapping[str, Sequence[Reason]]
+
+    def model(self, model: Settings) -> Settings:
+        """The module with what is planned."""
+        init, taken = _arguments(model), taken_arguments(type(self.module))
+        if self.planned["learning_rate"] is not None and "learning_rate" in taken:
+            init["learning_rate"] = self.planned["learning_rate"]
+            self.reasons["model.init_args.learning_rate"] = self.why["settings"][0]
+        if isinstance(self.module, LoRAMixin) and "lora" in taken:
+            own = changed_settings(self.lora)
+            init["lora"] = (
+                None if self.method.rank is None else own | {"rank": self.method.rank, "alpha": self.lora.alpha}
+            )
+            self.reasons["model.init_args.lora"] = self.why["method"][-1]
+        if self.planned["step_memory"] is not None and "step_memory" in taken:
+            init["step_memory"] = self.planned["step_memory"]
+            init.pop("activation_checkpointing", None)  # it is one of these
+            self.reasons["model.init_args.step_memory"] = self.why["settings"][-1]
+        if isinstance(self.module, PretrainedTask) and (self.method.name == "qlora" or init.get("quantization")):
+            init["quantization"] = "nf4" if self.method.name == "qlora" else None
+            self.reasons["model.init_args.quantization"] = self.why["method"][0]
+        return model
+
+    def data(self, settings: Settings, data: LightningDataModule) -> Settings:
+        """The data module with the rows of a batch."""
+        if can_set_batch(data):
+            _arguments(settings)["batch_size"] = self.planned["batch_size"]
+            told = f"{self.planned['batch_size']} row{'' if self.planned['batch_size'] == 1 else 's'} of a micro-batch"
+            reason = Reason(told, "the most that fit and divide the rows of a step", "traced")
+            self.reasons["data.init_args.batch_size" if "class_path" in settings else "data.batch_size"] = reason
+        return settings
+
+    def trainer(self, trainer: Settings) -> Settings:
+        """The Trainer with batch, devices and types."""
+        made = without_defaults(Trainer, trainer)
+        if "max_epochs" not in made and "max_steps" not in made:
+            made["max_epochs"] = 1
+            self.reasons["trainer.max_epochs"] = Reason("1 epoch", "no length was given", "Trainer would take 1,000")
+        given = made.pop("strategy", None)
+        nodes = int(made.get("num_nodes") or 1)
+        planned = self.planned
+        made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"] // nodes}
+        made |= {"precision": planned["precision"], "strategy": strategy_setting(self.method.strategy)}
+        rows = next((reason for reason in self.why["settings"] if "per step" in reason.value), self.why["settings"][-1])
+        self.reasons["trainer.accumulate_grad_batches"] = rows
+        number = f"{planned['devices']} device{'' if planned['devices'] == 1 else 's'}"
+        where = Reason(number, "those that were named, or are here", "this plan")
+        was = f"; yours was {_named(given)}" if given not in (None, "auto", made["strategy"]) else ""
+        fits = Reason(self.method.strategy, f"the first strategy in whose memory the method fits{was}", "traced")
+        types = _types(planned["precision"], trainer.get("precision"), self.method)
+        self.reasons.update({"trainer.devices": where, "trainer.strategy": fits, "trainer.precision": types})
+        _limit_interval(made, planned, self.reasons)
+        return made
+
+    def callbacks(self, given: Any, planned: Mapping[str, Any] | None) -> list[Any]:
+        """The user's callbacks, but for adapters and numbers of an earlier plan, and those of this plan."""
+        own = [each for each in as_list(given) if is_named(each, LoRA)]
+        # Accumulation is what a TargetBatchSize would set.
+        replaced = LoRA, PlannedRun, TargetBatchSize
+        kept = [each for each in as_list(given) if not any(is_named(each, kind) for kind in replaced)]
+        if not isinstance(self.module, LoRAMixin) and self.method.rank is not None:
+            chosen = changed_settings(self.lora) | {"rank": self.method.rank}
+            first: Settings = own[0] if own else {"class_path": "lightning_lora.callbacks.LoRA"}
+            others = {name: value for name, value in (first.get("init_args") or {}).items() if value}
+            if self.planned["step_memory"] is not None:
+                others["step_memory"] = self.planned["step_memory"]
+            # One that averages weights must come after it.
+            place = next((n for n, each in enumerate(kept) if is_named(each, WeightAveraging)), len(kept))
+            self.reasons[f"trainer.callbacks.{place}"] = self.why["method"][0]
+            kept.insert(place, {"class_path": first["class_path"], "init_args": others | {"config": chosen}})
+        if planned is not None:
+            what = "fit prints these beside what it measured; steps, tokens and parameters are exact, memory is traced"
+            self.reasons[f"trainer.callbacks.{len(kept)}"] = Reason("planned", what, "this plan")
+            kept.append({"class_path": "lightning_lora.callbacks.PlannedRun", "init_args": dict(planned)})
+        return kept
 
 
 def _set_in_class(module: LightningModule, method: Method, lora: LoRAConfig) -> str | None:
@@ -114,15 +159,14 @@ def _set_in_class(module: LightningModule, method: Method, lora: LoRAConfig) -> 
     wanted = None if method.rank is None else replace(lora, rank=method.rank)
     if own == wanted:
         return None
-    written = "None" if wanted is None else f"LoRAConfig({_arguments_in_words(wanted)})"
+    written = "None"
+    if wanted is not None:
+        changed = {"rank": wanted.rank} | changed_settings(wanted)
+        written = f"LoRAConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
     return (
         f"{type(module).__name__} sets its LoRA settings itself, and its constructor takes none: for this plan write "
         f"lora = {written} there, and plan again for a config"
     )
-
-
-def _arguments_in_words(lora: LoRAConfig) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in ({"rank": lora.rank} | changed_settings(lora)).items())
 
 
 def changed_settings(lora: LoRAConfig) -> Settings:
@@ -131,78 +175,9 @@ def changed_settings(lora: LoRAConfig) -> Settings:
     return plain({name: value for name, value in vars(lora).items() if value != default[name]})
 
 
-def _model(
-    model: Settings,
-    module: LightningModule,
-    settings: Mapping[str, Any],
-    method: Method,
-    lora: LoRAConfig,
-    reasons: dict[str, Reason],
-    why: Mapping[str, Sequence[Reason]],
-) -> Settings:
-    init, taken = _arguments(model), taken_arguments(type(module))
-    if settings["learning_rate"] is not None and "learning_rate" in taken:
-        init["learning_rate"] = settings["learning_rate"]
-        reasons["model.init_args.learning_rate"] = why["settings"][0]
-    if isinstance(module, LoRAMixin) and "lora" in taken:
-        own = changed_settings(lora)
-        init["lora"] = None if method.rank is None else own | {"rank": method.rank, "alpha": lora.alpha}
-        reasons["model.init_args.lora"] = why["method"][-1]
-    if settings["step_memory"] is not None and "step_memory" in taken:
-        init["step_memory"] = settings["step_memory"]
-        init.pop("activation_checkpointing", None)  # it is one of these
-        reasons["model.init_args.step_memory"] = why["settings"][-1]
-    if isinstance(module, PretrainedTask) and (method.name == "qlora" or init.get("quantization")):
-        init["quantization"] = "nf4" if method.name == "qlora" else None
-        reasons["model.init_args.quantization"] = why["method"][0]
-    return model
-
-
-def _data(
-    settings: Settings,
-    data: LightningDataModule,
-    planned: Mapping[str, Any],
-    reasons: dict[str, Reason],
-    why: Sequence[Reason],
-) -> Settings:
-    if can_set_batch(data):
-        _arguments(settings)["batch_size"] = planned["batch_size"]
-        told = f"{planned['batch_size']} row{'' if planned['batch_size'] == 1 else 's'} of a micro-batch"
-        reason = Reason(told, "the most that fit and divide the rows of a step", "traced")
-        reasons["data.init_args.batch_size" if "class_path" in settings else "data.batch_size"] = reason
-    return settings
-
-
 def can_set_batch(data: LightningDataModule) -> bool:
     """Whether the rows of a batch are a setting of the data module, which a config can give it."""
     return isinstance(getattr(data, "batch_size", None), int) and "batch_size" in taken_arguments(type(data))
-
-
-def _trainer(
-    trainer: Settings,
-    planned: Mapping[str, Any],
-    method: Method,
-    reasons: dict[str, Reason],
-    why: Mapping[str, Sequence[Reason]],
-) -> Settings:
-    made = without_defaults(Trainer, trainer)
-    if "max_epochs" not in made and "max_steps" not in made:
-        made["max_epochs"] = 1
-        reasons["trainer.max_epochs"] = Reason("1 epoch", "no length was given", "Trainer would take 1,000")
-    given = made.pop("strategy", None)
-    nodes = int(made.get("num_nodes") or 1)
-    made |= {"accumulate_grad_batches": planned["accumulate_grad_batches"], "devices": planned["devices"] // nodes}
-    made |= {"precision": planned["precision"], "strategy": strategy_setting(method.strategy)}
-    rows = next((reason for reason in why["settings"] if "per step" in reason.value), why["settings"][-1])
-    reasons["trainer.accumulate_grad_batches"] = rows
-    number = f"{planned['devices']} device{'' if planned['devices'] == 1 else 's'}"
-    where = Reason(number, "those that were named, or are here", "this plan")
-    was = f"; yours was {_named(given)}" if given not in (None, "auto", made["strategy"]) else ""
-    fits = Reason(method.strategy, f"the first strategy in whose memory the method fits{was}", "traced")
-    types = _types(planned["precision"], trainer.get("precision"), method)
-    reasons |= {"trainer.devices": where, "trainer.strategy": fits, "trainer.precision": types}
-    _limit_interval(made, planned, reasons)
-    return made
 
 
 def _types(precision: str, given: Any, method: Method) -> Reason:

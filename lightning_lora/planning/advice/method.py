@@ -55,7 +55,6 @@ class Method:
         strategy: ``"single"``, ``"ddp"`` or ``"fsdp2"``.
         fits: Whether it fits into the memory of the devices.
         verdict: ``"inside"``, ``"tight"``, ``"over"`` or ``"cannot tell"`` at this rank.
-        reasons: Why.
     """
 
     name: str
@@ -75,12 +74,10 @@ class MethodChoices:
         needed: The smallest rank that is inside; None if none is, or nothing is known.
         most_rank: The highest sensible rank, see `sensible_rank`.
         placements: Each method to the ways to place it, best first; empty if it is not available.
-        budget: Bytes of a device.
         asked_rank: The rank of the user's config, kept where nothing is known of the data.
         parameters: Trained parameters of each of these ranks.
         not_traced: Methods that could not be traced, with the reason. LoRA and full fine-tuning are chosen all the same
             where the data asks for them.
-        devices: Number of devices.
         too_large: Methods with a rank that were found not to fit.
     """
 
@@ -200,7 +197,6 @@ def smallest_change(memory: MemoryParts, budget: int, sharded: Mapping[int, Memo
 
     Args:
         memory: The method that comes nearest, on one device with one row.
-        budget: Bytes of a device.
         sharded: The same divided by FSDP2 among more devices.
         length: Tokens of the longest row; None if rows are no token sequences.
     """

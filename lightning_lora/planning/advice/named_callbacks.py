@@ -20,7 +20,6 @@ def with_lora_callback(module: LightningModule, callbacks: Any) -> LightningModu
     The copy shares everything with ``module`` but its attributes, which stay as they are.
 
     Args:
-        module: The module of the run.
         callbacks: ``callbacks`` of a Trainer: objects, or mappings with ``class_path`` as in a config.
 
     Raises:

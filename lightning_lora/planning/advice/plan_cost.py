@@ -10,7 +10,6 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from lightning_lora.memory.failures import TraceError
-from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.planning.adapter_sizes import AdapterSizes
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.method import Method
@@ -90,15 +89,7 @@ def plan_cost(
     """The cost of a method at the planned batch.
 
     Args:
-        traces: The methods, traced.
-        method: The method that is planned.
-        batch: Its batch.
-        devices: The devices.
-        data: The data module, set up; None for a method that does not fit and takes no time.
-        epoch: What its training loader draws.
-        trainer: Settings of the Trainer.
         calibrate: Whether to time some batches; None decides by how long that takes.
-        adapters: The sizes of the adapters, for a method that could not be traced.
     """
     if method.name in traces.failed:
         return PlanCost(_untraced_parameters(traces, method, adapters), None, None, None, None)
@@ -112,7 +103,13 @@ def plan_cost(
     memory = traces.memory(method.name, batch.batch_size, method.rank, method.strategy)
     time = None
     if data is not None and batch.steps:
-        time = _time(traces, method, batch, devices, data, epoch, trainer, calibrate, memory)
+        work = Work.of(trace.flops, trace.attention_flops, shape_of(traces.batch(batch.batch_size)))
+        run, precision = _run_work(work, batch, data, epoch, trainer), traces.precision[method.name]
+        linears = sum(isinstance(module, nn.Linear) for module in built.modules())
+        options = dict(trainer) | {"precision": precision}
+        trial = Trial(lambda: traces.variant(method.name, method.rank), data, options, batch.batch_size)
+        step = StepWork(memory, linears, method.name)
+        time = run_time(step, run, devices, precision, trial, calibrate) if run.shapes else None
     return PlanCost(parameters, flops, disk, time, memory.total - devices.device.context)
 
 
@@ -126,33 +123,6 @@ def _untraced_parameters(traces: TracedMethods, method: Method, adapters: Adapte
         return base
     trained = adapters.parameters(method.rank)
     return Parameters(trained, base.total + trained - adapters.trained)
-
-
-def _time(
-    traces: TracedMethods,
-    method: Method,
-    batch: PlannedBatch,
-    devices: Devices,
-    data: LightningDataModule,
-    epoch: Epoch,
-    trainer: Mapping[str, Any],
-    calibrate: bool | None,
-    memory: MemoryParts,
-) -> RunSeconds | None:
-    trace = traces.trace(method.name, batch.batch_size, method.rank)
-    work = Work.of(trace.flops, trace.attention_flops, shape_of(traces.batch(batch.batch_size)))
-    run = _run_work(work, batch, data, epoch, trainer)
-    if not run.shapes:
-        return None
-    built, precision = traces.tracer(method.name, method.rank).module, traces.precision[method.name]
-    linears = sum(isinstance(module, nn.Linear) for module in built.modules())
-    trial = Trial(
-        lambda: traces.variant(method.name, method.rank),
-        data,
-        dict(trainer) | {"precision": precision},
-        batch.batch_size,
-    )
-    return run_time(StepWork(memory, linears, method.name), run, devices, precision, trial, calibrate)
 
 
 def _run_work(

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lightning_lora.callbacks.memory.memory_choice import READ_ROWS
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.parts import MemoryParts
+from lightning_lora.memory.run_step import gigabytes
 from lightning_lora.planning.adapter_sizes import AdapterSizes, refused_ranks
 from lightning_lora.planning.advice.epoch import Epoch, RunLength
 from lightning_lora.planning.advice.fit_config import fit_config
@@ -22,11 +24,11 @@ from lightning_lora.planning.advice.method import (
     sensible_rank,
     smallest_change,
 )
+from lightning_lora.planning.advice.named_callbacks import is_named
 from lightning_lora.planning.advice.plan_cost import PlanCost, plan_cost
 from lightning_lora.planning.advice.rates import PlannedRate, planned_rate
 from lightning_lora.planning.advice.run_tokens import run_tokens
 from lightning_lora.planning.advice.settings import PlannedBatch, alarm
-from lightning_lora.planning.advice.step_choice import planned_step_memory
 from lightning_lora.planning.advice.step_rows import StepRows
 from lightning_lora.planning.advice.traced_methods import TracedMethods
 from lightning_lora.planning.advice.verdict import beside, notes_on_adapters, notes_on_data, sentence
@@ -36,6 +38,7 @@ from lightning_lora.planning.cost import Parameters
 from lightning_lora.planning.data_counts import DataCounts
 from lightning_lora.planning.devices import Devices
 from lightning_lora.planning.plan import Plan
+from lightning_lora.planning.reason import Reason
 
 SURE = (
     "capacity bounds memorising, rules need less; memory is what tensors hold, within 1 % on a CPU in 19 cases, 6 % on "
@@ -51,14 +54,8 @@ class PlanParts:
     Args:
         given: The module as the user gave it.
         module: The module as a `LoRA` callback sets it up; ``given`` itself without one.
-        data: Its data module.
         ready: The data module, set up.
-        lora: The LoRA settings.
-        counts: What the data hold.
         bits: The bits of the base, if they were measured.
-        devices: The devices.
-        epoch: What the training loader draws.
-        trainer: Settings of the Trainer.
         batch: A function from a number of rows to the batch that needs the most memory.
     """
 
@@ -250,3 +247,22 @@ def _default_rank(ranks: Collection[int]) -> int:
 
 def _name(module: LightningModule) -> str:
     return getattr(module, "model_name", None) or type(module).__name__
+
+
+def planned_step_memory(
+    traces: TracedMethods, method: Method, batch: PlannedBatch, devices: Devices, trainer: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, Reason | None]:
+    """The choices of `StepMemory` for a method at its batch, and why; None where a run has nothing to choose.
+
+    Afterwards ``traces`` holds the trace with these choices. On a CPU a run trains as without any.
+    """
+    if devices.device.kind == "cpu" or not method.fits or method.name in traces.failed:
+        return None, None
+    reads_rows = any(is_named(each, kind) for each in trainer["callbacks"] for kind in READ_ROWS)
+    how = method.name, batch.batch_size, method.rank, method.strategy
+    choice = traces.choose_step_memory(*how, devices.memory, can_recompute=not reads_rows)
+    if choice is None:
+        return None, None
+    why = f"the fastest that fits: {gigabytes(choice.traced.total)} of {gigabytes(choice.room)}"
+    memory = choice.memory.to_dict()
+    return {name: memory[name] for name in choice.memory.made()}, Reason("step_memory", why, "traced")

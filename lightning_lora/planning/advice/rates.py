@@ -54,11 +54,6 @@ def planned_rate(
     parameter groups of its optimizers.
 
     Args:
-        module: The module as it was given.
-        traces: The methods, traced.
-        method: The method of the plan.
-        lora: The LoRA settings.
-        trained: Parameters that are trained in full beside the adapters.
         config: The settings of ``fit`` that the module came from.
     """
     rate = _own_rate(module)
@@ -88,12 +83,7 @@ def _chosen(
 
 
 def applied_rates(lora: LoRAConfig, trained: int) -> str:
-    """What trains at which multiple of the rate of full fine-tuning, in words.
-
-    Args:
-        lora: The LoRA settings.
-        trained: Parameters that are trained in full beside the adapters.
-    """
+    """What trains at which multiple of the rate of full fine-tuning, in words."""
     plus = lora.lora_plus_ratio
 
     def times(multiplier: float) -> str:

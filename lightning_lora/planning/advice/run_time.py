@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_lora.errors import LoRAError, PlanError, first_line
 from lightning_lora.planning.cost import RunSeconds, RunWork, StepWork, compute_dtype, seconds_from_table
 from lightning_lora.planning.devices import EFFICIENCY, Device, Devices
 from lightning_lora.planning.timed_steps import time_steps
-from lightning_lora.planning.timing.product_speed import product_speed
 from lightning_lora.planning.timing.stopwatch import WARM_UP
 
 SHARE_OF_PRODUCT = 0.5
@@ -25,6 +26,9 @@ ASKED_SECONDS = 60.0
 _MOST_SECONDS = 2 * ASKED_SECONDS
 """Most seconds, for the fewest batches of one row may take longer."""
 _BATCHES = 6
+_SIDES = {"cpu": 768}
+"""Side of the square product by kind of device: milliseconds on a core, enough for a GPU to be busy."""
+_OTHER_SIDE, _SECONDS = 4096, 0.15
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,6 @@ class Trial:
 
     Args:
         module: The module as it will be trained, not built yet.
-        data: Its data module.
-        trainer: Settings of the Trainer.
         rows: Rows of a micro-batch of the run.
     """
 
@@ -50,11 +52,6 @@ def run_time(
     """The time of a run; None if nothing is known of the device.
 
     Args:
-        step: What a micro-batch asks of a device.
-        run: The batches of the run.
-        devices: The devices; batches are timed on those that are here.
-        precision: The precision of the Trainer.
-        trial: What is timed.
         calibrate: Whether to time some batches. None times them if that takes a few seconds.
 
     Raises:
@@ -105,3 +102,18 @@ def _seconds_of_row(run: RunWork, told: RunSeconds) -> float:
     """Seconds of one row by a first estimate."""
     rows = max(shape.rows for shape in run.shapes)
     return (told.total - told.validation) / max(1, run.micro_batches) / rows
+
+
+def product_speed(dtype: str, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """FLOP/s of a product of two square matrices, the best of those that fit into 0.15 seconds."""
+    side = _SIDES.get(device, _OTHER_SIDE)
+    left, right = (torch.ones(side, side, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    best, begun, count = float("inf"), clock(), 0
+    # The first product prepares what the others use.
+    while count < 3 or clock() - begun < _SECONDS:
+        start = clock()
+        torch.mm(left, right)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        best, count = min(best, clock() - start), count + 1
+    return 2 * side**3 / best

@@ -31,11 +31,6 @@ def run_tokens(
     they train. Of other data, whole epochs and labels are known.
 
     Args:
-        data: A data module that is set up.
-        counts: Its counts.
-        epoch: What its training loader draws.
-        length: Epochs and steps of the run.
-        batch: Rows of a micro-batch, accumulation and devices.
         example: A batch of the data, which tells what a run without tokens counts.
 
     Returns:

@@ -82,13 +82,7 @@ def choose_rate(given: float | None, default: float | None, model_config: Any, a
 
 
 def choose_rows(epoch: Epoch, length: RunLength, devices: int) -> tuple[int, Reason]:
-    """Rows per optimizer step: 32 x (rows / 10,000)^0.4 as a power of two, fewer while steps are below 100.
-
-    Args:
-        epoch: The rows of an epoch.
-        length: Epochs and most steps of the run.
-        devices: Devices that see different rows.
-    """
+    """Rows per optimizer step: 32 x (rows / 10,000)^0.4 as a power of two, fewer while steps are below 100."""
     guess = 32 * ((epoch.rows or 10_000) / 10_000) ** 0.4
     rows = min(MOST_ROWS, max(LEAST_ROWS, 2 ** round(math.log2(guess))))
     full = rows

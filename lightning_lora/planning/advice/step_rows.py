@@ -19,14 +19,7 @@ from lightning_lora.planning.reason import Reason
 
 
 class StepRows:
-    """Chooses the rows of a step, and divides them.
-
-    Args:
-        data: The data module as the user gave it.
-        epoch: What its training loader draws.
-        length: The length of the run.
-        devices: Number of devices.
-    """
+    """Chooses the rows of a step, and divides them."""
 
     def __init__(self, data: LightningDataModule, epoch: Epoch, length: RunLength, devices: int) -> None:
         self.epoch, self.length, self.devices = epoch, length, devices

@@ -12,14 +12,14 @@ from lightning.pytorch import LightningModule
 from lightning_lora.batch.division import divisors
 from lightning_lora.errors import first_line
 from lightning_lora.lora.config import LoRAConfig
-from lightning_lora.memory.choice import Choice, fastest_that_fits, open_candidates
+from lightning_lora.memory.candidates import Choice, fastest_that_fits, open_candidates
 from lightning_lora.memory.failures import TraceError
 from lightning_lora.memory.micro_batch import largest_micro_batch
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.memory.step_trace import StepTrace, StepTracer
 from lightning_lora.memory.strategies import divide_memory
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import settings_of
+from lightning_lora.mixin.memory_settings import settings_of
 from lightning_lora.planning.advice.method import Placement
 from lightning_lora.step_memory import StepMemory
 from lightning_lora.tasks.pretrained import PretrainedTask
@@ -95,16 +95,7 @@ class TracedMethods:
     def choose_step_memory(
         self, name: str, rows: int, rank: int | None, strategy: str, budget: int, can_recompute: bool
     ) -> Choice | None:
-        """Choose what a step of a method keeps, and trace it so from now on; None if nothing is open, or not traced.
-
-        Args:
-            name: The method.
-            rows: Rows of its micro-batch.
-            rank: Its rank.
-            strategy: Its strategy.
-            budget: Bytes of one device.
-            can_recompute: Whether blocks may be computed again.
-        """
+        """Choose what a step of a method keeps, and trace it so from now on; None if nothing is open, or not traced."""
         tracer, key = self.tracer(name, rank), (name, rows, None if name == "full" else rank)
         usual, module = self.trace(name, rows, rank), tracer.module
 
@@ -125,9 +116,7 @@ class TracedMethods:
         """The ways to place each method, best first, traced when they are asked for.
 
         Args:
-            rank: Rank of the traces.
             share: Rows of a step on one device. Where so many fit at once, fewer are not traced.
-            budget: Bytes of one device.
         """
         return _Placements(self, rank, share, budget)
 

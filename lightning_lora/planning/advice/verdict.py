@@ -37,7 +37,11 @@ def sentence(
         is_traced: Whether the memory of the method is known.
     """
     if not method.fits:
-        return _nothing_fits(method, budget, change)
+        rank = "" if method.rank is None else f" at rank {method.rank}"
+        return (
+            f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
+            f"The smallest change: {change}."
+        )
     unknown = "" if is_traced else " Its memory could not be traced: whether it fits is not known."
     if method.rank is None:
         own = [row for row in rows if row.targets == rows[0].targets and row.rank <= most]
@@ -60,10 +64,7 @@ def beside(rows: Sequence[CapacityRow], asked: int, method: Method, steps: int) 
     """What a verdict leaves out: the rank that the config asks for, if it is another one, and steps that are too few.
 
     Args:
-        rows: The capacity table.
         asked: The rank of the config; the default is no wish.
-        method: The recommended method.
-        steps: Optimizer steps of the run.
     """
     words = {"inside": "would do too", "tight": "would be tight", "over": "is over its capacity"}
     own = {row.rank: row for row in rows if row.targets == rows[0].targets}
@@ -78,14 +79,6 @@ def beside(rows: Sequence[CapacityRow], asked: int, method: Method, steps: int) 
 def is_one_row(counts: DataCounts) -> bool:
     """Whether all rows repeat the first."""
     return counts.rows is not None and counts.rows > 1 and counts.duplicate_rows == counts.rows - 1
-
-
-def _nothing_fits(method: Method, budget: int, change: str | None) -> str:
-    rank = "" if method.rank is None else f" at rank {method.rank}"
-    return (
-        f"nothing fits into {_size(budget)}: not even {NAMES[method.name]}{rank} with one row. "
-        f"The smallest change: {change}."
-    )
 
 
 def notes_on_data(counts: DataCounts, bits: BaseBits | None) -> tuple[str, ...]:
@@ -115,7 +108,6 @@ def notes_on_adapters(sizes: AdapterSizes, config: LoRAConfig, rank: int | None)
     """What a rank does not tell: layers that cannot hold it, and layers with a rank of their own.
 
     Args:
-        sizes: The sizes of the adapters.
         config: The settings; the rank that they ask for counts too.
         rank: The rank of the plan; None for full fine-tuning.
     """

@@ -1,5 +1,5 @@
 """What is timed on this machine.
 
-`product_speed` (a matrix product), `shapes` (of the batches of a run, and the operations that each takes), `stopwatch`
-(the parts of a training step), `rounds` (as many batches as fit into a time).
+`shapes` (of the batches of a run, and the operations that each takes), `stopwatch` (the parts of a training step),
+`rounds` (as many batches as fit into a time).
 """

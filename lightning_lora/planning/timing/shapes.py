@@ -74,7 +74,6 @@ def training_shapes(data: LightningDataModule, rows: int | None = None) -> list[
     """The shapes of the training batches of an epoch, or of many of them where loading all would take long.
 
     Args:
-        data: A data module that is set up.
         rows: Rows of a batch; None takes the data module's own.
     """
     twin = with_rows(copy.copy(data), rows)
@@ -102,7 +101,6 @@ class Validation:
         """The validation of a data module that is set up.
 
         Args:
-            data: The data module.
             rows: Rows of a batch; None takes the data module's own.
             limit: ``limit_val_batches`` of the Trainer, for each loader.
         """

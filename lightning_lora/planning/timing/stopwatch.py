@@ -24,11 +24,9 @@ class Stopwatch(Callback):
     Args:
         count: Micro-batches to time, after two that are not counted.
         max_seconds: No micro-batch is begun after so many seconds; two are always timed.
-        clock: Gives seconds.
 
     Attributes:
         micro: Seconds of each micro-batch: reading, forward and backward.
-        shapes: The shape of each.
         optimizer: Seconds of each optimizer step: clipping, the step, gradients set to None.
         validation: Seconds and shape of each validation batch.
     """

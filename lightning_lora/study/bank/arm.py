@@ -27,8 +27,6 @@ class ArmTurns(Callback):
     """Shares the base with other arms, and lets them train after each optimizer step, or in the same batches.
 
     Args:
-        seat: The place of this arm.
-        base: What it shares.
         meeting: Where arms make one batch of theirs; None: they take turns only.
     """
 

@@ -44,7 +44,6 @@ class Arm:
     """What a function of `ArmBank.run` needs.
 
     Args:
-        callback: For the Trainer of the arm.
         seconds: Gives the seconds for which this arm had the process, without those of other arms.
     """
 
@@ -105,9 +104,6 @@ class ArmBank:
 
     def fit(self, runs: Mapping[str, ArmRun]) -> dict[str, Exception]:
         """Train all arms.
-
-        Args:
-            runs: Name to run.
 
         Returns:
             Name to error of the arms that failed.

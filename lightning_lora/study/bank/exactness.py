@@ -19,11 +19,7 @@ CHANGES_BASE = "MergeOnFitEnd changes the base at the end of a run"
 
 
 class ApartError(ConfigError):
-    """A run cannot share its base with others, and must be done alone.
-
-    Args:
-        reason: Why.
-    """
+    """A run cannot share its base with others, and must be done alone."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"this arm cannot share its base with other arms: {reason}.")
@@ -47,11 +43,7 @@ def changes_base(name: str) -> str:
 
 
 def why_no_rows(root: nn.Module) -> str:
-    """Why the rows of several arms cannot go through a base in one batch; "" if nothing speaks against it.
-
-    Args:
-        root: The adapted module, in training.
-    """
+    """Why the rows of several arms cannot go through a base in one batch; "" if nothing speaks against it."""
     for name, module in root.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
             return f"batch normalisation ({name}) looks at all rows of a batch"

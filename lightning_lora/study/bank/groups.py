@@ -76,9 +76,7 @@ def run_group(
     """Do runs side by side in this process.
 
     Args:
-        jobs: The runs.
         mode: ``turns`` or ``rows``.
-        run: Does one of them, in its place among the others.
 
     Returns:
         Outcome or error of each, and remarks for the user.
@@ -87,9 +85,8 @@ def run_group(
     found = bank.run({job[0].run: partial(run, *job) for job in jobs})
     results = [found[job[0].run] for job in jobs]
     # Memory and energy of a process tell nothing of one run in it.
-    results = [_without_shared(result) if isinstance(result, Outcome) else result for result in results]
+    results = [
+        replace(result, peak_bytes=None, energy_joules=None) if isinstance(result, Outcome) else result
+        for result in results
+    ]
     return results, [bank.remark] if bank.remark else []
-
-
-def _without_shared(outcome: Outcome) -> Outcome:
-    return replace(outcome, peak_bytes=None, energy_joules=None)

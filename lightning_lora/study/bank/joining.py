@@ -62,9 +62,6 @@ def joined(calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> tuple[
 
     Rows are padded on the right to the longest, if a mask says which positions count.
 
-    Args:
-        calls: Positional and named arguments of each call.
-
     Raises:
         CannotJoinError: If the calls differ in anything but rows.
     """
@@ -102,11 +99,6 @@ def _one(values: Sequence[Any], rows: Rows) -> Any:
 
 def taken_apart(output: Any, rows: Rows, part_of: Callable[[Tensor], Sequence[Any]]) -> list[Any]:
     """What each arm gets of the output of a joint call: the same structure with its own tensors.
-
-    Args:
-        output: A tensor, or mappings, tuples and lists with tensors.
-        rows: Which rows belong to which arm.
-        part_of: Takes a tensor apart.
 
     Raises:
         CannotJoinError: If something in it has no rows.

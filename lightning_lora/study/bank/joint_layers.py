@@ -91,7 +91,6 @@ def joint_layers(roots: Sequence[nn.Module], rows: Rows, is_joint: bool = True) 
 
     Args:
         roots: The module of each arm, of the same structure; frozen weights have the same values.
-        rows: Which rows belong to which arm.
         is_joint: False: layers stay as they are, except for those that are left to the arms.
     """
     before: list[tuple[nn.Module, Any]] = []

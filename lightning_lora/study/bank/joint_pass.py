@@ -25,10 +25,6 @@ class Call:
     """A call of the base by one arm.
 
     Args:
-        root: The module that is called.
-        args: Positional arguments.
-        kwargs: Named arguments.
-        output: What the arm gets.
         error: What went wrong for this arm.
         is_alone: Whether the arm must call the module itself.
     """

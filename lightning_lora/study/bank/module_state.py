@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 
 class ModuleState:
-    """What the modules below a root hold now, apart from parameters.
-
-    Args:
-        root: The module.
-    """
+    """What the modules below a root hold now, apart from parameters."""
 
     def __init__(self, root: nn.Module) -> None:
         self._values = {

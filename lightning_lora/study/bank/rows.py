@@ -23,14 +23,7 @@ _BACKWARD: Literal["backward"] = "backward"
 
 
 class ArmRows:
-    """What one arm has in passes of all arms.
-
-    Args:
-        meeting: All arms.
-        seat: The place of this one.
-        module: Its module.
-        root: The module inside it that holds the base.
-    """
+    """What one arm has in passes of all arms."""
 
     def __init__(self, meeting: Meeting, seat: Seat, module: LightningModule, root: nn.Module) -> None:
         self.meeting = meeting

@@ -31,7 +31,6 @@ class SharedBase:
 
         Args:
             key: What is loaded, such as name and type.
-            load: Loads it.
             device: Where it is needed, so that it is not moved, and stored again, for each arm.
         """
         if key not in self._loaded:
@@ -75,15 +74,11 @@ def _sample(weight: Tensor) -> Tensor:
 def _with_same_values(base: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in base.parameters():
-        if type(parameter) is not nn.Parameter and not _gives_scales_away(parameter):
+        # The layer of an int8 weight takes the scales (SCB) off it at the first call.
+        if type(parameter) is not nn.Parameter and "SCB" not in vars(parameter):
             memo[id(parameter)] = parameter  # a quantised weight is only read, and its class has its own constructor
             continue
         kind: Any = type(parameter)
         memo[id(parameter)] = made = kind._make_subclass(kind, parameter.data, parameter.requires_grad)
         vars(made).update(vars(parameter))  # transformers marks weights that come from a file
     return copy.deepcopy(base, memo)
-
-
-def _gives_scales_away(weight: Tensor) -> bool:
-    """Whether the layer of a quantised weight takes its scales at the first call, as those in int8 do."""
-    return "SCB" in vars(weight)

@@ -15,12 +15,7 @@ from lightning_lora.study.bank.process_state import ProcessState
 
 
 class Seat:
-    """The place of one function among those that take turns.
-
-    Args:
-        name: Its name.
-        turns: All of them.
-    """
+    """The place of one function among those that take turns."""
 
     def __init__(self, name: str, turns: Turns) -> None:
         self.name = name

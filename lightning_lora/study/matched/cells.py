@@ -17,10 +17,8 @@ class Cell:
     """One run.
 
     Args:
-        arm: Name of its arm; `record.UNTRAINED` for the base.
         learning_rate: In terms of full fine-tuning, rounded to six digits.
         seed: Moves data order, initialisation and dropout alike in all arms.
-        phase: What it is for.
         key: 16 hexadecimal digits of the SHA-256 of its resolved config, its data and its phase.
         goes_on: For a rung, the key of the selection run that goes on from it, in the same folder.
     """
@@ -49,7 +47,6 @@ class Outcome:
     """What a finished run has measured.
 
     Args:
-        steps: Optimizer steps.
         tokens: Supervised tokens trained on; rows where the batches have no tokens.
         seconds: Seconds of training, without validation.
         peak_bytes: Peak memory; None where it is unknown.
@@ -81,8 +78,6 @@ class CellStatus:
     """A cell and how far it is.
 
     Args:
-        cell: The cell.
-        state: What is known of it.
         attempt: How often it was begun.
         reason: Why it failed, or was pruned.
         outcome: What it has measured, if it is done.
@@ -115,14 +110,6 @@ DIVERGED = "diverged"
 
 
 def cell_key(config: Mapping[str, Any], data: Mapping[str, str], phase: str, rate: float, seed: int) -> str:
-    """The key of a cell: equal for equal work, on every machine.
-
-    Args:
-        config: The resolved config of its arm.
-        data: Fingerprints of the data files.
-        phase: What the run is for.
-        rate: Its learning rate.
-        seed: Its seed.
-    """
+    """The key of a cell: equal for equal work, on every machine."""
     content = json.dumps([config, data, phase, f"{rate:.6g}", seed], sort_keys=True, default=str, allow_nan=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_lora.errors import ConfigError, StudySettingError
+from lightning_lora.errors import ConfigError, StudySettingError, first_line
 
 NETWORK_DISKS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "fuse.sshfs", "9p")
 WAIT_SECONDS = 60
@@ -77,7 +77,7 @@ class Database:
                     yield _Placeholders(self._connection)
         except self._errors as error:
             kind = ServerGoneError if not self.is_sqlite and self._connection.closed else ConfigError
-            raise kind(f"storage {self.shown} cannot be used: {_first_line(error)}.") from error
+            raise kind(f"storage {self.shown} cannot be used: {_reason(error)}.") from error
 
     def close(self) -> None:
         """Close the connection."""
@@ -95,7 +95,7 @@ class Database:
             connection = sqlite3.connect(path, WAIT_SECONDS, isolation_level=None, check_same_thread=False)
             connection.execute("SELECT count(*) FROM sqlite_master")
         except (sqlite3.Error, OSError) as error:
-            raise StudySettingError(f"storage {path} cannot be opened: {_first_line(error)}.") from error
+            raise StudySettingError(f"storage {path} cannot be opened: {_reason(error)}.") from error
         return connection
 
     def _open_server(self, url: str) -> Any:
@@ -109,7 +109,7 @@ class Database:
         try:
             return psycopg.connect(url, autocommit=True, connect_timeout=20)
         except psycopg.Error as error:
-            raise StudySettingError(f"storage {self.shown} cannot be reached: {_first_line(error)}.") from error
+            raise StudySettingError(f"storage {self.shown} cannot be reached: {_reason(error)}.") from error
 
     def _wait_for_server(self) -> None:
         """Connect again if the connection is gone, as it is after a restart of the server."""
@@ -124,7 +124,7 @@ class Database:
                 self._connection.close()
                 if time.monotonic() > end:
                     raise StudySettingError(
-                        f"storage {self.shown} has been away for {WAIT_SECONDS} s: {_first_line(error)}. Finished runs "
+                        f"storage {self.shown} has been away for {WAIT_SECONDS} s: {_reason(error)}. Finished runs "
                         f"are kept: give the same command again when the server is back."
                     ) from error
             time.sleep(1)
@@ -156,5 +156,5 @@ def network_disk(folder: Path) -> str:
     return found[1] if found[1] in NETWORK_DISKS else ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_lora.errors import StudySettingError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.matched.cells import CellStatus
 from lightning_lora.study.matched.judging.further import Further
@@ -64,13 +64,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
-    """Write ``study.yaml``.
-
-    Args:
-        folder: The study folder.
-        spec: The study.
-        made: How it was made: command, versions, fingerprints of the data.
-    """
+    """Write ``study.yaml``."""
     arms = {
         arm.name: {
             "configs": list(arm.configs),
@@ -99,8 +93,7 @@ def write_study(folder: Path, spec: StudySpec, made: Mapping[str, Any]) -> None:
         "arms": arms,
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    with atomic_file(folder / STUDY) as file:
-        file.write(text.encode())
+    write_text(folder / STUDY, text)
 
 
 def seeds_before(folder: Path, spec: StudySpec) -> list[Any]:
@@ -137,8 +130,7 @@ def write_results(
             write_row_losses(rows, status.outcome.rows)
         if status.state == "pruned":
             shutil.rmtree(folder / RUNS / status.cell.run / CHECKPOINTS, ignore_errors=True)
-    with atomic_file(folder / RESULTS) as file:
-        file.write(text.getvalue().encode())
+    write_text(folder / RESULTS, text.getvalue())
     chosen = {
         name: {
             "chosen_rate": step.chosen,
@@ -150,8 +142,7 @@ def write_results(
     }
     files = {CHOICES: chosen, VERDICTS: [verdict.to_dict() for verdict in verdicts], FURTHER: further.to_dict()}
     for name, found in files.items():
-        with atomic_file(folder / name) as file:
-            file.write((json.dumps(found, indent=2, allow_nan=False) + "\n").encode())
+        write_text(folder / name, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 
 def _line(status: CellStatus) -> dict[str, Any]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_lora.errors import ResultFileError
-from lightning_lora.study.matched.measures.batch_losses import batch_losses
 from lightning_lora.study.matched.measures.curve import validation_metric
+from lightning_lora.study.matched.measures.evaluations import batch_losses
 from lightning_lora.study.matched.outcomes import as_losses
 from lightning_lora.study.matched.record import RowLosses
-from lightning_lora.study.statistics.rates.selection_rows import selection_rows
 
 
 def held_out_losses(
@@ -125,3 +125,15 @@ def _mean_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any
             f"predict_step return a mapping with the loss of each row."
         )
     return float(metrics[name])
+
+
+def selection_rows(rows: Sequence[bytes | str]) -> NDArray[np.bool_]:
+    """Whether each row is for selection: about half of them, by a hash of what is in the row.
+
+    The same row is on the same side in every study, whatever the order, and so are its duplicates.
+
+    Args:
+        rows: The content of each row, such as its text or the bytes of its tokens.
+    """
+    contents = (row.encode() if isinstance(row, str) else row for row in rows)
+    return np.array([hashlib.sha256(content).digest()[0] % 2 == 0 for content in contents], dtype=bool)

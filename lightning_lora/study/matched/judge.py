@@ -20,9 +20,7 @@ class Judge:
     """Judges the runs of a study that are over.
 
     Args:
-        spec: The study.
         choices: Arm to what its sweep has chosen.
-        cells: The runs asked for.
         known: What is known of them, by key.
     """
 

@@ -29,9 +29,6 @@ def open_study(
     """Begin or join a study, and write ``study.yaml``.
 
     Args:
-        spec: The study, with all configs.
-        data: Fingerprints of its data files.
-        folder: The study folder.
         storage: URL of the database; None for a SQLite file in the folder.
         lease: Seconds that a worker may be silent.
 

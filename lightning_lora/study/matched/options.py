@@ -55,10 +55,7 @@ def config_of(
 
     Args:
         where: Whose settings they are, for a message.
-        module: Makes the module.
         data: Makes the data module; None if there is none.
-        arm: The settings of the arm.
-        trainer: Options of the Trainer of all arms.
 
     Raises:
         ConfigError: If something takes no argument of a name that is given.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from textwrap import shorten
@@ -48,16 +48,13 @@ class StudyPlan:
 
 
 def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[str, str]) -> StudyPlan:
-    """Say which runs are wanted now, and what is found.
-
-    Args:
-        spec: The study.
-        statuses: What is known of the runs asked for before; the order does not matter.
-        data: Fingerprints of the data files.
-    """
+    """Say which runs are wanted now, and what is found."""
     known = {status.cell.key: status for status in statuses}
-    base = base_cell(spec, data)
-    cells, choices = [base], {}
+    seed, choices = spec.selection_seeds[0], {}
+    # The run that trains nothing and scores the base.
+    key = cell_key(spec.arm(spec.baseline).config, data, "base", 0.0, seed)
+    base = Cell(UNTRAINED, 0.0, seed, "base", key)
+    wanted = _Wanted(spec, data, known, [base])
     scored = known.get(base.key)
     if scored is None or not scored.is_over:
         # Alone: a mistake in the config, the data or the scoring is found before anything is trained.
@@ -65,16 +62,10 @@ def plan_study(spec: StudySpec, statuses: Iterable[CellStatus], data: Mapping[st
         return StudyPlan((base,), waits, (), 1 + _further(spec, waits, ()))
     pruned: dict[str, str] = {}
     for arm in spec.arms:
-        choices[arm.name] = _Sweep(spec, arm, data, known, cells, pruned).next_step(scored)
-    verdicts, further = _found(spec, data, known, choices, cells)
-    cells = list(dict.fromkeys(cells))
+        choices[arm.name] = _Sweep(wanted, arm, pruned).next_step(scored)
+    verdicts, further = _found(wanted, choices)
+    cells = list(dict.fromkeys(wanted.cells))
     return StudyPlan(tuple(cells), choices, verdicts, len(cells) + _further(spec, choices, cells), further, pruned)
-
-
-def base_cell(spec: StudySpec, data: Mapping[str, str]) -> Cell:
-    """The run that trains nothing and scores the base."""
-    seed = spec.selection_seeds[0]
-    return Cell(UNTRAINED, 0.0, seed, "base", cell_key(spec.arm(spec.baseline).config, data, "base", 0.0, seed))
 
 
 def _further(spec: StudySpec, choices: Mapping[str, NextStep], cells: Iterable[Cell]) -> int:
@@ -93,20 +84,42 @@ def _further(spec: StudySpec, choices: Mapping[str, NextStep], cells: Iterable[C
     return further
 
 
-def make_cell(arm: ArmSpec, rate: float, seed: int, phase: Phase, data: Mapping[str, str]) -> Cell:
-    """A run of an arm."""
-    return Cell(arm.name, rate, seed, phase, cell_key(arm.config, data, phase, rate, seed))
+@dataclass
+class _Wanted:
+    """The runs that are asked for, in their order, and what is known of them."""
+
+    spec: StudySpec
+    data: Mapping[str, str]
+    known: Mapping[str, CellStatus]
+    cells: list[Cell]
+
+    def cell(self, arm: ArmSpec, rate: float, seed: int, phase: Phase) -> Cell:
+        """A run of an arm, not asked for yet."""
+        return Cell(arm.name, rate, seed, phase, cell_key(arm.config, self.data, phase, rate, seed))
+
+    def are_open(self, name: str, step: NextStep, seeds: Iterable[int], phase: Phase) -> bool:
+        """Ask for the runs of an arm at its chosen rate; says whether one of them is not over."""
+        if step.chosen is None or step.problem:
+            return False
+        asked = [self.cell(self.spec.arm(name), step.chosen, seed, phase) for seed in seeds]
+        self.cells += asked
+        return any(cell.key not in self.known or not self.known[cell.key].is_over for cell in asked)
+
+    def mean_loss(self, cells: Sequence[Cell]) -> float | None:
+        """Ask for runs; their mean loss, NaN if one failed, None if one is not over."""
+        self.cells += cells
+        runs = [self.known.get(cell.key) for cell in cells]
+        if any(run is None or not run.is_over for run in runs):
+            return None
+        return fmean(math.nan if run is None or run.loss is None else run.loss for run in runs)
 
 
 @dataclass
 class _Sweep:
-    """The sweep of one arm; appends the runs that it wants to ``cells``, and reasons of those it gives up."""
+    """The sweep of one arm; asks for the runs that it wants, and says why it gives some up."""
 
-    spec: StudySpec
+    wanted: _Wanted
     arm: ArmSpec
-    data: Mapping[str, str]
-    known: Mapping[str, CellStatus]
-    cells: list[Cell]
     pruned: dict[str, str]
 
     def next_step(self, base: CellStatus) -> NextStep:
@@ -117,12 +130,12 @@ class _Sweep:
         trials: list[Trial] = []
         rungs: dict[float, float] = {}
         while True:
-            step = next_step(self.arm.learning_rates, trials, base_loss, self.spec.band)
-            ended = self._ended(step.rates, rungs) if self.spec.halving else []
+            step = next_step(self.arm.learning_rates, trials, base_loss, self.wanted.spec.band)
+            ended = self._ended(step.rates, rungs) if self.wanted.spec.halving else []
             if ended is None:
                 return step
             going_on = [rate for rate in step.rates if rate not in {trial.rate for trial in ended}]
-            losses = [self._loss(rate, "selection") for rate in going_on]
+            losses = [self.wanted.mean_loss(self._runs(rate, "selection")) for rate in going_on]
             if reason := self._broken():
                 return NextStep((), None, "every run failed", f"every run failed: {reason}")
             if any(loss is None for loss in losses):
@@ -134,11 +147,11 @@ class _Sweep:
 
     def _ended(self, rates: Iterable[float], rungs: dict[float, float]) -> list[Trial] | None:
         """Successive halving: the rates of which no more is run than the first third; None as long as that is open."""
-        found = {rate: self._loss(rate, "rung") for rate in rates}
+        found = {rate: self.wanted.mean_loss(self._runs(rate, "rung")) for rate in rates}
         if any(loss is None for loss in found.values()):
             return None
         rungs |= {rate: loss for rate, loss in found.items() if loss is not None}
-        far = given_up(rungs, self.spec.band)
+        far = given_up(rungs, self.wanted.spec.band)
         best = min(rungs, key=lambda rate: math.inf if math.isnan(rungs[rate]) else rungs[rate], default=math.nan)
         ended = []
         for rate in found:
@@ -146,19 +159,13 @@ class _Sweep:
                 ended.append(Trial(rate, math.nan))
             elif rate in far:
                 ended.append(Trial(rate, math.nan, is_pruned=True))
-                limit = f"{FAR_WORSE} bands ({FAR_WORSE * self.spec.band:g} nats)"
+                limit = f"{FAR_WORSE} bands ({FAR_WORSE * self.wanted.spec.band:g} nats)"
                 reason = f"given up after a third of its steps: more than {limit} worse than learning rate {best:g}"
                 self.pruned |= {cell.key: reason for cell in self._runs(rate, "rung")}
         return ended
 
-    def _loss(self, rate: float, phase: Phase) -> float | None:
-        """Ask for the runs of a rate; their mean loss over selection seeds, NaN if one failed, None if one is open."""
-        wanted = self._runs(rate, phase)
-        self.cells += wanted
-        return _loss_of(wanted, self.known)
-
     def _runs(self, rate: float, phase: Phase) -> list[Cell]:
-        cells = [make_cell(self.arm, rate, seed, phase, self.data) for seed in self.spec.selection_seeds]
+        cells = [self.wanted.cell(self.arm, rate, seed, phase) for seed in self.wanted.spec.selection_seeds]
         if phase != "rung":
             return cells
         runs = self._runs(rate, "selection")
@@ -166,7 +173,7 @@ class _Sweep:
 
     def _broken(self) -> str:
         """Why all runs fail; "" if one is done or open, or diverged, which a lower rate may not."""
-        runs = [self.known.get(cell.key) for cell in self.cells if cell.arm == self.arm.name]
+        runs = [self.wanted.known.get(cell.key) for cell in self.wanted.cells if cell.arm == self.arm.name]
         # The run that goes on from a rung tells whether it works.
         runs = [run for run in runs if run is None or run.cell.phase != "rung" or run.state != "done"]
         if not runs or any(run is None or run.state != "failed" or run.diverged for run in runs):
@@ -184,22 +191,9 @@ def _expected(trials: Iterable[Trial], base_loss: float) -> tuple[float, ...]:
     return tuple(expected_best(losses, budget) for budget in range(1, len(losses) + 1))
 
 
-def _loss_of(cells: Iterable[Cell], known: Mapping[str, CellStatus]) -> float | None:
-    """Mean loss over selection seeds; NaN if one failed, None if one is not over."""
-    runs = [known.get(cell.key) for cell in cells]
-    if any(run is None or not run.is_over for run in runs):
-        return None
-    return fmean(math.nan if run is None or run.loss is None else run.loss for run in runs)
-
-
-def _found(
-    spec: StudySpec,
-    data: Mapping[str, str],
-    known: Mapping[str, CellStatus],
-    choices: Mapping[str, NextStep],
-    cells: list[Cell],
-) -> tuple[tuple[Verdict, ...], Further]:
-    """Append the verdict runs that are wanted, look by look, and judge the arms whose runs are over."""
+def _found(wanted: _Wanted, choices: Mapping[str, NextStep]) -> tuple[tuple[Verdict, ...], Further]:
+    """Ask for the verdict runs, look by look, and judge the arms whose runs are over."""
+    spec, known, cells = wanted.spec, wanted.known, wanted.cells
     baseline = choices[spec.baseline]
     if baseline.chosen is None and not baseline.problem:
         return (), NOTHING_FURTHER
@@ -215,10 +209,10 @@ def _found(
             break
         seeds = spec.verdict_seeds(look)
         for name in dict.fromkeys((spec.baseline, *open_arms, *(four if open_batches else ()))):
-            if not no_runs and _wants(spec, name, choices[name], seeds, "verdict", data, known, cells):
+            if not no_runs and wanted.are_open(name, choices[name], seeds, "verdict"):
                 waits = True
         if look == spec.plan.looks[0] and not no_runs:
-            _wants(spec, spec.baseline, baseline, spec.aa_seeds, "aa", data, known, cells)
+            wanted.are_open(spec.baseline, baseline, spec.aa_seeds, "aa")
         if waits:
             break
         judge = Judge(spec, choices, cells, known)
@@ -231,21 +225,3 @@ def _found(
     judge = Judge(spec, choices, cells, known)
     verdicts = corrected([found[name] for name in rivals], spec.primary) if len(found) == len(rivals) else ()
     return tuple(judge.with_curves(verdict) for verdict in verdicts), judge.further(of_batches)
-
-
-def _wants(
-    spec: StudySpec,
-    name: str,
-    step: NextStep,
-    seeds: Iterable[int],
-    phase: Phase,
-    data: Mapping[str, str],
-    known: Mapping[str, CellStatus],
-    cells: list[Cell],
-) -> bool:
-    """Append the runs of an arm at its chosen rate; says whether one of them is not over."""
-    if step.chosen is None or step.problem:
-        return False
-    wanted = [make_cell(spec.arm(name), step.chosen, seed, phase, data) for seed in seeds]
-    cells += wanted
-    return any(cell.key not in known or not known[cell.key].is_over for cell in wanted)

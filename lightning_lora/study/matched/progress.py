@@ -14,15 +14,7 @@ class Progress:
         self.seconds: list[float] = []
 
     def done(self, cell: Cell, outcome: Outcome, seconds: float, over: int, expected: int) -> str:
-        """The line for a run that is done.
-
-        Args:
-            cell: The run.
-            outcome: What it has measured.
-            seconds: How long it took here, with loading and scoring.
-            over: Number of runs that are over.
-            expected: Number of runs that the study will take.
-        """
+        """The line for a run that is done."""
         self.seconds.append(seconds)
         expected = max(expected, over)
         left = (expected - over) * sum(self.seconds) / len(self.seconds)

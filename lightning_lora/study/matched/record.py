@@ -32,6 +32,8 @@ COLUMNS = (
     *("phase", "tokens", "saved_bytes", "energy_joules", "attempt", "reason", "run", "key", "rows_hash"),
 )
 """Columns of ``results.csv``."""
+_COUNTS = ("seed", "steps", "peak_bytes", "trained_parameters", "tokens", "saved_bytes", "attempt")
+_NUMBERS = ("learning_rate", "loss", "seconds", "energy_joules")
 Phase = Literal["base", "rung", "selection", "verdict", "aa"]
 State = Literal["ready", "running", "done", "failed", "pruned"]
 
@@ -112,7 +114,6 @@ class ArmRecord:
     """One way to train.
 
     Args:
-        name: Its name.
         overrides: Dotted option of ``fit`` to value: in what the arm differs from the others.
         config: Its resolved config of ``fit``, without learning rate and seed of a run.
         learning_rates: Rates that its sweep starts with, in terms of full fine-tuning.
@@ -251,31 +252,10 @@ def _arm(name: str, settings: Mapping[str, Any], choice: Mapping[str, Any]) -> A
 
 
 def _cell(row: Mapping[str, str]) -> CellRecord:
-    return CellRecord(
-        arm=plain_text(row["arm"]),
-        learning_rate=float(row["learning_rate"]),
-        seed=int(row["seed"]),
-        state=row["state"],  # pyright: ignore[reportArgumentType]
-        loss=_number(row["loss"]),
-        steps=_count(row["steps"]),
-        seconds=_number(row["seconds"]),
-        peak_bytes=_count(row["peak_bytes"]),
-        trained_parameters=_count(row["trained_parameters"]),
-        phase=row["phase"],  # pyright: ignore[reportArgumentType]
-        tokens=_count(row["tokens"]),
-        saved_bytes=_count(row["saved_bytes"]),
-        energy_joules=_number(row.get("energy_joules") or ""),
-        attempt=int(row["attempt"]),
-        reason=plain_text(row["reason"]),
-        run=plain_text(row["run"]),
-        key=row["key"],
-        rows_hash=row.get("rows_hash") or "",
-    )
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
-
-
-def _count(text: str) -> int | None:
-    return int(text) if text else None
+    row = {"energy_joules": "", "rows_hash": "", **row}  # older studies have no such columns
+    values: dict[str, Any] = {name: plain_text(row[name]) for name in COLUMNS}
+    numbers = {**dict.fromkeys(_COUNTS, int), **dict.fromkeys(_NUMBERS, float)}
+    values |= {name: kind(values[name]) if values[name] else None for name, kind in numbers.items()}
+    if any(values[name] is None for name in ("learning_rate", "seed", "attempt")):
+        raise ValueError("a run has no learning rate, seed or attempt")
+    return CellRecord(**values)

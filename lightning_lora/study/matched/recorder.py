@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.batch.counting import count_rows, count_supervised
 from lightning_lora.callbacks.progress import LossOfBatch
-from lightning_lora.errors import ResultFileError
+from lightning_lora.errors import ResultFileError, StudySettingError
 from lightning_lora.study.bank.process_state import seed_all
 from lightning_lora.study.matched.measures.curve import CURVE, CurvePoint, read_curve, validation_metric, write_curve
 from lightning_lora.study.matched.measures.energy import joules
@@ -34,8 +34,6 @@ class CellRecorder(Callback):
     another order.
 
     Args:
-        folder: The run folder.
-        seed: Seed of the run.
         lost: Stops the run when it is set: another worker has it.
         evaluations: Evaluate on a log-spaced grid, each step at most this many times the one before; None: the
             validations of the run are its evaluations.
@@ -75,6 +73,7 @@ class CellRecorder(Callback):
         self._points: list[CurvePoint] = []
         self._waiting: list[tuple[int, Tensor | int, float, Tensor | None]] = []
         self._since: float | None = None
+        self._window: list[Tensor] = []  # losses of the micro-batches of the present step
         self._step = 0
         self._loss_of = LossOfBatch()
 
@@ -108,7 +107,16 @@ class CellRecorder(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the part of the curve before the step that the run continues from, and start the clock."""
+        """Keep the part of the curve before the step that the run continues from, and start the clock.
+
+        Raises:
+            ConfigError: If the steps of the run are to be planned, and the module takes them by itself.
+        """
+        if (self.on_grid or self._share < 1) and not pl_module.automatic_optimization:
+            raise StudySettingError(
+                f"{type(pl_module).__name__} steps its optimizers itself, as often as it likes, and halving and "
+                f"evaluations on a grid need the number of steps: leave both out."
+            )
         self._step = trainer.global_step
         before = [point for point in read_curve(self.folder / CURVE) if point.step <= trainer.global_step]
         # The evaluations are those of the checkpoint: `fit` keeps a curve of its own in the same file.
@@ -133,13 +141,15 @@ class CellRecorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and remember the loss of an optimizer step."""
+        """Count the batch, and remember the loss of an optimizer step: the mean over its micro-batches."""
         supervised = count_supervised(batch)
         self._tokens = self._tokens + (count_rows(batch) if supervised is None else supervised)
-        loss = self._loss_of(trainer, pl_module, outputs)
+        if (loss := self._loss_of(trainer, pl_module, outputs)) is not None:
+            self._window.append(loss.detach().reshape(()))
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            self._waiting.append((self._step, self._tokens, self._clock(), None if loss is None else loss.detach()))
+            of_step, self._window = sum(self._window, torch.zeros(())) / len(self._window) if self._window else None, []
+            self._waiting.append((self._step, self._tokens, self._clock(), of_step))
             self._watch_rates(trainer)
             if self._evaluations is not None and self._step in self._evaluations.steps:
                 self._stop_clock()
@@ -182,6 +192,7 @@ class CellRecorder(Callback):
             "seconds": self._clock(),
             "energy": self._energy(),
             "rate_fell": self.rate_fell,
+            "window": [float(loss) for loss in self._window],
             "evaluated": [list(astuple(point)) for point in self._evaluated],
         }
 
@@ -190,6 +201,7 @@ class CellRecorder(Callback):
         """Continue counting."""
         self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self.energy, self.rate_fell = state_dict["energy"], state_dict["rate_fell"]
+        self._window = [torch.tensor(loss) for loss in state_dict.get("window", [])]
         self._evaluated = [CurvePoint(*values) for values in state_dict["evaluated"]]
 
     def _clock(self) -> float:

@@ -30,12 +30,7 @@ EVERY = timedelta(minutes=5)
 
 
 class CellCheckpoint(ModelCheckpoint):
-    """Keeps the last state of a run, to continue from after a kill.
-
-    Args:
-        folder: The run folder.
-        every: Time between two checkpoints.
-    """
+    """Keeps the last state of a run, to continue from after a kill."""
 
     def __init__(self, folder: Path, every: timedelta = EVERY) -> None:
         super().__init__(dirpath=folder / CHECKPOINTS, filename="{step}", train_time_interval=every, save_top_k=1)
@@ -53,9 +48,7 @@ def fit_and_score(
 
     Args:
         trainer: A Trainer with `cell_callbacks`.
-        module: The module, untrained.
         datamodule: Its data; None if the module has loaders itself.
-        folder: The run folder.
         phase: ``"base"`` trains nothing.
     """
     recorder = found(trainer, CellRecorder)

@@ -72,22 +72,6 @@ def number(given: Any, where: str) -> float:
         raise StudySettingError(f"{where} must be a number, got {given!r}.") from None
 
 
-def at_least_one(given: Any, where: str) -> int:
-    """A whole number of 1 or more."""
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise StudySettingError(f"{where} must be a whole number of 1 or more, got {given!r}.")
-    return given
-
-
-def one_of(given: Any, choices: Sequence[str], where: str) -> str:
-    """A word out of several."""
-    if given not in choices:
-        raise StudySettingError(
-            f"{where} must be {' or '.join(choices)}, got {given!r}{did_you_mean(str(given), choices)}"
-        )
-    return given
-
-
 def flag(given: Mapping[str, Any], key: str) -> bool:
     """A setting that is true or false; false if it is not there."""
     if not isinstance(value := given.get(key, False), bool):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lightning_lora.errors import ConfigError, StudySettingError, did_you_mean
+from lightning_lora.errors import ConfigError, StudySettingError, check_choice, check_count, did_you_mean
 from lightning_lora.files.yaml_text import read_yaml
 from lightning_lora.study.bank.mode import chosen_mode
 from lightning_lora.study.matched import settings as read
@@ -38,7 +38,6 @@ class ArmSpec:
     """One way to train.
 
     Args:
-        name: Its name in tables and sentences.
         configs: Config files of ``fit``, in addition to those of the study.
         overrides: Dotted option to value, in addition to those of the study.
         learning_rates: Rates that the sweep starts with, in terms of full fine-tuning; empty for ``auto``, a third of
@@ -199,6 +198,9 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
     names = [arm.name for arm in made]
     baseline = str(given.get("baseline", names[0] if names else ""))
     others = [arm for arm in names if arm != baseline]
+    per_device, mode = given.get("arms_per_device", 1), given.get("arms_mode", "auto")
+    check_count("arms_per_device", per_device, StudySettingError)
+    check_choice("arms_mode", mode, MODES, StudySettingError)
     spec = StudySpec(
         name=read.study_name(given.get("name", name)),
         arms=made,
@@ -212,8 +214,8 @@ def spec_of(given: Mapping[str, Any], name: str) -> tuple[StudySpec, tuple[str, 
         aa=read.flag(given, "aa"),
         halving=read.flag(given, "halving"),
         batch_penalty=read.four_arms(given.get("batch_penalty")),
-        arms_per_device=read.at_least_one(given.get("arms_per_device", 1), "arms_per_device"),
-        arms_mode=read.one_of(given.get("arms_mode", "auto"), MODES, "arms_mode"),
+        arms_per_device=per_device,
+        arms_mode=mode,
     )
     configs = read.texts(given.get("configs") or [], "configs")
     return spec, configs, read.overrides(given.get("overrides"), "overrides")

@@ -44,7 +44,6 @@ class Claim:
     """A run that a worker may do.
 
     Args:
-        cell: The run.
         attempt: The number of the claim; a later claim of the same run has a higher one.
     """
 
@@ -73,7 +72,6 @@ class Store:
 
     Args:
         url: See `Database`.
-        study: Name of the study.
         lease: Seconds that a claim lasts without being renewed.
 
     Raises:

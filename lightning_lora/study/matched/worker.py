@@ -60,11 +60,6 @@ class Worker:
     """Does the runs of a study.
 
     Args:
-        spec: The study.
-        data: Fingerprints of its data files.
-        folder: The study folder.
-        store: Its runs.
-        run_cell: Does one run.
         tell: Takes lines for the user.
         side_by_side: Does several runs on one base; None: one run after the other.
     """

@@ -36,7 +36,6 @@ class Words:
     """A paragraph.
 
     Args:
-        text: The text.
         cells: Name to number, for numbers of the text.
         tone: ``""``, or ``"note"`` for what limits something else.
     """
@@ -62,7 +61,6 @@ class Table:
 
     Args:
         name: Its name in the CSV and in links.
-        caption: What it shows.
         columns: Heads of the columns.
         rows: Rows of cells.
         note: A remark below it.
@@ -95,7 +93,6 @@ class Figure:
 
     Args:
         name: Its name in the CSV and in links.
-        title: What it shows.
         says: Its result in words, for who does not see it.
         svg: The drawing.
         legend: Name of each series.
@@ -137,8 +134,6 @@ class Listing:
     """Text to copy: commands, a config.
 
     Args:
-        caption: What it is.
-        text: The text.
         is_folded: Whether it is shown when asked for.
     """
 
@@ -168,7 +163,6 @@ class Page:
         subject: Name of the run or study, for the title of the window.
         verdict: The main result in one sentence.
         lede: What else has to be known at once.
-        sections: The parts; empty ones are left out.
         state: ``"running"`` or ``"unfinished"``; "" for what has ended.
         word: The verdict in a word or two, which is seen first.
         tone: How the word looks: ``"good"``, ``"bad"``, ``"better"``, or ``"open"``.
@@ -192,3 +186,25 @@ def figures_of(page: Page) -> list[Figure]:
         for block in section.blocks:
             found += block.figures if isinstance(block, Choice) else [block] if isinstance(block, Figure) else []
     return found
+
+
+_HIDDEN = (
+    *range(0x00, 0x09),
+    *range(0x0B, 0x20),
+    *range(0x7F, 0xA0),
+    *(0x061C, 0x200E, 0x200F),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+    *(0xFFFE, 0xFFFF),
+)
+_WRITTEN = {code: f"[U+{code:04X}]" for code in _HIDDEN} | {0x0D: " "}
+
+
+def visible(text: str) -> str:
+    r"""The text with such characters as ``[U+202E]``; a name cannot turn the words beside it around.
+
+    >>> visible("rank 8 \u202egnp")
+    'rank 8 [U+202E]gnp'
+    """
+    return text.translate(_WRITTEN)

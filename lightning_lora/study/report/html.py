@@ -13,8 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from lightning_lora.study.report.charts.svg import MARKS, NUM_STYLES
-from lightning_lora.study.report.content import Page, figures_of
-from lightning_lora.study.report.visible import visible
+from lightning_lora.study.report.content import Page, figures_of, visible
 
 _HERE = Path(__file__).parent
 
@@ -23,7 +22,6 @@ def to_html(page: Page, made: str, date: str, reload: int = 0) -> str:
     """The text of ``report.html``.
 
     Args:
-        page: The report.
         made: By what it was made.
         date: When, the only thing that differs when it is made again.
         reload: Seconds after which the page reads its file again; 0: never.

@@ -5,17 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lightning_lora.study.report.content import Block, Choice, Figure, Listing, Page, Table, Words
-from lightning_lora.study.report.visible import visible
+from lightning_lora.study.report.content import Block, Choice, Figure, Listing, Page, Table, Words, visible
 
 
 def to_markdown(page: Page, made: str) -> str:
-    """The text of ``report.md``.
-
-    Args:
-        page: The report.
-        made: The line that says when and by what it was made.
-    """
+    """The text of ``report.md``."""
     lines = [f"# {_text(page.verdict.text)}", "", *(f"{_text(words.text)}\n" for words in page.lede)]
     lines += [] if page.figure is None else list(_block(page.figure))
     for section in page.sections:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from lightning_lora.study.report.content import Cell
 
@@ -118,3 +120,18 @@ def tidy(value: float) -> str:
 
 def _plain(value: float, text: str) -> str:
     return text if math.isfinite(value) else "not a number" if math.isnan(value) else "infinite"
+
+
+WORDS = {
+    "matches": ("matches", "good"),
+    "behind": ("falls behind", "bad"),
+    "ahead": ("is ahead", "better"),
+    "cannot tell": ("cannot tell", "open"),
+}
+"""Word of a verdict to how it is written, and its tone."""
+
+
+def word_cell(verdict: Mapping[str, Any]) -> Cell:
+    """The word of a verdict in its colour."""
+    word, tone = WORDS.get(str(verdict["verdict"]), (str(verdict["verdict"]), ""))
+    return Cell(word, word, tone)

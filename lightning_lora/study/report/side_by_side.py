@@ -16,7 +16,6 @@ class Beside:
     """One of the runs.
 
     Args:
-        name: Its name.
         train: Training loss by optimizer step.
         validation: Validation loss by optimizer step.
         facts: Columns of the table, such as ``"time"``.
@@ -29,13 +28,7 @@ class Beside:
 
 
 def side_by_side_page(subject: str, runs: Sequence[Beside], remarks: Sequence[str]) -> Page:
-    """All that is told of the runs.
-
-    Args:
-        subject: What they are.
-        runs: The runs, on the same data.
-        remarks: Paragraphs about them.
-    """
+    """All that is told of the runs."""
     ends = {run.name: run.validation[max(run.validation)] for run in runs}
     best = min(ends, key=lambda name: ends[name])
     others = ", ".join(f"{nats(loss).text} with {name}" for name, loss in ends.items() if name != best)

@@ -7,8 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 
-from lightning_lora.study.report.content import Cell, Choice, Figure, Page, Table, Words
-from lightning_lora.study.report.visible import visible
+from lightning_lora.study.report.content import Cell, Choice, Figure, Page, Table, Words, visible
 
 COLUMNS = ("part", "row", "column", "value", "shown")
 

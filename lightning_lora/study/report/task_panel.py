@@ -10,8 +10,7 @@ from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Block, Cell, Figure, Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, p_value, share, words
-from lightning_lora.study.report.word_cell import word_cell
+from lightning_lora.study.report.numbers import NOTHING, count, p_value, share, word_cell, words
 from lightning_lora.study.tasks.record import read_tasks
 
 
@@ -19,7 +18,6 @@ def task_panel(folder: Path, styles: Mapping[str, int], primary: str = "") -> Se
     """The panel; None if nothing was evaluated.
 
     Args:
-        folder: The folder of the study or run.
         styles: Arm to the number of its colour.
         primary: The arm that the axis of a chart is made for; "" for all.
     """

@@ -20,8 +20,6 @@ def watch(folder: Path, tell: Callable[[str], None] = print, seconds: int = SECO
     An open page reads its own file again every ten seconds, and can be paused. The last page does not.
 
     Args:
-        folder: The folder of a run or study.
-        tell: Takes lines for the user.
         seconds: Seconds between two looks.
 
     Returns:

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lightning_lora.errors import ResultFileError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.matched.record import STUDY, read_study
 from lightning_lora.study.report.content import Page
 from lightning_lora.study.report.html import to_html
@@ -43,13 +43,7 @@ def write_report(folder: str | Path, reload: int = 0, out: str | Path | None = N
 
 
 def write_page(folder: Path, page: Page, reload: int = 0) -> None:
-    """Write a report into a folder.
-
-    Args:
-        folder: The folder.
-        page: The report.
-        reload: Seconds after which an open page reads its file again; 0: never.
-    """
+    """Write a report into a folder."""
     made = f"Made by lightning-lora {installed_version('lightning-lora')}"
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     texts = {
@@ -58,8 +52,7 @@ def write_page(folder: Path, page: Page, reload: int = 0) -> None:
         CSV: to_csv(page),
     }
     for name, text in texts.items():
-        with atomic_file(folder / name) as file:
-            file.write(text.encode())
+        write_text(folder / name, text)
 
 
 def report_files(folder: Path) -> str:

@@ -20,7 +20,6 @@ class Arm:
         name: Its name in sentences: ``"rank 16"``, ``"full fine-tuning"``.
         losses: Seed to the loss of each verdict row ``(rows,)``, nats per supervised token, or to one number for all
             rows. A run that ended with NaN is here with NaN.
-        failed: Seed to the reason for a run that gave no losses.
         base_loss: Loss of the untrained base on the verdict rows; a run that ends above it has diverged.
         problem: Why the chosen learning rate cannot be trusted, such as "best rate at the edge of the sweep".
     """

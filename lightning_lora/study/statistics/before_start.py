@@ -12,8 +12,6 @@ def before_start(plan: SeedPlan, band: float = BAND, spread: float | None = None
     """Lines to print before a study starts.
 
     Args:
-        plan: Its seeds.
-        band: Nats that count as equal.
         spread: Standard deviation over seeds of a paired difference, from a pilot, an A/A arm or an earlier study. None
             if unknown: the lines then say which spread would do.
 
@@ -45,15 +43,7 @@ def before_start(plan: SeedPlan, band: float = BAND, spread: float | None = None
 def about_the_band(
     baseline: str, band: float, base_loss: float, final_loss: float, spread: float | None = None
 ) -> list[str]:
-    """Lines that say what the band means here, once the baseline is known.
-
-    Args:
-        baseline: Name of the baseline.
-        band: Nats that count as equal.
-        base_loss: Loss of the untrained base.
-        final_loss: Loss of the trained baseline.
-        spread: Standard deviation over seeds of the loss of the baseline.
-    """
+    """Lines that say what the band means here, once the baseline is known."""
     gain = base_loss - final_loss
     lines = [f"{baseline} gained {nats(gain, band)} nats"]
     if gain > 0:

@@ -93,7 +93,6 @@ def corrected(verdicts: Sequence[Verdict], primary: str | None = None) -> list[V
     """Correct for the number of comparisons, by Holm; a word that does not stand becomes "cannot tell".
 
     Args:
-        verdicts: All verdicts of a study.
         primary: Name of the arm of the one comparison that was named before the start; its level is not corrected.
     """
     further = {

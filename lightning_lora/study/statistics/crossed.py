@@ -34,7 +34,6 @@ def paired_interval(differences: ArrayLike, tokens: ArrayLike | None = None, *, 
         differences: Arm minus baseline, nats per token: ``(seeds, rows)`` where all seeds score the same rows. Where
             each seed has rows of its own, their means ``(seeds,)``: rows are then part of what differs between seeds.
         tokens: ``(rows,)`` supervised tokens of each row, which weigh it. None: every row counts the same.
-        alpha: One-sided level.
 
     Returns:
         The interval over seeds and rows. With one seed it is over rows only: it says nothing of another seed.

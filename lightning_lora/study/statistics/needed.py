@@ -14,7 +14,6 @@ def seeds_needed(spread: float, room: float, alpha: float = ALPHA) -> int | None
     Args:
         spread: Standard deviation over seeds of the paired difference.
         room: What the half-width must stay below: ``band - |difference|``.
-        alpha: One-sided level.
 
     Returns:
         At least 2; None if there is no room.
@@ -41,6 +40,5 @@ def rows_needed(spread: float, room: float, alpha: float = ALPHA) -> int:
     Args:
         spread: Standard deviation over rows of the paired difference, weighed by tokens (`linearised`).
         room: The band, or what is left of it beside the difference.
-        alpha: One-sided level.
     """
     return math.ceil((t_quantile(1 - alpha, math.inf) * spread / (room / 2)) ** 2)

@@ -23,14 +23,7 @@ _STUDIES = 40_000
 
 @dataclass(frozen=True)
 class Chances:
-    """How often each word is said, as shares of studies.
-
-    Args:
-        matches: Share of "matches".
-        behind: Share of "falls behind".
-        ahead: Share of "is ahead".
-        seeds: Seeds that a study runs in the mean.
-    """
+    """How often each word is said, as shares of studies."""
 
     matches: float
     behind: float
@@ -42,8 +35,6 @@ def chances(plan: SeedPlan, band: float, spread: float, truth: float = 0.0) -> C
     """The chance of each word: exact for one look, from simulated studies for several.
 
     Args:
-        plan: Seeds and level.
-        band: Nats that count as equal.
         spread: Standard deviation over seeds of the paired difference, nats.
         truth: True difference, nats; positive where the arm is behind.
     """
@@ -56,9 +47,7 @@ def seeds_for(chance: float, ratio: float, alpha: float = ALPHA) -> int:
     """The smallest number of seeds with which equal arms get "matches" with probability ``chance``.
 
     Args:
-        chance: The wanted chance.
         ratio: The band over the spread.
-        alpha: One-sided level.
     """
     low, high = 2, 3
     while _fixed(high, alpha, ratio, 0.0)[0] < chance:

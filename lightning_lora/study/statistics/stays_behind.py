@@ -22,7 +22,6 @@ def pointwise(
     Args:
         differences: For each evaluation, arm minus baseline: ``(seeds,)`` or ``(seeds, rows)``.
         tokens: ``(rows,)`` supervised tokens of each held-out row.
-        alpha: One-sided level.
     """
     return [paired_interval(each, tokens, alpha=alpha) for each in differences]
 

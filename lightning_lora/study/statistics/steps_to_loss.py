@@ -41,7 +41,6 @@ class StepRatio:
     Args:
         ratio: The ratio; above 1 where the arm is slower. NaN if no seed says anything.
         low: Lower end of its interval.
-        high: Upper end; infinite if the arm did not reach the loss in a seed.
         bound: On which side ``ratio`` is only a bound.
         seeds: Seeds that say something.
         not_reached: Seeds in which the arm, or for "at most" the baseline, did not reach the loss.
@@ -122,8 +121,6 @@ def steps_to(steps: Sequence[float], losses: Sequence[float], target: float) -> 
     Args:
         steps: Steps of the evaluations, ascending; one before the first step is left out. A grid in which each is at
             most 1.1 times the one before keeps the interpolation short.
-        losses: The loss at each.
-        target: The loss to reach.
 
     Raises:
         DataError: If there are no two evaluations after the start, or steps do not ascend.

@@ -16,9 +16,6 @@ class Verdict:
     """What is said of an arm against its baseline, and on what it rests.
 
     Args:
-        arm: Name of the arm.
-        baseline: Name of what it is compared with.
-        verdict: The word.
         band: Nats that count as equal, fixed before the start.
         interval: Mean difference with its interval; None if no seed is finished in both arms.
         seeds: Seeds that the interval is taken from.

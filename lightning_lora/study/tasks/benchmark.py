@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.tasks.judge import TaskVerdict, judge
 from lightning_lora.study.tasks.lm_eval_run import check_installed, run_lm_eval, where_code_runs
 from lightning_lora.study.tasks.record import FOLDER, NO_SEED, write_tasks
@@ -27,7 +27,6 @@ class Model:
     """A model to evaluate.
 
     Args:
-        arm: Name of its arm.
         seed: Its seed; `NO_SEED` for a model that was not trained.
         source: An adapter folder, a model folder, or the hub name of a model.
     """
@@ -69,14 +68,11 @@ def benchmark(
     """Evaluate all models that are not evaluated yet, compare them, and write ``tasks/tasks.json``.
 
     Args:
-        folder: The folder of the study or run.
         models: The models; one with `NO_SEED` is shown and not compared.
-        settings: What is asked of them.
         write_model: Writes the whole model of an adapter folder to a new folder.
         baseline: The arm that others are compared with.
         primary: The arm whose comparison on the first task is the main one.
         seeds: The seeds that the arms should have.
-        tell: Takes lines for the user.
 
     Raises:
         ConfigError: If lm-eval is not installed.
@@ -89,10 +85,10 @@ def benchmark(
     for number, model in enumerate(models, 1):
         place = folder / FOLDER / model.folder
         told = {"settings": settings.to_dict() | {"band": None}, "source": model.source, "files": model.files()}
-        if not _is_done(place, told):
+        done = place / DONE
+        if not done.is_file() or json.loads(done.read_text(encoding="utf-8")) != told:
             _evaluate(model, place, settings, write_model)
-            with atomic_file(place / DONE) as file:
-                file.write(json.dumps(told).encode())
+            write_text(place / DONE, json.dumps(told))
         found = read_scores(place)
         scores.setdefault(model.arm, {})[model.seed] = found
         line = "; ".join(f"{each.task} ({each.metric}) {each.mean:.1%}" for each in found.values())
@@ -101,10 +97,6 @@ def benchmark(
     verdicts = judge(compared, baseline, primary, settings.band, seeds) if baseline in compared else []
     write_tasks(folder, settings, installed_version("lm-eval"), baseline, scores, verdicts)
     return verdicts
-
-
-def _is_done(place: Path, told: Mapping[str, Any]) -> bool:
-    return (place / DONE).is_file() and json.loads((place / DONE).read_text(encoding="utf-8")) == told
 
 
 def _evaluate(model: Model, place: Path, settings: TaskSettings, write_model: Callable[[Path, Path], object]) -> None:

@@ -23,11 +23,7 @@ class TaskVerdict:
     """What is said of an arm on a task.
 
     Args:
-        task: Name of the task.
-        metric: Name of the metric.
-        questions: Number of questions.
         verdict: The verdict, whose differences are shares of the questions lost: positive where the arm is worse.
-        arm: Name of the arm.
     """
 
     task: str
@@ -71,10 +67,8 @@ def judge(
 
     Args:
         scores: Arm to seed to the scores of its model.
-        baseline: The arm that others are compared with.
         primary: The arm whose comparison on the first task and metric is not corrected; all others are, by Holm.
         band: Share of the questions that counts as no difference.
-        seeds: The seeds of the study.
 
     Raises:
         DataError: If models were asked different questions.

@@ -23,10 +23,6 @@ _ADAPTER = Path("adapters", "last")
 def keep_model(module: LightningModule, folder: Path) -> None:
     """Write the trained model of a run without adapters into its folder; with adapters they are there already.
 
-    Args:
-        module: The trained module.
-        folder: The run folder.
-
     Raises:
         ConfigError: If the module holds no model of transformers.
     """
@@ -38,7 +34,6 @@ def save_whole(module: LightningModule, path: Path) -> None:
     """Write the model that a module without adapters has trained, with its tokenizer.
 
     Args:
-        module: The module.
         path: The folder to write; an older model there is replaced in one step.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from lightning_lora.errors import BenchmarkError, ResultFileError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 from lightning_lora.study.tasks.settings import TaskSettings
 
 CONFIG, LOG = "lm_eval.yaml", "log.txt"
@@ -44,13 +44,7 @@ def where_code_runs(folder: Path) -> str:
 
 
 def config_of(settings: TaskSettings, model: str | Path, out: Path) -> dict[str, Any]:
-    """The config file of lm-eval.
-
-    Args:
-        settings: What is asked.
-        model: A model folder with its tokenizer, or a hub name.
-        out: Where results and samples are written.
-    """
+    """The config file of lm-eval."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config: dict[str, Any] = {
         "model": "hf",
@@ -81,7 +75,6 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
     """Evaluate one model.
 
     Args:
-        settings: What is asked.
         model: A model folder with its tokenizer, or a hub name.
         folder: Where config, log, results and samples are written.
 
@@ -90,8 +83,7 @@ def run_lm_eval(settings: TaskSettings, model: str | Path, folder: Path) -> None
         DataError: If lm-eval fails; its last lines are in the message, all of them in ``log.txt``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / CONFIG) as file:
-        file.write(yaml.safe_dump(config_of(settings, model, folder), sort_keys=False).encode())
+    write_text(folder / CONFIG, yaml.safe_dump(config_of(settings, model, folder), sort_keys=False))
     command = [sys.executable, "-m", "lm_eval", "run", "--config", str((folder / CONFIG).absolute())]
     with (folder / LOG).open("wb") as log:
         process = subprocess.Popen(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.errors import ResultFileError
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 
 if TYPE_CHECKING:
     from lightning_lora.study.tasks.judge import BySeed, TaskVerdict
@@ -48,8 +48,7 @@ def write_tasks(
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         "scores": rows,
     }
-    with atomic_file(folder / FOLDER / TASKS) as file:
-        file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_text(folder / FOLDER / TASKS, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_tasks(folder: Path) -> Mapping[str, Any] | None:

@@ -16,7 +16,6 @@ class Scores:
     """The scores of one model on one task by one metric.
 
     Args:
-        task: Name of the task.
         metric: Name of the metric, with the filter that took the answer out of the text, if the task has several.
         questions: What each question is, by a hash; in the order of ``values``.
         values: The score of each question.

@@ -23,7 +23,6 @@ class TaskSettings:
         tasks: Names of tasks or groups, as ``lm-eval ls tasks`` lists them.
         limit: Only so many questions of each task; below 1 it is a share of them. None: all.
         num_fewshot: Worked examples before each question. None: as the task says.
-        batch_size: Questions at once.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``. None: a GPU if there is one.
         chat_template: Whether questions are put as the user's turn of a chat.
         task_folder: A folder with YAML files of further tasks.

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils._triton import has_triton
 
-from lightning_lora.errors import ConfigError, TaskSettingError, check_choice, first_line
+from lightning_lora.errors import ConfigError, TaskSettingError, check_choice, first_line, kind_and_line
 from lightning_lora.memory.run_step import gigabytes
 
 if TYPE_CHECKING:  # the module imports torchao, bitsandbytes and peft
@@ -81,7 +81,7 @@ def choose_for_packing(
                     return separates
                 except Exception as error:  # whatever a kernel or a compiler says of this model and machine
                     model.set_attn_implementation(before)
-                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    reason = kind_and_line(error)
             reasons.append(f"{name}: {reason}")
     separates = check()
     if before in DENSE:
@@ -126,7 +126,7 @@ def _obstacle(model: PreTrainedModel, name: str, device: str) -> str:
     try:
         _train_flex(config, dtype, device)
     except Exception as error:  # of the compiler, of a kernel that needs more shared memory than the device has, ...
-        return f"{type(error).__name__}: {first_line(error)}"
+        return kind_and_line(error)
     return ""
 
 

@@ -64,8 +64,8 @@ def test_the_gradient_of_each_row_is_that_of_autograd(dtype: torch.dtype, tolera
 
 def sketches(x: Tensor, d_y: Tensor, side: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    left = sketch_matrix(side, d_y.shape[-1], side, generator).double()
-    return weight_row_sketches(x, d_y, left, sketch_matrix(x.shape[-1], side, side, generator).double())
+    left, right = (sketch_matrix(side, part.shape[-1], generator).double() for part in (d_y, x))
+    return weight_row_sketches(x, d_y, left, right.T)
 
 
 def test_sketches_keep_square_norms_and_with_them_the_noise_scale() -> None:
@@ -78,7 +78,7 @@ def test_sketches_keep_square_norms_and_with_them_the_noise_scale() -> None:
 
 
 def test_the_noise_scale_of_sketched_rows_is_that_of_the_weight() -> None:
-    teacher = LinearTeacher.make()
+    teacher = LinearTeacher.make(48, 48)
     x, d_y = (part[:, None] for part in teacher.rows(25_600, torch.Generator().manual_seed(0)))
     values = []
     for seed in range(8):

@@ -128,14 +128,10 @@ def test_frozen_weights_that_hooks_do_not_see_are_left_out_and_the_rest_is_measu
     assert [set(sample) for sample in samples] == [{"adapter"}] * 2
 
 
-class Manual(Still):
+class Manual(toys.ByHand, Still):
     """Calls a backward pass for each half of a batch."""
 
     num_passes = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         optimizer: Any = self.optimizers()

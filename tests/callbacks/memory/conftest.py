@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.memory import choice, run_step
+from lightning_lora.memory import candidates, run_step
 from tests.support import toys
 
 
@@ -18,5 +18,5 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches of a test have fewer rows than the chunks of a run."""
-    monkeypatch.setattr(choice, "HEAD_ROWS", (64, 32, 8))
+    monkeypatch.setattr(candidates, "HEAD_ROWS", (64, 32, 8))
     monkeypatch.setattr(run_step, "SECONDS", 600.0)

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, default_collate
 from lightning_lora import LoRAConfig, StepMemory, lora_layers
 from lightning_lora.callbacks.memory import memory_choice
 from lightning_lora.memory import run_step
-from lightning_lora.memory.choice import MARGIN
+from lightning_lora.memory.candidates import MARGIN
 from lightning_lora.memory.other_settings import could_recompute
-from lightning_lora.mixin.step_choices import choices_of
+from lightning_lora.mixin.memory_settings import choices_of
 from lightning_lora.tasks import CausalLM
 from tests.callbacks.memory.wide_llama import OPEN, Watched, bytes_of, fit, have, made, ways
 from tests.support import toys
@@ -202,9 +202,9 @@ from pathlib import Path
 from lightning_lora import LoRAConfig
 from lightning_lora.callbacks import MemoryChoice
 from lightning_lora.callbacks.memory import memory_choice
-from lightning_lora.memory import choice
+from lightning_lora.memory import candidates
 from lightning_lora.memory.room import Room
-from lightning_lora.mixin.step_choices import choices_of
+from lightning_lora.mixin.memory_settings import choices_of
 from lightning_lora.tasks import CausalLM
 from tests.support import toys
 from tests.tasks.conftest import token_loader

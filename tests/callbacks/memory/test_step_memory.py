@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import ConfigError, LoRAConfig, LoRAMixin, StepMemory, lora_layers
 from lightning_lora.callbacks import LoRA
 from lightning_lora.memory.other_settings import could_recompute
-from lightning_lora.mixin.step_choices import choices_of
+from lightning_lora.mixin.memory_settings import choices_of
 from tests.callbacks.memory.wide_llama import Watched, fit, have, made
 from tests.support import toys
 from tests.support.monitored import Samples

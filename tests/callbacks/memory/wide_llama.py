@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_lora import LoRAConfig, StepMemory
 from lightning_lora.callbacks import MemoryChoice
 from lightning_lora.callbacks.memory import memory_choice
-from lightning_lora.memory.choice import candidates
+from lightning_lora.memory.candidates import candidates
 from lightning_lora.memory.room import Room
 from lightning_lora.memory.step_trace import trace_step
 from lightning_lora.tasks import CausalLM

@@ -237,3 +237,11 @@ def test_an_interrupted_run_of_two_processes_tells_once(tmp_path: Path) -> None:
     assert [text.count("run in runs/sft/version_0: adapter adapters/last, ") for text in told] == [1, 0]
     assert "last checkpoint checkpoints/stopped.ckpt" in told[0]
     assert (run / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_where_a_batch_takes_two_steps_losses_stand_at_their_steps(tmp_path: Path) -> None:
+    """Lightning counts batches in ``metrics.csv`` then."""
+    LossCurve({2: 1.0, 4: 0.5, 6: 0.25}, {6: 0.3}).write(tmp_path / "curve.csv")
+    (tmp_path / "metrics.csv").write_text("step,train_loss,val_loss\n0,1.0,\n1,0.5,\n2,0.25,0.3\n")
+    found = read_losses(tmp_path)
+    assert (found.train, found.validation) == ({2: 1.0, 4: 0.5, 6: 0.25}, {6: 0.3})

@@ -9,7 +9,8 @@ import pytest
 
 from lightning_lora.cli import main
 from lightning_lora.cli.help import recipes as module
-from tests.support.commands import CONFIGS, tree
+from tests.support.commands import CONFIGS
+from tests.support.toys import tree
 
 
 def test_the_list_names_every_config_and_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:

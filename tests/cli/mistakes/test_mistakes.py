@@ -14,7 +14,8 @@ from lightning_lora.cli.embedded import MODEL
 from lightning_lora.cli.mistakes.config_files import check_config_files
 from lightning_lora.cli.mistakes.options import nearest
 from tests.support import toys
-from tests.support.commands import EMBEDDED, configs, tree
+from tests.support.commands import EMBEDDED, configs
+from tests.support.toys import tree
 
 FIT = ["fit", *configs("sft.yaml", "lora.yaml"), *EMBEDDED]
 TRACEBACK = "Traceback (most recent call last):\n  File \"x.py\", line 1\nModuleNotFoundError: No module named 'x'\n"

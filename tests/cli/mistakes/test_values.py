@@ -12,7 +12,8 @@ from lightning_lora.cli import main as cli
 from lightning_lora.cli.mistakes.config_files import check_config_files
 from lightning_lora.errors import ConfigError
 from lightning_lora.files.yaml_text import read_yaml
-from tests.support.commands import EMBEDDED, configs, tree
+from tests.support.commands import EMBEDDED, configs
+from tests.support.toys import tree
 
 FIT = ["fit", *configs("sft.yaml", "lora.yaml"), *EMBEDDED]
 RATE, LORA = "model:\n  init_args:\n    learning_rate: ", "model:\n  init_args:\n    lora:\n      "

@@ -44,7 +44,7 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bega
     for place in (default_study, estimate):
         monkeypatch.setattr(place, "estimate", plan)
     monkeypatch.setattr(command, "_work", work)
-    for nothing in ("lora_cli.restrict_imports", "quiet.tell_infos"):  # they change this process
+    for nothing in ("parser.restrict_imports", "quiet.tell_infos"):  # they change this process
         monkeypatch.setattr(f"lightning_lora.cli.{nothing}", lambda *_: None)
 
     def run(*arguments: str) -> Began:

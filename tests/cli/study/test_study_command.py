@@ -15,7 +15,7 @@ from lightning_lora.cli.embedded import MODEL, TRAIN, VALIDATION
 from lightning_lora.study.matched.record import StudyRecord, read_study
 from lightning_lora.study.matched.store import Store
 from tests.cli.study import forking
-from tests.support import commands, warm
+from tests.support import commands, toys, warm
 
 BASE = {
     "model": {
@@ -230,11 +230,11 @@ def test_a_second_start_runs_nothing_and_another_study_is_refused(
     finished: tuple[Path, warm.Done, StudyRecord],
 ) -> None:
     folder, _, record = finished
-    before = commands.tree(folder / "out" / "runs")
+    before = toys.tree(folder / "out" / "runs")
     again = warm.run(forking.__file__, "study", "ranks.yaml", "--out", "out", cwd=folder)
     assert again.returncode == 3
     assert f"{len(record.cells)} runs are over already" in again.stdout
-    assert commands.tree(folder / "out" / "runs") == before
+    assert toys.tree(folder / "out" / "runs") == before
     assert [vars(cell) for cell in read_study(folder / "out").cells] == [vars(cell) for cell in record.cells]
     other = folder / "other"
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("out"))

@@ -21,7 +21,8 @@ from lightning_lora.files.adapter.manifest import MANIFEST_FILE as MANIFEST
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE as SETTINGS
 from lightning_lora.files.adapter.peft_format import PREFIX
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE as TENSORS
-from tests.support.tiny_models import llama, portrait, tree
+from tests.support.tiny_models import llama, portrait
+from tests.support.toys import tree
 
 
 class Payload:

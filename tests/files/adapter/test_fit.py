@@ -23,7 +23,8 @@ from lightning_lora import (
 )
 from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from tests.support.adapter_files import adapted
-from tests.support.tiny_models import llama, logits, portrait, tree
+from tests.support.tiny_models import llama, logits, portrait
+from tests.support.toys import tree
 
 
 def without_manifest() -> Any:

@@ -22,7 +22,8 @@ from lightning_lora import (
 from lightning_lora.files.adapter.folder import read_adapter_folder
 from lightning_lora.files.adapter.peft_format import TENSOR_FILE
 from tests.support.adapter_files import adapted
-from tests.support.tiny_models import gpt2, llama, llama_classifier, logits, mlp, portrait, tree, wake
+from tests.support.tiny_models import gpt2, llama, llama_classifier, logits, mlp, portrait, wake
+from tests.support.toys import tree
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, mlp, llama_classifier])

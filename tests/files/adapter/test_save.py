@@ -27,7 +27,8 @@ from lightning_lora.files.adapter.manifest import MANIFEST_FILE
 from lightning_lora.files.adapter.peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE
 from lightning_lora.lora.fingerprint import base_digests, fingerprint
 from tests.support.adapter_files import adapted
-from tests.support.tiny_models import Net, llama, mlp, portrait, tree, wake
+from tests.support.tiny_models import Net, llama, mlp, portrait, wake
+from tests.support.toys import tree
 
 
 def test_a_folder_holds_pefts_two_files_a_manifest_and_a_card(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lightning_lora import (
 )
 from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, merge_files
 from tests.support.adapter_files import write_merge_case
-from tests.support.tiny_models import tree
+from tests.support.toys import tree
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -25,7 +25,8 @@ from lightning_lora import (
 from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, merge_files
 from lightning_lora.files.safetensors_file import safetensors_files
 from tests.support.adapter_files import MERGE_CASES, write_merge_case
-from tests.support.tiny_models import llama, llama_classifier, logits, tree, wake
+from tests.support.tiny_models import llama, llama_classifier, logits, wake
+from tests.support.toys import tree
 
 
 @pytest.mark.parametrize("case", MERGE_CASES)

@@ -15,7 +15,8 @@ from lightning_lora import (
 )
 from lightning_lora.files.merge.merged_model import save_merged
 from tests.support.adapter_files import adapted
-from tests.support.tiny_models import llama, mlp, portrait, tree
+from tests.support.tiny_models import llama, mlp, portrait
+from tests.support.toys import tree
 
 
 def test_a_merged_model_is_no_adapter_and_never_replaces_its_base(tmp_path: Path) -> None:

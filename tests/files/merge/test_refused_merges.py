@@ -15,7 +15,8 @@ from lightning_lora import (
 )
 from lightning_lora.files.merge.merge_files import CERTIFICATE_FILE, merge_files
 from tests.support.adapter_files import write_merge_case
-from tests.support.tiny_models import llama, tree
+from tests.support.tiny_models import llama
+from tests.support.toys import tree
 
 
 def test_another_base_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from lightning_lora.lora.fingerprint import PiecewiseDigest, weight_print
 from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.lora.layers.experts import LoRAFusedExperts
 from tests.support.moe_models import BUILDERS, moe
-from tests.support.tiny_models import logits, tree, wake
+from tests.support.tiny_models import logits, wake
+from tests.support.toys import tree
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -15,7 +15,7 @@ from lightning_lora.files.merge.merge_files import merge_files
 from lightning_lora.files.safetensors_file import safetensors_files
 from tests.files.tied.families import assert_equal, logits_of, model_of, train
 from tests.files.tied.test_ours import settings
-from tests.support.tiny_models import tree
+from tests.support.toys import tree
 
 
 def written(name: str, way: str, layers: str, path: Path, **options: Any) -> Any:

@@ -96,6 +96,39 @@ def test_evaluations_without_losses_of_rows_are_one_error(tmp_path: Path) -> Non
         made._run_cell(Cell("full", 3e-3, 5, "verdict", "0" * 16), tmp_path, Event())
 
 
+@pytest.mark.parametrize(("phase", "settings"), [("rung", {"halving": True}), ("verdict", {"evaluations": "log"})])
+def test_steps_that_a_module_takes_by_itself_cannot_be_planned(
+    phase: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    class Manual(Learner):
+        def __init__(self, learning_rate: float, lora: LoRAConfig | None = None) -> None:
+            super().__init__(learning_rate, lora)
+            self.automatic_optimization = False
+
+    made = Study(Manual, Rows, ARMS, 0.003, out=tmp_path / "study", trainer=TRAINER, **settings)
+    with pytest.raises(RunError, match="Manual steps its optimizers itself, as often as it likes, and halving"):
+        made._run_cell(Cell("full", 3e-3, 5, phase, "0" * 16), tmp_path, Event())
+
+
+def test_the_curve_has_the_loss_of_all_micro_batches_of_a_step(tmp_path: Path) -> None:
+    arms = {"two": {"lora": None, "trainer": {"accumulate_grad_batches": 2}}, "one": {"lora": None}}
+    losses: dict[str, list[float]] = {}
+    for name, arm in arms.items():  # at a rate at which no step changes anything
+        made = Study(
+            Learner,
+            Rows,
+            {name: arm, "other": {"lora": LoRAConfig(rank=1)}},
+            0.003,
+            out=tmp_path / f"s{name}",
+            trainer=TRAINER,
+        )
+        (folder := tmp_path / name).mkdir()
+        made._run_cell(Cell(name, 1e-30, 5, "verdict", "0" * 16), folder, Event())
+        losses[name] = [point.train_loss for point in read_curve(folder / "curve.csv") if point.train_loss is not None]
+    pairs = torch.tensor(losses["one"]).view(-1, 2)
+    assert losses["two"] == pytest.approx(pairs.mean(1).tolist(), rel=1e-5)
+
+
 def test_what_a_run_has_measured_survives_the_database(tmp_path: Path) -> None:
     found = outcome(tmp_path, evaluations=2)
     again = outcome_from_text(outcome_to_text(found))

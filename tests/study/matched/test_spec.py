@@ -127,6 +127,7 @@ UNEQUAL = {
     "base": ({"model": "other"}, "differ in base model"),
     "precision of the base": ({"dtype": "bfloat16"}, "differ in precision of the base"),
     "validation rows": ({"trainer": {"limit_val_batches": 2}}, "differ in share of the validation rows"),
+    "order": ({"trainer": {"overfit_batches": 1.0}}, "differ in order of the rows"),
     "epochs": ({"max_epochs": 2}, "differ in number of epochs"),
     "nothing": ({}, "arms 'a' and 'b' are the same"),
 }
@@ -154,6 +155,14 @@ def test_several_devices_are_refused(devices: Any) -> None:
     """The command line gives the number as a text."""
     with pytest.raises(ConfigError, match=r"trainer\.devices is .*, and each run of a study trains on one device"):
         check_equal([arm("a", devices=devices), arm("b", devices=devices, lora={"rank": 1})])
+
+
+@pytest.mark.parametrize("trainer", [{"num_nodes": 2}, {"num_nodes": "2"}, {"strategy": "ddp"}])
+def test_strategies_that_give_loaders_a_sampler_of_their_own_are_refused(trainer: dict[str, Any]) -> None:
+    """They would shuffle rows in another order than one device."""
+    message = f"{'num_nodes' if 'num_nodes' in trainer else 'strategy'} is .*, and each run of a study trains on one"
+    with pytest.raises(ConfigError, match=message):
+        check_equal([arm("a", trainer=trainer), arm("b", trainer=trainer, lora={"rank": 1})])
 
 
 @pytest.mark.parametrize("devices", [1, "1", "auto", [3], None])

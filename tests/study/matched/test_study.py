@@ -17,7 +17,7 @@ from lightning_lora.memory.process_peak import resident_bytes
 from lightning_lora.study.matched.cells import Cell
 from lightning_lora.study.matched.record import UNTRAINED, StudyRecord, read_study
 from tests.study.matched.learner import Learner, Rows
-from tests.support import commands, toys
+from tests.support import toys
 
 pytestmark = [*toys.expected_warnings, pytest.mark.slow]
 ARMS: dict[str, Any] = {"full": {"lora": None}, "rank 8": {"lora": ll.LoRAConfig(rank=8)}}
@@ -211,7 +211,7 @@ def test_two_studies_in_one_folder_are_refused(tmp_path: Path, done: tuple[Study
     made, _ = done
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "study.yaml").write_bytes((made.folder / "study.yaml").read_bytes())
-    before = commands.tree(tmp_path)
+    before = toys.tree(tmp_path)
     with pytest.raises(ConfigError, match="mine holds the study 'done', and this one is 'mine': choose another --out"):
         study(tmp_path / "mine").run()
-    assert commands.tree(tmp_path) == before
+    assert toys.tree(tmp_path) == before

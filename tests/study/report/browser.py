@@ -20,3 +20,12 @@ def showing(address: str, profile: Path, *options: str) -> list[str]:
     """The command that prints the page at ``address`` as it is after its scripts; its console goes to stderr."""
     root = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
     return [str(_CHROMIUM), *_QUIET, *root, f"--user-data-dir={profile}", *options, "--dump-dom", address]
+
+
+def photographing(address: str, profile: Path, target: Path, size: tuple[int, int], scheme: str) -> list[str]:
+    """The command that writes a PNG of the head of a page, ``size`` CSS pixels wide and high, ``light`` or ``dark``."""
+    options = (
+        *(f"--screenshot={target}", f"--window-size={size[0]},{size[1]}", "--force-device-scale-factor=1.5"),
+        *(f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--hide-scrollbars"),
+    )
+    return [each for each in showing(address, profile, *options) if each != "--dump-dom"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.study.report import html
-from lightning_lora.study.report.visible import visible
+from lightning_lora.study.report.content import visible
 from lightning_lora.study.report.write import CSV, HTML, MARKDOWN, write_report
 from tests.study.report.html_page import HtmlPage
 from tests.study.report.planted_run import plant_run

@@ -17,7 +17,7 @@ from lightning_lora.study.report.table import cells_of
 from lightning_lora.study.report.write import write_report
 from tests.study.report.planted_run import plant_run
 from tests.study.report.planted_study import BASELINE, plant
-from tests.support import commands
+from tests.support import toys
 
 WORDS = {"matches": "Matches", "behind": "Falls behind", "ahead": "Is ahead", "cannot tell": "Cannot tell"}
 
@@ -124,10 +124,10 @@ def test_what_monitors_said_is_told_by_arm_with_the_layers_of_the_main_one(tmp_p
 
 def test_a_report_of_a_study_may_be_written_elsewhere(tmp_path: Path) -> None:
     folder = plant(tmp_path / "study", {"rank 8": 0.0})
-    before = commands.tree(folder)
+    before = toys.tree(folder)
     out, _ = write_report(folder, out=tmp_path / "docs" / "finding")
     assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
-    assert commands.tree(folder) == before
+    assert toys.tree(folder) == before
 
 
 def test_a_study_says_how_it_was_made(tmp_path: Path) -> None:

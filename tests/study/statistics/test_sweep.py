@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.study.matched.held_out import selection_rows
 from lightning_lora.study.statistics.rates.halving import given_up
 from lightning_lora.study.statistics.rates.rate_vertex import refined_rate, vertex
-from lightning_lora.study.statistics.rates.selection_rows import selection_rows
 from lightning_lora.study.statistics.rates.sweep import NextStep, Trial, first_rates, next_step
 
 NAN, BASE = math.nan, 2.0

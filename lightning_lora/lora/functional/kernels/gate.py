@@ -26,8 +26,6 @@ def gated_product(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         activation: ``"silu"``, or how gelu is approximated: ``"none"`` or ``"tanh"``.
-        gate: ``(*, ff)``.
-        up: ``(*, ff)``.
     """
     x = uninitialised(gate, gate.shape)
     _launch(_product, activation, [gate, up, x])
@@ -40,9 +38,6 @@ def gated_gradients(
     """Gradients of ``gate`` and ``up``, and ``x`` if asked for.
 
     Args:
-        activation: Name of the activation, see `gated_product`.
-        gate: ``(*, ff)``.
-        up: ``(*, ff)``.
         d_x: Gradient of ``x``, ``(*, ff)``.
         gradients: Where the gradients of ``gate`` and ``up`` are written; their rows must be evenly spaced.
         product: Whether to write ``activation(gate) * up`` over ``d_x``.

@@ -42,8 +42,6 @@ def build_arm(arm: str, make: Callable[[], LightningModule], callbacks: Any = No
     """Make the module of an arm, then build and adapt a copy of it without memory for weights.
 
     Args:
-        arm: Name of the arm, for messages.
-        make: Makes the module, as a run would.
         callbacks: ``callbacks`` of its Trainer, among which `LoRA` adapts a module.
 
     Returns:

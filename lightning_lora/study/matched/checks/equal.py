@@ -20,6 +20,7 @@ _EQUAL = {
     "number of epochs": "trainer.max_epochs",
     "time limit": "trainer.max_time",
     "share of the validation rows": "trainer.limit_val_batches",
+    "order of the rows": "trainer.overfit_batches",  # turns shuffling off
     "plugins": "trainer.plugins",
     "accelerator": "trainer.accelerator",
     "strategy": "trainer.strategy",
@@ -27,11 +28,7 @@ _EQUAL = {
 
 
 def check_equal(arms: Sequence[ArmSpec]) -> None:
-    """Raise `ConfigError` if arms differ in data, evaluation rows, precision or budget, or a run needs many devices.
-
-    Args:
-        arms: The arms, with their configs.
-    """
+    """Raise `ConfigError` if arms differ in data, evaluation rows, precision or budget, or a run needs many devices."""
     first = arms[0]
     for arm in arms:
         _check_one_device(arm)
@@ -99,5 +96,7 @@ def _check_one_device(arm: ArmSpec) -> None:
         raise StudySettingError(
             f"arm {arm.name!r}: trainer.devices is {devices}, {why}, and start one worker on each device."
         )
+    if str(nodes := option_of(arm.config, "trainer.num_nodes", 1)) not in ("1", "None"):
+        raise StudySettingError(f"arm {arm.name!r}: trainer.num_nodes is {nodes}, {why}.")
     if not isinstance(strategy, str) or strategy not in ("auto", "single_device"):
         raise StudySettingError(f"arm {arm.name!r}: trainer.strategy is {strategy!r}, {why}.")

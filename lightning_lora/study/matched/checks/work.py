@@ -46,10 +46,6 @@ def planned_work(spec: StudySpec, steps: Mapping[str, int]) -> tuple[Work, Work,
 
     At least: no sweep widens and no look at the verdicts asks for more seeds. At most: each sweep widens as far as it
     may, tries one rate more, and all looks are taken.
-
-    Args:
-        spec: The study.
-        steps: Arm to the optimizer steps of a run.
     """
     least, most = spec.plan.looks[0], spec.plan.looks[-1]
     # The base is validated, for its loss or its loader, and scored.

@@ -58,7 +58,6 @@ def noise_floor(spec: StudySpec, baseline: Arm, again: Arm, tokens: ArrayLike | 
     """The baseline against itself with other seeds, and the spread of its runs.
 
     Args:
-        spec: The study.
         baseline: Its verdict runs at the first look.
         again: Its runs with other seeds.
         tokens: ``(rows,)`` supervised tokens of the verdict rows.
@@ -75,7 +74,6 @@ def penalty(spec: StudySpec, arm: Callable[[str], Arm], seeds: Sequence[int], to
     """Whether the large batch costs adapters more than full fine-tuning.
 
     Args:
-        spec: The study, with ``batch_penalty``.
         arm: Name of an arm to its verdict runs.
         seeds: The seeds that all four have.
         tokens: ``(rows,)`` supervised tokens of the verdict rows.

@@ -28,12 +28,7 @@ def done_runs(statuses: Iterable[CellStatus], arm: str) -> Runs:
 
 
 def target_of(base: Outcome | None, best: Sequence[Outcome]) -> float | None:
-    """The loss at which 90 % of the baseline's gain is reached, before any verdict run; None if it gained nothing.
-
-    Args:
-        base: The untrained base.
-        best: Selection runs of the baseline at its chosen rate.
-    """
+    """The loss at which 90 % of the baseline's gain is reached, before any verdict run; None if it gained nothing."""
     lasts = [run.evaluations[-1][2] for run in best if run.evaluations]
     if base is None or not base.evaluations or not lasts:
         return None
@@ -45,11 +40,7 @@ def with_curves(verdict: Verdict, arm: Runs, baseline: Runs, target: float | Non
     """The verdict with the tokens since which the arm is behind, and with steps to a loss.
 
     Args:
-        verdict: The verdict.
-        arm: The runs of the arm.
-        baseline: The runs of the baseline.
         target: The loss to reach (`target_of`).
-        alpha: One-sided level.
     """
     seeds = sorted(arm.keys() & baseline.keys())
     if not seeds:

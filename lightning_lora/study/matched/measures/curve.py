@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from lightning_lora.files.atomic import atomic_file
+from lightning_lora.files.atomic import write_text
 
 CURVE = "curve.csv"
 _VALIDATION = re.compile(r"val(id(ation)?)?([_/.-].*)?[_/.-]?loss")
@@ -23,7 +23,7 @@ class CurvePoint:
         step: Optimizer steps so far.
         tokens: Supervised tokens trained on so far; rows where the batches have no tokens.
         seconds: Seconds of training so far, without validation.
-        train_loss: Loss of the step; None at a validation.
+        train_loss: Loss of the step, the mean over its micro-batches; None at a validation.
         val_loss: Validation loss after the step; None at other steps.
     """
 
@@ -42,8 +42,7 @@ def write_curve(path: Path, points: Iterable[CurvePoint]) -> None:
     for point in points:
         step, tokens, seconds, *losses = astuple(point)
         writer.writerow([step, tokens, f"{seconds:.3f}", *("" if loss is None else repr(loss) for loss in losses)])
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 def read_curve(path: Path) -> tuple[CurvePoint, ...]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora.capacity.fixed_rows import fixed_batches, validation_loaders
 from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.errors import DataError, ResultFileError
 from lightning_lora.lora.evaluation_mode import in_eval_mode
-from lightning_lora.study.matched.measures.batch_losses import batch_losses
 from lightning_lora.study.statistics.steps_to_loss import evaluation_steps
 
 
@@ -23,8 +24,6 @@ class Evaluations:
     Callbacks see none of it, nothing is logged, and random numbers and modes of layers are as before.
 
     Args:
-        trainer: The Trainer of the run.
-        module: Its module.
         factor: Each step is at most this many times the one before, or one more.
 
     Raises:
@@ -79,3 +78,17 @@ def _no_losses(module: LightningModule) -> DataError:
         f"evaluations on a grid need losses of rows: {type(module).__name__}.predict_step must return a mapping with "
         f"the 'loss' of each row."
     )
+
+
+def batch_losses(found: Any) -> tuple[Tensor, Tensor | None] | None:
+    """What `predict_step` says of a batch: the mean loss of each row, and their tokens.
+
+    Returns:
+        ``(rows,)`` losses in float64, and ``(rows,)`` numbers of tokens, None where it names none; None if it gives no
+        losses.
+    """
+    if not isinstance(found, Mapping) or not isinstance(found.get("loss"), Tensor):
+        return None
+    tokens = found.get("tokens")
+    losses = found["loss"].detach().double().reshape(-1)
+    return losses, tokens.detach().reshape(-1) if isinstance(tokens, Tensor) else None

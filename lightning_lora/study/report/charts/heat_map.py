@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from lightning_lora.capacity.reading import place_of
 from lightning_lora.study.report.content import Cell, Table
 from lightning_lora.study.report.numbers import words
 
@@ -20,12 +21,6 @@ def heat_cell(value: float | None, limit: float, shown: Callable[[float], Cell])
     return Cell(shown(value).text, value, f"heat-{shade}")
 
 
-def place_of(name: str) -> tuple[str, str]:
-    """Row and column of a group of layers: ``layer 3`` and ``mlp``; a group of its own has no column name."""
-    row, _, role = name.rpartition(" ")
-    return (row, role) if row else (name, "")
-
-
 def heat_map(
     name: str,
     caption: str,
@@ -37,8 +32,6 @@ def heat_map(
     """A table with a row for each layer and a column for each measure and role.
 
     Args:
-        name: Its name in the CSV and in links.
-        caption: What it shows.
         groups: Group of layers, such as ``"layer 3 mlp"``, to its measures.
         measures: The measures, in the order of the columns.
         note: A remark below it.

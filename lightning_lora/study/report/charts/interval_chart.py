@@ -27,7 +27,6 @@ class Difference:
         word: What is found, in a word or two.
         mean: The difference.
         low: Lower end of its interval; minus infinity if it has none.
-        high: Upper end.
         style: Which colour and mark.
         text: The numbers, as they are written beside the name.
         is_main: Whether the axis is made for it: a row that is far from it is drawn at the edge, with an arrow.
@@ -54,13 +53,8 @@ def interval_chart(
     """Draw a dot and a line for each difference.
 
     Args:
-        name: Its name in the CSV and in links.
-        title: What it shows.
-        says: Its result in words.
         label: What the axis shows, with its unit.
-        rows: The differences.
         band: Differences inside of ``-band .. band`` count as none.
-        table: The numbers.
     """
     x = _axis(label, rows, band)
     bottom = _TOP + _ROW * len(rows)

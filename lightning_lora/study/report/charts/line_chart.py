@@ -34,7 +34,6 @@ class Series:
         is_thin: Whether it is in the background: a single seed, a loss that is not smoothed.
         has_line: Whether its points are joined.
         low: Lower end of its interval at each point.
-        high: Upper end.
         rings: Points that are pointed at, such as a chosen learning rate.
         edges: Points that are pointed at as wanting, such as a best rate at the edge of its sweep.
         crosses: Points where something failed.
@@ -93,12 +92,6 @@ def line_chart(
     """Draw lines.
 
     Args:
-        name: Its name in the CSV and in links.
-        title: What it shows.
-        says: Its result in words.
-        x: The horizontal axis.
-        y: The vertical axis.
-        series: The lines.
         table: The numbers that matter most. None: the first, lowest and last point of each line.
         choice: Words on the button that shows this figure in the place of its neighbours.
         limits: Heights at which a line is drawn that is nobody's.

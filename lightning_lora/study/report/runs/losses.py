@@ -72,11 +72,16 @@ class LossCurve:
 
 
 def read_losses(folder: Path) -> LossCurve:
-    """The losses of a run folder: those of ``curve.csv``, and of ``metrics.csv`` where it has more steps."""
+    """The losses of a run folder: those of ``curve.csv``, and later ones of ``metrics.csv``.
+
+    Only later ones: where a batch takes several optimizer steps, Lightning counts batches in ``metrics.csv``.
+    """
     curve, logged = _read_curve(folder / CURVE), read_metrics(folder / METRICS)
-    logged.train |= curve.train
-    logged.validation |= curve.validation
-    return LossCurve(logged.train, logged.validation, logged.validation_name, curve.effort)
+    train, validation = (
+        known | {step: loss for step, loss in more.items() if step > max(known, default=0)}
+        for known, more in ((curve.train, logged.train), (curve.validation, logged.validation))
+    )
+    return LossCurve(train, validation, logged.validation_name, curve.effort)
 
 
 def read_metrics(path: Path) -> LossCurve:

@@ -34,7 +34,6 @@ class SavedFile:
 
     Args:
         name: Its place in the run folder.
-        size: Bytes.
         sha256: Its hash as the run has recorded it; "" if it has not.
     """
 
@@ -48,7 +47,6 @@ class RunRecord:
     """A run folder, read.
 
     Args:
-        folder: The folder.
         config: All options of ``fit``; empty for a run of a script.
         config_text: The file with them.
         losses: Losses by optimizer step.

@@ -8,10 +8,9 @@ from typing import Any
 
 from lightning_lora.study.matched.record import UNTRAINED, CellRecord
 from lightning_lora.study.report.content import Block, Cell, Section, Table, Words
-from lightning_lora.study.report.numbers import NOTHING, count, energy, nats, rate, seconds, size, words
+from lightning_lora.study.report.numbers import NOTHING, count, energy, nats, rate, seconds, size, word_cell, words
 from lightning_lora.study.report.studies.study_facts import StudyFacts, with_interval
 from lightning_lora.study.report.studies.study_steps import short_ratio, step_ratios
-from lightning_lora.study.report.word_cell import word_cell
 from lightning_lora.study.statistics.before_start import about_the_band
 
 

@@ -12,10 +12,9 @@ from lightning_lora.study.matched.record import ArmRecord
 from lightning_lora.study.report.charts.axis import Axis
 from lightning_lora.study.report.charts.line_chart import Series, line_chart
 from lightning_lora.study.report.content import Block, Figure, Section, Table, Words
-from lightning_lora.study.report.numbers import count, difference, nats, short, words
+from lightning_lora.study.report.numbers import count, difference, nats, short, word_cell, words
 from lightning_lora.study.report.studies.arm_settings import besides, rows_of
 from lightning_lora.study.report.studies.study_facts import StudyFacts, why_open, with_interval
-from lightning_lora.study.report.word_cell import word_cell
 
 _ENDS = " ,:;-_/("
 _UNKNOWN = "Cannot tell whether a large batch costs adapters more than full fine-tuning"

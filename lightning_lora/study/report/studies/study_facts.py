@@ -15,11 +15,7 @@ from lightning_lora.study.statistics.arm import Arm
 
 
 class StudyFacts:
-    """A study, and what follows from it for all parts of its report.
-
-    Args:
-        study: The study folder, read.
-    """
+    """A study, and what follows from it for all parts of its report."""
 
     def __init__(self, study: StudyRecord) -> None:
         self.study = study

@@ -9,9 +9,19 @@ from typing import Any
 
 from lightning_lora.study.report.charts.interval_chart import Difference, interval_chart
 from lightning_lora.study.report.content import Cell, Figure, Section, Table, Words, said
-from lightning_lora.study.report.numbers import NOTHING, count, difference, nats, p_value, share, short, words
+from lightning_lora.study.report.numbers import (
+    NOTHING,
+    WORDS,
+    count,
+    difference,
+    nats,
+    p_value,
+    share,
+    short,
+    word_cell,
+    words,
+)
 from lightning_lora.study.report.studies.study_facts import StudyFacts, headline, why_open, with_interval
-from lightning_lora.study.report.word_cell import WORDS, word_cell
 
 _LONGEST = 200
 

@@ -24,7 +24,6 @@ def given_up(losses: Mapping[float, float], band: float = BAND) -> list[float]:
 
     Args:
         losses: Rate to loss, all after `FIRST_RUNG` of the same schedule. Never of verdict runs.
-        band: Nats that count as equal.
     """
     finite = {rate: math.inf if math.isnan(loss) else loss for rate, loss in losses.items()}
     if not finite:

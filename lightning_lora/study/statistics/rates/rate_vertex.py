@@ -13,12 +13,7 @@ Three = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class RefinedRate:
-    """A rate to measure.
-
-    Args:
-        rate: The rate.
-        why: What it was found by.
-    """
+    """A rate to measure."""
 
     rate: float
     why: str
@@ -44,7 +39,6 @@ def refined_rate(rates: Three, losses: Three, band: float) -> RefinedRate | None
     Args:
         rates: The best rate between its neighbours, ascending.
         losses: Their losses, those of diverged runs capped at the loss of the base.
-        band: Nats that count as equal.
     """
     place, loss = vertex(rates, losses)
     if losses[1] - loss <= band / 2:

@@ -26,7 +26,6 @@ class Trial:
     """A finished selection run.
 
     Args:
-        rate: Its learning rate.
         loss: Its loss on the selection rows, nats; NaN or infinite if it diverged.
         is_pruned: Whether it was given up early: it counts as worse than the others, and its loss as no number.
     """
@@ -83,7 +82,6 @@ def next_step(
             the outermost two on the side of its best rate.
         trials: Finished runs; the order does not matter.
         base_loss: Loss of the untrained base on the same rows; a worse run has diverged.
-        band: Nats that count as equal.
         most_widenings: Rates to add on a side at most.
 
     Raises:

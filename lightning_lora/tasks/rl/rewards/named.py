@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_lora.allowed_imports import ALLOW_VARIABLE, allowed, look_in_working_folder
 from lightning_lora.errors import RewardSettingError, did_you_mean
 from lightning_lora.tasks.rl.rewards.worker import Reward
 
-ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
-"""Environment variable of the prefixes that ``lightning-lora --allow PREFIX`` has allowed."""
 _OURS = "lightning_lora"
 
 
@@ -53,14 +50,12 @@ def find_reward(name: str) -> Reward:
     place, _, attribute = name.rpartition(".")
     if not place:
         raise RewardSettingError(f"reward {name!r} must be the dotted name of a function, such as my_rewards.short.")
-    allowed = [_OURS, *os.environ.get(ALLOW_VARIABLE, "").split()]
-    if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed):
+    if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in (_OURS, *allowed())):
         raise RewardSettingError(
             f"reward {name!r}: module {place} is not allowed. Allow it with `lightning-lora --allow {place} ...`, or "
             f"{ALLOW_VARIABLE}={place} in the environment."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `lightning-lora` is a script, whose path lacks the folder it is run in
+    look_in_working_folder()
     try:
         module = importlib.import_module(place)
     except ImportError as error:

@@ -1,23 +1,20 @@
-"""Draws the result of a batch probe: held-out loss against batch."""
+"""Draws the results of probes: held-out loss against batch, and before and after the branches of two ranks."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_lora.files.atomic import atomic_file
 from lightning_lora.study.batch_probe_result import BatchProbeResult
+from lightning_lora.study.rank_probe_result import RankProbeResult
 
 
 def draw_probe(result: BatchProbeResult, path: Path) -> None:
-    """Draw held-out loss against batch, with the intervals of the paired differences to the smallest batch.
-
-    Args:
-        result: The result to draw.
-        path: The PNG file to write.
-    """
+    """Draw held-out loss against batch, with the intervals of the paired differences to the smallest batch."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     batches = list(result.losses)
@@ -34,7 +31,24 @@ def draw_probe(result: BatchProbeResult, path: Path) -> None:
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
     axes.set_xlabel(f"rows of an optimizer step ({result.num_rows:,} rows in each branch)")
-    axes.set_ylabel(f"nats, mean of {result.num_held_out:,} held-out rows")
+    _save(figure, axes, result.num_held_out, path)
+
+
+def draw_rank_probe(result: RankProbeResult, path: Path) -> None:
+    """Draw the losses of both branches, with the interval of their paired difference at the grown one."""
+    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    names = ["before", f"rank {result.rank}", f"rank {result.grown_rank}"]
+    width = result.interval.half_width
+    spread = width if math.isfinite(width) else 0.0
+    axes.plot(names, [result.start_loss, result.control_loss, result.grown_loss], marker="o", linestyle=":")
+    axes.errorbar(names[2:], [result.grown_loss], [spread], capsize=6, color="tab:orange", label="paired interval")
+    axes.set_title(f"{result.verdict}: gain {result.gain:+.4f} +- {width:.4f} nats", fontsize=10)
+    _save(figure, axes, result.num_held_out, path)
+
+
+def _save(figure: Figure, axes: Axes, num_rows: int, path: Path) -> None:
+    axes.set_ylabel(f"nats, mean of {num_rows:,} held-out rows")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_file(path) as file:

@@ -11,7 +11,7 @@ from lightning_lora.lora.layers.adapted import lora_layers
 from lightning_lora.memory.other_settings import could_recompute
 from lightning_lora.memory.parts import MemoryParts
 from lightning_lora.mixin.lora_mixin import LoRAMixin
-from lightning_lora.mixin.step_choices import settings_of
+from lightning_lora.mixin.memory_settings import settings_of
 from lightning_lora.step_memory import AUTO, GATES, StepMemory
 
 HEAD_ROWS = (4096, 2048, 512)
@@ -50,13 +50,7 @@ class Choice:
 
 
 def candidates(settings: StepMemory, able: Sequence[str], can_recompute: bool = True) -> list[StepMemory]:
-    """The ways to make the choices that are open, the fastest first; the last ones hold least.
-
-    Args:
-        settings: The choices that are made or open.
-        able: Names of those that a module can follow; others stay as they are.
-        can_recompute: Whether its blocks can be computed again.
-    """
+    """The ways to make the choices that are open, the fastest first; the last ones hold least."""
     gates = GATES if settings.gate == AUTO and "gate" in able else (settings.gate,)
     rows = HEAD_ROWS if settings.head_rows == AUTO and "head_rows" in able else (settings.head_rows,)
     again = settings.activation_checkpointing
@@ -77,12 +71,7 @@ def frugal(memory: StepMemory) -> StepMemory:
 
 
 def open_candidates(module: LightningModule, can_recompute: bool = True) -> Sequence[StepMemory]:
-    """The ways to make the choices that a module leaves open, the fastest first; empty if there is nothing to choose.
-
-    Args:
-        module: The module, built; one without `LoRAMixin` has no such settings.
-        can_recompute: Whether blocks may be computed again, if its model can.
-    """
+    """The ways to make the choices that a module leaves open, the fastest first; empty if nothing is open."""
     if not isinstance(module, LoRAMixin):
         return ()
     able = [name for name in module.step_memory_choices if name != "gate" or lora_layers(module)]
@@ -104,9 +93,6 @@ def fastest_that_fits(
     without any choice trains: where that fits, nothing slower is taken.
 
     Args:
-        ways: `candidates`, the fastest first.
-        trace: The memory of a step with a candidate.
-        room: Bytes that the device has for a step.
         first: The place to begin at.
         is_kept: Whether the run has trained with that candidate on such a device, so that it needs no margin either.
 
