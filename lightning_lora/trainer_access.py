@@ -42,7 +42,7 @@ def warn_if_beyond_run(trainer: Trainer, setting: str, step: float) -> None:
     planned = trainer.estimated_stepping_batches
     # By hand, a module may take any number of steps in a batch.
     if step > planned and trainer.lightning_module.automatic_optimization:
-        rank_zero_warn(f"{setting} has no effect: the run ends after {planned:.0f} optimizer steps.")
+        rank_zero_warn(f"{setting} has no effect: the run ends with optimizer step {planned:.0f}.")
 
 
 def run_folder(trainer: Trainer) -> str:

@@ -26,7 +26,7 @@ from lightning_lora.checkpoints.random_state import kept_random_state
 from lightning_lora.effective_batch import EffectiveBatch, data_parallel_size, loader_batch_size
 from lightning_lora.errors import AccumulationError, check_arguments
 from lightning_lora.lightning_private import training_loader_source
-from lightning_lora.trainer_access import found, warn_if_beyond_run
+from lightning_lora.trainer_access import found
 
 from .batch_size_monitor import BatchSizeMonitor
 from .target_batch_size import TargetBatchSize
@@ -107,8 +107,6 @@ class AdaptiveAccumulation(Callback):
         """Refuse schedules that cannot be stretched, and continue those of an interrupted run."""
         step_schedulers(trainer)
         self._events = RunEvents(trainer, "AdaptiveAccumulation")
-        for step in self.schedule or ():
-            warn_if_beyond_run(trainer, f"AdaptiveAccumulation at step {step} of its schedule", step + 1)
         self._batch = EffectiveBatch.of(trainer)
         self._unit_rows, self._planned_rows = self._batch.rows // self._batch.accumulation, self._batch.rows
         self._stretched = StretchedSchedule(float(trainer.estimated_stepping_batches))

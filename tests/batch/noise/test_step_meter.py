@@ -223,21 +223,19 @@ class AllMetrics(Samples):
 def test_the_monitor_logs_all_metrics_and_goes_on_with_them(tmp_path: Path) -> None:
     """A resumed run keeps its samples; lambda is the noise scale of the frozen weights over that of the adapters."""
 
-    def run(epochs: int, path: Path | None = None) -> Trainer:
-        trainer = toys.trainer(tmp_path, max_epochs=epochs, callbacks=[AllMetrics()])
+    def run(name: str, epochs: int, path: Path | None = None) -> Trainer:
+        trainer = toys.trainer(tmp_path / name, max_epochs=epochs, callbacks=[AllMetrics()])
         trainer.fit(Adaptive(), toys.loader(32, 8), ckpt_path=None if path is None else str(path))
         return trainer
 
-    run(2).save_checkpoint(tmp_path / "half.ckpt")
-    half = [event for event in read_events(tmp_path) if event["event"] == "noise_scale"]
+    run("half", 2).save_checkpoint(tmp_path / "half.ckpt")
+    half = [event for event in read_events(tmp_path / "half") if event["event"] == "noise_scale"]
     assert ["gns/adam" in event for event in half] == [False] * 2 + [True] * 6
     assert ["gns/weight" in event for event in half] == [True, False, False] * 2 + [True, False]
     for event in half[::3]:
         assert event["gns/lambda"] == pytest.approx(event["gns/weight"] / event["gns/value"])
     assert half[0]["gns/lambda_conclusive"] == half[0]["gns/weight_conclusive"] == 0
-    (tmp_path / "events.jsonl").unlink()
-    run(4)
-    whole = list(read_events(tmp_path))
-    (tmp_path / "events.jsonl").unlink()
-    run(4, tmp_path / "half.ckpt")
-    assert list(read_events(tmp_path))[-1]["gns/adam"] == whole[-1]["gns/adam"]
+    run("whole", 4)
+    whole = list(read_events(tmp_path / "whole"))
+    run("resumed", 4, tmp_path / "half.ckpt")
+    assert list(read_events(tmp_path / "resumed"))[-1]["gns/adam"] == whole[-1]["gns/adam"]
