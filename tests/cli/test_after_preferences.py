@@ -125,7 +125,8 @@ def test_data_is_shown_and_the_run_planned_before_it(
 def test_a_reward_that_compares_rows_sees_all_of_them(how: str, folder: Path) -> None:
     named = [f"--model.reward={NAMED}", "--model.reward.function"]
     reward = {"by name": ["--model.reward=rewards_beside.compare"], "by class": [*named, "rewards_beside.compare"]}
-    assert command("fit", "PolicyGradient", *reward[how], "--model.reward_workers=1") == 0
+    with pytest.warns(UserWarning, match="reward_workers=1 has no effect: the reward is called in this process"):
+        assert command("fit", "PolicyGradient", *reward[how], "--model.reward_workers=1") == 0
 
 
 def test_a_reward_that_hangs_is_told_in_one_message_or_worth_what_was_said(
@@ -136,7 +137,7 @@ def test_a_reward_that_hangs_is_told_in_one_message_or_worth_what_was_said(
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "took more than 0.2 seconds" in told
     pool = ["--model.reward=lightning_lora.tasks.rl.rewards.RewardPool", "--model.reward.reward=rewards_beside.hang"]
-    pool += ["--model.reward.workers=2", "--model.reward.timeout=0.2", "--model.reward.on_timeout=-1.0"]
+    pool += ["--model.reward_workers=2", "--model.reward.workers=2", "--model.reward.timeout=0.2", "--model.reward.on_timeout=-1.0"]
     assert command("fit", "PolicyGradient", *pool) == 0
 
 

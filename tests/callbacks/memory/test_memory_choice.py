@@ -209,7 +209,7 @@ from lightning_lora.tasks import CausalLM
 from tests.support import toys
 from tests.tasks.conftest import token_loader
 
-choice.HEAD_ROWS = 64, 32, 8
+candidates.HEAD_ROWS = 64, 32, 8
 rooms = [int(number) for number in sys.argv[3:]]
 memory_choice._room = lambda trainer, module: Room(rooms[trainer.global_rank], True)
 module, callback = CausalLM(sys.argv[1], 1e-3, lora=LoRAConfig(rank=2)), MemoryChoice()
