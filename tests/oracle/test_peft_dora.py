@@ -110,6 +110,7 @@ def test_a_fresh_magnitude_is_that_of_peft() -> None:
         torch.testing.assert_close(found[name], parameter.detach().flatten(), rtol=1e-14, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*dropout in table:UserWarning")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_steps_of_adamw_are_those_of_peft(dtype: torch.dtype, tolerance: float, dropout: float) -> None:
@@ -169,6 +170,7 @@ def test_our_folder_computes_the_same_in_peft_and_pefts_here(tmp_path: Path) -> 
     assert torch.equal(into(ROWS), again(ROWS))
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight to adapt is shared:UserWarning")
 @pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
 def test_a_merge_on_disk_is_the_merge_in_memory(build: Callable[[], Any], shard_size: str, tmp_path: Path) -> None:
