@@ -21,8 +21,8 @@ from lightning_lora.cli.mistakes.writing import full_disk
 from lightning_lora.errors import CommandError
 from lightning_lora.files import safetensors_file
 from lightning_lora.tasks.loading import load_model
-from tests.support.commands import tree
 from tests.support.tiny_models import wake
+from tests.support.toys import tree
 
 
 @pytest.fixture(scope="module")
