@@ -137,7 +137,8 @@ def test_a_reward_that_hangs_is_told_in_one_message_or_worth_what_was_said(
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "took more than 0.2 seconds" in told
     pool = ["--model.reward=lightning_lora.tasks.rl.rewards.RewardPool", "--model.reward.reward=rewards_beside.hang"]
-    pool += ["--model.reward_workers=2", "--model.reward.workers=2", "--model.reward.timeout=0.2", "--model.reward.on_timeout=-1.0"]
+    pool += ["--model.reward_workers=2", "--model.reward.workers=2"]  # the default: the pool has its own
+    pool += ["--model.reward.timeout=0.2", "--model.reward.on_timeout=-1.0"]
     assert command("fit", "PolicyGradient", *pool) == 0
 
 
