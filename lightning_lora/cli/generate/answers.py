@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,8 @@ def encode_prompts(
             holds a token that the model does not know.
     """
     prompts = prompt_ids(tokenizer, conversations, settings)
-    limit, num_known = context_length(model.config), model.get_input_embeddings().weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    limit, num_known = context_length(model.config), table.weight.shape[0]
     for conversation, ids in zip(conversations, prompts, strict=True):
         if not ids:
             raise DataError(f"{conversation.place}: the prompt has no tokens.")
