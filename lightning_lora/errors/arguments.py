@@ -9,7 +9,7 @@ import reprlib
 import types
 from collections import abc
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -69,7 +69,7 @@ def is_a(value: Any, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool) and value == value
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool)  # numpy has its own
     if kind is str:
         return isinstance(value, (str, os.PathLike))
     if origin in (Union, types.UnionType):

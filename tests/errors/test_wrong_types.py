@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -106,6 +107,9 @@ def test_an_argument_of_a_wrong_type_is_refused_by_name(
     [
         (1, float, True),
         (True, int, False),
+        (numpy.int64(1), int, True),
+        (numpy.float32(1), float, True),
+        (1.0, int, False),
         (True, float, False),
         (float("nan"), float, False),
         ("ab", list[str], False),
