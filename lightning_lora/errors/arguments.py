@@ -67,7 +67,7 @@ def is_a(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and value == value
+        return isinstance(value, Real) and not isinstance(value, bool) and bool(value == value)
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)  # numpy has its own
     if kind is str:
