@@ -26,7 +26,7 @@ from lightning_lora.tasks.attention.mask import known_packing
 from tests.support import tiny_models, toys
 from tests.support.moe_models import moe
 
-pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
+pytestmark = [pytest.mark.slow, *toys.expected_warnings, *toys.monitor_warnings]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from lightning_lora.tasks.attention.mask import is_causal, known_packing
 from lightning_lora.tasks.head_loss import head_loss
 from tests.support import toys
 
-pytestmark = [*toys.expected_warnings, *toys.monitor_warnings]
+pytestmark = [pytest.mark.slow, *toys.expected_warnings, *toys.monitor_warnings]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lightning_lora.callbacks import CapacityMonitor, LoRA, RankGrowth
 from lightning_lora.lora.layers.adapted import learning_weights
 from tests.support import toys
 
-pytestmark = toys.expected_warnings
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 
 @pytest.fixture(autouse=True)

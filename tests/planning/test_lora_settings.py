@@ -19,6 +19,7 @@ from lightning_lora.planning.plan import Plan
 from tests.support import toys
 
 pytestmark = [
+    pytest.mark.slow,
     *toys.expected_warnings,
     pytest.mark.filterwarnings("ignore:rank [0-9]+ is more than"),
     pytest.mark.filterwarnings("ignore:.*parameters outside of lora_root"),

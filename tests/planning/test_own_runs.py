@@ -18,6 +18,7 @@ from lightning_lora.trainer_access import found
 from tests.support import toys
 
 pytestmark = [
+    pytest.mark.slow,
     *toys.expected_warnings,
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:rank [0-9]+ is more than"),
@@ -168,7 +169,6 @@ def test_the_yaml_of_an_own_module_trains_as_planned(name: str, folder: Path) ->
     check_exact(fitted(), "steps", "tokens", "trained_parameters")
 
 
-@pytest.mark.slow
 def test_the_yaml_of_a_classifier_trains_as_planned(folder: Path) -> None:
     toys.save_llama(folder / "llama")
     model = {"model": "llama", "num_labels": 2, "lora": {"rank": 2, "init": "gradient", "init_batches": 1}}

@@ -24,7 +24,7 @@ from tests.support import toys
 from tests.support.metered import gradients_of, measure
 from tests.support.quantised_models import KINDS, ROWS, adapted, bnb, difference, plain, quantised
 
-pytestmark = toys.expected_warnings
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 CONFIG = LoRAConfig(rank=2)
 

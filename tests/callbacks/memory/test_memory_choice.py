@@ -21,7 +21,12 @@ from lightning_lora.tasks import CausalLM
 from tests.callbacks.memory.wide_llama import OPEN, Watched, bytes_of, fit, have, made, ways
 from tests.support import toys
 
-pytestmark = [*toys.expected_warnings, *toys.monitor_warnings, pytest.mark.usefixtures("short_chunks")]
+pytestmark = [
+    pytest.mark.slow,
+    *toys.expected_warnings,
+    *toys.monitor_warnings,
+    pytest.mark.usefixtures("short_chunks"),
+]
 
 
 def test_candidates_take_less_from_one_to_the_next(wide_llama: Path) -> None:
@@ -51,7 +56,6 @@ def test_the_fastest_that_fits_is_taken_and_told(
     assert line == f"step memory: {expected}, the fastest that fits: a traced step of 8 rows {told}"
 
 
-@pytest.mark.slow
 def test_no_choice_changes_losses_or_gradients_beyond_the_rounding_of_chunks(
     wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +116,6 @@ def batches(*lengths: int) -> Any:
     return DataLoader(made, batch_size=None)
 
 
-@pytest.mark.slow
 def test_a_larger_batch_is_traced_before_it_is_trained_on_and_lowers_the_choice(
     wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,7 +156,6 @@ def test_a_batch_that_surely_fits_is_not_traced(
     assert looked == [1]
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_its_choice_and_its_bits(
     wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +221,6 @@ Path(sys.argv[2], f"choice{trainer.global_rank}").write_text(repr(choices_of(mod
 """
 
 
-@pytest.mark.slow
 def test_both_ranks_take_the_choice_of_the_one_with_less_room(wide_llama: Path, tmp_path: Path) -> None:
     room = int(bytes_of(wide_llama)[3] / (1 - MARGIN)) + 1
     toys.run_python(TWO, wide_llama, tmp_path, 10**9, room, ranks=2)

@@ -18,7 +18,7 @@ from lightning_lora.memory.step_trace import trace_step
 from tests.callbacks.memory.small_device import TOKENS, WIDTH, Module, Rows, bytes_of, have
 from tests.support import cramped, toys
 
-pytestmark = toys.expected_warnings
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,10 @@ from tests.lora.compiled.graphs import Graphs
 from tests.support.tiny_models import wake
 
 # Torch's compiler looks at the gradient of whatever a graph is given.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 NUM_LAYERS = 7
 
 
@@ -269,7 +272,6 @@ def _pair(make: Any) -> list[Any]:
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_torchs_own_compiler_learns_the_same() -> None:

@@ -18,7 +18,7 @@ from lightning_lora.tasks import CausalLM
 from tests.lora.compiled.graphs import Graphs
 from tests.support import toys
 
-pytestmark = toys.expected_warnings
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 
 class Mlp(LoRAMixin, LightningModule):

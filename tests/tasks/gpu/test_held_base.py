@@ -26,7 +26,7 @@ from lightning_lora.tasks import CausalLM, SequenceClassifier
 from tests.support import moe_models, toys
 from tests.tasks.conftest import LORA, StopAfterEpoch, fit, make, token_loader
 
-pytestmark = toys.expected_warnings
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 BF16 = torch.bfloat16
 
 
