@@ -17,7 +17,7 @@ from lightning_lora.memory.step_trace import StepTracer, trace_step
 from lightning_lora.tasks.variants import variant
 from tests.support import toys
 
-pytestmark = toys.expected_warnings
+pytestmark = [pytest.mark.slow, *toys.expected_warnings]
 
 
 class Block(nn.Module):

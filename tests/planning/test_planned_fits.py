@@ -27,6 +27,7 @@ from lightning_lora.trainer_access import found
 from tests.support import toys
 
 pytestmark = [
+    pytest.mark.slow,
     *toys.expected_warnings,
     pytest.mark.filterwarnings("ignore:.*longer than max_length|.*nothing to learn|.*are cut"),
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
@@ -112,7 +113,6 @@ def test_the_tokens_of_a_run_are_counted_before_it(
     assert expected["total_tokens"] > expected["tokens"] > expected["steps"] > 0
 
 
-@pytest.mark.slow
 def test_micro_batches_that_fit_into_less_memory_accumulate_to_the_same_run(
     llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +151,6 @@ for packing in (False, True):
 """
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_tokens_that_were_counted(llama: Path, rows: Path, tmp_path: Path) -> None:
     """Rows that a sampler repeats, so that both have equally many, count."""
     toys.run_python(RANKS, llama, rows, tmp_path, ranks=2)

@@ -19,7 +19,12 @@ from tests.callbacks.memory.wide_llama import Watched, fit, have, made
 from tests.support import toys
 from tests.support.monitored import Samples
 
-pytestmark = [*toys.expected_warnings, *toys.monitor_warnings, pytest.mark.usefixtures("short_chunks")]
+pytestmark = [
+    pytest.mark.slow,
+    *toys.expected_warnings,
+    *toys.monitor_warnings,
+    pytest.mark.usefixtures("short_chunks"),
+]
 
 
 @pytest.mark.parametrize(
