@@ -78,9 +78,10 @@ def _rows_by_steps(config: Mapping[str, Any]) -> str:
 def _rows_by_batches(config: Mapping[str, Any]) -> str:
     """Training rows of an epoch by a number or share of batches, in words."""
     limit = option_of(config, "trainer.limit_train_batches")
-    if limit is None or isinstance(limit, float):
+    if limit is None or (isinstance(limit, float) and limit <= 1):
         return "all" if limit in (None, 1.0) else f"{limit:.4%} of the"
-    return f"{limit * (option_of(config, 'data.init_args.batch_size') or 1):,}"
+    # Python 3.10 takes float | int for int | float, by which of both it has seen first: 2 may be 2.0 here.
+    return f"{int(limit) * (option_of(config, 'data.init_args.batch_size') or 1):,}"
 
 
 _BUDGETS = {"max_steps": _rows_by_steps, "limit_train_batches": _rows_by_batches}
