@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_lora.data.bad_rows import check_action
-from lightning_lora.errors import DataSettingError, check_count, not_default
+from lightning_lora.errors import DataSettingError, check_count, no_effect
 
 Names = str | list[str]
 """Files, globs or hub names."""
@@ -92,8 +92,8 @@ class SplitsDataModule(LightningDataModule):
     def _tell_unused(self, kind: type[SplitsDataModule], given: Mapping[str, Any], *of_training: str) -> None:
         """Warn of settings of a split without rows, of which ``of_training`` are about training rows only."""
         for split, names in {"train": of_training, "validation": ("validation_rows",)}.items():
-            if not self._has(split) and (unused := not_default(kind, given, *names)):
-                rank_zero_warn(f"{' and '.join(unused)} has no effect: no {split} {self.kind} are given.", stacklevel=4)
+            if not self._has(split) and (told := no_effect(kind, given, names, f"no {split} {self.kind} are given")):
+                rank_zero_warn(told, stacklevel=4)
 
     def _has(self, split: str) -> bool:
         return self.sources[split] is not None

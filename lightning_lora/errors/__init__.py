@@ -19,7 +19,7 @@ from lightning_lora.errors.analysis import (
     VersionError,
     with_code,
 )
-from lightning_lora.errors.arguments import check_arguments, not_default
+from lightning_lora.errors.arguments import check_arguments, no_effect
 from lightning_lora.errors.base import (
     LoRAError,
 )
@@ -130,7 +130,7 @@ __all__ = [
     "first_five",
     "first_line",
     "kind_and_line",
-    "not_default",
+    "no_effect",
     "user_error",
     "with_code",
 ]

@@ -8,7 +8,7 @@ import os
 import reprlib
 import types
 from collections import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -46,19 +46,21 @@ def check_arguments(called: Callable[..., Any], given: Mapping[str, Any], error:
             raise error(f"{name} must be {described(kind)}, got {reprlib.repr(given[name])}.")
 
 
-def not_default(called: Callable[..., Any], given: Mapping[str, Any], *names: str) -> list[str]:
-    """``name=value`` for those of ``names`` that were given another value than their default.
+def no_effect(called: Callable[..., Any], given: Mapping[str, Any], names: Iterable[str], why: str) -> str:
+    """A sentence on those of ``names`` that were given another value than their default; empty if none was.
 
     Args:
         called: The function, or the class whose ``__init__`` is called.
         given: Its arguments by name, or more.
-        names: Arguments of it.
+        names: Arguments of it that nothing reads.
+        why: Why nothing reads them.
 
-    >>> not_default(sorted, {"key": None, "reverse": True}, "key", "reverse")
-    ['reverse=True']
+    >>> no_effect(sorted, {"key": None, "reverse": True}, ("key", "reverse"), "there is one row")
+    'reverse=True has no effect: there is one row.'
     """
     parameters = inspect.signature(called).parameters
-    return [f"{name}={given[name]!r}" for name in names if given[name] != parameters[name].default]
+    unused = [f"{name}={given[name]!r}" for name in names if given[name] != parameters[name].default]
+    return f"{' and '.join(unused)} has no effect: {why}." if unused else ""
 
 
 def is_a(value: Any, kind: Any) -> bool:

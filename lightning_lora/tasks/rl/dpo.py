@@ -18,7 +18,7 @@ from lightning_lora.batch_facts import FACTS, facts_of
 from lightning_lora.capacity.fixed_rows import validation_loaders
 from lightning_lora.checkpoints.loader_position import generators
 from lightning_lora.checkpoints.random_state import kept_random_state
-from lightning_lora.errors import PolicySettingError, check_arguments, not_default
+from lightning_lora.errors import PolicySettingError, check_arguments, no_effect
 from lightning_lora.lora.config import LoRAConfig
 from lightning_lora.lora.evaluation_mode import in_eval_mode
 from lightning_lora.tasks.head_chunks import IGNORE_INDEX
@@ -105,8 +105,8 @@ class DPO(Policy):
     ) -> None:
         check_arguments(DPO, locals(), PolicySettingError)
         check_preference_settings(loss, beta, label_smoothing, dpop_weight, nll_weight)
-        if loss != "dpop" and (unused := not_default(DPO, locals(), "dpop_weight")):
-            rank_zero_warn(f"{unused[0]} has no effect: only loss='dpop' reads it.")
+        if loss != "dpop" and (told := no_effect(DPO, locals(), ("dpop_weight",), "only loss='dpop' reads it")):
+            rank_zero_warn(told)
         super().__init__(model, learning_rate, lora, reference, **settings)
         self.beta = beta
         self._loss = {"kind": loss, "beta": beta, "label_smoothing": label_smoothing}

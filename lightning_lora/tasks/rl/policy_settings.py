@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_lora.errors import PolicySettingError, check_choice, check_count, not_default
+from lightning_lora.errors import PolicySettingError, check_choice, check_count, no_effect
 from lightning_lora.tasks.rl.functional.policy_loss import NORMALISE
 from lightning_lora.tasks.rl.rewards.pool import RewardPool, is_called_here
 
@@ -129,8 +129,8 @@ def warn_of_unused(task: type, given: Mapping[str, Any]) -> None:
         (workers == 0, "a reward in this process has no time limit", limits),
     ]
     for is_unread, why, names in unread:
-        if is_unread and (unused := not_default(task, given, *names)):
-            rank_zero_warn(f"{' and '.join(unused)} has no effect: {why}.", stacklevel=4)
+        if is_unread and (told := no_effect(task, given, names, why)):
+            rank_zero_warn(told, stacklevel=4)
 
 
 def _check_number(name: str, value: object, above: float | None = None) -> None:
